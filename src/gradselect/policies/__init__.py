@@ -1,0 +1,1 @@
+"""The policies, one final class per file."""
