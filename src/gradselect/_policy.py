@@ -12,9 +12,9 @@ the norms. When the step has been taken the policy **commits** it: the only call
 settings (its seed among them), the step, the committed history and the norms, on nothing else. So every rank chooses
 alike when the norms are reduced first, and a resumed run proposes again what the interrupted one had proposed.
 
-A decision is always "the `keep` blocks of largest score", ties to the earlier block, with a score that depends on one
-block's norm only. That is what lets the observer drop a block's gradients during the backward pass, as soon as `keep`
-better blocks are known; a random draw fits in through noise that is fixed before the norms are seen (Gumbel top-k).
+A decision is always "the `keep_at(t)` blocks of largest score", ties to the earlier block, with a score that depends on one
+block's norm only. That is what lets the observer drop a block's gradients during the backward pass, as soon as that
+many better blocks are known; a random draw fits in through noise that is fixed before the norms are seen (Gumbel top-k).
 """
 
 from __future__ import annotations
@@ -43,11 +43,9 @@ class AbstractPolicy(ABC):
 
     Attributes:
         candidates: the blocks to choose from, in model order; empty until bound.
-        keep: how many blocks `decide` selects.
     """
 
     candidates: tuple[Block, ...] = field(default=(), init=False, repr=False)
-    keep: int = field(default=0, init=False, repr=False)
 
     def bind(self, blocks: Sequence[Block]) -> Self:
         """A copy of this policy, with fresh state, that chooses among `blocks`. The original stays unbound.
@@ -62,19 +60,23 @@ class AbstractPolicy(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Set `keep` and the initial state from `self.candidates`; check the settings against them."""
+        """Set the initial state from `self.candidates`; check the settings against them."""
 
     @abstractmethod
     def propose(self, step: int) -> tuple[str, ...] | None:
         """The names of the blocks that step `step` (from 0) trains, in model order, or None: gradient norms needed."""
+
+    def keep_at(self, step: int) -> int:
+        """How many blocks the decision of `step` selects; 0 only looks. Asked after `propose(step)` was None."""
+        raise AssertionError(f"{type(self).__name__} proposed no observation at step {step}")
 
     def score(self, step: int, block: str, norm: float) -> float:
         """Rank of `block` in the decision of `step`, given the L2 norm of its gradient; larger is better."""
         raise AssertionError(f"{type(self).__name__} proposed no observation at step {step}")
 
     def decide(self, step: int, norms: Norms) -> tuple[str, ...]:
-        """The `keep` blocks of largest score, in model order. Only after `propose(step)` was None."""
-        return best(self.names, {name: self.score(step, name, norms[name]) for name in self.names}, self.keep)
+        """The `keep_at(step)` blocks of largest score, in model order. Only after `propose(step)` was None."""
+        return best(self.names, {name: self.score(step, name, norms[name]) for name in self.names}, self.keep_at(step))
 
     def observes_selected(self, step: int) -> bool:
         """Whether `commit` wants the norms of the selected blocks at a step whose selection was proposed."""
