@@ -1,0 +1,1 @@
+"""The application: a recipe in, a plain Hugging Face checkpoint out."""

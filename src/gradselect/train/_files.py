@@ -1,0 +1,168 @@
+"""Rows of a local data file; every error names the file and, where there is one, the line."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .._errors import UsageError
+
+Row = dict[str, Any]
+"""One example: a value per column."""
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """All rows of a `.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv` or `.txt` file, in the file's order.
+
+    JSON holds one list of objects; JSONL one object a line; CSV and TSV name their columns in the first line; TXT gives
+    one row with the column `text` per line. Empty lines of JSONL and TXT are skipped. Text is UTF-8.
+
+    Raises:
+        UsageError: no such file, an unknown ending, no rows, or a line that cannot be read; names file and line.
+
+    Example:
+        >>> read_rows("train.jsonl")[0]
+        {'question': 'How many is 2 + 3?', 'answer': '2 + 3 = 5\\n#### 5'}
+    """
+    path = Path(path)
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UsageError(
+            f"{path}: cannot read files ending in {path.suffix!r}; use one of {', '.join(sorted(_READERS))}"
+        )
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; paths are relative to the folder the command runs in")
+    rows = list(reader(path))
+    if not rows:
+        raise UsageError(f"{path}: the file holds no rows; give a file with at least one example")
+    return rows
+
+
+def require_columns(rows: Sequence[Row], columns: Sequence[str], *, path: str | Path) -> None:
+    """Every row of the file at `path` has every one of `columns`.
+
+    Raises:
+        UsageError: names the file, the first row (from 1) without one of them, and the columns which that row has.
+    """
+    for number, row in enumerate(rows, start=1):
+        missing = [column for column in columns if column not in row]
+        if missing:
+            there = ", ".join(map(str, row)) or "none"
+            raise UsageError(f"{path}: row {number} has no column {missing[0]!r}; its columns are: {there}")
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            yield _object(_parse(line, path=path, first_line=number), where=f"{path}, line {number}")
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    text = "".join(_lines(path))
+    items = _parse(text, path=path, first_line=1) if text.strip() else []
+    if not isinstance(items, list):
+        raise UsageError(
+            f"{path}: expected a list of objects, got {_kind(items)}; "
+            f"write [{{...}}, ...], or one object a line in a file that ends in .jsonl"
+        )
+    for number, item in enumerate(items, start=1):
+        yield _object(item, where=f"{path}, item {number} of the list")
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    return _read_table(path, csv.reader(_lines(path), strict=True))
+
+
+def _read_tsv(path: Path) -> Iterator[Row]:
+    # Fields of a TSV hold no tabs and no line ends, so a quote sign is a character like any other.
+    return _read_table(path, csv.reader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def _read_txt(path: Path) -> Iterator[Row]:
+    return ({"text": line.rstrip("\r\n")} for line in _lines(path) if line.strip())
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        yield from parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise UsageError(f"{path}: not a readable Parquet file ({_first_line(error)})") from None
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".txt": _read_txt,
+}
+
+
+def _read_table(path: Path, lines: Any) -> Iterator[Row]:
+    """The rows of a `csv.reader`, whose first line names the columns."""
+    try:
+        header = next(lines, None)
+        for fields in lines:
+            if header is None or not fields:
+                continue
+            if len(fields) != len(header):
+                raise UsageError(
+                    f"{path}, line {lines.line_num}: expected {len(header)} fields as in the first line "
+                    f"({', '.join(header)}), got {len(fields)}"
+                )
+            yield dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {lines.line_num}: broken line ({error})") from None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file with their ends; bytes are split first, so that a bad byte has a line number."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                # A byte order mark, as spreadsheets write it, is no part of the first column's name.
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UsageError(
+                    f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}); "
+                    f"convert the file, e.g. iconv -f LATIN1 -t UTF-8 {path.name} > utf8{path.suffix}"
+                ) from None
+
+
+def _parse(text: str, *, path: Path, first_line: int) -> Any:
+    """JSON text that begins at line `first_line` of the file at `path`."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise UsageError(f"{path}, line {line}: broken JSON ({error.msg} at column {error.colno})") from None
+
+
+def _object(item: Any, *, where: str) -> Row:
+    if not isinstance(item, dict):
+        raise UsageError(f'{where}: expected an object like {{"question": ..., "answer": ...}}, got {_kind(item)}')
+    return item
+
+
+def _kind(item: Any) -> str:
+    """What `item` is called in JSON, and its beginning."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    text = json.dumps(item, ensure_ascii=False)
+    return f"{names.get(type(item), 'a number')}: {text[:40]}{'...' if len(text) > 40 else ''}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
