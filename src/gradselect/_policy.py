@@ -12,9 +12,9 @@ the norms. When the step has been taken the policy **commits** it: the only call
 settings (its seed among them), the step, the committed history and the norms, on nothing else. So every rank chooses
 alike when the norms are reduced first, and a resumed run proposes again what the interrupted one had proposed.
 
-A decision is always "the `keep_at(t)` blocks of largest score", ties to the earlier block, with a score that depends on one
-block's norm only. That is what lets the observer drop a block's gradients during the backward pass, as soon as that
-many better blocks are known; a random draw fits in through noise that is fixed before the norms are seen (Gumbel top-k).
+A decision is always "the `keep_at(t)` blocks of largest score", ties to the earlier block, with a score that depends on
+one block's norm only. That is what lets the observer drop a block's gradients during the backward pass, as soon as that
+many better blocks are known; a random draw fits in through noise fixed before the norms are seen (Gumbel top-k).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
+from . import _blocks
 from ._blocks import Block
 from ._errors import UsageError
 
@@ -38,14 +39,17 @@ Norms = Mapping[str, float]
 class AbstractPolicy(ABC):
     """Chooses the blocks of each step; see the module docstring.
 
-    A concrete policy is one final dataclass: its settings are the fields of `__init__`, its state fields with
+    A concrete policy is one final dataclass: its settings are the fields of `__init__`, its state the fields with
     `init=False`. Settings are given at construction, blocks by `bind`.
 
     Attributes:
-        candidates: the blocks to choose from, in model order; empty until bound.
+        candidates: the blocks to choose from, in model order; empty until bound. `start` may narrow them: a block that
+            does not stand here is never selected and never observed.
+        num_elements: how many weights each block holds, by block name.
     """
 
     candidates: tuple[Block, ...] = field(default=(), init=False, repr=False)
+    num_elements: Mapping[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def bind(self, blocks: Sequence[Block]) -> Self:
         """A copy of this policy, with fresh state, that chooses among `blocks`. The original stays unbound.
@@ -53,14 +57,19 @@ class AbstractPolicy(ABC):
         Raises:
             UsageError: the settings do not fit these blocks (a name that none of them has, more blocks than there are).
         """
+        if not blocks:
+            raise UsageError(
+                "no block is left for the policy to choose from; write always=() or name fewer blocks there"
+            )
         bound = copy.copy(self)
         bound.candidates = tuple(blocks)
+        bound.num_elements = {block.name: block.num_elements for block in blocks}
         bound.start()
         return bound
 
     @abstractmethod
     def start(self) -> None:
-        """Set the initial state from `self.candidates`; check the settings against them."""
+        """Narrow `self.candidates` if the settings say so, check the settings against them, set fresh state."""
 
     @abstractmethod
     def propose(self, step: int) -> tuple[str, ...] | None:
@@ -83,19 +92,35 @@ class AbstractPolicy(ABC):
         return False
 
     def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
-        """Step `step` has updated `selected`. `norms` holds the blocks that were observed, none otherwise."""
+        """Step `step` has updated `selected`, as proposed or decided. `norms` holds what was observed, if anything."""
 
     @property
     def coverage_steps(self) -> int | None:
-        """The promise that in any so many consecutive steps every block is trained at least once; None: no promise."""
+        """The promise that in any so many consecutive steps every candidate is trained at least once; None: none."""
         return None
 
     def state(self) -> dict[str, Any]:
         """Everything committed so far, as plain numbers, strings, lists and dicts of them."""
-        return {}
+        return {name: copy.deepcopy(getattr(self, name)) for name in self._state_names()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state()` of the same policy on the same blocks returned."""
+        """Continue from what `state()` of the same policy on the same blocks returned.
+
+        Raises:
+            UsageError: it is the state of another kind of policy.
+        """
+        expected = self._state_names()
+        if set(state) != set(expected):
+            raise UsageError(
+                f"the saved policy state holds {sorted(state)}, {type(self).__name__} needs {sorted(expected)}; "
+                "resume with the policy that was saved"
+            )
+        for name in expected:
+            setattr(self, name, copy.deepcopy(state[name]))
+
+    def _state_names(self) -> list[str]:
+        given_by_bind = {shared.name for shared in fields(AbstractPolicy)}
+        return [own.name for own in fields(self) if not own.init and own.name not in given_by_bind]
 
     def settings(self) -> dict[str, Any]:
         """What was given at construction; a checkpoint keeps it so that another policy is refused."""
@@ -117,6 +142,39 @@ def best(names: Sequence[str], scores: Mapping[str, float], count: int) -> tuple
 def stream(*, seed: int, step: int, purpose: str) -> random.Random:
     """A generator of its own for one purpose at one step: nothing to save, nothing global, alike on every rank."""
     return random.Random(f"gradselect/{seed}/{step}/{purpose}")
+
+
+def open_uniform(generator: random.Random) -> float:
+    """A draw from (0, 1), both ends excluded: its logarithm, and that of its logarithm, are finite."""
+    return (generator.getrandbits(52) + 0.5) / 2**52
+
+
+def log_gamma(generator: random.Random, shape: float) -> float:
+    """log X with X ~ Gamma(shape, 1). Such draws X_b divided by their sum are a draw from Dirichlet(shapes).
+
+    X = Y U^(1/shape) with Y ~ Gamma(shape + 1, 1): in logarithms a small shape, where X itself underflows, is harmless.
+    """
+    return math.log(generator.gammavariate(shape + 1, 1.0)) + math.log(open_uniform(generator)) / shape
+
+
+def gumbel(generator: random.Random) -> float:
+    """A draw G of Gumbel's law. The k largest log w_b + G_b are k draws without replacement with probabilities ∝ w_b.
+
+    Reference: Kool, van Hoof, Welling, "Stochastic Beams and Where to Find Them", arXiv 1903.06059.
+    """
+    return -math.log(-math.log(open_uniform(generator)))
+
+
+def taking_part(blocks: Sequence[Block], among: Sequence[str] | None) -> tuple[Block, ...]:
+    """The blocks whose name or alias matches a glob of `among`, in model order; None: all of them.
+
+    Raises:
+        UsageError: a glob matches nothing.
+    """
+    if among is None:
+        return tuple(blocks)
+    names = set(_blocks.resolve_names(blocks, among))
+    return tuple(block for block in blocks if block.name in names)
 
 
 def resolve_count(*, num_blocks: int, fraction: float | None, count: int | None) -> int:
@@ -141,7 +199,52 @@ def check_fraction_or_count(*, fraction: float | None, count: int | None) -> Non
     """
     if (fraction is None) == (count is None):
         raise UsageError(f"got fraction={fraction} and count={count}; give one of them, e.g. fraction=0.2")
-    if fraction is not None and not 0 < fraction <= 1:
-        raise UsageError(f"fraction={fraction} is outside (0, 1]; 0.2 trains a fifth of the blocks")
-    if count is not None and count < 1:
-        raise UsageError(f"count={count} selects nothing; write count=1 or more")
+    if fraction is not None:
+        check_positive("fraction", fraction, at_most=1, example=0.2)
+    if count is not None:
+        check_whole("count", count)
+
+
+def check_whole(name: str, value: object, *, least: int = 1) -> None:
+    """Setting `name` is an int of at least `least`.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{name}={value!r} is not a whole number from {least} on; write e.g. {name}={least}")
+
+
+def check_positive(name: str, value: object, *, at_most: float = math.inf, example: float) -> None:
+    """Setting `name` is a finite number in (0, at_most].
+
+    Raises:
+        UsageError: otherwise.
+    """
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not (0 < number <= at_most and math.isfinite(number)):
+        interval = "(0, inf)" if at_most == math.inf else f"(0, {at_most}]"
+        raise UsageError(f"{name}={value!r} is outside {interval}; write e.g. {name}={example}")
+
+
+def check_one_of(name: str, value: object, options: Sequence[str]) -> None:
+    """Setting `name` is one of `options`.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    if value not in options:
+        choices = " or ".join(f'{name}="{option}"' for option in options)
+        raise UsageError(f"{name}={value!r} is unknown; write {choices}")
+
+
+def check_patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Block names and globs, as a tuple: at least one.
+
+    Raises:
+        UsageError: a bare string, which would be read letter by letter, or nothing at all.
+    """
+    if isinstance(patterns, str) or not patterns:
+        example = (patterns,) if patterns else ("layer.*",)
+        raise UsageError(f"{name}={patterns!r} is not a list of block names; write e.g. {name}={example!r}")
+    return tuple(patterns)

@@ -1,1 +1,8 @@
-"""The policies, one final class per file."""
+"""WHICH: the policies, one final class per file."""
+
+from .adagradselect import AdaGradSelect as AdaGradSelect
+from .all import All as All
+from .cyclic import Cyclic as Cyclic
+from .fixed import Fixed as Fixed
+from .grad_norm import GradNormTopK as GradNormTopK
+from .uniform import Uniform as Uniform

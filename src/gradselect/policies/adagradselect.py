@@ -1,0 +1,214 @@
+"""AdaGradSelect: look at gradients often at first, then draw the blocks from what was learnt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, final
+
+from .._errors import UsageError
+from .._policy import (
+    AbstractPolicy,
+    Norms,
+    best,
+    check_fraction_or_count,
+    check_one_of,
+    check_patterns,
+    check_positive,
+    check_whole,
+    gumbel,
+    log_gamma,
+    resolve_count,
+    stream,
+    taking_part,
+)
+
+
+@final
+@dataclass(eq=False, kw_only=True)
+class AdaGradSelect(AbstractPolicy):
+    """Epsilon-greedy choice of blocks: by gradient norm while exploring, by a Dirichlet draw while exploiting.
+
+        eps_t = exp(-lambda t) for t < N, 0 afterwards;   lambda = ln(1 / epsilon_end) / N,   N = explore_steps
+        explore (probability eps_t):  full backward;  G_b += ||g_b||;  S = the k blocks of largest G_b
+        exploit (otherwise):          p ~ Dirichlet(f + delta);        S = the k blocks of largest p_b
+        f_b += 1 for b in S
+
+    Step 0 always explores. With a small delta and growing f the draw locks in like a Pólya urn: `delta`,
+    `delta_growth`, `discount`, `norm="rms"` and `coverage` work against it. The paper has eps_0 = 1, eps_N near 0 and
+    exploitation only after N; fractions of 0.1, 0.2 and 0.3 are in its figure. Every other number and option here is a
+    choice of this library.
+
+    Args:
+        fraction: share of the blocks taking part that trains at a step, k = max(1, round(fraction * blocks)); 0.2 if
+            `count` is not given either.
+        count: k itself, instead of `fraction`.
+        explore_steps: N, the optimizer steps of the first epoch: `len(loader)` without gradient accumulation.
+            None: an integration that knows the loader calls `fill_explore_steps`.
+        epsilon_end: share of exploring steps that eps_t has come down to at t = N.
+        delta: added to every count; larger explores more after the first epoch.
+        rank_by: "cumulative" ranks by G_b, "step" by the norm of this step alone.
+        norm: "l2", or "rms" = ||g_b||_2 / sqrt(number of weights), which favours no large block.
+        draw: "top-k" of p, or "multinomial": k draws without replacement with probabilities p.
+        among: names or globs of the blocks that take part, e.g. `("layer.*",)`; None: all.
+        every: choose anew every so many steps and keep the choice between; f_b still counts every update.
+        discount: f and G are multiplied by it at each step; below 1 the bandit forgets what is long ago.
+        coverage: every block trains at least once in any so many consecutive steps; None: no such floor.
+        delta_growth: delta_t = delta + delta_growth * t.
+        seed: of every draw.
+
+    Example:
+        >>> policy = AdaGradSelect(fraction=0.2, explore_steps=1000)
+        >>> policy.explore_probability(0), round(policy.explore_probability(500), 2), policy.explore_probability(1000)
+        (1.0, 0.1, 0.0)
+
+    Reference: Kumar, Gupta, Chawla, "AdaGradSelect", arXiv 2512.15764.
+    """
+
+    fraction: float | None = None
+    count: int | None = None
+    explore_steps: int | None = None
+    epsilon_end: float = 0.01
+    delta: float = 1.0
+    rank_by: Literal["cumulative", "step"] = "cumulative"
+    norm: Literal["l2", "rms"] = "l2"
+    draw: Literal["top-k", "multinomial"] = "top-k"
+    among: Sequence[str] | None = None
+    every: int = 1
+    discount: float = 1.0
+    coverage: int | None = None
+    delta_growth: float = 0.0
+    seed: int = 0
+
+    counts: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    scores: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    last_steps: dict[str, int] = field(default_factory=dict, init=False, repr=False)
+    selection: list[str] = field(default_factory=list, init=False, repr=False)
+    filled_explore_steps: int | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.fraction is None and self.count is None:
+            self.fraction = 0.2
+        check_fraction_or_count(fraction=self.fraction, count=self.count)
+        check_positive("epsilon_end", self.epsilon_end, at_most=1, example=0.01)
+        check_positive("delta", self.delta, example=1.0)
+        check_one_of("rank_by", self.rank_by, ("cumulative", "step"))
+        check_one_of("norm", self.norm, ("l2", "rms"))
+        check_one_of("draw", self.draw, ("top-k", "multinomial"))
+        check_whole("every", self.every)
+        check_positive("discount", self.discount, at_most=1, example=0.99)
+        check_whole("seed", self.seed, least=0)
+        if self.explore_steps is not None:
+            check_whole("explore_steps", self.explore_steps)
+        if self.among is not None:
+            self.among = check_patterns("among", self.among)
+        if self.coverage is not None:
+            check_whole("coverage", self.coverage)
+        if self.delta_growth != 0:
+            check_positive("delta_growth", self.delta_growth, example=0.01)
+
+    def start(self) -> None:
+        self.candidates = taking_part(self.candidates, self.among)
+        self._check_coverage(num_blocks=len(self.candidates), num_selected=self.keep_at(0))
+        self.counts = dict.fromkeys(self.names, 0.0)
+        self.scores = dict.fromkeys(self.names, 0.0)
+        self.last_steps = dict.fromkeys(self.names, -1)
+        self.selection = []
+
+    def fill_explore_steps(self, num_steps: int) -> None:
+        """Set N to `num_steps`, the optimizer steps of the first epoch, unless it was given or is filled already.
+
+        It becomes part of the state, so a resumed run has it. Binding keeps it.
+        """
+        check_whole("explore_steps", num_steps)
+        if self.explore_steps is None and self.filled_explore_steps is None:
+            self.filled_explore_steps = num_steps
+
+    def explore_probability(self, step: int) -> float:
+        """eps_t: how likely step `step` looks at all gradients; 0 where `every` keeps the selection.
+
+        Raises:
+            UsageError: the step is not the first, and nobody has said how long the first epoch is.
+        """
+        if step % self.every:
+            return 0.0
+        if step == 0:
+            return 1.0
+        num_steps = self.filled_explore_steps if self.explore_steps is None else self.explore_steps
+        if num_steps is None:
+            raise UsageError(
+                f"explore_steps=None is still open at step {step}; write AdaGradSelect(explore_steps=len(loader)), or "
+                "let the Trainer's SelectionCallback fill it in"
+            )
+        return self.epsilon_end ** (step / num_steps) if step < num_steps else 0.0
+
+    def propose(self, step: int) -> tuple[str, ...] | None:
+        if step % self.every:
+            return tuple(self.selection)
+        if stream(seed=self.seed, step=step, purpose="explore").random() < self.explore_probability(step):
+            return None
+        due_first = self._exploit_keys(step) | dict.fromkeys(self._due(step), math.inf)
+        return best(self.names, due_first, self.keep_at(step))
+
+    def keep_at(self, step: int) -> int:
+        return resolve_count(num_blocks=len(self.candidates), fraction=self.fraction, count=self.count)
+
+    def score(self, step: int, block: str, norm: float) -> float:
+        if block in self._due(step):
+            return math.inf
+        if not math.isfinite(norm):
+            return -math.inf
+        return self._accumulated(block, norm) if self.rank_by == "cumulative" else self._magnitude(block, norm)
+
+    def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
+        self.counts = {name: self.discount * count + (name in selected) for name, count in self.counts.items()}
+        self.scores = {name: self._accumulated(name, norms.get(name, 0.0)) for name in self.scores}
+        self.last_steps |= dict.fromkeys(selected, step)
+        self.selection = list(selected)
+
+    @property
+    def coverage_steps(self) -> int | None:
+        return self.coverage
+
+    def _exploit_keys(self, step: int) -> dict[str, float]:
+        """A number per block; the k largest are the draw. Top-k of log p, or of log p + Gumbel noise."""
+        generator = stream(seed=self.seed, step=step, purpose="exploit")
+        delta = self.delta + self.delta_growth * step
+        log_shares = {name: log_gamma(generator, self.counts[name] + delta) for name in self.names}
+        if self.draw == "top-k":
+            return log_shares
+        return {name: log_share + gumbel(generator) for name, log_share in log_shares.items()}
+
+    def _accumulated(self, block: str, norm: float) -> float:
+        informative = self._magnitude(block, norm) if math.isfinite(norm) else 0.0
+        return self.discount * self.scores[block] + informative
+
+    def _magnitude(self, block: str, norm: float) -> float:
+        return norm if self.norm == "l2" else norm / math.sqrt(self.num_elements[block])
+
+    def _due(self, step: int) -> tuple[str, ...]:
+        if self.coverage is None:
+            return ()
+        slacks = {name: (last + self.coverage - step) // self.every for name, last in self.last_steps.items()}
+        return due(slacks, self.keep_at(step))
+
+    def _check_coverage(self, *, num_blocks: int, num_selected: int) -> None:
+        least = (math.ceil(num_blocks / num_selected) - 1) * self.every + 1
+        if self.coverage is not None and self.coverage < least:
+            raise UsageError(
+                f"coverage={self.coverage} cannot be kept: {num_selected} of {num_blocks} blocks, chosen anew every "
+                f"{self.every} steps, need {least} steps to reach all; write coverage={least} or more"
+            )
+
+
+def due(slacks: Mapping[str, int], num_selected: int) -> tuple[str, ...]:
+    """The blocks that this choice must contain so that every deadline can be met; earliest deadline first.
+
+    slacks[b] is how many choices block b may still be left out. Let N_d be the number of blocks with slack <= d: they
+    have (d + 1) k places, k = num_selected, d k of them after this choice, so at least max_d (N_d - d k) go now.
+    Slacks of at least ceil(blocks / k) - 1 after each selection keep that number at k or below for ever.
+    """
+    by_deadline = sorted(slacks, key=lambda name: slacks[name])
+    num_now = max(position - num_selected * slacks[name] for position, name in enumerate(by_deadline, start=1))
+    return tuple(by_deadline[: max(0, num_now)])

@@ -1,0 +1,28 @@
+"""All: full fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from .._policy import AbstractPolicy
+
+
+@final
+@dataclass(eq=False)
+class All(AbstractPolicy):
+    """Trains every block at every step: the optimizer is plain AdamW.
+
+    Example:
+        >>> full = All()
+    """
+
+    def start(self) -> None:
+        pass
+
+    def propose(self, step: int) -> tuple[str, ...]:
+        return self.names
+
+    @property
+    def coverage_steps(self) -> int:
+        return 1

@@ -1,0 +1,72 @@
+"""Cyclic: block coordinate descent, one block after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, final
+
+from .._policy import AbstractPolicy, check_one_of, check_patterns, check_whole, resolve_count, stream, taking_part
+
+
+@final
+@dataclass(eq=False, kw_only=True)
+class Cyclic(AbstractPolicy):
+    """Visits every block once a round, `count` blocks a turn, `every` steps a turn.
+
+    Where `count` does not divide the number of blocks, the last turn of a round trains the few that are left.
+
+    Args:
+        every: steps of a turn.
+        order: "random" is a new permutation each round, "ascending" is model order, "descending" from the head down.
+        count: blocks that train together.
+        among: names or globs of the blocks that take part, e.g. `("layer.*",)`; None: all.
+        seed: of the permutations.
+
+    Example:
+        BAdam, together with `BlockOptimizer(..., residency=Drop())`:
+
+        >>> badam = Cyclic(every=50)
+
+    Reference: Luo, Yu, Li, "BAdam: A Memory Efficient Full Parameter Optimization Method for Large Language Models",
+    arXiv 2404.02827.
+    """
+
+    every: int = 50
+    order: Literal["random", "ascending", "descending"] = "random"
+    count: int = 1
+    among: Sequence[str] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole("every", self.every)
+        check_one_of("order", self.order, ("random", "ascending", "descending"))
+        check_whole("count", self.count)
+        check_whole("seed", self.seed, least=0)
+        if self.among is not None:
+            self.among = check_patterns("among", self.among)
+
+    def start(self) -> None:
+        self.candidates = taking_part(self.candidates, self.among)
+        resolve_count(num_blocks=len(self.candidates), fraction=None, count=self.count)
+
+    def propose(self, step: int) -> tuple[str, ...]:
+        round_number, turn = divmod(step // self.every, self._num_turns())
+        positions = self._arrange(round_number)[turn * self.count : (turn + 1) * self.count]
+        return tuple(self.names[position] for position in sorted(positions))
+
+    @property
+    def coverage_steps(self) -> int:
+        """A random order may visit a block first in one round and last in the next: twice the turns lie between."""
+        turns_between = self._num_turns() - 1
+        return (2 if self.order == "random" else 1) * turns_between * self.every + 1
+
+    def _num_turns(self) -> int:
+        return math.ceil(len(self.candidates) / self.count)
+
+    def _arrange(self, round_number: int) -> list[int]:
+        positions = list(range(len(self.candidates)))
+        if self.order == "random":
+            stream(seed=self.seed, step=round_number, purpose="cyclic").shuffle(positions)
+        return positions[::-1] if self.order == "descending" else positions

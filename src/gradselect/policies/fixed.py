@@ -1,0 +1,37 @@
+"""Fixed: the same blocks at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from .._policy import AbstractPolicy, check_patterns, taking_part
+
+
+@final
+@dataclass(eq=False)
+class Fixed(AbstractPolicy):
+    """Trains the named blocks and never another.
+
+    Args:
+        blocks: names, aliases or globs, e.g. `("layer.4", "layer.5")` or `("layer.*", "head")`.
+
+    Example:
+        >>> last_two = Fixed(("layer.4", "layer.5"))
+    """
+
+    blocks: Sequence[str]
+
+    def __post_init__(self) -> None:
+        self.blocks = check_patterns("blocks", self.blocks)
+
+    def start(self) -> None:
+        self.candidates = taking_part(self.candidates, self.blocks)
+
+    def propose(self, step: int) -> tuple[str, ...]:
+        return self.names
+
+    @property
+    def coverage_steps(self) -> int:
+        return 1

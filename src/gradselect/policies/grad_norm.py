@@ -1,0 +1,130 @@
+"""GradNormTopK: the blocks of largest gradient norm, or draws in proportion to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, final
+
+from .._policy import (
+    AbstractPolicy,
+    Norms,
+    best,
+    check_fraction_or_count,
+    check_one_of,
+    check_patterns,
+    check_positive,
+    check_whole,
+    gumbel,
+    resolve_count,
+    stream,
+    taking_part,
+)
+
+
+@final
+@dataclass(eq=False, kw_only=True)
+class GradNormTopK(AbstractPolicy):
+    """Selects by m_b, the gradient norm of block b or a moving average of it.
+
+        m_b = ema m_b + (1 - ema) ||g_b||    where b is observed (m_b = ||g_b|| the first time); else m_b stays
+        S   = the k blocks of largest m_b, or with temperature
+        S   = k draws without replacement from softmax(m / temperature)
+
+    With the defaults, Algorithm 1 of AdaGradSelect's paper: every step a full backward, then the k largest norms.
+
+    Without probing every choice observes all blocks; with `probe_steps`, only the first steps do: they update nothing,
+    m_b is then the mean of their norms, and from there on follows the blocks that train, by their own gradients alone.
+
+    Args:
+        fraction: share of the blocks taking part that trains at a step, k = max(1, round(fraction * blocks)).
+        count: k itself, instead of `fraction`.
+        refresh: choose anew every so many steps and keep the choice between.
+        temperature: of the softmax, in units of the norm; None: no draw.
+        ema: weight of the old average, in (0, 1]; None: m_b is the latest norm.
+        probe_steps: steps at the start that only look.
+        norm: "l2", or "rms" = ||g_b||_2 / sqrt(number of weights), which favours no large block.
+        among: names or globs of the blocks that take part, e.g. `("layer.*",)`; None: all.
+        seed: of the draws.
+
+    Example:
+        GRASS; the numbers are examples, not the paper's:
+
+        >>> grass = GradNormTopK(
+        ...     count=2, refresh=20, temperature=1e-3, ema=0.9, probe_steps=20, norm="rms", among=("layer.*",)
+        ... )
+
+    Reference: Kumar, Gupta, Chawla, "AdaGradSelect", arXiv 2512.15764, Algorithm 1; Tian et al., "GRASS: Gradient-based
+    Adaptive Layer-wise Importance Sampling for Memory-efficient Large Language Model Fine-tuning", arXiv 2604.07808.
+    """
+
+    fraction: float | None = None
+    count: int | None = None
+    refresh: int = 1
+    temperature: float | None = None
+    ema: float | None = None
+    probe_steps: int = 0
+    norm: Literal["l2", "rms"] = "l2"
+    among: Sequence[str] | None = None
+    seed: int = 0
+
+    averages: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    selection: list[str] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_fraction_or_count(fraction=self.fraction, count=self.count)
+        check_whole("refresh", self.refresh)
+        check_whole("probe_steps", self.probe_steps, least=0)
+        check_one_of("norm", self.norm, ("l2", "rms"))
+        check_whole("seed", self.seed, least=0)
+        if self.temperature is not None:
+            check_positive("temperature", self.temperature, example=0.1)
+        if self.ema is not None:
+            check_positive("ema", self.ema, at_most=1, example=0.9)
+        if self.among is not None:
+            self.among = check_patterns("among", self.among)
+
+    def start(self) -> None:
+        self.candidates = taking_part(self.candidates, self.among)
+        resolve_count(num_blocks=len(self.candidates), fraction=self.fraction, count=self.count)
+        self.averages = {}
+        self.selection = []
+
+    def propose(self, step: int) -> tuple[str, ...] | None:
+        if step < self.probe_steps:
+            return None
+        if (step - self.probe_steps) % self.refresh:
+            return tuple(self.selection)
+        if self.probe_steps == 0:
+            return None
+        ranks = {name: self._rank(step, name, self.averages.get(name, -math.inf)) for name in self.names}
+        return best(self.names, ranks, self.keep_at(step))
+
+    def keep_at(self, step: int) -> int:
+        if step < self.probe_steps:
+            return 0
+        return resolve_count(num_blocks=len(self.candidates), fraction=self.fraction, count=self.count)
+
+    def score(self, step: int, block: str, norm: float) -> float:
+        return self._rank(step, block, self._average(step, block, norm)) if math.isfinite(norm) else -math.inf
+
+    def observes_selected(self, step: int) -> bool:
+        return 0 < self.probe_steps <= step
+
+    def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
+        seen = {name: norms[name] for name in self.names if name in norms and math.isfinite(norms[name])}
+        self.averages |= {name: self._average(step, name, norm) for name, norm in seen.items()}
+        self.selection = list(selected)
+
+    def _rank(self, step: int, block: str, average: float) -> float:
+        if self.temperature is None:
+            return average
+        return average / self.temperature + gumbel(stream(seed=self.seed, step=step, purpose=f"gumbel/{block}"))
+
+    def _average(self, step: int, block: str, norm: float) -> float:
+        magnitude = norm if self.norm == "l2" else norm / math.sqrt(self.num_elements[block])
+        if block not in self.averages:
+            return magnitude
+        old_weight = step / (step + 1) if step < self.probe_steps else self.ema or 0.0
+        return old_weight * self.averages[block] + (1 - old_weight) * magnitude

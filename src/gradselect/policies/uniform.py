@@ -1,0 +1,64 @@
+"""Uniform: random blocks; the baseline that a learned criterion has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from .._policy import (
+    AbstractPolicy,
+    check_fraction_or_count,
+    check_patterns,
+    check_whole,
+    resolve_count,
+    stream,
+    taking_part,
+)
+
+
+@final
+@dataclass(eq=False, kw_only=True)
+class Uniform(AbstractPolicy):
+    """Every `every` steps a new set of k blocks, all sets of k equally likely.
+
+    Args:
+        fraction: share of the blocks taking part that trains at a step, k = max(1, round(fraction * blocks)).
+        count: k itself, instead of `fraction`.
+        every: steps that a set is trained for.
+        among: names or globs of the blocks that take part, e.g. `("layer.*",)`; None: all.
+        seed: of the draws.
+
+    Example:
+        LISA, together with `BlockOptimizer(..., always=("embedding", "norm", "head"))`:
+
+        >>> lisa = Uniform(count=2, every=20)
+
+    Reference: Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning",
+    arXiv 2403.17919.
+    """
+
+    fraction: float | None = None
+    count: int | None = None
+    every: int = 1
+    among: Sequence[str] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fraction_or_count(fraction=self.fraction, count=self.count)
+        check_whole("every", self.every)
+        check_whole("seed", self.seed, least=0)
+        if self.among is not None:
+            self.among = check_patterns("among", self.among)
+
+    def start(self) -> None:
+        self.candidates = taking_part(self.candidates, self.among)
+        self._num_selected()
+
+    def propose(self, step: int) -> tuple[str, ...]:
+        generator = stream(seed=self.seed, step=step // self.every, purpose="uniform")
+        positions = generator.sample(range(len(self.names)), self._num_selected())
+        return tuple(self.names[position] for position in sorted(positions))
+
+    def _num_selected(self) -> int:
+        return resolve_count(num_blocks=len(self.candidates), fraction=self.fraction, count=self.count)
