@@ -1,1 +1,1 @@
-"""The application: a recipe in, a plain Hugging Face checkpoint out."""
+"""The application: a recipe in, a plain Hugging Face checkpoint out. Importing it loads no training framework."""

@@ -31,9 +31,7 @@ def read_rows(path: str | Path) -> list[Row]:
     path = Path(path)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise UsageError(
-            f"{path}: cannot read files ending in {path.suffix!r}; use one of {', '.join(sorted(_READERS))}"
-        )
+        raise UsageError(f"{path}: cannot read files ending in {path.suffix!r}; use one of {', '.join(ENDINGS)}")
     if not path.is_file():
         raise UsageError(f"{path}: no such file; paths are relative to the folder the command runs in")
     rows = list(reader(path))
@@ -109,6 +107,9 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".tsv": _read_tsv,
     ".txt": _read_txt,
 }
+
+ENDINGS = tuple(_READERS)
+"""What the names of readable files end in."""
 
 
 def _read_table(path: Path, lines: Any) -> Iterator[Row]:

@@ -1,0 +1,167 @@
+"""From rows of a file or a hub data set to the examples that the trainer reads."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+
+from .._errors import UsageError
+from ._files import ENDINGS, Row, read_rows, require_columns, sha256
+from ._recipe import ChatData, Data, PromptCompletionData, TextData
+from ._template import columns_of, render
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Rows and where they came from.
+
+    Args:
+        path: of the file, or id and split of the hub data set.
+        fingerprint: SHA-256 of the file's bytes, or the fingerprint that the datasets library gives.
+        rows: the rows that are used.
+    """
+
+    path: str
+    fingerprint: str
+    rows: Sequence[Row]
+
+    def describe(self) -> dict[str, str | int]:
+        """What `run.json` keeps."""
+        return {"path": self.path, "fingerprint": self.fingerprint, "rows_used": len(self.rows)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """What a run trains and evaluates on, in TRL's form (columns prompt and completion, messages, or text)."""
+
+    train: Dataset
+    validation: Dataset | None
+    sources: dict[str, Source]
+
+
+def load_examples(settings: Data, *, seed: int) -> Examples:
+    """Read, check and render the examples that `settings` asks for; a held-out share is drawn with `seed`.
+
+    Raises:
+        UsageError: a file, a column or a row that cannot be used; names it.
+    """
+    sources = _read_sources(settings, seed=seed)
+    rendered = {name: Dataset.from_list(_render_rows(source, settings)) for name, source in sources.items()}
+    return Examples(train=rendered["train"], validation=rendered.get("validation"), sources=sources)
+
+
+def _read_sources(settings: Data, *, seed: int) -> dict[str, Source]:
+    """The rows to train on, and those to evaluate on if there are any."""
+    train = _first(_read(settings.path, subset=settings.subset, split=settings.split), settings.limit)
+    if settings.validation is None:
+        return {"train": train}
+    if isinstance(settings.validation, float):
+        train, validation = _hold_out(train, settings.validation, seed=seed)
+    elif _is_file(settings.validation) or _is_file(settings.path):
+        validation = _read(settings.validation, subset=None, split="train")
+    else:
+        validation = _read(settings.path, subset=settings.subset, split=settings.validation)
+    return {"train": train, "validation": _first(validation, settings.validation_limit)}
+
+
+def _read(path: str, *, subset: str | None, split: str) -> Source:
+    if _is_file(path):
+        return Source(path=path, fingerprint=sha256(path), rows=read_rows(path))
+    try:
+        dataset = load_dataset(path, subset, split=split)
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
+        raise UsageError(
+            f"data.path={path!r} is neither a file ({', '.join(ENDINGS)}) nor a data set that can be had from the hub: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    assert isinstance(dataset, Dataset)
+    return Source(path=f"{path} [{split}]", fingerprint=dataset._fingerprint, rows=dataset.to_list())
+
+
+def _is_file(path: str) -> bool:
+    return Path(path).suffix.lower() in ENDINGS or Path(path).exists()
+
+
+def _first(source: Source, limit: int | None) -> Source:
+    return Source(path=source.path, fingerprint=source.fingerprint, rows=source.rows[:limit])
+
+
+def _hold_out(source: Source, share: float, *, seed: int) -> tuple[Source, Source]:
+    """The rows without a random share of them, and that share; both in the file's order, at least one row each."""
+    count = max(1, round(share * len(source.rows)))
+    if count >= len(source.rows):
+        raise UsageError(
+            f"{source.path}: data.validation={share} holds out {count} of {len(source.rows)} rows and leaves none to "
+            "train on; give a file with more rows, or name a validation file"
+        )
+    held_out = set(random.Random(f"validation/{seed}").sample(range(len(source.rows)), count))
+    kept = [row for place, row in enumerate(source.rows) if place not in held_out]
+    taken = [row for place, row in enumerate(source.rows) if place in held_out]
+    return (
+        Source(path=source.path, fingerprint=source.fingerprint, rows=kept),
+        Source(path=f"{source.path} [{share} held out]", fingerprint=source.fingerprint, rows=taken),
+    )
+
+
+def _render_rows(source: Source, settings: Data) -> list[dict[str, Any]]:
+    """Rows in TRL's form."""
+    require_columns(source.rows, _columns_read(settings), path=source.path)
+    examples = []
+    for number, row in enumerate(source.rows, start=1):
+        try:
+            examples.append(_render_row(row, settings))
+        except UsageError as error:
+            raise UsageError(f"{source.path}: row {number}: {error}") from None
+    return examples
+
+
+def _columns_read(settings: Data) -> tuple[str, ...]:
+    match settings:
+        case PromptCompletionData():
+            return (*columns_of(settings.prompt), *columns_of(settings.completion))
+        case ChatData():
+            return (settings.messages,)
+        case TextData():
+            return columns_of(settings.text)
+
+
+def _render_row(row: Row, settings: Data) -> dict[str, Any]:
+    match settings:
+        case PromptCompletionData():
+            prompt, completion = render(settings.prompt, row), render(settings.completion, row)
+            if not settings.as_chat:
+                return {"prompt": prompt, "completion": completion}
+            question, answer = {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}
+            return {"prompt": [question], "completion": [answer]}
+        case ChatData():
+            messages = check_messages(row[settings.messages])
+            if settings.loss_on == "last-answer":
+                return {"prompt": messages[:-1], "completion": messages[-1:]}
+            return {"messages": messages}
+        case TextData():
+            return {"text": render(settings.text, row)}
+
+
+def check_messages(messages: Any) -> list[dict[str, str]]:
+    """A conversation that ends with the assistant's answer to something.
+
+    Raises:
+        UsageError: anything else.
+    """
+    well_formed = isinstance(messages, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in messages
+    )
+    if not well_formed:
+        raise UsageError(
+            f'expected a list of messages like {{"role": "user", "content": "..."}}, got {str(messages)[:60]!r}'
+        )
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise UsageError("a conversation must end with a message of the role 'assistant' that answers another one")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]

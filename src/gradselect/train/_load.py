@@ -1,0 +1,176 @@
+"""From a YAML file and `key=value` arguments to a checked recipe; a complaint is one line that says what to type."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from .._errors import UsageError
+from ._recipe import Recipe
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the YAML file at `path`, with `key=value` overrides such as "optimizer.lr=1e-4" on top.
+
+    A recipe may name another one with `base:`, relative to its own folder, and then writes only what differs.
+
+    Raises:
+        UsageError: no such file, broken YAML, or keys and values that do not fit, one line for each.
+
+    Example:
+        >>> load_recipe("recipes/gsm8k.yaml", ["method.fraction=0.1", "run.output=runs/tenth"]).method.fraction
+        0.1
+    """
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        changes = _merge(changes, _parse_override(override))
+    return parse_recipe(_merge(_read(Path(path)), changes), source=str(path))
+
+
+def parse_recipe(values: Mapping[str, Any], *, source: str) -> Recipe:
+    """The recipe made of plain `values`; `source` names them in errors.
+
+    Raises:
+        UsageError: with one line for each value that is wrong.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(
+            "\n".join([f"{source} is no valid recipe:", *(f"  {line}" for line in explain(error))])
+        ) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every default written out; `load_recipe` reads it back."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def explain(error: ValidationError) -> Iterator[str]:
+    """One line for each problem: the key, the value got, what is allowed."""
+    for problem in error.errors():
+        yield _explain_one(problem, owner=error.title)
+
+
+def _explain_one(problem: Mapping[str, Any], *, owner: str) -> str:
+    model, keys = _follow(problem["loc"])
+    key = ".".join(keys) or owner.lower()
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"{key}: unknown key{_nearest(keys[-1], list(model.model_fields) if model else [])}"
+        case "missing":
+            return f"{key}: missing; it has no default"
+        case "union_tag_invalid":
+            tag, known = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace("'", "").split(", ")
+            return f"{key}.{problem['ctx']['discriminator'].strip(chr(39))} = {tag!r}: unknown{_nearest(tag, known)}"
+        case "union_tag_not_found":
+            return f"{key}.{problem['ctx']['discriminator'].strip(chr(39))}: missing; it has no default"
+        case "value_error":
+            return f"{key}: {problem['ctx']['error']}"
+    return f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _follow(location: Sequence[str | int]) -> tuple[type[BaseModel] | None, list[str]]:
+    """The settings class that holds the last key of a pydantic error, and the keys as the user wrote them.
+
+    In a union pydantic puts the name of the variant between the keys; that is no key of the recipe.
+    """
+    model: type[BaseModel] | None = Recipe
+    options: dict[str, type[BaseModel]] = {}
+    keys: list[str] = []
+    for place, part in enumerate(map(str, location)):
+        if part in options:
+            model, options = options[part], {}
+        elif model is None and not part.isdigit():
+            continue
+        else:
+            keys.append(part)
+            if model is not None and part in model.model_fields and place + 1 < len(location):
+                annotation = model.model_fields[part].annotation
+                options = _variants(annotation)
+                model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return model, keys
+
+
+def _variants(annotation: Any) -> dict[str, type[BaseModel]]:
+    """The settings classes of a union, by each of the names that choose them."""
+    models = [option for option in get_args(annotation) if isinstance(option, type) and issubclass(option, BaseModel)]
+    return {
+        name: model
+        for model in models
+        for field in ("name", "format")
+        if field in model.model_fields
+        for name in get_args(model.model_fields[field].annotation)
+    }
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    """What to type instead of `word`."""
+    close = difflib.get_close_matches(word, known, n=1)
+    listed = f" (known: {', '.join(known)})" if known else ""
+    return f", did you mean {close[0]!r}?{listed}" if close else listed
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error; PyYAML would take the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key, (key_node, _) in zip(keys, node.value, strict=True):
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a recipe file on top of those of its base; `above` are the files that led here."""
+    if path in above:
+        raise UsageError(f"{path} is its own base")
+    if not path.is_file():
+        raise UsageError(f"{path}: no such recipe" + (f" (the base of {above[-1]})" if above else ""))
+    try:
+        values = yaml.load(path.read_text("utf-8"), Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: expected the sections {', '.join(Recipe.model_fields)}, got {values!r:.60}")
+    base = values.pop("base", None)
+    return values if base is None else _merge(_read(path.parent / str(base), (*above, path)), values)
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    """`{"optimizer": {"lr": "1e-4"}}` for "optimizer.lr=1e-4"."""
+    key, equals, text = override.partition("=")
+    if not (key and equals):
+        raise UsageError(f"{override!r} is no override; write key=value, e.g. optimizer.lr=1e-4")
+    try:
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{override!r}: the value is no valid YAML: {' '.join(str(error).split())}") from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of `over` on those of `under`, section by section.
+
+    A section that names another method replaces the one below, for the keys of one method do not fit another.
+    """
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        if (
+            isinstance(below, dict)
+            and isinstance(value, dict)
+            and value.get("name", below.get("name")) == below.get("name")
+        ):
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
+    return merged

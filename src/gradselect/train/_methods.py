@@ -1,0 +1,254 @@
+"""The methods of fine-tuning that a recipe can name: their keys, and the object that each one stands for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from .._policy import AbstractPolicy
+from .._residency import AbstractResidency, Drop, Keep, Offload
+from ..policies import AdaGradSelect, All, Cyclic, Fixed, GradNormTopK, Uniform
+from ._settings import Settings
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+Residency = Literal["keep", "offload", "drop"]
+
+
+class AbstractBlockMethod(Settings, ABC):
+    """Trains, at every step, the blocks that a policy chooses; keys that are not explained here are the policy's own.
+
+    Attributes:
+        always: blocks that train at every step beside the policy's choice, e.g. ["embedding"].
+        residency: where the optimizer state of a block lives while it is not selected: on the device (keep), in host
+            memory (offload), nowhere (drop).
+    """
+
+    always: tuple[str, ...] = ()
+    residency: Residency = "offload"
+
+    @abstractmethod
+    def policy(self, *, seed: int, blocks: Sequence[str]) -> AbstractPolicy:
+        """The policy, for a model with these blocks."""
+
+    def place(self) -> AbstractResidency:
+        """The residency as an object."""
+        return {"keep": Keep(), "offload": Offload(), "drop": Drop()}[self.residency]
+
+    def policy_options(self) -> dict[str, Any]:
+        """The keys that are the policy's own."""
+        return self.model_dump(exclude={"name", *AbstractBlockMethod.model_fields})
+
+    @model_validator(mode="after")
+    def check_policy(self) -> Self:
+        """The policy checks its own settings; what it has against them is the recipe's error."""
+        self.policy(seed=0, blocks=())
+        return self
+
+
+class AdaGradSelectMethod(AbstractBlockMethod):
+    """`gradselect.AdaGradSelect`; `explore_steps` is by default the number of steps of the first epoch."""
+
+    name: Literal["adagradselect"]
+    fraction: float | None = None
+    count: int | None = None
+    explore_steps: int | None = None
+    epsilon_end: float = 0.01
+    delta: float = 1.0
+    rank_by: Literal["cumulative", "step"] = "cumulative"
+    norm: Literal["l2", "rms"] = "l2"
+    draw: Literal["top-k", "multinomial"] = "top-k"
+    among: tuple[str, ...] | None = None
+    every: int = 1
+    discount: float = 1.0
+    coverage: int | None = None
+    delta_growth: float = 0.0
+
+    def policy(self, *, seed: int, blocks: Sequence[str]) -> AbstractPolicy:
+        return AdaGradSelect(seed=seed, **self.policy_options())
+
+
+class GradNormMethod(AbstractBlockMethod):
+    """`gradselect.GradNormTopK`: every step a full backward pass, then the blocks of largest gradient norm train."""
+
+    name: Literal["gradnorm"]
+    fraction: float | None = None
+    count: int | None = None
+    refresh: int = 1
+    temperature: float | None = None
+    ema: float | None = None
+    probe_steps: int = 0
+    norm: Literal["l2", "rms"] = "l2"
+    among: tuple[str, ...] | None = None
+
+    def policy(self, *, seed: int, blocks: Sequence[str]) -> AbstractPolicy:
+        return GradNormTopK(seed=seed, **self.policy_options())
+
+
+class GrassMethod(GradNormMethod):
+    """GRASS (Tian et al., arXiv 2604.07808) on `gradselect.GradNormTopK`; the numbers are a choice, not the paper's."""
+
+    name: Literal["grass"]  # pyright: ignore[reportIncompatibleVariableOverride]
+    refresh: int = 20
+    temperature: float | None = 1e-3
+    ema: float | None = 0.9
+    probe_steps: int = 20
+    norm: Literal["l2", "rms"] = "rms"
+    among: tuple[str, ...] | None = ("layer.*",)
+
+
+class UniformMethod(AbstractBlockMethod):
+    """`gradselect.Uniform`: random blocks, the baseline that a learned choice has to beat."""
+
+    name: Literal["uniform"]
+    fraction: float | None = None
+    count: int | None = None
+    every: int = 1
+    among: tuple[str, ...] | None = None
+
+    def policy(self, *, seed: int, blocks: Sequence[str]) -> AbstractPolicy:
+        return Uniform(seed=seed, **self.policy_options())
+
+
+class LisaMethod(AbstractBlockMethod):
+    """LISA (Pan et al., arXiv 2403.17919): random layers for a while, and embedding, final norm and head always."""
+
+    name: Literal["lisa"]
+    count: int = 2
+    every: int = 20
+    always: tuple[str, ...] = ("embedding", "norm", "head")
+    residency: Residency = "keep"
+
+    def policy(self, *, seed: int, blocks: Sequence[str]) -> AbstractPolicy:
+        return Uniform(seed=seed, **self.policy_options())
+
+
+class BAdamMethod(AbstractBlockMethod):
+    """BAdam (Luo, Yu, Li, arXiv 2404.02827) on `gradselect.Cyclic`: one layer at a time, its state dropped after it."""
+
+    name: Literal["badam"]
+    every: int = 50
+    order: Literal["random", "ascending", "descending"] = "random"
+    count: int = 1
+    among: tuple[str, ...] | None = ("layer.*",)
+    residency: Residency = "drop"
+
+    def policy(self, *, seed: int, blocks: Sequence[str]) -> AbstractPolicy:
+        return Cyclic(seed=seed, **self.policy_options())
+
+
+class LastMethod(AbstractBlockMethod):
+    """The last `count` layers of the model, at every step."""
+
+    name: Literal["last"]
+    count: PositiveInt = 2
+    residency: Residency = "keep"
+
+    def policy(self, *, seed: int, blocks: Sequence[str]) -> AbstractPolicy:
+        layers = [name for name in blocks if name.startswith("layer.")]
+        return Fixed(tuple(layers[-self.count :]) or ("layer.*",))
+
+
+class FixedMethod(AbstractBlockMethod):
+    """`gradselect.Fixed`: the named blocks, at every step."""
+
+    name: Literal["fixed"]
+    blocks: tuple[str, ...]
+    residency: Residency = "keep"
+
+    def policy(self, *, seed: int, blocks: Sequence[str]) -> AbstractPolicy:
+        return Fixed(self.blocks)
+
+
+class FullMethod(Settings):
+    """Every weight at every step: AdamW, with float32 master weights where the model is bfloat16."""
+
+    name: Literal["full"]
+
+    def policy(self) -> AbstractPolicy:
+        """Every block: what a bfloat16 model is trained with."""
+        return All()
+
+
+class AbstractAdapterMethod(Settings, ABC):
+    """Trains an adapter of PEFT in float32; at the end it is merged into the model's weights."""
+
+    @abstractmethod
+    def peft_config(self) -> PeftConfig:
+        """The configuration that PEFT builds the adapter from."""
+
+
+class LoraMethod(AbstractAdapterMethod):
+    """Low-rank adapters on every linear layer (Hu et al., "LoRA", arXiv 2106.09685).
+
+    rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732); DoRA trains magnitude and direction apart
+    (Liu et al., arXiv 2402.09353); PiSSA starts from the principal singular vectors (Meng et al., arXiv 2404.02948).
+
+    Attributes:
+        rank: of the update of each matrix.
+        alpha: the update is scaled by alpha / rank; by default alpha is twice the rank.
+        dropout: on the adapter's input.
+        targets: "all-linear", or names of the layers to adapt.
+        train_embedding: train the token embedding too, in full; a tied head follows it.
+    """
+
+    name: Literal["lora", "rslora", "dora", "pissa"]
+    rank: PositiveInt = 16
+    alpha: PositiveInt | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    train_embedding: bool = False
+
+    def peft_config(self) -> PeftConfig:
+        from peft import LoraConfig
+
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.rank,
+            lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
+            use_rslora=self.name == "rslora",
+            use_dora=self.name == "dora",
+            init_lora_weights="pissa" if self.name == "pissa" else True,
+            modules_to_save=["embed_tokens"] if self.train_embedding else None,
+            ensure_weight_tying=self.train_embedding,
+        )
+
+
+class OtherAdapterMethod(AbstractAdapterMethod):
+    """Any other adapter that PEFT ships, by PEFT's own names.
+
+    Attributes:
+        type: the adapter's name in PEFT, e.g. "IA3", "SHIRA", "HRA".
+        options: arguments of its PEFT configuration class.
+    """
+
+    name: Literal["peft"]
+    type: str
+    options: Mapping[str, Any] = Field(default_factory=dict)
+
+    def peft_config(self) -> PeftConfig:
+        from peft import get_peft_config
+
+        return get_peft_config({"peft_type": self.type.upper(), "task_type": "CAUSAL_LM", **self.options})
+
+
+Method = Annotated[
+    AdaGradSelectMethod
+    | GradNormMethod
+    | GrassMethod
+    | UniformMethod
+    | LisaMethod
+    | BAdamMethod
+    | LastMethod
+    | FixedMethod
+    | FullMethod
+    | LoraMethod
+    | OtherAdapterMethod,
+    Field(discriminator="name"),
+]

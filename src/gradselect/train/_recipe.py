@@ -1,0 +1,193 @@
+"""The recipe of a training run: every key that a YAML file may hold, its type and its default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from ._methods import Method
+from ._settings import Settings
+from ._template import check_template
+
+Template = Annotated[str, AfterValidator(check_template)]
+"""Text with columns of the data in braces: "Question: {question}\\nAnswer:"."""
+
+
+class ModelSettings(Settings):
+    """The model to start from.
+
+    Attributes:
+        path: a folder with a Hugging Face checkpoint, or the id of one on the hub.
+        revision: branch, tag or commit on the hub.
+        dtype: of the weights. With bfloat16, whatever is trained has float32 master weights or float32 adapters.
+        attention: implementation of the attention.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        trust_remote_code: run Python code that comes with the checkpoint.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+class AbstractDataSettings(Settings):
+    """Where the examples come from and how many are used.
+
+    Attributes:
+        path: a `.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv` or `.txt` file, or the id of a data set on the hub.
+        subset: name of a configuration of the hub data set.
+        split: split of the hub data set.
+        limit: use only the first so many rows.
+        validation: what the evaluation during training reads: a share of the training rows, held out (0.02); a file;
+            or, for a hub data set, the name of one of its splits.
+        validation_limit: use only the first so many rows of it.
+        max_length: tokens of an example; longer ones are cut at the end. By default the model's context, at most 1024.
+        packing: put several examples into one row of `max_length` tokens; attention stays inside each example.
+    """
+
+    path: str
+    subset: str | None = None
+    split: str = "train"
+    limit: PositiveInt | None = None
+    validation: Annotated[float, Field(gt=0, lt=1)] | str | None = None
+    validation_limit: PositiveInt | None = None
+    max_length: PositiveInt | None = None
+    packing: bool = False
+
+
+class PromptCompletionData(AbstractDataSettings):
+    """A prompt that the model reads and a completion that it learns to write.
+
+    Attributes:
+        prompt: template of the prompt.
+        completion: template of the completion; the end-of-text token is appended.
+        as_chat: the prompt becomes the user's message and the completion the assistant's, in the model's chat template.
+        loss_on: tokens that count in the loss.
+    """
+
+    format: Literal["prompt-completion"]
+    prompt: Template = "{prompt}"
+    completion: Template = "{completion}"
+    as_chat: bool = False
+    loss_on: Literal["completion", "all"] = "completion"
+
+
+class ChatData(AbstractDataSettings):
+    """Conversations, rendered by the model's own chat template.
+
+    Attributes:
+        messages: the column that holds a list of messages, each an object with `role` and `content`.
+        loss_on: tokens that count in the loss; "answers" are all the assistant's turns and need a chat template that
+            marks them, "last-answer" works with every template.
+    """
+
+    format: Literal["chat"]
+    messages: str = "messages"
+    loss_on: Literal["last-answer", "answers", "all"] = "last-answer"
+
+
+class TextData(AbstractDataSettings):
+    """Plain text: every token counts in the loss; the end-of-text token is appended.
+
+    Attributes:
+        text: template of an example.
+    """
+
+    format: Literal["text"]
+    text: Template = "{text}"
+
+
+Data = Annotated[PromptCompletionData | ChatData | TextData, Field(discriminator="format")]
+
+
+class OptimizerSettings(Settings):
+    """AdamW and its schedule, the same for every method.
+
+    Attributes:
+        lr: learning rate after the warm-up.
+        weight_decay: decoupled decay of matrices; biases and norms have none.
+        betas: decay of the first and the second moment.
+        eps: added to the denominator.
+        max_grad_norm: gradients are scaled down to this L2 norm; 0 turns it off.
+        schedule: course of the learning rate after the warm-up.
+        warmup: steps of linear warm-up; below 1 a share of all steps.
+    """
+
+    lr: PositiveFloat
+    weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    max_grad_norm: NonNegativeFloat = 1.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: NonNegativeFloat = 0.03
+
+
+class RunSettings(Settings):
+    """How long, where to, and what to write on the way.
+
+    Attributes:
+        output: the folder to create; holds the trained model, `run.json`, `records.jsonl` and the checkpoints.
+        steps: optimizer steps to take; give this or `epochs`.
+        epochs: passes over the data; give this or `steps`.
+        batch_size: examples of one forward pass, on each device.
+        accumulation: forward passes of one optimizer step.
+        seed: of data order, adapters, dropout and block selection.
+        device: "auto" takes an accelerator when there is one.
+        log_every: steps between two log lines.
+        evaluate_every: steps between two evaluations; none by default.
+        save_every: steps between two checkpoints; none by default.
+        keep_checkpoints: older ones are deleted.
+        report_to: trackers that get the curves.
+    """
+
+    output: str
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    batch_size: PositiveInt = 8
+    accumulation: PositiveInt = 1
+    seed: NonNegativeInt = 0
+    device: Literal["auto", "cpu"] = "auto"
+    log_every: PositiveInt = 10
+    evaluate_every: PositiveInt | None = None
+    save_every: PositiveInt | None = None
+    keep_checkpoints: PositiveInt = 2
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ("tensorboard",)
+
+    @model_validator(mode="after")
+    def check_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"got steps={self.steps} and epochs={self.epochs}; give one of them, e.g. run.steps=300 run.epochs=null"
+            )
+        return self
+
+
+class Recipe(Settings):
+    """Everything that decides a training run."""
+
+    model: ModelSettings
+    data: Data
+    method: Method
+    optimizer: OptimizerSettings
+    run: RunSettings
+
+    @model_validator(mode="after")
+    def check_validation(self) -> Self:
+        if self.run.evaluate_every is not None and self.data.validation is None:
+            raise ValueError(
+                f"run.evaluate_every={self.run.evaluate_every} needs examples to evaluate on; "
+                "add e.g. data.validation=0.02, or set run.evaluate_every=null"
+            )
+        return self
