@@ -59,14 +59,15 @@ def load_examples(settings: Data, *, seed: int) -> Examples:
 def _read_sources(settings: Data, *, seed: int) -> dict[str, Source]:
     """The rows to train on, and those to evaluate on if there are any."""
     train = _first(_read(settings.path, subset=settings.subset, split=settings.split), settings.limit)
-    if settings.validation is None:
-        return {"train": train}
-    if isinstance(settings.validation, float):
-        train, validation = _hold_out(train, settings.validation, seed=seed)
-    elif _is_file(settings.validation) or _is_file(settings.path):
-        validation = _read(settings.validation, subset=None, split="train")
-    else:
-        validation = _read(settings.path, subset=settings.subset, split=settings.validation)
+    match settings.validation:
+        case None:
+            return {"train": train}
+        case str(name) if _is_file(name) or _is_file(settings.path):
+            validation = _read(name, subset=None, split="train")
+        case str(name):
+            validation = _read(settings.path, subset=settings.subset, split=name)
+        case share:
+            train, validation = _hold_out(train, share, seed=seed)
     return {"train": train, "validation": _first(validation, settings.validation_limit)}
 
 
