@@ -1,0 +1,445 @@
+"""BlockOptimizer: the main path of block-wise selective fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn import Parameter
+
+from ._blocks import Block, partition, resolve_names
+from ._checkpoint import check_same
+from ._errors import UsageError
+from ._groups import check_hyper_parameters, decay_groups
+from ._observe import GradientObserver
+from ._policy import AbstractPolicy
+from ._records import StepRecord, selection_entropy
+from ._residency import AbstractResidency, Keep
+from ._rules import AbstractRule, AdamWRule
+from ._state import MASTER, BlockStates, num_bytes
+
+RecordHook = Callable[[StepRecord], None]
+
+
+class MemoryBytes(TypedDict):
+    """Bytes held at the moment, by category; their sum is the training state without activations.
+
+    Step counters, four bytes for each parameter tensor, are not counted.
+    """
+
+    weights: int
+    gradients: int
+    masters: int
+    state_on_device: int
+    state_on_host: int
+
+
+class BlockOptimizer(torch.optim.Optimizer):
+    r"""AdamW that trains, at each step, only the blocks that a policy selects.
+
+    With selection S_t of step t, block b and rule R (AdamW):
+
+        (w_b, s_b) <- R(w_b, g_b, s_b)   for b in S_t
+        (w_b, s_b) unchanged             otherwise: bit-identical, no decay, no momentum drift
+
+    Unselected blocks have `requires_grad=False` during forward and backward: no weight gradient is computed for them,
+    and nothing below the lowest selected block is visited. When the policy asks for gradient norms (an *explore* step),
+    every block takes part in the backward pass and the selection is made from its norms.
+
+    How it behaves in a training loop:
+
+    * **Closure.** `step(closure)` evaluates it with gradients enabled, then steps.
+    * **Schedulers** see two fixed `param_groups` (decay, no decay) and set their `lr` as usual.
+    * **Gradient accumulation.** The selection holds for the whole window. Give `accumulation_steps`, the number of
+      backward passes per step: in an explore step the gradients of all blocks add up until the last of them, which then
+      releases the losers. Without accumulation losers are released during the backward pass (*streaming top-k*), so at
+      most k + 1 blocks' gradients exist. A second backward pass that was not announced raises.
+    * **`clip_grad_norm_`** between `backward()` and `step()` sees the gradients of the selected blocks, in explore
+      steps too. The policy's norms are taken before clipping.
+    * **GradScaler.** Pass it as `grad_scaler`, so that norms of different steps are on one scale. A step that it
+      skips counts for nothing; call `optimizer.zero_grad()` after it, as every loop does.
+    * **Gradient checkpointing** works, non-reentrant. `model.enable_input_require_grads()`, which transformers calls with
+      it, makes the backward pass visit every layer again; the Trainer integration undoes that.
+    * **No gradients.** `step()` without any gradient changes nothing and counts for nothing, as in torch.
+
+    Args:
+        model: its trainable parameters are partitioned into blocks; parameters that are frozen already stay frozen.
+        policy: which blocks train, e.g. `AdaGradSelect(fraction=0.2, explore_steps=len(loader))`. It is copied.
+        always: names or globs of blocks that train at every step beside the policy's choice, e.g. `("embedding",)`.
+        lr: learning rate, >= 0. Default 1e-3, as torch's AdamW.
+        betas: decay rates of the moments, each in [0, 1).
+        eps: added to the root of the second moment, >= 0.
+        weight_decay: decoupled weight decay of the decay group, >= 0. Default 0.01.
+        no_decay: globs of parameter names that are not decayed. Default None: tensors of fewer than two dimensions
+            (biases, norms). `()` decays everything.
+        rule: the update formula. Default `AdamWRule()`, bitwise `torch.optim.AdamW(foreach=False)`.
+        residency: where the state of unselected blocks lives: `Keep()` (default), `Offload()` or `Drop()`.
+        master_dtype: dtype of master weights and moments of a bf16 or fp16 model, held for blocks that hold state.
+            None: moments in the model's precision and no masters, as `torch.optim.AdamW`.
+        blocks: another partition, e.g. `partition(model, by="matrix")`. Default `partition(model)`.
+        accumulation_steps: backward passes per step, >= 1.
+        grad_scaler: the `torch.amp.GradScaler` of the loop, if there is one.
+
+    Raises:
+        UsageError: a value out of its range, a pattern that matches nothing, a policy that does not fit the blocks.
+
+    Example:
+        >>> import torch, gradselect as gs
+        >>> layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+        >>> model = torch.nn.Sequential(*layers)
+        >>> optimizer = gs.BlockOptimizer(model, policy=gs.Cyclic(every=1, order="ascending"), lr=1e-2)
+        >>> for _ in range(2):
+        ...     model(torch.ones(1, 4)).sum().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> optimizer.last_record.selected
+        ('layer.1',)
+
+    Reference:
+        Kumar, Gupta, Chawla: AdaGradSelect, arXiv 2512.15764, for the idea; the update is Loshchilov, Hutter,
+        arXiv 1711.05101, algorithm 2.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: AbstractPolicy,
+        *,
+        always: Sequence[str] = (),
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        no_decay: Sequence[str] | None = None,
+        rule: AbstractRule | None = None,
+        residency: AbstractResidency | None = None,
+        master_dtype: torch.dtype | None = torch.float32,
+        blocks: Sequence[Block] | None = None,
+        accumulation_steps: int = 1,
+        grad_scaler: GradScaler | None = None,
+    ) -> None:
+        check_hyper_parameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, accumulation=accumulation_steps)
+        blocks = partition(model) if blocks is None else tuple(blocks)
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        self._sealed = False
+        super().__init__(decay_groups(blocks, no_decay=no_decay, weight_decay=weight_decay), defaults)
+        self._sealed = True
+
+        self.rule = AdamWRule() if rule is None else rule
+        self.grad_scaler = grad_scaler
+        self._members = {block.name: block.parameter_names for block in blocks}
+        self._place = {
+            name: (index, position)
+            for index, group in enumerate(self.param_groups)
+            for position, name in enumerate(group["param_names"])
+        }
+        self._states = BlockStates(
+            self.state,
+            self._members,
+            members=self._parameters_of,
+            rule=self.rule,
+            residency=Keep() if residency is None else residency,
+            master_dtype=master_dtype,
+        )
+        self._always = resolve_names(blocks, always)
+        self.policy = policy.bind([block for block in blocks if block.name not in self._always])
+        self._frozen_bytes = sum(num_bytes(p) for p in model.parameters()) - sum(map(num_bytes, self._parameters()))
+
+        self._set_trainable(self._members)
+        self._observer = GradientObserver(
+            {block.name: block.parameters for block in blocks}, accumulation_steps=accumulation_steps
+        )
+        self._step = 0
+        self._update_counts = dict.fromkeys(self._members, 0)
+        self._record_hooks: list[RecordHook] = []
+        self.last_record: StepRecord | None = None
+        self._propose()
+
+    # The main path -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update the selected blocks once, then select those of the next step.
+
+        Args:
+            closure: evaluates the model again and returns the loss; optional.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = self._evaluate(closure)
+        if not self._has_gradients():
+            return loss
+        selected = self._decide()  # 1
+        self._states.admit(selected)  # 2
+        self._update(selected)  # 3
+        self._release(selected)  # 4
+        record = self._commit(selected)
+        self._propose()  # 5
+        self._report(record)  # 6
+        return loss
+
+    def _decide(self) -> tuple[str, ...]:
+        """The selection of this step: what was proposed, or what the norms say; `always` blocks included."""
+        self._check_ownership()
+        self._observer.finish()
+        chosen = self._proposal
+        if chosen is None:
+            chosen = self.policy.decide(self._step, self._observer.norms)
+        return self._with_always(chosen)
+
+    def _update(self, selected: Sequence[str]) -> None:
+        """Apply the rule, block by block."""
+        for name in selected:
+            for index, parameters in self._grouped(name):
+                self._update_together(parameters, self.param_groups[index])
+
+    def _release(self, selected: Sequence[str]) -> None:
+        """Gradients of all other blocks are gone."""
+        for name in self._members.keys() - set(selected):
+            for parameter in self._parameters_of(name):
+                parameter.grad = None
+
+    def _commit(self, selected: tuple[str, ...]) -> StepRecord:
+        """Count the step: in the policy, in the update counts and as a record."""
+        norms = {name: self._observer.norms[name] for name in self.policy.names if name in self._observer.norms}
+        self.policy.commit(self._step, [name for name in selected if name not in self._always], norms)
+        for name in selected:
+            self._update_counts[name] += 1
+        record = StepRecord(
+            step=self._step,
+            selected=selected,
+            explored=self._proposal is None,
+            state_bytes=sum(self._states.num_bytes(name) for name in self._states.resident),
+            moved_bytes=self._states.moved_bytes,
+            selection_entropy=selection_entropy({name: self._update_counts[name] for name in self.policy.names}),
+            norms=norms,
+        )
+        self._step += 1
+        self._states.moved_bytes = 0
+        return record
+
+    def _propose(self) -> None:
+        """Ask for the next selection; freeze, thaw and observe accordingly. What leaves the selection is evicted."""
+        self._proposal = self.policy.propose(self._step)
+        if self._proposal is None:
+            self._set_trainable(self._members)
+            self._observer.watch(self.policy.names, scale=self._gradient_scale)
+            self._observer.stream(keep=self.policy.keep_at(self._step), score=self._score)
+        else:
+            coming = self._with_always(self._proposal)
+            self._states.evict_all_but(coming)
+            self._set_trainable(coming)
+            observed = self._proposal if self.policy.observes_selected(self._step) else ()
+            self._observer.watch(observed, scale=self._gradient_scale)
+
+    def _report(self, record: StepRecord) -> None:
+        self.last_record = record
+        for hook in self._record_hooks:
+            hook(record)
+
+    # What users ask ----------------------------------------------------------------------------------------------
+
+    def add_record_hook(self, hook: RecordHook) -> None:
+        """Call `hook(record)` with the `StepRecord` after each step."""
+        self._record_hooks.append(hook)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of all blocks in model order."""
+        return tuple(self._members)
+
+    @property
+    def update_counts(self) -> dict[str, int]:
+        """How often each block has been updated."""
+        return dict(self._update_counts)
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Blocks that take part in the coming backward pass: the selection, or all of them in an explore step."""
+        return self.blocks if self._proposal is None else self._with_always(self._proposal)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Backward passes per step; may be set between steps."""
+        return self._observer.accumulation_steps
+
+    @accumulation_steps.setter
+    def accumulation_steps(self, value: int) -> None:
+        self._observer.accumulation_steps = value
+
+    def memory(self) -> MemoryBytes:
+        """Bytes held now, exactly, by category.
+
+        Returns:
+            `weights`: all of the model's parameters; `gradients`: those that exist; `masters` and `state_on_device`
+            (moments) on the model's device; `state_on_host`: moments and masters of blocks that are offloaded.
+        """
+        masters, on_device, on_host = self._states.memory()
+        return MemoryBytes(
+            weights=self._frozen_bytes + sum(map(num_bytes, self._parameters())),
+            gradients=sum(num_bytes(p.grad) for p in self._parameters() if p.grad is not None),
+            masters=masters,
+            state_on_device=on_device,
+            state_on_host=on_host,
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients and begin a new accumulation window.
+
+        Args:
+            set_to_none: False fills the gradients of blocks that train at the next step with zeros instead.
+        """
+        super().zero_grad(set_to_none=set_to_none)
+        self._release(self.trainable)
+        self._observer.restart()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after construction: blocks and groups are fixed for life.
+
+        Raises:
+            UsageError: always, once the optimizer is built.
+        """
+        if self._sealed:
+            raise UsageError("param_groups of BlockOptimizer are fixed; build a new BlockOptimizer on the whole model")
+        super().add_param_group(param_group)
+
+    def close(self) -> None:
+        """Give the model back: hooks removed, every block trainable again, gradients and state untouched."""
+        self._observer.close()
+        self._set_trainable(self._members)
+
+    # Checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the next step, as tensors and plain values: `torch.load(weights_only=True)` reads it.
+
+        Beside torch's `state` and `param_groups` it holds `selection`: the step, the policy's kind, settings and state,
+        the blocks and how often each was updated.
+        """
+        self._wait_for_copies()
+        state_dict = super().state_dict()
+        state_dict["selection"] = {
+            **self._identity(),
+            "step": self._step,
+            "policy_state": self.policy.state(),
+            "update_counts": dict(self._update_counts),
+            "resident": [name for name in self._members if name in self._states.resident],
+            "moved_bytes": self._states.moved_bytes,
+        }
+        return state_dict
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Continue where the optimizer that wrote `state_dict` stood. Tensors are copied and keep their dtype.
+
+        Raises:
+            UsageError: written by another optimizer, or for another model, partition or policy; says what differs.
+        """
+        if "selection" not in state_dict:
+            raise UsageError("this state_dict was not written by BlockOptimizer: it has no entry 'selection'")
+        selection, saved_groups = state_dict["selection"], state_dict["param_groups"]
+        check_same(selection, self._identity())
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+        saved_states = dict(
+            zip(self._place, (state_dict["state"].get(i, {}) for i in range(len(self._place))), strict=True)
+        )
+        self._states.load(
+            {name: [saved_states[member] for member in members] for name, members in self._members.items()},
+            resident=selection["resident"],
+        )
+        self._step = selection["step"]
+        self._update_counts = dict(selection["update_counts"])
+        self.policy.load_state(selection["policy_state"])
+        self._propose()
+        self._states.moved_bytes = selection["moved_bytes"]
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint and the run that loads it must agree on."""
+        return {
+            "policy": type(self.policy).__name__,
+            "policy_settings": self.policy.settings(),
+            "blocks": {name: list(members) for name, members in self._members.items()},
+            "always": list(self._always),
+            "groups": [list(group["param_names"]) for group in self.param_groups],
+        }
+
+    # Parts -------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, closure: Callable[[], float] | None) -> float | None:
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
+    def _has_gradients(self) -> bool:
+        return any(parameter.grad is not None for parameter in self._parameters())
+
+    def _update_together(self, parameters: Sequence[Parameter], group: Mapping[str, Any]) -> None:
+        """One call of the rule for one block's parameters of one group; masters stand in for half-precision weights."""
+        moving = [parameter for parameter in parameters if parameter.grad is not None]
+        if not moving:
+            return
+        states = [self._states.of(parameter) for parameter in moving]
+        weights = [state.get(MASTER, parameter) for state, parameter in zip(states, moving, strict=True)]
+        grads = [_dense(p.grad).to(weight.dtype) for p, weight in zip(moving, weights, strict=True)]
+        self.rule.update(weights, grads, states, group)
+        for parameter, weight in zip(moving, weights, strict=True):
+            if weight is not parameter:
+                parameter.copy_(weight)
+
+    def _set_trainable(self, names: Collection[str]) -> None:
+        wanted = set(names)
+        for name, parameters in self._members.items():
+            for parameter in self._parameters_named(parameters):
+                if parameter.requires_grad != (name in wanted):
+                    parameter.requires_grad_(name in wanted)
+                    parameter.grad = None
+
+    def _score(self, name: str, norm: float) -> float:
+        return self.policy.score(self._step, name, norm)
+
+    def _gradient_scale(self) -> float:
+        return 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
+
+    def _with_always(self, chosen: Sequence[str]) -> tuple[str, ...]:
+        wanted = {*chosen, *self._always}
+        return tuple(name for name in self._members if name in wanted)
+
+    def _check_ownership(self) -> None:
+        if not all(self._observer.owns(parameter) for parameter in self._parameters()):
+            raise UsageError("a newer optimizer was built on this model, or this one was closed; step that one")
+
+    def _grouped(self, name: str) -> list[tuple[int, list[Parameter]]]:
+        """The block's parameters by group index."""
+        groups: dict[int, list[Parameter]] = {}
+        for member in self._members[name]:
+            groups.setdefault(self._place[member][0], []).extend(self._parameters_named([member]))
+        return list(groups.items())
+
+    def _parameters(self) -> list[Parameter]:
+        return self._parameters_named(self._place)
+
+    def _parameters_of(self, name: str) -> list[Parameter]:
+        return self._parameters_named(self._members[name])
+
+    def _parameters_named(self, members: Iterable[str]) -> list[Parameter]:
+        # Always through param_groups: a wrapper may have put other tensors there.
+        places = (self._place[member] for member in members)
+        return [self.param_groups[index]["params"][position] for index, position in places]
+
+    def _wait_for_copies(self) -> None:
+        """Host copies of an eviction may still be under way."""
+        if any(parameter.device.type != "cpu" for parameter in self._parameters()):
+            torch.accelerator.synchronize()
+
+
+def _dense(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None
+    if gradient.is_sparse:
+        raise UsageError("sparse gradients are not supported; build the embedding with sparse=False")
+    return gradient

@@ -1,0 +1,80 @@
+"""What a step did, and the writer that keeps it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What one optimizer step did.
+
+    Args:
+        step: number of the step, from 0.
+        selected: names of the blocks that were updated, in model order, the `always` blocks among them.
+        explored: whether the policy decided from gradient norms (a full backward pass) or had named the blocks before.
+        state_bytes: optimizer state and master weights on the model's device during the update.
+        moved_bytes: state and masters that changed between device and host for this step, both directions.
+        selection_entropy: evenness of the updates so far over the blocks the policy chooses from.
+        norms: L2 norms of the gradients of the blocks that were observed in this step, by block; empty if none was.
+    """
+
+    step: int
+    selected: tuple[str, ...]
+    explored: bool
+    state_bytes: int
+    moved_bytes: int
+    selection_entropy: float
+    norms: Mapping[str, float] = field(default_factory=dict)
+
+
+def selection_entropy(counts: Mapping[str, int]) -> float:
+    """Normalised Shannon entropy of update counts: -sum(q ln q) / ln(n), q = counts / sum(counts).
+
+    1.0: every block was updated equally often (or there is only one); 0.0: always the same one (or none yet).
+    """
+    total = sum(counts.values())
+    if len(counts) == 1:
+        return 1.0
+    shares = [count / total for count in counts.values() if count]
+    return -sum(share * math.log(share) for share in shares) / math.log(len(counts)) + 0.0
+
+
+class JsonlWriter:
+    """A record hook that appends one JSON object a line to a file.
+
+    On a file that exists it continues: lines of steps that are about to be written again, as after a resume from an
+    earlier checkpoint, are removed first; so every step stands in the file once.
+
+    Args:
+        path: the file; its folder must exist.
+
+    Example:
+        >>> optimizer.add_record_hook(JsonlWriter("records.jsonl"))  # doctest: +SKIP
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._started = False
+
+    def __call__(self, record: StepRecord) -> None:
+        if not self._started:
+            self._forget_from(record.step)
+            self._started = True
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
+
+    def _forget_from(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # A killed writer can leave a last line without its end: it is of a step that is about to be repeated.
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+        aside = self.path.with_name(self.path.name + ".new")
+        aside.write_text("".join(kept), encoding="utf-8")
+        os.replace(aside, self.path)
