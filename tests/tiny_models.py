@@ -1,4 +1,7 @@
-"""Tiny random models from configs alone: no file, no network, a fixed seed, the global random state untouched."""
+"""Tiny random models from configs alone: no file, no network, a fixed seed, the global random state untouched.
+
+They are in training mode and have no dropout, so two forward passes agree.
+"""
 
 from __future__ import annotations
 
@@ -120,6 +123,9 @@ def tiny_gpt2(*, layers: int = 4) -> nn.Module:
         n_embd=HIDDEN,
         n_layer=layers,
         n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -136,6 +142,7 @@ def tiny_opt(*, layers: int = 4) -> nn.Module:
         num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=32,
+        dropout=0.0,
     )
     return causal(config)
 
@@ -165,6 +172,7 @@ def tiny_t5(*, layers: int = 3, tied: bool = True) -> nn.Module:
         num_layers=layers,
         num_decoder_layers=layers,
         num_heads=4,
+        dropout_rate=0.0,
         tie_word_embeddings=tied,
         decoder_start_token_id=0,
     )
@@ -182,6 +190,7 @@ def tiny_bart(*, layers: int = 3) -> nn.Module:
         decoder_attention_heads=4,
         encoder_ffn_dim=2 * HIDDEN,
         decoder_ffn_dim=2 * HIDDEN,
+        dropout=0.0,
         max_position_embeddings=32,
     )
     return seeded(lambda: transformers.BartForConditionalGeneration(config))
@@ -249,12 +258,14 @@ def encoder(*, layers: int) -> dict[str, Any]:
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "max_position_embeddings": 32,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
     }
 
 
 def causal(config: transformers.PreTrainedConfig, *, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A causal language model of this config, in training mode."""
-    return seeded(lambda: transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train())
+    """A causal language model of this config."""
+    return seeded(lambda: transformers.AutoModelForCausalLM.from_config(config, dtype=dtype))
 
 
 def seeded(build: Callable[[], Model], *, seed: int = 0) -> Model:
