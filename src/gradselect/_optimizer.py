@@ -171,7 +171,7 @@ class BlockOptimizer(torch.optim.Optimizer):
             The closure's loss, or None.
         """
         loss = self._evaluate(closure)
-        if not self._has_gradients():
+        if not self._saw_gradients():
             return loss
         selected = self._decide()  # 1
         self._states.admit(selected)  # 2
@@ -376,8 +376,9 @@ class BlockOptimizer(torch.optim.Optimizer):
         with torch.enable_grad():
             return closure()
 
-    def _has_gradients(self) -> bool:
-        return any(parameter.grad is not None for parameter in self._parameters())
+    def _saw_gradients(self) -> bool:
+        # A decision that keeps no block has released all gradients: its norms are what is left of them.
+        return bool(self._observer.norms) or any(p.grad is not None for p in self._parameters())
 
     def _update_together(self, parameters: Sequence[Parameter], group: Mapping[str, Any]) -> None:
         """One call of the rule for one block's parameters of one group; masters stand in for half-precision weights."""

@@ -1,0 +1,443 @@
+"""BlockOptimizer: what every path guarantees."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from tiny_models import tiny_batch, tiny_llama
+
+import gradselect as gs
+from gradselect.reference import SelectiveAdamW
+
+POLICIES = {
+    "adagradselect": lambda: gs.AdaGradSelect(fraction=0.4, explore_steps=6),
+    "adagradselect-covering": lambda: gs.AdaGradSelect(count=2, explore_steps=3, coverage=8, every=2),
+    "gradnorm": lambda: gs.GradNormTopK(fraction=0.3),
+    "grass": lambda: gs.GradNormTopK(count=2, refresh=3, temperature=0.1, ema=0.9, probe_steps=2),
+    "uniform": lambda: gs.Uniform(count=2, every=2),
+    "cyclic": lambda: gs.Cyclic(every=2),
+    "fixed": lambda: gs.Fixed(("layer.2", "norm")),
+    "all": lambda: gs.All(),
+}
+RESIDENCIES = {"keep": gs.Keep, "offload": gs.Offload, "drop": gs.Drop}
+
+
+@pytest.fixture(params=POLICIES)
+def policy(request: pytest.FixtureRequest) -> gs.AbstractPolicy:
+    return POLICIES[request.param]()
+
+
+def train(model, optimizer, steps, *, first=0, clip=None, after_step=lambda: None):
+    for step in range(first, first + steps):
+        model(**tiny_batch(model, seed=step)).loss.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step()
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def saved_and_loaded(state_dict):
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+# It is AdamW -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_selecting_everything_is_adamw_bitwise(tied):
+    ours, theirs = tiny_llama(tied=tied), tiny_llama(tied=tied)
+    optimizer = gs.BlockOptimizer(ours, policy=gs.All(), lr=1e-2, weight_decay=0.1)
+    matrices = [p for p in theirs.parameters() if p.ndim >= 2]
+    vectors = [p for p in theirs.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    twin = torch.optim.AdamW(groups, lr=1e-2, foreach=False)
+    for _ in range(20):
+        train(ours, optimizer, 1, clip=0.5)
+        train(theirs, twin, 1, clip=0.5)
+        assert same(weights(ours), weights(theirs))
+
+
+def test_selecting_everything_in_bf16_without_masters_is_adamw_bitwise():
+    ours, theirs = tiny_llama(dtype=torch.bfloat16), tiny_llama(dtype=torch.bfloat16)
+    train(ours, gs.BlockOptimizer(ours, gs.All(), lr=1e-2, no_decay=(), master_dtype=None), 5)
+    train(theirs, torch.optim.AdamW(theirs.parameters(), lr=1e-2, foreach=False), 5)
+    assert same(weights(ours), weights(theirs))
+
+
+def test_equals_the_readable_twin(policy):
+    """Tolerance: the twin writes the formula out, and rounds in another order than torch does."""
+    ours, theirs = tiny_llama(), tiny_llama()
+    optimizer = gs.BlockOptimizer(ours, policy, lr=1e-2)
+    blocks = gs.partition(theirs)
+    twin = SelectiveAdamW(blocks, policy.bind(blocks), lr=1e-2)
+    for step in range(12):
+        train(ours, optimizer, 1, first=step)
+        theirs(**tiny_batch(theirs, seed=step)).loss.backward()
+        assert twin.step() == optimizer.last_record.selected
+        theirs.zero_grad()
+    for name, weight in weights(ours).items():
+        torch.testing.assert_close(weight, theirs.get_parameter(name).detach(), rtol=1e-3, atol=1e-5)
+
+
+# Unselected means untouched ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residency", RESIDENCIES.values(), ids=RESIDENCIES)
+def test_unselected_blocks_are_bit_identical(policy, residency, dtype):
+    model = tiny_llama(dtype=dtype)
+    optimizer = gs.BlockOptimizer(model, policy, lr=1e-2, weight_decay=0.5, residency=residency())
+    blocks = {block.name: block.parameter_names for block in gs.partition(model)}
+    before = weights(model)
+    moved = set()
+
+    def check():
+        after = weights(model)
+        for name, members in blocks.items():
+            touched = any(not torch.equal(before[member], after[member]) for member in members)
+            assert touched == (name in optimizer.last_record.selected), name
+            moved.update([name] if touched else [])
+        before.update(after)
+
+    train(model, optimizer, 12, after_step=check)
+    assert moved
+
+
+def test_always_blocks_train_at_every_step_beside_the_choice():
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.Uniform(count=1), always=("embedding", "head"), lr=1e-2)
+    selections = []
+    train(model, optimizer, 8, after_step=lambda: selections.append(optimizer.last_record.selected))
+    assert all({"embedding", "head"} <= set(selection) and len(selection) == 3 for selection in selections)
+    assert optimizer.update_counts["embedding"] == 8
+
+
+# Resume ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residency", RESIDENCIES.values(), ids=RESIDENCIES)
+def test_stopped_at_any_step_it_resumes_bitwise(policy, residency, dtype):
+    def build():
+        model = tiny_llama(layers=3, dtype=dtype)
+        return model, gs.BlockOptimizer(model, policy, lr=1e-2, residency=residency())
+
+    model, optimizer = build()
+    records = []
+    optimizer.add_record_hook(records.append)
+    states = []
+    train(
+        model,
+        optimizer,
+        9,
+        after_step=lambda: states.append((saved_and_loaded(optimizer.state_dict()), copy.deepcopy(model.state_dict()))),
+    )
+    for stop, (optimizer_state, model_state) in enumerate(states[:-1], start=1):
+        resumed, again = build()
+        resumed.load_state_dict(model_state)
+        again.load_state_dict(optimizer_state)
+        continued = []
+        again.add_record_hook(continued.append)
+        train(resumed, again, 9 - stop, first=stop)
+        assert same(weights(model), weights(resumed)), f"stopped after {stop}"
+        assert continued == records[stop:]
+        assert again.memory() == optimizer.memory()
+
+
+def test_state_survives_a_load_with_its_dtype_and_is_copied():
+    """torch's own load_state_dict casts the fp32 moments of a bf16 weight to bf16."""
+    model = tiny_llama(dtype=torch.bfloat16)
+    optimizer = gs.BlockOptimizer(model, gs.All(), lr=1e-2)
+    train(model, optimizer, 1)
+    other = gs.BlockOptimizer(tiny_llama(dtype=torch.bfloat16), gs.All(), lr=1e-2)
+    other.load_state_dict(optimizer.state_dict())
+    for mine, theirs in zip(optimizer.state.values(), other.state.values(), strict=True):
+        assert theirs["exp_avg"].dtype == theirs["master"].dtype == torch.float32
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+        assert all(mine[key].data_ptr() != theirs[key].data_ptr() for key in mine)
+
+
+def test_loading_its_own_state_changes_nothing_even_before_the_first_step():
+    """Accelerate does this when it prepares an optimizer."""
+    model, twin = tiny_llama(), tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.AdaGradSelect(fraction=0.4, explore_steps=4), lr=1e-2)
+    straight = gs.BlockOptimizer(twin, gs.AdaGradSelect(fraction=0.4, explore_steps=4), lr=1e-2)
+    for step in range(6):
+        optimizer.load_state_dict(optimizer.state_dict())
+        train(model, optimizer, 1, first=step)
+        train(twin, straight, 1, first=step)
+    assert same(weights(model), weights(twin))
+
+
+def test_checkpoint_of_another_policy_model_or_optimizer_is_refused():
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.Uniform(count=2), lr=1e-2)
+    train(model, optimizer, 1)
+    before = weights(model)
+    with pytest.raises(gs.UsageError, match=r"policy are 'Cyclic', this run's 'Uniform'"):
+        optimizer.load_state_dict(gs.BlockOptimizer(tiny_llama(), gs.Cyclic(every=2)).state_dict())
+    with pytest.raises(gs.UsageError, match=r"policy settings have count=1, this run's count=2"):
+        optimizer.load_state_dict(gs.BlockOptimizer(tiny_llama(), gs.Uniform(count=1)).state_dict())
+    with pytest.raises(gs.UsageError, match=r"blocks have layer.2=None"):
+        optimizer.load_state_dict(gs.BlockOptimizer(tiny_llama(layers=2), gs.Uniform(count=2)).state_dict())
+    with pytest.raises(gs.UsageError, match="always"):
+        optimizer.load_state_dict(gs.BlockOptimizer(tiny_llama(), gs.Uniform(count=2), always=("norm",)).state_dict())
+    with pytest.raises(gs.UsageError, match="not written by BlockOptimizer"):
+        optimizer.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+    assert same(before, weights(model))
+    assert optimizer.state
+
+
+# Loops -------------------------------------------------------------------------------------------------------------
+
+
+def test_closure_is_evaluated_with_gradients():
+    model, twin = tiny_llama(), tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=2), lr=1e-2)
+    straight = gs.BlockOptimizer(twin, gs.GradNormTopK(count=2), lr=1e-2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(**tiny_batch(model, seed=0)).loss
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() > 0
+    train(twin, straight, 1)
+    assert same(weights(model), weights(twin))
+
+
+def test_scheduler_sets_the_rate_of_fixed_groups():
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.Uniform(count=1), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    groups = [list(map(id, group["params"])) for group in optimizer.param_groups]
+    train(model, optimizer, 3, after_step=scheduler.step)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+    assert groups == [list(map(id, group["params"])) for group in optimizer.param_groups]
+    with pytest.raises(gs.UsageError, match="fixed"):
+        optimizer.add_param_group({"params": []})
+
+
+def accumulate(model, optimizer, steps, *, parts):
+    for step in range(steps):
+        batch = tiny_batch(model, seed=step, batch=4)
+        for part in range(parts):
+            rows = slice(part * 4 // parts, (part + 1) * 4 // parts)
+            (model(**{key: value[rows] for key, value in batch.items()}).loss / parts).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["adagradselect", "gradnorm", "grass", "uniform"])
+def test_accumulated_micro_batches_equal_the_whole_batch(name):
+    """Tolerance: gradients of halves are added in another order than those of the whole batch."""
+    whole, halves = tiny_llama(), tiny_llama()
+    first = gs.BlockOptimizer(whole, POLICIES[name](), lr=1e-3)
+    second = gs.BlockOptimizer(halves, POLICIES[name](), lr=1e-3, accumulation_steps=2)
+    accumulate(whole, first, 6, parts=1)
+    accumulate(halves, second, 6, parts=2)
+    assert first.update_counts == second.update_counts
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(weight, weights(halves)[name], rtol=1e-3, atol=1e-4)
+
+
+def test_selection_holds_through_an_accumulation_window():
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.Uniform(count=1, every=1), lr=1e-2, accumulation_steps=3)
+    for step in range(4):
+        trainable = []
+        for _ in range(3):
+            model(**tiny_batch(model, seed=step)).loss.backward()
+            trainable.append([name for name, p in model.named_parameters() if p.requires_grad])
+        assert trainable[0] == trainable[1] == trainable[2]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_window_cut_short_is_stepped_with_what_is_there():
+    """The last accumulation window of an epoch can hold fewer micro-batches."""
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=2), lr=1e-2, accumulation_steps=4)
+    train(model, optimizer, 2)
+    assert len(optimizer.last_record.selected) == 2
+    assert len(optimizer.last_record.norms) == len(optimizer.blocks)
+
+
+def test_clipping_sees_the_selected_blocks_only():
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=2), lr=1e-2)
+    model(**tiny_batch(model, seed=0)).loss.backward()
+    total = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3).item()
+    optimizer.step()
+    record = optimizer.last_record
+    assert total == pytest.approx(sum(record.norms[name] ** 2 for name in record.selected) ** 0.5, rel=1e-5)
+
+
+def test_grad_scaler_norms_are_unscaled_and_a_skipped_step_counts_for_nothing():
+    model, twin = tiny_llama(), tiny_llama()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    optimizer = gs.BlockOptimizer(model, gs.AdaGradSelect(count=2, explore_steps=50), lr=1e-2, grad_scaler=scaler)
+    straight = gs.BlockOptimizer(twin, gs.AdaGradSelect(count=2, explore_steps=50), lr=1e-2)
+    for step in range(5):
+        loss = model(**tiny_batch(model, seed=step)).loss
+        overflow = step == 2
+        scaler.scale(loss * (float("inf") if overflow else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if not overflow:
+            train(twin, straight, 1, first=step)
+            assert optimizer.last_record.selected == straight.last_record.selected
+            assert optimizer.last_record.norms == pytest.approx(straight.last_record.norms, rel=1e-3)
+    assert optimizer.last_record.step == 3
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # its new name is too new
+def test_gradient_checkpointing_gives_the_same_steps(policy):
+    def run(checkpointing):
+        model = tiny_llama()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.train()
+        optimizer = gs.BlockOptimizer(model, policy, lr=1e-2)
+        train(model, optimizer, 6)
+        return weights(model)
+
+    assert same(run(True), run(False))
+
+
+def test_step_without_gradients_counts_for_nothing():
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=2), lr=1e-2)
+    before = weights(model)
+    optimizer.step()
+    assert optimizer.last_record is None
+    assert same(before, weights(model))
+
+
+def test_zeros_instead_of_none_on_request():
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.Fixed(("layer.1",)), lr=1e-2)
+    model(**tiny_batch(model, seed=0)).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    gradients = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients
+    assert all("layers.1." in name for name in gradients)
+
+
+@pytest.mark.parametrize("rule", [gs.AdamWRule(), gs.AdamWRule(fused=True)])
+def test_it_learns(rule):
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.AdaGradSelect(fraction=0.4, explore_steps=10), lr=1e-2, rule=rule)
+    losses = []
+    for _ in range(30):
+        loss = model(**tiny_batch(model, seed=0)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_two_runs_are_bitwise_equal(policy):
+    models = [tiny_llama(), tiny_llama()]
+    for model in models:
+        train(model, gs.BlockOptimizer(model, policy, lr=1e-2), 8)
+    assert same(weights(models[0]), weights(models[1]))
+
+
+# Several optimizers on one model ------------------------------------------------------------------------------------
+
+
+def test_a_newer_optimizer_takes_the_model_over():
+    """As when a notebook cell is run again: the older one must neither freeze, nor release, nor step any more."""
+    model, twin = tiny_llama(), tiny_llama()
+    older = gs.BlockOptimizer(model, gs.GradNormTopK(count=1), lr=1e-2)
+    newer = gs.BlockOptimizer(model, gs.GradNormTopK(count=3), lr=1e-2)
+    assert newer.blocks == older.blocks
+    straight = gs.BlockOptimizer(twin, gs.GradNormTopK(count=3), lr=1e-2)
+    train(model, newer, 3)
+    train(twin, straight, 3)
+    assert same(weights(model), weights(twin))
+    model(**tiny_batch(model, seed=0)).loss.backward()
+    with pytest.raises(gs.UsageError, match="newer optimizer"):
+        older.step()
+
+
+def test_closing_gives_the_model_back():
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.Fixed(("layer.1",)), lr=1e-2)
+    assert not all(p.requires_grad for p in model.parameters())
+    optimizer.close()
+    assert all(p.requires_grad for p in model.parameters())
+    model(**tiny_batch(model, seed=0)).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_parameters_frozen_by_the_user_stay_frozen():
+    model = tiny_llama()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    optimizer = gs.BlockOptimizer(model, gs.All(), lr=1e-2)
+    assert "embedding" not in optimizer.blocks
+    before = model.model.embed_tokens.weight.clone()
+    train(model, optimizer, 2)
+    assert torch.equal(before, model.model.embed_tokens.weight)
+    assert optimizer.memory()["weights"] == sum(4 * p.numel() for p in model.parameters())
+
+
+# Bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"eps": -1e-8}, "eps"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"accumulation_steps": 0}, "accumulation_steps=0"),
+        ({"always": ("embeding",)}, "embedding"),
+        ({"no_decay": ("*.bais",)}, r"no_decay pattern '\*.bais' matches no parameter"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(gs.UsageError, match=message):
+        gs.BlockOptimizer(tiny_llama(), gs.All(), **settings)
+
+
+def test_unannounced_second_backward_pass_is_refused():
+    model = tiny_llama()
+    gs.BlockOptimizer(model, gs.GradNormTopK(count=1), lr=1e-2)
+    optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=1), lr=1e-2)
+    model(**tiny_batch(model, seed=0)).loss.backward()
+    with pytest.raises(gs.UsageError, match="accumulation_steps"):
+        model(**tiny_batch(model, seed=0)).loss.backward()
+    optimizer.zero_grad()
+    train(model, optimizer, 1)
+
+
+def test_sparse_gradients_are_refused():
+    layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+    model = torch.nn.Sequential(torch.nn.Embedding(8, 4, sparse=True), *layers)
+    optimizer = gs.BlockOptimizer(model, gs.All(), lr=1e-2)
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(gs.UsageError, match="sparse=False"):
+        optimizer.step()
