@@ -27,8 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
-from . import _blocks
-from ._blocks import Block
+from ._blocks import Block, resolve_names
 from ._errors import UsageError
 
 Norms = Mapping[str, float]
@@ -173,7 +172,7 @@ def taking_part(blocks: Sequence[Block], among: Sequence[str] | None) -> tuple[B
     """
     if among is None:
         return tuple(blocks)
-    names = set(_blocks.resolve_names(blocks, among))
+    names = set(resolve_names(blocks, among))
     return tuple(block for block in blocks if block.name in names)
 
 
@@ -239,12 +238,11 @@ def check_one_of(name: str, value: object, options: Sequence[str]) -> None:
 
 
 def check_patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Block names and globs, as a tuple: at least one.
+    """Block names and globs as a tuple; a single one may stand alone.
 
     Raises:
-        UsageError: a bare string, which would be read letter by letter, or nothing at all.
+        UsageError: there is none.
     """
-    if isinstance(patterns, str) or not patterns:
-        example = (patterns,) if patterns else ("layer.*",)
-        raise UsageError(f"{name}={patterns!r} is not a list of block names; write e.g. {name}={example!r}")
-    return tuple(patterns)
+    if not patterns:
+        raise UsageError(f'{name}={patterns!r} names no block; write e.g. {name}=("layer.*",)')
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)

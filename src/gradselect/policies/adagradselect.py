@@ -52,8 +52,9 @@ class AdaGradSelect(AbstractPolicy):
         norm: "l2", or "rms" = ||g_b||_2 / sqrt(number of weights), which favours no large block.
         draw: "top-k" of p, or "multinomial": k draws without replacement with probabilities p.
         among: names or globs of the blocks that take part, e.g. `("layer.*",)`; None: all.
-        every: choose anew every so many steps and keep the choice between; f_b still counts every update.
-        discount: f and G are multiplied by it at each step; below 1 the bandit forgets what is long ago.
+        every: choose anew every so many steps and keep the choice between. f counts choices, not the updates between,
+            which would multiply the lock-in.
+        discount: f and G are multiplied by it at each choice; below 1 the bandit forgets what is long ago.
         coverage: every block trains at least once in any so many consecutive steps; None: no such floor.
         delta_growth: delta_t = delta + delta_growth * t.
         seed: of every draw.
@@ -162,9 +163,11 @@ class AdaGradSelect(AbstractPolicy):
         return self._accumulated(block, norm) if self.rank_by == "cumulative" else self._magnitude(block, norm)
 
     def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
+        self.last_steps |= dict.fromkeys(selected, step)
+        if step % self.every:
+            return
         self.counts = {name: self.discount * count + (name in selected) for name, count in self.counts.items()}
         self.scores = {name: self._accumulated(name, norms.get(name, 0.0)) for name in self.scores}
-        self.last_steps |= dict.fromkeys(selected, step)
         self.selection = list(selected)
 
     @property
