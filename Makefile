@@ -1,0 +1,35 @@
+# Everything runs in .venv, made from python3 (3.11 or newer): `make PYTHON=python3.12 setup` for another one.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: setup quickstart test lint bench clean
+
+quickstart: .venv/.train  ## fine-tune the embedded base model on word problems and show what came of it
+	$(BIN)/python quickstart/run.py
+
+test: .venv/.dev  ## the whole test suite, offline, on CPU
+	$(BIN)/python -m pytest --numprocesses auto
+
+lint: .venv/.dev  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: .venv/.dev  ## step time of every method against full fine-tuning, side by side; writes benchmarks/results
+	$(INSTALL) --editable ".[peers]"
+	$(BIN)/python benchmarks/step_time.py
+
+setup: .venv/.dev  ## install for development
+
+.venv/.train: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) --editable ".[train]"
+	touch $@
+
+.venv/.dev: .venv/.train
+	$(INSTALL) --editable ".[train,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs quickstart/out

@@ -1,0 +1,97 @@
+"""Who may import whom, and that the public list is right."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gradselect
+
+PACKAGE = Path(gradselect.__file__).parent
+LEAVES = {"_errors"}
+GROUND = LEAVES | {"_blocks", "_rules", "_records", "_checkpoint"}
+CONTRACTS = GROUND | {"_policy", "_residency", "_observe", "_groups", "_state"}
+
+ALLOWED = {
+    "_errors": set(),
+    "_blocks": LEAVES,
+    "_rules": LEAVES,
+    "_records": LEAVES,
+    "_checkpoint": LEAVES,
+    "_policy": LEAVES | {"_blocks"},
+    "_residency": LEAVES | {"_blocks", "_rules"},
+    "_observe": LEAVES | {"_blocks"},
+    "_groups": LEAVES | {"_blocks"},
+    "_state": LEAVES | {"_residency", "_rules"},
+    "_optimizer": CONTRACTS,
+    "reference": GROUND | {"_policy"},
+    "policies": LEAVES | {"_policy"},
+}
+HEAVY = ("transformers", "trl", "peft", "datasets", "accelerate", "pydantic", "typer", "numpy.testing", "matplotlib")
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts != ("__init__",):
+            yield parts, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(parts, tree):
+    """First module below the package of every import from the package itself; "" is the public list."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            target = (node.module or "").split(".") if node.module else []
+            if node.level:
+                base = parts[: len(parts) - node.level] if parts[-1] != "__init__" else parts[: -node.level]
+                target = [*base, *target]
+            elif target[:1] == ["gradselect"]:
+                target = target[1:]
+            else:
+                continue
+            yield from [target[0]] if target else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (
+                a.name.partition(".")[2].split(".")[0] for a in node.names if a.name.split(".")[0] == "gradselect"
+            )
+
+
+@pytest.mark.parametrize(
+    ("parts", "tree"), list(modules()), ids=lambda value: "/".join(value) if type(value) is tuple else ""
+)
+def test_lower_never_imports_higher(parts, tree):
+    layer = parts[0]
+    if layer not in ALLOWED:
+        return
+    assert set(imported(parts, tree)) <= ALLOWED[layer] | {layer}
+
+
+def test_nobody_imports_the_application():
+    application = {"train", "evaluate", "cli"}
+    for parts, tree in modules():
+        if parts[0] not in application:
+            assert not set(imported(parts, tree)) & application, parts
+
+
+def test_integrations_use_the_public_names():
+    for parts, tree in modules():
+        if parts[0] == "integrations":
+            private = {name for name in imported(parts, tree) if name.startswith("_")}
+            assert not private, parts
+
+
+def test_public_list_is_what_the_module_offers():
+    public = {name for name in vars(gradselect) if not name.startswith("_")}
+    submodules = {parts[0] for parts, _ in modules()}
+    assert sorted(gradselect.__all__) == gradselect.__all__
+    assert public - submodules == set(gradselect.__all__)
+
+
+def test_import_loads_torch_and_nothing_heavier():
+    code = f"import gradselect, sys; sys.exit(' '.join(name for name in {HEAVY!r} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
