@@ -93,6 +93,9 @@ class AbstractPolicy(ABC):
     def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
         """Step `step` has updated `selected`, as proposed or decided. `norms` holds what was observed, if anything."""
 
+    def fill_explore_steps(self, num_steps: int) -> None:
+        """The first epoch has `num_steps` optimizer steps: a policy that left this open takes it over."""
+
     @property
     def coverage_steps(self) -> int | None:
         """The promise that in any so many consecutive steps every candidate is trained at least once; None: none."""
