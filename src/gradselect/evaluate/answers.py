@@ -1,0 +1,128 @@
+"""The answer in a text: pure functions from a worked answer, or from what a model wrote, to the value to compare.
+
+An answer that was found is a string, for math-verify to read; None says that the text holds none.
+"""
+
+from __future__ import annotations
+
+import re
+
+# A minus is a sign unless an operand stands right before it: 3 in "8-3", -3 in "(-3", "is -3" and "-$3".
+_SIGN = r"(?P<sign>(?<![\w)\]}.%])[-\u2212])?"
+_CURRENCY = r"(?:\\?[$€£]\s?)?(?P<inner_sign>(?<=[$€£])[-\u2212])?"
+_DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+)"
+# "3 1/2": at most nine digits each, so that the one fraction it becomes is cheap to compute.
+_MIXED = r"(?P<whole>(?<![\d.,])\d{1,9}) +(?P<part>\d{1,9})/(?P<parts>\d{1,9})(?![\d.,]*\d)"
+_FRACTION = rf"(?P<number>{_DECIMAL})(?:\s?/\s?(?P<denominator>\d+(?:\.\d+)?))?"
+_NUMBER = re.compile(rf"{_SIGN}{_CURRENCY}(?:{_MIXED}|{_FRACTION})(?P<percent>\s?\\?%)?", re.ASCII)
+
+# An escaped brace is a sign of the formula, as in \{1, 2\}.
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_TOKEN = re.compile(r"[^\s$.,;]+")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_SAID = re.compile(r"answer\s+is\s*:?\s*", re.IGNORECASE)
+_MATHS = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_SENTENCE_END = re.compile(r"\.(?:\s|$)|\n")
+
+
+def gsm8k_answer(text: str) -> str | None:
+    """The number that answers a grade-school problem: the first after the first `####`, else the last of the text.
+
+    Thousands separators and currency signs are taken off, a percent sign is kept, units are left out.
+
+    Example:
+        >>> gsm8k_answer("She makes 9 * 2 = $<<9*2=18>>18.\\n#### 18")
+        '18'
+        >>> gsm8k_answer("So it costs $1,234.50 dollars.")
+        '1234.50'
+    """
+    _, marker, after = text.partition("####")
+    first_line = after.lstrip().partition("\n")[0] if marker else ""
+    return _first_number(first_line) or last_number(text)
+
+
+def math_answer(text: str) -> str | None:
+    r"""The expression that answers a competition problem: the last `\boxed{...}`, else what follows the last
+    "answer is", else the last number.
+
+    Example:
+        >>> math_answer(r"Half of it, so $\boxed{\frac{1}{2}}$.")
+        '\\frac{1}{2}'
+    """
+    return boxed_or_said(text) or last_number(text)
+
+
+def boxed_or_said(text: str) -> str | None:
+    r"""The last `\boxed{...}` of the text, else what follows its last "answer is"."""
+    return last_boxed(text) or last_said(text)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last complete `\boxed{...}` or `\fbox{...}` holds, braces nested to any depth; `\boxed 5` holds 5."""
+    for box in reversed(list(_BOX.finditer(text))):
+        inside = _in_braces(text, box.end()) if text.startswith("{", box.end()) else _one_token(text, box.end())
+        if inside is not None and trimmed(inside):
+            return trimmed(inside)
+    return None
+
+
+def last_said(text: str) -> str | None:
+    """What the last "answer is" announces: the formula that follows it, else the rest of the sentence."""
+    ends = [match.end() for match in _SAID.finditer(text)]
+    if not ends:
+        return None
+    line = text[ends[-1] :].partition("\n\n")[0]
+    formula = _MATHS.match(line)
+    if formula is not None:
+        return trimmed(next(group for group in formula.groups() if group is not None)) or None
+    return trimmed(_SENTENCE_END.split(line, maxsplit=1)[0]) or None
+
+
+def last_number(text: str) -> str | None:
+    """The last number of the text, as `gsm8k_answer` writes it."""
+    numbers = list(_NUMBER.finditer(_plain_separators(text)))
+    return _canonical(numbers[-1]) if numbers else None
+
+
+def trimmed(answer: str) -> str:
+    """The answer without what only typesets it: outer dollar signs, a final period, space, `\\left`, `\\dfrac`."""
+    answer = re.sub(r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\!", "", answer)
+    answer = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer)
+    answer = " ".join(answer.split()).rstrip(". ")
+    return answer.strip("$").strip()
+
+
+def _first_number(text: str) -> str | None:
+    number = _NUMBER.search(_plain_separators(text))
+    return None if number is None else _canonical(number)
+
+
+def _canonical(number: re.Match[str]) -> str:
+    sign = "-" if number["sign"] or number["inner_sign"] else ""
+    percent = "%" if number["percent"] else ""
+    if number["whole"]:
+        numerator = int(number["whole"]) * int(number["parts"]) + int(number["part"])
+        return f"{sign}{numerator}/{number['parts']}{percent}"
+    value = number["number"].replace(",", "")
+    value = f"0{value}" if value.startswith(".") else value
+    return f"{sign}{value}/{number['denominator']}{percent}" if number["denominator"] else f"{sign}{value}{percent}"
+
+
+def _plain_separators(text: str) -> str:
+    r"""LaTeX writes 1{,}234 and 1,\!234 for 1,234."""
+    return text.replace("{,}", ",").replace("\\!", "")
+
+
+def _in_braces(text: str, start: int) -> str | None:
+    """What stands between the brace at `start` and the one that closes it; None if nothing does."""
+    depth = 0
+    for token in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(token.group(), 0)
+        if depth == 0:
+            return text[start + 1 : token.start()]
+    return None
+
+
+def _one_token(text: str, start: int) -> str | None:
+    token = _TOKEN.match(text, start)
+    return None if token is None else token.group()
