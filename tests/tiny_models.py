@@ -45,7 +45,7 @@ class PlainModel(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,  # (2, 8)
-        attention_mask: torch.Tensor | None = None,  # noqa: ARG002 - no attention here
+        attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,  # (2, 8)
     ) -> Output:
         hidden = self.tokens(input_ids)
@@ -162,8 +162,8 @@ def tiny_roberta(*, layers: int = 4) -> nn.Module:
     return seeded(lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**encoder(layers=layers))))
 
 
-def tiny_t5(*, layers: int = 3, tied: bool = True) -> nn.Module:
-    """Encoder-decoder; the embedding is shared by both sides."""
+def tiny_t5(*, layers: int = 3) -> nn.Module:
+    """Encoder-decoder; the embedding is shared by both sides and the head."""
     config = transformers.T5Config(
         vocab_size=VOCABULARY,
         d_model=HIDDEN,
@@ -173,7 +173,6 @@ def tiny_t5(*, layers: int = 3, tied: bool = True) -> nn.Module:
         num_decoder_layers=layers,
         num_heads=4,
         dropout_rate=0.0,
-        tie_word_embeddings=tied,
         decoder_start_token_id=0,
     )
     return seeded(lambda: transformers.T5ForConditionalGeneration(config))

@@ -61,7 +61,7 @@ class Layout:
         inputs, outputs = ask(model, "get_input_embeddings"), ask(model, "get_output_embeddings")
         modules = [(self.unit(path), module) for path, module in model.named_modules(remove_duplicate=False)]
         self.embeddings = {unit for unit, module in modules if module is inputs or isinstance(module, nn.Embedding)}
-        self.heads = {unit for unit, module in modules if module is outputs} or self.last_matrices()
+        self.heads = {unit for unit, module in modules if module is outputs} or self.outermost_matrices()
 
     def place(self, name: str) -> Place:
         """Where the parameter of this name stands."""
@@ -112,16 +112,23 @@ class Layout:
             return "norm"
         return "other"
 
-    def last_matrices(self) -> set[str]:
-        """The last unit after the layers that holds a matrix, beside each stack and beside all: a head by its place."""
-        last: dict[str, str] = {}
+    def outermost_matrices(self) -> set[str]:
+        """Heads by their place: the outermost unit with a matrix, and of several the last; one in each scope.
+
+        What stands before the layers may lead into them, so it is no head. But where an embedding does that, a unit
+        outside the layers' own module is one in spite of its place: some classifiers of transformers come first.
+        """
+        heads: dict[str, str] = {}
         for unit, parameters in self.units.items():
             if unit in self.layers:
-                last.pop(self.labels[self.layers[unit]], None)
-                last.pop("", None)
+                path = self.stacks[self.layers[unit]].path
+                inside = (path, parent(path)) if self.embeddings else ("", *beginnings(path))
+                heads = {scope: head for scope, head in heads.items() if parent(head) not in inside}
             elif unit not in self.embeddings and any(parameter.ndim > 1 for parameter in parameters):
-                last[self.scope(unit)] = unit
-        return set(last.values())
+                scope = self.scope(unit)
+                if scope not in heads or unit.count(".") <= heads[scope].count("."):
+                    heads[scope] = unit
+        return set(heads.values())
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
@@ -202,4 +209,4 @@ def parent(path: str) -> str:
 
 
 def join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+    return f"{path}.{name}".strip(".")
