@@ -26,8 +26,8 @@ def wilson_interval(*, num_correct: int, num_items: int) -> Interval:
     centre = p + z * z / (2 * n)
     width = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # At 0 and n the formula gives 0 and 1 exactly; rounding must not step over the share it encloses.
-    return min(p, (centre - width) / scale), max(p, (centre + width) / scale)
+    # At 0 and n correct the limits are 0 and 1 exactly, but for rounding.
+    return max(0.0, min(p, (centre - width) / scale)), min(1.0, max(p, (centre + width) / scale))
 
 
 def mean_loss(losses: Sequence[float], num_tokens: Sequence[int]) -> float:
