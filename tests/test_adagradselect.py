@@ -119,6 +119,15 @@ def test_exploit_draws_follow_the_dirichlet_law(draw: str, delta: float) -> None
     assert p_value(drawn, expected) > NOISE_LEVEL
 
 
+@pytest.mark.parametrize("draw", ["top-k", "multinomial"])
+def test_exploit_draws_do_not_depend_on_why_the_step_exploits(draw: str) -> None:
+    """Among exploring steps, too: the draw must not reuse the random number that decided against exploring."""
+    late = exploit_draws(4000, count=1, counts=COUNTS, draw=draw)
+    between = exploit_draws(6000, count=1, counts=COUNTS, draw=draw, explore_steps=20)
+    assert 3000 < between.total() < 5000
+    assert p_value(late, between) > NOISE_LEVEL
+
+
 def test_the_two_draws_are_two_laws() -> None:
     """Or the test above could not tell them apart."""
     draws = [exploit_draws(4000, count=2, counts=COUNTS, draw=draw) for draw in ("top-k", "multinomial")]
