@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from .._errors import UsageError
+from .. import UsageError
 from ._files import ENDINGS, Row, read_rows, require_columns, sha256
 from ._recipe import ChatData, Data, PromptCompletionData, TextData
 from ._template import columns_of, render

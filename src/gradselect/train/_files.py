@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._errors import UsageError
+from .. import UsageError
 
 Row = dict[str, Any]
 """One example: a value per column."""

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .._errors import UsageError
+from .. import UsageError
 from ._recipe import Recipe
 
 

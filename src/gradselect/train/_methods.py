@@ -8,9 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from .._policy import AbstractPolicy
-from .._residency import AbstractResidency, Drop, Keep, Offload
-from ..policies import AdaGradSelect, All, Cyclic, Fixed, GradNormTopK, Uniform
+from .. import (
+    AbstractPolicy,
+    AbstractResidency,
+    AdaGradSelect,
+    All,
+    Cyclic,
+    Drop,
+    Fixed,
+    GradNormTopK,
+    Keep,
+    Offload,
+    Uniform,
+)
 from ._settings import Settings
 
 if TYPE_CHECKING:
@@ -169,8 +179,17 @@ class FullMethod(Settings):
 
     name: Literal["full"]
 
-    def policy(self) -> AbstractPolicy:
-        """Every block: what a bfloat16 model is trained with."""
+    def with_masters(self) -> AllMethod:
+        """The same on `gradselect.BlockOptimizer`, which keeps the master weights."""
+        return AllMethod()
+
+
+class AllMethod(AbstractBlockMethod):
+    """`gradselect.All`: full fine-tuning as a selection; a recipe writes `full`."""
+
+    residency: Residency = "keep"
+
+    def policy(self, *, seed: int, blocks: Sequence[str]) -> AbstractPolicy:
         return All()
 
 
@@ -178,15 +197,15 @@ class AbstractAdapterMethod(Settings, ABC):
     """Trains an adapter of PEFT in float32; at the end it is merged into the model's weights."""
 
     @abstractmethod
-    def peft_config(self) -> PeftConfig:
-        """The configuration that PEFT builds the adapter from."""
+    def peft_config(self, *, embedding: str) -> PeftConfig:
+        """The configuration that PEFT builds the adapter from; `embedding` is the name of the token embedding."""
 
 
 class LoraMethod(AbstractAdapterMethod):
     """Low-rank adapters on every linear layer (Hu et al., "LoRA", arXiv 2106.09685).
 
     rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732); DoRA trains magnitude and direction apart
-    (Liu et al., arXiv 2402.09353); PiSSA starts from the principal singular vectors (Meng et al., arXiv 2404.02948).
+    (Liu et al., arXiv 2402.09353).
 
     Attributes:
         rank: of the update of each matrix.
@@ -196,14 +215,14 @@ class LoraMethod(AbstractAdapterMethod):
         train_embedding: train the token embedding too, in full; a tied head follows it.
     """
 
-    name: Literal["lora", "rslora", "dora", "pissa"]
+    name: Literal["lora", "rslora", "dora"]
     rank: PositiveInt = 16
     alpha: PositiveInt | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     train_embedding: bool = False
 
-    def peft_config(self) -> PeftConfig:
+    def peft_config(self, *, embedding: str) -> PeftConfig:
         from peft import LoraConfig
 
         return LoraConfig(
@@ -214,8 +233,7 @@ class LoraMethod(AbstractAdapterMethod):
             target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
             use_rslora=self.name == "rslora",
             use_dora=self.name == "dora",
-            init_lora_weights="pissa" if self.name == "pissa" else True,
-            modules_to_save=["embed_tokens"] if self.train_embedding else None,
+            modules_to_save=[embedding] if self.train_embedding else None,
             ensure_weight_tying=self.train_embedding,
         )
 
@@ -232,7 +250,7 @@ class OtherAdapterMethod(AbstractAdapterMethod):
     type: str
     options: Mapping[str, Any] = Field(default_factory=dict)
 
-    def peft_config(self) -> PeftConfig:
+    def peft_config(self, *, embedding: str) -> PeftConfig:
         from peft import get_peft_config
 
         return get_peft_config({"peft_type": self.type.upper(), "task_type": "CAUSAL_LM", **self.options})

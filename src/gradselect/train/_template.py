@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from string import Formatter
 from typing import Any
 
-from .._errors import UsageError
+from .. import UsageError
 
 
 def check_template(template: str) -> str:

@@ -1,0 +1,163 @@
+"""The command line: `gradselect train` and `gradselect evaluate`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"the command line needs {missing.name}; run: pip install 'gradselect[train]'") from None
+
+from . import UsageError, __version__
+
+if TYPE_CHECKING:
+    from .evaluate import EvaluationSettings
+
+app = typer.Typer(
+    name="gradselect",
+    help="Fine-tune language models at full-parameter quality while training, at any moment, only what matters now.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+USAGE_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; what the user can put right becomes one message and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        app(arguments)
+    except UsageError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(USAGE_EXIT_CODE) from None
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gradselect {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# The imports of each command stand inside it: `--help` should not wait for them.
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file; recipes/ has examples.", metavar="RECIPE")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Values that replace the recipe's, e.g. optimizer.lr=1e-4.", metavar="[KEY=VALUE]..."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in run.output.")] = False,
+) -> None:
+    """Fine-tune a model as RECIPE says; the result is a plain Hugging Face checkpoint in run.output."""
+    from .train import load_recipe
+    from .train import train as carry_out
+
+    words = ["gradselect", "train", recipe, *(overrides or [])]
+    try:
+        carry_out(
+            load_recipe(recipe, overrides or []), resume=resume, command=[*words, *(["--resume"] if resume else [])]
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; go on from the newest checkpoint with: {shlex.join([*words, '--resume'])}", err=True)
+        raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder with a checkpoint, or an id on the hub.", metavar="MODEL")],
+    task: Annotated[str | None, typer.Option(help="gsm8k, math or loss.")] = None,
+    data: Annotated[str | None, typer.Option(help="A data file, or the id of a data set on the hub.")] = None,
+    subset: Annotated[str | None, typer.Option(help="Configuration of a data set on the hub.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a data set on the hub.")] = "test",
+    limit: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Template with columns in braces, as in the recipe.")] = None,
+    completion: Annotated[str | None, typer.Option(help="Template of the reference answer.")] = None,
+    as_chat: Annotated[bool, typer.Option("--as-chat", help="Send the prompt through the chat template.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Items of a forward pass.")] = 16,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Limit of one answer.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    output: Annotated[str | None, typer.Option(help="A new folder for items.jsonl and result.json.")] = None,
+    harness: Annotated[str | None, typer.Option(help="Tasks of lm-eval instead of a task, with commas.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Solved examples in the prompt of lm-eval's tasks.")] = None,
+) -> None:
+    """Measure MODEL: accuracy on worked problems, loss on a text, or published tasks through lm-eval."""
+    from .evaluate import EvaluationSettings
+    from .train._messages import collected_messages
+
+    settings = EvaluationSettings(
+        model=model,
+        task=task,
+        data=data,
+        subset=subset,
+        split=split,
+        limit=limit,
+        prompt=_with_line_ends(prompt),
+        completion=_with_line_ends(completion),
+        as_chat=as_chat,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
+        device=device,
+        output=output,
+        harness=tuple(harness.split(",")) if harness else (),
+        num_fewshot=num_fewshot,
+    )
+    with collected_messages(Console(stderr=True)):
+        if settings.harness:
+            _evaluate_published(settings)
+        else:
+            _evaluate_task(settings)
+
+
+def _evaluate_task(settings: EvaluationSettings) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from .evaluate import evaluate as measure
+
+    console = Console()
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("evaluate", total=None)
+        result = measure(settings, on_progress=lambda done, total: bar.update(task, completed=done, total=total))
+    typer.echo(result.summary())
+    _say_where(settings)
+
+
+def _evaluate_published(settings: EvaluationSettings) -> None:
+    from .evaluate import run_harness
+
+    for name, metrics in run_harness(settings).scores.items():
+        for metric, value in metrics.items():
+            typer.echo(f"{name}  {metric}  {value:.4f}")
+    _say_where(settings)
+
+
+def _say_where(settings: EvaluationSettings) -> None:
+    if settings.output is not None:
+        typer.echo(f"items and settings in {settings.output}")
+
+
+def _with_line_ends(template: str | None) -> str | None:
+    """A shell hands on a backslash and an n where a line end is meant."""
+    return None if template is None else template.replace("\\n", "\n")

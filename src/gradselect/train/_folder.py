@@ -1,0 +1,148 @@
+"""The output folder of a run; whatever is written into it is whole or is not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .. import UsageError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps what.
+
+    model.safetensors, config.json, tokenizer files ...   the trained model, once the run has finished
+    adapter/           the adapter before it was merged, for the methods that train one
+    recipe.yaml        the recipe with every default written out
+    run.json           what was run, on what, and how it went
+    records.jsonl      one selection record a step, for the methods that select blocks
+    checkpoints/step-N what `--resume` continues from
+    tensorboard/       curves
+    messages.log       what the libraries had to say
+    """
+
+    root: Path
+
+    @property
+    def run_file(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def records_file(self) -> Path:
+        return self.root / "records.jsonl"
+
+    @property
+    def messages_file(self) -> Path:
+        return self.root / "messages.log"
+
+    @property
+    def curves(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    def is_used(self) -> bool:
+        """Whether there is anything in it."""
+        return self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir()))
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step}"
+
+    def complete_checkpoints(self) -> list[Path]:
+        """The checkpoints, oldest first; one that was not written to its end has another name and is not among them."""
+        return sorted(self.checkpoints.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+    def newest_checkpoint(self) -> Path | None:
+        return next(reversed(self.complete_checkpoints()), None)
+
+
+@contextmanager
+def claimed(folder: RunFolder, *, resume: bool, messages: Sequence[str]) -> Iterator[RunFolder]:
+    """The folder, made for a new run or left as it is for `resume`; at the end `messages` are kept in it.
+
+    Raises:
+        UsageError: there is something in it and this is no resume, or it cannot be made.
+    """
+    is_new = not folder.is_used()
+    if not is_new and not resume:
+        raise UsageError(
+            f"run.output={folder.root} exists and is not empty; choose another one, e.g. run.output={folder.root}-2, "
+            "or go on with the run in it: --resume"
+        )
+    if not is_new and not folder.run_file.is_file():
+        raise UsageError(f"run.output={folder.root} holds no run to resume: it has no {folder.run_file.name}")
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"run.output={folder.root} cannot be made: {error}") from None
+    try:
+        yield folder
+    finally:
+        if is_new and not folder.run_file.exists():
+            # Nothing has begun: a corrected recipe should find the name free.
+            shutil.rmtree(folder.root)
+        elif messages:
+            with folder.messages_file.open("a", encoding="utf-8") as file:
+                file.writelines(f"{message}\n" for message in messages)
+
+
+@contextmanager
+def writing_aside(target: Path) -> Iterator[Path]:
+    """A path to write a file or a folder to; it takes the name `target` when the block ends without an error.
+
+    Raises:
+        UsageError: the disk is full or cannot be written to; what had the name before is untouched.
+    """
+    aside = target.with_name(f".{target.name}.partial")
+    _remove(aside)
+    try:
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        _flush(aside)
+        if target.is_dir():
+            _remove(target)
+        os.replace(aside, target)
+    # torch.save reports a full disk as a RuntimeError without a cause, safetensors as an error of its own.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UsageError(_unwritable(target, error)) from error
+    finally:
+        _remove(aside)
+
+
+def _unwritable(target: Path, error: Exception) -> str:
+    there = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(there).free / 2**20
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"could not write {target}: {reason} ({free:,.0f} MiB free on the disk); what was saved before it is whole"
+
+
+def _flush(path: Path) -> None:
+    """Make the bytes reach the disk before the name does, so that a power cut leaves no empty file of that name."""
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,146 @@
+"""What a run leaves behind: the model, and `run.json` with all that is needed to repeat it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from .. import UsageError, __version__
+from ._folder import RunFolder, writing_aside
+from ._load import dump_recipe
+from ._meter import Meter
+from ._model import fingerprint
+from ._recipe import Recipe
+from ._setup import Inputs
+from ._trainer import RunTrainer
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
+
+FREE_TO_CHANGE = {
+    *(f"recipe.run.{key}" for key in ("output", "device", "log_every", "evaluate_every", "save_every", "report_to")),
+    "recipe.run.keep_checkpoints",
+    # What stands at these places is compared, not where it stands.
+    *("recipe.model.path", "recipe.model.revision", "recipe.data.path", "data.train.path", "data.validation.path"),
+}
+"""Keys in which a resumed run may differ from the one that it continues."""
+
+
+def describe_start(
+    recipe: Recipe, inputs: Inputs, *, command: Sequence[str], checkpoint: Path | None
+) -> dict[str, Any]:
+    """What is known before the first step."""
+    model = inputs.model
+    return {
+        "status": "started",
+        "command": list(command),
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "resumed_from": None if checkpoint is None else checkpoint.name,
+        "recipe": recipe.model_dump(mode="json"),
+        "model": {
+            "class": type(model).__name__,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "fingerprint": fingerprint(model),
+        },
+        "data": {name: source.describe() for name, source in inputs.examples.sources.items()},
+        "versions": {"gradselect": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in PACKAGES},
+        "machine": {
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def describe_end(trainer: RunTrainer, meter: Meter, *, notes: Sequence[str]) -> dict[str, Any]:
+    """What is known after the last step."""
+    history = trainer.state.log_history
+    return {
+        "status": "finished",
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "steps": trainer.state.global_step,
+        "training_loss": _last(history, "loss"),
+        "validation_loss": _last(history, "eval_loss"),
+        "tokens": trainer.num_tokens,
+        "tokens_per_second": trainer.num_tokens / meter.total_seconds if meter.total_seconds else None,
+        "notes": list(notes),
+        **meter.describe(),
+        "history": history,
+    }
+
+
+def check_same_run(folder: RunFolder, start: Mapping[str, Any]) -> None:
+    """The run in `folder` is the one that `start` describes, and it is not finished.
+
+    Raises:
+        UsageError: names what differs.
+    """
+    before = json.loads(folder.run_file.read_text("utf-8"))
+    if before["status"] == "finished":
+        raise UsageError(
+            f"the run in {folder.root} has finished after {before['steps']} steps; nothing is left to resume"
+        )
+    different = list(differences(before, start))
+    if different:
+        heading = (
+            f"the run in {folder.root} is another one; resume it with its own recipe, or choose another run.output:"
+        )
+        raise UsageError("\n  ".join([heading, *different]))
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What of recipe, model and data is not as it was, one line each."""
+    old, new = (dict(_flatten({key: side[key] for key in ("recipe", "model", "data")})) for side in (before, now))
+    for key in sorted(old.keys() | new.keys()):
+        if key not in FREE_TO_CHANGE and old.get(key) != new.get(key):
+            yield f"{key.removeprefix('recipe.')}: {old.get(key)!r} then, {new.get(key)!r} now"
+
+
+def write_start(folder: RunFolder, start: Mapping[str, Any], recipe: Recipe) -> None:
+    with writing_aside(folder.recipe_file) as aside:
+        aside.write_text(dump_recipe(recipe), "utf-8")
+    write_run(folder, start)
+
+
+def write_run(folder: RunFolder, description: Mapping[str, Any]) -> None:
+    with writing_aside(folder.run_file) as aside:
+        aside.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def save_model(trainer: RunTrainer, tokenizer: PreTrainedTokenizerBase, *, folder: RunFolder) -> None:
+    """A plain checkpoint in the folder itself; an adapter is kept beside it and merged into its weights."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model, PeftModel):
+        with writing_aside(folder.adapter) as aside:
+            model.save_pretrained(str(aside))
+        model = model.merge_and_unload()
+    ready = folder.root / "model"
+    with writing_aside(ready) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+    for file in ready.iterdir():
+        os.replace(file, folder.root / file.name)
+    ready.rmdir()
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _last(history: Sequence[Mapping[str, float]], key: str) -> float | None:
+    return next((entry[key] for entry in reversed(history) if key in entry), None)

@@ -1,0 +1,68 @@
+"""One training run, from a recipe to a plain Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ._data import load_examples
+from ._folder import RunFolder, claimed
+from ._meter import Meter
+from ._model import load_model, load_tokenizer, resolve_max_length
+from ._progress import ProgressDisplay, show_start, show_summary
+from ._recipe import Recipe
+from ._result import check_same_run, describe_end, describe_start, save_model, write_run, write_start
+from ._setup import Inputs, build_trainer, length_notes
+from ._trainer import RunTrainer
+
+
+def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Console, messages: Sequence[str]) -> Path:
+    """Carry out a recipe; see `gradselect.train.train`. `messages` are those of the libraries, a list that grows."""
+    with claimed(RunFolder(Path(recipe.run.output)), resume=resume, messages=messages) as folder:
+        inputs = _read(recipe)  # 1
+        checkpoint = folder.newest_checkpoint() if resume else None
+        start = describe_start(recipe, inputs, command=command, checkpoint=checkpoint)  # 2
+        if folder.run_file.exists():
+            check_same_run(folder, start)
+        trainer = build_trainer(recipe, inputs, folder=folder)  # 3
+        notes = length_notes(trainer, inputs, packing=recipe.data.packing)
+        write_start(folder, start, recipe)
+        show_start(console, start, notes=notes, checkpoint=checkpoint)
+        meter = _train(trainer, checkpoint=checkpoint, console=console)  # 4
+        _evaluate(trainer)  # 5
+        save_model(trainer, inputs.tokenizer, folder=folder)  # 6
+        end = describe_end(trainer, meter, notes=notes)
+        write_run(folder, start | end)  # 7
+        show_summary(console, end, recipe=recipe, folder=folder, num_messages=len(messages))
+    return folder.root
+
+
+def _read(recipe: Recipe) -> Inputs:
+    """Data first: a broken line should not wait for a large model to load."""
+    examples = load_examples(recipe.data, seed=recipe.run.seed)
+    tokenizer = load_tokenizer(recipe.model, recipe.data)
+    model = load_model(recipe.model)
+    max_length = resolve_max_length(recipe.data.max_length, model=model, tokenizer=tokenizer)
+    return Inputs(model=model, tokenizer=tokenizer, examples=examples, max_length=max_length)
+
+
+def _train(trainer: RunTrainer, *, checkpoint: Path | None, console: Console) -> Meter:
+    meter = Meter()
+    display = ProgressDisplay(console, meter=meter, count_tokens=lambda: trainer.num_tokens)
+    trainer.add_callback(meter)
+    trainer.add_callback(display)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        display.close()
+    return meter
+
+
+def _evaluate(trainer: RunTrainer) -> None:
+    """The loss on the validation examples after the last step, unless it is known already."""
+    evaluated: list[Any] = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
+        trainer.evaluate()

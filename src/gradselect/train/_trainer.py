@@ -1,0 +1,99 @@
+"""TRL's trainer with whole checkpoints or none, and an end to a run whose loss is no number."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl.trainer.sft_trainer import SFTTrainer
+
+from .. import UsageError
+from ._folder import RunFolder, writing_aside
+
+
+class RunTrainer(SFTTrainer):
+    """`trl.SFTTrainer` as the command line runs it.
+
+    Args:
+        folder: its checkpoints go to `folder.checkpoints`, each written aside and then renamed.
+        keep_checkpoints: how many there are at most; older ones are deleted.
+        others: as for `SFTTrainer`, by keyword.
+
+    Attributes:
+        num_tokens: tokens that this session has trained on, prompts included and padding not.
+    """
+
+    def __init__(self, *, folder: RunFolder, keep_checkpoints: int, **others: Any) -> None:
+        self._folder = folder
+        self._keep_checkpoints = keep_checkpoints
+        self._writing_to = str(folder.checkpoints)
+        self.num_tokens = 0
+        super().__init__(**others)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a batch.
+
+        Raises:
+            UsageError: it is NaN or infinite in training; the step has changed nothing yet.
+        """
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            loss = (result[0] if return_outputs else result).item()
+            if not math.isfinite(loss):
+                raise UsageError(f"the loss is {loss} at step {self.state.global_step}; {self._advice()}")
+            self.num_tokens += _count_tokens(inputs)
+        return result
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._writing_to
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        if not _is_finite(model):
+            raise UsageError(f"weights are NaN or infinite after step {step - 1}; {self._advice()}")
+        try:
+            with writing_aside(self._folder.checkpoint(step)) as aside:
+                self._writing_to = str(aside)
+                # Past SFTTrainer's own method, which adds a model card.
+                super(SFTTrainer, self)._save_checkpoint(model, trial)
+                _lift(aside)
+        finally:
+            self._writing_to = str(self._folder.checkpoints)
+        for old in self._folder.complete_checkpoints()[: -self._keep_checkpoints]:
+            shutil.rmtree(old)
+
+    def _advice(self) -> str:
+        newest = self._folder.newest_checkpoint()
+        kept = "there is no checkpoint yet" if newest is None else f"the last good checkpoint is {newest}"
+        return (
+            f"training has stopped and {kept}. Try a smaller optimizer.lr (it was {self.args.learning_rate:g}), "
+            "a longer optimizer.warmup, or model.dtype=float32"
+        )
+
+
+@torch.no_grad()
+def _is_finite(model: nn.Module) -> bool:
+    return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
+def _count_tokens(inputs: dict[str, Any]) -> int:
+    # Packed rows come without a mask and without padding.
+    return int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
+
+
+def _lift(folder: os.PathLike[str]) -> None:
+    """Move what stands in the only folder inside `folder` one level up."""
+    (inner,) = os.scandir(folder)
+    for entry in list(os.scandir(inner)):
+        os.rename(entry.path, os.path.join(folder, entry.name))
+    os.rmdir(inner)

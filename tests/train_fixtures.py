@@ -1,0 +1,91 @@
+"""A model, data and recipes so small that a whole run takes a second; nothing is read from outside the test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+NUM_LAYERS = 4
+POSITIONS = 64
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def write_model(folder: Path, *, seed: int = 0, tied: bool = True, chat: bool = False) -> Path:
+    """A random Llama of four layers and a tokenizer of bytes."""
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=2,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=tied,
+        bos_token_id=256,
+        eos_token_id=256,
+        pad_token_id=257,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer(chat=chat).save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
+    """One token a byte, an end of text and a padding token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {sign: number for number, sign in enumerate([*alphabet, "<end>", "<pad>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    template = {"chat_template": CHAT_TEMPLATE} if chat else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", **template)
+
+
+def write_sums(path: Path, *, rows: int = 24) -> Path:
+    """Questions and answers of unequal length."""
+    lines = [json.dumps({"question": f"{n}+{n * n}?", "answer": f"is {n + n * n}"}) for n in range(rows)]
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+def recipe_values(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A recipe on `folder/model` and `folder/sums.jsonl`; `sections` change keys of its sections."""
+    values: dict[str, Any] = {
+        "model": {"path": str(folder / "model"), "dtype": "float32"},
+        "data": {
+            "format": "prompt-completion",
+            "path": str(folder / "sums.jsonl"),
+            "prompt": "{question}",
+            "completion": " {answer}",
+        },
+        "method": {"name": "full"},
+        "optimizer": {"lr": 1e-2},
+        "run": {
+            "output": str(folder / "out"),
+            "steps": 4,
+            "batch_size": 4,
+            "log_every": 1,
+            "device": "cpu",
+            "report_to": [],
+        },
+    }
+    for name, changes in sections.items():
+        # Another method has other keys.
+        values[name] = changes if name == "method" else {**values[name], **changes}
+    return values
+
+
+def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_values(folder, **sections)), "utf-8")
+    return path
