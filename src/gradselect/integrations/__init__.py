@@ -1,0 +1,1 @@
+"""Ways into training frameworks; each module imports its framework, so none is imported by default."""

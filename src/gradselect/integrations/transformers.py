@@ -1,0 +1,271 @@
+"""Selective training in an unmodified `transformers.Trainer`, and in trainers built on it, as TRL's and axolotl's.
+
+    trainer = Trainer(
+        model=model,
+        args=args,
+        optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, {"args": args, "policy": AdaGradSelect(fraction=0.2)}),
+        callbacks=[SelectionCallback(jsonl="selection.jsonl")],
+    )
+
+The factory builds the optimizer; the callback tells it what only the Trainer knows, and the Trainer's logs what it did.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, final
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import has_length
+
+from .. import BlockOptimizer, JsonlWriter, StepRecord, UsageError
+
+logger = logging.getLogger(__name__)
+
+
+@final
+class SelectiveOptimizerFactory:
+    """Builds a `BlockOptimizer` where a trainer asks for an optimizer.
+
+    Trainer calls `SelectiveOptimizerFactory()(model, **kwargs)` with the kwargs that it was given, axolotl
+    `SelectiveOptimizerFactory()(model, args, **kwargs)`.
+    """
+
+    def __call__(self, model: nn.Module, args: TrainingArguments | None = None, **options: Any) -> BlockOptimizer:
+        """The optimizer of `model`.
+
+        Args:
+            model: as the trainer holds it; it may be wrapped for data parallelism.
+            args: gives `lr`, `weight_decay`, `betas`, `eps` and `accumulation_steps` where `options` do not. The
+                Trainer does not pass its own: name them among the kwargs, or else `lr`.
+            options: keyword arguments of `BlockOptimizer`; `policy` is required.
+
+        Raises:
+            UsageError: an unknown option, no policy, no learning rate, several processes, or what `BlockOptimizer`
+                refuses.
+
+        Example:
+            >>> kwargs = {"policy": gs.AdaGradSelect(fraction=0.2), "lr": 1e-5}
+            >>> Trainer(model, args, optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, kwargs))  # doctest: +SKIP
+        """
+        _check_one_process()
+        settings = options if args is None else {**_from_arguments(args), **options}
+        _check_settings(settings)
+        return BlockOptimizer(_unwrap_model(model), **settings)
+
+
+class SelectionCallback(TrainerCallback):
+    """Connects the `BlockOptimizer` of a Trainer with it.
+
+    When training begins, the optimizer learns the number of micro-batches per step, the gradient scaler and, for a
+    policy that left it open (`AdaGradSelect(explore_steps=None)`), the number of optimizer steps of the first epoch.
+    With activation checkpointing transformers makes the output of the embedding require a gradient, so the backward
+    pass would visit every layer: that is undone where checkpoints are not reentrant.
+
+    Each log of the training loss gets, over the steps since the last one,
+
+        selection/blocks         mean number of blocks updated in a step
+        selection/explored       share of steps that looked at all gradients
+        selection/entropy        evenness of all updates so far, 1.0: every block equally often
+        selection/state_bytes    most bytes of optimizer state and masters on the device
+        selection/moved_bytes    mean bytes moved between device and host in a step
+
+    and the last log `selection/updates/<block>`, the number of updates of each block. They reach `log_history` and
+    whatever `report_to` names: for that the callback moves before the Trainer's own reporters.
+
+    Args:
+        jsonl: a file that gets every `StepRecord` as a line; its folder must exist when training begins.
+
+    Raises:
+        UsageError: when training begins, if the optimizer is no `BlockOptimizer`, or if training resumes from a
+            checkpoint without optimizer state.
+    """
+
+    def __init__(self, *, jsonl: str | Path | None = None) -> None:
+        self._writer = None if jsonl is None else JsonlWriter(jsonl)
+        self._connected: BlockOptimizer | None = None
+        self._since_log: list[StepRecord] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
+    ) -> None:
+        optimizer = _unwrap_optimizer(parts["optimizer"])
+        _check_resumed(optimizer, state)
+        _warn_of_skipped(args, optimizer)
+        optimizer.accumulation_steps = args.gradient_accumulation_steps
+        optimizer.grad_scaler = parts["optimizer"].scaler
+        optimizer.policy.fill_explore_steps(_num_steps_of_epoch(args, state, parts["train_dataloader"]))
+        _keep_backward_short(parts["model"], args)
+        self._connect(optimizer, writes=state.is_world_process_zero)
+        self._report_before_others()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        # The Trainer clears gradients through the model, so the optimizer does not see that a window ended unused.
+        if parts["optimizer"].step_was_skipped:
+            _unwrap_optimizer(parts["optimizer"]).zero_grad()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **parts: Any,
+    ) -> None:
+        assert logs is not None
+        values: dict[str, float] = {}
+        if "loss" in logs and self._since_log:
+            values = summarise(self._since_log)
+            self._since_log.clear()
+        elif "train_runtime" in logs and self._connected is not None:
+            values = {f"selection/updates/{name}": count for name, count in self._connected.update_counts.items()}
+        logs.update(values)
+        # The Trainer has copied the logs there before it calls anyone.
+        state.log_history[-1].update(values)
+
+    def _connect(self, optimizer: BlockOptimizer, *, writes: bool) -> None:
+        """Receive the records of `optimizer`; a second `train()` of one Trainer goes on with the same."""
+        if self._connected is optimizer:
+            return
+        self._connected = optimizer
+        optimizer.add_record_hook(self._since_log.append)
+        if self._writer is not None and writes:
+            optimizer.add_record_hook(self._writer)
+
+    def _report_before_others(self) -> None:
+        handler = _calling_handler()
+        if handler is not None and self in handler.callbacks:
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
+
+
+def summarise(records: Sequence[StepRecord]) -> dict[str, float]:
+    """What one or more steps did, as the numbers that `SelectionCallback` logs."""
+    return {
+        "selection/blocks": fmean(len(record.selected) for record in records),
+        "selection/explored": fmean(record.explored for record in records),
+        "selection/entropy": records[-1].selection_entropy,
+        "selection/state_bytes": max(record.state_bytes for record in records),
+        "selection/moved_bytes": fmean(record.moved_bytes for record in records),
+    }
+
+
+def _hyper_parameters(args: TrainingArguments | type[TrainingArguments]) -> dict[str, Any]:
+    """AdamW's settings of TrainingArguments; of the class, their defaults."""
+    return {
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+
+
+def _from_arguments(args: TrainingArguments) -> dict[str, Any]:
+    return {**_hyper_parameters(args), "accumulation_steps": args.gradient_accumulation_steps}
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    known = list(inspect.signature(BlockOptimizer).parameters)[1:]
+    for name in settings.keys() - set(known):
+        close = difflib.get_close_matches(name, known, n=1)
+        advice = f"write {close[0]!r}" if close else f"known are {', '.join(known)}"
+        raise UsageError(f"{name!r} among the kwargs of SelectiveOptimizerFactory is no option; {advice}")
+    if "policy" not in settings:
+        raise UsageError(
+            "the kwargs of SelectiveOptimizerFactory have no 'policy'; write e.g. "
+            '{"policy": AdaGradSelect(fraction=0.2), "args": args}'
+        )
+    if "lr" not in settings:
+        raise UsageError(
+            "the kwargs of SelectiveOptimizerFactory have no 'lr', and the Trainer does not pass on its learning_rate; "
+            'write {"policy": ..., "args": args} with the TrainingArguments, or {"policy": ..., "lr": 2e-5}'
+        )
+
+
+def _check_one_process() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise UsageError(
+            f"this is one of {distributed.get_world_size()} processes; a Trainer would wrap the model while blocks are "
+            "frozen and never synchronise those: run it in one process"
+        )
+
+
+def _check_resumed(optimizer: BlockOptimizer, state: TrainerState) -> None:
+    if state.global_step > 0 and not any(optimizer.update_counts.values()):
+        raise UsageError(
+            f"training resumes after step {state.global_step}, but the checkpoint holds no optimizer state; save with "
+            "save_only_model=False, or load the checkpoint with from_pretrained and call train() without "
+            "resume_from_checkpoint"
+        )
+
+
+def _warn_of_skipped(args: TrainingArguments, optimizer: BlockOptimizer) -> None:
+    defaults = _hyper_parameters(type(args))
+    for name, value in _hyper_parameters(args).items():
+        ours = optimizer.defaults[name]
+        if value not in (ours, defaults[name]):
+            logger.warning(
+                "TrainingArguments say %s=%s, but the optimizer was built with %s=%s, which counts; "
+                'add "args": args to the kwargs of SelectiveOptimizerFactory',
+                *(name, value, name, ours),
+            )
+
+
+def _unwrap_model(model: nn.Module) -> nn.Module:
+    return _unwrap_model(model.module) if isinstance(model, DataParallel | DistributedDataParallel) else model
+
+
+def _unwrap_optimizer(optimizer: torch.optim.Optimizer) -> BlockOptimizer:
+    if isinstance(optimizer, AcceleratedOptimizer):
+        return _unwrap_optimizer(optimizer.optimizer)
+    if not isinstance(optimizer, BlockOptimizer):
+        raise UsageError(
+            f"SelectionCallback needs a BlockOptimizer, the Trainer has {type(optimizer).__name__}; write "
+            'optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, {"policy": ..., "args": args}), or leave out the '
+            "callback"
+        )
+    return optimizer
+
+
+def _num_steps_of_epoch(args: TrainingArguments, state: TrainerState, loader: Any) -> int:
+    """Optimizer steps of an epoch, the last of which may be on fewer micro-batches; as the Trainer counts them."""
+    if not has_length(loader):
+        return state.max_steps
+    return max(1, -(-len(loader) // args.gradient_accumulation_steps))
+
+
+def _keep_backward_short(model: nn.Module, args: TrainingArguments) -> None:
+    """Let the backward pass end at the lowest selected block, with activation checkpointing too."""
+    settings = args.gradient_checkpointing_kwargs
+    if args.gradient_checkpointing and isinstance(settings, dict) and settings.get("use_reentrant"):
+        # Such a checkpoint has no gradient for its weights unless its input requires one.
+        logger.warning(
+            "with reentrant checkpoints the backward pass visits every layer, frozen ones too; "
+            'drop "use_reentrant": True to skip those below the lowest selected block'
+        )
+        return
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.disable_input_require_grads()
+
+
+def _calling_handler() -> CallbackHandler | None:
+    """The handler of the Trainer that this call comes from: it passes nothing by which a callback could reach it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler):
+            return caller
+        frame = frame.f_back
+    return None
