@@ -224,11 +224,52 @@ def test_embedding_takes_positions_and_its_norm():
     assert "model.decoder.embed_positions.weight" in bart
 
 
+class Words(nn.Module):
+    """An embedding of one's own class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(4, 16))
+
+
+class ModelWithWords(nn.Module):
+    """Answers `get_input_embeddings`, and says of the other that it has none, as models of images do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = Words()
+        self.emb_ln = nn.LayerNorm(16)
+        self.scale = nn.Parameter(torch.zeros(()))
+        self.stack = nn.ModuleList(tiny_models.PlainLayer() for _ in range(2))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
+    def get_output_embeddings(self) -> nn.Module:
+        raise NotImplementedError
+
+
+def test_embedding_is_what_the_model_calls_its_input_embeddings():
+    blocks = contents(partition(ModelWithWords()))
+    assert list(blocks) == ["embedding", *layers(2), "scale"]
+    assert blocks["embedding"] == ("words.table", "emb_ln.weight", "emb_ln.bias")
+
+
 def test_head_is_what_the_model_calls_its_output_embeddings():
     """The value head comes last in the model, but is not its head."""
     model = tiny_models.tiny_llama()
     model.add_module("value", nn.Linear(16, 1))
     assert names_of(partition(model)) == [*UNTIED, "value"]
+
+
+def test_head_without_such_a_call_is_the_outermost_and_last_module_with_a_matrix():
+    model = nn.ModuleDict(
+        {"tokens": nn.Embedding(4, 16), "net": nn.Module(), "first": nn.Linear(2, 2), "last": nn.Linear(2, 2)}
+    )
+    model["net"].add_module("stack", nn.ModuleList(tiny_models.PlainLayer() for _ in range(2)))
+    model["net"].add_module("pooler", nn.Linear(2, 2))
+    assert names_of(partition(model)) == ["embedding", *layers(2), "head", "pooler", "first"]
+    assert contents(partition(model))["head"] == ("last.weight", "last.bias")
 
 
 def test_head_may_be_registered_before_the_layers():
@@ -237,6 +278,8 @@ def test_head_may_be_registered_before_the_layers():
     model.add_module("classifier", nn.Linear(16, 2))
     model.add_module("backbone", tiny_models.tiny_llama().get_submodule("model"))
     assert names_of(partition(model)) == UNTIED
+    model.get_submodule("backbone").add_module("pooler", nn.Linear(16, 16))
+    assert names_of(partition(model)) == [*UNTIED, "pooler"]
     series = nn.Module()
     series.add_module("project_in", nn.Linear(3, 16))
     series.add_module("backbone", nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=False))
@@ -268,6 +311,13 @@ def test_experts_do_not_pass_for_layers():
         nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(4, 4) for _ in range(8))}) for _ in range(2)
     )
     assert names_of(partition(nn.ModuleDict({"stack": stack}))) == ["layer.0", "layer.1"]
+
+
+def test_vectors_of_a_layer_come_after_its_matrices():
+    """GPT-2 registers a norm first."""
+    first = [name for name in names_of(partition(tiny_models.tiny_gpt2(), by="matrix")) if "layer.0." in name]
+    matrices = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    assert first == [f"layer.0.{name}" for name in [*matrices, "vectors"]]
 
 
 def test_stacked_experts_are_a_matrix_block_each():

@@ -141,7 +141,7 @@ def walk(module: nn.Module, *, path: str) -> Iterator[Stack]:
     """The outermost stacks at and below `module`, which stands at `path`."""
     layers = layers_of(module)
     if layers:
-        numbers = {join(path, name): number for number, (name, child) in enumerate(layers) if holds_parameters(child)}
+        numbers = {join(path, name): number for number, (name, _) in enumerate(layers)}
         yield Stack(path, numbers, composite=any(list(child.children()) for _, child in layers))
     else:
         for name, child in module.named_children():
