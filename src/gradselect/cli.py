@@ -64,7 +64,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file; recipes/ has examples.", metavar="RECIPE")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Values that replace the recipe's, e.g. optimizer.lr=1e-4.", metavar="[KEY=VALUE]..."),
+        typer.Argument(help="Values that replace the recipe's, e.g. optimizer.lr=1e-4.", metavar="KEY=VALUE"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in run.output.")] = False,
 ) -> None:

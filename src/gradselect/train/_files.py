@@ -62,7 +62,7 @@ def sha256(path: str | Path) -> str:
 def _read_jsonl(path: Path) -> Iterator[Row]:
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
-            yield _object(_parse(line, path=path, first_line=number), where=f"{path}, line {number}")
+            yield _object(_parse(line.rstrip(), path=path, first_line=number), where=f"{path}, line {number}")
 
 
 def _read_json(path: Path) -> Iterator[Row]:

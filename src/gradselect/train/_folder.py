@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,13 +81,8 @@ def claimed(folder: RunFolder, *, resume: bool, messages: Sequence[str]) -> Iter
         UsageError: there is something in it and this is no resume, or it cannot be made.
     """
     is_new = not folder.is_used()
-    if not is_new and not resume:
-        raise UsageError(
-            f"run.output={folder.root} exists and is not empty; choose another one, e.g. run.output={folder.root}-2, "
-            "or go on with the run in it: --resume"
-        )
-    if not is_new and not folder.run_file.is_file():
-        raise UsageError(f"run.output={folder.root} holds no run to resume: it has no {folder.run_file.name}")
+    _check_may_be_used(folder, is_new=is_new, resume=resume)
+    was_there = folder.root.exists()
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -96,11 +91,31 @@ def claimed(folder: RunFolder, *, resume: bool, messages: Sequence[str]) -> Iter
         yield folder
     finally:
         if is_new and not folder.run_file.exists():
-            # Nothing has begun: a corrected recipe should find the name free.
-            shutil.rmtree(folder.root)
+            _clear(folder.root, keep=was_there)
         elif messages:
-            with folder.messages_file.open("a", encoding="utf-8") as file:
+            # Should the disk be full, the error that led here says so.
+            with suppress(OSError), folder.messages_file.open("a", encoding="utf-8") as file:
                 file.writelines(f"{message}\n" for message in messages)
+
+
+def _check_may_be_used(folder: RunFolder, *, is_new: bool, resume: bool) -> None:
+    if is_new:
+        return
+    if not resume:
+        raise UsageError(
+            f"run.output={folder.root} exists and is not empty; choose another one, e.g. run.output={folder.root}-2, "
+            "or go on with the run in it: --resume"
+        )
+    if not folder.run_file.is_file():
+        raise UsageError(f"run.output={folder.root} holds no run to resume: it has no {folder.run_file.name}")
+
+
+def _clear(root: Path, *, keep: bool) -> None:
+    """Nothing has begun: a corrected recipe should find the name free."""
+    for entry in root.iterdir():
+        _remove(entry)
+    if not keep:
+        root.rmdir()
 
 
 @contextmanager

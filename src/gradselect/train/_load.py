@@ -165,12 +165,12 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)
-        if (
-            isinstance(below, dict)
-            and isinstance(value, dict)
-            and value.get("name", below.get("name")) == below.get("name")
-        ):
+        if isinstance(below, dict) and isinstance(value, dict) and not _is_another(below, value):
             merged[key] = _merge(below, value)
         else:
             merged[key] = value
     return merged
+
+
+def _is_another(below: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    return "name" in below and "name" in value and below["name"] != value["name"]

@@ -17,7 +17,7 @@ class _Collector(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name.startswith("gradselect"):
-            self._console.print(f"note    {record.getMessage()}", highlight=False, markup=False, soft_wrap=True)
+            self._console.print(f"note       {record.getMessage()}", highlight=False, markup=False, soft_wrap=True)
             return
         line = f"{record.levelname} {record.name}: {' '.join(record.getMessage().split())}"
         # The same remark on every example or step says nothing new.

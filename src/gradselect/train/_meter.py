@@ -23,7 +23,7 @@ class Meter(TrainerCallback):
         step_seconds: of each step from its first forward pass to the end of its update, by the kind of step: "explore"
             and "exploit" where blocks are selected, else "step".
         held_bytes: what was held at the moment before the last update, by category.
-        peak_bytes: the most that was held at the moment before an update, by category.
+        peak_bytes: the most that was held at the moment before an update, by category and "together".
         updates: how often each block was updated; empty where no blocks are selected.
     """
 
@@ -44,7 +44,8 @@ class Meter(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         self.held_bytes = training_bytes(parts["model"], parts["optimizer"].optimizer)
-        self.peak_bytes = {name: max(count, self.peak_bytes.get(name, 0)) for name, count in self.held_bytes.items()}
+        counted = {**self.held_bytes, "together": sum(self.held_bytes.values())}
+        self.peak_bytes = {name: max(count, self.peak_bytes.get(name, 0)) for name, count in counted.items()}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         optimizer = parts["optimizer"].optimizer
@@ -60,7 +61,12 @@ class Meter(TrainerCallback):
             "steps_by_kind": {kind: len(seconds) for kind, seconds in self.step_seconds.items()},
             "median_step_seconds": {kind: statistics.median(seconds) for kind, seconds in self.step_seconds.items()},
             "training_seconds": self.total_seconds,
-            "peak_bytes": {**self.peak_bytes, "process": _peak_process_bytes(), "device": _peak_device_bytes()},
+            "peak_bytes": {
+                "together": 0,
+                **self.peak_bytes,
+                "process": _peak_process_bytes(),
+                "device": _peak_device_bytes(),
+            },
             "updates": dict(self.updates),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import TrainerCallback
 from .. import BlockOptimizer
 from ._folder import RunFolder
 from ._meter import Meter
-from ._recipe import Recipe
+from ._recipe import PromptCompletionData, Recipe
 
 
 class ProgressDisplay(TrainerCallback):
@@ -100,17 +101,19 @@ def _selected(optimizer: Any) -> str:
     return f"[{names}]{' explored' if record.explored else ''}"
 
 
-def show_start(console: Console, start: Mapping[str, Any], *, notes: Sequence[str], checkpoint: Path | None) -> None:
+def show_start(
+    console: Console, start: Mapping[str, Any], *, notes: Sequence[str], checkpoint: Path | None, resume: bool
+) -> None:
     """What is going to be trained, on what, and with which method."""
     recipe, model = start["recipe"], start["model"]
     lines = [
-        f"model   {recipe['model']['path']} ({model['parameters']:,} parameters, {recipe['model']['dtype']})",
-        *(f"{name:<7} {source['path']} ({source['rows_used']:,} rows)" for name, source in start["data"].items()),
-        f"method  {recipe['method']['name']}",
-        *(f"note    {note}" for note in notes),
+        f"model      {recipe['model']['path']} ({model['parameters']:,} parameters, {recipe['model']['dtype']})",
+        *(f"{name:<10} {source['path']} ({source['rows_used']:,} rows)" for name, source in start["data"].items()),
+        f"method     {recipe['method']['name']}",
+        *(f"note       {note}" for note in notes),
     ]
-    if checkpoint is not None:
-        lines.append(f"resume  {checkpoint}")
+    if resume:
+        lines.append(f"resume     {checkpoint or 'no checkpoint yet: from the first step'}")
     _print(console, *lines)
 
 
@@ -119,17 +122,28 @@ def show_summary(
 ) -> None:
     """How the run went, where everything is and what to type next."""
     losses = {"training loss": end["training_loss"], "validation loss": end["validation_loss"]}
-    held = sum(count for name, count in end["peak_bytes"].items() if name not in ("process", "device"))
     lines = [
         f"finished {end['steps']} steps in {end['training_seconds']:,.0f} s  "
         + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None),
-        f"peak of weights, gradients and optimizer state: {held / 2**20:,.1f} MiB",
+        f"peak of weights, gradients and optimizer state: {end['peak_bytes']['together'] / 2**20:,.1f} MiB",
         f"model in {folder.root}, all about the run in {folder.run_file}",
     ]
     if num_messages:
         lines.append(f"{num_messages} messages of the libraries in {folder.messages_file}")
-    data = recipe.data.validation if isinstance(recipe.data.validation, str) else recipe.data.path
-    _print(console, *lines, f"next: gradselect evaluate {folder.root} --task loss --data {data}")
+    _print(console, *lines, f"next: {_next_command(recipe)}")
+
+
+def _next_command(recipe: Recipe) -> str:
+    """What measures the trained model; with the templates that it was trained with."""
+    data = recipe.data
+    test = data.validation if isinstance(data.validation, str) else "TEST.jsonl"
+    words = ["gradselect", "evaluate", recipe.run.output, "--task", "loss", "--data", test]
+    if isinstance(data, PromptCompletionData):
+        # The command line reads \\n as a line end.
+        templates = (template.replace("\n", "\\n") for template in (data.prompt, data.completion))
+        words += [word for pair in zip(("--prompt", "--completion"), templates, strict=True) for word in pair]
+        words += ["--as-chat"] if data.as_chat else []
+    return shlex.join(words)
 
 
 def _print(console: Console, *lines: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
+from .. import UsageError
 from ._data import load_examples
 from ._folder import RunFolder, claimed
 from ._meter import Meter
@@ -21,6 +24,7 @@ from ._trainer import RunTrainer
 
 def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Console, messages: Sequence[str]) -> Path:
     """Carry out a recipe; see `gradselect.train.train`. `messages` are those of the libraries, a list that grows."""
+    _check_one_device(recipe)
     with claimed(RunFolder(Path(recipe.run.output)), resume=resume, messages=messages) as folder:
         inputs = _read(recipe)  # 1
         checkpoint = folder.newest_checkpoint() if resume else None
@@ -30,7 +34,7 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         trainer = build_trainer(recipe, inputs, folder=folder)  # 3
         notes = length_notes(trainer, inputs, packing=recipe.data.packing)
         write_start(folder, start, recipe)
-        show_start(console, start, notes=notes, checkpoint=checkpoint)
+        show_start(console, start, notes=notes, checkpoint=checkpoint, resume=resume)
         meter = _train(trainer, checkpoint=checkpoint, console=console)  # 4
         _evaluate(trainer)  # 5
         save_model(trainer, inputs.tokenizer, folder=folder)  # 6
@@ -38,6 +42,15 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         write_run(folder, start | end)  # 7
         show_summary(console, end, recipe=recipe, folder=folder, num_messages=len(messages))
     return folder.root
+
+
+def _check_one_device(recipe: Recipe) -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("gradselect train runs in one process; start it without torchrun or accelerate launch")
+    if recipe.run.device != "cpu" and torch.cuda.device_count() > 1:
+        raise UsageError(
+            f"gradselect train uses one GPU and sees {torch.cuda.device_count()}; choose one: CUDA_VISIBLE_DEVICES=0"
+        )
 
 
 def _read(recipe: Recipe) -> Inputs:
@@ -56,6 +69,10 @@ def _train(trainer: RunTrainer, *, checkpoint: Path | None, console: Console) ->
     trainer.add_callback(display)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"out of memory; make run.batch_size or data.max_length smaller ({error})") from error
+    except OSError as error:
+        raise UsageError(f"training has stopped: {error}; checkpoints that were written are whole") from error
     finally:
         display.close()
     return meter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -200,7 +201,14 @@ def _check_marks_answers(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _trackers(recipe: Recipe, folder: RunFolder) -> list[TrainerCallback]:
-    """The curves that lie in the output folder; other trackers are the Trainer's own."""
+    """The curves that lie in the output folder; other trackers are the Trainer's own.
+
+    Raises:
+        UsageError: one of those is not installed.
+    """
+    for name in recipe.run.report_to:
+        if find_spec(name) is None:
+            raise UsageError(f"run.report_to={name} is not installed; run: pip install {name}")
     if "tensorboard" not in recipe.run.report_to:
         return []
     callback = TensorBoardCallback()

@@ -50,7 +50,7 @@ class RunTrainer(SFTTrainer):
         if model.training:
             loss = (result[0] if return_outputs else result).item()
             if not math.isfinite(loss):
-                raise UsageError(f"the loss is {loss} at step {self.state.global_step}; {self._advice()}")
+                raise UsageError(f"the loss of step {self.state.global_step + 1} is {loss}; {self._advice()}")
             self.num_tokens += _count_tokens(inputs)
         return result
 
@@ -60,7 +60,7 @@ class RunTrainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
         if not _is_finite(model):
-            raise UsageError(f"weights are NaN or infinite after step {step - 1}; {self._advice()}")
+            raise UsageError(f"weights are NaN or infinite after step {step}; {self._advice()}")
         try:
             with writing_aside(self._folder.checkpoint(step)) as aside:
                 self._writing_to = str(aside)
@@ -74,7 +74,7 @@ class RunTrainer(SFTTrainer):
 
     def _advice(self) -> str:
         newest = self._folder.newest_checkpoint()
-        kept = "there is no checkpoint yet" if newest is None else f"the last good checkpoint is {newest}"
+        kept = "no checkpoint had been written" if newest is None else f"the last good checkpoint is {newest}"
         return (
             f"training has stopped and {kept}. Try a smaller optimizer.lr (it was {self.args.learning_rate:g}), "
             "a longer optimizer.warmup, or model.dtype=float32"

@@ -1,0 +1,202 @@
+"""From YAML and overrides to a checked recipe; what is wrong is said in one line each."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import gradselect
+from gradselect import UsageError
+from gradselect.train import dump_recipe, load_recipe
+from gradselect.train._load import parse_recipe
+from gradselect.train._methods import AbstractBlockMethod, AdaGradSelectMethod, GradNormMethod, UniformMethod
+
+VALUES: dict[str, Any] = {
+    "model": {"path": "m"},
+    "data": {"format": "text", "path": "a.txt"},
+    "method": {"name": "adagradselect", "fraction": 0.2},
+    "optimizer": {"lr": 1e-4},
+    "run": {"output": "out", "steps": 3},
+}
+
+
+def write(folder: Path, values: Any = VALUES, name: str = "recipe.yaml") -> Path:
+    path = folder / name
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values), "utf-8")
+    return path
+
+
+def complaint(path: Path, *overrides: str) -> str:
+    with pytest.raises(UsageError) as raised:
+        load_recipe(path, overrides)
+    return str(raised.value)
+
+
+def test_a_recipe_written_out_reads_back_the_same(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path))
+    assert load_recipe(write(tmp_path, dump_recipe(recipe), "again.yaml")) == recipe
+
+
+def test_overrides_replace_single_values(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write(tmp_path), ["optimizer.lr=3e-5", "optimizer.betas=[0.8, 0.9]", "method.always=[embedding]", "run.seed=7"]
+    )
+    assert recipe.optimizer.lr == 3e-5
+    assert recipe.optimizer.betas == (0.8, 0.9)
+    assert recipe.method.always == ("embedding",)
+    assert recipe.run.seed == 7
+    assert recipe.method.fraction == 0.2
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_another_method_drops_the_keys_of_the_old_one(tmp_path: Path, order: int) -> None:
+    overrides = ["method.name=lora", "method.rank=64"][::order]
+    method = load_recipe(write(tmp_path), overrides).method
+    assert (method.name, method.rank) == ("lora", 64)
+
+
+def test_a_recipe_writes_only_what_differs_from_its_base(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    write(tmp_path / "parts", {name: VALUES[name] for name in ("data", "method", "optimizer")}, "base.yaml")
+    path = write(
+        tmp_path,
+        {"base": "parts/base.yaml", "model": {"path": "m"}, "run": VALUES["run"], "method": {"fraction": 0.1}},
+    )
+    recipe = load_recipe(path)
+    assert (recipe.method.name, recipe.method.fraction, recipe.optimizer.lr) == ("adagradselect", 0.1, 1e-4)
+
+
+def test_a_recipe_that_is_its_own_base_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, {"base": "recipe.yaml"})
+    assert "its own base" in complaint(path)
+
+
+def test_a_base_that_is_not_there_is_named_with_who_wanted_it(tmp_path: Path) -> None:
+    said = complaint(write(tmp_path, {"base": "nix.yaml"}))
+    assert "nix.yaml: no such recipe" in said
+    assert "recipe.yaml" in said
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "unknown section": (["modle.path=x"], "modle: unknown key, did you mean 'model'?"),
+    "unknown key": (["optimizer.weight_deacy=0"], "optimizer.weight_deacy: unknown key, did you mean 'weight_decay'?"),
+    "unknown key of a method": (["method.fracton=0.1"], "method.fracton: unknown key, did you mean 'fraction'?"),
+    "key of another method": (["method.rank=8"], "method.rank: unknown key"),
+    "key of another format": (["data.prompt=x"], "data.prompt: unknown key"),
+    "unknown method": (
+        ["method.name=adagradselct"],
+        "method.name = 'adagradselct': unknown, did you mean 'adagradselect'?",
+    ),
+    "unknown format": (["data.format=chats"], "data.format = 'chats': unknown, did you mean 'chat'?"),
+    "no method": (["method=null"], "method = None: input should be"),
+    "nothing": (["model.path="], "model.path = None: input should be a valid string"),
+    "fraction of zero": (["method.fraction=0"], "fraction=0.0 is outside (0, 1]"),
+    "fraction above one": (["method.fraction=1.5"], "fraction=1.5 is outside (0, 1]"),
+    "negative rate": (["optimizer.lr=-1"], "optimizer.lr = -1: input should be greater than 0"),
+    "infinite rate": (["optimizer.lr=.inf"], "optimizer.lr = inf: input should be a finite number"),
+    "text for a number": (["run.batch_size=many"], "run.batch_size = 'many': input should be a valid integer"),
+    "unknown type": (["model.dtype=float16"], "model.dtype = 'float16': input should be 'float32' or 'bfloat16'"),
+    "two lengths": (["run.epochs=2"], "got steps=3 and epochs=2.0; give one of them"),
+    "no length": (["run.steps=null"], "got steps=None and epochs=None; give one of them"),
+    "nothing to evaluate on": (["run.evaluate_every=5"], "add e.g. data.validation=0.02"),
+    "open brace": (["data.text='{a'"], "a literal brace is written twice"),
+    "no column": (["data.text='{}'"], "braces hold the plain name of a column"),
+    "attribute": (["data.text='{a.b}'"], "braces hold the plain name of a column"),
+    "second beta": (["optimizer.betas=[0.9, 1]"], "optimizer.betas.1 = 1: input should be less than 1"),
+    "section of text": (["run=3"], "run = 3: input should be"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "said"), WRONG.values(), ids=list(WRONG))
+def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, overrides: list[str], said: str) -> None:
+    heading, *problems = complaint(write(tmp_path), *overrides).splitlines()
+    assert "recipe.yaml is no valid recipe" in heading
+    assert len(problems) == 1
+    assert said in problems[0]
+
+
+def test_every_problem_has_a_line(tmp_path: Path) -> None:
+    said = complaint(write(tmp_path), "method.name=x", "run.seed=-1", "model.dtyp=1")
+    assert len(said.splitlines()) == 4
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    assert "optimizer: missing" in complaint(write(tmp_path, {k: v for k, v in VALUES.items() if k != "optimizer"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: b: c", "no valid YAML"),
+        ("model: {path: m}\nmodel: {path: n}", "'model' stands twice"),
+        ("run:\n  steps: 1\n  steps: 2", "'steps' stands twice"),
+        ("- model", "expected the sections model, data, method, optimizer, run"),
+        ("", "expected the sections"),
+        ("!!python/object/apply:os.getcwd []", "no valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    assert said in complaint(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr", "=3", "run.steps=[1", ""])
+def test_an_override_without_key_or_value_is_refused(tmp_path: Path, override: str) -> None:
+    assert repr(override) in complaint(write(tmp_path), override)
+
+
+@pytest.mark.parametrize(
+    ("method", "policy"),
+    [
+        (AdaGradSelectMethod, gradselect.AdaGradSelect),
+        (GradNormMethod, gradselect.GradNormTopK),
+        (UniformMethod, gradselect.Uniform),
+    ],
+)
+def test_a_method_has_every_option_of_its_policy_with_the_same_default(
+    method: type[AbstractBlockMethod], policy: type[gradselect.AbstractPolicy]
+) -> None:
+    options = {field.name: field.default for field in fields(policy) if field.init and field.name != "seed"}
+    own = {name: field.default for name, field in method.model_fields.items() if name != "name"}
+    assert options == {name: default for name, default in own.items() if name not in AbstractBlockMethod.model_fields}
+
+
+@pytest.mark.parametrize(
+    ("method", "policy"),
+    [
+        ({"name": "adagradselect", "count": 2, "delta": 3.0}, gradselect.AdaGradSelect(count=2, delta=3.0, seed=5)),
+        ({"name": "gradnorm", "fraction": 0.5}, gradselect.GradNormTopK(fraction=0.5, seed=5)),
+        ({"name": "uniform", "count": 1}, gradselect.Uniform(count=1, seed=5)),
+        ({"name": "lisa"}, gradselect.Uniform(count=2, every=20, seed=5)),
+        ({"name": "badam", "every": 7}, gradselect.Cyclic(every=7, among=("layer.*",), seed=5)),
+        ({"name": "last", "count": 1}, gradselect.Fixed(("layer.1",))),
+        ({"name": "fixed", "blocks": ["norm"]}, gradselect.Fixed(("norm",))),
+    ],
+)
+def test_a_method_stands_for_a_policy(method: dict[str, Any], policy: gradselect.AbstractPolicy) -> None:
+    parsed = parse_recipe({**VALUES, "method": method}, source="recipe").method
+    assert isinstance(parsed, AbstractBlockMethod)
+    made = parsed.policy(seed=5, blocks=["embedding", "layer.0", "layer.1", "norm"])
+    assert (type(made), made.settings()) == (type(policy), policy.settings())
+
+
+def test_residency_is_an_object() -> None:
+    method = {"name": "uniform", "count": 1}
+    kept, dropped = (
+        parse_recipe({**VALUES, "method": {**method, "residency": name}}, source="recipe").method
+        for name in ("keep", "drop")
+    )
+    assert isinstance(kept, AbstractBlockMethod)
+    assert isinstance(dropped, AbstractBlockMethod)
+    assert isinstance(kept.place(), gradselect.Keep)
+    assert isinstance(dropped.place(), gradselect.Drop)
+
+
+def test_badam_drops_state_and_lisa_trains_the_ends_always() -> None:
+    badam = parse_recipe({**VALUES, "method": {"name": "badam"}}, source="recipe").method
+    lisa = parse_recipe({**VALUES, "method": {"name": "lisa"}}, source="recipe").method
+    assert badam.residency == "drop"
+    assert lisa.always == ("embedding", "norm", "head")
