@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from gradselect import UsageError
 from gradselect.evaluate import EvaluationSettings, evaluate, evaluate_model
 from gradselect.evaluate._data import Passage
+from gradselect.evaluate._generation import answer_all, greedy
 from gradselect.evaluate._judge import Judge
 from gradselect.evaluate._model import LanguageModel, wrap
 from gradselect.evaluate._tokens import encode_prompt, segments
@@ -480,3 +482,28 @@ def test_importing_evaluate_loads_none_of_the_heavy_packages() -> None:
     heavy = ["transformers", "datasets", "trl", "math_verify", "lm_eval"]
     code = f"import sys, gradselect.evaluate; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "build", [tiny_models.tiny_gpt2, tiny_models.tiny_opt, tiny_models.tiny_gemma2, tiny_models.tiny_qwen2]
+)
+def test_padding_changes_no_answer_whatever_the_positions(build: Any) -> None:
+    """Learned positions count from the first token that is no padding, and so do rotary ones."""
+    letters = Tokenizer(models.WordLevel({f"w{number}": number for number in range(tiny_models.VOCABULARY)}))
+    letters.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    language_model = wrap(build(layers=2).eval(), transformers.PreTrainedTokenizerFast(tokenizer_object=letters))
+    prompts = [
+        encode_prompt(text, language_model=language_model, as_chat=False, room=None)
+        for text in ("w3 w4 w5 w6 w7", "w20", "w9 w8 w9")
+    ]
+    with greedy(language_model, max_new_tokens=6):
+        one, three = (
+            sorted(
+                (answer.index, answer.text)
+                for batch in answer_all(prompts, language_model=language_model, batch_size=size, stop=())
+                for answer in batch
+            )
+            for size in (1, 3)
+        )
+    assert one == three
+    assert any(len(text.split()) == 6 for _, text in one)

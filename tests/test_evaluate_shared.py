@@ -85,7 +85,7 @@ def test_the_box_of_every_solution_is_the_answer_beside_it() -> None:
 @needs(MATH500)
 def test_math_verify_finds_real_answers_equal_to_themselves_and_not_to_others() -> None:
     """A thin space hides from the judge that the two are written alike."""
-    answers = [json.loads(line)["answer"] for line in MATH500.read_text("utf-8").splitlines()[:60]]
+    answers = [json.loads(line)["answer"] for line in MATH500.read_text("utf-8").splitlines()[:20]]
     with Judge(timeout_seconds=60) as judge:
         assert all(judge.equal(answer, rf"{answer}\,") for answer in answers)
         assert not any(judge.equal(answer, f"{answer} + 1") for answer in answers if answer.isdecimal())

@@ -66,37 +66,32 @@ def resolve_max_new_tokens(asked: int | None, *, default: int, context: int | No
     return asked
 
 
-def answer_all(
-    prompts: Sequence[Prompt],
-    *,
-    language_model: LanguageModel,
-    batch_size: int,
-    max_new_tokens: int,
-    stop: Sequence[str],
-) -> Iterator[list[Answer]]:
-    """Batches of answers, longest prompts first. In exact arithmetic an answer does not depend on its batch."""
-    with greedy(language_model, max_new_tokens=max_new_tokens):
-        for batch in longest_first([len(prompt.ids) for prompt in prompts], batch_size=batch_size):
-            texts = _answer_batch([prompts[index].ids for index in batch], language_model=language_model, stop=stop)
-            yield [
-                Answer(index=i, text=text, finished=finished) for i, (text, finished) in zip(batch, texts, strict=True)
-            ]
-
-
 @contextlib.contextmanager
-def greedy(language_model: LanguageModel, *, max_new_tokens: int) -> Iterator[None]:
-    """While it lasts the model decodes greedily; its generation config keeps what greedy decoding knows of.
+def greedy(language_model: LanguageModel, *, max_new_tokens: int) -> Iterator[dict[str, Any]]:
+    """While it lasts the model decodes greedily; gives the generation config where it differs from the library's.
 
-    Those are the end-of-text tokens, penalties on repetition, and suppressed or forced tokens.
+    Of the model's own config, end-of-text tokens, penalties on repetition, and suppressed or forced tokens stay.
     """
     model = language_model.model
     kept = model.generation_config
     # transformers fills what a config leaves open from the model's own, so the model's own is replaced.
     model.generation_config = greedy_config(language_model, max_new_tokens=max_new_tokens)
     try:
-        yield
+        yield model.generation_config.to_diff_dict()
     finally:
         model.generation_config = kept
+
+
+def answer_all(
+    prompts: Sequence[Prompt], *, language_model: LanguageModel, batch_size: int, stop: Sequence[str]
+) -> Iterator[list[Answer]]:
+    """Batches of answers, longest prompts first, within `greedy`.
+
+    In exact arithmetic an answer does not depend on its batch.
+    """
+    for batch in longest_first([len(prompt.ids) for prompt in prompts], batch_size=batch_size):
+        texts = _answer_batch([prompts[index].ids for index in batch], language_model=language_model, stop=stop)
+        yield [Answer(index=i, text=text, finished=done) for i, (text, done) in zip(batch, texts, strict=True)]
 
 
 def greedy_config(language_model: LanguageModel, *, max_new_tokens: int) -> Any:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .._errors import UsageError
 from ._data import Passage, Problem, Source, passages, problems, read_source
-from ._generation import Answer, answer_all, greedy_config, resolve_max_new_tokens
+from ._generation import Answer, answer_all, greedy, resolve_max_new_tokens
 from ._judge import Judge
 from ._loss import SegmentLoss, score_all
 from ._model import LanguageModel, load, wrap
@@ -94,25 +94,17 @@ def _measure_accuracy(
     progress: Progress,
 ) -> EvaluationResult:
     assert settings.task is not None
-    started = time.perf_counter()
-    max_new_tokens = resolve_max_new_tokens(
-        settings.max_new_tokens, default=MAX_NEW_TOKENS[settings.task], context=language_model.context
-    )
-    prompts = _encode_prompts(asked, language_model, as_chat=settings.as_chat, max_new_tokens=max_new_tokens)
-    batches = answer_all(
-        prompts,
-        language_model=language_model,
-        batch_size=settings.batch_size,
-        max_new_tokens=max_new_tokens,
-        stop=settings.stop,
-    )
-    with ItemWriter(settings.output) as writer:
-        for answers in batches:
-            for answer in answers:
-                problem, prompt = asked[answer.index], prompts[answer.index]
-                writer.write(_judged(problem, prompt, answer, judge=judge, extract=EXTRACT[settings.task]))
-            progress(writer.num_items, len(asked))
-        items = writer.finish()
+    started, context = time.perf_counter(), language_model.context
+    limit = resolve_max_new_tokens(settings.max_new_tokens, default=MAX_NEW_TOKENS[settings.task], context=context)
+    room = None if context is None else context - limit
+    prompts = [
+        encode_prompt(problem.prompt, language_model=language_model, as_chat=settings.as_chat, room=room)
+        for problem in asked
+    ]
+    with greedy(language_model, max_new_tokens=limit) as generation, ItemWriter(settings.output) as writer:
+        items = _collect(
+            _judged_batches(asked, prompts, judge, language_model, settings), writer, progress, total=len(asked)
+        )
         num_correct = sum(item["correct"] for item in items)
         return writer.write_result(
             EvaluationResult(
@@ -127,10 +119,8 @@ def _measure_accuracy(
                 num_truncated=sum(item["truncated"] for item in items),
                 seconds=time.perf_counter() - started,
                 data=source.describe(),
-                settings=plain_settings(
-                    settings, prompt=settings.prompt or DEFAULT_PROMPT, max_new_tokens=max_new_tokens
-                ),
-                generation=greedy_config(language_model, max_new_tokens=max_new_tokens).to_diff_dict(),
+                settings=plain_settings(settings, prompt=settings.prompt or DEFAULT_PROMPT, max_new_tokens=limit),
+                generation=generation,
                 versions=versions("torch", "transformers", "math-verify"),
                 items=items,
             )
@@ -147,11 +137,7 @@ def _measure_loss(
     started = time.perf_counter()
     scored = _segments(texts, language_model, name=source.name)
     with ItemWriter(settings.output) as writer:
-        for batch in score_all(scored, language_model=language_model, batch_size=settings.batch_size):
-            for segment_loss in batch:
-                writer.write(_scored(scored[segment_loss.index], segment_loss))
-            progress(writer.num_items, len(scored))
-        items = writer.finish()
+        items = _collect(_scored_batches(scored, language_model, settings), writer, progress, total=len(scored))
         losses = [item["loss"] * item["num_tokens"] for item in items]
         num_tokens = [item["num_tokens"] for item in items]
         return writer.write_result(
@@ -171,13 +157,38 @@ def _measure_loss(
         )
 
 
-def _encode_prompts(
-    asked: Sequence[Problem], language_model: LanguageModel, *, as_chat: bool, max_new_tokens: int
-) -> list[Prompt]:
-    room = None if language_model.context is None else language_model.context - max_new_tokens
-    return [
-        encode_prompt(problem.prompt, language_model=language_model, as_chat=as_chat, room=room) for problem in asked
-    ]
+def _collect(batches: Iterator[list[Item]], writer: ItemWriter, progress: Progress, *, total: int) -> list[Item]:
+    """Every item, each written as soon as it is there."""
+    for batch in batches:
+        for item in batch:
+            writer.write(item)
+        progress(writer.num_items, total)
+    return writer.finish()
+
+
+def _judged_batches(
+    asked: Sequence[Problem],
+    prompts: Sequence[Prompt],
+    judge: Judge,
+    language_model: LanguageModel,
+    settings: EvaluationSettings,
+) -> Iterator[list[Item]]:
+    assert settings.task is not None
+    extract = EXTRACT[settings.task]
+    for answers in answer_all(
+        prompts, language_model=language_model, batch_size=settings.batch_size, stop=settings.stop
+    ):
+        yield [
+            _judged(asked[answer.index], prompts[answer.index], answer, judge=judge, extract=extract)
+            for answer in answers
+        ]
+
+
+def _scored_batches(
+    scored: Sequence[Segment], language_model: LanguageModel, settings: EvaluationSettings
+) -> Iterator[list[Item]]:
+    for losses in score_all(scored, language_model=language_model, batch_size=settings.batch_size):
+        yield [_scored(scored[loss.index], loss) for loss in losses]
 
 
 def _segments(texts: Sequence[Passage], language_model: LanguageModel, *, name: str) -> list[Segment]:
