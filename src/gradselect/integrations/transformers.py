@@ -96,12 +96,17 @@ class SelectionCallback(TrainerCallback):
         self._connected: BlockOptimizer | None = None
         self._since_log: list[StepRecord] = []
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        # TRL makes the embedding's output require a gradient here and the Trainer again in train(), which can undo
+        # its own doing only.
+        _keep_backward_short(parts["model"], args)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
         optimizer = _unwrap_optimizer(parts["optimizer"])
         _check_resumed(optimizer, state)
-        _warn_of_skipped(args, optimizer)
+        _warn(args, optimizer)
         optimizer.accumulation_steps = args.gradient_accumulation_steps
         optimizer.grad_scaler = parts["optimizer"].scaler
         optimizer.policy.fill_explore_steps(_num_steps_of_epoch(args, state, parts["train_dataloader"]))
@@ -210,8 +215,13 @@ def _check_resumed(optimizer: BlockOptimizer, state: TrainerState) -> None:
         )
 
 
-def _warn_of_skipped(args: TrainingArguments, optimizer: BlockOptimizer) -> None:
+def _warn(args: TrainingArguments, optimizer: BlockOptimizer) -> None:
     defaults = _hyper_parameters(type(args))
+    if _is_reentrant(args):
+        logger.warning(
+            "with reentrant checkpoints the backward pass visits every layer, frozen ones too; "
+            'drop "use_reentrant": True to skip those below the lowest selected block'
+        )
     for name, value in _hyper_parameters(args).items():
         ours = optimizer.defaults[name]
         if value not in (ours, defaults[name]):
@@ -247,17 +257,17 @@ def _num_steps_of_epoch(args: TrainingArguments, state: TrainerState, loader: An
 
 def _keep_backward_short(model: nn.Module, args: TrainingArguments) -> None:
     """Let the backward pass end at the lowest selected block, with activation checkpointing too."""
-    settings = args.gradient_checkpointing_kwargs
-    if args.gradient_checkpointing and isinstance(settings, dict) and settings.get("use_reentrant"):
-        # Such a checkpoint has no gradient for its weights unless its input requires one.
-        logger.warning(
-            "with reentrant checkpoints the backward pass visits every layer, frozen ones too; "
-            'drop "use_reentrant": True to skip those below the lowest selected block'
-        )
+    if _is_reentrant(args):
         return
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.disable_input_require_grads()
+
+
+def _is_reentrant(args: TrainingArguments) -> bool:
+    """Whether there are checkpoints that have no gradient for their weights unless their input requires one."""
+    settings = args.gradient_checkpointing_kwargs
+    return bool(args.gradient_checkpointing) and isinstance(settings, dict) and bool(settings.get("use_reentrant"))
 
 
 def _calling_handler() -> CallbackHandler | None:

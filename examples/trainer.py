@@ -1,0 +1,42 @@
+"""transformers.Trainer as it is; two of its arguments bring in selective training.
+
+A tiny model learns to count upwards from any number: python examples/trainer.py
+"""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import gradselect as gs
+from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
+
+torch.manual_seed(0)
+sequences = [(start + torch.arange(12)) % 50 for start in range(50)]
+data = [{"input_ids": tokens, "labels": tokens} for tokens in sequences]
+
+# Yours: AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B")
+config = LlamaConfig(vocab_size=50, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4)
+model = LlamaForCausalLM(config)
+
+args = TrainingArguments(
+    output_dir="runs/trainer",
+    learning_rate=1e-2,
+    per_device_train_batch_size=10,
+    num_train_epochs=12,
+    logging_steps=10,
+    use_cpu=not torch.cuda.is_available(),
+    save_steps=30,
+)
+options = {
+    "args": args,  # for its learning rate, weight decay, betas and eps
+    "policy": gs.AdaGradSelect(fraction=0.3),
+    "residency": gs.Offload(),
+}
+trainer = Trainer(
+    model=model,
+    args=args,
+    train_dataset=data,
+    optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, options),
+    callbacks=[SelectionCallback(jsonl="runs/trainer/selection.jsonl")],
+)
+trainer.train()
+trainer.save_model("runs/trainer/final")  # a plain checkpoint: LlamaForCausalLM.from_pretrained reads it
