@@ -42,10 +42,12 @@ def main() -> None:
         done = {(row["method"], row["lr"], row["seed"]) for row in read()}
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         for seed in range(arguments.seeds):
-            for method, setting in METHODS.items():
+            for method in arguments.only or METHODS:
                 for lr in RATES:
                     if (method, lr, seed) not in done:
-                        row = {"method": method, "lr": lr, "seed": seed} | run(arguments, setting, lr=lr, seed=seed)
+                        row = {"method": method, "lr": lr, "seed": seed} | run(
+                            arguments, METHODS[method], lr=lr, seed=seed
+                        )
                         with RESULTS.open("a", encoding="utf-8") as file:
                             file.write(json.dumps(row) + "\n")
                         print(json.dumps(row), flush=True)
@@ -116,6 +118,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--limit", type=int, default=200, help="test problems; the first so many")
+    parser.add_argument("--only", nargs="+", choices=METHODS, help="these methods, e.g. to run two halves side by side")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if not arguments.table and None in (arguments.model, arguments.train, arguments.test):
