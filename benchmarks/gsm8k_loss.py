@@ -3,7 +3,7 @@
     python benchmarks/gsm8k_loss.py --model MODEL --train TRAIN.jsonl --test TEST.jsonl
     python benchmarks/gsm8k_loss.py --table    # from benchmarks/results/gsm8k_loss.jsonl
 
-Every run is `gradselect train` with `benchmarks/recipes/gsm8k_loss.yaml`, followed by `gradselect evaluate --task loss`.
+Every run is `gradselect train` with `benchmarks/recipes/gsm8k_loss.yaml`, then `gradselect evaluate --task loss`.
 A run that stands in the result file is not done again, so the command continues where it was stopped.
 """
 
