@@ -11,15 +11,27 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from gradselect.train import Recipe
+from gradselect.train._load import parse_recipe
+
 NUM_LAYERS = 4
 POSITIONS = 64
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% for message in messages %}{{ message['role'] }}: "
+    "{{ message['content'] }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
+MARKED_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: "
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""The same text; the assistant's turns are marked."""
 
 
-def write_model(folder: Path, *, seed: int = 0, tied: bool = True, chat: bool = False) -> Path:
+def write_model(folder: Path, *, seed: int = 0, tied: bool = True, chat_template: str | None = None) -> Path:
     """A random Llama of four layers and a tokenizer of bytes."""
     config = LlamaConfig(
         vocab_size=258,
@@ -36,19 +48,20 @@ def write_model(folder: Path, *, seed: int = 0, tied: bool = True, chat: bool = 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer(chat=chat).save_pretrained(folder)
+    byte_tokenizer(chat_template).save_pretrained(folder)
     return folder
 
 
-def byte_tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
+def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """One token a byte, an end of text and a padding token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {sign: number for number, sign in enumerate([*alphabet, "<end>", "<pad>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    template = {"chat_template": CHAT_TEMPLATE} if chat else {}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", **template)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+    fast.chat_template = chat_template
+    return fast
 
 
 def write_sums(path: Path, *, rows: int = 24) -> Path:
@@ -80,12 +93,18 @@ def recipe_values(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         },
     }
     for name, changes in sections.items():
-        # Another method has other keys.
-        values[name] = changes if name == "method" else {**values[name], **changes}
+        # Another method or format has other keys.
+        is_whole = name == "method" or "format" in changes
+        values[name] = changes if is_whole else {**values[name], **changes}
     return values
 
 
-def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
-    path = folder / "recipe.yaml"
+def write_recipe(folder: Path, path: Path, **sections: dict[str, Any]) -> Path:
+    """The same as a YAML file at `path`."""
     path.write_text(yaml.safe_dump(recipe_values(folder, **sections)), "utf-8")
     return path
+
+
+def parse(folder: Path, **sections: dict[str, Any]) -> Recipe:
+    """The same, checked."""
+    return parse_recipe(recipe_values(folder, **sections), source="recipe")

@@ -73,7 +73,8 @@ def _read_sources(settings: Data, *, seed: int) -> dict[str, Source]:
 
 def _read(path: str, *, subset: str | None, split: str) -> Source:
     if _is_file(path):
-        return Source(path=path, fingerprint=sha256(path), rows=read_rows(path))
+        rows = read_rows(path)
+        return Source(path=path, fingerprint=sha256(path), rows=rows)
     try:
         dataset = load_dataset(path, subset, split=split)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:

@@ -13,14 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
-from trl.chat_template_utils import get_training_chat_template
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.trainer.sft_config import SFTConfig
 
 from .. import UsageError, partition
 from ..integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
 from ._data import Examples
 from ._folder import RunFolder
-from ._methods import AbstractAdapterMethod, AbstractBlockMethod, FullMethod
+from ._methods import AbstractAdapterMethod, AbstractBlockMethod, AllMethod, FullMethod
 from ._recipe import ChatData, PromptCompletionData, Recipe
 from ._trainer import RunTrainer
 
@@ -103,12 +103,21 @@ def _method_parts(recipe: Recipe, model: PreTrainedModel, *, folder: RunFolder) 
                 callbacks=[SelectionCallback(jsonl=folder.records_file)],
             )
         case AbstractAdapterMethod():
-            return _MethodParts(model=_adapt(model, method, seed=recipe.run.seed), optimizer=None, callbacks=[])
+            return _adapter_parts(method, recipe, model)
         case FullMethod():
             return _MethodParts(model=model, optimizer=None, callbacks=[])
 
 
-def _block_options(method: AbstractBlockMethod, recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
+def _adapter_parts(method: AbstractAdapterMethod, recipe: Recipe, model: PreTrainedModel) -> _MethodParts:
+    adapted = _adapt(model, method, seed=recipe.run.seed)
+    if all(parameter.dtype == torch.float32 for parameter in adapted.parameters() if parameter.requires_grad):
+        return _MethodParts(model=adapted, optimizer=None, callbacks=[])
+    # PEFT keeps a copied embedding in the model's type: it needs master weights as full fine-tuning does.
+    options = _block_options(AllMethod(), recipe, adapted)
+    return _MethodParts(model=adapted, optimizer=(SelectiveOptimizerFactory, options), callbacks=[SelectionCallback()])
+
+
+def _block_options(method: AbstractBlockMethod, recipe: Recipe, model: nn.Module) -> dict[str, Any]:
     """Arguments of `gradselect.BlockOptimizer`."""
     blocks = [block.name for block in partition(model)]
     return {
@@ -191,7 +200,10 @@ def _data_arguments(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
 
 
 def _check_marks_answers(tokenizer: PreTrainedTokenizerBase) -> None:
+    if isinstance(tokenizer.chat_template, str) and has_generation_markers(tokenizer.chat_template):
+        return
     try:
+        # TRL has templates with marks for the common families.
         get_training_chat_template(tokenizer)
     except ValueError:
         raise UsageError(

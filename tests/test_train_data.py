@@ -1,0 +1,136 @@
+"""From rows to examples: templates, formats, what is held out, and rows that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from gradselect import UsageError
+from gradselect.train._data import Examples, load_examples
+from gradselect.train._recipe import Data
+from gradselect.train._template import columns_of, render
+
+ROWS = [{"question": f"q{n}", "answer": n} for n in range(10)]
+
+
+def write(folder: Path, rows: list[Any], name: str = "data.jsonl") -> str:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+def load(path: str, *, seed: int = 0, **settings: Any) -> Examples:
+    values = {"format": "prompt-completion", "prompt": "{question}", "completion": " {answer}", "path": path}
+    if settings.get("format", "prompt-completion") != "prompt-completion":
+        values = {"path": path}
+    return load_examples(TypeAdapter(Data).validate_python({**values, **settings}), seed=seed)
+
+
+def test_a_template_is_filled_with_columns_and_keeps_doubled_braces() -> None:
+    template = "{a}: \\boxed{{{#1 b}}}\n"
+    assert columns_of(template) == ("a", "#1 b")
+    assert render(template, {"a": 1.5, "#1 b": "{x}"}) == "1.5: \\boxed{{x}}\n"
+
+
+def test_prompt_and_completion_come_from_their_templates(tmp_path: Path) -> None:
+    examples = load(write(tmp_path, ROWS), prompt="Question: {question}\nAnswer:")
+    assert examples.train[3] == {"prompt": "Question: q3\nAnswer:", "completion": " 3"}
+    assert examples.validation is None
+
+
+def test_as_chat_makes_messages_of_them(tmp_path: Path) -> None:
+    examples = load(write(tmp_path, ROWS), as_chat=True, completion="{answer}")
+    assert examples.train[1] == {
+        "prompt": [{"role": "user", "content": "q1"}],
+        "completion": [{"role": "assistant", "content": "1"}],
+    }
+
+
+CONVERSATION = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d", "weight": 1},
+]
+
+
+def test_the_last_answer_of_a_conversation_is_its_completion(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"chat": CONVERSATION}])
+    (example,) = load(path, format="chat", messages="chat").train
+    assert [message["content"] for message in example["prompt"]] == ["a", "b", "c"]
+    assert example["completion"] == [{"role": "assistant", "content": "d"}]
+
+
+def test_all_answers_keep_the_conversation_whole(tmp_path: Path) -> None:
+    (example,) = load(write(tmp_path, [{"messages": CONVERSATION}]), format="chat", loss_on="answers").train
+    assert [message["content"] for message in example["messages"]] == ["a", "b", "c", "d"]
+
+
+def test_text_is_its_template(tmp_path: Path) -> None:
+    assert load(write(tmp_path, ROWS), format="text", text="{question}!").train[0] == {"text": "q0!"}
+
+
+def test_limits_take_the_first_rows(tmp_path: Path) -> None:
+    path = write(tmp_path, ROWS)
+    examples = load(path, limit=3, validation=path, validation_limit=2)
+    assert examples.validation is not None
+    assert (len(examples.train), len(examples.validation)) == (3, 2)
+    assert examples.sources["train"].describe()["rows_used"] == 3
+
+
+def test_held_out_rows_are_not_trained_on_and_the_seed_decides_which(tmp_path: Path) -> None:
+    path = write(tmp_path, ROWS)
+    first, again, other = (load(path, validation=0.3, seed=seed) for seed in (1, 1, 2))
+    assert first.validation is not None
+    assert again.validation is not None
+    assert other.validation is not None
+    held_out = first.validation["prompt"]
+    assert len(held_out) == 3
+    assert sorted([*first.train["prompt"], *held_out]) == sorted(row["question"] for row in ROWS)
+    assert held_out[:] == again.validation["prompt"][:]
+    assert held_out[:] != other.validation["prompt"][:]
+
+
+def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds out 1 of 1 rows and leaves none"):
+        load(write(tmp_path, ROWS[:1]), validation=0.5)
+
+
+def test_a_missing_column_is_named_with_its_row(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="row 1 has no column 'query'; its columns are: question, answer"):
+        load(write(tmp_path, ROWS), prompt="{query}")
+
+
+def test_an_empty_value_is_named_with_its_row(tmp_path: Path) -> None:
+    path = write(tmp_path, [*ROWS[:2], {"question": "q", "answer": None}])
+    with pytest.raises(UsageError, match=r"data\.jsonl: row 3: column 'answer' is null"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ("hello", "expected a list of messages"),
+        ([{"role": "user"}], "expected a list of messages"),
+        ([{"role": "user", "content": 1}], "expected a list of messages"),
+        (CONVERSATION[:3], "must end with a message of the role 'assistant'"),
+        (CONVERSATION[1:2], "must end with a message of the role 'assistant'"),
+        ([], "must end with a message of the role 'assistant'"),
+    ],
+)
+def test_what_is_no_conversation_is_named_with_its_row(tmp_path: Path, messages: Any, said: str) -> None:
+    path = write(tmp_path, [{"messages": CONVERSATION}, {"messages": messages}])
+    with pytest.raises(UsageError, match="row 2: ") as raised:
+        load(path, format="chat")
+    assert said in str(raised.value)
+
+
+def test_what_is_neither_a_file_nor_on_the_hub_is_said_to_be_so(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"data\.path='nobody/nothing' is neither a file .* nor a data set"):
+        load("nobody/nothing")
+    with pytest.raises(UsageError, match="no such file"):
+        load(str(tmp_path / "nix.csv"))
