@@ -58,7 +58,9 @@ def load_tokenizer(settings: ModelSettings, data: Data) -> PreTrainedTokenizerBa
             settings.path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except _LOADING_ERRORS as error:
-        raise UsageError(f"model.path={settings.path!r} has no usable tokenizer: {_summary(error)}") from error
+        raise UsageError(
+            f"model.path={settings.path!r} cannot be used, there is no tokenizer: {_summary(error)}"
+        ) from error
     if tokenizer.eos_token is None:
         raise UsageError(
             f"the tokenizer of {settings.path!r} has no end-of-text token, so a completion would have no end; "

@@ -1,0 +1,177 @@
+"""The command line: what a user can get wrong is one message and exit code 2, and nothing on the disk is harmed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from train_fixtures import write_model, write_recipe, write_sums
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gradselect
+from gradselect.cli import main
+
+# TRL 1.16 uses names that transformers 5.23 has replaced.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data, a recipe and all that can be wrong with them."""
+    folder = tmp_path_factory.mktemp("place")
+    write_model(folder / "model")
+    write_sums(folder / "sums.jsonl")
+    write_recipe(folder, folder / "recipe.yaml")
+    write_broken(folder)
+    return folder
+
+
+def write_broken(folder: Path) -> None:
+    """Files and models that cannot be used."""
+    lines = (folder / "sums.jsonl").read_text().splitlines()
+    (folder / "broken.jsonl").write_text("\n".join([*lines[:3], '{"question": "?', *lines[3:]]))
+    (folder / "empty.jsonl").write_text("")
+    (folder / "latin.jsonl").write_bytes(lines[0].encode() + b'\n{"question": "\xfc?", "answer": ""}\n')
+    (folder / "sums.xlsx").write_text("x")
+    (folder / "broken.yaml").write_text("model: [")
+
+    shared = {"vocab_size": 258, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    flat = write_model(folder / "flat")
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=0, max_position_embeddings=64, **shared)).save_pretrained(flat)
+    torn = write_model(folder / "torn")
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:1000])
+    lacking = write_model(folder / "lacking")
+    config = json.loads((lacking / "config.json").read_text())
+    (lacking / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 6}))
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command line says on the error stream when it exits with code 2."""
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    said = capsys.readouterr()
+    assert raised.value.code == 2, said
+    assert "Traceback" not in said.err
+    return said.err
+
+
+BAD_TRAINING = {
+    "unknown method": (["method.name=adagradselct"], "did you mean 'adagradselect'"),
+    "unknown key": (["run.stepz=3"], "did you mean 'steps'"),
+    "unknown key of the method": (["method.name=uniform", "method.conut=1"], "did you mean 'count'"),
+    "fraction of zero": (["method.name=uniform", "method.fraction=0"], "outside (0, 1]"),
+    "fraction above one": (["method.name=adagradselect", "method.fraction=1.2"], "outside (0, 1]"),
+    "more blocks than there are": (["method.name=uniform", "method.count=99"], "count=99 is more than the 6 blocks"),
+    "no such block": (["method.name=fixed", "method.blocks=[layer.9]"], "layer.9"),
+    "no such block always": (["method.name=lisa", "method.always=[emedding]"], "emedding"),
+    "no override": (["run.steps"], "write key=value"),
+    "no such model": (["model.path=./nix"], "no such folder"),
+    "no such model on the hub": (["model.path=nobody/nothing"], "cannot be used"),
+    "torn model": (["model.path={place}/torn"], "model.path="),
+    "model without some weights": (["model.path={place}/lacking"], "lacks 18 weights"),
+    "model without layers": (["model.path={place}/flat", "method.name=uniform", "method.count=1"], "repeated"),
+    "no such data": (["data.path={place}/nix.jsonl"], "no such file"),
+    "broken line": (["data.path={place}/broken.jsonl"], "broken.jsonl, line 4: broken JSON"),
+    "empty data": (["data.path={place}/empty.jsonl"], "holds no rows"),
+    "unknown encoding": (["data.path={place}/latin.jsonl"], "latin.jsonl, line 2: not UTF-8"),
+    "unknown ending": (["data.path={place}/sums.xlsx"], "'.xlsx'"),
+    "missing column": (['data.prompt="{query}"'], "row 1 has no column 'query'; its columns are: question, answer"),
+    "too long": (["data.max_length=65"], "more than the model's 64 positions"),
+    "nothing to learn": (["data.max_length=1"], "leaves nothing to learn"),
+    "unknown tracker": (["run.report_to=[trackio]"], "pip install trackio"),
+    "diverging": (["optimizer.lr=1e30", "optimizer.warmup=0", "optimizer.max_grad_norm=0"], "is nan; training has"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "said"), BAD_TRAINING.values(), ids=list(BAD_TRAINING))
+def test_what_cannot_be_trained_is_said_and_leaves_no_trace(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
+) -> None:
+    overrides = [override.replace("{place}", str(place)) for override in overrides]
+    before = sorted(path.name for path in place.iterdir())
+    error = fails(capsys, "train", str(place / "recipe.yaml"), f"run.output={tmp_path / 'out'}", *overrides)
+    assert said in " ".join(error.split())
+    assert sorted(path.name for path in place.iterdir()) == before
+    # Once training has begun, what it wrote stays.
+    assert not (tmp_path / "out").exists() or (tmp_path / "out" / "run.json").exists()
+
+
+def test_an_output_that_exists_is_refused_and_not_touched(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    recipe = str(place / "recipe.yaml")
+    error = fails(capsys, "train", recipe, f"run.output={tmp_path}")
+    assert "exists and is not empty" in error
+    assert "--resume" in error
+    assert "holds no run to resume" in fails(capsys, "train", recipe, f"run.output={tmp_path}", "--resume")
+    assert "exists" in fails(capsys, "train", recipe, f"run.output={tmp_path / 'notes.txt'}")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_an_empty_output_folder_is_as_good_as_none(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["train", str(place / "recipe.yaml"), f"run.output={tmp_path}", "run.steps=1"])
+    assert raised.value.code == 0
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gradselect.train._trainer.RunTrainer.compute_loss", interrupt)
+    with pytest.raises(SystemExit) as raised:
+        main(["train", str(place / "recipe.yaml"), f"run.output={tmp_path / 'out'}"])
+    assert raised.value.code == 130
+    assert f"gradselect train {place}/recipe.yaml run.output={tmp_path}/out --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "nix.yaml"], "nix.yaml: no such recipe"),
+        (["train", "{place}/broken.yaml"], "no valid YAML"),
+        (["train"], "Missing argument"),
+        (["tarin"], "No such command"),
+        (["train", "{place}/recipe.yaml", "--resum"], "No such option"),
+        (["evaluate", "{place}/model", "--task", "gsm9k"], "'gsm9k' is not one of"),
+        (["evaluate", "{place}/model", "--task", "loss"], "has no data of its own"),
+        (["evaluate", "{place}/model", "--task", "loss", "--data", "{place}/broken.jsonl"], "line 4: broken JSON"),
+        (["evaluate", "./nix", "--task", "loss", "--data", "{place}/sums.jsonl"], "nix"),
+        (["evaluate", "{place}/model", "--task", "gsm8k", "--limit", "0"], "limit=0"),
+    ],
+)
+def test_a_command_that_makes_no_sense_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    error = fails(capsys, *(argument.replace("{place}", str(place)) for argument in arguments))
+    assert said in " ".join(error.replace("│", "").split())
+
+
+def test_a_trained_model_is_evaluated_with_the_command_that_training_names(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", str(place / "recipe.yaml"), f"run.output={tmp_path / 'out'}", "run.steps=1"])
+    *_, last = capsys.readouterr().out.strip().splitlines()
+    assert last.startswith("next: gradselect evaluate")
+    words = ["evaluate", str(tmp_path / "out"), "--task", "loss", "--data", str(place / "sums.jsonl")]
+    with pytest.raises(SystemExit) as raised:
+        main([*words, "--prompt", "{question}\\n", "--completion", " {answer}", "--output", str(tmp_path / "eval")])
+    assert raised.value.code == 0
+    assert "nats per token" in capsys.readouterr().out
+    assert json.loads((tmp_path / "eval" / "result.json").read_text())["settings"]["prompt"] == "{question}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["train", "--help"], ["evaluate", "-h"]])
+def test_help_and_version_are_there(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 0
+    said = capsys.readouterr().out
+    assert (gradselect.__version__ if arguments == ["--version"] else "Usage") in said
