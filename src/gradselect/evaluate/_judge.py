@@ -1,4 +1,4 @@
-"""Whether two answers are equal, decided by math-verify in a process that may be ended."""
+"""Whether two answers are equal, decided by math-verify in a process that may end."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import importlib.util
 import json
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 from .._errors import UsageError
 from .answers import trimmed
-
-_START_SECONDS = 120.0
 
 
 class Judge:
@@ -53,8 +50,8 @@ class Judge:
         """Whether both are the same value; None if that could not be decided in time."""
         if trimmed(reference) == trimmed(prediction):
             return True
-        process = self._running()
-        verdict = _exchange(process, json.dumps([trimmed(reference), trimmed(prediction)]), self._timeout_seconds)
+        question = json.dumps([trimmed(reference), trimmed(prediction), self._timeout_seconds])
+        verdict = _exchange(self._running(), question)
         if not verdict:
             self._stop()
             return None
@@ -72,7 +69,7 @@ class Judge:
                 text=True,
                 encoding="utf-8",
             )
-            if not _exchange(self._process, None, _START_SECONDS):
+            if not _exchange(self._process, None):
                 self._stop()
                 raise RuntimeError(f"math-verify does not start; see: {sys.executable} -P {program}")
         return self._process
@@ -84,10 +81,8 @@ class Judge:
             self._process = None
 
 
-def _exchange(process: subprocess.Popen[str], line: str | None, seconds: float) -> str:
-    """Send a line, if any, and read one; empty when the process is gone, or had to be ended after `seconds`."""
-    end = threading.Timer(seconds, process.kill)
-    end.start()
+def _exchange(process: subprocess.Popen[str], line: str | None) -> str:
+    """Send a line, if any, and read one; empty when the process has ended."""
     try:
         if line is not None:
             _pipe(process.stdin).write(line + "\n")
@@ -95,8 +90,6 @@ def _exchange(process: subprocess.Popen[str], line: str | None, seconds: float) 
         return _pipe(process.stdout).readline()
     except BrokenPipeError:
         return ""
-    finally:
-        end.cancel()
 
 
 def _pipe(stream: IO[str] | None) -> IO[str]:

@@ -56,8 +56,9 @@ def load(settings: EvaluationSettings) -> LanguageModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             settings.model, dtype=settings.dtype, output_loading_info=True
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UsageError(f"model={str(settings.model)!r} cannot be loaded: {_first_line(error)}") from None
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        # Whatever is wrong with a checkpoint comes out of transformers as one of these.
+        raise UsageError(f"model={str(settings.model)!r} cannot be loaded: {_first_line(error)}") from error
     model, report = loaded
     _check_complete(settings.model, report)
     return wrap(model.to(device).eval(), tokenizer)
