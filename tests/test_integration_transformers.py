@@ -60,6 +60,7 @@ def build(folder, policy, *, model=None, data=16, callbacks=None, options=None, 
         model=tiny_llama() if model is None else model,
         args=args,
         train_dataset=examples(data) if isinstance(data, int) else data,
+        eval_dataset=examples(2),
         optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, {"policy": policy, "args": args, **(options or {})}),
         callbacks=[SelectionCallback()] if callbacks is None else callbacks,
     )
@@ -279,6 +280,20 @@ def test_training_again_goes_on_with_the_same_optimizer(tmp_path):
     assert trainer.state.log_history[0]["selection/blocks"] == 1
 
 
+def test_with_a_new_model_and_optimizer_records_begin_anew(tmp_path):
+    args = arguments(tmp_path, max_steps=2)
+    trainer = Trainer(
+        model_init=lambda: tiny_llama(),  # the Trainer refuses a function that takes more than a trial
+        args=args,
+        train_dataset=examples(16),
+        optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, {"policy": gs.Cyclic(), "args": args}),
+        callbacks=[SelectionCallback(jsonl=tmp_path / "s.jsonl")],
+    )
+    trainer.train()
+    trainer.train()
+    assert [json.loads(line)["step"] for line in (tmp_path / "s.jsonl").read_text().splitlines()] == [0, 1]
+
+
 # Activation checkpointing ------------------------------------------------------------------------------------------
 
 
@@ -400,11 +415,11 @@ def test_logs_reach_the_history_and_tensorboard(tmp_path, monkeypatch):
 
 
 def test_logs_of_an_evaluation_stay_as_they_are(tmp_path):
-    trainer = build(tmp_path, gs.All(), max_steps=2)
+    trainer = build(tmp_path, gs.All(), max_steps=1, logging_steps=2, eval_strategy="steps", eval_steps=1)
     trainer.train()
-    trainer.evaluate(examples(2))
-    assert "eval_loss" in trainer.state.log_history[-1]
-    assert not any(name.startswith("selection/") for name in trainer.state.log_history[-1])
+    evaluation = trainer.state.log_history[0]
+    assert "eval_loss" in evaluation
+    assert not any(name.startswith("selection/") for name in evaluation)
 
 
 def test_a_summary_is_over_all_steps_since_the_last_log():

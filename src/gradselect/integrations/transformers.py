@@ -92,7 +92,7 @@ class SelectionCallback(TrainerCallback):
     """
 
     def __init__(self, *, jsonl: str | Path | None = None) -> None:
-        self._writer = None if jsonl is None else JsonlWriter(jsonl)
+        self._jsonl = jsonl
         self._connected: BlockOptimizer | None = None
         self._since_log: list[StepRecord] = []
 
@@ -140,12 +140,13 @@ class SelectionCallback(TrainerCallback):
 
     def _connect(self, optimizer: BlockOptimizer, *, writes: bool) -> None:
         """Receive the records of `optimizer`; a second `train()` of one Trainer goes on with the same."""
+        self._since_log.clear()
         if self._connected is optimizer:
             return
         self._connected = optimizer
         optimizer.add_record_hook(self._since_log.append)
-        if self._writer is not None and writes:
-            optimizer.add_record_hook(self._writer)
+        if self._jsonl is not None and writes:
+            optimizer.add_record_hook(JsonlWriter(self._jsonl))
 
     def _report_before_others(self) -> None:
         handler = _calling_handler()
