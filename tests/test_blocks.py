@@ -183,7 +183,7 @@ def test_an_optimizer_that_has_frozen_blocks_changes_nothing(table):
     for by in ("layer", "matrix"):
         before = partition(model, by=by)
         for parameter in (parameter for block in before[1:] for parameter in block.parameters):
-            parameter.gradselect_owner = 1
+            parameter.gradselect_frozen = True
             parameter.requires_grad_(False)
         after = partition(model, by=by)
         assert contents(after) == contents(before)

@@ -13,12 +13,14 @@ import gradselect
 
 PACKAGE = Path(gradselect.__file__).parent
 LEAVES = {"_errors"}
-GROUND = LEAVES | {"_blocks", "_rules", "_records", "_checkpoint"}
+GROUND = LEAVES | {"_freeze", "_blocks", "_rules", "_records", "_checkpoint"}
 CONTRACTS = GROUND | {"_policy", "_residency", "_observe", "_groups", "_state"}
 
 ALLOWED = {
     "_errors": set(),
-    "_blocks": LEAVES,
+    "_freeze": set(),
+    "_structure": LEAVES,
+    "_blocks": LEAVES | {"_structure", "_freeze"},
     "_rules": LEAVES,
     "_records": LEAVES,
     "_checkpoint": LEAVES,
@@ -26,7 +28,7 @@ ALLOWED = {
     "_residency": LEAVES | {"_blocks", "_rules"},
     "_observe": LEAVES | {"_blocks"},
     "_groups": LEAVES | {"_blocks"},
-    "_state": LEAVES | {"_residency", "_rules"},
+    "_state": LEAVES | {"_residency", "_rules", "_groups"},
     "_optimizer": CONTRACTS,
     "reference": GROUND | {"_policy"},
     "policies": LEAVES | {"_policy"},
@@ -92,6 +94,6 @@ def test_public_list_is_what_the_module_offers():
 
 
 def test_import_loads_torch_and_nothing_heavier():
-    code = f"import gradselect, sys; sys.exit(' '.join(name for name in {HEAVY!r} if name in sys.modules))"
+    code = f"import gradselect, sys; sys.exit(' '.join(name for name in {HEAVY!r} if name in sys.modules) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -78,6 +78,32 @@ class TestStateBytes:
         assert all(record.moved_bytes == 0 for record in records)
 
 
+@pytest.mark.parametrize("residency", [gs.Offload(), gs.Drop()])
+def test_state_has_left_the_device_before_the_next_forward(residency):
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.Cyclic(every=1), lr=1e-2, residency=residency)
+    run(model, optimizer, 1)
+    assert optimizer.memory()["state_on_device"] == 0
+
+
+def test_newly_frozen_block_holds_no_gradient_even_without_zero_grad():
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.Cyclic(every=1), lr=1e-2)
+    model(**tiny_batch(model, seed=0)).loss.backward()
+    optimizer.step()
+    assert optimizer.memory()["gradients"] == 0
+
+
+def test_gradients_of_unselected_blocks_are_released_even_if_the_user_thawed_them():
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.Fixed(("layer.1",)), lr=1e-2)
+    model.requires_grad_(True)
+    model(**tiny_batch(model, seed=0)).loss.backward()
+    optimizer.step()
+    assert optimizer.memory()["gradients"] == 4 * elements(model)["layer.1"]
+    assert [n for n, p in model.named_parameters() if p.requires_grad and "layers.1." not in n] == []
+
+
 def test_bytes_equal_the_tensors_that_exist():
     """`memory()` is bookkeeping; the tensors themselves are the truth."""
     model = tiny_llama(dtype=torch.bfloat16)

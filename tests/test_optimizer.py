@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
+import json
 
 import pytest
 import torch
@@ -391,6 +393,90 @@ def test_closing_gives_the_model_back():
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_closing_the_older_optimizer_leaves_the_newer_one_alone():
+    model = tiny_llama()
+    older = gs.BlockOptimizer(model, gs.Fixed(("layer.1",)), lr=1e-2)
+    gs.BlockOptimizer(model, gs.Fixed(("layer.2",)), lr=1e-2)
+    newer = gs.BlockOptimizer(model, gs.Fixed(("layer.2",)), lr=1e-2)
+    older.close()
+    assert newer.trainable == ("layer.2",)
+    assert all(("layers.2." in name) == p.requires_grad for name, p in model.named_parameters())
+
+
+def test_what_the_user_freezes_after_an_optimizer_is_gone_stays_out():
+    """As before adapters are put on a model that was trained by blocks: its base must not come back to life."""
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.Fixed(("layer.1",)), lr=1e-2)
+    del optimizer
+    model.requires_grad_(False)
+    model.model.layers[2].requires_grad_(True)
+    assert [block.name for block in gs.partition(model)] == ["layer.2"]
+
+
+def test_masters_follow_weights_that_were_loaded_in_between():
+    model = tiny_llama(dtype=torch.bfloat16)
+    optimizer = gs.BlockOptimizer(model, gs.All(), lr=1e-4)
+    train(model, optimizer, 2)
+    model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()})
+    optimizer.refresh_masters()
+    train(model, optimizer, 1)
+    assert max(p.abs().max().item() for p in model.parameters()) < 1e-3
+
+
+def test_copying_or_pickling_the_optimizer_says_what_to_save():
+    optimizer = gs.BlockOptimizer(tiny_llama(), gs.All())
+    with pytest.raises(gs.UsageError, match="state_dict"):
+        copy.deepcopy(optimizer)
+    with pytest.raises(gs.UsageError, match="state_dict"):
+        torch.save(optimizer, io.BytesIO())
+
+
+def test_record_hook_can_be_removed():
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.Uniform(count=1))
+    records = []
+    handle = optimizer.add_record_hook(records.append)
+    train(model, optimizer, 1)
+    handle.remove()
+    train(model, optimizer, 1)
+    assert [record.step for record in records] == [0]
+
+
+def test_records_are_json_and_every_step_stands_once_after_a_resume(tmp_path):
+    path = tmp_path / "records.jsonl"
+    record = gs.StepRecord(
+        step=0, selected=("norm",), explored=True, state_bytes=8, moved_bytes=0, selection_entropy=0.0
+    )
+    writer = gs.JsonlWriter(path)
+    for step in range(4):
+        writer(dataclasses.replace(record, step=step, norms={"norm": float("inf")}))
+    with path.open("a") as file:
+        file.write('{"step": 4, "sel')  # as a kill leaves it
+    again = gs.JsonlWriter(path)
+    for step in (2, 3):
+        again(dataclasses.replace(record, step=step))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert lines[0]["norms"] == {"norm": None}
+
+
+def test_resume_with_a_scheduler_continues_its_rates():
+    def build():
+        model = tiny_llama()
+        optimizer = gs.BlockOptimizer(model, gs.AdaGradSelect(fraction=0.4, explore_steps=4), lr=1e-2)
+        return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
+
+    model, optimizer, scheduler = build()
+    train(model, optimizer, 4, after_step=scheduler.step)
+    saved = [saved_and_loaded(part.state_dict()) for part in (model, optimizer, scheduler)]
+    train(model, optimizer, 4, first=4, after_step=scheduler.step)
+    resumed, again, rates = parts = build()
+    for part, state in zip(parts, saved, strict=True):
+        part.load_state_dict(state)
+    train(resumed, again, 4, first=4, after_step=rates.step)
+    assert same(weights(model), weights(resumed))
+
+
 def test_parameters_frozen_by_the_user_stay_frozen():
     model = tiny_llama()
     model.model.embed_tokens.weight.requires_grad_(False)
@@ -403,6 +489,36 @@ def test_parameters_frozen_by_the_user_stay_frozen():
 
 
 # Bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_objects_are_told_from_classes_and_names():
+    with pytest.raises(gs.UsageError, match=r"write policy=gs.AdaGradSelect"):
+        gs.BlockOptimizer(tiny_llama(), policy="adagradselect")
+    with pytest.raises(gs.UsageError, match=r"write residency=gs.Offload\(\)"):
+        gs.BlockOptimizer(tiny_llama(), gs.All(), residency=gs.Offload)
+
+
+def test_partition_that_leaves_something_out_is_refused():
+    model = tiny_llama()
+    with pytest.raises(gs.UsageError, match="is in no block"):
+        gs.BlockOptimizer(model, gs.All(), blocks=gs.partition(model)[:2])
+    with pytest.raises(gs.UsageError, match="no parameter of the model"):
+        gs.BlockOptimizer(model, gs.All(), blocks=[*gs.partition(model), *gs.partition(tiny_llama())])
+
+
+def test_blocks_that_train_always_are_not_for_the_policy_to_name():
+    with pytest.raises(gs.UsageError, match="blocks in `always` are not the policy's"):
+        gs.BlockOptimizer(tiny_llama(), gs.Fixed(("layer.0",)), always=("layer.0",))
+
+
+def test_open_epoch_length_is_refused_before_anything_moves():
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.AdaGradSelect(fraction=0.4), lr=1e-2)
+    before = weights(model)
+    model(**tiny_batch(model, seed=0)).loss.backward()
+    with pytest.raises(gs.UsageError, match=r"explore_steps=len\(loader\)"):
+        optimizer.step()
+    assert same(before, weights(model))
 
 
 @pytest.mark.parametrize(

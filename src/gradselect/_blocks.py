@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from ._errors import UsageError
+from ._freeze import is_frozen_for_now
 from ._structure import Layout, Place, parent
 
 Patterns = Mapping[str, str | Sequence[str]]
@@ -145,6 +147,31 @@ def assemble(names: Mapping[Parameter, list[str]], places: Mapping[Parameter, li
     return tuple(blocks)
 
 
+def check_partition(model: nn.Module, blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """The blocks, which hold every parameter of the model that trains exactly once.
+
+    Raises:
+        UsageError: one is missing or stands in two blocks, or is not of this model; or two blocks have one name.
+    """
+    placed = Counter(id(parameter) for block in blocks for parameter in block.parameters)
+    trained = {id(parameter): known[0] for parameter, known in names_of_trained(model).items()}
+    faults = {
+        "is in no block": [name for key, name in trained.items() if key not in placed],
+        "is in several blocks": [name for key, name in trained.items() if placed[key] > 1],
+        "is no parameter of the model that trains": [
+            name
+            for block in blocks
+            for name, parameter in zip(block.parameter_names, block.parameters, strict=True)
+            if id(parameter) not in trained
+        ],
+        "names two blocks": [name for name, count in Counter(block.name for block in blocks).items() if count > 1],
+    }
+    for fault, names in faults.items():
+        if names:
+            raise UsageError(f"blocks: {names[0]!r} {fault}; write blocks=partition(model, patterns={{...}})")
+    return tuple(blocks)
+
+
 # parameters and patterns -----------------------------------------------------------------------------
 
 
@@ -152,8 +179,8 @@ def names_of_trained(model: nn.Module) -> dict[Parameter, list[str]]:
     """Every parameter that trains with all of its names; a tied one has several, that of `named_parameters()` first."""
     names: dict[Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        # an optimizer marks what it has frozen for the moment, so that the blocks stay the same while it works
-        if parameter.requires_grad or getattr(parameter, "gradselect_owner", None) is not None:
+        # so the blocks stay the same while an optimizer freezes some of them
+        if parameter.requires_grad or is_frozen_for_now(parameter):
             names.setdefault(parameter, []).append(name)
     return names
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.nn import Parameter
 
 from ._errors import UsageError
@@ -19,30 +21,35 @@ class GradientObserver:
 
     With `stream`, only the blocks of the `keep` largest scores so far hold gradients: when a block completes, the worst
     of the best `keep + 1` loses its own at once. The backward pass visits one block after the other, so at most
-    `keep + 1` watched blocks hold gradients at any moment.
+    `keep + 1` watched blocks hold gradients at any moment. A block whose norm is not finite keeps its gradients, and
+    counts for nothing: a gradient scaler, or whoever clips, has to see that it overflowed.
 
     A block of which a parameter gets no gradient (an expert without tokens, say) is never complete during the backward
-    pass; `finish` measures it. Hooks are registered once, while everything is trainable: torch refuses one on a frozen
-    parameter, but an early one survives being frozen. Each parameter is marked with the observer (`gradselect_owner`):
-    a partition of the model sees then that it is frozen for the moment only, and a discarded observer falls silent.
+    pass; it is measured when the pass ends. Hooks are registered once, while everything is trainable: torch refuses
+    one on a frozen parameter, but an early one survives being frozen. Each parameter is marked with its newest
+    observer (`gradselect_owner`), so an older one falls silent.
 
     Args:
         blocks: the parameters of each block, by block name, in model order.
-        accumulation_steps: backward passes before an optimizer step; a gradient is read after the last.
+        accumulation_steps: backward passes before an optimizer step; gradients are read in the last.
+        grad_scaler: what multiplies the loss, if anything does; norms are divided by its scale.
     """
 
-    def __init__(self, blocks: Mapping[str, Sequence[Parameter]], *, accumulation_steps: int = 1) -> None:
+    def __init__(
+        self,
+        blocks: Mapping[str, Sequence[Parameter]],
+        *,
+        accumulation_steps: int = 1,
+        grad_scaler: GradScaler | None = None,
+    ) -> None:
         self.accumulation_steps = accumulation_steps
-        self.norms: dict[str, float] = {}
+        self.grad_scaler = grad_scaler
         self._blocks = {name: tuple(parameters) for name, parameters in blocks.items()}
         self._rank = {name: position for position, name in enumerate(self._blocks)}
         self._watched: frozenset[str] = frozenset()
         self._score: Score | None = None
         self._keep = 0
-        self._scale: Callable[[], float] = float
-        self._arrivals: dict[Parameter, int] = {}
-        self._incomplete: dict[str, int] = {}
-        self._leaders: dict[str, float] = {}
+        self.restart()
         for parameter in self._parameters():
             parameter.gradselect_owner = id(self)  # pyright: ignore[reportAttributeAccessIssue]
         self._handles = [
@@ -51,10 +58,9 @@ class GradientObserver:
             for parameter in parameters
         ]
 
-    def watch(self, names: Sequence[str], *, scale: Callable[[], float]) -> None:
-        """Measure these blocks in the backward passes to come; norms are divided by `scale()`."""
+    def watch(self, names: Sequence[str]) -> None:
+        """Measure these blocks in the backward passes to come."""
         self._watched = frozenset(names)
-        self._scale = scale
         self._score = None
         self.restart()
 
@@ -65,54 +71,84 @@ class GradientObserver:
 
     def restart(self) -> None:
         """A new window: nothing has arrived yet."""
-        self.norms = {}
-        self._arrivals = {}
-        self._leaders = {}
+        self._norms: dict[str, Tensor | float] = {}
+        self._leaders: dict[str, float] = {}
         self._incomplete = {name: len(self._blocks[name]) for name in self._watched}
+        self._num_passes = 0
+        self._in_pass = False
+        self._known_scale: float | None = None
 
-    def finish(self) -> None:
-        """Measure what the hooks did not see complete: unused parameters, an accumulation window cut short."""
+    @property
+    def saw_gradients(self) -> bool:
+        """Whether a backward pass has reached a watched block in this window."""
+        return bool(self._norms) or self._num_passes > 0
+
+    def norms(self) -> dict[str, float]:
+        """Norm of every watched block, in model order.
+
+        Blocks of a window that ended before its last announced backward pass are measured now, from the gradients as
+        they are: unscaled, and clipped if they were clipped.
+        """
         for name in self._blocks:
-            if name in self._watched and name not in self.norms:
-                self._complete(name)
+            if name in self._watched and name not in self._norms:
+                self._complete(name, scale=1.0)
+        return {name: float(self._norms[name]) for name in self._blocks if name in self._norms}
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether no newer observer has been put on the same model."""
         return getattr(parameter, "gradselect_owner", None) == id(self)
 
     def close(self) -> None:
-        """Remove the hooks and the marks."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
-        for parameter in self._parameters():
-            if self.owns(parameter):
-                del parameter.gradselect_owner  # pyright: ignore[reportAttributeAccessIssue]
 
     def arrived(self, name: str, parameter: Parameter) -> None:
-        """The hook: one backward pass has added to the gradient of `parameter` of block `name`."""
+        """The hook: a backward pass has added to the gradient of `parameter` of block `name`."""
         if name not in self._watched or not self.owns(parameter):
             return
-        arrivals = self._arrivals[parameter] = self._arrivals.get(parameter, 0) + 1
-        if arrivals > self.accumulation_steps:
+        if self._num_passes >= self.accumulation_steps:
             raise UsageError(
-                f"backward pass {arrivals} before optimizer.step(), but accumulation_steps={self.accumulation_steps}: "
-                "gradients were read, and some released, after that many; for gradient accumulation write "
-                "BlockOptimizer(..., accumulation_steps=<backward passes per step>), or call optimizer.zero_grad() "
-                "where a step was skipped"
+                f"backward pass {self._num_passes + 1} before optimizer.step(), but accumulation_steps="
+                f"{self.accumulation_steps}: gradients were read, and some released, after that many; for gradient "
+                "accumulation write BlockOptimizer(..., accumulation_steps=<backward passes per step>); call "
+                "optimizer.zero_grad() where a step was skipped; checkpoint activations with use_reentrant=False"
             )
-        if arrivals == self.accumulation_steps:
+        if not self._in_pass:
+            self._in_pass = True
+            # The engine's own end of the pass, as data parallel wrappers use it.
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)  # pyright: ignore
+        if self._num_passes == self.accumulation_steps - 1:
             self._incomplete[name] -= 1
             if self._incomplete[name] == 0:
-                self._complete(name)
+                self._complete(name, scale=self._scale())
+
+    def _end_pass(self) -> None:
+        self._in_pass = False
+        self._num_passes += 1
+        if self._num_passes == self.accumulation_steps:
+            for name in self._blocks:
+                if name in self._watched and name not in self._norms:
+                    self._complete(name, scale=self._scale())
 
     def _parameters(self) -> list[Parameter]:
         return [parameter for parameters in self._blocks.values() for parameter in parameters]
 
-    def _complete(self, name: str) -> None:
-        self.norms[name] = gradient_norm(self._blocks[name]) / self._scale()
-        if self._score is not None:
-            self._leaders[name] = self._score(name, self.norms[name])
-            if len(self._leaders) > self._keep:
+    def _scale(self) -> float:
+        if self._known_scale is None:
+            self._known_scale = 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
+        return self._known_scale
+
+    def _complete(self, name: str, *, scale: float) -> None:
+        norm = gradient_norm(self._blocks[name]) / scale
+        self._norms[name] = norm
+        if self._score is None:
+            return  # nobody waits for the number: it stays on the device
+        self._norms[name] = number = float(norm)
+        if math.isfinite(number):
+            self._leaders[name] = self._score(name, number)
+            # A scaler that finds no gradient at all takes it for a mistake.
+            if len(self._leaders) > (self._keep if self.grad_scaler is None else max(1, self._keep)):
                 self._release_worst()
 
     def _release_worst(self) -> None:
@@ -122,18 +158,35 @@ class GradientObserver:
             parameter.grad = None
 
 
-def gradient_norm(parameters: Sequence[Parameter]) -> float:
-    """L2 norm, in fp32, of the gradients of `parameters` taken as one vector; without any gradient 0.0."""
+def gradient_norm(parameters: Sequence[Parameter]) -> Tensor:
+    """L2 norm, in fp32, of the gradients of `parameters` taken as one vector; without any gradient 0.0. Shape ().
+
+    Raises:
+        UsageError: a gradient is sparse.
+    """
     norms = [
-        torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        torch.linalg.vector_norm(dense(parameter.grad), dtype=torch.float32)
         for parameter in parameters
         if parameter.grad is not None
     ]
-    return torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
+    if not norms:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """The gradient, which is not sparse.
+
+    Raises:
+        UsageError: it is.
+    """
+    if gradient.is_sparse:
+        raise UsageError("sparse gradients are not supported; build the embedding with sparse=False")
+    return gradient
 
 
 def _ordered(score: float) -> float:
-    return score if score == score else float("-inf")  # NaN ranks last, as in the policy's own decision
+    return -math.inf if math.isnan(score) else score  # as the policy's own decision ranks
 
 
 def _weak_hook(observer: GradientObserver, name: str) -> Callable[[Tensor], None]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, TypedDict
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any, NoReturn, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
-from ._blocks import Block, partition, resolve_names
+from ._blocks import Block, check_partition, partition, resolve_names
 from ._checkpoint import check_same
 from ._errors import UsageError
-from ._groups import check_hyper_parameters, decay_groups
-from ._observe import GradientObserver
+from ._freeze import freeze, give_back
+from ._groups import ParameterTable, check_hyper_parameters, check_is, decay_groups
+from ._observe import GradientObserver, dense
 from ._policy import AbstractPolicy
 from ._records import StepRecord, selection_entropy
 from ._residency import AbstractResidency, Keep
@@ -56,14 +61,21 @@ class BlockOptimizer(torch.optim.Optimizer):
     * **Gradient accumulation.** The selection holds for the whole window. Give `accumulation_steps`, the number of
       backward passes per step: in an explore step the gradients of all blocks add up until the last of them, which then
       releases the losers. Without accumulation losers are released during the backward pass (*streaming top-k*), so at
-      most k + 1 blocks' gradients exist. A second backward pass that was not announced raises.
+      most k + 1 blocks' gradients exist beside those of `always`. A second backward pass that was not announced raises;
+      a window with fewer passes than announced is decided in `step()`, from the gradients as they are then.
     * **`clip_grad_norm_`** between `backward()` and `step()` sees the gradients of the selected blocks, in explore
       steps too. The policy's norms are taken before clipping.
     * **GradScaler.** Pass it as `grad_scaler`, so that norms of different steps are on one scale. A step that it
       skips counts for nothing; call `optimizer.zero_grad()` after it, as every loop does.
-    * **Gradient checkpointing** works, non-reentrant. `model.enable_input_require_grads()`, which transformers calls with
-      it, makes the backward pass visit every layer again; the Trainer integration undoes that.
-    * **No gradients.** `step()` without any gradient changes nothing and counts for nothing, as in torch.
+    * **Gradient checkpointing** works, non-reentrant. `model.enable_input_require_grads()`, which transformers calls
+      with it, makes the backward pass visit every layer again; the Trainer integration undoes that.
+    * **No gradients.** `step()` without any gradient changes nothing and counts for nothing, as in torch. A block that
+      the loss never reaches (an unused pooler) is no candidate: keep it out with the policy's `among`, or torch
+      says "element 0 of tensors does not require grad" when such a block alone is selected.
+    * **The model in between.** Frozen blocks have `requires_grad=False`; what you freeze or thaw yourself during
+      training is set back at the next step. Copy the model (`copy.deepcopy`) before, or after `close()`, which makes
+      every block trainable again, as dropping the last reference to the optimizer does. After
+      `model.load_state_dict(...)` in half precision call `refresh_masters()`.
 
     Args:
         model: its trainable parameters are partitioned into blocks; parameters that are frozen already stay frozen.
@@ -75,13 +87,14 @@ class BlockOptimizer(torch.optim.Optimizer):
         weight_decay: decoupled weight decay of the decay group, >= 0. Default 0.01.
         no_decay: globs of parameter names that are not decayed. Default None: tensors of fewer than two dimensions
             (biases, norms). `()` decays everything.
-        rule: the update formula. Default `AdamWRule()`, bitwise `torch.optim.AdamW(foreach=False)`.
+        rule: the update formula. Default `AdamWRule()`, bitwise `torch.optim.AdamW(foreach=False)`; on a GPU
+            `AdamWRule(fused=True)` is faster and equal to rounding.
         residency: where the state of unselected blocks lives: `Keep()` (default), `Offload()` or `Drop()`.
         master_dtype: dtype of master weights and moments of a bf16 or fp16 model, held for blocks that hold state.
             None: moments in the model's precision and no masters, as `torch.optim.AdamW`.
-        blocks: another partition, e.g. `partition(model, by="matrix")`. Default `partition(model)`.
+        blocks: another partition of all that trains, e.g. `partition(model, by="matrix")`. Default `partition(model)`.
         accumulation_steps: backward passes per step, >= 1.
-        grad_scaler: the `torch.amp.GradScaler` of the loop, if there is one.
+        grad_scaler: the `torch.amp.GradScaler` of the loop, if there is one; it needs fp32 weights under autocast.
 
     Raises:
         UsageError: a value out of its range, a pattern that matches nothing, a policy that does not fit the blocks.
@@ -108,12 +121,12 @@ class BlockOptimizer(torch.optim.Optimizer):
         model: nn.Module,
         policy: AbstractPolicy,
         *,
-        always: Sequence[str] = (),
+        always: str | Sequence[str] = (),
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        no_decay: Sequence[str] | None = None,
+        no_decay: str | Sequence[str] | None = None,
         rule: AbstractRule | None = None,
         residency: AbstractResidency | None = None,
         master_dtype: torch.dtype | None = torch.float32,
@@ -121,41 +134,34 @@ class BlockOptimizer(torch.optim.Optimizer):
         accumulation_steps: int = 1,
         grad_scaler: GradScaler | None = None,
     ) -> None:
-        check_hyper_parameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, accumulation=accumulation_steps)
-        blocks = partition(model) if blocks is None else tuple(blocks)
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        rule = AdamWRule() if rule is None else rule
+        residency = Keep() if residency is None else residency
+        check_is(policy, AbstractPolicy, name="policy", example="policy=gs.AdaGradSelect(fraction=0.2)")
+        check_is(residency, AbstractResidency, name="residency", example="residency=gs.Offload()")
+        check_is(rule, AbstractRule, name="rule", example="rule=gs.AdamWRule()")
+        check_hyper_parameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        blocks = partition(model) if blocks is None else check_partition(model, blocks)
+        self._always = resolve_names(blocks, always)
+        self.policy = _bind(policy, blocks, always=self._always)
         self._sealed = False
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(decay_groups(blocks, no_decay=no_decay, weight_decay=weight_decay), defaults)
         self._sealed = True
 
-        self.rule = AdamWRule() if rule is None else rule
-        self.grad_scaler = grad_scaler
-        self._members = {block.name: block.parameter_names for block in blocks}
-        self._place = {
-            name: (index, position)
-            for index, group in enumerate(self.param_groups)
-            for position, name in enumerate(group["param_names"])
-        }
-        self._states = BlockStates(
-            self.state,
-            self._members,
-            members=self._parameters_of,
-            rule=self.rule,
-            residency=Keep() if residency is None else residency,
-            master_dtype=master_dtype,
-        )
-        self._always = resolve_names(blocks, always)
-        self.policy = policy.bind([block for block in blocks if block.name not in self._always])
-        self._frozen_bytes = sum(num_bytes(p) for p in model.parameters()) - sum(map(num_bytes, self._parameters()))
-
-        self._set_trainable(self._members)
-        self._observer = GradientObserver(
-            {block.name: block.parameters for block in blocks}, accumulation_steps=accumulation_steps
-        )
+        self.rule = rule
+        self._table = ParameterTable(self.param_groups, {block.name: block.parameter_names for block in blocks})
+        self._states = BlockStates(self.state, self._table, rule=rule, residency=residency, master_dtype=master_dtype)
+        self._other_weight_bytes = sum(map(num_bytes, model.parameters())) - sum(map(num_bytes, self._table.all()))
         self._step = 0
-        self._update_counts = dict.fromkeys(self._members, 0)
-        self._record_hooks: list[RecordHook] = []
+        self._update_counts = dict.fromkeys(self.blocks, 0)
+        self._record_hooks: OrderedDict[int, RecordHook] = OrderedDict()
         self.last_record: StepRecord | None = None
+
+        self._set_trainable(self.blocks)
+        self._observer = GradientObserver({block.name: block.parameters for block in blocks}, grad_scaler=grad_scaler)
+        self.accumulation_steps = accumulation_steps
+        self._give_back = weakref.finalize(self, give_back, self._table.all(), owner=id(self._observer))
+        self._give_back.atexit = False
         self._propose()
 
     # The main path -----------------------------------------------------------------------------------------------
@@ -169,43 +175,43 @@ class BlockOptimizer(torch.optim.Optimizer):
 
         Returns:
             The closure's loss, or None.
+
+        Raises:
+            UsageError: a newer optimizer has taken the model over, or a gradient is sparse.
         """
         loss = self._evaluate(closure)
         if not self._saw_gradients():
             return loss
-        selected = self._decide()  # 1
+        norms = self._observer.norms()
+        selected = self._decide(norms)  # 1
         self._states.admit(selected)  # 2
         self._update(selected)  # 3
         self._release(selected)  # 4
-        record = self._commit(selected)
+        record = self._commit(selected, norms)
         self._propose()  # 5
         self._report(record)  # 6
         return loss
 
-    def _decide(self) -> tuple[str, ...]:
+    def _decide(self, norms: Mapping[str, float]) -> tuple[str, ...]:
         """The selection of this step: what was proposed, or what the norms say; `always` blocks included."""
         self._check_ownership()
-        self._observer.finish()
-        chosen = self._proposal
-        if chosen is None:
-            chosen = self.policy.decide(self._step, self._observer.norms)
-        return self._with_always(chosen)
+        return self._with_always(self.policy.decide(self._step, norms) if self._proposal is None else self._proposal)
 
     def _update(self, selected: Sequence[str]) -> None:
         """Apply the rule, block by block."""
         for name in selected:
-            for index, parameters in self._grouped(name):
-                self._update_together(parameters, self.param_groups[index])
+            for group, parameters in self._table.by_group(name):
+                self._update_together(parameters, group)
 
-    def _release(self, selected: Sequence[str]) -> None:
+    def _release(self, selected: Collection[str]) -> None:
         """Gradients of all other blocks are gone."""
-        for name in self._members.keys() - set(selected):
-            for parameter in self._parameters_of(name):
-                parameter.grad = None
+        for name in self.blocks:
+            if name not in selected:
+                for parameter in self._table.of(name):
+                    parameter.grad = None
 
-    def _commit(self, selected: tuple[str, ...]) -> StepRecord:
+    def _commit(self, selected: tuple[str, ...], norms: Mapping[str, float]) -> StepRecord:
         """Count the step: in the policy, in the update counts and as a record."""
-        norms = {name: self._observer.norms[name] for name in self.policy.names if name in self._observer.norms}
         self.policy.commit(self._step, [name for name in selected if name not in self._always], norms)
         for name in selected:
             self._update_counts[name] += 1
@@ -225,32 +231,32 @@ class BlockOptimizer(torch.optim.Optimizer):
     def _propose(self) -> None:
         """Ask for the next selection; freeze, thaw and observe accordingly. What leaves the selection is evicted."""
         self._proposal = self.policy.propose(self._step)
+        self._set_trainable(self.trainable)
         if self._proposal is None:
-            self._set_trainable(self._members)
-            self._observer.watch(self.policy.names, scale=self._gradient_scale)
-            self._observer.stream(keep=self.policy.keep_at(self._step), score=self._score)
+            self._observer.watch(self.policy.names)
+            score = partial(self.policy.score, self._step)
+            self._observer.stream(keep=self.policy.keep_at(self._step), score=score)
         else:
-            coming = self._with_always(self._proposal)
-            self._states.evict_all_but(coming)
-            self._set_trainable(coming)
-            observed = self._proposal if self.policy.observes_selected(self._step) else ()
-            self._observer.watch(observed, scale=self._gradient_scale)
+            self._observer.watch(self._proposal if self.policy.observes_selected(self._step) else ())
+            self._states.evict_all_but(self.trainable)
 
     def _report(self, record: StepRecord) -> None:
         self.last_record = record
-        for hook in self._record_hooks:
+        for hook in self._record_hooks.values():
             hook(record)
 
     # What users ask ----------------------------------------------------------------------------------------------
 
-    def add_record_hook(self, hook: RecordHook) -> None:
-        """Call `hook(record)` with the `StepRecord` after each step."""
-        self._record_hooks.append(hook)
+    def add_record_hook(self, hook: RecordHook) -> RemovableHandle:
+        """Call `hook(record)` with the `StepRecord` after each step, until the handle that is returned is removed."""
+        handle = RemovableHandle(self._record_hooks)
+        self._record_hooks[handle.id] = hook
+        return handle
 
     @property
     def blocks(self) -> tuple[str, ...]:
         """Names of all blocks in model order."""
-        return tuple(self._members)
+        return self._table.blocks
 
     @property
     def update_counts(self) -> dict[str, int]:
@@ -259,8 +265,8 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """Blocks that take part in the coming backward pass: the selection, or all of them in an explore step."""
-        return self.blocks if self._proposal is None else self._with_always(self._proposal)
+        """Blocks that take part in the coming backward pass: the selection, or every candidate in an explore step."""
+        return self._with_always(self.policy.names if self._proposal is None else self._proposal)
 
     @property
     def accumulation_steps(self) -> int:
@@ -269,7 +275,25 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     @accumulation_steps.setter
     def accumulation_steps(self, value: int) -> None:
+        if value < 1:
+            raise UsageError(f"accumulation_steps={value} must be 1 or more: backward passes per step")
         self._observer.accumulation_steps = value
+
+    @property
+    def grad_scaler(self) -> GradScaler | None:
+        """What multiplies the loss; may be set between steps."""
+        return self._observer.grad_scaler
+
+    @grad_scaler.setter
+    def grad_scaler(self, value: GradScaler | None) -> None:
+        self._observer.grad_scaler = value
+
+    @torch.no_grad()
+    def refresh_masters(self) -> None:
+        """Take the model's weights as they are now for master weights: after something else than `step` set them."""
+        for parameter, state in self.state.items():
+            if MASTER in state:
+                state[MASTER].copy_(parameter)
 
     def memory(self) -> MemoryBytes:
         """Bytes held now, exactly, by category.
@@ -280,8 +304,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         """
         masters, on_device, on_host = self._states.memory()
         return MemoryBytes(
-            weights=self._frozen_bytes + sum(map(num_bytes, self._parameters())),
-            gradients=sum(num_bytes(p.grad) for p in self._parameters() if p.grad is not None),
+            weights=self._other_weight_bytes + sum(map(num_bytes, self._table.all())),
+            gradients=sum(num_bytes(p.grad) for p in self._table.all() if p.grad is not None),
             masters=masters,
             state_on_device=on_device,
             state_on_host=on_host,
@@ -308,9 +332,9 @@ class BlockOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def close(self) -> None:
-        """Give the model back: hooks removed, every block trainable again, gradients and state untouched."""
+        """Give the model back: hooks removed, what is frozen for the moment trainable again, weights untouched."""
         self._observer.close()
-        self._set_trainable(self._members)
+        self._give_back()
 
     # Checkpoints -------------------------------------------------------------------------------------------------
 
@@ -327,7 +351,7 @@ class BlockOptimizer(torch.optim.Optimizer):
             "step": self._step,
             "policy_state": self.policy.state(),
             "update_counts": dict(self._update_counts),
-            "resident": [name for name in self._members if name in self._states.resident],
+            "resident": [name for name in self.blocks if name in self._states.resident],
             "moved_bytes": self._states.moved_bytes,
         }
         return state_dict
@@ -345,25 +369,23 @@ class BlockOptimizer(torch.optim.Optimizer):
         check_same(selection, self._identity())
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
-        saved_states = dict(
-            zip(self._place, (state_dict["state"].get(i, {}) for i in range(len(self._place))), strict=True)
-        )
-        self._states.load(
-            {name: [saved_states[member] for member in members] for name, members in self._members.items()},
-            resident=selection["resident"],
-        )
+        states = {name: state_dict["state"].get(index, {}) for index, name in enumerate(self._table.names)}
+        self._states.load(states, resident=selection["resident"])
         self._step = selection["step"]
         self._update_counts = dict(selection["update_counts"])
         self.policy.load_state(selection["policy_state"])
         self._propose()
         self._states.moved_bytes = selection["moved_bytes"]
 
+    def __getstate__(self) -> NoReturn:
+        raise UsageError("BlockOptimizer cannot be copied or pickled whole; save optimizer.state_dict()")
+
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that loads it must agree on."""
         return {
             "policy": type(self.policy).__name__,
             "policy_settings": self.policy.settings(),
-            "blocks": {name: list(members) for name, members in self._members.items()},
+            "blocks": {name: list(members) for name, members in self._table.members.items()},
             "always": list(self._always),
             "groups": [list(group["param_names"]) for group in self.param_groups],
         }
@@ -377,70 +399,44 @@ class BlockOptimizer(torch.optim.Optimizer):
             return closure()
 
     def _saw_gradients(self) -> bool:
-        # A decision that keeps no block has released all gradients: its norms are what is left of them.
-        return bool(self._observer.norms) or any(p.grad is not None for p in self._parameters())
+        # A decision that keeps no block has released all gradients: what the observer saw is what is left of them.
+        return self._observer.saw_gradients or any(parameter.grad is not None for parameter in self._table.all())
 
     def _update_together(self, parameters: Sequence[Parameter], group: Mapping[str, Any]) -> None:
         """One call of the rule for one block's parameters of one group; masters stand in for half-precision weights."""
-        moving = [parameter for parameter in parameters if parameter.grad is not None]
+        moving = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
         if not moving:
             return
-        states = [self._states.of(parameter) for parameter in moving]
-        weights = [state.get(MASTER, parameter) for state, parameter in zip(states, moving, strict=True)]
-        grads = [_dense(p.grad).to(weight.dtype) for p, weight in zip(moving, weights, strict=True)]
+        states = [self._states.of(parameter) for parameter, _ in moving]
+        weights = [state.get(MASTER, parameter) for state, (parameter, _) in zip(states, moving, strict=True)]
+        grads = [dense(grad).to(weight.dtype) for weight, (_, grad) in zip(weights, moving, strict=True)]
         self.rule.update(weights, grads, states, group)
-        for parameter, weight in zip(moving, weights, strict=True):
+        for weight, (parameter, _) in zip(weights, moving, strict=True):
             if weight is not parameter:
                 parameter.copy_(weight)
 
     def _set_trainable(self, names: Collection[str]) -> None:
-        wanted = set(names)
-        for name, parameters in self._members.items():
-            for parameter in self._parameters_named(parameters):
-                if parameter.requires_grad != (name in wanted):
-                    parameter.requires_grad_(name in wanted)
-                    parameter.grad = None
+        for name in self.blocks:
+            for parameter in self._table.of(name):
+                freeze(parameter, name not in names)
 
-    def _score(self, name: str, norm: float) -> float:
-        return self.policy.score(self._step, name, norm)
-
-    def _gradient_scale(self) -> float:
-        return 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
-
-    def _with_always(self, chosen: Sequence[str]) -> tuple[str, ...]:
-        wanted = {*chosen, *self._always}
-        return tuple(name for name in self._members if name in wanted)
+    def _with_always(self, chosen: Collection[str]) -> tuple[str, ...]:
+        return tuple(name for name in self.blocks if name in chosen or name in self._always)
 
     def _check_ownership(self) -> None:
-        if not all(self._observer.owns(parameter) for parameter in self._parameters()):
+        if not all(self._observer.owns(parameter) for parameter in self._table.all()):
             raise UsageError("a newer optimizer was built on this model, or this one was closed; step that one")
-
-    def _grouped(self, name: str) -> list[tuple[int, list[Parameter]]]:
-        """The block's parameters by group index."""
-        groups: dict[int, list[Parameter]] = {}
-        for member in self._members[name]:
-            groups.setdefault(self._place[member][0], []).extend(self._parameters_named([member]))
-        return list(groups.items())
-
-    def _parameters(self) -> list[Parameter]:
-        return self._parameters_named(self._place)
-
-    def _parameters_of(self, name: str) -> list[Parameter]:
-        return self._parameters_named(self._members[name])
-
-    def _parameters_named(self, members: Iterable[str]) -> list[Parameter]:
-        # Always through param_groups: a wrapper may have put other tensors there.
-        places = (self._place[member] for member in members)
-        return [self.param_groups[index]["params"][position] for index, position in places]
 
     def _wait_for_copies(self) -> None:
         """Host copies of an eviction may still be under way."""
-        if any(parameter.device.type != "cpu" for parameter in self._parameters()):
+        if any(parameter.device.type != "cpu" for parameter in self._table.all()):
             torch.accelerator.synchronize()
 
 
-def _dense(gradient: Tensor | None) -> Tensor:
-    assert gradient is not None
-    if gradient.is_sparse:
-        raise UsageError("sparse gradients are not supported; build the embedding with sparse=False")
-    return gradient
+def _bind(policy: AbstractPolicy, blocks: Sequence[Block], *, always: Sequence[str]) -> AbstractPolicy:
+    try:
+        return policy.bind([block for block in blocks if block.name not in always])
+    except UsageError as error:
+        if not always:
+            raise
+        raise UsageError(f"{error} (blocks in `always` are not the policy's to choose: {', '.join(always)})") from None

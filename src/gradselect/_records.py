@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class JsonlWriter:
             self._forget_from(record.step)
             self._started = True
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
+            file.write(json.dumps(_as_json(record), allow_nan=False) + "\n")
 
     def _forget_from(self, step: int) -> None:
         if not self.path.exists():
@@ -78,3 +79,9 @@ class JsonlWriter:
         aside = self.path.with_name(self.path.name + ".new")
         aside.write_text("".join(kept), encoding="utf-8")
         os.replace(aside, self.path)
+
+
+def _as_json(record: StepRecord) -> dict[str, Any]:
+    """JSON has no number for a norm that is not finite: null."""
+    norms = {name: norm if math.isfinite(norm) else None for name, norm in record.norms.items()}
+    return asdict(record) | {"norms": norms}

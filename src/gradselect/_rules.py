@@ -25,6 +25,10 @@ class AbstractRule(ABC):
     def make_state(self, weight: Tensor) -> State:
         """State of a weight that has never moved, in the weight's dtype and on its device."""
 
+    def counter_device(self, weight: Tensor) -> torch.device:
+        """Where the entries of the state live that are not large: step counters."""
+        return torch.device("cpu")
+
     @abstractmethod
     def update(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]
@@ -53,9 +57,12 @@ class AdamWRule(AbstractRule):
     state_names = ("exp_avg", "exp_avg_sq")
 
     def make_state(self, weight: Tensor) -> State:
-        # The unfused loop reads the counter on the host; the fused kernel wants it beside the weight.
-        step = torch.zeros((), dtype=torch.float32, device=weight.device if self.fused else "cpu")
+        step = torch.zeros((), dtype=torch.float32, device=self.counter_device(weight))
         return {"step": step, "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+
+    def counter_device(self, weight: Tensor) -> torch.device:
+        # The unfused loop reads the counter on the host; the fused kernel wants it beside the weight.
+        return weight.device if self.fused else torch.device("cpu")
 
     def update(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ._groups import ParameterTable
 from ._residency import AbstractResidency
 from ._rules import AbstractRule, State
 
@@ -22,8 +23,7 @@ class BlockStates:
 
     Args:
         store: the optimizer's `state`, by parameter.
-        blocks: names of all blocks.
-        members: gives a block's parameters as they are now; a wrapper may have exchanged them.
+        table: finds the parameters of each block.
         rule: makes the state.
         residency: where the state of unselected blocks lives.
         master_dtype: dtype of masters and moments of bf16 and fp16 parameters; None: no masters.
@@ -32,16 +32,14 @@ class BlockStates:
     def __init__(
         self,
         store: MutableMapping[Tensor, State],
-        blocks: Iterable[str],
+        table: ParameterTable,
         *,
-        members: Callable[[str], Sequence[Parameter]],
         rule: AbstractRule,
         residency: AbstractResidency,
         master_dtype: torch.dtype | None,
     ) -> None:
         self._store = store
-        self._blocks = tuple(blocks)
-        self._members = members
+        self._table = table
         self._rule = rule
         self._residency = residency
         self._master_dtype = master_dtype
@@ -86,28 +84,33 @@ class BlockStates:
         masters = [s[MASTER] for name in self.resident for _, s in self._existing(name) if MASTER in s]
         master_bytes = sum(num_bytes(master) for master in masters)
         device_bytes = sum(self.num_bytes(name) for name in self.resident)
-        host_bytes = sum(self.num_bytes(name) for name in self._blocks if name not in self.resident)
+        host_bytes = sum(self.num_bytes(name) for name in self._table.blocks if name not in self.resident)
         return master_bytes, device_bytes - master_bytes, host_bytes
 
-    def load(self, saved: Mapping[str, Sequence[State]], *, resident: Collection[str]) -> None:
-        """Take copies of the saved states, by block in the order of its parameters, to where they were.
+    def load(self, saved: Mapping[str, State], *, resident: Collection[str]) -> None:
+        """Take copies of the saved states, by parameter name, to where they were.
 
         One block at a time: the device never holds more than it did in the run that saved them. Not torch's own
         placement, which would cast fp32 state of a bf16 weight to bf16.
         """
         self._store.clear()
         self.resident = set()
-        for name in self._blocks:
-            for parameter, state in zip(self._members(name), saved[name], strict=True):
-                if state:
-                    self._store[parameter] = {
-                        key: value.to(parameter.device if key in self._large(state) else value.device, copy=True)
-                        for key, value in state.items()
-                    }
-            self.resident.add(name)
-            if name not in resident:
-                self.evict_all_but(self.resident - {name})
+        for block, names in self._table.members.items():
+            for name, parameter in zip(names, self._table.of(block), strict=True):
+                if saved[name]:
+                    self._store[parameter] = self._placed(saved[name], parameter)
+            self.resident.add(block)
+            if block not in resident:
+                self.evict_all_but(self.resident - {block})
         self.moved_bytes = 0
+
+    def _placed(self, state: State, parameter: Parameter) -> State:
+        large = self._large(state)
+        counter_device = self._rule.counter_device(parameter)
+        return {
+            key: value.to(parameter.device if key in large else counter_device, copy=True)
+            for key, value in state.items()
+        }
 
     def _make(self, parameter: Parameter) -> State:
         if self._master_dtype is None or parameter.dtype not in (torch.bfloat16, torch.float16):
@@ -116,7 +119,7 @@ class BlockStates:
         return {MASTER: master, **self._rule.make_state(master)}
 
     def _existing(self, name: str) -> list[tuple[Parameter, State]]:
-        return [(parameter, self._store[parameter]) for parameter in self._members(name) if parameter in self._store]
+        return [(parameter, self._store[parameter]) for parameter in self._table.of(name) if parameter in self._store]
 
     def _large(self, state: State) -> list[str]:
         return [name for name in (*self._rule.state_names, MASTER) if name in state]

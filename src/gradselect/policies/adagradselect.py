@@ -136,12 +136,7 @@ class AdaGradSelect(AbstractPolicy):
             return 0.0
         if step == 0:
             return 1.0
-        num_steps = self.filled_explore_steps if self.explore_steps is None else self.explore_steps
-        if num_steps is None:
-            raise UsageError(
-                f"explore_steps=None is still open at step {step}; write AdaGradSelect(explore_steps=len(loader)), or "
-                "let the Trainer's SelectionCallback fill it in"
-            )
+        num_steps = self._known_explore_steps()
         return self.epsilon_end ** (step / num_steps) if step < num_steps else 0.0
 
     def propose(self, step: int) -> tuple[str, ...] | None:
@@ -151,6 +146,10 @@ class AdaGradSelect(AbstractPolicy):
             return None
         due_first = self._exploit_keys(step) | dict.fromkeys(self._due(step), math.inf)
         return best(self.names, due_first, self.keep_at(step))
+
+    def decide(self, step: int, norms: Norms) -> tuple[str, ...]:
+        self._known_explore_steps()  # before the first update rather than after it
+        return super().decide(step, norms)
 
     def keep_at(self, step: int) -> int:
         return resolve_count(num_blocks=len(self.candidates), fraction=self.fraction, count=self.count)
@@ -173,6 +172,15 @@ class AdaGradSelect(AbstractPolicy):
     @property
     def coverage_steps(self) -> int | None:
         return self.coverage
+
+    def _known_explore_steps(self) -> int:
+        num_steps = self.filled_explore_steps if self.explore_steps is None else self.explore_steps
+        if num_steps is None:
+            raise UsageError(
+                "explore_steps=None is still open; write AdaGradSelect(explore_steps=len(loader)), or let the "
+                "Trainer's SelectionCallback fill it in"
+            )
+        return num_steps
 
     def _exploit_keys(self, step: int) -> dict[str, float]:
         """A number per block; the k largest are the draw. Top-k of log p, or of log p + Gumbel noise."""
