@@ -42,5 +42,5 @@ def test_the_recipes_of_the_paper_take_the_same_number_of_examples_a_step() -> N
 )
 def test_another_method_needs_only_its_own_keys(method: str) -> None:
     needs = {"gradnorm": ["method.count=2"], "uniform": ["method.fraction=0.2"], "grass": ["method.count=2"]}
-    recipe = load_recipe(RECIPES / "gsm8k-local.yaml", [f"method.name={method}", *needs.get(method, [])])
+    recipe = load_recipe(RECIPES / "gsm8k.yaml", [f"method.name={method}", *needs.get(method, [])])
     assert recipe.method.name == method

@@ -1,15 +1,9 @@
-"""Whole runs of a tiny model: what comes out, what is learnt on, and how a run that stopped goes on."""
+"""Whole runs of a tiny model: what comes out, what is learnt on, and what each method trains."""
 
 from __future__ import annotations
 
-import errno
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +11,27 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from train_fixtures import CHAT_TEMPLATE, MARKED_CHAT_TEMPLATE, parse, write_model, write_recipe, write_sums
+from train_fixtures import (
+    ADAGRADSELECT,
+    CHAT_TEMPLATE,
+    MARKED_CHAT_TEMPLATE,
+    assert_same_weights,
+    build,
+    parse,
+    quiet,
+    weights,
+    write_model,
+    write_sums,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradselect import UsageError
-from gradselect.train import _run as run_module
 from gradselect.train import load_recipe, train
-from gradselect.train._data import load_examples
-from gradselect.train._folder import RunFolder
-from gradselect.train._model import load_model, load_tokenizer
-from gradselect.train._result import save_model
-from gradselect.train._setup import Inputs, build_trainer, length_notes
+from gradselect.train._setup import length_notes
 from gradselect.train._trainer import RunTrainer
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-
-ADAGRADSELECT = {"name": "adagradselect", "fraction": 0.4, "explore_steps": 3}
 
 
 @pytest.fixture(scope="module")
@@ -43,28 +41,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder / "model")
     write_sums(folder / "sums.jsonl")
     return folder
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def build(folder: Path, output: Path, **sections: dict[str, Any]) -> tuple[RunTrainer, Inputs]:
-    """The trainer of a recipe, not run."""
-    recipe = parse(folder, **{**sections, "run": {"output": str(output), **sections.get("run", {})}})
-    inputs = Inputs(
-        model=load_model(recipe.model),
-        tokenizer=load_tokenizer(recipe.model, recipe.data),
-        examples=load_examples(recipe.data, seed=0),
-        max_length=recipe.data.max_length or 64,
-    )
-    return build_trainer(recipe, inputs, folder=RunFolder(output)), inputs
 
 
 # What comes out --------------------------------------------------------------------------------------------------
@@ -132,7 +108,8 @@ def test_run_json_counts_bytes_and_blocks(finished: Path) -> None:
     assert sum(run["steps_by_kind"].values()) == 5
     records = [json.loads(line) for line in (finished / "records.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(5))
-    assert sum(run["updates"].values()) == sum(len(record["selected"]) for record in records)
+    assert sum(run["selection"]["updates"].values()) == sum(len(record["selected"]) for record in records)
+    assert run["selection"]["entropy"] == records[-1]["selection_entropy"]
 
 
 def test_the_recipe_in_the_output_repeats_the_run(finished: Path, tmp_path: Path) -> None:
@@ -315,245 +292,3 @@ def test_any_other_adapter_of_peft_runs(place: Path, tmp_path: Path) -> None:
     out = train(parse(place, method=method, run={"output": str(tmp_path / "out"), "steps": 2}), console=quiet())
     ours, before = weights(out), weights(place / "model")
     assert {name.split(".")[-2] for name in ours if not torch.equal(ours[name], before[name])} == {"k_proj"}
-
-
-# Stopping and going on -------------------------------------------------------------------------------------------
-
-LENGTH = {"steps": 4, "save_every": 2, "accumulation": 2}
-
-
-@pytest.fixture(scope="module")
-def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a full fine-tuning of `LENGTH` that nothing interrupted."""
-    output = tmp_path_factory.mktemp("whole") / "out"
-    return train(parse(place, run={"output": str(output), **LENGTH}), console=quiet())
-
-
-RESUMED: dict[str, dict[str, Any]] = {
-    "full-bfloat16": {"model": {"dtype": "bfloat16"}},
-    "adagradselect": {"method": ADAGRADSELECT},
-    "lora": {"method": {"name": "lora", "dropout": 0.1}},
-}
-
-
-@pytest.mark.parametrize("sections", RESUMED.values(), ids=list(RESUMED))
-def test_a_run_that_stops_goes_on_as_if_it_had_not(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any]
-) -> None:
-    whole, stopped = (
-        parse(place, **sections, run={"output": str(tmp_path / name), **LENGTH}) for name in ("whole", "stopped")
-    )
-    train(whole, console=quiet())
-    with monkeypatch.context() as patch:
-        stop_before(patch, step=3, error=KeyboardInterrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(stopped, console=quiet())
-    train(stopped, console=quiet(), resume=True)
-    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
-    assert json.loads((tmp_path / "stopped" / "run.json").read_text())["resumed_from"] == "step-2"
-    if (tmp_path / "whole" / "records.jsonl").exists():
-        ours, theirs = ((tmp_path / name / "records.jsonl").read_text() for name in ("whole", "stopped"))
-        assert ours == theirs
-
-
-KILLED_WHILE_SAVING = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-save, calls = torch.save, []
-
-def save_or_die(*args, **options):
-    calls.append(1)
-    if len(calls) == {fatal_call}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(*args, **options)
-
-torch.save = save_or_die
-from gradselect.cli import main
-main(sys.argv[1:])
-"""
-
-
-def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
-    place: Path, tmp_path: Path, whole: Path
-) -> None:
-    """Nothing of ours runs after SIGKILL: what is on the disk at that moment has to do."""
-    killed = tmp_path / "killed"
-    recipe = write_recipe(place, tmp_path / "recipe.yaml", run={"output": str(killed), **LENGTH})
-    # Each checkpoint saves its parts with several calls; the sixth is in the middle of the second one.
-    script = KILLED_WHILE_SAVING.format(fatal_call=6)
-    done = subprocess.run([sys.executable, "-c", script, "train", str(recipe)], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert {path.name for path in (killed / "checkpoints").iterdir()} == {"step-2", ".step-4.partial"}
-    train(load_recipe(recipe), console=quiet(), resume=True)
-    assert_same_weights(whole, killed)
-
-
-def test_a_finished_run_is_not_resumed(finished: Path) -> None:
-    before = (finished / "run.json").read_bytes()
-    with pytest.raises(UsageError, match="has finished after 5 steps"):
-        train(load_recipe(finished / "recipe.yaml"), console=quiet(), resume=True)
-    assert (finished / "run.json").read_bytes() == before
-
-
-@pytest.fixture
-def stopped(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The output of a run that stopped after its first checkpoint."""
-    with monkeypatch.context() as patch:
-        stop_before(patch, step=1, error=KeyboardInterrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(parse(place, run={"output": str(tmp_path / "out"), "save_every": 1}), console=quiet())
-    return tmp_path / "out"
-
-
-def test_another_recipe_does_not_resume_it(stopped: Path) -> None:
-    overrides = ["optimizer.lr=0.5", "method.name=uniform", "method.count=1", "run.log_every=3"]
-    with pytest.raises(UsageError, match="is another one") as raised:
-        train(load_recipe(stopped / "recipe.yaml", overrides), console=quiet(), resume=True)
-    said = str(raised.value)
-    assert "optimizer.lr: 0.01 then, 0.5 now" in said
-    assert "method.name: 'full' then, 'uniform' now" in said
-    assert "log_every" not in said
-
-
-def test_another_model_does_not_resume_it(stopped: Path, tmp_path: Path) -> None:
-    other = write_model(tmp_path / "other", seed=1)
-    with pytest.raises(UsageError, match=r"model\.fingerprint: .* then"):
-        train(load_recipe(stopped / "recipe.yaml", [f"model.path={other}"]), console=quiet(), resume=True)
-
-
-def test_other_data_do_not_resume_it(stopped: Path, tmp_path: Path) -> None:
-    other = write_sums(tmp_path / "other.jsonl", rows=23)
-    with pytest.raises(UsageError, match=r"data\.train\.fingerprint: .* then"):
-        train(load_recipe(stopped / "recipe.yaml", [f"data.path={other}"]), console=quiet(), resume=True)
-
-
-def test_a_moved_model_resumes_it(stopped: Path, tmp_path: Path) -> None:
-    moved = write_model(tmp_path / "moved", seed=0)
-    train(load_recipe(stopped / "recipe.yaml", [f"model.path={moved}"]), console=quiet(), resume=True)
-
-
-def test_resume_begins_a_run_that_has_not_begun(place: Path, tmp_path: Path) -> None:
-    shown = io.StringIO()
-    recipe = parse(place, run={"output": str(tmp_path / "out"), "steps": 1})
-    train(recipe, console=Console(file=shown), resume=True)
-    assert "no checkpoint yet" in shown.getvalue()
-
-
-# What goes wrong -------------------------------------------------------------------------------------------------
-
-
-def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint(
-    place: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The bad step changes nothing: going on without the cause is going on from before it."""
-    recipe = parse(place, run={"output": str(tmp_path / "out"), **LENGTH})
-    with monkeypatch.context() as patch:
-        spoil_loss(patch, step=2)
-        with pytest.raises(UsageError, match=r"the loss of step 3 is nan; .* last good checkpoint is .*step-2"):
-            train(recipe, console=quiet())
-    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-2"]
-    assert not (tmp_path / "out" / "model.safetensors").exists()
-    assert_same_weights(whole, train(recipe, console=quiet(), resume=True))
-
-
-def test_weights_that_are_no_numbers_are_never_saved(place: Path, tmp_path: Path) -> None:
-    trainer, _ = build(place, tmp_path, run={"save_every": 1, "steps": 1})
-    with torch.no_grad():
-        next(iter(trainer.model.parameters()))[0, 0] = float("inf")  # pyright: ignore[reportOptionalMemberAccess]
-    with pytest.raises(UsageError, match="weights are NaN or infinite"):
-        trainer._save_checkpoint(trainer.model, None)
-    assert RunFolder(tmp_path).complete_checkpoints() == []
-
-
-def no_space(*_: Any, **__: Any) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def torn_archive(*_: Any, **__: Any) -> None:
-    raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
-
-
-FULL_DISK: dict[str, tuple[str, Callable[..., None]]] = {
-    "weights": ("transformers.modeling_utils.safe_save_file", no_space),
-    "optimizer": ("torch.save", torn_archive),
-    "state": ("transformers.trainer_callback.TrainerState.save_to_json", no_space),
-}
-
-
-@pytest.mark.parametrize(("writer", "failure"), FULL_DISK.values(), ids=list(FULL_DISK))
-def test_a_full_disk_leaves_the_last_checkpoint(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str, failure: Callable[..., None]
-) -> None:
-    recipe = parse(place, run={"output": str(tmp_path / "out"), **LENGTH})
-    with monkeypatch.context() as patch:
-        fail_at_step(patch, writer, failure, step=4)
-        with pytest.raises(UsageError, match=r"could not write .*step-4: .* MiB free on the disk"):
-            train(recipe, console=quiet())
-    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-2"]
-
-
-def test_a_disk_that_is_full_at_the_end_leaves_the_last_checkpoint(
-    place: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = parse(place, run={"output": str(tmp_path / "out"), **LENGTH})
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "save_model", fails_to_save(patch))
-        with pytest.raises(UsageError, match=r"could not write .*model"):
-            train(recipe, console=quiet())
-    left = {path.name for path in (tmp_path / "out").iterdir()} - {"messages.log"}
-    assert left == {"checkpoints", "recipe.yaml", "run.json"}
-    assert_same_weights(whole, train(recipe, console=quiet(), resume=True))
-
-
-# Helpers ---------------------------------------------------------------------------------------------------------
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO())
-
-
-def stop_before(patch: pytest.MonkeyPatch, *, step: int, error: type[BaseException]) -> None:
-    """Raise where the forward pass of step `step` (from 0) would begin."""
-    compute_loss = RunTrainer.compute_loss
-
-    def stop(self: RunTrainer, *args: Any, **options: Any) -> Any:
-        if self.state.global_step == step:
-            raise error
-        return compute_loss(self, *args, **options)
-
-    patch.setattr(RunTrainer, "compute_loss", stop)
-
-
-def spoil_loss(patch: pytest.MonkeyPatch, *, step: int) -> None:
-    """Make TRL's loss NaN at step `step`."""
-    parent = RunTrainer.__mro__[1]
-    compute_loss = parent.compute_loss
-
-    def spoiled(self: RunTrainer, *args: Any, **options: Any) -> Any:
-        loss = compute_loss(self, *args, **options)
-        return loss * float("nan") if self.state.global_step == step else loss
-
-    patch.setattr(parent, "compute_loss", spoiled)
-
-
-def fail_at_step(patch: pytest.MonkeyPatch, writer: str, failure: Callable[..., None], *, step: int) -> None:
-    """Replace a writer with `failure` while the checkpoint of this step is written."""
-    save = RunTrainer._save_checkpoint
-
-    def failing(self: RunTrainer, *args: Any) -> None:
-        if self.state.global_step == step:
-            patch.setattr(writer, failure)
-        save(self, *args)
-
-    patch.setattr(RunTrainer, "_save_checkpoint", failing)
-
-
-def fails_to_save(patch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`save_model` on a disk that has just become full."""
-
-    def save(*args: Any, **options: Any) -> None:
-        patch.setattr("transformers.modeling_utils.safe_save_file", no_space)
-        save_model(*args, **options)
-
-    return save

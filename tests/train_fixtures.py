@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from rich.console import Console
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gradselect.train import Recipe
+from gradselect.train._data import load_examples
+from gradselect.train._folder import RunFolder
 from gradselect.train._load import parse_recipe
+from gradselect.train._model import load_model, load_tokenizer
+from gradselect.train._setup import Inputs, build_trainer
+from gradselect.train._trainer import RunTrainer
 
+ADAGRADSELECT = {"name": "adagradselect", "fraction": 0.4, "explore_steps": 3}
+"""A method section that explores and exploits within a few steps."""
 NUM_LAYERS = 4
 POSITIONS = 64
 CHAT_TEMPLATE = (
@@ -108,3 +118,30 @@ def write_recipe(folder: Path, path: Path, **sections: dict[str, Any]) -> Path:
 def parse(folder: Path, **sections: dict[str, Any]) -> Recipe:
     """The same, checked."""
     return parse_recipe(recipe_values(folder, **sections), source="recipe")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def build(folder: Path, output: Path, **sections: dict[str, Any]) -> tuple[RunTrainer, Inputs]:
+    """The trainer of a recipe, not run."""
+    recipe = parse(folder, **{**sections, "run": {"output": str(output), **sections.get("run", {})}})
+    inputs = Inputs(
+        model=load_model(recipe.model),
+        tokenizer=load_tokenizer(recipe.model, recipe.data),
+        examples=load_examples(recipe.data, seed=0),
+        max_length=recipe.data.max_length or 64,
+    )
+    return build_trainer(recipe, inputs, folder=RunFolder(output)), inputs
+
+
+def quiet() -> Console:
+    """A console that shows nothing."""
+    return Console(file=io.StringIO())

@@ -1,4 +1,4 @@
-"""What a run used: seconds and bytes, and which blocks it trained."""
+"""What a run used: seconds and bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -24,14 +24,12 @@ class Meter(TrainerCallback):
             and "exploit" where blocks are selected, else "step".
         held_bytes: what was held at the moment before the last update, by category.
         peak_bytes: the most that was held at the moment before an update, by category and "together".
-        updates: how often each block was updated; empty where no blocks are selected.
     """
 
     def __init__(self) -> None:
         self.step_seconds: dict[str, list[float]] = defaultdict(list)
         self.held_bytes: dict[str, int] = {}
         self.peak_bytes: dict[str, int] = {}
-        self.updates: Counter[str] = Counter()
         self._began = 0.0
 
     @property
@@ -52,7 +50,6 @@ class Meter(TrainerCallback):
         kind = "step"
         if isinstance(optimizer, BlockOptimizer) and optimizer.last_record is not None:
             kind = "explore" if optimizer.last_record.explored else "exploit"
-            self.updates.update(optimizer.last_record.selected)
         self.step_seconds[kind].append(time.perf_counter() - self._began)
 
     def describe(self) -> dict[str, Any]:
@@ -67,7 +64,6 @@ class Meter(TrainerCallback):
                 "process": _peak_process_bytes(),
                 "device": _peak_device_bytes(),
             },
-            "updates": dict(self.updates),
         }
 
 

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from .. import UsageError, __version__
+from .. import BlockOptimizer, UsageError, __version__
 from ._folder import RunFolder, writing_aside
 from ._load import dump_recipe
 from ._meter import Meter
@@ -64,8 +64,9 @@ def describe_start(
 
 
 def describe_end(trainer: RunTrainer, meter: Meter, *, notes: Sequence[str]) -> dict[str, Any]:
-    """What is known after the last step."""
+    """What is known after the last step. Tokens, seconds and bytes are of this session, all else of the whole run."""
     history = trainer.state.log_history
+    optimizer: Any = trainer.optimizer
     return {
         "status": "finished",
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -76,7 +77,19 @@ def describe_end(trainer: RunTrainer, meter: Meter, *, notes: Sequence[str]) -> 
         "tokens_per_second": trainer.num_tokens / meter.total_seconds if meter.total_seconds else None,
         "notes": list(notes),
         **meter.describe(),
+        "selection": describe_selection(optimizer.optimizer),
         "history": history,
+    }
+
+
+def describe_selection(optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """How often each block was updated and how evenly; None where no blocks are selected."""
+    if not isinstance(optimizer, BlockOptimizer):
+        return None
+    record = optimizer.last_record
+    return {
+        "updates": optimizer.update_counts,
+        "entropy": None if record is None else record.selection_entropy,
     }
 
 
