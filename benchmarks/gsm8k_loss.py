@@ -4,7 +4,8 @@
     python benchmarks/gsm8k_loss.py --table    # from benchmarks/results/gsm8k_loss.jsonl
 
 Every run is `gradselect train` with `benchmarks/recipes/gsm8k_loss.yaml`, then `gradselect evaluate --task loss`.
-A run that stands in the result file is not done again, so the command continues where it was stopped.
+The rate is chosen with the first seed; further seeds run at that rate only. A run that stands in the result file is
+not done again, so the command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main() -> None:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         for seed in range(arguments.seeds):
             for method in arguments.only or METHODS:
-                for lr in RATES:
+                for lr in RATES if seed == 0 else [best_rate(method)]:
                     if (method, lr, seed) not in done:
                         row = {"method": method, "lr": lr, "seed": seed} | run(
                             arguments, METHODS[method], lr=lr, seed=seed
@@ -52,6 +53,11 @@ def main() -> None:
                             file.write(json.dumps(row) + "\n")
                         print(json.dumps(row), flush=True)
     print(table(read()))
+
+
+def best_rate(method: str) -> float:
+    """The learning rate of the lowest loss with the first seed."""
+    return min((row["loss"], row["lr"]) for row in read() if row["method"] == method and row["seed"] == 0)[1]
 
 
 def run(arguments: argparse.Namespace, setting: str, *, lr: float, seed: int) -> dict[str, Any]:
