@@ -280,6 +280,20 @@ def test_training_again_goes_on_with_the_same_optimizer(tmp_path):
     assert trainer.state.log_history[0]["selection/blocks"] == 1
 
 
+def test_training_begins_again_after_an_interruption_within_a_window(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_substep_end(self, args, state, control, **_):
+            raise KeyboardInterrupt
+
+    trainer = build(tmp_path, gs.GradNormTopK(count=2), gradient_accumulation_steps=2, max_steps=2)
+    trainer.add_callback(Interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(Interrupt)
+    trainer.train()
+    assert sum(core(trainer).update_counts.values()) == 2 * 2
+
+
 def test_with_a_new_model_and_optimizer_records_begin_anew(tmp_path):
     args = arguments(tmp_path, max_steps=2)
     trainer = Trainer(

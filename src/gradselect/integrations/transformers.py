@@ -110,6 +110,8 @@ class SelectionCallback(TrainerCallback):
         optimizer.accumulation_steps = args.gradient_accumulation_steps
         optimizer.grad_scaler = parts["optimizer"].scaler
         optimizer.policy.fill_explore_steps(_num_steps_of_epoch(args, state, parts["train_dataloader"]))
+        # A train() that was interrupted within a window of micro-batches leaves it open.
+        optimizer.zero_grad()
         _keep_backward_short(parts["model"], args)
         self._connect(optimizer, writes=state.is_world_process_zero)
         self._report_before_others()
