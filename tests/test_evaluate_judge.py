@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -64,6 +65,15 @@ def test_an_endless_comparison_is_undecided_and_the_next_one_is_not(
     with monkeypatch.context() as impatient:
         impatient.setattr(judge, "_timeout_seconds", 0.5)
         assert judge.equal("5", "9^{9^{9^9}}") is None
+    assert judge.equal("5", "5.0") is True
+
+
+def test_the_time_between_two_comparisons_does_not_count(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of answers may take longer to generate than one comparison is given."""
+    with monkeypatch.context() as impatient:
+        impatient.setattr(judge, "_timeout_seconds", 1)
+        judge.equal("5", "5.0")
+    time.sleep(1.5)
     assert judge.equal("5", "5.0") is True
 
 

@@ -23,12 +23,15 @@ from gradselect.evaluate._data import Passage
 from gradselect.evaluate._generation import answer_all, greedy
 from gradselect.evaluate._judge import Judge
 from gradselect.evaluate._model import LanguageModel, wrap
+from gradselect.evaluate._results import ItemWriter
 from gradselect.evaluate._tokens import encode_prompt, segments
 
 CONTEXT = 96
 HOSTILE = r"\boxed{9^{9^{9^9}}}"
-PROBLEMS = [(f"How many is {a} + {b}?", f"{a} + {b} = {a + b}\n#### {a + b}") for a, b in [(2, 3), (14, 9), (5, 5)]]
-PROBLEMS += [("Tell a story.", "one two three four, and the total is 12"), ("Hang!", HOSTILE)]
+SUMS = [(2, 3), (14, 9), (5, 5)]
+PROBLEMS = [("Tell a story.", "one two three four, and the total is 12")]
+PROBLEMS += [(f"How many is {a} + {b}?", f"{a} + {b} = {a + b}\n#### {a + b}") for a, b in SUMS]
+PROBLEMS += [("Hang!", HOSTILE)]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.role }}>{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
@@ -133,10 +136,10 @@ def test_accuracy_is_the_share_of_right_answers_in_the_order_of_the_data(
     rows[1]["answer"] = "#### 24"
     result = evaluate_model(model, tokenizer, settings(write(tmp_path / "problems.jsonl", rows)))
     assert [item["correct"] for item in result.items] == [True, False, True, True]
-    assert [item["extracted"] for item in result.items] == ["5", "23", "10", "12"]
+    assert [item["extracted"] for item in result.items] == ["12", "5", "23", "10"]
     assert [item["index"] for item in result.items] == [0, 1, 2, 3]
     assert [item["question"] for item in result.items] == [question for question, _ in PROBLEMS[:4]]
-    assert result.items[0]["prediction"] == " 2 + 3 = 5\n#### 5"
+    assert result.items[1]["prediction"] == " 2 + 3 = 5\n#### 5"
     assert (result.num_items, result.num_correct, result.accuracy) == (4, 3, 0.75)
     assert result.interval == pytest.approx((0.3006, 0.9544), abs=1e-4)
     assert (result.num_truncated, result.num_unfinished, result.num_unanswered, result.num_undecided) == (0, 0, 0, 0)
@@ -190,6 +193,15 @@ def test_items_are_written_at_once_and_end_in_the_order_of_the_data(
     assert sorted(path.name for path in output.iterdir()) == ["items.jsonl", "result.json"]
 
 
+def test_items_computed_in_another_order_end_in_that_of_the_data(tmp_path: Path) -> None:
+    with ItemWriter(tmp_path) as writer:
+        for index in (2, 0, 1):
+            writer.write({"index": index})
+        assert [item["index"] for item in writer.finish()] == [0, 1, 2]
+    lines = (tmp_path / "items.jsonl").read_text("utf-8").splitlines()
+    assert lines == ['{"index": 0}', '{"index": 1}', '{"index": 2}']
+
+
 def test_items_survive_an_evaluation_that_breaks(model: Any, tokenizer: Any, data: Path, tmp_path: Path) -> None:
     def fail(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -221,7 +233,7 @@ def test_a_result_says_what_it_is_of(model: Any, tokenizer: Any, data: Path) -> 
 
 def test_an_answer_ends_before_a_stop_string(model: Any, tokenizer: Any, data: Path) -> None:
     result = evaluate_model(model, tokenizer, settings(data, stop=("\n####", " two")))
-    assert [item["prediction"] for item in result.items] == [" 2 + 3 = 5", " 14 + 9 = 23", " 5 + 5 = 10", " one"]
+    assert [item["prediction"] for item in result.items] == [" one", " 2 + 3 = 5", " 14 + 9 = 23", " 5 + 5 = 10"]
     assert all(item["finished"] for item in result.items)
 
 
@@ -231,7 +243,7 @@ def test_generation_ends_at_a_stop_string(model: Any, tokenizer: Any, data: Path
     hook = model.register_forward_hook(lambda *_: passes.append(None))
     evaluate_model(model, tokenizer, settings(data, limit=1))
     until_end = len(passes)
-    evaluate_model(model, tokenizer, settings(data, limit=1, stop=(" =",)))
+    evaluate_model(model, tokenizer, settings(data, limit=1, stop=(" two",)))
     hook.remove()
     assert len(passes) - until_end < until_end
 
@@ -251,11 +263,14 @@ def test_sampling_in_the_generation_config_is_put_aside_and_the_rest_is_kept(
         model.generation_config = transformers.GenerationConfig(
             do_sample=True, temperature=9.0, top_k=3, max_length=1, eos_token_id=1
         )
-        assert evaluate_model(model, tokenizer, settings(data)).items == greedy
+        result = evaluate_model(model, tokenizer, settings(data))
+        assert result.items == greedy
+        assert result.generation is not None
+        assert result.generation.keys().isdisjoint({"temperature", "top_k", "max_length"})
         equals = tokenizer(" =", add_special_tokens=False)["input_ids"]
         model.generation_config = transformers.GenerationConfig(eos_token_id=[1, equals[0]])
-        ended = evaluate_model(model, tokenizer, settings(data, limit=1)).items
-        assert [item["prediction"] for item in ended] == [" 2 + 3"]
+        ended = evaluate_model(model, tokenizer, settings(data)).items
+        assert [item["prediction"] for item in ended[1:]] == [" 2 + 3", " 14 + 9", " 5 + 5"]
         model.generation_config = transformers.GenerationConfig(eos_token_id=1, suppress_tokens=equals)
         assert " =" not in "".join(
             item["prediction"] for item in evaluate_model(model, tokenizer, settings(data)).items
