@@ -243,6 +243,44 @@ def test_full_fine_tuning_is_every_block_selected(place: Path, tmp_path: Path) -
         torch.testing.assert_close(weights(fixed)[name], value, rtol=1e-4, atol=1e-6)
 
 
+LAYERS = {"layers.0", "layers.1", "layers.2", "layers.3"}
+REACH: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "gradnorm": ({"count": 2}, {*LAYERS, "embed_tokens", "norm"}),
+    "grass": ({"count": 1, "probe_steps": 1, "refresh": 1}, LAYERS),
+    "uniform": ({"count": 2, "among": ["layer.0", "layer.1"]}, {"layers.0", "layers.1"}),
+    "lisa": ({"count": 1}, {*LAYERS, "embed_tokens", "norm"}),
+    "badam": ({"every": 1}, LAYERS),
+    "last": ({"count": 2}, {"layers.2", "layers.3"}),
+    "fixed": ({"blocks": ["norm"]}, {"norm"}),
+    "rslora": ({}, LAYERS),
+    "dora": ({"rank": 2}, LAYERS),
+}
+
+
+@pytest.mark.parametrize(("name", "keys", "reach"), [(name, *rest) for name, rest in REACH.items()], ids=list(REACH))
+def test_a_method_trains_what_it_says_and_nothing_else(
+    place: Path, tmp_path: Path, name: str, keys: dict[str, Any], reach: set[str]
+) -> None:
+    """With activations computed again, which freezes and thaws in the middle of a backward pass could upset."""
+    recipe = parse(
+        place,
+        method={"name": name, **keys},
+        model={"gradient_checkpointing": True},
+        run={"output": str(tmp_path / "out")},
+    )
+    ours, before = weights(train(recipe, console=quiet())), weights(place / "model")
+    assert ours.keys() == before.keys()
+    moved = {block_of(key) for key in ours if not torch.equal(ours[key], before[key])}
+    assert moved
+    assert moved <= reach
+
+
+def block_of(parameter: str) -> str:
+    """ "layers.2" of "model.layers.2.mlp.up_proj.weight", "norm" of "model.norm.weight"."""
+    _, first, second, *_ = parameter.split(".")
+    return f"{first}.{second}" if first == "layers" else first
+
+
 def test_full_fine_tuning_in_bfloat16_keeps_master_weights(place: Path, tmp_path: Path) -> None:
     trainer, _ = build(place, tmp_path, model={"dtype": "bfloat16"})
     trainer.train()
