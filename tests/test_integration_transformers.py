@@ -102,6 +102,7 @@ RUNS = {
     "adagradselect-offload": (lambda: gs.AdaGradSelect(count=2, delta=9.0), gs.Offload(), torch.float32),
     "adagradselect-drop": (lambda: gs.AdaGradSelect(among=("layer.*",), every=2), gs.Drop(), torch.float32),
     "adagradselect-offload-bf16": (lambda: gs.AdaGradSelect(count=3, delta=9.0), gs.Offload(), torch.bfloat16),
+    "grass-offload": (lambda: gs.GradNormTopK(count=2, refresh=2, ema=0.9, probe_steps=2), gs.Offload(), torch.float32),
     "cyclic-keep": (lambda: gs.Cyclic(every=3), gs.Keep(), torch.float32),
 }
 

@@ -210,7 +210,7 @@ def _check_one_process() -> None:
 
 
 def _check_resumed(optimizer: BlockOptimizer, state: TrainerState) -> None:
-    if state.global_step > 0 and not any(optimizer.update_counts.values()):
+    if state.global_step > 0 and optimizer.state_dict()["selection"]["step"] == 0:
         raise UsageError(
             f"training resumes after step {state.global_step}, but the checkpoint holds no optimizer state; save with "
             "save_only_model=False, or load the checkpoint with from_pretrained and call train() without "
