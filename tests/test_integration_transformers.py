@@ -228,6 +228,19 @@ def test_with_accumulation_norms_are_of_the_whole_window(tmp_path):
         assert record.norms == pytest.approx(seen, rel=1e-5)
 
 
+def test_norms_of_a_short_window_are_taken_before_clipping(tmp_path):
+    """16 examples are 8 micro-batches of 2: with 3 of them a step, the third step of an epoch has 2."""
+
+    def norms(clip):
+        recorder = Recorder()
+        policy = gs.GradNormTopK(count=1)
+        settings = {"gradient_accumulation_steps": 3, "max_steps": 3, "max_grad_norm": clip, "learning_rate": 0.0}
+        build(tmp_path / str(clip), policy, callbacks=[SelectionCallback(), recorder], **settings).train()
+        return [record.norms for record in recorder.records]
+
+    assert norms(1e-6) == norms(0.0)
+
+
 def test_accumulation_that_nobody_announced_is_refused(tmp_path):
     trainer = build(
         tmp_path,

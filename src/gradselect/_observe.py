@@ -111,8 +111,9 @@ class GradientObserver:
             raise UsageError(
                 f"backward pass {self._num_passes + 1} before optimizer.step(), but accumulation_steps="
                 f"{self.accumulation_steps}: gradients were read, and some released, after that many; for gradient "
-                "accumulation write BlockOptimizer(..., accumulation_steps=<backward passes per step>); call "
-                "optimizer.zero_grad() where a step was skipped; checkpoint activations with use_reentrant=False"
+                "accumulation write BlockOptimizer(..., accumulation_steps=<backward passes per step>), in a Trainer "
+                "callbacks=[SelectionCallback()]; where a step was skipped call optimizer.zero_grad(); checkpoint "
+                "activations with use_reentrant=False"
             )
         if not self._in_pass:
             self._in_pass = True

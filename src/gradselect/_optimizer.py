@@ -259,6 +259,11 @@ class BlockOptimizer(torch.optim.Optimizer):
         return self._table.blocks
 
     @property
+    def num_steps(self) -> int:
+        """Steps taken so far; the number of the coming one."""
+        return self._step
+
+    @property
     def update_counts(self) -> dict[str, int]:
         """How often each block has been updated."""
         return dict(self._update_counts)

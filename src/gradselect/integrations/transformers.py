@@ -107,7 +107,6 @@ class SelectionCallback(TrainerCallback):
         optimizer = _unwrap_optimizer(parts["optimizer"])
         _check_resumed(optimizer, state)
         _warn(args, optimizer)
-        optimizer.accumulation_steps = args.gradient_accumulation_steps
         optimizer.grad_scaler = parts["optimizer"].scaler
         optimizer.policy.fill_explore_steps(_num_steps_of_epoch(args, state, parts["train_dataloader"]))
         # A train() that was interrupted within a window of micro-batches leaves it open.
@@ -115,6 +114,12 @@ class SelectionCallback(TrainerCallback):
         _keep_backward_short(parts["model"], args)
         self._connect(optimizer, writes=state.is_world_process_zero)
         self._report_before_others()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
+    ) -> None:
+        num_passes = _num_micro_batches(args, state, parts["train_dataloader"])
+        _unwrap_optimizer(parts["optimizer"]).accumulation_steps = num_passes
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         # The Trainer clears gradients through the model, so the optimizer does not see that a window ended unused.
@@ -210,7 +215,7 @@ def _check_one_process() -> None:
 
 
 def _check_resumed(optimizer: BlockOptimizer, state: TrainerState) -> None:
-    if state.global_step > 0 and optimizer.state_dict()["selection"]["step"] == 0:
+    if state.global_step > 0 and optimizer.num_steps == 0:
         raise UsageError(
             f"training resumes after step {state.global_step}, but the checkpoint holds no optimizer state; save with "
             "save_only_model=False, or load the checkpoint with from_pretrained and call train() without "
@@ -256,6 +261,16 @@ def _num_steps_of_epoch(args: TrainingArguments, state: TrainerState, loader: An
     if not has_length(loader):
         return state.max_steps
     return max(1, -(-len(loader) // args.gradient_accumulation_steps))
+
+
+def _num_micro_batches(args: TrainingArguments, state: TrainerState, loader: Any) -> int:
+    """Backward passes of the step that begins; the last of an epoch gets what is left."""
+    window = args.gradient_accumulation_steps
+    if not has_length(loader):
+        return window
+    num_steps = _num_steps_of_epoch(args, state, loader)
+    is_last = state.global_step % num_steps == num_steps - 1
+    return len(loader) % window or window if is_last else window
 
 
 def _keep_backward_short(model: nn.Module, args: TrainingArguments) -> None:
