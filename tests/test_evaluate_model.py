@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import tiny_models
 import torch
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from gradselect import UsageError
 from gradselect.evaluate import EvaluationSettings, evaluate, evaluate_model
 from gradselect.evaluate._data import Passage
-from gradselect.evaluate._generation import answer_all, greedy
+from gradselect.evaluate._generation import answer_all, greedy_config
 from gradselect.evaluate._judge import Judge
 from gradselect.evaluate._model import LanguageModel, wrap
 from gradselect.evaluate._results import ItemWriter
@@ -166,6 +167,18 @@ def test_a_checkpoint_and_the_model_in_memory_get_the_same_result(
     assert stored.settings["model"] == str(folder)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_a_model_with_adapters_is_evaluated_with_them(model: Any, tokenizer: Any, data: Path) -> None:
+    """A wrapper of PEFT keeps a generation config of its own beside that of the model inside."""
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        adapted = peft.get_peft_model(copy.deepcopy(model), config)
+    tuned = evaluate_model(adapted, tokenizer, settings(data, task="loss")).loss
+    assert tuned != evaluate_model(model, tokenizer, settings(data, task="loss")).loss
+    result = evaluate_model(adapted, tokenizer, settings(data, max_new_tokens=3, limit=1))
+    assert len(tokenizer(result.items[0]["prediction"], add_special_tokens=False)["input_ids"]) <= 3
+
+
 def test_a_model_in_memory_keeps_its_mode(model: Any, tokenizer: Any, data: Path) -> None:
     model.train()
     try:
@@ -266,7 +279,8 @@ def test_sampling_in_the_generation_config_is_put_aside_and_the_rest_is_kept(
         result = evaluate_model(model, tokenizer, settings(data))
         assert result.items == greedy
         assert result.generation is not None
-        assert result.generation.keys().isdisjoint({"temperature", "top_k", "max_length"})
+        assert result.generation.items() >= {"do_sample": False, "max_new_tokens": 48}.items()
+        assert result.generation.get("temperature", 1.0) == 1.0
         equals = tokenizer(" =", add_special_tokens=False)["input_ids"]
         model.generation_config = transformers.GenerationConfig(eos_token_id=[1, equals[0]])
         ended = evaluate_model(model, tokenizer, settings(data)).items
@@ -511,14 +525,14 @@ def test_padding_changes_no_answer_whatever_the_positions(build: Any) -> None:
         encode_prompt(text, language_model=language_model, as_chat=False, room=None)
         for text in ("w3 w4 w5 w6 w7", "w20", "w9 w8 w9")
     ]
-    with greedy(language_model, max_new_tokens=6):
-        one, three = (
-            sorted(
-                (answer.index, answer.text)
-                for batch in answer_all(prompts, language_model=language_model, batch_size=size, stop=())
-                for answer in batch
-            )
-            for size in (1, 3)
+    config = greedy_config(language_model, max_new_tokens=6, stop=())
+    one, three = (
+        sorted(
+            (answer.index, answer.text)
+            for batch in answer_all(prompts, language_model=language_model, config=config, batch_size=size)
+            for answer in batch
         )
+        for size in (1, 3)
+    )
     assert one == three
     assert any(len(text.split()) == 6 for _, text in one)

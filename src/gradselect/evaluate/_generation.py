@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,25 +13,28 @@ from .._errors import UsageError
 from ._model import LanguageModel
 from ._tokens import Prompt, longest_first, pad
 
-SAMPLING = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "top_h",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "penalty_alpha",
-    "dola_layers",
-    "num_beam_groups",
-    "diversity_penalty",
-    "length_penalty",
-    "early_stopping",
-    "max_length",
-    "min_length",
-)
-"""What a checkpoint's generation config may hold that has no meaning for greedy decoding with `max_new_tokens`."""
+NEUTRAL = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "penalty_alpha": 0.0,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "max_length": None,
+    "min_length": 0,
+}
+"""Greedy decoding, and the defaults of whatever else has no meaning for it or is said by `max_new_tokens`.
+
+The defaults are written out because transformers fills a None from the model's own config.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,43 +68,28 @@ def resolve_max_new_tokens(asked: int | None, *, default: int, context: int | No
     return asked
 
 
-@contextlib.contextmanager
-def greedy(language_model: LanguageModel, *, max_new_tokens: int) -> Iterator[dict[str, Any]]:
-    """While it lasts the model decodes greedily; gives the generation config where it differs from the library's.
-
-    Of the model's own config, end-of-text tokens, penalties on repetition, and suppressed or forced tokens stay.
-    """
-    model = language_model.model
-    kept = model.generation_config
-    # transformers fills what a config leaves open from the model's own, so the model's own is replaced.
-    model.generation_config = greedy_config(language_model, max_new_tokens=max_new_tokens)
-    try:
-        yield model.generation_config.to_diff_dict()
-    finally:
-        model.generation_config = kept
-
-
 def answer_all(
-    prompts: Sequence[Prompt], *, language_model: LanguageModel, batch_size: int, stop: Sequence[str]
+    prompts: Sequence[Prompt], *, language_model: LanguageModel, config: Any, batch_size: int
 ) -> Iterator[list[Answer]]:
-    """Batches of answers, longest prompts first, within `greedy`.
+    """Batches of answers, longest prompts first, as the `config` of `greedy_config` says.
 
     In exact arithmetic an answer does not depend on its batch.
     """
     for batch in longest_first([len(prompt.ids) for prompt in prompts], batch_size=batch_size):
-        texts = _answer_batch([prompts[index].ids for index in batch], language_model=language_model, stop=stop)
+        texts = _answer_batch([prompts[index].ids for index in batch], language_model=language_model, config=config)
         yield [Answer(index=i, text=text, finished=done) for i, (text, done) in zip(batch, texts, strict=True)]
 
 
-def greedy_config(language_model: LanguageModel, *, max_new_tokens: int) -> Any:
-    """The model's generation config, made greedy."""
+def greedy_config(language_model: LanguageModel, *, max_new_tokens: int, stop: Sequence[str]) -> Any:
+    """The model's own generation config, made greedy.
+
+    Its end-of-text tokens, penalties on repetition, and suppressed or forced tokens stay.
+    """
     config = copy.deepcopy(language_model.model.generation_config)
-    config.update(**dict.fromkeys(SAMPLING))
     config.update(
-        do_sample=False,
-        num_beams=1,
-        num_return_sequences=1,
+        **NEUTRAL,
         max_new_tokens=max_new_tokens,
+        stop_strings=list(stop) or None,
         eos_token_id=_end_tokens(language_model) or None,
         pad_token_id=language_model.pad_token,
     )
@@ -118,23 +105,22 @@ def _end_tokens(language_model: LanguageModel) -> list[int]:
 
 @torch.inference_mode()
 def _answer_batch(
-    rows: Sequence[Sequence[int]], *, language_model: LanguageModel, stop: Sequence[str]
+    rows: Sequence[Sequence[int]], *, language_model: LanguageModel, config: Any
 ) -> list[tuple[str, bool]]:
     """Text and whether it is finished, for each prompt of a batch."""
     ids, mask = pad(rows, token=language_model.pad_token, left=True)
-    stopping = {"stop_strings": list(stop), "tokenizer": language_model.tokenizer} if stop else {}
     output = language_model.model.generate(
-        input_ids=ids.to(language_model.device), attention_mask=mask.to(language_model.device), **stopping
+        input_ids=ids.to(language_model.device),
+        attention_mask=mask.to(language_model.device),
+        generation_config=config,
+        tokenizer=language_model.tokenizer,
     )  # (16, 180 + 256)
-    ends = set(_end_tokens(language_model))
-    return [
-        _read(row, ends=ends, stop=stop, tokenizer=language_model.tokenizer)
-        for row in output[:, ids.shape[1] :].tolist()
-    ]
+    return [_read(row, config=config, tokenizer=language_model.tokenizer) for row in output[:, ids.shape[1] :].tolist()]
 
 
-def _read(ids: list[int], *, ends: set[int], stop: Sequence[str], tokenizer: Any) -> tuple[str, bool]:
+def _read(ids: list[int], *, config: Any, tokenizer: Any) -> tuple[str, bool]:
     """Text before the first end-of-text token or stop string, and whether there is one."""
+    ends, stop = config.eos_token_id or (), config.stop_strings or ()
     end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
     text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     cut = min((text.find(string) for string in stop if string in text), default=len(text))

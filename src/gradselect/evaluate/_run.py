@@ -9,7 +9,7 @@ from typing import Any
 
 from .._errors import UsageError
 from ._data import Passage, Problem, Source, passages, problems, read_source
-from ._generation import Answer, answer_all, greedy, resolve_max_new_tokens
+from ._generation import Answer, answer_all, greedy_config, resolve_max_new_tokens
 from ._judge import Judge
 from ._loss import SegmentLoss, score_all
 from ._model import LanguageModel, load, wrap
@@ -101,10 +101,11 @@ def _measure_accuracy(
         encode_prompt(problem.prompt, language_model=language_model, as_chat=settings.as_chat, room=room)
         for problem in asked
     ]
-    with greedy(language_model, max_new_tokens=limit) as generation, ItemWriter(settings.output) as writer:
-        items = _collect(
-            _judged_batches(asked, prompts, judge, language_model, settings), writer, progress, total=len(asked)
-        )
+    config = greedy_config(language_model, max_new_tokens=limit, stop=settings.stop)
+    answers = answer_all(prompts, language_model=language_model, config=config, batch_size=settings.batch_size)
+    judged = _judged_batches(answers, asked, prompts, judge=judge, extract=EXTRACT[settings.task])
+    with ItemWriter(settings.output) as writer:
+        items = _collect(judged, writer, progress, total=len(asked))
         num_correct = sum(item["correct"] for item in items)
         return writer.write_result(
             EvaluationResult(
@@ -120,7 +121,7 @@ def _measure_accuracy(
                 seconds=time.perf_counter() - started,
                 data=source.describe(),
                 settings=plain_settings(settings, prompt=settings.prompt or DEFAULT_PROMPT, max_new_tokens=limit),
-                generation=generation,
+                generation=config.to_diff_dict(),
                 versions=versions("torch", "transformers", "math-verify"),
                 items=items,
             )
@@ -167,21 +168,15 @@ def _collect(batches: Iterator[list[Item]], writer: ItemWriter, progress: Progre
 
 
 def _judged_batches(
+    batches: Iterator[list[Answer]],
     asked: Sequence[Problem],
     prompts: Sequence[Prompt],
+    *,
     judge: Judge,
-    language_model: LanguageModel,
-    settings: EvaluationSettings,
+    extract: Callable[[str], str | None],
 ) -> Iterator[list[Item]]:
-    assert settings.task is not None
-    extract = EXTRACT[settings.task]
-    for answers in answer_all(
-        prompts, language_model=language_model, batch_size=settings.batch_size, stop=settings.stop
-    ):
-        yield [
-            _judged(asked[answer.index], prompts[answer.index], answer, judge=judge, extract=extract)
-            for answer in answers
-        ]
+    for answers in batches:
+        yield [_judged(asked[a.index], prompts[a.index], a, judge=judge, extract=extract) for a in answers]
 
 
 def _scored_batches(
