@@ -78,7 +78,7 @@ BAD_TRAINING = {
     "unknown ending": (["data.path={place}/sums.xlsx"], "'.xlsx'"),
     "missing column": (['data.prompt="{query}"'], "row 1 has no column 'query'; its columns are: question, answer"),
     "too long": (["data.max_length=65"], "more than the model's 64 positions"),
-    "nothing to learn": (["data.max_length=1"], "leaves nothing to learn"),
+    "nothing to learn": (["data.max_length=1"], "leaves nothing of data.path"),
     "unknown tracker": (["run.report_to=[trackio]"], "pip install trackio"),
     "diverging": (["optimizer.lr=1e30", "optimizer.warmup=0", "optimizer.max_grad_norm=0"], "is nan; training has"),
 }
@@ -109,6 +109,13 @@ def test_an_output_that_exists_is_refused_and_not_touched(
     assert "exists" in fails(capsys, "train", recipe, f"run.output={tmp_path / 'notes.txt'}")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_several_processes_are_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "runs in one process" in fails(capsys, "train", str(place / "recipe.yaml"))
 
 
 def test_an_empty_output_folder_is_as_good_as_none(place: Path, tmp_path: Path) -> None:

@@ -52,6 +52,11 @@ def test_overrides_replace_single_values(tmp_path: Path) -> None:
     assert recipe.method.fraction == 0.2
 
 
+def test_a_tilde_in_an_override_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_recipe(write(tmp_path), ["run.output=~/out"]).run.output == "/home/me/out"
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_another_method_drops_the_keys_of_the_old_one(tmp_path: Path, order: int) -> None:
     overrides = ["method.name=lora", "method.rank=64"][::order]

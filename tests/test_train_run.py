@@ -142,10 +142,12 @@ def test_progress_names_loss_speed_memory_and_blocks(finished: Path) -> None:
 
 def test_a_terminal_gets_a_bar_and_the_same_lines(place: Path, tmp_path: Path) -> None:
     shown = io.StringIO()
-    recipe = parse(place, run={"output": str(tmp_path / "out"), "steps": 2})
+    method = {"name": "fixed", "blocks": ["norm"]}
+    recipe = parse(place, method=method, run={"output": str(tmp_path / "out"), "steps": 2})
     train(recipe, console=Console(file=shown, force_terminal=True, width=200))
-    assert "step 1/2" in shown.getvalue()
-    assert "\x1b[" in shown.getvalue()
+    lines = shown.getvalue().splitlines()
+    assert any("step 1/2  loss" in line for line in lines)
+    assert any("train " in line and "2/2" in line and "[norm]" in line for line in lines)
 
 
 # What is learnt on -----------------------------------------------------------------------------------------------
@@ -215,8 +217,11 @@ def test_what_the_length_limit_does_is_said(place: Path, tmp_path: Path) -> None
 
 
 def test_a_length_that_leaves_nothing_is_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"data\.max_length=2 leaves nothing to learn"):
+    with pytest.raises(UsageError, match=r"data\.max_length=2 leaves nothing of data\.path"):
         build(place, tmp_path, data={"max_length": 2})
+    (tmp_path / "long.jsonl").write_text(json.dumps({"question": "a long one", "answer": "yes"}))
+    with pytest.raises(UsageError, match=r"data\.max_length=8 leaves nothing of data\.validation"):
+        build(place, tmp_path, data={"max_length": 8, "validation": str(tmp_path / "long.jsonl")})
 
 
 def test_packing_changes_no_loss(place: Path, tmp_path: Path) -> None:
@@ -232,6 +237,25 @@ def test_packing_changes_no_loss(place: Path, tmp_path: Path) -> None:
 
 
 # Methods ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [{"name": "full"}, {"name": "uniform", "count": 2}, {"name": "lora"}])
+def test_every_method_gets_the_optimizer_of_the_recipe(place: Path, tmp_path: Path, method: dict[str, Any]) -> None:
+    settings = {"lr": 3e-4, "weight_decay": 0.3, "betas": [0.7, 0.8], "eps": 1e-5, "max_grad_norm": 0.5}
+    trainer, _ = build(
+        place,
+        tmp_path,
+        method=method,
+        optimizer={**settings, "schedule": "constant", "warmup": 2},
+        run={"steps": 3, "accumulation": 2},
+    )
+    trainer.train()
+    groups = trainer.optimizer.param_groups  # pyright: ignore[reportOptionalMemberAccess]
+    assert {(group["lr"], group["betas"], group["eps"]) for group in groups} == {(3e-4, (0.7, 0.8), 1e-5)}
+    assert 0.3 in {group["weight_decay"] for group in groups} <= {0.0, 0.3}
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([0, 1.5e-4, 3e-4])
+    assert (trainer.args.max_grad_norm, trainer.args.gradient_accumulation_steps) == (0.5, 2)
 
 
 def test_full_fine_tuning_is_every_block_selected(place: Path, tmp_path: Path) -> None:

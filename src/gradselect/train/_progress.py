@@ -36,9 +36,11 @@ class ProgressDisplay(TrainerCallback):
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
+            # Block names in brackets are no markup.
+            TextColumn("{task.fields[status]}", markup=False),
             console=console,
             transient=True,
+            refresh_per_second=2,
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("train", total=None, status="")

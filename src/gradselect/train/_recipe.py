@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -17,6 +18,9 @@ from pydantic import (
 from ._methods import Method
 from ._settings import Settings
 from ._template import check_template
+
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, in which ~ stands for the home folder, or an id on the hub. In key=~/value a shell leaves the ~ alone."""
 
 Template = Annotated[str, AfterValidator(check_template)]
 """Text with columns of the data in braces: "Question: {question}\\nAnswer:"."""
@@ -34,7 +38,7 @@ class ModelSettings(Settings):
         trust_remote_code: run Python code that comes with the checkpoint.
     """
 
-    path: str
+    path: Place
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -57,11 +61,11 @@ class AbstractDataSettings(Settings):
         packing: put several examples into one row of `max_length` tokens; attention stays inside each example.
     """
 
-    path: str
+    path: Place
     subset: str | None = None
     split: str = "train"
     limit: PositiveInt | None = None
-    validation: Annotated[float, Field(gt=0, lt=1)] | str | None = None
+    validation: Annotated[float, Field(gt=0, lt=1)] | Place | None = None
     validation_limit: PositiveInt | None = None
     max_length: PositiveInt | None = None
     packing: bool = False
@@ -146,13 +150,14 @@ class RunSettings(Settings):
         seed: of data order, adapters, dropout and block selection.
         device: "auto" takes an accelerator when there is one.
         log_every: steps between two log lines.
-        evaluate_every: steps between two evaluations; none by default.
+        evaluate_every: steps between two evaluations; none by default, and one at the end where there is validation
+            data. This loss is the mean over batches; `gradselect evaluate --task loss` weighs every token alike.
         save_every: steps between two checkpoints; none by default.
         keep_checkpoints: older ones are deleted.
         report_to: trackers that get the curves.
     """
 
-    output: str
+    output: Place
     steps: PositiveInt | None = None
     epochs: PositiveFloat | None = None
     batch_size: PositiveInt = 8

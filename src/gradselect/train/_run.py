@@ -26,20 +26,27 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
     """Carry out a recipe; see `gradselect.train.train`. `messages` are those of the libraries, a list that grows."""
     _check_one_device(recipe)
     with claimed(RunFolder(Path(recipe.run.output)), resume=resume, messages=messages) as folder:
-        inputs = _read(recipe)  # 1
+        # 1 read what the recipe names
+        inputs = _read(recipe)
         checkpoint = folder.newest_checkpoint() if resume else None
-        start = describe_start(recipe, inputs, command=command, checkpoint=checkpoint)  # 2
+        start = describe_start(recipe, inputs, command=command, checkpoint=checkpoint)
         if folder.run_file.exists():
             check_same_run(folder, start)
-        trainer = build_trainer(recipe, inputs, folder=folder)  # 3
+
+        # 2 set up
+        trainer = build_trainer(recipe, inputs, folder=folder)
         notes = length_notes(trainer, inputs, packing=recipe.data.packing)
         write_start(folder, start, recipe)
         show_start(console, start, notes=notes, checkpoint=checkpoint, resume=resume)
-        meter = _train(trainer, checkpoint=checkpoint, console=console)  # 4
-        _evaluate(trainer)  # 5
-        save_model(trainer, inputs.tokenizer, folder=folder)  # 6
+
+        # 3 train, and measure what came of it
+        meter = _train(trainer, checkpoint=checkpoint, console=console)
+        _evaluate(trainer)
+
+        # 4 keep it; run.json says "finished" when all else is there
+        save_model(trainer, inputs.tokenizer, folder=folder)
         end = describe_end(trainer, meter, notes=notes)
-        write_run(folder, start | end)  # 7
+        write_run(folder, start | end)
         show_summary(console, end, recipe=recipe, folder=folder, num_messages=len(messages))
     return folder.root
 

@@ -60,10 +60,11 @@ def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> RunTr
     trainer.remove_callback(PrinterCallback)
     # Now rather than at the first step, so that what does not fit the model is said before anything is written.
     trainer.create_optimizer()
-    if len(_as_dataset(trainer.train_dataset)) == 0:
-        raise UsageError(
-            f"data.max_length={inputs.max_length} leaves nothing to learn: every prompt alone is longer; write more"
-        )
+    for name, dataset in (("data.path", trainer.train_dataset), ("data.validation", trainer.eval_dataset)):
+        if dataset is not None and len(_as_dataset(dataset)) == 0:
+            raise UsageError(
+                f"data.max_length={inputs.max_length} leaves nothing of {name}: every prompt alone is longer; raise it"
+            )
     return trainer
 
 
