@@ -1,0 +1,89 @@
+"""Put the measured tables into README.md, each between its markers, from the committed result files.
+
+python benchmarks/readme.py            # rewrites README.md
+python benchmarks/readme.py --check    # exits 1 where the README says something else than the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gsm8k_loss
+import step_time
+
+README = Path(__file__).parent.parent / "README.md"
+RESULTS = Path(__file__).parent / "results"
+
+
+def quickstart() -> str:
+    """What `make quickstart` gave, from the file that it writes, kept as benchmarks/results/quickstart.json."""
+    result = json.loads((RESULTS / "quickstart.json").read_text(encoding="utf-8"))
+    state = {name: num_bytes / 1e6 for name, num_bytes in result["state_bytes"].items()}
+    seconds = result["seconds"]
+    return (
+        f"`make quickstart` took {result['total_seconds']:.0f} s on two cores after installation "
+        f"({result['training_seconds']:.0f} s of it training) and gave:\n\n"
+        "| | base | AdaGradSelect, 3 of 8 layers + embedding | full fine-tuning |\n"
+        "|---|---|---|---|\n"
+        f"| right answers on {result['num_test']} unseen problems | {100 * result['accuracy_before']:.1f} % "
+        f"| {100 * result['accuracy_after']:.1f} % | |\n"
+        f"| seconds a step (exploit) | | {seconds['ours']:.3f} | {seconds['full']:.3f} |\n"
+        f"| optimizer state on the device, peak MB | | {state['ours']:.1f} | {state['full']:.1f} |"
+    )
+
+
+def speed() -> str:
+    result = json.loads(step_time.RESULT.read_text(encoding="utf-8"))
+    settings, machine = result["settings"], result["machine"]
+    size = f"{settings['layers']} layers of width {settings['hidden']}, vocabulary {settings['vocabulary']:,}"
+    return (
+        f"`python benchmarks/step_time.py`: a Qwen2-type model of {size}, batch {settings['batch']} x "
+        f"{settings['length']}, fp32, {machine['threads']} CPU threads, torch {machine['torch']}. Methods take turns "
+        f"in {settings['rounds']} rounds; the speed-up is the median over rounds against full fine-tuning in the same "
+        "round. `limit` is what the FLOPs allow.\n\n" + step_time.markdown(result)
+    )
+
+
+def learning() -> str:
+    rows = gsm8k_loss.read()
+    steps, items = rows[0]["steps"], rows[0]["num_items"]
+    return (
+        "`python benchmarks/gsm8k_loss.py`: a Llama of 3.4 M parameters pretrained on stories, GSM8K's training file, "
+        f"{steps} steps of 8, completion-only loss, cosine; loss of the answers of {items} test problems in nats per "
+        "token. The rate is the best of three with the first seed.\n\n" + gsm8k_loss.table(rows)
+    )
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"quickstart": quickstart, "step_time": speed, "gsm8k_loss": learning}
+
+
+def filled(text: str) -> str:
+    """The README's text with every section as the results have it."""
+    for name, section in SECTIONS.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        assert pattern.search(text), name
+        replacement: Any = f"{begin}\n{section()}\n{end}"
+        text = pattern.sub(lambda _, new=replacement: new, text)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    before = README.read_text(encoding="utf-8")
+    after = filled(before)
+    if check:
+        sys.exit(int(before != after))
+    README.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

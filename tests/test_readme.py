@@ -1,0 +1,35 @@
+"""The README says what the result files say, and its Python runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tiny_models import tiny_batch, tiny_llama
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_tables_are_those_of_the_result_files():
+    command = [sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0, "run python benchmarks/readme.py"
+
+
+def test_the_first_python_block_trains():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    model = tiny_llama()
+    before = model.lm_head.weight.clone()
+    loader = [tiny_batch(model, seed=seed) for seed in range(4)]
+    exec(blocks[0], {"model": model, "loader": loader})
+    assert not torch.equal(before, model.lm_head.weight)
+
+
+def test_every_file_in_the_tree_exists():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text.split("## Where things are")[1].split("```")[1]
+    for name in re.findall(r"(_?\w+\.py|\w+/)", tree):
+        found = any(ROOT.glob(f"{name}")) or any((ROOT / "src").rglob(name.rstrip("/")))
+        assert found, name
