@@ -33,9 +33,10 @@ END, PAD = "<|end|>", "<|pad|>"
 
 CARD = """# The base model of the quickstart
 
-A Llama of {num_parameters:,} parameters, pretrained from nothing on generated text: short stories with quantities,
-arithmetic facts, small talk (`stories.py` beside this folder says exactly what). It has read no question and no
-worked answer, so it solves no word problem before fine-tuning. The weights are stored in bfloat16 and load in float32.
+A Llama of {num_parameters:,} parameters, pretrained from nothing on generated text: short stories whose outcome is
+told, often with its calculation, arithmetic facts, and small talk (`stories.py` beside this folder says exactly what).
+It has read no question and no worked answer, so it solves no word problem before fine-tuning. Only the tokenizer has
+met the words of the problems. The weights are stored in bfloat16 and load in float32.
 
 Made by `python quickstart/pretrain.py --out quickstart/base` in {minutes:.0f} minutes of one core: {steps} steps,
 {num_tokens:,} tokens. Its loss is {loss:.3f} nats per token (mean of the last 100 steps); most of that is which names
@@ -157,7 +158,7 @@ def make_optimizers(recipe: Recipe, model: LlamaForCausalLM) -> tuple[Optimizer,
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Weights in bfloat16 for their size; the config says float32, so that they load as what they are trained in."""
-    halved = copy.deepcopy(model).to(torch.bfloat16)
+    halved = copy.deepcopy(model).bfloat16()
     halved.save_pretrained(out)
     halved.config.dtype = torch.float32
     halved.config.save_pretrained(out)
@@ -193,12 +194,12 @@ def pretrain(recipe: Recipe, out: Path) -> None:
             part.step()
         model.zero_grad()
         losses.append(loss.item())
-        mean, seconds = statistics.fmean(losses), time.process_time() - start
         if step % 100 == 0:
-            print(f"step {step}  loss {mean:.4f}  {seconds:.0f} s of one core", flush=True)
+            seconds = time.process_time() - start
+            print(f"step {step}  loss {statistics.fmean(losses):.4f}  {seconds:.0f} s of one core", flush=True)
         if step % recipe.save_steps == 0 or step == recipe.steps:
             save(model, tokenizer, out)
-    write_card(recipe, model, out, loss=mean, seconds=seconds)
+    write_card(recipe, model, out, loss=statistics.fmean(losses), seconds=time.process_time() - start)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
