@@ -49,6 +49,7 @@ def test_txt_is_one_row_a_line(tmp_path: Path) -> None:
 
 BROKEN: dict[str, tuple[str, bytes, list[str]]] = {
     "broken line": ("a.jsonl", b'{"a": 1}\n{"a": \n', ["line 2", "broken JSON"]),
+    "line that ends too early": ("a.jsonl", b'{"a": 1}\n{"a"\n{"a": 2}\n', ["line 2", "broken JSON"]),
     "no object": ("a.jsonl", b'{"a": 1}\n\n[1, 2]\n', ["line 3", "a list: [1, 2]"]),
     "number": ("a.jsonl", b"17\n", ["line 1", "a number: 17"]),
     "broken list": ("a.json", b'[{"a": 1},\n {"a": }]', ["line 2", "broken JSON"]),

@@ -146,7 +146,7 @@ def _lines(path: Path) -> Iterator[str]:
 def _parse(text: str, *, path: Path, first_line: int) -> Any:
     """JSON text that begins at line `first_line` of the file at `path`."""
     try:
-        return json.loads(text)
+        return json.loads(text.rstrip("\r\n"))  # else what ends too early is found on the next line
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UsageError(f"{path}, line {line}: broken JSON ({error.msg} at column {error.colno})") from None
