@@ -48,6 +48,13 @@ def test_every_number_of_a_calculation_comes_from_the_question_or_from_an_earlie
             known.add(result)
 
 
+def test_every_result_but_the_last_is_used_in_a_later_step() -> None:
+    for problem in SAMPLE:
+        steps = CALCULATION.findall(problem["answer"])
+        for index, (*_, result) in enumerate(steps[:-1]):
+            assert any(result in step[:3] for step in steps[index + 1 :]), problem
+
+
 def test_every_number_of_the_question_is_used() -> None:
     for problem in SAMPLE:
         assert set(re.findall(r"\d+", problem["question"])) <= set(re.findall(r"\d+", problem["answer"])), problem
