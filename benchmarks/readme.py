@@ -27,7 +27,7 @@ def quickstart() -> str:
     state = {name: num_bytes / 1e6 for name, num_bytes in result["state_bytes"].items()}
     seconds = result["seconds"]
     return (
-        f"`make quickstart` took {result['total_seconds']:.0f} s on two cores after installation "
+        f"`make quickstart` took {result['total_seconds']:.0f} s on {result['threads']} cores after installation "
         f"({result['training_seconds']:.0f} s of it training) and gave:\n\n"
         "| | base | AdaGradSelect, 3 of 8 layers + embedding | full fine-tuning |\n"
         "|---|---|---|---|\n"
