@@ -34,7 +34,7 @@ METHODS = {
     "uniform 33 %": f"method={{{UNIFORM}}}",
     "uniform 33 % + embedding": f"method={{{UNIFORM}, always: [embedding]}}",
 }
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = dict.fromkeys(METHODS, (3e-4, 1e-3, 3e-3)) | {"LoRA r=64": (1e-3, 3e-3, 1e-2)}
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         for seed in range(arguments.seeds):
             for method in arguments.only or METHODS:
-                for lr in RATES if seed == 0 else [best_rate(method)]:
+                for lr in RATES[method] if seed == 0 else [best_rate(method)]:
                     if (method, lr, seed) not in done:
                         row = {"method": method, "lr": lr, "seed": seed} | run(
                             arguments, METHODS[method], lr=lr, seed=seed
