@@ -323,16 +323,17 @@ def test_a_fifth_of_the_blocks_is_the_default_and_one_the_least() -> None:
 
 
 def test_the_fraction_is_of_the_blocks_taking_part() -> None:
-    policy = AdaGradSelect(fraction=0.4, among=("layer.*",)).bind(make_blocks())
+    policy = AdaGradSelect(fraction=0.4, among=("layer.*",), explore_steps=9).bind(make_blocks())
     assert policy.keep_at(0) == 2
     assert set(policy.decide(0, dict.fromkeys(BLOCK_NAMES, 1.0))) <= {name for name in BLOCK_NAMES if "layer" in name}
 
 
-def test_an_unknown_epoch_length_explores_once_and_then_says_what_to_write() -> None:
+def test_an_unknown_epoch_length_says_what_to_write_before_the_first_update() -> None:
     policy = AdaGradSelect(count=1).bind(make_blocks())
-    take_step(policy, 0, dict.fromkeys(BLOCK_NAMES, 1.0))
-    with pytest.raises(UsageError, match=r"at step 1; write AdaGradSelect\(explore_steps=len\(loader\)\)"):
-        policy.propose(1)
+    assert policy.propose(0) is None
+    for ask in (lambda: policy.decide(0, dict.fromkeys(BLOCK_NAMES, 1.0)), lambda: policy.propose(1)):
+        with pytest.raises(UsageError, match=r"write AdaGradSelect\(explore_steps=len\(loader\)\)"):
+            ask()
 
 
 def test_a_filled_epoch_length_acts_as_a_given_one_and_is_saved() -> None:
