@@ -99,19 +99,17 @@ def read() -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Per method: the mean loss over seeds at each rate, the best rate in bold."""
     lines = [
-        "| method | lr: held-out loss, mean of seeds (each seed) | best | seconds of training |",
-        "|---|---|---|---|",
+        "| method | lr: held-out loss, mean of seeds (each seed) | best |",
+        "|---|---|---|",
     ]
     for method in dict.fromkeys(row["method"] for row in rows):
-        cells, best, seconds = [], float("inf"), 0.0
+        cells, best = [], float("inf")
         of_method = [row for row in rows if row["method"] == method]
         for lr in sorted({row["lr"] for row in of_method}):
             losses = [row["loss"] for row in of_method if row["lr"] == lr]
             cells.append(f"{lr:g}: {statistics.mean(losses):.3f} ({', '.join(f'{loss:.3f}' for loss in losses)})")
-            if statistics.mean(losses) < best:
-                best = statistics.mean(losses)
-                seconds = statistics.median(row["train_seconds"] for row in of_method if row["lr"] == lr)
-        lines.append(f"| {method} | {'; '.join(cells)} | **{best:.3f}** | {seconds:.0f} |")
+            best = min(best, statistics.mean(losses))
+        lines.append(f"| {method} | {'; '.join(cells)} | **{best:.3f}** |")
     return "\n".join(lines)
 
 
