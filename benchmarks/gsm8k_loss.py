@@ -34,7 +34,7 @@ METHODS = {
     "uniform 33 %": f"method={{{UNIFORM}}}",
     "uniform 33 % + embedding": f"method={{{UNIFORM}, always: [embedding]}}",
 }
-RATES = dict.fromkeys(METHODS, (3e-4, 1e-3, 3e-3)) | {"LoRA r=64": (1e-3, 3e-3, 1e-2)}
+RATES = dict.fromkeys(METHODS, (3e-4, 1e-3, 3e-3))
 
 
 def main() -> None:

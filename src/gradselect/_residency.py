@@ -32,7 +32,7 @@ class AbstractResidency(ABC):
 
 @dataclass(frozen=True)
 class Keep(AbstractResidency):
-    """State stays on the device once it exists. Fastest; memory grows to AdamW's as more blocks have had a turn."""
+    """State stays on the device once it exists. Memory grows to AdamW's as more blocks have had a turn."""
 
     frees_device = False
 
