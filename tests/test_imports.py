@@ -12,12 +12,13 @@ import pytest
 import gradselect
 
 PACKAGE = Path(gradselect.__file__).parent
-LEAVES = {"_errors"}
+LEAVES = {"_errors", "_checks"}
 GROUND = LEAVES | {"_freeze", "_blocks", "_rules", "_records", "_checkpoint"}
 CONTRACTS = GROUND | {"_policy", "_residency", "_observe", "_groups", "_state"}
 
 ALLOWED = {
     "_errors": set(),
+    "_checks": {"_errors"},
     "_freeze": set(),
     "_structure": LEAVES,
     "_blocks": LEAVES | {"_structure", "_freeze"},

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from ._blocks import Block, resolve_names
+from ._checks import check_positive, check_whole
 from ._errors import UsageError
 
 Norms = Mapping[str, float]
@@ -205,47 +206,3 @@ def check_fraction_or_count(*, fraction: float | None, count: int | None) -> Non
         check_positive("fraction", fraction, at_most=1, example=0.2)
     if count is not None:
         check_whole("count", count)
-
-
-def check_whole(name: str, value: object, *, least: int = 1) -> None:
-    """Setting `name` is an int of at least `least`.
-
-    Raises:
-        UsageError: otherwise.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UsageError(f"{name}={value!r} is not a whole number from {least} on; write e.g. {name}={least}")
-
-
-def check_positive(name: str, value: object, *, at_most: float = math.inf, example: float) -> None:
-    """Setting `name` is a finite number in (0, at_most].
-
-    Raises:
-        UsageError: otherwise.
-    """
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    if not (0 < number <= at_most and math.isfinite(number)):
-        interval = "(0, inf)" if at_most == math.inf else f"(0, {at_most}]"
-        raise UsageError(f"{name}={value!r} is outside {interval}; write e.g. {name}={example}")
-
-
-def check_one_of(name: str, value: object, options: Sequence[str]) -> None:
-    """Setting `name` is one of `options`.
-
-    Raises:
-        UsageError: otherwise.
-    """
-    if value not in options:
-        choices = " or ".join(f'{name}="{option}"' for option in options)
-        raise UsageError(f"{name}={value!r} is unknown; write {choices}")
-
-
-def check_patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Block names and globs as a tuple; a single one may stand alone.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if not patterns:
-        raise UsageError(f'{name}={patterns!r} names no block; write e.g. {name}=("layer.*",)')
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)

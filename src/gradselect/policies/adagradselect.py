@@ -7,16 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, final
 
+from .._checks import check_one_of, check_patterns, check_positive, check_whole
 from .._errors import UsageError
 from .._policy import (
     AbstractPolicy,
     Norms,
     best,
     check_fraction_or_count,
-    check_one_of,
-    check_patterns,
-    check_positive,
-    check_whole,
     gumbel,
     log_gamma,
     resolve_count,

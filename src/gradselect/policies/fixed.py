@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from .._policy import AbstractPolicy, check_patterns, taking_part
+from .._checks import check_patterns
+from .._policy import AbstractPolicy, taking_part
 
 
 @final

@@ -7,20 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, final
 
-from .._policy import (
-    AbstractPolicy,
-    Norms,
-    best,
-    check_fraction_or_count,
-    check_one_of,
-    check_patterns,
-    check_positive,
-    check_whole,
-    gumbel,
-    resolve_count,
-    stream,
-    taking_part,
-)
+from .._checks import check_one_of, check_patterns, check_positive, check_whole
+from .._policy import AbstractPolicy, Norms, best, check_fraction_or_count, gumbel, resolve_count, stream, taking_part
 
 
 @final
