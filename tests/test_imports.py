@@ -33,6 +33,13 @@ ALLOWED = {
     "_optimizer": CONTRACTS,
     "reference": GROUND | {"_policy"},
     "policies": LEAVES | {"_policy"},
+    "_top": set(),
+    "_mask": LEAVES | {"_blocks"},
+    "masks": LEAVES | {"_mask", "_top"},
+    "_entries": GROUND | {"_groups", "_mask"},
+    "_sparse": CONTRACTS | {"_mask", "_top", "_entries"},
+    "sparsegrad": LEAVES | {"_mask", "_blocks", "masks", "_structure"},
+    "delta": LEAVES,
 }
 HEAVY = ("transformers", "trl", "peft", "datasets", "accelerate", "pydantic", "typer", "numpy.testing", "matplotlib")
 
