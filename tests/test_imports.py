@@ -29,7 +29,7 @@ ALLOWED = {
     "_residency": LEAVES | {"_blocks", "_rules"},
     "_observe": LEAVES | {"_blocks"},
     "_groups": LEAVES | {"_blocks"},
-    "_state": LEAVES | {"_residency", "_rules", "_groups"},
+    "_state": LEAVES | {"_residency", "_rules", "_groups", "_observe"},
     "_optimizer": CONTRACTS,
     "reference": GROUND | {"_policy"},
     "policies": LEAVES | {"_policy"},

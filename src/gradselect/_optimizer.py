@@ -11,7 +11,6 @@ from typing import Any, NoReturn, TypedDict
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from ._blocks import Block, check_partition, partition, resolve_names
@@ -19,7 +18,7 @@ from ._checkpoint import check_same
 from ._errors import UsageError
 from ._freeze import freeze, give_back
 from ._groups import ParameterTable, check_hyper_parameters, check_is, decay_groups
-from ._observe import GradientObserver, dense
+from ._observe import GradientObserver
 from ._policy import AbstractPolicy
 from ._records import StepRecord, selection_entropy
 from ._residency import AbstractResidency, Keep
@@ -201,7 +200,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         """Apply the rule, block by block."""
         for name in selected:
             for group, parameters in self._table.by_group(name):
-                self._update_together(parameters, group)
+                self._states.update(parameters, group)
 
     def _release(self, selected: Collection[str]) -> None:
         """Gradients of all other blocks are gone."""
@@ -406,19 +405,6 @@ class BlockOptimizer(torch.optim.Optimizer):
     def _saw_gradients(self) -> bool:
         # A decision that keeps no block has released all gradients: what the observer saw is what is left of them.
         return self._observer.saw_gradients or any(parameter.grad is not None for parameter in self._table.all())
-
-    def _update_together(self, parameters: Sequence[Parameter], group: Mapping[str, Any]) -> None:
-        """One call of the rule for one block's parameters of one group; masters stand in for half-precision weights."""
-        moving = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
-        if not moving:
-            return
-        states = [self._states.of(parameter) for parameter, _ in moving]
-        weights = [state.get(MASTER, parameter) for state, (parameter, _) in zip(states, moving, strict=True)]
-        grads = [dense(grad).to(weight.dtype) for weight, (_, grad) in zip(weights, moving, strict=True)]
-        self.rule.update(weights, grads, states, group)
-        for weight, (parameter, _) in zip(weights, moving, strict=True):
-            if weight is not parameter:
-                parameter.copy_(weight)
 
     def _set_trainable(self, names: Collection[str]) -> None:
         for name in self.blocks:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from ._groups import ParameterTable
+from ._observe import dense
 from ._residency import AbstractResidency
 from ._rules import AbstractRule, State
 
@@ -74,6 +76,25 @@ class BlockStates:
         if parameter not in self._store:
             self._store[parameter] = self._make(parameter)
         return self._store[parameter]
+
+    def update(self, parameters: Sequence[Parameter], group: Mapping[str, Any]) -> None:
+        """One call of the rule for parameters of one group; masters stand in for half-precision weights.
+
+        A parameter without a gradient is left alone.
+
+        Raises:
+            UsageError: a gradient is sparse.
+        """
+        moving = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        if not moving:
+            return
+        states = [self.of(parameter) for parameter, _ in moving]
+        weights = [state.get(MASTER, parameter) for state, (parameter, _) in zip(states, moving, strict=True)]
+        grads = [dense(grad).to(weight.dtype) for weight, (_, grad) in zip(weights, moving, strict=True)]
+        self._rule.update(weights, grads, states, group)
+        for weight, (parameter, _) in zip(weights, moving, strict=True):
+            if weight is not parameter:
+                parameter.copy_(weight)
 
     def num_bytes(self, name: str) -> int:
         """Bytes of the block's moments and masters, wherever they are."""

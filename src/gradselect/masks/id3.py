@@ -1,0 +1,71 @@
+"""ID3: weights are unmasked step by step, under a budget, where gradient is large against weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from .._checks import check_positive, check_whole
+from .._errors import UsageError
+from .._mask import AbstractCompactMask, TopOfGradient, check_size, resolve_budget
+
+
+@final
+@dataclass(eq=False, kw_only=True)
+class ID3(AbstractCompactMask):
+    r"""At each of T steps the B / T still masked entries of largest D3 join the set; none ever leaves it.
+
+        D3 = |g| / (|w| + eps) ** exponent                  over all tensors together
+
+    The first B mod T steps unmask one entry more than the others, so any budget and any number of steps go together,
+    T > B as well. An entry that joins is updated in the same step. After T steps the set holds B entries and stays.
+
+    Args:
+        budget: entries to unmask in all, B.
+        density: share of the entries, instead of `budget`: B = max(1, round(density * entries)).
+        steps: optimizer steps over which they are unmasked, T; usually the length of the training.
+        exponent: how much a small weight counts in an entry's favour; 0: the gradient alone. Best between 1 and 2
+            in the paper. Default 1.0.
+        eps: > 0, keeps the score finite. Best between 0.1 and 1 in the paper. Default 0.1.
+        among: names or globs of parameters to choose from; None: all.
+
+    Raises:
+        UsageError: a value out of its range; when bound, a budget of more entries than there are.
+
+    Example:
+        >>> mask = ID3(budget=320_000, steps=1000)
+
+    Reference: Agarwal et al., "Step-by-Step Unmasking for Parameter-Efficient Fine-tuning of Large Language Models",
+    arXiv 2408.14470. That the leading steps take the remainder follows the authors' code.
+    """
+
+    budget: int | None = None
+    density: float | None = None
+    steps: int
+    exponent: float = 1.0
+    eps: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_size(budget=self.budget, density=self.density)
+        check_whole("steps", self.steps)
+        check_positive("eps", self.eps, example=0.1)
+        if not isinstance(self.exponent, int | float) or self.exponent != self.exponent:
+            raise UsageError(f"exponent={self.exponent!r} is not a number; write e.g. exponent=1.0")
+
+    def start(self) -> None:
+        self._budget = resolve_budget(self.tensors, budget=self.budget, density=self.density)
+
+    def choice(self, step: int, num_chosen: int) -> TopOfGradient | None:
+        missing = self.num_unmasked(step) - num_chosen
+        return TopOfGradient(missing) if missing > 0 else None
+
+    def num_unmasked(self, step: int) -> int:
+        """Entries that are unmasked once step `step` (from 0) has been taken."""
+        each, remainder = divmod(self._budget, self.steps)
+        taken = min(step + 1, self.steps)
+        return taken * each + min(taken, remainder)
+
+    def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.abs().div_(weight.abs().add_(self.eps).pow_(self.exponent))
