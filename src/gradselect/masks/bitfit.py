@@ -1,0 +1,57 @@
+"""BitFit: the biases train, whole, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self, final
+
+import torch
+from torch import nn
+
+from .._errors import UsageError
+from .._mask import AbstractCompactMask, FromWeights, Indices, MaskTensor
+
+
+@final
+@dataclass(eq=False, kw_only=True)
+class BitFit(AbstractCompactMask):
+    """All entries of the biases, from the first step on; the set never changes.
+
+    A bias is a tensor of one dimension whose own name contains "bias". Many decoders have none; there, or beside the
+    biases, other tensors of one dimension train if `among` names them: `("*norm*",)` the norms, `("*",)` all.
+
+    Args:
+        among: names or globs of parameters; those of one dimension train. None: the biases.
+
+    Raises:
+        UsageError: when bound, a model without such tensors.
+
+    Example:
+        >>> mask = BitFit()
+        >>> norms_of_a_llama = BitFit(among=("*norm*",))
+
+    Reference: Ben Zaken, Ravfogel, Goldberg, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based
+    Masked Language-models", arXiv 2106.10199. To train norms where there are no biases is our choice.
+    """
+
+    def bind(self, tensors: Sequence[MaskTensor]) -> Self:
+        if self.among is None and not any(map(self.can_use, tensors)):
+            raise UsageError(
+                "BitFit trains biases, and none of the parameters that train is one; "
+                'write e.g. BitFit(among=("*norm*",)) to train the norms instead'
+            )
+        return super().bind(tensors)
+
+    def can_use(self, tensor: MaskTensor) -> bool:
+        is_bias = "bias" in tensor.name.rpartition(".")[2]
+        return tensor.parameter.ndim == 1 and (is_bias or self.among is not None)
+
+    def start(self) -> None:
+        pass
+
+    def choice(self, step: int, num_chosen: int) -> FromWeights | None:
+        return FromWeights() if step == 0 else None
+
+    def choose(self, step: int, model: nn.Module) -> Indices:
+        return {tensor.name: torch.arange(tensor.numel, device=tensor.parameter.device) for tensor in self.tensors}

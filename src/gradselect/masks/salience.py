@@ -1,0 +1,286 @@
+r"""Saliences: how much an entry matters; `StaticMask` trains those that matter most.
+
+Of three kinds, by what they look at:
+
+    GradientSalience    weight and gradient of the entry    gradient snip force taylor fisher
+    WeightSalience      the weight alone, or nothing        magnitude smallest_magnitude random
+    ModelSalience       runs of the whole model             synflow grasp
+
+A larger score is better. In the formulas w is the entry's weight, g = dL/dw its gradient, L the mean loss, E the mean
+over batches.
+
+Reference: Liu et al., "Refining Salience-Aware Sparse Fine-Tuning Strategies for Language Models", arXiv 2412.13488,
+compares all of these but `random` and `smallest_magnitude`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .._errors import UsageError
+from ._estimate import Batch, Probe, Scores, widened
+
+
+@dataclass(frozen=True)
+class AbstractSalience(ABC):
+    """What all saliences share.
+
+    Attributes:
+        name: as in `gradselect.salience`.
+        has_loss: whether it looks at a loss at all.
+        needs_batches: whether that loss must be of batches, because the gradient of one step is not enough.
+    """
+
+    name: ClassVar[str]
+    has_loss: ClassVar[bool] = False
+    needs_batches: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class GradientSalience(AbstractSalience):
+    """Elementwise in weight and gradient.
+
+    Attributes:
+        averages_scores: over several batches, the mean of the scores counts; else the score of the mean gradient.
+    """
+
+    has_loss = True
+    averages_scores: ClassVar[bool] = False
+
+    @abstractmethod
+    def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        """Score of each entry, shape kept."""
+
+    def estimate(self, probe: Probe) -> Scores:
+        """Scores over the batches of `probe`."""
+        if self.averages_scores:
+            return probe.mean(lambda batch: self._scores(probe, probe.gradients(batch)))
+        return self._scores(probe, probe.mean(probe.gradients))
+
+    def _scores(self, probe: Probe, gradients: Scores) -> Scores:
+        return {
+            tensor.name: self.score(widened(tensor.parameter.detach()), gradients.pop(tensor.name))
+            for tensor in probe.tensors
+        }
+
+
+@dataclass(frozen=True)
+class WeightSalience(AbstractSalience):
+    """Elementwise in the weight."""
+
+    @abstractmethod
+    def score(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+        """Score of each entry, shape kept; `generator` is on the weight's device."""
+
+
+@dataclass(frozen=True)
+class ModelSalience(AbstractSalience):
+    """Of the model as a whole."""
+
+    @abstractmethod
+    def estimate(self, probe: Probe) -> Scores:
+        """Scores of the tensors of `probe`."""
+
+
+@final
+@dataclass(frozen=True)
+class Gradient(GradientSalience):
+    """|E g|: where the loss falls fastest. Best, and static, in the comparison of arXiv 2412.13488."""
+
+    name = "gradient"
+
+    def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.abs()
+
+
+@final
+@dataclass(frozen=True)
+class Snip(GradientSalience):
+    """|w E g|: how much the loss changes, to first order, where the weight is removed.
+
+    Reference: Lee, Ajanthan, Torr, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", arXiv
+    1810.02340.
+    """
+
+    name = "snip"
+
+    def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        return (weight * gradient).abs()
+
+
+@final
+@dataclass(frozen=True)
+class Force(GradientSalience):
+    """-w E g: how much the loss grows, to first order, where the weight is removed; the sign counts.
+
+    Reference: de Jorge et al., "Progressive Skeletonization: Trimming more fat from a network at initialization",
+    arXiv 2006.09081.
+    """
+
+    name = "force"
+
+    def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        return -(weight * gradient)
+
+
+@final
+@dataclass(frozen=True)
+class Taylor(GradientSalience):
+    """E (w g)^2: the squared first-order change of the loss. On one batch it ranks as SNIP does.
+
+    Reference: Molchanov et al., "Importance Estimation for Neural Network Pruning", arXiv 1906.10771.
+    """
+
+    name = "taylor"
+    averages_scores = True
+
+    def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        return (weight * gradient).square()
+
+
+@final
+@dataclass(frozen=True)
+class Fisher(GradientSalience):
+    """E g^2: the diagonal of the empirical Fisher information, by batch. On one batch it ranks as the gradient does.
+
+    Reference: Sung, Nair, Raffel, "Training Neural Networks with Fixed Sparse Masks", arXiv 2111.09839, where g is the
+    gradient of a single example; for that give batches of one.
+    """
+
+    name = "fisher"
+    averages_scores = True
+
+    def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.square()
+
+
+@final
+@dataclass(frozen=True)
+class Magnitude(WeightSalience):
+    """|w|: the largest weights."""
+
+    name = "magnitude"
+
+    def score(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+        return widened(weight).abs()
+
+
+@final
+@dataclass(frozen=True)
+class SmallestMagnitude(WeightSalience):
+    """-|w|: the smallest weights, PaFI.
+
+    Reference: Liao, Meng, Monz, "Parameter-Efficient Fine-Tuning without Introducing New Latency", arXiv 2305.16742.
+    """
+
+    name = "smallest_magnitude"
+
+    def score(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+        return -widened(weight).abs()
+
+
+@final
+@dataclass(frozen=True)
+class Random(WeightSalience):
+    """u ~ U(0, 1), of its own for each entry: all sets of the given size are equally likely.
+
+    In float64, so that two draws practically never tie. SpaRTA draws each entry by itself, so that the number of
+    entries varies; ours is exact.
+
+    Reference: Rios et al., "Sparsity May Be All You Need: Sparse Random Parameter Adaptation", arXiv 2502.15975.
+    """
+
+    name = "random"
+
+    def score(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.rand(weight.shape, generator=generator, dtype=torch.float64, device=weight.device)
+
+
+@final
+@dataclass(frozen=True)
+class SynFlow(ModelSalience):
+    """|w dR/dw|, R the sum of the outputs of the model with |w| in the place of every weight: the flow through w.
+
+    The input is `inputs_embeds` of ones, shape (1, 2, width of the embedding), or the user's batches without labels. R
+    is the sum over the output where that is a tensor, else over the first of the outputs. Length and treatment of
+    language models are our choice: the paper is about images.
+
+    Reference: Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic flow", arXiv
+    2006.05467.
+    """
+
+    name = "synflow"
+
+    def estimate(self, probe: Probe) -> Scores:
+        magnitudes = {name: parameter.detach().abs() for name, parameter in probe.model.named_parameters()}
+        leaves = {tensor.name: magnitudes[tensor.name].requires_grad_() for tensor in probe.tensors}
+
+        def flow(batch: Batch) -> Scores:
+            slopes = probe.derivatives(probe.run(magnitudes, batch, sum_of_outputs), leaves)
+            return {name: slope.mul_(leaves[name].detach()).abs_() for name, slope in slopes.items()}
+
+        return probe.mean(flow)
+
+
+@final
+@dataclass(frozen=True)
+class Grasp(ModelSalience):
+    """w (H E g), H the Hessian of the mean loss: removing such a weight lowers the gradient's norm most.
+
+    The paper prunes the entries where -w (H g) is largest; so the others, which we train, have the largest w (H g). To
+    carry this sign over to fine-tuning is our choice. Costs a backward pass through the backward pass, so attention
+    runs in its plain form.
+
+    Reference: Wang, Zhang, Grosse, "Picking Winning Tickets Before Training by Preserving Gradient Flow", arXiv
+    2002.07376.
+    """
+
+    name = "grasp"
+    has_loss = True
+    needs_batches = True
+
+    def estimate(self, probe: Probe) -> Scores:
+        # The fused kernels have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            gradients = probe.mean(probe.gradients)
+            products = probe.mean(lambda batch: probe.hessian_products(batch, gradients))
+        return {tensor.name: products.pop(tensor.name).mul_(tensor.parameter.detach()) for tensor in probe.tensors}
+
+
+gradient = Gradient()
+snip = Snip()
+force = Force()
+taylor = Taylor()
+fisher = Fisher()
+magnitude = Magnitude()
+smallest_magnitude = SmallestMagnitude()
+random = Random()
+synflow = SynFlow()
+grasp = Grasp()
+
+
+def sum_of_outputs(model: nn.Module, batch: Batch) -> Tensor:
+    outputs = model(**batch)
+    return (outputs if isinstance(outputs, Tensor) else outputs[0]).sum()
+
+
+def batch_of_ones(model: nn.Module) -> Batch:
+    """Input embeddings of ones, for a model that says how wide they are.
+
+    Raises:
+        UsageError: it does not.
+    """
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if not isinstance(embedding, nn.Embedding):
+        raise UsageError(
+            f"{type(model).__name__} does not say how wide its input is, so synflow cannot make one; "
+            "write batches=[{...}] with an input for model(**batch)"
+        )
+    weight = embedding.weight
+    return {"inputs_embeds": torch.ones(1, 2, embedding.embedding_dim, dtype=weight.dtype, device=weight.device)}

@@ -1,0 +1,191 @@
+"""StaticMask: the most salient entries, chosen once, or anew every so many steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_one_of, check_whole
+from .._errors import UsageError
+from .._mask import (
+    AbstractCompactMask,
+    Choice,
+    FromWeights,
+    Indices,
+    MaskTensor,
+    TopOfGradient,
+    check_size,
+    generator_of,
+    resolve_budget,
+    share_out,
+)
+from .._top import TopEntries, chunk_length
+from . import salience as saliences
+from ._estimate import Batch, Loss, Probe, model_loss, widened
+from .salience import AbstractSalience, GradientSalience, WeightSalience
+
+ChunkScores = Callable[[MaskTensor], Iterator[Tensor]]
+"""Scores of a tensor's entries, flat, in several pieces."""
+
+
+@final
+@dataclass(eq=False, kw_only=True)
+class StaticMask(AbstractCompactMask):
+    r"""The B entries of largest salience. They are chosen at step 0 and, if asked for, at every n-th step again.
+
+    What a salience of gradients is read from:
+
+        batches=None    the gradient of the very step at which the entries are chosen: costs nothing
+        batches=[...]   these batches, before the step: one forward and backward pass each, with the gradients of all
+                        tensors in memory for that time; less noise than one batch has
+
+    Where entries are chosen again, those that stay keep their moments and their age. Ties go to the earlier tensor,
+    then to the lower index. The salience is of the weights as they are then, except `random`, which draws again.
+
+    Args:
+        salience: one of `gradselect.salience`. Default `gradient`, the best of the paper's comparison.
+        budget: entries to train, B.
+        density: share of the entries, instead of `budget`: B = max(1, round(density * entries)).
+        scope: "global": the B best of all tensors together; "tensor": B is dealt out by the tensors' sizes first, so
+            that a small tensor may get none. The default "global" is our choice: the paper compares both.
+        refresh_every: n, steps after which entries are chosen again; None: never, best in the paper.
+        batches: what to estimate from; an iterable that can be gone through again, of keyword arguments of the model on
+            its device. With labels, but for `synflow`, where they are optional and stand in for an input of ones.
+        loss: from model and batch to the loss; default `model(**batch).loss`.
+        seed: of `random`.
+        among: names or globs of parameters to choose from; None: all.
+
+    Raises:
+        UsageError: a value out of its range; `grasp` without batches, a salience of weights with batches; when bound, a
+            budget of more entries than there are; when choosing, no batch, or one whose loss is not finite.
+
+    Example:
+        >>> speft = StaticMask(density=0.01)
+        >>> pafi = StaticMask(salience=saliences.smallest_magnitude, budget=320_000)
+
+    Reference: Liu et al., "Refining Salience-Aware Sparse Fine-Tuning Strategies for Language Models", arXiv
+    2412.13488.
+    """
+
+    salience: AbstractSalience = saliences.gradient
+    budget: int | None = None
+    density: float | None = None
+    scope: Literal["global", "tensor"] = "global"
+    refresh_every: int | None = None
+    batches: Iterable[Batch] | None = None
+    loss: Loss | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_salience(self.salience)
+        check_size(budget=self.budget, density=self.density)
+        check_one_of("scope", self.scope, ("global", "tensor"))
+        if self.refresh_every is not None:
+            check_whole("refresh_every", self.refresh_every)
+        check_whole("seed", self.seed, least=0)
+        check_batches(self.salience, batches=self.batches, loss=self.loss)
+
+    def start(self) -> None:
+        budget = resolve_budget(self.tensors, budget=self.budget, density=self.density)
+        self._counts = budget if self.scope == "global" else share_out(self.tensors, budget)
+
+    def choice(self, step: int, num_chosen: int) -> Choice | None:
+        is_due = step == 0 if self.refresh_every is None else step % self.refresh_every == 0
+        if not is_due:
+            return None
+        if isinstance(self.salience, GradientSalience) and self.batches is None:
+            return TopOfGradient(self._counts, replace=True)
+        return FromWeights()
+
+    def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        assert isinstance(self.salience, GradientSalience)
+        return self.salience.score(widened(weight), widened(gradient))
+
+    @torch.no_grad()
+    def choose(self, step: int, model: nn.Module) -> Indices:
+        return best_entries(self.tensors, self._counts, self._scores(step, model))
+
+    def settings(self) -> dict[str, Any]:
+        """As of any mask; of the batches only whether there are any."""
+        settings = super().settings() | {"salience": self.salience.name, "batches": self.batches is not None}
+        del settings["loss"]
+        return settings
+
+    def _scores(self, step: int, model: nn.Module) -> ChunkScores:
+        if isinstance(self.salience, WeightSalience):
+            salience = self.salience
+            return lambda tensor: weight_scores(salience, tensor, seed=self.seed, step=step)
+        assert isinstance(self.salience, GradientSalience | saliences.ModelSalience)
+        batches = [saliences.batch_of_ones(model)] if self.batches is None else self.batches
+        probe = Probe(model=model, tensors=self.tensors, batches=batches, loss=self.loss or model_loss)
+        scores = self.salience.estimate(probe)
+        return lambda tensor: iter(scores[tensor.name].reshape(-1).split(chunk_length(tensor.parameter)))
+
+
+def weight_scores(salience: WeightSalience, tensor: MaskTensor, *, seed: int, step: int) -> Iterator[Tensor]:
+    """Scores of a tensor's entries, chunk by chunk, from a generator of its own."""
+    weight = tensor.parameter.detach()
+    generator = generator_of(seed=seed, step=step, name=tensor.name, device=weight.device)
+    for chunk in weight.reshape(-1).split(chunk_length(weight)):
+        yield salience.score(chunk, generator)
+
+
+def best_entries(tensors: Sequence[MaskTensor], counts: int | Mapping[str, int], scores: ChunkScores) -> Indices:
+    """Indices of the entries of largest score: `counts` over all tensors together, or in each.
+
+    Returns:
+        By name; int64, ascending, on the tensor's device.
+    """
+    if not isinstance(counts, int):
+        each = (best_entries([tensor], counts[tensor.name], scores) for tensor in tensors)
+        return {name: indices for chosen in each for name, indices in chosen.items()}
+    top = TopEntries(counts)
+    for rank, tensor in enumerate(tensors):
+        offset = 0
+        for chunk in scores(tensor):
+            top.offer(chunk, rank=rank, offset=offset)
+            offset += chunk.numel()
+    ranks, indices, _ = top.result()
+    lengths = torch.bincount(ranks, minlength=len(tensors)).tolist()
+    return {
+        tensor.name: chosen.to(tensor.parameter.device)
+        for tensor, chosen in zip(tensors, indices.split(lengths), strict=True)
+        if chosen.numel()
+    }
+
+
+def check_salience(salience: object) -> None:
+    """It is one of the module's.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    if not isinstance(salience, AbstractSalience):
+        known = sorted(value.name for value in vars(saliences).values() if isinstance(value, AbstractSalience))
+        raise UsageError(
+            f"salience={salience!r} is none; write e.g. salience=gradselect.salience.gradient, or another of "
+            f"{', '.join(known)}"
+        )
+
+
+def check_batches(salience: AbstractSalience, *, batches: Iterable[Batch] | None, loss: Loss | None) -> None:
+    """The salience can use what is given, and is given what it needs.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    if batches is None and salience.needs_batches:
+        raise UsageError(f"{salience.name} needs batches; write e.g. batches=[next(iter(loader))]")
+    if batches is not None and isinstance(salience, WeightSalience):
+        raise UsageError(f"{salience.name} looks at weights only; leave batches out")
+    if loss is not None and (batches is None or not salience.has_loss):
+        raise UsageError(f"loss is of batches, and {salience.name} looks at none here; leave loss out")
+    if batches is not None and isinstance(batches, Iterator):
+        raise UsageError(
+            f"batches={batches!r} can be gone through only once, but entries are chosen again on refreshing and on "
+            "resuming; write batches=list(...)"
+        )
