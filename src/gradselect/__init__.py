@@ -3,9 +3,13 @@
 from ._blocks import Block as Block
 from ._blocks import partition as partition
 from ._errors import UsageError as UsageError
+from ._mask import AbstractCompactMask as AbstractCompactMask
+from ._mask import AbstractDenseMask as AbstractDenseMask
+from ._mask import AbstractMask as AbstractMask
 from ._optimizer import BlockOptimizer as BlockOptimizer
 from ._policy import AbstractPolicy as AbstractPolicy
 from ._records import JsonlWriter as JsonlWriter
+from ._records import MaskRecord as MaskRecord
 from ._records import StepRecord as StepRecord
 from ._residency import AbstractResidency as AbstractResidency
 from ._residency import Drop as Drop
@@ -13,6 +17,14 @@ from ._residency import Keep as Keep
 from ._residency import Offload as Offload
 from ._rules import AbstractRule as AbstractRule
 from ._rules import AdamWRule as AdamWRule
+from ._sparse import SparseOptimizer as SparseOptimizer
+from .masks import GMT as GMT
+from .masks import ID3 as ID3
+from .masks import LIFT as LIFT
+from .masks import BitFit as BitFit
+from .masks import StaticMask as StaticMask
+from .masks import TopGradient as TopGradient
+from .masks import salience as salience
 from .policies import AdaGradSelect as AdaGradSelect
 from .policies import All as All
 from .policies import Cyclic as Cyclic
@@ -23,12 +35,19 @@ from .policies import Uniform as Uniform
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "GMT",
+    "ID3",
+    "LIFT",
+    "AbstractCompactMask",
+    "AbstractDenseMask",
+    "AbstractMask",
     "AbstractPolicy",
     "AbstractResidency",
     "AbstractRule",
     "AdaGradSelect",
     "AdamWRule",
     "All",
+    "BitFit",
     "Block",
     "BlockOptimizer",
     "Cyclic",
@@ -37,9 +56,14 @@ __all__ = [
     "GradNormTopK",
     "JsonlWriter",
     "Keep",
+    "MaskRecord",
     "Offload",
+    "SparseOptimizer",
+    "StaticMask",
     "StepRecord",
+    "TopGradient",
     "Uniform",
     "UsageError",
     "partition",
+    "salience",
 ]

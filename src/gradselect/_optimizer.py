@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn, TypedDict
+from typing import Any
 
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
-from torch.utils.hooks import RemovableHandle
 
+from ._base import SelectiveOptimizer
 from ._blocks import Block, check_partition, partition, resolve_names
 from ._checkpoint import check_same
 from ._errors import UsageError
@@ -20,28 +19,13 @@ from ._freeze import freeze, give_back
 from ._groups import ParameterTable, check_hyper_parameters, check_is, decay_groups
 from ._observe import GradientObserver
 from ._policy import AbstractPolicy
-from ._records import StepRecord, selection_entropy
+from ._records import MemoryBytes, StepRecord, selection_entropy
 from ._residency import AbstractResidency, Keep
 from ._rules import AbstractRule, AdamWRule
 from ._state import MASTER, BlockStates, num_bytes
 
-RecordHook = Callable[[StepRecord], None]
 
-
-class MemoryBytes(TypedDict):
-    """Bytes held at the moment, by category; their sum is the training state without activations.
-
-    Step counters, four bytes for each parameter tensor, are not counted.
-    """
-
-    weights: int
-    gradients: int
-    masters: int
-    state_on_device: int
-    state_on_host: int
-
-
-class BlockOptimizer(torch.optim.Optimizer):
+class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     r"""AdamW that trains, at each step, only the blocks that a policy selects.
 
     With selection S_t of step t, block b and rule R (AdamW):
@@ -142,19 +126,14 @@ class BlockOptimizer(torch.optim.Optimizer):
         blocks = partition(model) if blocks is None else check_partition(model, blocks)
         self._always = resolve_names(blocks, always)
         self.policy = _bind(policy, blocks, always=self._always)
-        self._sealed = False
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(decay_groups(blocks, no_decay=no_decay, weight_decay=weight_decay), defaults)
-        self._sealed = True
 
         self.rule = rule
         self._table = ParameterTable(self.param_groups, {block.name: block.parameter_names for block in blocks})
         self._states = BlockStates(self.state, self._table, rule=rule, residency=residency, master_dtype=master_dtype)
         self._other_weight_bytes = sum(map(num_bytes, model.parameters())) - sum(map(num_bytes, self._table.all()))
-        self._step = 0
         self._update_counts = dict.fromkeys(self.blocks, 0)
-        self._record_hooks: OrderedDict[int, RecordHook] = OrderedDict()
-        self.last_record: StepRecord | None = None
 
         self._set_trainable(self.blocks)
         self._observer = GradientObserver({block.name: block.parameters for block in blocks}, grad_scaler=grad_scaler)
@@ -239,28 +218,12 @@ class BlockOptimizer(torch.optim.Optimizer):
             self._observer.watch(self._proposal if self.policy.observes_selected(self._step) else ())
             self._states.evict_all_but(self.trainable)
 
-    def _report(self, record: StepRecord) -> None:
-        self.last_record = record
-        for hook in self._record_hooks.values():
-            hook(record)
-
     # What users ask ----------------------------------------------------------------------------------------------
-
-    def add_record_hook(self, hook: RecordHook) -> RemovableHandle:
-        """Call `hook(record)` with the `StepRecord` after each step, until the handle that is returned is removed."""
-        handle = RemovableHandle(self._record_hooks)
-        self._record_hooks[handle.id] = hook
-        return handle
 
     @property
     def blocks(self) -> tuple[str, ...]:
         """Names of all blocks in model order."""
         return self._table.blocks
-
-    @property
-    def num_steps(self) -> int:
-        """Steps taken so far; the number of the coming one."""
-        return self._step
 
     @property
     def update_counts(self) -> dict[str, int]:
@@ -325,16 +288,6 @@ class BlockOptimizer(torch.optim.Optimizer):
         self._release(self.trainable)
         self._observer.restart()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused after construction: blocks and groups are fixed for life.
-
-        Raises:
-            UsageError: always, once the optimizer is built.
-        """
-        if self._sealed:
-            raise UsageError("param_groups of BlockOptimizer are fixed; build a new BlockOptimizer on the whole model")
-        super().add_param_group(param_group)
-
     def close(self) -> None:
         """Give the model back: hooks removed, what is frozen for the moment trainable again, weights untouched."""
         self._observer.close()
@@ -381,9 +334,6 @@ class BlockOptimizer(torch.optim.Optimizer):
         self._propose()
         self._states.moved_bytes = selection["moved_bytes"]
 
-    def __getstate__(self) -> NoReturn:
-        raise UsageError("BlockOptimizer cannot be copied or pickled whole; save optimizer.state_dict()")
-
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that loads it must agree on."""
         return {
@@ -395,12 +345,6 @@ class BlockOptimizer(torch.optim.Optimizer):
         }
 
     # Parts -------------------------------------------------------------------------------------------------------
-
-    def _evaluate(self, closure: Callable[[], float] | None) -> float | None:
-        if closure is None:
-            return None
-        with torch.enable_grad():
-            return closure()
 
     def _saw_gradients(self) -> bool:
         # A decision that keeps no block has released all gradients: what the observer saw is what is left of them.

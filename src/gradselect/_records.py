@@ -8,7 +8,20 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+
+class MemoryBytes(TypedDict):
+    """Bytes held at the moment, by category; their sum is the training state without activations.
+
+    Step counters, four bytes for each parameter tensor, are not counted.
+    """
+
+    weights: int
+    gradients: int
+    masters: int
+    state_on_device: int
+    state_on_host: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +45,27 @@ class StepRecord:
     moved_bytes: int
     selection_entropy: float
     norms: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskRecord:
+    """What one step of a `SparseOptimizer` did.
+
+    Args:
+        step: number of the step, from 0.
+        num_entries: how many entries of each tensor were updated, by tensor name; a tensor without any is left out.
+        num_new: entries of this step's set that the last step's did not hold.
+        overlap: share of the last step's set that is in this step's; 1.0 at the first step.
+        grad_norm: L2 norm of the gradients that were applied, before clipping.
+        state_bytes: indices, moments and master weights on the model's device during the update.
+    """
+
+    step: int
+    num_entries: Mapping[str, int]
+    num_new: int
+    overlap: float
+    grad_norm: float
+    state_bytes: int
 
 
 def selection_entropy(counts: Mapping[str, int]) -> float:
@@ -63,7 +97,7 @@ class JsonlWriter:
         self.path = Path(path)
         self._started = False
 
-    def __call__(self, record: StepRecord) -> None:
+    def __call__(self, record: StepRecord | MaskRecord) -> None:
         if not self._started:
             self._forget_from(record.step)
             self._started = True
@@ -81,7 +115,12 @@ class JsonlWriter:
         os.replace(aside, self.path)
 
 
-def _as_json(record: StepRecord) -> dict[str, Any]:
+def _as_json(record: StepRecord | MaskRecord) -> dict[str, Any]:
     """JSON has no number for a norm that is not finite: null."""
-    norms = {name: norm if math.isfinite(norm) else None for name, norm in record.norms.items()}
-    return asdict(record) | {"norms": norms}
+    return {key: _finite(value) for key, value in asdict(record).items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,543 @@
+"""SparseOptimizer: the main path of element-wise selective fine-tuning."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from ._base import SelectiveOptimizer
+from ._blocks import Block, nearest
+from ._checkpoint import check_same
+from ._entries import EntryStore
+from ._errors import UsageError
+from ._freeze import freeze, give_back, is_frozen_for_now
+from ._groups import ParameterTable, check_hyper_parameters, check_is, decay_groups
+from ._mask import (
+    AbstractCompactMask,
+    AbstractDenseMask,
+    AbstractMask,
+    FromWeights,
+    MaskTensor,
+    TopOfGradient,
+)
+from ._masked_update import masked_update
+from ._observe import dense
+from ._reader import GradientReader
+from ._records import MaskRecord, MemoryBytes
+from ._residency import Keep
+from ._rules import AdamWRule
+from ._state import MASTER, BlockStates, num_bytes
+from ._top import TopEntries, chunk_length
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class _Change(NamedTuple):
+    """How this step's set differs from the last one's, in entries."""
+
+    num_previous: int
+    num_new: int
+    num_kept: int
+
+
+class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
+    r"""AdamW that trains only the single weights that a mask chooses.
+
+    With the set S_t of step t and AdamW's rule R, t_i counting the updates of entry i:
+
+        (w_i, m_i, v_i) <- R(w_i, g_i, m_i, v_i, t_i)   for i in S_t
+        w_i unchanged                                   otherwise: bit-identical, no decay, no momentum
+
+    Optimizer state exists for the entries of S_t only: 12 bytes an entry (int32 index, two fp32 moments), 16 with the
+    fp32 master value of a half-precision model. Each gradient is reduced to what the mask needs in its backward hook
+    and freed, so no more than one whole gradient is alive. A **dense** mask (`GMT`) has state for every weight instead.
+
+    How it behaves in a training loop:
+
+    * **Gradients** of masked tensors are gone after `backward()`: `parameter.grad` is None. So clip with
+      `max_grad_norm`; `torch.nn.utils.clip_grad_norm_` cannot see what was freed.
+    * **Gradient accumulation.** Give `accumulation_steps`. The gradients of a window add up densely and are reduced in
+      its last pass: exact, with the memory of a whole gradient meanwhile. With `lean_accumulation` each pass is reduced
+      at once: entries chosen before get exactly the same sum; a choice by gradient is made from the first pass alone,
+      and entries that join in this window move by its gradient only.
+    * **Schedulers** see two fixed `param_groups` (decay, no decay). Decay touches entries of the set only.
+    * **Freezing.** Parameters that the mask does not use, and tensors in which no entry is chosen and none can be, do
+      not require a gradient until `close()`, or until the last reference to the optimizer is dropped.
+    * **GradScaler** is not supported: train in bfloat16.
+    * A tensor that gets no gradient (an expert without tokens) is left alone: its entries neither move nor age.
+    * Build it after the model's weights are loaded: masks that look at weights look now.
+
+    Args:
+        model: its trainable parameters are what the mask may choose from; adapters of a PEFT model, for example.
+        mask: which weights train, e.g. `ID3(budget=320_000, steps=1000)`. It is copied.
+        always: names or globs of parameters that train whole at every step, with dense state, beside the mask: e.g.
+            `("classifier.*",)`.
+        lr: learning rate, >= 0. Default 1e-3, as torch's AdamW.
+        betas: decay rates of the moments, each in [0, 1).
+        eps: added to the root of the second moment, >= 0.
+        weight_decay: decoupled weight decay of the decay group, >= 0. Default 0.01.
+        no_decay: globs of parameter names that are not decayed. Default None: tensors of fewer than two dimensions.
+        max_grad_norm: the gradients that are applied are scaled down to this L2 norm, taken over all of them together.
+            Default None: never.
+        master_dtype: of master values of bf16 and fp16 weights; None: none, the weights are rounded at every step.
+        accumulation_steps: backward passes per step, >= 1.
+        lean_accumulation: see above.
+
+    Raises:
+        UsageError: a value out of its range, a pattern that matches nothing, a mask that does not fit the model.
+
+    Example:
+        >>> import torch, gradselect as gs
+        >>> model = torch.nn.Linear(8, 8)
+        >>> optimizer = gs.SparseOptimizer(model, mask=gs.ID3(budget=6, steps=3), lr=1e-2)
+        >>> for _ in range(3):
+        ...     model(torch.ones(1, 8)).sum().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> sum(len(indices) for indices in optimizer.entries.values())
+        6
+
+    Reference:
+        Agarwal et al., arXiv 2408.14470, for the idea; the update is Loshchilov, Hutter, arXiv 1711.05101, algorithm 2.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mask: AbstractMask,
+        *,
+        always: str | Sequence[str] = (),
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        no_decay: str | Sequence[str] | None = None,
+        max_grad_norm: float | None = None,
+        master_dtype: torch.dtype | None = torch.float32,
+        accumulation_steps: int = 1,
+        lean_accumulation: bool = False,
+    ) -> None:
+        check_is(mask, AbstractMask, name="mask", example="mask=gs.ID3(density=0.01, steps=1000)")
+        check_hyper_parameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        _check_norm(max_grad_norm)
+        tensors = _trainable(model)
+        self._always = _matching([tensor.name for tensor in tensors], always)
+        self.mask = mask.bind([tensor for tensor in tensors if tensor.name not in self._always])
+        blocks = [
+            Block(name=tensor.name, parameters=(tensor.parameter,), parameter_names=(tensor.name,))
+            for tensor in tensors
+            if tensor.name in self._always or tensor.name in self.mask.names
+        ]
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(decay_groups(blocks, no_decay=no_decay, weight_decay=weight_decay), defaults)
+
+        self.max_grad_norm = max_grad_norm
+        self._model = model
+        self._table = ParameterTable(self.param_groups, {block.name: block.parameter_names for block in blocks})
+        is_dense = isinstance(self.mask, AbstractDenseMask)
+        self._dense = tuple(name for name in self._table.blocks if is_dense or name in self._always)
+        rule = AdamWRule()
+        self._states = BlockStates(self.state, self._table, rule=rule, residency=Keep(), master_dtype=master_dtype)
+        self._stores = self._make_stores(with_masters=master_dtype is not None)
+        self._store_of = {name: store for store, _ in self._stores for name in store.names}
+        self._rank = {name: rank for rank, name in enumerate(self.mask.names)}
+        self._states.admit(self._dense)
+
+        parameters = {tensor.name: tensor.parameter for tensor in tensors}
+        for parameter in parameters.values():
+            freeze(parameter, False)
+        self._reader = GradientReader(parameters, self._read, lean=lean_accumulation)
+        self.accumulation_steps = accumulation_steps
+        self._give_back = weakref.finalize(self, give_back, list(parameters.values()), owner=id(self._reader))
+        self._give_back.atexit = False
+        self._propose()
+
+    # The main path -----------------------------------------------------------------------------------------------
+
+    # Tells torch's GradScaler to leave gradients to `step`, which then can say what to do instead.
+    _step_supports_amp_scaling = True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update the entries of the set once, those that join at this step among them.
+
+        Args:
+            closure: evaluates the model again and returns the loss; optional.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            UsageError: a newer optimizer has taken the model over, a gradient is sparse, or a GradScaler is used.
+        """
+        loss = self._evaluate(closure)
+        self._check_use()
+        self._reader.read_rest()
+        if not self._saw_gradients():
+            return loss
+        self._choose_by_gradient()  # 1
+        grad_norm = self._mask_and_clip()  # 2
+        record = self._describe(grad_norm)
+        self._update()  # 3
+        self._step += 1
+        self._propose()  # 4
+        self._report(record)  # 5
+        return loss
+
+    def _read(self, name: str, gradient: Tensor, decisive: bool) -> None:
+        """In the backward pass: take from a whole gradient, which is freed after this, what the mask needs of it."""
+        store = self._store_of[name]
+        store.read(name, gradient)
+        if decisive and isinstance(self._choice, TopOfGradient):
+            if not self._choice.replace:
+                gradient[store.indices(name)] = torch.nan  # never chosen again
+            self._offer(name, gradient)
+
+    def _choose_by_gradient(self) -> None:
+        """Let the best of what was offered join, or stay."""
+        if isinstance(self._choice, TopOfGradient):
+            chosen = self._best()
+            if self._choice.replace:
+                self._replace_by(chosen)
+            else:
+                self._join(chosen)
+
+    def _mask_and_clip(self) -> float:
+        """Zero what a dense mask leaves out, scale all gradients down to `max_grad_norm`; their norm before that."""
+        self._dense_masks = self._mask_dense()
+        gradients = [grad for name in self._dense if (grad := self._parameter(name).grad) is not None]
+        squares = [store.squared_norm() for store, _ in self._stores]
+        squares += [torch.linalg.vector_norm(dense(gradient), dtype=torch.float32) ** 2 for gradient in gradients]
+        norm = torch.stack([square.float().cpu() for square in squares]).sum().sqrt()
+        if self.max_grad_norm is not None:
+            # As torch's clip_grad_norm_ has it.
+            factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            for store, _ in self._stores:
+                store.scale_gradients(factor)
+            for gradient in gradients:
+                gradient.mul_(factor.to(gradient))
+        return float(norm)
+
+    def _update(self) -> None:
+        """Apply AdamW: to the entries, and to tensors with state for every weight."""
+        for store, index in self._stores:
+            store.update(self.param_groups[index])
+        for name in self._dense:
+            for group, parameters in self._table.by_group(name):
+                if name in self._dense_masks:
+                    assert isinstance(self.mask, AbstractDenseMask)
+                    masked_update(self._states, parameters[0], group, self._dense_masks[name], on=self.mask.mask)
+                else:
+                    self._states.update(parameters, group)
+                parameters[0].grad = None
+
+    def _propose(self) -> None:
+        """Ask the mask what the coming step chooses; freeze what cannot train in it."""
+        num_chosen = self._num_chosen()
+        self._change = _Change(num_previous=num_chosen, num_new=0, num_kept=num_chosen)
+        self._choice = self._ask()
+        if isinstance(self._choice, FromWeights):
+            assert isinstance(self.mask, AbstractCompactMask)
+            chosen = self.mask.choose(self._step, self._model)
+            nothing = torch.empty(0, dtype=torch.int64)
+            self._replace_by({name: (chosen.get(name, nothing), None) for name in self.mask.names})
+        self._prepare()
+
+    # What users ask ----------------------------------------------------------------------------------------------
+
+    @property
+    def entries(self) -> dict[str, Tensor]:
+        """Flat indices of the chosen entries, ascending, int64, by tensor name; tensors without any are left out."""
+        found = {name: store.indices(name) for name, store in self._store_of.items() if store.num_entries(name)}
+        return {name: found[name].long().sort().values for name in self.mask.names if name in found}
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Backward passes per step; may be set between steps."""
+        return self._reader.accumulation_steps
+
+    @accumulation_steps.setter
+    def accumulation_steps(self, value: int) -> None:
+        if value < 1:
+            raise UsageError(f"accumulation_steps={value} must be 1 or more: backward passes per step")
+        self._reader.accumulation_steps = value
+
+    @torch.no_grad()
+    def refresh_masters(self) -> None:
+        """Take the model's weights as they are now for master values: after something else than `step` set them."""
+        for store, _ in self._stores:
+            store.refresh_masters()
+        for parameter, state in self.state.items():
+            if MASTER in state:
+                state[MASTER].copy_(parameter)
+
+    def memory(self) -> MemoryBytes:
+        """Bytes held now, exactly, by category.
+
+        Returns:
+            `weights`: all of the model's parameters; `gradients`: those that exist; `masters`: master values;
+            `state_on_device`: indices and moments; `state_on_host`: 0.
+        """
+        masters, on_device, on_host = self._states.memory()
+        compact = [store.num_bytes() for store, _ in self._stores]
+        parameters = list(self._model.parameters())
+        return MemoryBytes(
+            weights=sum(map(num_bytes, parameters)),
+            gradients=sum(num_bytes(parameter.grad) for parameter in parameters if parameter.grad is not None),
+            masters=masters + sum(of_masters for of_masters, _ in compact),
+            state_on_device=on_device + sum(others for _, others in compact),
+            state_on_host=on_host,
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those that were read too, and begin a new accumulation window."""
+        super().zero_grad(set_to_none=set_to_none)
+        self._tops.clear()
+        self._reader.restart()
+        for store, _ in self._stores:
+            store.restart()
+
+    def close(self) -> None:
+        """Give the model back: hooks removed, what is frozen for the moment trainable again, weights untouched."""
+        self._reader.close()
+        self._give_back()
+
+    # Checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the next step, as tensors and plain values: `torch.load(weights_only=True)` reads it.
+
+        The `state` of a masked tensor holds `indices`, `joined_at`, `num_updates`, `exp_avg`, `exp_avg_sq` and, of a
+        half-precision tensor, `master`, in the order in which entries joined. Beside torch's `state` and
+        `param_groups` stands `selection`: the step, and the mask's kind and settings.
+        """
+        state_dict = super().state_dict()
+        for index, name in enumerate(self._table.names):
+            if name in self._store_of:
+                state_dict["state"][index] = self._store_of[name].state(name)
+        state_dict["selection"] = {**self._identity(), "step": self._step, "change": list(self._change)}
+        return state_dict
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Continue where the optimizer that wrote `state_dict` stood. Tensors are copied and keep their dtype.
+
+        Raises:
+            UsageError: written by another optimizer, or for another model or mask; says what differs.
+        """
+        if "mask" not in state_dict.get("selection", {}):
+            raise UsageError(
+                "this state_dict was not written by SparseOptimizer: it has no entry 'selection' with a mask"
+            )
+        selection, saved_groups = state_dict["selection"], state_dict["param_groups"]
+        check_same(selection, self._identity())
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+        states = {name: state_dict["state"].get(index, {}) for index, name in enumerate(self._table.names)}
+        self._states.load(
+            {name: {} if name in self._store_of else state for name, state in states.items()}, resident=self._dense
+        )
+        for store, _ in self._stores:
+            store.load(states)
+        self._step = selection["step"]
+        self._change = _Change(*selection["change"])
+        # What the mask took from weights for the coming step stands among the entries already.
+        self._choice = self._ask()
+        self._prepare()
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint and the run that loads it must agree on."""
+        return {
+            "mask": type(self.mask).__name__,
+            "mask_settings": self.mask.settings(),
+            "tensors": {tensor.name: list(tensor.parameter.shape) for tensor in self.mask.tensors},
+            "always": list(self._always),
+            "groups": [list(group["param_names"]) for group in self.param_groups],
+        }
+
+    # Parts -------------------------------------------------------------------------------------------------------
+
+    def _make_stores(self, *, with_masters: bool) -> list[tuple[EntryStore, int]]:
+        """One store for all masked tensors of one group, device and dtype, and the index of that group."""
+        apart: dict[Any, dict[str, Parameter]] = {}
+        for index, group in enumerate(self.param_groups):
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if name not in self._dense:
+                    apart.setdefault((index, parameter.device, parameter.dtype), {})[name] = parameter
+        return [
+            (EntryStore(parameters, with_masters=with_masters and dtype in HALF), index)
+            for (index, _, dtype), parameters in apart.items()
+        ]
+
+    def _offer(self, name: str, gradient: Tensor) -> None:
+        """Offer a tensor's entries to the choice, chunk by chunk."""
+        assert isinstance(self._choice, TopOfGradient)
+        assert isinstance(self.mask, AbstractCompactMask)
+        counts = self._choice.counts
+        key = None if isinstance(counts, int) else name
+        if key not in self._tops:
+            self._tops[key] = TopEntries(counts if isinstance(counts, int) else counts.get(name, 0))
+        weight = self._parameter(name).detach().view(-1)
+        length = chunk_length(weight)
+        for start in range(0, weight.numel(), length):
+            weights, gradients = (_at_least_float(flat[start : start + length]) for flat in (weight, gradient))
+            scores = self.mask.score(weights, gradients)
+            self._tops[key].offer(scores, rank=self._rank[name], offset=start, values=gradients)
+
+    def _best(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """What won: indices and gradients by tensor name. Where counts are by tensor, of tensors that were offered."""
+        chosen: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for key, top in self._tops.items():
+            ranks, indices, values = top.result()
+            present, sizes = ranks.unique_consecutive(return_counts=True)
+            parts = zip(present.tolist(), indices.split(sizes.tolist()), values.split(sizes.tolist()), strict=True)
+            found = {self.mask.names[rank]: (part, gradients) for rank, part, gradients in parts}
+            nothing = (indices[:0], values[:0])
+            chosen.update({name: found.get(name, nothing) for name in (self.mask.names if key is None else [key])})
+        return chosen
+
+    def _join(self, chosen: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
+        """These entries come in addition to the set."""
+        for store, _ in self._stores:
+            store.add({name: _on(self._parameter(name).device, chosen[name]) for name in store.names if name in chosen})
+        num_new = sum(indices.numel() for indices, _ in chosen.values())
+        self._change = _Change(self._change.num_previous, num_new, self._change.num_previous)
+
+    def _replace_by(self, chosen: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
+        """These entries are the set; those that were in it keep their state. Tensors left out stay as they are."""
+        num_new, num_kept = 0, 0
+        for store, _ in self._stores:
+            kept, newcomers = {}, {}
+            for name in store.names:
+                if name not in chosen:
+                    num_kept += store.num_entries(name)
+                    continue
+                indices, gradients = _on(self._parameter(name).device, chosen[name])
+                old = store.indices(name).long()
+                kept[name] = torch.isin(old, indices, assume_unique=True)
+                is_new = torch.isin(indices, old, assume_unique=True, invert=True)
+                newcomers[name] = (indices[is_new], None if gradients is None else gradients[is_new])
+                num_new += newcomers[name][0].numel()
+                num_kept += indices.numel() - newcomers[name][0].numel()
+            store.keep(kept)
+            store.add(newcomers)
+        self._change = _Change(self._change.num_previous, num_new, num_kept)
+
+    def _ask(self) -> TopOfGradient | FromWeights | None:
+        return self.mask.choice(self._step, self._num_chosen()) if isinstance(self.mask, AbstractCompactMask) else None
+
+    def _prepare(self) -> None:
+        """Freeze what cannot train in the coming step, and watch the rest."""
+        self._tops: dict[str | None, TopEntries] = {}
+        chooses = isinstance(self._choice, TopOfGradient)
+        watched = {name for name, store in self._store_of.items() if chooses or store.num_entries(name)}
+        for name, parameter in self._reader.parameters.items():
+            freeze(parameter, name not in watched and name not in self._dense)
+        self._reader.watch(frozenset(watched))
+        self._reader.restart()
+        for store, _ in self._stores:
+            store.restart()
+
+    def _mask_dense(self) -> dict[str, Tensor]:
+        """What a dense mask says of the gradients that are there."""
+        if not isinstance(self.mask, AbstractDenseMask):
+            return {}
+        there = {name: grad for name in self.mask.names if (grad := self._parameter(name).grad) is not None}
+        masks = self.mask.masks([dense(gradient) for gradient in there.values()])
+        if self.mask.mask == "gradient":
+            for gradient, mask in zip(there.values(), masks, strict=True):
+                gradient.masked_fill_(~mask, 0.0)
+        return dict(zip(there, masks, strict=True))
+
+    def _describe(self, grad_norm: float) -> MaskRecord:
+        sizes = {name: store.num_entries(name) for name, store in self._store_of.items()}
+        sizes |= {name: int(mask.sum()) for name, mask in self._dense_masks.items()}
+        change = self._change
+        return MaskRecord(
+            step=self._step,
+            num_entries={name: sizes[name] for name in self.mask.names if sizes.get(name)},
+            num_new=change.num_new,
+            overlap=change.num_kept / change.num_previous if change.num_previous else 1.0,
+            grad_norm=grad_norm,
+            state_bytes=self._state_bytes(),
+        )
+
+    def _state_bytes(self) -> int:
+        return sum(sum(store.num_bytes()) for store, _ in self._stores) + sum(map(self._states.num_bytes, self._dense))
+
+    def _num_chosen(self) -> int:
+        return sum(store.num_entries(name) for name, store in self._store_of.items())
+
+    def _saw_gradients(self) -> bool:
+        return any(store.has_gradients for store, _ in self._stores) or any(
+            self._parameter(name).grad is not None for name in self._dense
+        )
+
+    def _parameter(self, name: str) -> Parameter:
+        (parameter,) = self._table.of(name)
+        return parameter
+
+    def _check_use(self) -> None:
+        if getattr(self, "grad_scale", None) is not None:
+            raise UsageError(
+                "SparseOptimizer works without a GradScaler; train in bfloat16: torch.autocast or the model"
+            )
+        if not all(self._reader.owns(parameter) for parameter in self._table.all()):
+            raise UsageError("a newer optimizer was built on this model, or this one was closed; step that one")
+
+
+def _trainable(model: nn.Module) -> list[MaskTensor]:
+    """Every tensor that trains, in model order, tied ones once.
+
+    Raises:
+        UsageError: there is none, or one does not lie in memory as a flat array.
+    """
+    tensors = [
+        MaskTensor(name=name, parameter=parameter, module=model.get_submodule(name.rpartition(".")[0]))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or is_frozen_for_now(parameter)
+    ]
+    if not tensors:
+        raise UsageError(f"no parameter of {type(model).__name__} requires a gradient; call model.requires_grad_(True)")
+    for tensor in tensors:
+        if not tensor.parameter.is_contiguous():
+            raise UsageError(
+                f"{tensor.name} is not contiguous in memory; write parameter.data = parameter.contiguous()"
+            )
+    return tensors
+
+
+def _matching(names: Sequence[str], patterns: str | Sequence[str]) -> tuple[str, ...]:
+    """The names that match one of `patterns`, in order.
+
+    Raises:
+        UsageError: a pattern matches nothing.
+    """
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UsageError(f"always={pattern!r} matches no parameter that trains; nearest: {nearest(pattern, names)}")
+    return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def _on(device: torch.device, chosen: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    indices, gradients = chosen
+    return indices.to(device), None if gradients is None else gradients.to(device)
+
+
+def _at_least_float(tensor: Tensor) -> Tensor:
+    """Scores of half-precision tensors are computed in float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _check_norm(max_grad_norm: float | None) -> None:
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise UsageError(
+            f"max_grad_norm={max_grad_norm} must be above 0; write max_grad_norm=1.0, or None for no limit"
+        )
