@@ -42,7 +42,12 @@ ALLOWED = {
     "_masked_update": LEAVES | {"_groups", "_state"},
     "_sparse": CONTRACTS | {"_base", "_mask", "_top", "_entries", "_reader", "_masked_update"},
     "sparsegrad": LEAVES | {"_mask", "_blocks", "masks", "_structure"},
-    "delta": LEAVES,
+    "_delta_checkpoint": LEAVES,
+    "_delta_write": LEAVES | {"_delta_checkpoint"},
+    "_delta_file": LEAVES | {"_delta_checkpoint"},
+    "_delta_diff": LEAVES | {"_delta_checkpoint", "_delta_write", "_delta_file"},
+    "_delta_merge": LEAVES | {"_delta_checkpoint", "_delta_file"},
+    "delta": LEAVES | {"_delta_checkpoint", "_delta_write", "_delta_file", "_delta_diff", "_delta_merge"},
 }
 HEAVY = ("transformers", "trl", "peft", "datasets", "accelerate", "pydantic", "typer", "numpy.testing", "matplotlib")
 
@@ -84,7 +89,7 @@ def test_lower_never_imports_higher(parts, tree):
 
 
 def test_nobody_imports_the_application():
-    application = {"train", "evaluate", "cli"}
+    application = {"train", "evaluate", "cli", "_delta_commands"}
     for parts, tree in modules():
         if parts[0] not in application:
             assert not set(imported(parts, tree)) & application, parts

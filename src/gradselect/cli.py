@@ -14,6 +14,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f"the command line needs {missing.name}; run: pip install 'gradselect[train]'") from None
 
 from . import UsageError, __version__
+from ._delta_commands import app as delta_commands
 
 if TYPE_CHECKING:
     from .evaluate import EvaluationSettings
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(delta_commands)
 
 USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
