@@ -15,11 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gradselect.train import Recipe
-from gradselect.train._data import load_examples
 from gradselect.train._folder import RunFolder
+from gradselect.train._inputs import Inputs, read_inputs
 from gradselect.train._load import parse_recipe
-from gradselect.train._model import load_model, load_tokenizer
-from gradselect.train._setup import Inputs, build_trainer
+from gradselect.train._setup import build_trainer
 from gradselect.train._trainer import RunTrainer
 
 ADAGRADSELECT = {"name": "adagradselect", "fraction": 0.4, "explore_steps": 3}
@@ -133,12 +132,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 def build(folder: Path, output: Path, **sections: dict[str, Any]) -> tuple[RunTrainer, Inputs]:
     """The trainer of a recipe, not run."""
     recipe = parse(folder, **{**sections, "run": {"output": str(output), **sections.get("run", {})}})
-    inputs = Inputs(
-        model=load_model(recipe.model),
-        tokenizer=load_tokenizer(recipe.model, recipe.data),
-        examples=load_examples(recipe.data, seed=0),
-        max_length=recipe.data.max_length or 64,
-    )
+    inputs = read_inputs(recipe)
     return build_trainer(recipe, inputs, folder=RunFolder(output)), inputs
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .._errors import UsageError
+from ..train._pretrained import check_complete, check_tokens, context_of, load_text_tokenizer, load_weights
 from ._settings import EvaluationSettings
 
 FOLDER_MARKS = ("config.json", "adapter_config.json")
@@ -17,7 +18,7 @@ FOLDER_MARKS = ("config.json", "adapter_config.json")
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
-    """A decoder-only model of transformers, its tokenizer, and how many tokens it can look back on.
+    """A model of transformers, its tokenizer, and how many tokens it can look back on.
 
     Args:
         model: in evaluation mode.
@@ -46,21 +47,16 @@ def load(settings: EvaluationSettings) -> LanguageModel:
     Raises:
         UsageError: no checkpoint of a decoder-only model there, a part of it missing, or no such device.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     device = resolve_device(settings.device)
     check_folder(settings.model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            settings.model, dtype=settings.dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        # Whatever is wrong with a checkpoint comes out of transformers as one of these.
-        raise UsageError(f"model={str(settings.model)!r} cannot be loaded: {_first_line(error)}") from error
-    model, report = loaded
-    _check_complete(settings.model, report)
+    kind, wanted = AutoModelForCausalLM, "a causal language model"
+    if settings.task == "classification":
+        kind, wanted = AutoModelForSequenceClassification, "a model with a classification head"
+    tokenizer = load_text_tokenizer(settings.model, key="model")
+    model, missing = load_weights(kind, settings.model, key="model", dtype=settings.dtype)
+    check_complete(missing, model, settings.model, key="model", wanted=wanted)
     return wrap(model.to(device).eval(), tokenizer)
 
 
@@ -70,19 +66,10 @@ def wrap(model: Any, tokenizer: Any) -> LanguageModel:
     Raises:
         UsageError: an encoder-decoder model, or a tokenizer with more tokens than the model has embeddings.
     """
-    config = model.config.get_text_config()
-    if config.is_encoder_decoder:
-        raise UsageError(f"{type(model).__name__} is an encoder-decoder model; evaluate reads decoder-only models")
-    num_embeddings = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > num_embeddings:
-        raise UsageError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model embeddings for {num_embeddings}; "
-            "give the tokenizer of this model, or call model.resize_token_embeddings(len(tokenizer)) before training"
-        )
-    # Not every architecture has positions to run out of, and a tokenizer without a limit stores a huge number.
-    limits = (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length)
-    known = [int(limit) for limit in limits if limit is not None and 0 < limit < 10**9]
-    return LanguageModel(model=model, tokenizer=tokenizer, context=min(known, default=None))
+    if model.config.get_text_config().is_encoder_decoder:
+        raise UsageError(f"{type(model).__name__} is an encoder-decoder model; evaluate does not read those")
+    check_tokens(model, tokenizer)
+    return LanguageModel(model=model, tokenizer=tokenizer, context=context_of(model, tokenizer))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -122,16 +109,3 @@ def check_folder(model: str | Path) -> None:
     looks_local = path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1
     if looks_local and not path.exists():
         raise UsageError(f"model={str(model)!r}: no such folder; paths are relative to the folder the command runs in")
-
-
-def _check_complete(model: str | Path, report: Any) -> None:
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UsageError(
-            f"model={str(model)!r}: the checkpoint lacks {len(missing)} weights, {missing[0]} among them, which would "
-            "be random; give a checkpoint that was saved as a causal language model"
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -79,6 +79,15 @@ def segments(row: int, passage: Passage, *, language_model: LanguageModel) -> li
     return [Segment(row=row, ids=kept, start=start, truncated=len(kept) < len(ids))]
 
 
+def encode_texts(tokenizer: Any, text: str, pair: str | None, *, max_length: int | None) -> dict[str, list[int]]:
+    """Ids, mask and, where the tokenizer has them, token types of a text or a pair of texts to classify.
+
+    Beyond `max_length` tokens the end is cut off; of a pair, token by token, that of the longer text.
+    """
+    cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
+    return dict(tokenizer(text, pair, verbose=False, **cut))
+
+
 def pad(rows: Sequence[Sequence[int]], *, token: int, left: bool) -> tuple[Tensor, Tensor]:
     """Ids and attention mask of a batch, int64, (rows, longest row), e.g. (16, 180)."""
     longest = max(map(len, rows))

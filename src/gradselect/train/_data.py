@@ -13,7 +13,8 @@ from datasets.exceptions import DatasetNotFoundError
 
 from .. import UsageError
 from ._files import ENDINGS, Row, read_rows, require_columns, sha256
-from ._recipe import ChatData, Data, PromptCompletionData, TextData
+from ._labels import label_names, read_label
+from ._recipe import ChatData, ClassificationData, Data, PromptCompletionData, TextData
 from ._template import columns_of, render
 
 
@@ -38,11 +39,20 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """What a run trains and evaluates on, in TRL's form (columns prompt and completion, messages, or text)."""
+    """What a run trains and evaluates on.
+
+    Args:
+        train: in TRL's form (columns prompt and completion, messages, or text), or, for classification, with the
+            columns text, text_pair (or None) and labels (a number).
+        validation: the same.
+        sources: where they came from, by name.
+        labels: of a classification, in the order of their numbers; None where there are none or they are scores.
+    """
 
     train: Dataset
     validation: Dataset | None
     sources: dict[str, Source]
+    labels: tuple[str, ...] | None = None
 
 
 def load_examples(settings: Data, *, seed: int) -> Examples:
@@ -52,31 +62,32 @@ def load_examples(settings: Data, *, seed: int) -> Examples:
         UsageError: a file, a column or a row that cannot be used; names it.
     """
     sources = _read_sources(settings, seed=seed)
-    rendered = {name: Dataset.from_list(_render_rows(source, settings)) for name, source in sources.items()}
-    return Examples(train=rendered["train"], validation=rendered.get("validation"), sources=sources)
+    labels = _labels(sources["train"], settings)
+    rendered = {name: Dataset.from_list(_render_rows(source, settings, labels)) for name, source in sources.items()}
+    return Examples(train=rendered["train"], validation=rendered.get("validation"), sources=sources, labels=labels)
 
 
 def _read_sources(settings: Data, *, seed: int) -> dict[str, Source]:
     """The rows to train on, and those to evaluate on if there are any."""
-    train = _first(_read(settings.path, subset=settings.subset, split=settings.split), settings.limit)
+    train = _first(_read(settings.path, settings, split=settings.split), settings.limit)
     match settings.validation:
         case None:
             return {"train": train}
         case str(name) if _is_file(name) or _is_file(settings.path):
-            validation = _read(name, subset=None, split="train")
+            validation = _read(name, settings, split="train")
         case str(name):
-            validation = _read(settings.path, subset=settings.subset, split=name)
+            validation = _read(settings.path, settings, split=name)
         case share:
             train, validation = _hold_out(train, share, seed=seed)
     return {"train": train, "validation": _first(validation, settings.validation_limit)}
 
 
-def _read(path: str, *, subset: str | None, split: str) -> Source:
+def _read(path: str, settings: Data, *, split: str) -> Source:
     if _is_file(path):
-        rows = read_rows(path)
+        rows = read_rows(path, columns=settings.columns)
         return Source(path=path, fingerprint=sha256(path), rows=rows)
     try:
-        dataset = load_dataset(path, subset, split=split)
+        dataset = load_dataset(path, settings.subset if path == settings.path else None, split=split)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
         raise UsageError(
             f"data.path={path!r} is neither a file ({', '.join(ENDINGS)}) nor a data set that can be had from the hub: "
@@ -111,19 +122,27 @@ def _hold_out(source: Source, share: float, *, seed: int) -> tuple[Source, Sourc
     )
 
 
-def _render_rows(source: Source, settings: Data) -> list[dict[str, Any]]:
-    """Rows in TRL's form."""
+def _labels(train: Source, settings: Data) -> tuple[str, ...] | None:
+    if not isinstance(settings, ClassificationData) or settings.regression:
+        return None
+    require_columns(train.rows, [settings.label], path=train.path)
+    return settings.labels or label_names([row[settings.label] for row in train.rows], path=train.path)
+
+
+def _render_rows(source: Source, settings: Data, labels: tuple[str, ...] | None) -> list[dict[str, Any]]:
+    """Rows in the form of `Examples`."""
     require_columns(source.rows, _columns_read(settings), path=source.path)
     examples = []
     for number, row in enumerate(source.rows, start=1):
         try:
-            examples.append(_render_row(row, settings))
+            examples.append(_render_row(row, settings, labels))
         except UsageError as error:
             raise UsageError(f"{source.path}: row {number}: {error}") from None
     return examples
 
 
 def _columns_read(settings: Data) -> tuple[str, ...]:
+    """The columns that every row must have."""
     match settings:
         case PromptCompletionData():
             return (*columns_of(settings.prompt), *columns_of(settings.completion))
@@ -131,9 +150,11 @@ def _columns_read(settings: Data) -> tuple[str, ...]:
             return (settings.messages,)
         case TextData():
             return columns_of(settings.text)
+        case ClassificationData():
+            return (*columns_of(settings.text), *columns_of(settings.text_pair or ""), settings.label)
 
 
-def _render_row(row: Row, settings: Data) -> dict[str, Any]:
+def _render_row(row: Row, settings: Data, labels: tuple[str, ...] | None) -> dict[str, Any]:
     match settings:
         case PromptCompletionData():
             prompt, completion = render(settings.prompt, row), render(settings.completion, row)
@@ -148,6 +169,13 @@ def _render_row(row: Row, settings: Data) -> dict[str, Any]:
             return {"messages": messages}
         case TextData():
             return {"text": render(settings.text, row)}
+        case ClassificationData():
+            pair = None if settings.text_pair is None else render(settings.text_pair, row)
+            return {
+                "text": render(settings.text, row),
+                "text_pair": pair,
+                "labels": read_label(row[settings.label], labels=labels),
+            }
 
 
 def check_messages(messages: Any) -> list[dict[str, str]]:

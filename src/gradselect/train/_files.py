@@ -15,11 +15,17 @@ Row = dict[str, Any]
 """One example: a value per column."""
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path, *, columns: Sequence[str] | None = None) -> list[Row]:
     """All rows of a `.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv` or `.txt` file, in the file's order.
 
     JSON holds one list of objects; JSONL one object a line; CSV and TSV name their columns in the first line; TXT gives
-    one row with the column `text` per line. Empty lines of JSONL and TXT are skipped. Text is UTF-8.
+    one row with the column `text` per line. Empty lines of JSONL and TXT are skipped. Text is UTF-8. In a TSV file a
+    quote sign is a character like any other.
+
+    Args:
+        path: the file.
+        columns: names of the columns of a CSV or TSV file without a line of names; should its first line say just these
+            names, it is no row.
 
     Raises:
         UsageError: no such file, an unknown ending, no rows, or a line that cannot be read; names file and line.
@@ -32,9 +38,11 @@ def read_rows(path: str | Path) -> list[Row]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise UsageError(f"{path}: cannot read files ending in {path.suffix!r}; use one of {', '.join(ENDINGS)}")
+    if columns is not None and reader not in (_read_csv, _read_tsv):
+        raise UsageError(f"columns={list(columns)} is for .csv and .tsv files; {path} has its own names: leave it out")
     if not path.is_file():
         raise UsageError(f"{path}: no such file; paths are relative to the folder the command runs in")
-    rows = list(reader(path))
+    rows = list(reader(path) if columns is None else reader(path, columns))
     if not rows:
         raise UsageError(f"{path}: the file holds no rows; give a file with at least one example")
     return rows
@@ -77,13 +85,13 @@ def _read_json(path: Path) -> Iterator[Row]:
         yield _object(item, where=f"{path}, item {number} of the list")
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
-    return _read_table(path, csv.reader(_lines(path), strict=True))
+def _read_csv(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
+    return _read_table(path, csv.reader(_lines(path), strict=True), columns)
 
 
-def _read_tsv(path: Path) -> Iterator[Row]:
+def _read_tsv(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
     # Fields of a TSV hold no tabs and no line ends, so a quote sign is a character like any other.
-    return _read_table(path, csv.reader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE))
+    return _read_table(path, csv.reader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE), columns)
 
 
 def _read_txt(path: Path) -> Iterator[Row]:
@@ -99,7 +107,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise UsageError(f"{path}: not a readable Parquet file ({_first_line(error)})") from None
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+_READERS: dict[str, Callable[..., Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,
@@ -112,17 +120,17 @@ ENDINGS = tuple(_READERS)
 """What the names of readable files end in."""
 
 
-def _read_table(path: Path, lines: Any) -> Iterator[Row]:
-    """The rows of a `csv.reader`, whose first line names the columns."""
+def _read_table(path: Path, lines: Any, columns: Sequence[str] | None) -> Iterator[Row]:
+    """The rows of a `csv.reader`, whose columns are named by `columns` or else by its first line."""
     try:
-        header = next(lines, None)
+        header = next(lines, []) if columns is None else list(columns)
         for fields in lines:
-            if header is None or not fields:
+            if not fields or (columns is not None and fields == header and lines.line_num == 1):
                 continue
             if len(fields) != len(header):
                 raise UsageError(
-                    f"{path}, line {lines.line_num}: expected {len(header)} fields as in the first line "
-                    f"({', '.join(header)}), got {len(fields)}"
+                    f"{path}, line {lines.line_num}: expected {len(header)} fields as in "
+                    f"{'the first line' if columns is None else 'columns'} ({', '.join(header)}), got {len(fields)}"
                 )
             yield dict(zip(header, fields, strict=True))
     except csv.Error as error:

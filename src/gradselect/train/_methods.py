@@ -197,8 +197,14 @@ class AbstractAdapterMethod(Settings, ABC):
     """Trains an adapter of PEFT in float32; at the end it is merged into the model's weights."""
 
     @abstractmethod
-    def peft_config(self, *, embedding: str) -> PeftConfig:
-        """The configuration that PEFT builds the adapter from; `embedding` is the name of the token embedding."""
+    def peft_config(self, *, embedding: str, head: Sequence[str] = ()) -> PeftConfig:
+        """The configuration that PEFT builds the adapter from.
+
+        Args:
+            embedding: name of the token embedding.
+            head: names of the modules of a classification head, which train whole beside the adapter; none for a
+                language model.
+        """
 
 
 class LoraMethod(AbstractAdapterMethod):
@@ -222,18 +228,19 @@ class LoraMethod(AbstractAdapterMethod):
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     train_embedding: bool = False
 
-    def peft_config(self, *, embedding: str) -> PeftConfig:
+    def peft_config(self, *, embedding: str, head: Sequence[str] = ()) -> PeftConfig:
         from peft import LoraConfig
 
+        whole = [*head, *([embedding] if self.train_embedding else [])]
         return LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=_task_type(head),
             r=self.rank,
             lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
             lora_dropout=self.dropout,
             target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
             use_rslora=self.name == "rslora",
             use_dora=self.name == "dora",
-            modules_to_save=[embedding] if self.train_embedding else None,
+            modules_to_save=whole or None,
             ensure_weight_tying=self.train_embedding,
         )
 
@@ -250,10 +257,15 @@ class OtherAdapterMethod(AbstractAdapterMethod):
     type: str
     options: Mapping[str, Any] = Field(default_factory=dict)
 
-    def peft_config(self, *, embedding: str) -> PeftConfig:
+    def peft_config(self, *, embedding: str, head: Sequence[str] = ()) -> PeftConfig:
         from peft import get_peft_config
 
-        return get_peft_config({"peft_type": self.type.upper(), "task_type": "CAUSAL_LM", **self.options})
+        whole = {"modules_to_save": list(head)} if head else {}
+        return get_peft_config({"peft_type": self.type.upper(), "task_type": _task_type(head), **whole, **self.options})
+
+
+def _task_type(head: Sequence[str]) -> str:
+    return "SEQ_CLS" if head else "CAUSAL_LM"
 
 
 Method = Annotated[

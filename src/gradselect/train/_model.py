@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from .. import UsageError
-from ._recipe import ChatData, Data, ModelSettings, PromptCompletionData
-
-_LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
+from ._pretrained import check_complete, check_tokens, context_of, first_line, load_text_tokenizer, load_weights
+from ._recipe import ChatData, ClassificationData, Data, ModelSettings, PromptCompletionData
 
 
 def load_model(settings: ModelSettings) -> PreTrainedModel:
@@ -23,44 +28,62 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
     Raises:
         UsageError: it cannot be had, is damaged, lacks weights, or could not be saved again.
     """
-    _check_folder(settings.path)
+    model, missing = _load(AutoModelForCausalLM, settings)
+    check_complete(missing, model, settings.path, key="model.path", wanted="a causal language model")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            settings.path,
-            revision=settings.revision,
-            dtype=settings.dtype,
-            attn_implementation=settings.attention,
-            trust_remote_code=settings.trust_remote_code,
-            output_loading_info=True,
-        )
-        model, report = loaded
         model.generation_config.validate(strict=True)
-    except _LOADING_ERRORS as error:
-        raise UsageError(f"model.path={settings.path!r} cannot be used: {_summary(error)}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UsageError(
-            f"model.path={settings.path!r} lacks {len(missing)} weights of a {type(model).__name__}, "
-            f"{missing[0]!r} among them; give the checkpoint of a causal language model"
-        )
+    except ValueError as error:
+        raise UsageError(f"model.path={settings.path!r} cannot be used: {first_line(error)}") from error
     return model
 
 
+def load_classifier(
+    settings: ModelSettings, *, labels: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model at `settings.path` with a classification head, and the names of the head's parameters.
+
+    The head is what stands outside the base model, and of the base model what the checkpoint lacks because only
+    classifiers use it: BERT's pooler. What the checkpoint lacks is drawn from `seed`; a head that it has goes on.
+
+    Args:
+        settings: what to load.
+        labels: the names of the outputs; None for one output, a score.
+        tokenizer: gives the padding token, by which decoders find the last token of a text.
+        seed: of the new head.
+
+    Raises:
+        UsageError: it cannot be had, is damaged, lacks weights of the base model, or has a head of another size.
+    """
+    names = {} if labels is None else {"id2label": dict(enumerate(labels)), "label2id": _numbered(labels)}
+    problem = "regression" if labels is None else "single_label_classification"
+    set_seed(seed)
+    model, missing = _load(
+        AutoModelForSequenceClassification,
+        settings,
+        num_labels=1 if labels is None else len(labels),
+        problem_type=problem,
+        **names,
+    )
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    base = f"{model.base_model_prefix}."
+    lacking = tuple(name for name in missing if name.startswith(base) and "pooler" not in name)
+    check_complete(lacking, model, settings.path, key="model.path", wanted="the model itself")
+    head = [name for name, _ in model.named_parameters() if not name.startswith(base) or name in missing]
+    return model, tuple(head)
+
+
 def load_tokenizer(settings: ModelSettings, data: Data) -> PreTrainedTokenizerBase:
-    """The tokenizer at `settings.path`, able to end a text and, where the data need it, to render a conversation.
+    """The tokenizer at `settings.path`, able to do what the data need: to end or to pad a text, to render a chat.
 
     Raises:
         UsageError: it cannot.
     """
     _check_folder(settings.path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            settings.path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
-    except _LOADING_ERRORS as error:
-        raise UsageError(
-            f"model.path={settings.path!r} cannot be used, there is no tokenizer: {_summary(error)}"
-        ) from error
+    tokenizer = load_text_tokenizer(
+        settings.path, key="model.path", revision=settings.revision, trust_remote_code=settings.trust_remote_code
+    )
+    if isinstance(data, ClassificationData):
+        return _able_to_pad(tokenizer, settings.path)
     if tokenizer.eos_token is None:
         raise UsageError(
             f"the tokenizer of {settings.path!r} has no end-of-text token, so a completion would have no end; "
@@ -75,23 +98,21 @@ def load_tokenizer(settings: ModelSettings, data: Data) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def resolve_max_length(max_length: int | None, *, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of an example: `max_length`, or the model's context but no more than 1024.
+def resolve_max_length(data: Data, *, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of an example: `data.max_length`, or the model's context but no more than 1024.
 
     Raises:
         UsageError: more than the model has positions for, or tokens that the model has no embedding for.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if max_length is not None and positions is not None and max_length > positions:
+    if isinstance(data, ClassificationData):
+        positions = context_of(model, tokenizer)
+    if data.max_length is not None and positions is not None and data.max_length > positions:
         raise UsageError(
-            f"data.max_length={max_length} is more than the model's {positions} positions; write at most that"
+            f"data.max_length={data.max_length} is more than the model's {positions} positions; write at most that"
         )
-    rows = next(model.get_input_embeddings().parameters()).shape[0]
-    if len(tokenizer) > rows:
-        raise UsageError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model embeddings for {rows}: they do not belong together"
-        )
-    return max_length or min(1024, positions or 1024)
+    check_tokens(model, tokenizer)
+    return data.max_length or min(1024, positions or 1024)
 
 
 @torch.no_grad()
@@ -106,11 +127,33 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _load(kind: Any, settings: ModelSettings, **options: Any) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    _check_folder(settings.path)
+    return load_weights(
+        kind,
+        settings.path,
+        key="model.path",
+        revision=settings.revision,
+        dtype=settings.dtype,
+        attn_implementation=settings.attention,
+        trust_remote_code=settings.trust_remote_code,
+        **options,
+    )
+
+
+def _able_to_pad(tokenizer: Any, path: str) -> Any:
+    """A decoder's tokenizer pads with its end-of-text token, which the mask hides."""
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise UsageError(f'the tokenizer of {path!r} cannot pad; add "pad_token" to its tokenizer_config.json')
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _numbered(labels: Sequence[str]) -> dict[str, int]:
+    return {label: number for number, label in enumerate(labels)}
+
+
 def _check_folder(path: str) -> None:
     if path.startswith((".", "/", "~")) and not Path(path).is_dir():
         raise UsageError(f"model.path={path!r}: no such folder; paths are relative to the folder the command runs in")
-
-
-def _summary(error: Exception) -> str:
-    """The first line of a library's error, without what follows."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

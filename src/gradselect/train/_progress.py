@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from .. import BlockOptimizer
 from ._folder import RunFolder
 from ._meter import Meter
-from ._recipe import PromptCompletionData, Recipe
+from ._recipe import ClassificationData, PromptCompletionData, Recipe
 
 
 class ProgressDisplay(TrainerCallback):
@@ -58,9 +58,8 @@ class ProgressDisplay(TrainerCallback):
         if "loss" in logs:
             _print(self._console, self._line(state, logs, parts))
         elif "eval_loss" in logs:
-            _print(
-                self._console, f"step {state.global_step}/{state.max_steps}  validation loss {logs['eval_loss']:.4f}"
-            )
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in validation_figures(logs).items())
+            _print(self._console, f"step {state.global_step}/{state.max_steps}  validation {figures}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()
@@ -103,6 +102,13 @@ def _selected(optimizer: Any) -> str:
     return f"[{names}]{' explored' if record.explored else ''}"
 
 
+def validation_figures(logs: Mapping[str, float]) -> dict[str, float]:
+    """The loss and the metrics of an evaluation, from what the Trainer logs of it."""
+    skipped = ("runtime", "per_second", "num_tokens")
+    figures = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+    return {name: value for name, value in figures.items() if not name.endswith(skipped)}
+
+
 def show_start(
     console: Console, start: Mapping[str, Any], *, notes: Sequence[str], checkpoint: Path | None, resume: bool
 ) -> None:
@@ -139,7 +145,8 @@ def _next_command(recipe: Recipe) -> str:
     """What measures the trained model; with the templates that it was trained with."""
     data = recipe.data
     test = data.validation if isinstance(data.validation, str) else "TEST.jsonl"
-    words = ["gradselect", "evaluate", recipe.run.output, "--task", "loss", "--data", test]
+    task = "classification" if isinstance(data, ClassificationData) else "loss"
+    words = ["gradselect", "evaluate", recipe.run.output, "--task", task, "--data", test]
     if isinstance(data, PromptCompletionData):
         # The command line reads \\n as a line end.
         templates = (template.replace("\n", "\\n") for template in (data.prompt, data.completion))

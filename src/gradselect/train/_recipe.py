@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -24,6 +25,9 @@ Place = Annotated[str, AfterValidator(os.path.expanduser)]
 
 Template = Annotated[str, AfterValidator(check_template)]
 """Text with columns of the data in braces: "Question: {question}\\nAnswer:"."""
+
+LabelName = Annotated[str, BeforeValidator(str)]
+"""A label as the data's column has it; YAML reads a bare 0 as a number."""
 
 
 class ModelSettings(Settings):
@@ -51,6 +55,8 @@ class AbstractDataSettings(Settings):
 
     Attributes:
         path: a `.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv` or `.txt` file, or the id of a data set on the hub.
+        columns: names of the columns of CSV and TSV files that have no line of names; a first line that says just the
+            same names is skipped.
         subset: name of a configuration of the hub data set.
         split: split of the hub data set.
         limit: use only the first so many rows.
@@ -58,20 +64,29 @@ class AbstractDataSettings(Settings):
             or, for a hub data set, the name of one of its splits.
         validation_limit: use only the first so many rows of it.
         max_length: tokens of an example; longer ones are cut at the end. By default the model's context, at most 1024.
-        packing: put several examples into one row of `max_length` tokens; attention stays inside each example.
     """
 
     path: Place
+    columns: tuple[str, ...] | None = None
     subset: str | None = None
     split: str = "train"
     limit: PositiveInt | None = None
     validation: Annotated[float, Field(gt=0, lt=1)] | Place | None = None
     validation_limit: PositiveInt | None = None
     max_length: PositiveInt | None = None
+
+
+class AbstractTokenData(AbstractDataSettings):
+    """Examples of which the model learns to write tokens.
+
+    Attributes:
+        packing: put several examples into one row of `max_length` tokens; attention stays inside each example.
+    """
+
     packing: bool = False
 
 
-class PromptCompletionData(AbstractDataSettings):
+class PromptCompletionData(AbstractTokenData):
     """A prompt that the model reads and a completion that it learns to write.
 
     Attributes:
@@ -88,7 +103,7 @@ class PromptCompletionData(AbstractDataSettings):
     loss_on: Literal["completion", "all"] = "completion"
 
 
-class ChatData(AbstractDataSettings):
+class ChatData(AbstractTokenData):
     """Conversations, rendered by the model's own chat template.
 
     Attributes:
@@ -102,7 +117,7 @@ class ChatData(AbstractDataSettings):
     loss_on: Literal["last-answer", "answers", "all"] = "last-answer"
 
 
-class TextData(AbstractDataSettings):
+class TextData(AbstractTokenData):
     """Plain text: every token counts in the loss; the end-of-text token is appended.
 
     Attributes:
@@ -113,7 +128,44 @@ class TextData(AbstractDataSettings):
     text: Template = "{text}"
 
 
-Data = Annotated[PromptCompletionData | ChatData | TextData, Field(discriminator="format")]
+class ClassificationData(AbstractDataSettings):
+    """Texts or pairs of texts, each with a label, for a model with a classification head on top.
+
+    Attributes:
+        text: template of the text.
+        text_pair: template of the second text, where there is one.
+        label: the column that holds the label.
+        labels: all labels as that column has them, in the order of the head's outputs. By default those of the training
+            rows: numbers by size, else by the alphabet.
+        regression: the labels are scores: one output and the squared error.
+    """
+
+    format: Literal["classification"]
+    text: Template = "{sentence}"
+    text_pair: Template | None = None
+    label: str = "label"
+    labels: tuple[LabelName, ...] | None = None
+    regression: bool = False
+
+    @model_validator(mode="after")
+    def check_labels(self) -> Self:
+        if self.labels is not None and (
+            self.regression or len(set(self.labels)) != len(self.labels) or len(self.labels) < 2
+        ):
+            raise ValueError(
+                f"labels={list(self.labels)} with regression={self.regression}; give two or more different labels, or, "
+                "for scores, regression=true and no labels"
+            )
+        return self
+
+
+TokenData = PromptCompletionData | ChatData | TextData
+Data = Annotated[TokenData | ClassificationData, Field(discriminator="format")]
+
+
+def is_packed(data: Data) -> bool:
+    """Whether several examples stand in one row."""
+    return isinstance(data, TokenData) and data.packing
 
 
 class OptimizerSettings(Settings):

@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import BlockOptimizer, UsageError, __version__
 from ._folder import RunFolder, writing_aside
+from ._inputs import Inputs
 from ._load import dump_recipe
 from ._meter import Meter
 from ._model import fingerprint
+from ._progress import validation_figures
 from ._recipe import Recipe
-from ._setup import Inputs
 from ._trainer import RunTrainer
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
@@ -73,6 +74,7 @@ def describe_end(trainer: RunTrainer, meter: Meter, *, notes: Sequence[str]) -> 
         "steps": trainer.state.global_step,
         "training_loss": _last(history, "loss"),
         "validation_loss": _last(history, "eval_loss"),
+        "validation": validation_figures(next((log for log in reversed(history) if "eval_loss" in log), {})),
         "tokens": trainer.num_tokens,
         "tokens_per_second": trainer.num_tokens / meter.total_seconds if meter.total_seconds else None,
         "notes": list(notes),

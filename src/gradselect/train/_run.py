@@ -11,14 +11,13 @@ import torch
 from rich.console import Console
 
 from .. import UsageError
-from ._data import load_examples
 from ._folder import RunFolder, claimed
+from ._inputs import read_inputs
 from ._meter import Meter
-from ._model import load_model, load_tokenizer, resolve_max_length
 from ._progress import ProgressDisplay, show_start, show_summary
-from ._recipe import Recipe
+from ._recipe import Recipe, is_packed
 from ._result import check_same_run, describe_end, describe_start, save_model, write_run, write_start
-from ._setup import Inputs, build_trainer, length_notes
+from ._setup import build_trainer, length_notes
 from ._trainer import RunTrainer
 
 
@@ -27,7 +26,7 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
     _check_one_device(recipe)
     with claimed(RunFolder(Path(recipe.run.output)), resume=resume, messages=messages) as folder:
         # 1 read what the recipe names
-        inputs = _read(recipe)
+        inputs = read_inputs(recipe)
         checkpoint = folder.newest_checkpoint() if resume else None
         start = describe_start(recipe, inputs, command=command, checkpoint=checkpoint)
         if folder.run_file.exists():
@@ -35,7 +34,7 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
 
         # 2 set up
         trainer = build_trainer(recipe, inputs, folder=folder)
-        notes = length_notes(trainer, inputs, packing=recipe.data.packing)
+        notes = length_notes(trainer, inputs, packing=is_packed(recipe.data))
         write_start(folder, start, recipe)
         show_start(console, start, notes=notes, checkpoint=checkpoint, resume=resume)
 
@@ -58,15 +57,6 @@ def _check_one_device(recipe: Recipe) -> None:
         raise UsageError(
             f"gradselect train uses one GPU and sees {torch.cuda.device_count()}; choose one: CUDA_VISIBLE_DEVICES=0"
         )
-
-
-def _read(recipe: Recipe) -> Inputs:
-    """Data first: a broken line should not wait for a large model to load."""
-    examples = load_examples(recipe.data, seed=recipe.run.seed)
-    tokenizer = load_tokenizer(recipe.model, recipe.data)
-    model = load_model(recipe.model)
-    max_length = resolve_max_length(recipe.data.max_length, model=model, tokenizer=tokenizer)
-    return Inputs(model=model, tokenizer=tokenizer, examples=examples, max_length=max_length)
 
 
 def _train(trainer: RunTrainer, *, checkpoint: Path | None, console: Console) -> Meter:

@@ -1,4 +1,4 @@
-"""TRL's trainer with whole checkpoints or none, and an end to a run whose loss is no number."""
+"""Trainers with whole checkpoints or none, and an end to a run whose loss is no number."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 from trl.trainer.sft_trainer import SFTTrainer
 
 from .. import UsageError
 from ._folder import RunFolder, writing_aside
 
 
-class RunTrainer(SFTTrainer):
-    """`trl.SFTTrainer` as the command line runs it.
+class RunTrainer(Trainer):
+    """`transformers.Trainer` as the command line runs it.
 
     Args:
         folder: its checkpoints go to `folder.checkpoints`, each written aside and then renamed.
         keep_checkpoints: how many there are at most; older ones are deleted.
-        others: as for `SFTTrainer`, by keyword.
+        others: as for the parent, by keyword.
 
     Attributes:
         num_tokens: tokens that this session has trained on, prompts included and padding not.
@@ -46,7 +47,7 @@ class RunTrainer(SFTTrainer):
         Raises:
             UsageError: it is NaN or infinite in training; the step has changed nothing yet.
         """
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training:
             loss = (result[0] if return_outputs else result).item()
             if not math.isfinite(loss):
@@ -65,7 +66,7 @@ class RunTrainer(SFTTrainer):
             with writing_aside(self._folder.checkpoint(step)) as aside:
                 self._writing_to = str(aside)
                 # Past SFTTrainer's own method, which adds a model card.
-                super(SFTTrainer, self)._save_checkpoint(model, trial)
+                Trainer._save_checkpoint(self, model, trial)
                 _lift(aside)
         finally:
             self._writing_to = str(self._folder.checkpoints)
@@ -79,6 +80,10 @@ class RunTrainer(SFTTrainer):
             f"training has stopped and {kept}. Try a smaller optimizer.lr (it was {self.args.learning_rate:g}), "
             "a longer optimizer.warmup, or model.dtype=float32"
         )
+
+
+class TokenTrainer(RunTrainer, SFTTrainer):
+    """The same for what learns to write tokens, with TRL's templates, packing and masks of the loss."""
 
 
 @torch.no_grad()

@@ -1,0 +1,114 @@
+"""What a method changes about a trainer: the model that it is given, and the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import TrainerCallback, set_seed
+
+from .. import UsageError, partition
+from ..integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
+from ._folder import RunFolder
+from ._inputs import Inputs
+from ._methods import AbstractAdapterMethod, AbstractBlockMethod, AllMethod, FullMethod
+from ._recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodParts:
+    """What a method changes about a trainer."""
+
+    model: nn.Module
+    optimizer: tuple[Any, dict[str, Any]] | None
+    callbacks: list[TrainerCallback]
+
+
+def method_parts(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> MethodParts:
+    """What the recipe's method makes of the model. A classification head trains with every method.
+
+    Raises:
+        UsageError: the method does not fit the model.
+    """
+    method, model = recipe.method, inputs.model
+    if isinstance(method, FullMethod) and recipe.model.dtype != "float32":
+        method = method.with_masters()
+    match method:
+        case AbstractBlockMethod():
+            return MethodParts(
+                model=model,
+                optimizer=(SelectiveOptimizerFactory, _block_options(method, recipe, model, head=inputs.head)),
+                callbacks=[SelectionCallback(jsonl=folder.records_file)],
+            )
+        case AbstractAdapterMethod():
+            return _adapter_parts(method, recipe, inputs)
+        case FullMethod():
+            return MethodParts(model=model, optimizer=None, callbacks=[])
+
+
+def _adapter_parts(method: AbstractAdapterMethod, recipe: Recipe, inputs: Inputs) -> MethodParts:
+    adapted = _adapt(inputs, method, seed=recipe.run.seed)
+    if all(parameter.dtype == torch.float32 for parameter in adapted.parameters() if parameter.requires_grad):
+        return MethodParts(model=adapted, optimizer=None, callbacks=[])
+    # PEFT keeps a copied embedding or head in the model's type: it needs master weights as full fine-tuning does.
+    options = _block_options(AllMethod(), recipe, adapted, head=())
+    return MethodParts(model=adapted, optimizer=(SelectiveOptimizerFactory, options), callbacks=[SelectionCallback()])
+
+
+def _block_options(
+    method: AbstractBlockMethod, recipe: Recipe, model: nn.Module, *, head: Collection[str]
+) -> dict[str, Any]:
+    """Arguments of `gradselect.BlockOptimizer`; `head` are names of parameters that train at every step."""
+    blocks = partition(model)
+    heads = [block.name for block in blocks if not set(head).isdisjoint(block.parameter_names)]
+    return {
+        "policy": method.policy(seed=recipe.run.seed, blocks=[block.name for block in blocks]),
+        "always": (*method.always, *heads),
+        "residency": method.place(),
+        "master_dtype": torch.float32,
+        **_adamw_options(recipe),
+    }
+
+
+def _adamw_options(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "lr": recipe.optimizer.lr,
+        "weight_decay": recipe.optimizer.weight_decay,
+        "betas": recipe.optimizer.betas,
+        "eps": recipe.optimizer.eps,
+        "accumulation_steps": recipe.run.accumulation,
+    }
+
+
+def _adapt(inputs: Inputs, method: AbstractAdapterMethod, *, seed: int) -> PeftModel:
+    """The model with an adapter, drawn with `seed`, that is all that trains beside a classification head."""
+    model, head = inputs.model, _modules_of_head(inputs)
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding).rpartition(".")[2]
+    set_seed(seed)
+    try:
+        config = method.peft_config(embedding=name, head=head)
+        adapted = get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"method: PEFT refuses this adapter: {error}") from error
+    if config.is_prompt_learning:
+        raise UsageError(f"method.type={config.peft_type} cannot be merged into a plain model; take another adapter")
+    assert isinstance(adapted, PeftModel)
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    for module in head:
+        if not any(f".{module}.modules_to_save." in name for name in trained):
+            raise UsageError(
+                f"method.type={config.peft_type} leaves {module!r} of the classification head as it is; "
+                f"add method.options.modules_to_save={head}"
+            )
+    return adapted
+
+
+def _modules_of_head(inputs: Inputs) -> list[str]:
+    """The modules that hold the classification head, by the names that PEFT knows them by: "classifier", "pooler"."""
+    base = f"{inputs.model.base_model_prefix}."
+    return list(dict.fromkeys(name.removeprefix(base).split(".")[0] for name in inputs.head))
