@@ -87,23 +87,29 @@ def train(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder with a checkpoint, or an id on the hub.", metavar="MODEL")],
-    task: Annotated[str | None, typer.Option(help="gsm8k, math or loss.")] = None,
+    task: Annotated[str | None, typer.Option(help="gsm8k, math, loss or classification.")] = None,
     data: Annotated[str | None, typer.Option(help="A data file, or the id of a data set on the hub.")] = None,
     subset: Annotated[str | None, typer.Option(help="Configuration of a data set on the hub.")] = None,
     split: Annotated[str, typer.Option(help="Split of a data set on the hub.")] = "test",
     limit: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Template with columns in braces, as in the recipe.")] = None,
     completion: Annotated[str | None, typer.Option(help="Template of the reference answer.")] = None,
+    text: Annotated[str | None, typer.Option(help="Template of the text to classify.")] = None,
+    text_pair: Annotated[str | None, typer.Option(help="Template of the second text to classify.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the label or score.")] = None,
+    labels: Annotated[str | None, typer.Option(help="The labels in the order of the head, with commas.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Columns of a file that names none, with commas.")] = None,
     as_chat: Annotated[bool, typer.Option("--as-chat", help="Send the prompt through the chat template.")] = False,
     batch_size: Annotated[int, typer.Option(help="Items of a forward pass.")] = 16,
     max_new_tokens: Annotated[int | None, typer.Option(help="Limit of one answer.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="An answer ends before this text; may be repeated.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     output: Annotated[str | None, typer.Option(help="A new folder for items.jsonl and result.json.")] = None,
     harness: Annotated[str | None, typer.Option(help="Tasks of lm-eval instead of a task, with commas.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Solved examples in the prompt of lm-eval's tasks.")] = None,
 ) -> None:
-    """Measure MODEL: accuracy on worked problems, loss on a text, or published tasks through lm-eval."""
+    """Measure MODEL: accuracy on worked problems or labels, loss on a text, or published tasks through lm-eval."""
     from .evaluate import EvaluationSettings
     from .train._messages import collected_messages
 
@@ -116,9 +122,15 @@ def evaluate(
         limit=limit,
         prompt=_with_line_ends(prompt),
         completion=_with_line_ends(completion),
+        text=_with_line_ends(text),
+        text_pair=_with_line_ends(text_pair),
+        label=label,
+        labels=tuple(labels.split(",")) if labels else None,
+        columns=tuple(columns.split(",")) if columns else None,
         as_chat=as_chat,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        **({"stop": tuple(end.replace("\\n", "\n") for end in stop)} if stop else {}),
         dtype=dtype,
         device=device,
         output=output,

@@ -91,7 +91,7 @@ def read_source(settings: EvaluationSettings) -> Source:
     elif path.suffix.lower() == ".txt" and settings.task == "loss":
         rows, fingerprint = [{"text": _read_text(path)}], sha256(path)
     else:
-        rows, fingerprint = read_rows(path), sha256(path)
+        rows, fingerprint = read_rows(path, columns=settings.columns), sha256(path)
     return Source(name=str(data), fingerprint=fingerprint, rows=rows[: settings.limit])
 
 
@@ -115,7 +115,7 @@ def problems(source: Source, settings: EvaluationSettings) -> list[Problem]:
         reference = find(render(completion, row))
         return Problem(index=index, question=str(row.get("question", text)), prompt=text, reference=reference)
 
-    return list(_each_row(rows, problem, name=source.name))
+    return list(each_row(rows, problem, name=source.name))
 
 
 def passages(source: Source, settings: EvaluationSettings) -> list[Passage]:
@@ -126,13 +126,11 @@ def passages(source: Source, settings: EvaluationSettings) -> list[Passage]:
     """
     columns = source.rows[0]
     if "messages" in columns:
-        return list(_each_row(source.rows, _conversation, name=source.name))
+        return list(each_row(source.rows, _conversation, name=source.name))
     if "text" in columns and settings.prompt is None:
         ends = Path(source.name).suffix.lower() != ".txt"
         _require(source.rows, "{text}", name=source.name)
-        return list(
-            _each_row(source.rows, lambda _, row: _document(render("{text}", row), ends=ends), name=source.name)
-        )
+        return list(each_row(source.rows, lambda _, row: _document(render("{text}", row), ends=ends), name=source.name))
     return _completions(source, settings)
 
 
@@ -151,7 +149,7 @@ def _completions(source: Source, settings: EvaluationSettings) -> list[Passage]:
             return Passage(prompt=[{"role": "user", "content": asked}], target=target.strip(), ends=True)
         return Passage(prompt=asked, target=target, ends=True)
 
-    return list(_each_row(rows, passage, name=source.name))
+    return list(each_row(rows, passage, name=source.name))
 
 
 def _conversation(_: int, row: Row) -> Passage:
@@ -201,7 +199,7 @@ def _require(rows: Sequence[Row], *templates: str, name: str) -> None:
     require_columns(rows, [column for template in templates for column in columns_of(template)], path=name)
 
 
-def _each_row(rows: Sequence[Row], make: Callable[[int, Row], Any], *, name: str) -> Iterator[Any]:
+def each_row(rows: Sequence[Row], make: Callable[[int, Row], Any], *, name: str) -> Iterator[Any]:
     for index, row in enumerate(rows):
         try:
             yield make(index, row)

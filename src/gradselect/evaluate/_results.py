@@ -25,16 +25,19 @@ class EvaluationResult:
     """The figures of one evaluation.
 
     Args:
-        task: "gsm8k", "math" or "loss".
-        num_items: problems, or segments of text.
-        accuracy: share of problems whose answer is right; None for a loss.
+        task: "gsm8k", "math", "loss" or "classification".
+        num_items: problems, segments of text, or rows.
+        accuracy: share of items whose answer or label is right; None for a loss and for scores.
         loss: mean nats per target token; None for an accuracy.
         interval: 95 % confidence interval of the accuracy (Wilson) or the loss (over items; a single item has none).
-        num_correct: problems answered right.
+        metrics: of a classification: "matthews" and, of two labels, "f1" of the second; of scores "pearson" and
+            "spearman". One that is not defined, as a correlation with a constant, is None.
+        num_correct: items answered right.
         num_unanswered: problems in whose text no answer was found; they count as wrong.
         num_unfinished: answers that `max_new_tokens` cut off.
         num_undecided: answers that math-verify could not compare in time; they count as wrong.
-        num_truncated: items whose beginning was cut off, for they exceed the context.
+        num_truncated: items that lost their beginning, or, where texts are classified, their end, for they exceed the
+            context.
         num_tokens: target tokens of a loss.
         seconds: wall-clock time without loading the model.
         data: name, fingerprint and number of rows.
@@ -49,6 +52,7 @@ class EvaluationResult:
     accuracy: float | None = None
     loss: float | None = None
     interval: Interval | None = None
+    metrics: Mapping[str, float | None] | None = None
     num_correct: int | None = None
     num_unanswered: int | None = None
     num_unfinished: int | None = None
@@ -75,9 +79,16 @@ class EvaluationResult:
         if self.accuracy is not None and self.interval is not None:
             low, high = (f"{100 * limit:.1f}" for limit in self.interval)
             share = f"accuracy {100 * self.accuracy:.1f} % (95 % interval {low} to {high})"
-            return f"{self.task}: {share}, {self.num_correct} of {self.num_items}"
+            return f"{self.task}: {share}, {self.num_correct} of {self.num_items}{self._named_metrics(', ')}"
+        if self.metrics is not None:
+            return f"{self.task}: {self._named_metrics('')}, {self.num_items} items"
         between = "" if self.interval is None else f" (95 % interval {self.interval[0]:.4f} to {self.interval[1]:.4f})"
         return f"{self.task}: {self.loss:.4f} nats per token{between}, {self.num_tokens} tokens"
+
+    def _named_metrics(self, lead: str) -> str:
+        metrics = self.metrics or {}
+        named = [f"{name} {'undefined' if value is None else f'{value:.4f}'}" for name, value in metrics.items()]
+        return f"{lead}{', '.join(named)}" if named else ""
 
 
 class ItemWriter:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .._errors import UsageError
+from ._classification import labelled_texts, measure_classification, with_recipe
 from ._data import Passage, Problem, Source, passages, problems, read_source
 from ._generation import Answer, answer_all, greedy_config, resolve_max_new_tokens
 from ._judge import Judge
@@ -72,11 +73,16 @@ def _evaluate(
         raise UsageError(f"harness={settings.harness} names tasks of lm-eval; call run_harness(settings)")
     if settings.output is not None:
         check_new_folder(settings.output)
+    if settings.task == "classification":
+        settings = with_recipe(settings)
     source = read_source(settings)
     progress = on_progress or (lambda done, total: None)
     if settings.task == "loss":
         texts = passages(source, settings)
         result = _measure_loss(texts, get_model(), source, settings, progress)
+    elif settings.task == "classification":
+        rows = labelled_texts(source, settings)
+        result = measure_classification(rows, get_model(), source, settings, progress)
     else:
         asked = problems(source, settings)
         with Judge() as judge:
@@ -226,8 +232,9 @@ def _scored(segment: Segment, segment_loss: SegmentLoss) -> Item:
 def _warn(result: EvaluationResult) -> None:
     """Say what a reader of the figure alone would miss."""
     if result.num_truncated:
+        lost = "end" if result.task == "classification" else "beginning"
         _log.warning(
-            "%d of %d items lost their beginning: too long for the context", result.num_truncated, result.num_items
+            "%d of %d items lost their %s: too long for the context", result.num_truncated, result.num_items, lost
         )
     if result.num_unfinished:
         _log.warning("%d of %d answers were cut off by max_new_tokens", result.num_unfinished, result.num_items)

@@ -8,7 +8,8 @@ from pathlib import Path
 from .._errors import UsageError
 from ..train._template import check_template, columns_of
 
-TASKS = ("gsm8k", "math", "loss")
+TASKS = ("gsm8k", "math", "loss", "classification")
+CLASSIFICATION_KEYS = ("text", "text_pair", "label", "labels", "columns")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_PROMPT = "Question: {question}\nAnswer:"
 DEFAULT_STOP = ("\nQuestion:",)
@@ -20,7 +21,8 @@ class EvaluationSettings:
 
     Args:
         model: a folder with a checkpoint (or a PEFT adapter), or the id of a model on the hub.
-        task: "gsm8k" (a number after `####`), "math" (a boxed expression) or "loss" (nats per target token).
+        task: "gsm8k" (a number after `####`), "math" (a boxed expression), "loss" (nats per target token) or
+            "classification" (labels or scores, by a model with a head for them).
         data: a `.jsonl .json .csv .tsv .parquet .txt` file, or the id of a data set on the hub; by default the hub's
             own test set of gsm8k and math.
         subset: configuration of a data set on the hub.
@@ -31,6 +33,13 @@ class EvaluationSettings:
             data with the columns prompt and completion, "{prompt}".
         completion: template of the reference answer (for "loss": of the target text). By default the usual column names
             are tried; a loss puts a space before the answer.
+        text: for "classification": template of the text. This key and the next four are by default those of the recipe
+            that the model was trained with, if it lies in the model's folder.
+        text_pair: template of the second text.
+        label: the column that holds the label or the score.
+        labels: the labels as that column has them, in the order of the head's outputs; by default those that the model
+            itself names.
+        columns: names of the columns of a CSV or TSV file without a line of names.
         as_chat: send the prompt as a user's message through the tokenizer's chat template.
         batch_size: items per forward pass.
         max_new_tokens: limit of one answer; by default 512 for gsm8k and 1024 for math, at most half of the context.
@@ -57,6 +66,11 @@ class EvaluationSettings:
     limit: int | None = None
     prompt: str | None = None
     completion: str | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    labels: tuple[str, ...] | None = None
+    columns: tuple[str, ...] | None = None
     as_chat: bool = False
     batch_size: int = 16
     max_new_tokens: int | None = None
@@ -89,16 +103,23 @@ class EvaluationSettings:
             raise UsageError(f"num_fewshot={self.num_fewshot} is for tasks of lm-eval; write it with harness")
         if self.task not in TASKS:
             raise UsageError(f"task={self.task!r} is not one of {', '.join(TASKS)}; tasks of lm-eval go to harness")
-        if self.task == "loss" and self.data is None:
-            raise UsageError("the task loss has no data of its own; write data=test.jsonl")
+        if self.task in ("loss", "classification") and self.data is None:
+            raise UsageError(f"the task {self.task} has no data of its own; write data=test.jsonl")
+        self._check_keys_of_task()
+
+    def _check_keys_of_task(self) -> None:
+        others = ("prompt", "completion", "max_new_tokens") if self.task == "classification" else CLASSIFICATION_KEYS
+        # A file's columns are the file's, whatever the task.
+        for name in (name for name in others if name != "columns" and getattr(self, name) is not None):
+            raise UsageError(f"{name}={getattr(self, name)!r} is not for the task {self.task}; leave it out")
 
     def _check_harness(self) -> None:
-        for name in ("data", "subset", "prompt", "completion", "max_new_tokens"):
+        for name in ("data", "subset", "prompt", "completion", "max_new_tokens", *CLASSIFICATION_KEYS):
             if getattr(self, name) is not None:
                 raise UsageError(f"{name}={getattr(self, name)!r}: tasks of lm-eval bring their own; leave it out")
 
     def _check_templates(self) -> None:
-        for name in ("prompt", "completion"):
+        for name in ("prompt", "completion", "text", "text_pair"):
             template = getattr(self, name)
             if template is not None and not columns_of(check_template(template)):
                 raise UsageError(f"{name}={template!r} names no column; write e.g. {DEFAULT_PROMPT!r}")
