@@ -157,8 +157,10 @@ def _fault(layer: LinearLayer) -> str | None:
     weight, kind = layer.module.weight, type(layer.module)
     if type(weight) is not Parameter or weight.dtype not in DTYPES:
         return f"is quantised or sharded ({type(weight).__name__}); load the model in bf16 or fp32, unsharded"
+    if getattr(weight, "gradselect_owner", None) is not None:
+        return "is trained by an optimizer; convert before making one, or close() that one"
     if not weight.requires_grad:
-        return "is frozen; call requires_grad_(True) on it, and close() an optimizer that froze it, or leave it out"
+        return "is frozen; call requires_grad_(True) on it, or leave it out"
     if isinstance(layer.module, nn.Linear) and kind.forward is not nn.Linear.forward:
         return f"is a {kind.__name__}, which computes more than x Wᵀ + b; leave it out"
     return None
