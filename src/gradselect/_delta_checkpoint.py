@@ -165,7 +165,10 @@ class SafetensorsFile:
         return view.get_dtype(), tuple(view.get_shape())
 
     def tensor(self, name: str) -> Tensor:
-        return self._file.get_tensor(name)
+        try:
+            return self._file.get_tensor(name)
+        except SafetensorError as error:
+            raise UsageError(f"tensor {name} of {self.path} cannot be read: {error}") from None
 
 
 def as_bits(tensor: Tensor) -> Tensor:

@@ -61,17 +61,30 @@ def write_checkpoint(folder: Path, checkpoint: AbstractCheckpoint) -> None:
         _write_file(folder / name, checkpoint.file(name))
 
 
-def check_free(target: Path) -> Path:
-    """`target` as an absolute path: nothing is there, or an empty folder or file.
+def free_file(path: Path) -> Path:
+    """`path`, absolute; nothing is there, or an empty file.
 
     Raises:
         UsageError: otherwise.
     """
-    target = Path(os.path.abspath(target))
-    taken = any(target.iterdir()) if target.is_dir() else target.exists() and target.stat().st_size > 0
-    if taken:
-        raise UsageError(f"{target} exists already and is not empty; choose another name, or remove it first")
-    return target
+    path = Path(os.path.abspath(path))
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file, e.g. {path / 'delta.safetensors'}")
+    if path.exists() and not (path.is_file() and path.stat().st_size == 0):
+        raise UsageError(_taken(path))
+    return path
+
+
+def free_folder(path: Path) -> Path:
+    """`path`, absolute; nothing is there, or an empty folder.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    path = Path(os.path.abspath(path))
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UsageError(_taken(path))
+    return path
 
 
 @contextmanager
@@ -99,6 +112,10 @@ def written_aside(target: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             _remove(aside)
+
+
+def _taken(path: Path) -> str:
+    return f"{path} exists already and is not empty; choose another name, or remove it first"
 
 
 def _header(parts: Mapping[str, Part], metadata: Mapping[str, str]) -> bytes:

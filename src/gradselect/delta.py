@@ -23,7 +23,7 @@ from ._delta_checkpoint import CheckpointFolder
 from ._delta_diff import write_delta
 from ._delta_file import DeltaFile, OtherSide, Side
 from ._delta_merge import MergedCheckpoint, Overlap, Whole
-from ._delta_write import check_free, write_checkpoint, written_aside
+from ._delta_write import free_file, free_folder, write_checkpoint, written_aside
 from ._errors import UsageError
 
 __all__ = ["DeltaSummary", "apply", "diff", "fingerprint", "merge", "revert", "summary"]
@@ -84,7 +84,7 @@ def diff(base_dir: PathLike, tuned_dir: PathLike, path: PathLike) -> DeltaSummar
     Raises:
         UsageError: a folder holds no such weights, `path` is taken, or the disk is full.
     """
-    target = check_free(Path(path))
+    target = free_file(Path(path))
     base, tuned = CheckpointFolder(Path(base_dir)), CheckpointFolder(Path(tuned_dir))
     with written_aside(target) as aside:
         write_delta(aside, base, tuned)
@@ -141,7 +141,7 @@ def merge(
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not paths:
         raise UsageError('paths=[] names no delta to merge; write e.g. paths=["a.safetensors", "b.safetensors"]')
-    target = check_free(Path(path))
+    target = free_file(Path(path))
     base = CheckpointFolder(Path(base_dir))
     tuned = [_other_side(base, delta, source="base", target="tuned") for delta in paths]
     merged = MergedCheckpoint(base, tuned, overlap=overlap, whole=whole)
@@ -185,7 +185,7 @@ def fingerprint(folder: PathLike) -> str:
 
 def _cross(source_dir: PathLike, path: PathLike, out_dir: PathLike, *, source: Side, target: Side) -> DeltaSummary:
     """From one side of a delta to the other."""
-    folder = check_free(Path(out_dir))
+    folder = free_folder(Path(out_dir))
     other = _other_side(CheckpointFolder(Path(source_dir)), path, source=source, target=target)
     with written_aside(folder) as aside:
         write_checkpoint(aside, other)
