@@ -135,7 +135,7 @@ def _load(kind: Any, settings: ModelSettings, **options: Any) -> tuple[PreTraine
         key="model.path",
         revision=settings.revision,
         dtype=settings.dtype,
-        attn_implementation=settings.attention,
+        attn_implementation=None if settings.attention == "auto" else settings.attention,
         trust_remote_code=settings.trust_remote_code,
         **options,
     )

@@ -37,7 +37,7 @@ class ModelSettings(Settings):
         path: a folder with a Hugging Face checkpoint, or the id of one on the hub.
         revision: branch, tag or commit on the hub.
         dtype: of the weights. With bfloat16, whatever is trained has float32 master weights or float32 adapters.
-        attention: implementation of the attention.
+        attention: implementation of the attention; "auto" is "sdpa" where the architecture has it, else "eager".
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         trust_remote_code: run Python code that comes with the checkpoint.
     """
@@ -45,7 +45,7 @@ class ModelSettings(Settings):
     path: Place
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
 

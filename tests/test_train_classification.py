@@ -1,0 +1,341 @@
+"""Sequence classification with gradselect train: labels and heads, and that the head trains with every method."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from classification_fixtures import COLUMNS, classify, write_bert, write_place
+from rich.console import Console
+from train_fixtures import assert_same_weights, quiet, weights
+from transformers import (
+    AutoModelForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    DistilBertConfig,
+    DistilBertModel,
+)
+
+from gradselect import UsageError
+from gradselect.train import train
+from gradselect.train._data import load_examples
+from gradselect.train._files import read_rows
+from gradselect.train._folder import RunFolder
+from gradselect.train._inputs import read_inputs
+from gradselect.train._labels import label_names
+from gradselect.train._recipe import ClassificationData
+from gradselect.train._setup import build_trainer, length_notes
+from gradselect.train._trainer import RunTrainer
+
+# TRL 1.16 uses names that transformers 5.23 has replaced.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+
+SHARED = Path(os.environ.get("GRADSELECT_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models and data, which no test changes."""
+    return write_place(tmp_path_factory.mktemp("place"))
+
+
+def build(recipe: Any) -> RunTrainer:
+    return build_trainer(recipe, read_inputs(recipe), folder=RunFolder(Path(recipe.run.output)))
+
+
+# What comes out --------------------------------------------------------------------------------------------------
+
+
+def test_the_result_is_a_plain_checkpoint_with_a_head_that_has_learnt(place: Path, tmp_path: Path) -> None:
+    shown = io.StringIO()
+    recipe = classify(
+        place,
+        tmp_path / "out",
+        data={"validation": str(place / "dev.tsv")},
+        method={"name": "adagradselect", "fraction": 0.4, "explore_steps": 3},
+        run={"steps": 30, "batch_size": 8, "evaluate_every": 15},
+    )
+    out = train(recipe, console=Console(file=shown, width=200))
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    assert model.config.problem_type == "single_label_classification"
+    run = json.loads((out / "run.json").read_text())
+    assert run["model"]["class"] == "BertForSequenceClassification"
+    assert run["validation"]["accuracy"] == run["validation"]["matthews"] == 1.0
+    assert run["validation"]["loss"] == run["validation_loss"] < 0.3
+    assert run["selection"]["updates"]["head"] == 30
+    assert "step 15/30  validation loss" in shown.getvalue()
+    assert "accuracy 1.0000" in shown.getvalue()
+    assert "--task classification" in shown.getvalue()
+
+
+def test_scores_have_one_output_and_correlations(place: Path, tmp_path: Path) -> None:
+    data = {"path": str(place / "scores.tsv"), "regression": True, "validation": str(place / "scores.tsv")}
+    out = train(classify(place, tmp_path / "out", data=data, run={"steps": 60}), console=quiet())
+    config = AutoModelForSequenceClassification.from_pretrained(out).config
+    assert (config.num_labels, config.problem_type) == (1, "regression")
+    validation = json.loads((out / "run.json").read_text())["validation"]
+    assert validation["pearson"] > 0.7
+    assert validation.keys() == {"loss", "pearson", "spearman"}
+
+
+@pytest.mark.parametrize("model", ["bert", "model"])
+def test_a_classifier_that_stops_goes_on_as_if_it_had_not(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    method = {"name": "adagradselect", "fraction": 0.4, "explore_steps": 3}
+    run = {"save_every": 2, "accumulation": 2}
+    recipes = [classify(place, tmp_path / name, base=model, method=method, run=run) for name in ("whole", "stopped")]
+    train(recipes[0], console=quiet())
+    compute_loss = RunTrainer.compute_loss
+
+    def stop(self: RunTrainer, *args: Any, **options: Any) -> Any:
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return compute_loss(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTrainer, "compute_loss", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipes[1], console=quiet())
+    train(recipes[1], console=quiet(), resume=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
+    assert json.loads((tmp_path / "stopped" / "run.json").read_text())["resumed_from"] == "step-2"
+
+
+# The head --------------------------------------------------------------------------------------------------------
+
+
+def head_of(recipe: Any) -> torch.Tensor:
+    inputs = read_inputs(recipe)
+    return torch.cat([value.flatten() for name, value in inputs.model.named_parameters() if name in inputs.head])
+
+
+def test_a_new_head_is_drawn_from_the_seed(place: Path, tmp_path: Path) -> None:
+    first, again, other = (head_of(classify(place, tmp_path, run={"seed": seed})) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_head_that_the_checkpoint_has_goes_on(place: Path, tmp_path: Path) -> None:
+    out = train(classify(place, tmp_path / "out", run={"steps": 2}), console=quiet())
+    again = head_of(classify(place, tmp_path / "again", model={"path": str(out)}, run={"seed": 7}))
+    kept = weights(out)
+    assert torch.equal(again, torch.cat([kept["classifier.weight"].flatten(), kept["classifier.bias"]]))
+
+
+def test_of_a_checkpoint_without_pooler_the_pooler_belongs_to_the_head(place: Path, tmp_path: Path) -> None:
+    write_bert(tmp_path / "bare", pooler=False)
+    inputs = read_inputs(classify(place, tmp_path / "out", model={"path": str(tmp_path / "bare")}))
+    assert {name.rpartition(".")[0] for name in inputs.head} == {"bert.pooler.dense", "classifier"}
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "fixed": {"blocks": ["layer.0"]},
+    "adagradselect": {"count": 1, "among": ["layer.*"]},
+    "badam": {"every": 1},
+    "last": {"count": 1},
+    "full": {},
+    "lora": {"rank": 2},
+    "peft": {"type": "ia3", "options": {"target_modules": ["key", "k_proj"], "feedforward_modules": []}},
+}
+
+
+@pytest.mark.parametrize(("name", "keys"), METHODS.items(), ids=list(METHODS))
+@pytest.mark.parametrize("model", ["bert", "model"])
+def test_the_head_trains_with_every_method(
+    place: Path, tmp_path: Path, model: str, name: str, keys: dict[str, Any]
+) -> None:
+    recipe = classify(place, tmp_path / "out", base=model, method={"name": name, **keys}, run={"steps": 2})
+    before = {key: value.detach().clone() for key, value in read_inputs(recipe).model.named_parameters()}
+    after = weights(train(recipe, console=quiet()))
+    assert after.keys() == before.keys()
+    moved = {key for key in after if not torch.equal(after[key], before[key])}
+    head = {"bert": {"classifier.weight", "classifier.bias"}, "model": {"score.weight"}}[model]
+    assert head <= moved
+    if name == "fixed":
+        assert all(".0." in key for key in moved - head)
+
+
+def write_other(folder: Path, kind: str) -> Path:
+    """Classifiers whose head is more than one module."""
+    sizes = {"vocab_size": 258, "max_position_embeddings": 64, "pad_token_id": 257}
+    write_bert(folder)
+    if kind == "deberta":
+        shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        DebertaV2ForSequenceClassification(DebertaV2Config(**sizes, **shape, pooler_hidden_size=16)).save_pretrained(
+            folder
+        )
+    else:
+        DistilBertModel(DistilBertConfig(**sizes, dim=16, n_layers=1, n_heads=2, hidden_dim=32)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "head"), [("deberta", {"pooler", "classifier"}), ("distil", {"pre_classifier"})])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_beside_an_adapter_all_of_the_head_trains_whole(
+    place: Path, tmp_path: Path, kind: str, head: set[str], dtype: str
+) -> None:
+    path = write_other(tmp_path / kind, kind)
+    recipe = classify(
+        place,
+        tmp_path / "out",
+        model={"path": str(path), "dtype": dtype},
+        method={"name": "lora", "rank": 2},
+        run={"steps": 2},
+    )
+    before = {key: value.detach().clone() for key, value in read_inputs(recipe).model.named_parameters()}
+    after = weights(train(recipe, console=quiet()))
+    moved = {key.split(".")[0] for key in after if not torch.equal(after[key], before[key])}
+    assert head | {"classifier"} <= moved
+
+
+# The loss --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [{}, {"path": "scores.tsv", "regression": True}], ids=["labels", "scores"])
+@pytest.mark.parametrize("model", ["bert", "model"])
+def test_accumulation_is_a_larger_batch(place: Path, tmp_path: Path, model: str, data: dict[str, Any]) -> None:
+    """Some models divide by the number of items themselves and some do not; none may do so twice or never."""
+    found = []
+    for batch_size, accumulation in ((24, 1), (8, 3)):
+        output = tmp_path / str(batch_size)
+        recipe = classify(
+            place,
+            output,
+            base=model,
+            data=data | ({"path": str(place / data["path"])} if data else {}),
+            optimizer={"eps": 1.0, "max_grad_norm": 0},
+            run={"steps": 2, "batch_size": batch_size, "accumulation": accumulation},
+        )
+        found.append(weights(train(recipe, console=quiet())))
+    for name, value in found[0].items():
+        # Another order of summation.
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_scores_can_be_learnt_in_bfloat16(place: Path, tmp_path: Path) -> None:
+    data = {"path": str(place / "scores.tsv"), "regression": True}
+    recipe = classify(place, tmp_path / "out", model={"dtype": "bfloat16"}, data=data, run={"steps": 2})
+    assert weights(train(recipe, console=quiet()))["classifier.weight"].dtype == torch.bfloat16
+
+
+def test_texts_of_unequal_length_do_not_disturb_each_other(place: Path, tmp_path: Path) -> None:
+    """A decoder classifies by its last token that is no padding."""
+    recipe = classify(place, tmp_path / "out", base="model", data={"validation": str(place / "dev.tsv")})
+    trainer = build(recipe)
+    dataset: Any = trainer.eval_dataset
+    assert len({len(ids) for ids in dataset["input_ids"]}) > 1
+    together = torch.as_tensor(trainer.predict(dataset).predictions)
+    for index, logits in enumerate(together):
+        alone = trainer.predict(dataset.select([index])).predictions
+        torch.testing.assert_close(torch.as_tensor(alone)[0], logits, rtol=1e-5, atol=1e-5)
+
+
+# The data --------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_numbered_by_size_or_by_the_alphabet() -> None:
+    assert label_names(["10", "9", "10"], path="x") == ("9", "10")
+    assert label_names([1, 0], path="x") == ("0", "1")
+    assert label_names(["no", "yes", "10"], path="x") == ("10", "no", "yes")
+
+
+def test_the_recipe_can_order_the_labels(place: Path, tmp_path: Path) -> None:
+    recipe = classify(place, tmp_path, data={"labels": ["good", "bad"]})
+    examples = load_examples(recipe.data, seed=0)
+    assert examples.labels == ("good", "bad")
+    assert examples.train["labels"][:3] == [1, 0, 0]
+
+
+def test_a_file_without_a_header_has_the_columns_of_the_recipe(place: Path, tmp_path: Path) -> None:
+    plain = read_rows(place / "dev.tsv", columns=COLUMNS)
+    assert plain[0] == {"number": "0", "grade": "bad", "sentence": 'b "text of length', "other": "0"}
+    (tmp_path / "named.tsv").write_text("\t".join(COLUMNS) + "\n" + (place / "dev.tsv").read_text())
+    assert read_rows(tmp_path / "named.tsv", columns=COLUMNS) == plain == read_rows(tmp_path / "named.tsv")
+
+
+def test_pairs_are_read_together(place: Path, tmp_path: Path) -> None:
+    trainer = build(classify(place, tmp_path, data={"text_pair": "{number}{other}"}))
+    dataset: Any = trainer.train_dataset
+    text = trainer.processing_class.decode(dataset[1]["input_ids"])  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    assert text == 'a "text of some length11'
+
+
+def test_texts_beyond_the_length_are_cut_and_counted(place: Path, tmp_path: Path) -> None:
+    recipe = classify(place, tmp_path, data={"max_length": 16})
+    inputs = read_inputs(recipe)
+    trainer = build_trainer(recipe, inputs, folder=RunFolder(tmp_path))
+    dataset: Any = trainer.train_dataset
+    assert max(len(ids) for ids in dataset["input_ids"]) == 16
+    assert length_notes(trainer, inputs, packing=False)[0].startswith("24 of 24 examples reach data.max_length=16")
+
+
+BAD_DATA = {
+    "unknown label": ({"labels": ["good", "fine"]}, "row 1: the label 'bad' is none of good, fine"),
+    "scores without a word": ({"path": "{place}/scores.tsv"}, r"write data\.regression=true"),
+    "words as scores": ({"regression": True}, "row 1: the score 'bad' is no finite number"),
+    "one label": ({"limit": 1}, "two or more"),
+    "no such column": ({"label": "mark"}, "has no column 'mark'"),
+    "no such text": ({"text": "{words}"}, "has no column 'words'"),
+    "too few columns": ({"columns": ["grade", "sentence"]}, "line 1: expected 2 fields as in columns"),
+    "scores with labels": ({"regression": True, "labels": [0, 1]}, "regression=true and no labels"),
+    "the same label twice": ({"labels": [0, 0]}, "two or more different labels"),
+    "too long": ({"max_length": 65}, "more than the model's 64 positions"),
+    "packed": ({"packing": True}, "packing: unknown key"),
+}
+
+
+@pytest.mark.parametrize(("data", "said"), BAD_DATA.values(), ids=list(BAD_DATA))
+def test_data_that_make_no_sense_are_refused(place: Path, tmp_path: Path, data: dict[str, Any], said: str) -> None:
+    data = {key: value.replace("{place}", str(place)) if type(value) is str else value for key, value in data.items()}
+    with pytest.raises(UsageError, match=said):
+        read_inputs(classify(place, tmp_path, data=data))
+
+
+def test_columns_are_for_tables_only(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    with pytest.raises(UsageError, match=r"is for \.csv and \.tsv files"):
+        read_rows(tmp_path / "rows.jsonl", columns=COLUMNS)
+
+
+def test_a_head_of_another_size_is_refused(place: Path, tmp_path: Path) -> None:
+    out = train(classify(place, tmp_path / "out", run={"steps": 1}), console=quiet())
+    with pytest.raises(UsageError, match="cannot be used"):
+        read_inputs(classify(place, tmp_path, model={"path": str(out)}, data={"labels": ["good", "bad", "fair"]}))
+
+
+PAIR = ("sentence1", "sentence2")
+GLUE: dict[str, dict[str, Any]] = {
+    "cola": {"columns": ["source", "label", "mark", "sentence"]},
+    "rte": {"text": "{sentence1}", "text_pair": "{sentence2}", "columns": ["index", *PAIR, "label"]},
+    "mrpc": {"text": "{#1 String}", "text_pair": "{#2 String}", "label": "Quality"},
+    "stsb": {
+        "text": "{sentence1}",
+        "text_pair": "{sentence2}",
+        "label": "score",
+        "regression": True,
+        "columns": [*("index", "genre", "filename", "year", "old_index", "source1", "source2"), *PAIR, "score"],
+    },
+    "sst2": {},
+}
+
+
+@pytest.mark.parametrize("task", GLUE)
+def test_the_files_of_glue_can_be_read(task: str) -> None:
+    folder = SHARED / "data" / f"glue_{task}"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}; set GRADSELECT_SHARED")
+    settings = ClassificationData(format="classification", path=str(folder / "dev.tsv"), limit=50, **GLUE[task])
+    examples = load_examples(settings, seed=0)
+    assert len(examples.train) == 50
+    assert all(len(text) > 5 for text in examples.train["text"])
+    assert (examples.labels is None) == (task == "stsb")
+    assert examples.train["text_pair"][0] is None if task in ("cola", "sst2") else examples.train["text_pair"][0]
+    expected = {"rte": ("entailment", "not_entailment"), "stsb": None}
+    assert examples.labels == expected.get(task, ("0", "1"))
