@@ -185,18 +185,19 @@ def plain_conv1d() -> nn.Module:
     return conv
 
 
+@pytest.mark.parametrize("num_tokens", [1, 40])
 @pytest.mark.parametrize("make", [plain_linear, lambda: plain_linear(bias=False), plain_conv1d])
-def test_outputs_and_all_gradients_are_those_of_the_plain_layer(make: Callable[[], nn.Module]) -> None:
-    """dW̃ = V dW Uᵀ; public code gives the bias a gradient in the rotated basis."""
+def test_outputs_and_all_gradients_are_those_of_the_plain_layer(make: Callable[[], nn.Module], num_tokens: int) -> None:
+    """dW̃ = V dW Uᵀ; public code gives the bias a gradient in the rotated basis. Few tokens are rotated, many not."""
     torch.manual_seed(0)
     plain = make()
     bases = some_bases(outputs=7, inputs=5)
     rotated = RotatedLinear(copy.deepcopy(plain), bases=bases, owns_bases=True)
-    weighting = torch.randn(2, 3, 7)
+    weighting = torch.randn(2, num_tokens, 7)
     results = []
     for layer in (plain, rotated):
         torch.manual_seed(1)
-        hidden = torch.randn(2, 3, 5, requires_grad=True)
+        hidden = torch.randn(2, num_tokens, 5, requires_grad=True)
         output = layer(hidden)
         (output * weighting).sum().backward()
         results.append((output, hidden.grad))
