@@ -63,17 +63,22 @@ class EntryStore:
         self._gradients: Tensor | None = None
         self._read = [False] * len(self.names)
 
-    def read(self, name: str, gradient: Tensor) -> None:
+    def read(self, name: str, gradient: Tensor, *, clear: bool = False) -> None:
         """Add to the gradients of the tensor's entries.
 
         Args:
             gradient: flat, shape (n,).
+            clear: set it to zero there.
         """
         if self._gradients is None:
             self._gradients = torch.zeros_like(self._arrays["exp_avg"])
         position = self._position[name]
         self._read[position] = True
-        self._gradients[self._slice(position)] += gradient[self.indices(name)].to(self._gradients.dtype)
+        if self.num_entries(name):
+            indices = self.indices(name)
+            self._gradients[self._slice(position)] += gradient[indices]
+            if clear:
+                gradient[indices] = 0.0
 
     @property
     def has_gradients(self) -> bool:
@@ -206,18 +211,24 @@ class EntryStore:
             return
         assert self._gradients is not None
         gradients = self._gradients[part]
+        mean, square = self._arrays["exp_avg"][part], self._arrays["exp_avg_sq"][part]
         masters = self._arrays.get("master")
-        weights = torch.cat([self._weights(name) for name in names]) if masters is None else masters[part]
+        flats = [self._parameters[name].detach().view(-1) for name in names]
+        indices = self._split(self._indices[part] & ~self._sign_bit, names)
+        if masters is None:
+            weights = torch.cat([flat[places] for flat, places in zip(flats, indices, strict=True)]).to(mean.dtype)
+        else:
+            weights = masters[part]
         step_size, root = self._corrections(names, group)
         beta1, beta2 = group["betas"]
-        mean, square = self._arrays["exp_avg"][part], self._arrays["exp_avg_sq"][part]
         # The order of operations is torch's, so that results are bitwise its own.
         weights.mul_(1 - group["lr"] * group["weight_decay"])
         mean.lerp_(gradients, 1 - beta1)
         square.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
         denominator = square.sqrt().div_(root).add_(group["eps"])
         weights.add_(step_size.mul(mean).div_(denominator))
-        self._write_back(names, weights)
+        for flat, places, moved in zip(flats, indices, self._split(weights.to(flats[0].dtype), names), strict=True):
+            flat[places] = moved
 
     def _corrections(self, names: Sequence[str], group: Group) -> tuple[Tensor, Tensor]:
         """-lr / (1 - beta1^t) and sqrt(1 - beta2^t) of each entry of these neighbouring tensors, shape (n,); shape (1,)
@@ -258,12 +269,9 @@ class EntryStore:
         if run:
             yield run
 
-    def _write_back(self, names: Sequence[str], weights: Tensor) -> None:
-        sizes = [self.num_entries(name) for name in names]
-        for name, part in zip(names, weights.split(sizes), strict=True):
-            if part.numel():
-                flat = self._parameters[name].detach().view(-1)
-                flat[self.indices(name)] = part.to(flat.dtype)
+    def _split(self, array: Tensor, names: Sequence[str]) -> Sequence[Tensor]:
+        """What belongs to each of these neighbouring tensors."""
+        return array.split([self.num_entries(name) for name in names])
 
     def _weights(self, name: str) -> Tensor:
         """The tensor's chosen entries, in the moments' dtype."""

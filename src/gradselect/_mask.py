@@ -5,7 +5,8 @@ it is asked for its `choice`:
 
     None              the set stays as it is
     TopOfGradient     when the gradients of this step are there: the entries of largest `score(weight, gradient)`,
-                      in addition to the set (`replace=False`) or in its place (`replace=True`)
+                      in place of the set (`replace=True`), or in addition to it (`replace=False`): among the others,
+                      those with a score above 0, which a gradient of 0 must not have
     FromWeights       before the backward pass: whatever `choose(step, model)` names, in place of the set
 
 A score is elementwise, so the optimizer takes the best entries of each tensor in its backward hook and frees the
@@ -66,7 +67,8 @@ class TopOfGradient:
 
     Attributes:
         counts: how many: an int over all tensors together, a mapping by tensor name in each.
-        replace: in place of the set, where the set competes too; else in addition to it, among the others.
+        replace: in place of the set, where the set competes too; else in addition to it, among entries of a score
+            above 0 that are not in the set.
     """
 
     counts: int | Mapping[str, int]
@@ -135,6 +137,13 @@ class AbstractCompactMask(AbstractMask):
     def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
         """Rank of each entry, elementwise, for `TopOfGradient`; larger is better, NaN never chosen. Shape kept."""
         raise AssertionError(f"{type(self).__name__} never chooses by gradient")
+
+    def least_gradient(self, score: float) -> float:
+        """What |gradient| an entry must reach to have this score, whatever its weight; 0.0: not known.
+
+        Most entries need not be scored then. It may be too small, never too large: allow for rounding.
+        """
+        return 0.0
 
     def choose(self, step: int, model: nn.Module) -> Indices:
         """The entries of step `step`, for `FromWeights`."""

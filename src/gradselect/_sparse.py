@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -33,7 +34,7 @@ from ._records import MaskRecord, MemoryBytes
 from ._residency import Keep
 from ._rules import AdamWRule
 from ._state import MASTER, BlockStates, num_bytes
-from ._top import TopEntries, chunk_length
+from ._top import TopEntries
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -129,10 +130,11 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         tensors = _trainable(model)
         self._always = _matching([tensor.name for tensor in tensors], always)
         self.mask = mask.bind([tensor for tensor in tensors if tensor.name not in self._always])
+        self._masked = self.mask.names
         blocks = [
             Block(name=tensor.name, parameters=(tensor.parameter,), parameter_names=(tensor.name,))
             for tensor in tensors
-            if tensor.name in self._always or tensor.name in self.mask.names
+            if tensor.name in self._always or tensor.name in self._masked
         ]
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(decay_groups(blocks, no_decay=no_decay, weight_decay=weight_decay), defaults)
@@ -146,7 +148,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         self._states = BlockStates(self.state, self._table, rule=rule, residency=Keep(), master_dtype=master_dtype)
         self._stores = self._make_stores(with_masters=master_dtype is not None)
         self._store_of = {name: store for store, _ in self._stores for name in store.names}
-        self._rank = {name: rank for rank, name in enumerate(self.mask.names)}
+        self._rank = {name: rank for rank, name in enumerate(self._masked)}
         self._states.admit(self._dense)
 
         parameters = {tensor.name: tensor.parameter for tensor in tensors}
@@ -192,11 +194,10 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
 
     def _read(self, name: str, gradient: Tensor, decisive: bool) -> None:
         """In the backward pass: take from a whole gradient, which is freed after this, what the mask needs of it."""
-        store = self._store_of[name]
-        store.read(name, gradient)
-        if decisive and isinstance(self._choice, TopOfGradient):
-            if not self._choice.replace:
-                gradient[store.indices(name)] = torch.nan  # never chosen again
+        choice = self._choice if decisive and isinstance(self._choice, TopOfGradient) else None
+        # An entry without a gradient does not join, so one that has joined does not join again.
+        self._store_of[name].read(name, gradient, clear=choice is not None and not choice.replace)
+        if choice is not None:
             self._offer(name, gradient)
 
     def _choose_by_gradient(self) -> None:
@@ -246,7 +247,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
             assert isinstance(self.mask, AbstractCompactMask)
             chosen = self.mask.choose(self._step, self._model)
             nothing = torch.empty(0, dtype=torch.int64)
-            self._replace_by({name: (chosen.get(name, nothing), None) for name in self.mask.names})
+            self._replace_by({name: (chosen.get(name, nothing), None) for name in self._masked})
         self._prepare()
 
     # What users ask ----------------------------------------------------------------------------------------------
@@ -255,7 +256,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
     def entries(self) -> dict[str, Tensor]:
         """Flat indices of the chosen entries, ascending, int64, by tensor name; tensors without any are left out."""
         found = {name: store.indices(name) for name, store in self._store_of.items() if store.num_entries(name)}
-        return {name: found[name].long().sort().values for name in self.mask.names if name in found}
+        return {name: found[name].long().sort().values for name in self._masked if name in found}
 
     @property
     def accumulation_steps(self) -> int:
@@ -376,19 +377,21 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         ]
 
     def _offer(self, name: str, gradient: Tensor) -> None:
-        """Offer a tensor's entries to the choice, chunk by chunk."""
+        """Offer a tensor's entries to the choice."""
         assert isinstance(self._choice, TopOfGradient)
         assert isinstance(self.mask, AbstractCompactMask)
         counts = self._choice.counts
         key = None if isinstance(counts, int) else name
         if key not in self._tops:
-            self._tops[key] = TopEntries(counts if isinstance(counts, int) else counts.get(name, 0))
-        weight = self._parameter(name).detach().view(-1)
-        length = chunk_length(weight)
-        for start in range(0, weight.numel(), length):
-            weights, gradients = (_at_least_float(flat[start : start + length]) for flat in (weight, gradient))
-            scores = self.mask.score(weights, gradients)
-            self._tops[key].offer(scores, rank=self._rank[name], offset=start, values=gradients)
+            count = counts if isinstance(counts, int) else counts.get(name, 0)
+            self._tops[key] = TopEntries(count, above=-math.inf if self._choice.replace else 0.0)
+        self._tops[key].scan(
+            self._parameter(name).detach().view(-1),
+            gradient,
+            rank=self._rank[name],
+            score=self.mask.score,
+            least=self.mask.least_gradient,
+        )
 
     def _best(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """What won: indices and gradients by tensor name. Where counts are by tensor, of tensors that were offered."""
@@ -397,9 +400,9 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
             ranks, indices, values = top.result()
             present, sizes = ranks.unique_consecutive(return_counts=True)
             parts = zip(present.tolist(), indices.split(sizes.tolist()), values.split(sizes.tolist()), strict=True)
-            found = {self.mask.names[rank]: (part, gradients) for rank, part, gradients in parts}
+            found = {self._masked[rank]: (part, gradients) for rank, part, gradients in parts}
             nothing = (indices[:0], values[:0])
-            chosen.update({name: found.get(name, nothing) for name in (self.mask.names if key is None else [key])})
+            chosen.update({name: found.get(name, nothing) for name in (self._masked if key is None else [key])})
         return chosen
 
     def _join(self, chosen: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
@@ -448,7 +451,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         """What a dense mask says of the gradients that are there."""
         if not isinstance(self.mask, AbstractDenseMask):
             return {}
-        there = {name: grad for name in self.mask.names if (grad := self._parameter(name).grad) is not None}
+        there = {name: grad for name in self._masked if (grad := self._parameter(name).grad) is not None}
         masks = self.mask.masks([dense(gradient) for gradient in there.values()])
         if self.mask.mask == "gradient":
             for gradient, mask in zip(there.values(), masks, strict=True):
@@ -461,7 +464,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         change = self._change
         return MaskRecord(
             step=self._step,
-            num_entries={name: sizes[name] for name in self.mask.names if sizes.get(name)},
+            num_entries={name: sizes[name] for name in self._masked if sizes.get(name)},
             num_new=change.num_new,
             overlap=change.num_kept / change.num_previous if change.num_previous else 1.0,
             grad_norm=grad_norm,
@@ -529,11 +532,6 @@ def _matching(names: Sequence[str], patterns: str | Sequence[str]) -> tuple[str,
 def _on(device: torch.device, chosen: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
     indices, gradients = chosen
     return indices.to(device), None if gradients is None else gradients.to(device)
-
-
-def _at_least_float(tensor: Tensor) -> Tensor:
-    """Scores of half-precision tensors are computed in float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _check_norm(max_grad_norm: float | None) -> None:

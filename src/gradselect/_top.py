@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-CHUNK = {"cpu": 1 << 18}
+CHUNK = {"cpu": 1 << 17}
 """Elements that are looked at together: on the CPU few enough for the cache."""
 CHUNK_ELSEWHERE = 1 << 26
+
+SAMPLE = 4096
+"""Scores from which the first threshold is guessed."""
+SLACK = 1024
+"""Entries beyond twice the wanted number that are kept before the worst are dropped."""
+
+Score = Callable[[Tensor, Tensor], Tensor]
+"""Elementwise score of (weights, gradients)."""
 
 
 class TopEntries:
@@ -23,6 +32,7 @@ class TopEntries:
 
     Args:
         count: how many entries to keep, >= 0.
+        above: entries whose score is not above this never count. Default: all do.
 
     Example:
         >>> top = TopEntries(2)
@@ -33,33 +43,59 @@ class TopEntries:
         ([0, 1], [1, 0])
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, *, above: float = -math.inf) -> None:
         self._count = count
+        self._above = above
         self._threshold = -math.inf
+        self._num_kept = 0
         self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def offer(self, scores: Tensor, *, rank: int, offset: int = 0, values: Tensor | None = None) -> None:
         """Offer the entries `offset`, `offset + 1`, ... of tensor `rank`.
 
         Args:
-            scores: shape (n,), e.g. (262144,).
+            scores: shape (n,), e.g. (131072,).
             rank: number of the tensor that the scores belong to.
             offset: index in that tensor of the first score.
             values: shape (n,), what goes with the entries into `result`; default the scores.
         """
+        found = ((scores >= self._threshold) & (scores > self._above)).nonzero().view(-1)
+        self._add(scores[found], rank, found + offset, (scores if values is None else values)[found])
+
+    def scan(
+        self, weight: Tensor, gradient: Tensor, *, rank: int, score: Score, least: Callable[[float], float]
+    ) -> None:
+        """Offer every entry of a tensor, with its gradient as value, but score only those that can win.
+
+        Args:
+            weight: shape (n,).
+            gradient: shape (n,).
+            rank: number of the tensor.
+            score: larger is better.
+            least: of a score, what |gradient| an entry must reach to have it; 0.0 where that is not known.
+        """
         if self._count == 0:
             return
-        if self._threshold == -math.inf and scores.numel() > 2 * self._count:
-            # Without a threshold everything would be a candidate: begin with that of these scores alone.
-            best = torch.topk(torch.nan_to_num(scores, nan=-math.inf), self._count, sorted=True).values
-            self._threshold = float(best[-1])
-        found = (scores >= self._threshold).nonzero().view(-1)
-        if found.numel() == 0:
-            return
-        ranks = torch.full_like(found, rank, dtype=torch.int32)
-        self._parts.append((scores[found], ranks, found + offset, (scores if values is None else values)[found]))
-        if sum(part[0].numel() for part in self._parts) > 2 * self._count + 4096:
-            self._prune()
+        rows = _rows(self._count, gradient.numel())
+        places = _reaching(gradient, least(self._threshold), rows=rows)
+        if places is None:
+            guess = self._guess(weight, gradient, score)
+            places = _reaching(gradient, least(guess), rows=rows) if guess > self._threshold else None
+        else:
+            guess = self._threshold
+        if places is not None:
+            gradients = at_least_float(gradient[places])
+            scores = score(at_least_float(weight[places]), gradients)
+            found = ((scores >= guess) & (scores > self._above)).nonzero().view(-1)
+            if guess == self._threshold or found.numel() >= self._count:
+                self._threshold = guess
+                self._add(scores[found], rank, places[found], gradients[found])
+                return
+        length = CHUNK.get(gradient.device.type, CHUNK_ELSEWHERE)
+        for start in range(0, gradient.numel(), length):
+            gradients = at_least_float(gradient[start : start + length])
+            scores = score(at_least_float(weight[start : start + length]), gradients)
+            self.offer(scores, rank=rank, offset=start, values=gradients)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """The kept entries in order of (rank, index).
@@ -74,6 +110,23 @@ class TopEntries:
         order = _order(ranks, indices)
         return ranks[order], indices[order], values[order]
 
+    def _add(self, scores: Tensor, rank: int, indices: Tensor, values: Tensor) -> None:
+        if self._count and scores.numel():
+            ranks = torch.full_like(indices, rank, dtype=torch.int32)
+            self._parts.append((scores, ranks, indices, values))
+            self._num_kept += scores.numel()
+            if self._num_kept > 2 * self._count + SLACK:
+                self._prune()
+
+    def _guess(self, weight: Tensor, gradient: Tensor, score: Score) -> float:
+        """What about `count` entries of this tensor reach, from a sample; -inf if it is too small to say."""
+        step = max(1, gradient.numel() // SAMPLE)
+        sample = score(at_least_float(weight[::step]), at_least_float(gradient[::step]))
+        position = round(1.25 * self._count * sample.numel() / gradient.numel()) + 8
+        if position >= sample.numel() // 2:
+            return -math.inf
+        return float(torch.topk(torch.nan_to_num(sample, nan=-math.inf), position).values[-1])
+
     def _prune(self) -> None:
         """Only the `count` best stay."""
         device = self._parts[0][0].device
@@ -83,19 +136,51 @@ class TopEntries:
         if scores.numel() > self._count:
             threshold = torch.topk(scores, self._count, sorted=True).values[-1]
             self._threshold = float(threshold)
-            kept = (scores > threshold).nonzero().view(-1)
+            kept = scores > threshold
             ties = (scores == threshold).nonzero().view(-1)
             # Of equal scores those of lower rank, then of lower index.
-            ties = ties[_order(ranks[ties], indices[ties])][: self._count - kept.numel()]
-            kept = torch.cat([kept, ties])
+            ties = ties[_order(ranks[ties], indices[ties])][: self._count - int(kept.sum())]
+            kept[ties] = True
             scores, ranks, indices, values = scores[kept], ranks[kept], indices[kept], values[kept]
         self._parts = [(scores, ranks, indices, values)]
+        self._num_kept = scores.numel()
 
 
 def _order(ranks: Tensor, indices: Tensor) -> Tensor:
     """The permutation that sorts by (rank, index)."""
     by_index = torch.argsort(indices, stable=True)
     return by_index[torch.argsort(ranks[by_index], stable=True)]
+
+
+def _rows(count: int, numel: int) -> int:
+    """Into how many rows to fold a tensor so that about one column in ten holds one of its `count` best entries."""
+    return min(32, 1 << max(0, (numel // (10 * count)).bit_length() - 1))
+
+
+def _reaching(gradient: Tensor, bound: float, *, rows: int) -> Tensor | None:
+    """Positions of all entries with |gradient| >= bound; None where the bound says little. Shape (m,).
+
+    Where few entries do it is several times faster to look at the extremes of columns first.
+    """
+    if not bound > 0:
+        return None
+    width = gradient.numel() // rows
+    if rows < 4 or width == 0:
+        return (gradient.abs() >= bound).nonzero().view(-1)
+    folded = gradient[: rows * width].view(rows, width)
+    columns = ((folded.amax(0) >= bound) | (folded.amin(0) <= -bound)).nonzero().view(-1)
+    if columns.numel() > width // 4:
+        return None
+    if columns.numel() == 0 and rows * width == gradient.numel():
+        return columns
+    places = (torch.arange(rows, device=gradient.device)[:, None] * width + columns).view(-1)
+    places = torch.cat([places, torch.arange(rows * width, gradient.numel(), device=gradient.device)])
+    return places[gradient[places].abs() >= bound]
+
+
+def at_least_float(tensor: Tensor) -> Tensor:
+    """Scores of half-precision tensors are computed in float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def chunk_length(tensor: Tensor) -> int:

@@ -69,3 +69,7 @@ class ID3(AbstractCompactMask):
 
     def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
         return gradient.abs().div_(weight.abs().add_(self.eps).pow_(self.exponent))
+
+    def least_gradient(self, score: float) -> float:
+        # |w| >= 0, so the denominator is at least eps ** exponent unless it falls with |w|.
+        return score * self.eps**self.exponent * (1 - 1e-5) if self.exponent >= 0 else 0.0

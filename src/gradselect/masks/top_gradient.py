@@ -51,3 +51,6 @@ class TopGradient(AbstractCompactMask):
 
     def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
         return gradient.abs()
+
+    def least_gradient(self, score: float) -> float:
+        return score
