@@ -32,8 +32,8 @@ def convert(
     Σ Gᵀ G as rows. Each layer W becomes W̃ = V W Uᵀ, and y = (x Uᵀ) W̃ᵀ V + b: the same function up to rounding.
     Nothing is trained meanwhile. Layers of the same name within a block and the same shape are of one kind.
 
-    The paper rotates up and down projections and shares bases among layers of one shape; sharing by name too, gate
-    projections and evaluation mode are our choices.
+    The paper shares bases among all layers of one shape, and of LLaMA-2 rotates up and down projections only; bases by
+    name and shape, gate projections and evaluation mode are our choices.
 
     Convert before making the optimizer, and `fold` before using the model as a plain one.
 

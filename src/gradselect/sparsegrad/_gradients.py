@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from .._errors import UsageError
+from ._rotated import Bases
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> the loss, a scalar."""
@@ -93,6 +94,7 @@ def _unchanged_modules(model: nn.Module) -> Iterator[None]:
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
+        if not isinstance(module, Bases)  # large, and nothing writes to them
         for name, buffer in module.named_buffers(recurse=False)
     ]
     try:
