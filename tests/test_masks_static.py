@@ -257,7 +257,7 @@ def test_estimating_leaves_the_model_and_the_random_state_as_they_were(each: sal
         (
             [dict.fromkeys(("input_ids", "labels"), torch.ones(1, 1, dtype=torch.long))],
             lambda model, batch: model(**batch).logits.sum() * math.nan,
-            "has the loss nan",
+            "a batch gives nan",
         ),
     ],
     ids=["no batch", "no labels", "no scalar", "nan"],

@@ -99,7 +99,7 @@ class Probe:
             )
         if not torch.isfinite(value):
             raise UsageError(
-                f"a batch has the loss {value.item()}, so its gradients rank nothing; look for empty labels in batches"
+                f"a batch gives {value.item()}, so its gradients rank nothing; look for batches without any label"
             )
         return value
 

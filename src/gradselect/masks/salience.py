@@ -267,7 +267,7 @@ grasp = Grasp()
 
 def sum_of_outputs(model: nn.Module, batch: Batch) -> Tensor:
     outputs = model(**batch)
-    return (outputs if isinstance(outputs, Tensor) else outputs[0]).sum()
+    return widened(outputs if isinstance(outputs, Tensor) else outputs[0]).sum()
 
 
 def batch_of_ones(model: nn.Module) -> Batch:
@@ -276,7 +276,10 @@ def batch_of_ones(model: nn.Module) -> Batch:
     Raises:
         UsageError: it does not.
     """
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    try:
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # the answer of transformers for models of images or of speech
+        embedding = None
     if not isinstance(embedding, nn.Embedding):
         raise UsageError(
             f"{type(model).__name__} does not say how wide its input is, so synflow cannot make one; "

@@ -64,8 +64,9 @@ class StaticMask(AbstractCompactMask):
             budget of more entries than there are; when choosing, no batch, or one whose loss is not finite.
 
     Example:
-        >>> speft = StaticMask(density=0.01)
-        >>> pafi = StaticMask(salience=saliences.smallest_magnitude, budget=320_000)
+        >>> import gradselect as gs
+        >>> speft = gs.StaticMask(density=0.01)
+        >>> pafi = gs.StaticMask(salience=gs.salience.smallest_magnitude, budget=320_000)
 
     Reference: Liu et al., "Refining Salience-Aware Sparse Fine-Tuning Strategies for Language Models", arXiv
     2412.13488.
