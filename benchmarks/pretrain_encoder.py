@@ -4,9 +4,13 @@
 
 4 layers of width 128, a lowercase WordPiece vocabulary of 4096 learned from the text. One row is `[CLS] A [SEP] B
 [SEP]`, 64 tokens, 15 % of its words masked (80 % as [MASK], 10 % as another word, 10 % as they are; Devlin et al.,
-BERT, arXiv 1810.04805, 3.1). B continues A, but in a quarter of the rows B is A again with words masked of its own, so that
-attention learns to look across the pair. No next-sentence task. Muon for the layers' matrices, AdamW for the rest, as
-in quickstart/pretrain.py; cosine over the CPU minutes given. A run that was stopped continues where it was saved last.
+BERT, arXiv 1810.04805, 3.1). B continues A, but in two rows of five B is A again with words masked of its own, so that
+attention learns to look across the pair. No next-sentence task.
+
+What a few minutes of one core cannot learn is put in at the start: word vectors from counted neighbours (PMI and its
+singular vectors; Levy, Goldberg, "Neural Word Embedding as Implicit Matrix Factorization", NeurIPS 2014), log
+frequencies as the head's bias, sinusoids as positions. Muon for the layers' matrices, AdamW for the rest, as in
+quickstart/pretrain.py; cosine over the CPU minutes given. A run that was stopped continues where it was saved last.
 """
 
 from __future__ import annotations
@@ -49,8 +53,10 @@ class Recipe:
     batch_size: int = 32
     window: int = 64
     mask_share: float = 0.15
-    repeat_share: float = 0.25
-    muon_lr: float = 4e-3
+    repeat_share: float = 0.4
+    initializer_range: float = 0.08
+    neighbours: int = 4
+    muon_lr: float = 3e-3
     adamw_lr: float = 2e-3
     weight_decay: float = 0.05
     warmup: float = 0.02
@@ -161,9 +167,47 @@ def build_model(recipe: Recipe) -> BertForMaskedLM:
         max_position_embeddings=recipe.max_length,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        initializer_range=recipe.initializer_range,
         pad_token_id=PAD,
     )
     return BertForMaskedLM(config)
+
+
+@torch.no_grad()
+def warm_start(model: BertForMaskedLM, stream: Tensor, recipe: Recipe) -> None:
+    """Word vectors, the head's bias and positions, in place; every vector as large as a random one."""
+    words, embeddings = stream.long(), model.bert.embeddings
+    frequencies = torch.bincount(words, minlength=recipe.vocab_size) + 1.0
+    model.cls.predictions.bias.copy_((frequencies / frequencies.sum()).log())
+    for parameter, vectors in (
+        (embeddings.word_embeddings.weight, word_vectors(words, recipe)),
+        (embeddings.position_embeddings.weight, sinusoids(recipe)),
+    ):
+        parameter.copy_(vectors * (recipe.initializer_range / vectors.std()))
+
+
+def word_vectors(words: Tensor, recipe: Recipe) -> Tensor:
+    r"""U sqrt(S) of the positive pointwise mutual information of words and their neighbours. Shape (4096, 128).
+
+    A neighbour at distance d counts 1 / d; contexts' frequencies are raised to 0.75.
+    """
+    size = recipe.vocab_size
+    pairs = torch.zeros(size * size)
+    for distance in range(1, recipe.neighbours + 1):
+        pairs += torch.bincount(words[:-distance] * size + words[distance:], minlength=size * size) / distance
+    pairs = pairs.view(size, size) + pairs.view(size, size).T
+    totals = pairs.sum(1)
+    contexts = totals**0.75 / (totals**0.75).sum()
+    information = (pairs / (totals[:, None] * contexts).clamp_min(1e-12)).clamp_min(1.0).log()
+    left, values, _ = torch.svd_lowrank(information, q=recipe.hidden_size)
+    return left * values.sqrt()
+
+
+def sinusoids(recipe: Recipe) -> Tensor:
+    """Sines and cosines of wavelengths from 2 pi to about 6000 tokens. Shape (128, 128)."""
+    rates = torch.exp(-math.log(1000) * torch.arange(0, recipe.hidden_size, 2) / recipe.hidden_size)
+    angles = torch.arange(recipe.max_length)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
 def logits_of(model: BertForMaskedLM, batch: Batch) -> Tensor:
@@ -278,6 +322,8 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     _, train, valid = load_streams(arguments, recipe)
     run = Run(recipe, arguments.out)
+    if run.step == 0:
+        warm_start(run.model, train, recipe)
     before = evaluate(build_model(recipe), valid, recipe)
     print(f"{train.numel():,} tokens, {run.model.num_parameters():,} parameters, at random {before}", flush=True)
     budget, losses = 60 * arguments.minutes, list[float]()
