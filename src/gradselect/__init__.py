@@ -1,6 +1,7 @@
 """Selective fine-tuning: train, at every step, only the part of the model that matters now."""
 
 from . import delta as delta
+from . import sparsegrad as sparsegrad
 from ._blocks import Block as Block
 from ._blocks import partition as partition
 from ._errors import UsageError as UsageError

@@ -88,3 +88,77 @@ class SelectiveAdamW:
         if weight.ndim >= 2:
             weight -= self.lr * self.weight_decay * weight
         weight -= self.lr * mean / (square.sqrt() + self.eps)
+
+
+def top_entries(scores: Sequence[Tensor], count: int) -> set[tuple[int, int]]:
+    """(tensor, index) of the `count` largest scores, by sorting them all; twin of the streaming `TopEntries`."""
+    ranked = sorted(
+        (-score, rank, index)
+        for rank, tensor in enumerate(scores)
+        for index, score in enumerate(tensor.flatten().tolist())
+        if not math.isnan(score)
+    )
+    return {(rank, index) for _, rank, index in ranked[:count]}
+
+
+@dataclass
+class DenseID3:
+    """Twin of `SparseOptimizer` with `ID3` in fp32: dense masks, dense moments and dense step counts, written out.
+
+    Args:
+        parameters: by name, in model order, with gradients that are all there.
+        budget, steps, exponent, eps: of `ID3`.
+        lr, beta1, beta2, adam_eps, weight_decay: of AdamW; tensors of fewer than two dimensions are not decayed.
+
+    Reference: Agarwal et al., arXiv 2408.14470; Loshchilov, Hutter, arXiv 1711.05101, algorithm 2.
+    """
+
+    parameters: Mapping[str, Tensor]
+    budget: int
+    steps: int
+    exponent: float
+    eps: float
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        self.masks = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in self.parameters.items()}
+        self.means = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.squares = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.ages = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.num_steps = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Unmask, then update every unmasked entry."""
+        self._unmask()
+        for name, parameter in self.parameters.items():
+            assert parameter.grad is not None
+            mask, age = self.masks[name], self.ages[name]
+            age += mask
+            mean = self.beta1 * self.means[name] + (1 - self.beta1) * parameter.grad
+            square = self.beta2 * self.squares[name] + (1 - self.beta2) * parameter.grad**2
+            self.means[name] = torch.where(mask, mean, self.means[name])
+            self.squares[name] = torch.where(mask, square, self.squares[name])
+            corrected_mean = self.means[name] / (1 - self.beta1**age)
+            corrected_square = self.squares[name] / (1 - self.beta2**age)
+            decay = self.lr * self.weight_decay if parameter.ndim >= 2 else 0.0
+            moved = parameter * (1 - decay) - self.lr * corrected_mean / (corrected_square.sqrt() + self.adam_eps)
+            parameter.copy_(torch.where(mask, moved, parameter))
+        self.num_steps += 1
+
+    def _unmask(self) -> None:
+        if self.num_steps >= self.steps:
+            return
+        count = self.budget // self.steps + (self.num_steps < self.budget % self.steps)
+        scores = []
+        for name, parameter in self.parameters.items():
+            assert parameter.grad is not None
+            score = parameter.grad.abs() / (parameter.abs() + self.eps) ** self.exponent
+            scores.append(score.masked_fill(self.masks[name], -1.0))
+        names = list(self.parameters)
+        for rank, index in top_entries(scores, count):
+            self.masks[names[rank]].view(-1)[index] = True
