@@ -355,13 +355,15 @@ def classifier(task: Task, encoder: Path, *, seed: int) -> nn.Module:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the report that the head is new: it is meant to be."""
+    """Without progress bars, and without the report that the head is new: it is meant to be."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
 
 
 def loss_of_batch(model: nn.Module, batch: tuple[dict[str, Tensor], Tensor]) -> Tensor:

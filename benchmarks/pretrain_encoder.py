@@ -3,7 +3,7 @@
     python benchmarks/pretrain_encoder.py --out encoder --minutes 25 --text books.txt.xz stories.txt --valid other.txt
 
 4 layers of width 128, a lowercase WordPiece vocabulary of 4096 learned from the text. One row is `[CLS] A [SEP] B
-[SEP]`, 64 tokens, 15 % of its words masked (80 % as [MASK], 10 % as another word, 10 % as they are; Devlin et al.,
+[SEP]`, 63 tokens, 15 % of its words masked (80 % as [MASK], 10 % as another word, 10 % as they are; Devlin et al.,
 BERT, arXiv 1810.04805, 3.1). B continues A, but in two rows of five B is A again with words masked of its own, so that
 attention learns to look across the pair. No next-sentence task.
 
@@ -51,7 +51,7 @@ class Recipe:
     num_heads: int = 2
     max_length: int = 128
     batch_size: int = 32
-    window: int = 64
+    window: int = 63
     mask_share: float = 0.15
     repeat_share: float = 0.4
     initializer_range: float = 0.08
@@ -111,7 +111,7 @@ class Batch:
     """Rows of `[CLS] A [SEP] B [SEP]`.
 
     Attributes:
-        input_ids: with words masked, int64 (32, 64).
+        input_ids: with words masked, int64 (32, 63).
         token_type_ids: 0 in A, 1 in B; the same shape.
         positions: where words are to be predicted, in the flattened rows, int64 (288,).
         targets: the words there, int64 (288,).
