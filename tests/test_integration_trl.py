@@ -44,7 +44,8 @@ def additions(count):
     return Dataset.from_list([{"prompt": f"{a} {b}", "completion": f" {a + b}"} for a, b in pairs])
 
 
-def build(folder, policy, *, callbacks=(), peft_config=None, **settings):
+def build(folder, choice, *, callbacks=(), peft_config=None, **settings):
+    kind = "mask" if isinstance(choice, gs.AbstractMask) else "policy"
     usual = {
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
@@ -62,7 +63,7 @@ def build(folder, policy, *, callbacks=(), peft_config=None, **settings):
         args=args,
         train_dataset=additions(20),
         processing_class=tokenizer(),
-        optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, {"policy": policy, "args": args}),
+        optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, {kind: choice, "args": args}),
         callbacks=[SelectionCallback(), *callbacks],
         peft_config=peft_config,
     )

@@ -7,6 +7,7 @@
         callbacks=[SelectionCallback(jsonl="selection.jsonl")],
     )
 
+With `"mask": ID3(budget=320_000, steps=1000)` in place of `"policy"` single weights are selected instead of blocks.
 The factory builds the optimizer; the callback tells it what only the Trainer knows, and the Trainer's logs what it did.
 """
 
@@ -28,44 +29,47 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import has_length
 
-from .. import BlockOptimizer, JsonlWriter, StepRecord, UsageError
+from .. import BlockOptimizer, JsonlWriter, MaskRecord, SparseOptimizer, StepRecord, UsageError
 
 logger = logging.getLogger(__name__)
 
 
 @final
 class SelectiveOptimizerFactory:
-    """Builds a `BlockOptimizer` where a trainer asks for an optimizer.
+    """Builds a `BlockOptimizer` or a `SparseOptimizer` where a trainer asks for an optimizer.
 
     Trainer calls `SelectiveOptimizerFactory()(model, **kwargs)` with the kwargs that it was given, axolotl
     `SelectiveOptimizerFactory()(model, args, **kwargs)`.
     """
 
-    def __call__(self, model: nn.Module, args: TrainingArguments | None = None, **options: Any) -> BlockOptimizer:
+    def __call__(
+        self, model: nn.Module, args: TrainingArguments | None = None, **options: Any
+    ) -> BlockOptimizer | SparseOptimizer:
         """The optimizer of `model`.
 
         Args:
             model: as the trainer holds it; it may be wrapped for data parallelism.
-            args: gives `lr`, `weight_decay`, `betas`, `eps` and `accumulation_steps` where `options` do not. The
-                Trainer does not pass its own: name them among the kwargs, or else `lr`.
-            options: keyword arguments of `BlockOptimizer`; `policy` is required.
+            args: gives `lr`, `weight_decay`, `betas`, `eps`, `accumulation_steps` and, with a mask, `max_grad_norm`
+                where `options` do not. The Trainer does not pass its own: name them among the kwargs, or else `lr`.
+            options: keyword arguments of `BlockOptimizer` with a `policy`, or of `SparseOptimizer` with a `mask`.
 
         Raises:
-            UsageError: an unknown option, no policy, no learning rate, several processes, or what `BlockOptimizer`
-                refuses.
+            UsageError: an unknown option, no policy and no mask or both, no learning rate, several processes, or what
+                the optimizer refuses.
 
         Example:
             >>> kwargs = {"policy": gs.AdaGradSelect(fraction=0.2), "lr": 1e-5}
             >>> Trainer(model, args, optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, kwargs))  # doctest: +SKIP
         """
         _check_one_process()
-        settings = options if args is None else {**_from_arguments(args), **options}
-        _check_settings(settings)
-        return BlockOptimizer(_unwrap_model(model), **settings)
+        kind = SparseOptimizer if "mask" in options else BlockOptimizer
+        settings = options if args is None else {**_from_arguments(args, kind), **options}
+        _check_settings(settings, kind)
+        return kind(_unwrap_model(model), **settings)
 
 
 class SelectionCallback(TrainerCallback):
-    """Connects the `BlockOptimizer` of a Trainer with it.
+    """Connects the `BlockOptimizer` or `SparseOptimizer` of a Trainer with it.
 
     When training begins, the optimizer learns the number of micro-batches per step, the gradient scaler and, for a
     policy that left it open (`AdaGradSelect(explore_steps=None)`), the number of optimizer steps of the first epoch.
@@ -80,21 +84,34 @@ class SelectionCallback(TrainerCallback):
         selection/state_bytes    most bytes of optimizer state and masters on the device
         selection/moved_bytes    mean bytes moved between device and host in a step
 
-    and the last log `selection/updates/<block>`, the number of updates of each block. They reach `log_history` and
-    whatever `report_to` names: for that the callback moves before the Trainer's own reporters.
+    and the last log `selection/updates/<block>`, the number of updates of each block. With a mask it gets
+
+        selection/entries        mean number of entries updated in a step
+        selection/new            mean number of them that the step before did not update
+        selection/overlap        least share of a step's set that was in the next one
+        selection/state_bytes    most bytes of indices, moments and masters on the device
+        grad_norm                of the last step, before clipping, of the gradients that were applied
+
+    They reach `log_history` and whatever `report_to` names: for that the callback moves before the Trainer's own
+    reporters.
+
+    **Clipping.** With a mask the Trainer cannot clip: gradients are freed before it looks. So while it trains,
+    `args.max_grad_norm` is 0, and the optimizer clips instead: to its own `max_grad_norm`, or, if it was built without
+    one, to that of the arguments.
 
     Args:
-        jsonl: a file that gets every `StepRecord` as a line; its folder must exist when training begins.
+        jsonl: a file that gets every record as a line; its folder must exist when training begins.
 
     Raises:
-        UsageError: when training begins, if the optimizer is no `BlockOptimizer`, or if training resumes from a
-            checkpoint without optimizer state.
+        UsageError: when training begins, if the optimizer is none of ours, or if training resumes from a checkpoint
+            without optimizer state.
     """
 
     def __init__(self, *, jsonl: str | Path | None = None) -> None:
         self._jsonl = jsonl
-        self._connected: BlockOptimizer | None = None
-        self._since_log: list[StepRecord] = []
+        self._connected: BlockOptimizer | SparseOptimizer | None = None
+        self._since_log: list[Any] = []
+        self._max_grad_norm: float | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         # TRL makes the embedding's output require a gradient here and the Trainer again in train(), which can undo
@@ -107,13 +124,20 @@ class SelectionCallback(TrainerCallback):
         optimizer = _unwrap_optimizer(parts["optimizer"])
         _check_resumed(optimizer, state)
         _warn(args, optimizer)
-        optimizer.grad_scaler = parts["optimizer"].scaler
-        optimizer.policy.fill_explore_steps(_num_steps_of_epoch(args, state, parts["train_dataloader"]))
+        if isinstance(optimizer, BlockOptimizer):
+            optimizer.grad_scaler = parts["optimizer"].scaler
+            optimizer.policy.fill_explore_steps(_num_steps_of_epoch(args, state, parts["train_dataloader"]))
+        else:
+            self._take_over_clipping(args, optimizer)
         # A train() that was interrupted within a window of micro-batches leaves it open.
         optimizer.zero_grad()
         _keep_backward_short(parts["model"], args)
         self._connect(optimizer, writes=state.is_world_process_zero)
         self._report_before_others()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        if self._max_grad_norm is not None:
+            args.max_grad_norm, self._max_grad_norm = self._max_grad_norm, None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
@@ -139,13 +163,20 @@ class SelectionCallback(TrainerCallback):
         if "loss" in logs and self._since_log:
             values = summarise(self._since_log)
             self._since_log.clear()
-        elif "train_runtime" in logs and self._connected is not None:
+        elif "train_runtime" in logs and isinstance(self._connected, BlockOptimizer):
             values = {f"selection/updates/{name}": count for name, count in self._connected.update_counts.items()}
         logs.update(values)
         # The Trainer has copied the logs there before it calls anyone.
         state.log_history[-1].update(values)
 
-    def _connect(self, optimizer: BlockOptimizer, *, writes: bool) -> None:
+    def _take_over_clipping(self, args: TrainingArguments, optimizer: SparseOptimizer) -> None:
+        # A train() that was interrupted has not given it back.
+        asked = args.max_grad_norm if self._max_grad_norm is None else self._max_grad_norm
+        if optimizer.max_grad_norm is None:
+            optimizer.max_grad_norm = asked or None
+        self._max_grad_norm, args.max_grad_norm = asked, 0.0
+
+    def _connect(self, optimizer: BlockOptimizer | SparseOptimizer, *, writes: bool) -> None:
         """Receive the records of `optimizer`; a second `train()` of one Trainer goes on with the same."""
         self._since_log.clear()
         if self._connected is optimizer:
@@ -162,14 +193,30 @@ class SelectionCallback(TrainerCallback):
             handler.callbacks.insert(0, self)
 
 
-def summarise(records: Sequence[StepRecord]) -> dict[str, float]:
+def summarise(records: Sequence[StepRecord] | Sequence[MaskRecord]) -> dict[str, float]:
     """What one or more steps did, as the numbers that `SelectionCallback` logs."""
+    of_blocks = [record for record in records if isinstance(record, StepRecord)]
+    of_masks = [record for record in records if isinstance(record, MaskRecord)]
+    return _summarise_masks(of_masks) if of_masks else _summarise_blocks(of_blocks)
+
+
+def _summarise_blocks(records: Sequence[StepRecord]) -> dict[str, float]:
     return {
         "selection/blocks": fmean(len(record.selected) for record in records),
         "selection/explored": fmean(record.explored for record in records),
         "selection/entropy": records[-1].selection_entropy,
         "selection/state_bytes": max(record.state_bytes for record in records),
         "selection/moved_bytes": fmean(record.moved_bytes for record in records),
+    }
+
+
+def _summarise_masks(records: Sequence[MaskRecord]) -> dict[str, float]:
+    return {
+        "selection/entries": fmean(sum(record.num_entries.values()) for record in records),
+        "selection/new": fmean(record.num_new for record in records),
+        "selection/overlap": min(record.overlap for record in records),
+        "selection/state_bytes": max(record.state_bytes for record in records),
+        "grad_norm": records[-1].grad_norm,
     }
 
 
@@ -183,25 +230,27 @@ def _hyper_parameters(args: TrainingArguments | type[TrainingArguments]) -> dict
     }
 
 
-def _from_arguments(args: TrainingArguments) -> dict[str, Any]:
-    return {**_hyper_parameters(args), "accumulation_steps": args.gradient_accumulation_steps}
+def _from_arguments(args: TrainingArguments, kind: type) -> dict[str, Any]:
+    clipping = {"max_grad_norm": args.max_grad_norm or None} if kind is SparseOptimizer else {}
+    return {**_hyper_parameters(args), "accumulation_steps": args.gradient_accumulation_steps, **clipping}
 
 
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    known = list(inspect.signature(BlockOptimizer).parameters)[1:]
-    for name in settings.keys() - set(known):
+def _check_settings(settings: Mapping[str, Any], kind: type) -> None:
+    known = list(inspect.signature(kind).parameters)[1:]
+    for name in settings.keys() - {*known, "policy"}:
         close = difflib.get_close_matches(name, known, n=1)
         advice = f"write {close[0]!r}" if close else f"known are {', '.join(known)}"
         raise UsageError(f"{name!r} among the kwargs of SelectiveOptimizerFactory is no option; {advice}")
-    if "policy" not in settings:
+    if ("policy" in settings) == ("mask" in settings):
         raise UsageError(
-            "the kwargs of SelectiveOptimizerFactory have no 'policy'; write e.g. "
+            "the kwargs of SelectiveOptimizerFactory need a 'policy', which chooses blocks, or a 'mask', which chooses "
+            f"single weights, and have {'both' if 'mask' in settings else 'neither'}; write e.g. "
             '{"policy": AdaGradSelect(fraction=0.2), "args": args}'
         )
     if "lr" not in settings:
         raise UsageError(
             "the kwargs of SelectiveOptimizerFactory have no 'lr', and the Trainer does not pass on its learning_rate; "
-            'write {"policy": ..., "args": args} with the TrainingArguments, or {"policy": ..., "lr": 2e-5}'
+            'add "args": args with the TrainingArguments, or "lr": 2e-5'
         )
 
 
@@ -214,7 +263,7 @@ def _check_one_process() -> None:
         )
 
 
-def _check_resumed(optimizer: BlockOptimizer, state: TrainerState) -> None:
+def _check_resumed(optimizer: BlockOptimizer | SparseOptimizer, state: TrainerState) -> None:
     if state.global_step > 0 and optimizer.num_steps == 0:
         raise UsageError(
             f"training resumes after step {state.global_step}, but the checkpoint holds no optimizer state; save with "
@@ -223,7 +272,7 @@ def _check_resumed(optimizer: BlockOptimizer, state: TrainerState) -> None:
         )
 
 
-def _warn(args: TrainingArguments, optimizer: BlockOptimizer) -> None:
+def _warn(args: TrainingArguments, optimizer: BlockOptimizer | SparseOptimizer) -> None:
     defaults = _hyper_parameters(type(args))
     if _is_reentrant(args):
         logger.warning(
@@ -244,12 +293,13 @@ def _unwrap_model(model: nn.Module) -> nn.Module:
     return _unwrap_model(model.module) if isinstance(model, DataParallel | DistributedDataParallel) else model
 
 
-def _unwrap_optimizer(optimizer: torch.optim.Optimizer) -> BlockOptimizer:
+def _unwrap_optimizer(optimizer: torch.optim.Optimizer) -> BlockOptimizer | SparseOptimizer:
     if isinstance(optimizer, AcceleratedOptimizer):
         return _unwrap_optimizer(optimizer.optimizer)
-    if not isinstance(optimizer, BlockOptimizer):
+    if not isinstance(optimizer, BlockOptimizer | SparseOptimizer):
         raise UsageError(
-            f"SelectionCallback needs a BlockOptimizer, the Trainer has {type(optimizer).__name__}; write "
+            "SelectionCallback needs a BlockOptimizer or a SparseOptimizer, the Trainer has "
+            f"{type(optimizer).__name__}; write "
             'optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, {"policy": ..., "args": args}), or leave out the '
             "callback"
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DataCollatorWithPadding, EvalPrediction
 
@@ -42,6 +43,12 @@ def label_loss(outputs: Any, labels: Tensor, *, num_items_in_batch: Tensor | int
     else:
         loss = functional.cross_entropy(logits, labels, reduction="sum")
     return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def batch_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The mean `label_loss` of a batch."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return label_loss(model(**inputs), batch["labels"])
 
 
 def validation_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -91,18 +91,23 @@ def _follow(location: Sequence[str | int]) -> tuple[type[BaseModel] | None, list
         else:
             keys.append(part)
             if model is not None and part in model.model_fields and place + 1 < len(location):
-                annotation = model.model_fields[part].annotation
-                options = _variants(annotation)
-                model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+                settings = _settings_in(model.model_fields[part].annotation)
+                options = _variants(settings) if len(settings) > 1 else {}
+                model = settings[0] if len(settings) == 1 else None
     return model, keys
 
 
-def _variants(annotation: Any) -> dict[str, type[BaseModel]]:
-    """The settings classes of a union, by each of the names that choose them."""
-    models = [option for option in get_args(annotation) if isinstance(option, type) and issubclass(option, BaseModel)]
+def _settings_in(annotation: Any) -> list[type[BaseModel]]:
+    """The settings classes of an annotation: itself, or those of a union."""
+    options = get_args(annotation) or (annotation,)
+    return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+
+
+def _variants(settings: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]:
+    """The settings classes, by each of the names that choose them."""
     return {
         name: model
-        for model in models
+        for model in settings
         for field in ("name", "format")
         if field in model.model_fields
         for name in get_args(model.model_fields[field].annotation)

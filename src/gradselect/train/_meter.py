@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .. import BlockOptimizer
+from .. import BlockOptimizer, SparseOptimizer
 
 
 class Meter(TrainerCallback):
@@ -69,7 +69,7 @@ class Meter(TrainerCallback):
 
 def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes held now, in the categories of `BlockOptimizer.memory`, for any optimizer."""
-    if isinstance(optimizer, BlockOptimizer):
+    if isinstance(optimizer, BlockOptimizer | SparseOptimizer):
         held = optimizer.memory()
         return {
             "weights": held["weights"],

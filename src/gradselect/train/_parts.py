@@ -13,15 +13,24 @@ from transformers import TrainerCallback, set_seed
 
 from .. import UsageError, partition
 from ..integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
+from ._adapter_methods import AbstractAdapterMethod
 from ._folder import RunFolder
 from ._inputs import Inputs
-from ._methods import AbstractAdapterMethod, AbstractBlockMethod, AllMethod, FullMethod
+from ._mask_methods import AbstractFreeMaskMethod, AbstractMaskMethod, RunFacts
+from ._methods import AbstractBlockMethod, AllMethod, FullMethod
 from ._recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodParts:
-    """What a method changes about a trainer."""
+    """What a method changes about a trainer.
+
+    Args:
+        model: what is trained.
+        optimizer: factory and arguments; None is the trainer's own AdamW, or that of a mask, which is made when the
+            trainer is there: it may need batches and the number of steps.
+        callbacks: beside the trainer's own.
+    """
 
     model: nn.Module
     optimizer: tuple[Any, dict[str, Any]] | None
@@ -44,10 +53,39 @@ def method_parts(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> Method
                 optimizer=(SelectiveOptimizerFactory, _block_options(method, recipe, model, head=inputs.head)),
                 callbacks=[SelectionCallback(jsonl=folder.records_file)],
             )
+        case AbstractMaskMethod():
+            model = _adapt(inputs, adapter, seed=recipe.run.seed) if (adapter := _adapter_of(method)) else model
+            return MethodParts(model=model, optimizer=None, callbacks=[SelectionCallback(jsonl=folder.records_file)])
         case AbstractAdapterMethod():
             return _adapter_parts(method, recipe, inputs)
         case FullMethod():
             return MethodParts(model=model, optimizer=None, callbacks=[])
+
+
+def mask_optimizer(
+    method: AbstractMaskMethod, recipe: Recipe, inputs: Inputs, model: nn.Module, facts: RunFacts
+) -> tuple[Any, dict[str, Any]]:
+    """Factory and arguments of a mask's `gradselect.SparseOptimizer`. It clips: the trainer sees no gradients.
+
+    Raises:
+        UsageError: the mask does not fit the model.
+    """
+    # Beside an adapter the head trains as PEFT's copy of it.
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    head = [name for name in names if name in inputs.head or ".modules_to_save." in name]
+    mask = method.make_mask(model, facts)
+    return SelectiveOptimizerFactory, {
+        "mask": mask,
+        "always": (*method.trained_beside(model, mask), *head),
+        "lean_accumulation": method.lean_accumulation,
+        "max_grad_norm": recipe.optimizer.max_grad_norm or None,
+        "master_dtype": torch.float32,
+        **_adamw_options(recipe),
+    }
+
+
+def _adapter_of(method: AbstractMaskMethod) -> AbstractAdapterMethod | None:
+    return method.adapter if isinstance(method, AbstractFreeMaskMethod) else None
 
 
 def _adapter_parts(method: AbstractAdapterMethod, recipe: Recipe, inputs: Inputs) -> MethodParts:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from .. import BlockOptimizer
+from .. import BlockOptimizer, SparseOptimizer
 from ._folder import RunFolder
 from ._meter import Meter
 from ._recipe import ClassificationData, PromptCompletionData, Recipe
@@ -94,7 +94,9 @@ def _memory(held: Mapping[str, int]) -> str:
 
 
 def _selected(optimizer: Any) -> str:
-    """The blocks of the last step, and whether all gradients were looked at to choose them."""
+    """The blocks of the last step, and whether all gradients were looked at to choose them; or how many entries."""
+    if isinstance(optimizer, SparseOptimizer) and optimizer.last_record is not None:
+        return f"[{sum(optimizer.last_record.num_entries.values()):,} entries, {optimizer.last_record.num_new:,} new]"
     if not isinstance(optimizer, BlockOptimizer) or optimizer.last_record is None:
         return ""
     record = optimizer.last_record

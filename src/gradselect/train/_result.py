@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from .. import BlockOptimizer, UsageError, __version__
+from .. import BlockOptimizer, SparseOptimizer, UsageError, __version__, sparsegrad
 from ._folder import RunFolder, writing_aside
 from ._inputs import Inputs
 from ._load import dump_recipe
@@ -85,13 +85,28 @@ def describe_end(trainer: RunTrainer, meter: Meter, *, notes: Sequence[str]) -> 
 
 
 def describe_selection(optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """How often each block was updated and how evenly; None where no blocks are selected."""
+    """How often each block was updated and how evenly, or which mask chose how much; None where nothing is selected."""
+    if isinstance(optimizer, SparseOptimizer):
+        return _describe_mask(optimizer)
     if not isinstance(optimizer, BlockOptimizer):
         return None
     record = optimizer.last_record
     return {
         "updates": optimizer.update_counts,
         "entropy": None if record is None else record.selection_entropy,
+    }
+
+
+def _describe_mask(optimizer: SparseOptimizer) -> dict[str, Any]:
+    record = optimizer.last_record
+    by_tensor = {} if record is None else dict(record.num_entries)
+    return {
+        "mask": type(optimizer.mask).__name__,
+        "settings": optimizer.mask.settings(),
+        "entries": sum(by_tensor.values()),
+        "entries_to_choose_from": sum(tensor.numel for tensor in optimizer.mask.tensors),
+        "entries_by_tensor": by_tensor,
+        "overlap": None if record is None else record.overlap,
     }
 
 
@@ -134,8 +149,14 @@ def write_run(folder: RunFolder, description: Mapping[str, Any]) -> None:
 
 
 def save_model(trainer: RunTrainer, tokenizer: PreTrainedTokenizerBase, *, folder: RunFolder) -> None:
-    """A plain checkpoint in the folder itself; an adapter is kept beside it and merged into its weights."""
+    """A plain checkpoint in the folder itself; an adapter is kept beside it and merged into its weights.
+
+    What `sparsegrad` had rotated is turned back, so nothing can be trained after this.
+    """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if any(isinstance(module, sparsegrad.RotatedLinear) for module in model.modules()):
+        cast(Any, trainer.optimizer).optimizer.close()
+        sparsegrad.fold(model)
     if isinstance(model, PeftModel):
         with writing_aside(folder.adapter) as aside:
             model.save_pretrained(str(aside))

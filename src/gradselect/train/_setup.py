@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,10 +16,11 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.trainer.sft_config import SFTConfig
 
 from .. import UsageError
-from ._classifier import classifier_options
+from ._classifier import batch_loss, classifier_options
 from ._folder import RunFolder
 from ._inputs import Inputs
-from ._parts import method_parts
+from ._mask_methods import AbstractMaskMethod, RunFacts
+from ._parts import mask_optimizer, method_parts
 from ._recipe import ChatData, ClassificationData, PromptCompletionData, Recipe, TokenData
 from ._trainer import RunTrainer, TokenTrainer
 
@@ -30,6 +33,8 @@ def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> RunTr
     """
     parts = method_parts(recipe, inputs, folder=folder)
     arguments = _arguments(recipe, folder=folder)
+    if isinstance(recipe.method, AbstractMaskMethod):
+        arguments["max_grad_norm"] = 0.0
     shared = {
         "folder": folder,
         "keep_checkpoints": recipe.run.keep_checkpoints,
@@ -48,13 +53,16 @@ def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> RunTr
             **shared,
         )
     trainer.remove_callback(PrinterCallback)
-    # Now rather than at the first step, so that what does not fit the model is said before anything is written.
-    trainer.create_optimizer()
     for name, dataset in (("data.path", trainer.train_dataset), ("data.validation", trainer.eval_dataset)):
         if dataset is not None and len(_as_dataset(dataset)) == 0:
             raise UsageError(
                 f"data.max_length={inputs.max_length} leaves nothing of {name}: every prompt alone is longer; raise it"
             )
+    if isinstance(recipe.method, AbstractMaskMethod):
+        facts = _facts(trainer, recipe, num_batches=recipe.method.num_batches)
+        trainer.optimizer_cls_and_kwargs = mask_optimizer(recipe.method, recipe, inputs, parts.model, facts)
+    # Now rather than at the first step, so that what does not fit the model is said before anything is written.
+    trainer.create_optimizer()
     return trainer
 
 
@@ -71,6 +79,22 @@ def length_notes(trainer: RunTrainer, inputs: Inputs, *, packing: bool) -> list[
         f"{num_dropped:,} examples were left out: their prompts alone reach data.max_length={limit}": num_dropped,
     }
     return [note for note, count in notes.items() if count]
+
+
+def _facts(trainer: RunTrainer, recipe: Recipe, *, num_batches: int) -> RunFacts:
+    """What a mask may want to know. The batches are of rows drawn with the seed, and disturb no other draw."""
+    dataset, run = _as_dataset(trainer.train_dataset), recipe.run
+    per_epoch = -(-len(dataset) // (run.batch_size * run.accumulation))
+    count = min(len(dataset), num_batches * run.batch_size)
+    rows = random.Random(f"calibration/{run.seed}").sample(range(len(dataset)), count)
+    drawn: Any = dataset.select(rows)
+    batches = list(trainer.get_eval_dataloader(drawn)) if rows else []
+    return RunFacts(
+        seed=run.seed,
+        num_steps=run.steps or math.ceil((run.epochs or 1) * per_epoch),
+        batches=batches,
+        loss=batch_loss if isinstance(recipe.data, ClassificationData) else None,
+    )
 
 
 def _arguments(recipe: Recipe, *, folder: RunFolder) -> dict[str, Any]:
