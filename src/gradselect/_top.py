@@ -154,7 +154,7 @@ def _order(ranks: Tensor, indices: Tensor) -> Tensor:
 
 def _rows(count: int, numel: int) -> int:
     """Into how many rows to fold a tensor so that about one column in ten holds one of its `count` best entries."""
-    return min(32, 1 << max(0, (numel // (10 * count)).bit_length() - 1))
+    return min(16, 1 << max(0, (numel // (10 * count)).bit_length() - 1))
 
 
 def _reaching(gradient: Tensor, bound: float, *, rows: int) -> Tensor | None:
