@@ -28,6 +28,15 @@ def test_own_loop(tmp_path, monkeypatch, capsys):
     assert sum(names["optimizer"].update_counts.values()) == 3 * names["STEPS"]
 
 
+def test_own_loop_masks(tmp_path, monkeypatch):
+    names = run("own_loop_masks.py", tmp_path, monkeypatch)
+    assert names["losses"][-1] < names["losses"][0] / 4
+    num_chosen = sum(map(len, names["optimizer"].entries.values()))
+    assert num_chosen == round(0.05 * sum(parameter.numel() for parameter in names["model"].parameters()))
+    checkpoint = tmp_path / "tuned" / "model.safetensors"
+    assert (tmp_path / "counting.safetensors").stat().st_size < checkpoint.stat().st_size / 5
+
+
 def test_trainer(tmp_path, monkeypatch):
     trainer = run("trainer.py", tmp_path, monkeypatch)["trainer"]
     history = losses(trainer.state.log_history)
