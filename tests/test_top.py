@@ -52,7 +52,10 @@ def test_equals_sorting_when_it_forgets_on_the_way(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 40, 700, 20_000])
 def test_scanning_equals_scoring_everything(monkeypatch, count, dtype, exponent):
-    """With a bound on the gradient most entries are never scored: the outcome is the same, values included."""
+    """With a bound on the gradient most entries are never scored: the outcome is the same, values included.
+
+    A NaN hides no other entry: where extremes of whole columns are looked at, it is every extreme of its own.
+    """
     monkeypatch.setattr(_top, "CHUNK", {"cpu": 4096})
     generator = torch.Generator().manual_seed(1)
     mask = ID3(budget=1, steps=1, exponent=exponent, eps=0.1)
@@ -63,7 +66,8 @@ def test_scanning_equals_scoring_everything(monkeypatch, count, dtype, exponent)
         torch.randn(n, generator=generator).mul(scale).to(dtype) for n, scale in zip(lengths, scales, strict=True)
     ]
     gradients[1][::3] = 0.0
-    gradients[3][5] = math.nan
+    for gradient in gradients:
+        gradient[::50] = math.nan
     top = TopEntries(count, above=0.0)
     for rank in (3, 1, 0, 2):
         top.scan(weights[rank], gradients[rank], rank=rank, score=mask.score, least=mask.least_gradient)
@@ -73,6 +77,13 @@ def test_scanning_equals_scoring_everything(monkeypatch, count, dtype, exponent)
     ranks, indices, values = top.result()
     for rank, index, value in zip(ranks.tolist(), indices.tolist(), values.tolist(), strict=True):
         assert value == float(gradients[rank][index])
+
+
+def test_a_tensor_without_entries_offers_none():
+    mask = ID3(budget=1, steps=1)
+    top = TopEntries(2)
+    top.scan(torch.empty(0), torch.empty(0), rank=0, score=mask.score, least=mask.least_gradient)
+    assert pairs(top) == []
 
 
 def test_holds_about_the_wanted_number_of_entries():

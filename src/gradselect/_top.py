@@ -27,12 +27,12 @@ class TopEntries:
     Entries are ordered by (score descending, rank ascending, index ascending), so the result does not depend on the
     order in which they were offered. An entry whose score is NaN never counts.
 
-    After each chunk only entries that reach the `count`-th best score so far are kept, so about `count` entries and one
-    chunk are in memory; `reference.top_entries` is the twin that sorts everything.
+    What falls behind the `count`-th best score so far is dropped whenever `2 count + SLACK` entries have come together,
+    so little more than that and one chunk are in memory; `reference.top_entries` is the twin that sorts everything.
 
     Args:
         count: how many entries to keep, >= 0.
-        above: entries whose score is not above this never count. Default: all do.
+        above: entries whose score is not above this never count. Default -inf: those of -inf alone do not.
 
     Example:
         >>> top = TopEntries(2)
@@ -74,7 +74,7 @@ class TopEntries:
             score: larger is better.
             least: of a score, what |gradient| an entry must reach to have it; 0.0 where that is not known.
         """
-        if self._count == 0:
+        if self._count == 0 or gradient.numel() == 0:
             return
         rows = _rows(self._count, gradient.numel())
         places = _reaching(gradient, least(self._threshold), rows=rows)
@@ -91,7 +91,7 @@ class TopEntries:
                 self._threshold = guess
                 self._add(scores[found], rank, places[found], gradients[found])
                 return
-        length = CHUNK.get(gradient.device.type, CHUNK_ELSEWHERE)
+        length = chunk_length(gradient)
         for start in range(0, gradient.numel(), length):
             gradients = at_least_float(gradient[start : start + length])
             scores = score(at_least_float(weight[start : start + length]), gradients)
@@ -168,7 +168,8 @@ def _reaching(gradient: Tensor, bound: float, *, rows: int) -> Tensor | None:
     if rows < 4 or width == 0:
         return (gradient.abs() >= bound).nonzero().view(-1)
     folded = gradient[: rows * width].view(rows, width)
-    columns = ((folded.amax(0) >= bound) | (folded.amin(0) <= -bound)).nonzero().view(-1)
+    # So put, a NaN does not hide the rest of its column.
+    columns = (~((folded.amax(0) < bound) & (folded.amin(0) > -bound))).nonzero().view(-1)
     if columns.numel() > width // 4:
         return None
     if columns.numel() == 0 and rows * width == gradient.numel():
