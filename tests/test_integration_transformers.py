@@ -498,7 +498,7 @@ def test_a_wrapper_for_data_parallelism_is_taken_off(wrapper):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 1e-3}, "no 'policy'"),
+        ({"lr": 1e-3}, "need a 'policy'"),
         ({"policy": gs.All()}, "no 'lr'.*TrainingArguments"),
         ({"policy": gs.All(), "lr": 1e-3, "residence": gs.Keep()}, "'residence'.*write 'residency'"),
         ({"policy": gs.All(), "lr": 1e-3, "zzz": 1}, "'zzz'.*known are policy, always, lr"),
