@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from gradselect.train import load_recipe
+from gradselect.train._data import load_examples
 
+SHARED = Path(os.environ.get("GRADSELECT_SHARED", Path(__file__).parents[2] / "shared"))
 RECIPES = Path(__file__).parents[1] / "recipes"
 # A leading underscore marks a part that others name as their base.
 WHOLE = sorted(path for path in RECIPES.rglob("*.yaml") if not path.name.startswith("_"))
@@ -44,3 +47,46 @@ def test_another_method_needs_only_its_own_keys(method: str) -> None:
     needs = {"gradnorm": ["method.count=2"], "uniform": ["method.fraction=0.2"], "grass": ["method.count=2"]}
     recipe = load_recipe(RECIPES / "gsm8k.yaml", [f"method.name={method}", *needs.get(method, [])])
     assert recipe.method.name == method
+
+
+MASKS = {
+    "id3": ["method.density=0.01"],
+    "gmt": [],
+    "static": ["method.density=0.01"],
+    "lift": ["method.rank=32"],
+    "bitfit": [],
+    "sparsegrad": [],
+    "meprop": [],
+}
+
+
+@pytest.mark.parametrize("method", MASKS)
+def test_every_mask_needs_only_its_own_keys(method: str) -> None:
+    overrides = [f"method.name={method}", *MASKS[method]]
+    assert load_recipe(RECIPES / "gsm8k.yaml", overrides).method.name == method
+    if method not in ("sparsegrad", "meprop"):
+        on_lora = load_recipe(RECIPES / "gsm8k.yaml", [*overrides, "method.adapter.rank=4"]).method
+        assert on_lora.model_dump()["adapter"]["rank"] == 4
+
+
+GLUE = {
+    "cola": ("0", "1"),
+    "rte": ("entailment", "not_entailment"),
+    "mrpc": ("0", "1"),
+    "stsb": None,
+    "sst2": ("0", "1"),
+}
+
+
+@pytest.mark.parametrize("task", GLUE)
+def test_the_recipes_of_glue_read_its_files(task: str) -> None:
+    folder = SHARED / "data" / f"glue_{task}"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}; set GRADSELECT_SHARED")
+    files = [f"data.path={folder / 'dev.tsv'}", f"data.validation={folder / 'dev.tsv'}", "data.limit=50"]
+    recipe = load_recipe(RECIPES / "glue" / f"{task}.yaml", [*files, "data.validation_limit=50"])
+    examples = load_examples(recipe.data, seed=0)
+    assert len(examples.train) == 50
+    assert examples.labels == GLUE[task]
+    assert all(len(text) > 5 for text in examples.train["text"])
+    assert all((pair is None) == (task in ("cola", "sst2")) for pair in examples.train["text_pair"])

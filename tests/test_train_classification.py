@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,11 @@ from gradselect.train._files import read_rows
 from gradselect.train._folder import RunFolder
 from gradselect.train._inputs import read_inputs
 from gradselect.train._labels import label_names
-from gradselect.train._recipe import ClassificationData
 from gradselect.train._setup import build_trainer, length_notes
 from gradselect.train._trainer import RunTrainer
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-
-SHARED = Path(os.environ.get("GRADSELECT_SHARED", Path(__file__).parents[2] / "shared"))
 
 
 @pytest.fixture(scope="module")
@@ -308,34 +304,3 @@ def test_a_head_of_another_size_is_refused(place: Path, tmp_path: Path) -> None:
     out = train(classify(place, tmp_path / "out", run={"steps": 1}), console=quiet())
     with pytest.raises(UsageError, match="cannot be used"):
         read_inputs(classify(place, tmp_path, model={"path": str(out)}, data={"labels": ["good", "bad", "fair"]}))
-
-
-PAIR = ("sentence1", "sentence2")
-GLUE: dict[str, dict[str, Any]] = {
-    "cola": {"columns": ["source", "label", "mark", "sentence"]},
-    "rte": {"text": "{sentence1}", "text_pair": "{sentence2}", "columns": ["index", *PAIR, "label"]},
-    "mrpc": {"text": "{#1 String}", "text_pair": "{#2 String}", "label": "Quality"},
-    "stsb": {
-        "text": "{sentence1}",
-        "text_pair": "{sentence2}",
-        "label": "score",
-        "regression": True,
-        "columns": [*("index", "genre", "filename", "year", "old_index", "source1", "source2"), *PAIR, "score"],
-    },
-    "sst2": {},
-}
-
-
-@pytest.mark.parametrize("task", GLUE)
-def test_the_files_of_glue_can_be_read(task: str) -> None:
-    folder = SHARED / "data" / f"glue_{task}"
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}; set GRADSELECT_SHARED")
-    settings = ClassificationData(format="classification", path=str(folder / "dev.tsv"), limit=50, **GLUE[task])
-    examples = load_examples(settings, seed=0)
-    assert len(examples.train) == 50
-    assert all(len(text) > 5 for text in examples.train["text"])
-    assert (examples.labels is None) == (task == "stsb")
-    assert examples.train["text_pair"][0] is None if task in ("cola", "sst2") else examples.train["text_pair"][0]
-    expected = {"rte": ("entailment", "not_entailment"), "stsb": None}
-    assert examples.labels == expected.get(task, ("0", "1"))

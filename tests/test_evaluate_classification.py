@@ -1,0 +1,204 @@
+"""Evaluation of classifiers: the metrics by hand, and whole evaluations of a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scipy.stats
+import torch
+from classification_fixtures import COLUMNS, classify, write_place
+from train_fixtures import quiet
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from gradselect import UsageError
+from gradselect.cli import main
+from gradselect.evaluate import EvaluationSettings, evaluate, evaluate_model
+from gradselect.evaluate._metrics import class_metrics, f1, matthews_correlation, pearson, ranks, spearman
+from gradselect.train import train
+
+# TRL 1.16 uses names that transformers 5.23 has replaced.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+
+
+# Metrics ---------------------------------------------------------------------------------------------------------
+
+# TP 3, FN 1, FP 2, TN 4
+REFERENCES = [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
+PREDICTIONS = [1, 1, 1, 0, 1, 1, 0, 0, 0, 0]
+
+
+def test_metrics_of_two_labels_are_those_computed_by_hand() -> None:
+    assert f1(REFERENCES, PREDICTIONS) == 2 * 3 / (2 * 3 + 2 + 1)
+    by_hand = (3 * 4 - 2 * 1) / math.sqrt((3 + 2) * (3 + 1) * (4 + 2) * (4 + 1))
+    assert matthews_correlation(REFERENCES, PREDICTIONS) == pytest.approx(by_hand, rel=1e-15)
+    metrics = class_metrics(REFERENCES, PREDICTIONS, num_labels=2)
+    assert metrics["accuracy"] == 0.7
+    assert metrics.keys() == {"accuracy", "matthews", "f1"}
+    assert "f1" not in class_metrics(REFERENCES, PREDICTIONS, num_labels=3)
+
+
+def test_matthews_of_two_labels_is_the_pearson_correlation() -> None:
+    assert matthews_correlation(REFERENCES, PREDICTIONS) == pytest.approx(pearson(REFERENCES, PREDICTIONS), rel=1e-12)
+
+
+def test_matthews_of_three_labels_is_that_computed_by_hand() -> None:
+    """n 5, right 3, the references name (2, 2, 1) and the predictions (2, 1, 2): (15 - 8) / sqrt((25 - 9)²)."""
+    assert matthews_correlation([0, 0, 1, 1, 2], [0, 2, 1, 0, 2]) == 7 / 16
+
+
+def test_what_is_not_defined_is_none() -> None:
+    assert matthews_correlation([1, 0, 1], [1, 1, 1]) is None
+    assert f1([0, 0], [0, 0]) is None
+    assert pearson([1.0, 2.0], [3.0, 3.0]) is None
+    assert spearman([1.0, 2.0], [math.nan, 3.0]) is None
+
+
+def test_equal_values_share_their_mean_rank() -> None:
+    assert ranks([3.0, 1.0, 3.0, 2.0]) == [3.5, 1, 3.5, 2]
+
+
+def test_correlations_are_those_computed_by_hand() -> None:
+    """x - x̄ = (-1.5, -0.5, 0.5, 1.5), y - ȳ = (-2, -1, 3, 0): sums 5, 5 and 14; ranks of y are (1, 2, 4, 3)."""
+    x, y = [1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 5.0, 2.0]
+    assert pearson(x, y) == pytest.approx(5 / math.sqrt(5 * 14), rel=1e-15)
+    assert spearman(x, y) == pytest.approx(1 - 6 * 2 / (4 * 15), rel=1e-15)
+
+
+def test_correlations_agree_with_scipy_where_values_tie() -> None:
+    """scipy sums in another order: equal to rounding."""
+    draw = random.Random(0)
+    x = [float(draw.randrange(5)) for _ in range(40)]
+    y = [value + draw.randrange(3) for value in x]
+    assert pearson(x, y) == pytest.approx(scipy.stats.pearsonr(x, y).statistic, rel=1e-12)
+    assert spearman(x, y) == pytest.approx(scipy.stats.spearmanr(x, y).statistic, rel=1e-12)
+
+
+# Whole evaluations -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, and two models that have been trained for a moment: `labels` and `scores`."""
+    folder = write_place(tmp_path_factory.mktemp("place"))
+    data = {"text": "{sentence}.", "labels": ["good", "bad"]}
+    train(classify(folder, folder / "labels", data=data, run={"steps": 30, "batch_size": 8}), console=quiet())
+    scores = {"path": str(folder / "scores.tsv"), "regression": True}
+    train(classify(folder, folder / "scores", data=scores, run={"steps": 30, "batch_size": 8}), console=quiet())
+    return folder
+
+
+def settings(place: Path, **changes: Any) -> EvaluationSettings:
+    usual = {"model": place / "labels", "task": "classification", "data": place / "dev.tsv"}
+    return EvaluationSettings(**{**usual, **changes})
+
+
+def test_a_trained_classifier_is_evaluated_as_it_was_trained(place: Path, tmp_path: Path) -> None:
+    result = evaluate(settings(place, output=tmp_path / "out"))
+    assert result.accuracy == 1.0
+    assert result.metrics == {"matthews": 1.0, "f1": 1.0}
+    assert result.interval is not None
+    assert 0.6 < result.interval[0] < result.interval[1] == 1.0
+    assert result.summary().startswith("classification: accuracy 100.0 % (95 % interval ")
+    assert result.summary().endswith("8 of 8, matthews 1.0000, f1 1.0000")
+    written = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert written["settings"]["text"] == "{sentence}."
+    assert written["settings"]["labels"] == ["good", "bad"]
+    items = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
+    assert [item["index"] for item in items] == list(range(8))
+    assert items[1]["text"].endswith("length.")
+    assert (items[0]["reference"], items[1]["prediction"]) == ("bad", "good")
+    assert sum(items[0]["probabilities"].values()) == pytest.approx(1.0)
+
+
+def test_the_figures_are_those_of_the_items(place: Path) -> None:
+    """The template of another training makes it err; f1 is of the second label."""
+    result = evaluate(settings(place, data=place / "train.tsv", text="{number}b{grade}"))
+    wrong = [item for item in result.items if not item["correct"]]
+    assert wrong
+    assert result.accuracy == (24 - len(wrong)) / 24
+    numbers = [(int(item["reference"] == "bad"), int(item["prediction"] == "bad")) for item in result.items]
+    assert result.metrics is not None
+    assert result.metrics["f1"] == f1(*map(list, zip(*numbers, strict=True)))
+
+
+def test_predictions_do_not_depend_on_the_batch(place: Path) -> None:
+    together, alone = (evaluate(settings(place, batch_size=size)).items for size in (8, 1))
+    for one, other in zip(together, alone, strict=True):
+        assert one["probabilities"]["bad"] == pytest.approx(other["probabilities"]["bad"], rel=1e-4)
+
+
+def test_a_model_in_memory_gives_the_same(place: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(place / "labels").train()
+    tokenizer = AutoTokenizer.from_pretrained(place / "labels")
+    chosen = settings(place, model="mine", text="{sentence}.", label="grade", columns=tuple(COLUMNS))
+    assert evaluate_model(model, tokenizer, chosen).items == evaluate(settings(place)).items
+    assert model.training
+
+
+def test_scores_are_correlated(place: Path) -> None:
+    result = evaluate(settings(place, model=place / "scores", data=place / "scores.tsv"))
+    references = [item["reference"] for item in result.items]
+    predictions = [item["prediction"] for item in result.items]
+    assert set(references) == {0.5, 1.5, 2.5}
+    assert result.metrics == {
+        "pearson": pearson(references, predictions),
+        "spearman": spearman(references, predictions),
+    }
+    assert result.accuracy is None
+    assert result.summary().startswith("classification: pearson ")
+    assert "correct" not in result.items[0]
+
+
+def test_texts_are_cut_where_the_training_cut_them(place: Path, tmp_path: Path) -> None:
+    recipe = classify(place, tmp_path / "out", data={"max_length": 12, "text_pair": "{other}"}, run={"steps": 1})
+    result = evaluate(settings(place, model=train(recipe, console=quiet())))
+    assert result.num_truncated == 8
+    assert result.settings["max_length"] == 12
+    assert result.items[0]["text_pair"] == "0"
+
+
+def test_the_command_line_takes_all_of_it(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", str(place / "labels"), "--task", "classification", "--data", str(place / "dev.tsv")]
+    keys = ["--text", "{sentence}", "--label", "grade", "--labels", "good,bad", "--columns", ",".join(COLUMNS)]
+    with pytest.raises(SystemExit) as raised:
+        main([*words, *keys, "--text-pair", "{other}", "--output", str(tmp_path / "out")])
+    assert raised.value.code == 0
+    assert "classification: accuracy" in capsys.readouterr().out
+    written = json.loads((tmp_path / "out" / "result.json").read_text())["settings"]
+    assert (written["text"], written["text_pair"], written["columns"]) == ("{sentence}", "{other}", COLUMNS)
+
+
+def test_the_command_line_takes_stop_strings(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("gradselect.cli._evaluate_task", seen.append)
+    for stop in ([], ["--stop", "\\n\\n", "--stop", "END"]):
+        with pytest.raises(SystemExit):
+            main(["evaluate", "somewhere", "--task", "gsm8k", *stop])
+    assert seen[0].stop == ("\nQuestion:",)
+    assert seen[1].stop == ("\n\n", "END")
+
+
+WRONG = {
+    "no data": ({"data": None}, "has no data of its own"),
+    "prompt": ({"prompt": "{sentence}"}, "is not for the task classification"),
+    "text of another task": ({"task": "loss", "text": "{sentence}"}, "is not for the task loss"),
+    "text without a column": ({"text": "always the same"}, "names no column"),
+    "no such column": ({"label": "mark"}, "has no column 'mark'"),
+    "too many labels": ({"labels": ("good", "bad", "fair")}, "are 3, the model has 2 outputs"),
+    "other labels": ({"labels": ("yes", "no")}, "row 1: the label 'bad' is none of yes, no"),
+    "labels of scores": ({"model": "scores", "labels": ("a", "b")}, "the model has one output"),
+    "no head": ({"model": "bert"}, "a model with a classification head"),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), WRONG.values(), ids=list(WRONG))
+def test_what_cannot_be_evaluated_is_said(place: Path, changes: dict[str, Any], said: str) -> None:
+    if "model" in changes:
+        changes = {**changes, "model": place / changes["model"], "columns": tuple(COLUMNS), "label": "other"}
+    with torch.random.fork_rng(devices=[]), pytest.raises(UsageError, match=said):
+        evaluate(settings(place, **changes))
