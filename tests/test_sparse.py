@@ -12,6 +12,7 @@ from tiny_models import tiny_batch, tiny_llama
 from torch.nn import functional
 
 import gradselect as gs
+from gradselect import _entries
 from gradselect._entries import EntryStore, index_dtype
 from gradselect.reference import DenseID3
 
@@ -369,7 +370,7 @@ def test_survivors_keep_moments_and_age_through_any_changes():
 
     sizes = {"a": 40, "b": 1, "c": 70}
     parameters = {name: torch.nn.Parameter(torch.zeros(size)) for name, size in sizes.items()}
-    store = EntryStore(parameters, with_masters=False)
+    store = EntryStore(parameters, master_dtype=None)
     group = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
     ages = {name: {} for name in sizes}
     means = {name: {} for name in sizes}
@@ -396,13 +397,36 @@ def test_survivors_keep_moments_and_age_through_any_changes():
         for name in sizes:
             state = store.state(name)
             assert sorted(state["indices"].tolist()) == sorted(ages[name])
+            assert state["joined_at"].dtype == torch.int32
             age = (state["num_updates"] - state["joined_at"]).tolist()
             assert dict(zip(state["indices"].tolist(), age, strict=True)) == ages[name]
             for index, mean in zip(state["indices"].tolist(), state["exp_avg"].tolist(), strict=True):
                 assert mean == pytest.approx(means[name][index], abs=1e-6)
-        again = EntryStore(parameters, with_masters=False)
+        again = EntryStore(parameters, master_dtype=None)
         again.load({name: store.state(name) for name in sizes})
         assert all(same(again.state(name), store.state(name)) for name in sizes)
+
+
+def test_how_many_entries_are_updated_together_changes_nothing(monkeypatch):
+    """Of several ages and in tensors of which some have no gradient, as after changes of the set."""
+    stepped = []
+    for run in (1, 64, 1 << 22):
+        monkeypatch.setattr(_entries, "RUN", run)
+        model = tiny_llama(dtype=torch.bfloat16)
+        train(model, gs.SparseOptimizer(model, gs.TopGradient(density=0.2), lr=1e-2), 5)
+        stepped.append(weights(model))
+    assert same(stepped[0], stepped[1])
+    assert same(stepped[0], stepped[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_masters_and_moments_have_the_dtype_that_is_asked_for(dtype):
+    """Of chosen entries as of tensors that train whole."""
+    model = tiny_llama(dtype=torch.bfloat16)
+    optimizer = gs.SparseOptimizer(model, id3(), always="model.norm.weight", master_dtype=dtype)
+    train(model, optimizer, 2)
+    for state in optimizer.state_dict()["state"].values():
+        assert all(state[key].dtype == dtype for key in ("exp_avg", "exp_avg_sq", "master"))
 
 
 # Errors ------------------------------------------------------------------------------------------------------------

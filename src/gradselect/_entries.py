@@ -11,6 +11,9 @@ from torch.nn import Parameter
 
 Group = Mapping[str, Any]
 
+RUN = 1 << 22
+"""Entries that are updated together, or those of one tensor: what the update needs for a moment is of their size."""
+
 
 def index_dtype(numel: int) -> torch.dtype:
     """The smallest of int32 and int64 that holds every flat index of a tensor of `numel` entries."""
@@ -25,6 +28,8 @@ class EntryStore:
         exp_avg_sq   second moment, float32        4
         master       float32 weight                4, of half-precision tensors only
 
+    Of float64 tensors, or with another dtype of masters, the last three are in that dtype.
+
     Entries lie tensor by tensor, within a tensor in the order in which they joined. Those that joined at the same
     update of their tensor are a *cohort* and share the step count t of the bias correction. Counting costs no byte an
     entry: the sign bit of an index says that a cohort begins there, and one bit for each tensor and update says whether
@@ -32,23 +37,23 @@ class EntryStore:
 
     Args:
         parameters: the tensors, by name: of one device, one dtype, one parameter group.
-        with_masters: whether entries have a master weight.
+        master_dtype: of master weights, and of the moments beside them; None: no masters.
 
     Reference: Loshchilov, Hutter, arXiv 1711.05101, algorithm 2, with t counted by entry.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], *, with_masters: bool) -> None:
+    def __init__(self, parameters: Mapping[str, Parameter], *, master_dtype: torch.dtype | None) -> None:
         self.names = tuple(parameters)
         self._parameters = dict(parameters)
         self._position = {name: position for position, name in enumerate(self.names)}
         first = next(iter(parameters.values()))
         self._index_dtype = index_dtype(max(parameter.numel() for parameter in parameters.values()))
         self._sign_bit = torch.iinfo(self._index_dtype).min
-        moment_dtype = torch.promote_types(first.dtype, torch.float32)
+        moment_dtype = master_dtype or torch.promote_types(first.dtype, torch.float32)
         empty = torch.empty(0, dtype=moment_dtype, device=first.device)
         self._indices = torch.empty(0, dtype=self._index_dtype, device=first.device)
         self._arrays = {"exp_avg": empty, "exp_avg_sq": empty.clone()}
-        if with_masters:
+        if master_dtype is not None:
             self._arrays["master"] = empty.clone()
         self._ends = [0] * len(self.names)
         self._num_updates = [0] * len(self.names)
@@ -61,7 +66,7 @@ class EntryStore:
     def restart(self) -> None:
         """No gradient has been read."""
         self._gradients: Tensor | None = None
-        self._read = [False] * len(self.names)
+        self._was_read = [False] * len(self.names)
 
     def read(self, name: str, gradient: Tensor, *, clear: bool = False) -> None:
         """Add to the gradients of the tensor's entries.
@@ -73,7 +78,7 @@ class EntryStore:
         if self._gradients is None:
             self._gradients = torch.zeros_like(self._arrays["exp_avg"])
         position = self._position[name]
-        self._read[position] = True
+        self._was_read[position] = True
         if self.num_entries(name):
             indices = self.indices(name)
             self._gradients[self._slice(position)] += gradient[indices]
@@ -83,7 +88,7 @@ class EntryStore:
     @property
     def has_gradients(self) -> bool:
         """Whether a gradient of one of the tensors has been read."""
-        return any(self._read)
+        return any(self._was_read)
 
     def squared_norm(self) -> Tensor:
         """Sum of the squares of the gradients that were read. Shape ()."""
@@ -110,23 +115,27 @@ class EntryStore:
 
         Args:
             newcomers: by tensor name their flat indices (int64, ascending; none of them chosen yet), and their
-                gradients if the step under way is to move them.
+                gradients if the step under way is to move them: those of all, or of none.
         """
         newcomers = {name: new for name, new in newcomers.items() if new[0].numel()}
         if not newcomers:
             return
         indices = {name: self._as_cohort(name, new) for name, (new, _) in newcomers.items()}
         self._indices = self._appended(self._indices, indices)
-        if any(gradient is not None for _, gradient in newcomers.values()):
-            old = torch.zeros_like(self._arrays["exp_avg"]) if self._gradients is None else self._gradients
-            self._gradients = self._appended(old, {name: g for name, (_, g) in newcomers.items() if g is not None})
+        gradients = {name: gradient for name, (_, gradient) in newcomers.items() if gradient is not None}
+        assert len(gradients) == (0 if self._gradients is None else len(newcomers))
+        if self._gradients is not None:
+            self._gradients = self._appended(self._gradients, gradients)
         for key, array in self._arrays.items():
             self._arrays[key] = self._appended(
                 array, {name: self._initial(key, name, new) for name, (new, _) in newcomers.items()}
             )
         self._grow({name: new.numel() for name, (new, _) in newcomers.items()})
         for name in newcomers:
-            self._mark_joined(self._position[name], self._num_updates[self._position[name]])
+            position = self._position[name]
+            byte, bit = divmod(self._num_updates[position], 8)
+            self._widen(byte + 1)
+            self._joined[position, byte] |= 1 << bit
 
     def keep(self, kept: Mapping[str, Tensor]) -> None:
         """Only these entries stay, with moments and age.
@@ -156,7 +165,7 @@ class EntryStore:
         part = self._slice(self._position[name])
         return {
             "indices": self.indices(name).clone(),
-            "joined_at": self._joined_at(name),
+            "joined_at": self._joined_at(name).to(torch.int32),
             "num_updates": torch.tensor(self._num_updates[self._position[name]]),
             **{key: array[part].clone() for key, array in self._arrays.items()},
         }
@@ -189,7 +198,8 @@ class EntryStore:
         m <- m + (1 - beta1) (g - m),   v <- beta2 v + (1 - beta2) g^2
         w <- w (1 - lr weight_decay) - (lr / (1 - beta1^t)) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-        With every entry chosen from the first step on, bitwise what `torch.optim.AdamW(foreach=False)` computes.
+        With every entry chosen from the first step on, bitwise what `torch.optim.AdamW(foreach=False)` computes on the
+        CPU; kernels elsewhere may round in another order.
         """
         if self._gradients is not None:
             for names in self._runs():
@@ -221,7 +231,7 @@ class EntryStore:
             weights = masters[part]
         step_size, root = self._corrections(names, group)
         beta1, beta2 = group["betas"]
-        # The order of operations is torch's, so that results are bitwise its own.
+        # The order of operations is that of torch on the CPU, so that results are bitwise its own.
         weights.mul_(1 - group["lr"] * group["weight_decay"])
         mean.lerp_(gradients, 1 - beta1)
         square.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
@@ -258,14 +268,16 @@ class EntryStore:
         return first, second
 
     def _runs(self) -> Iterator[list[str]]:
-        """Names of tensors that had a gradient, neighbours together."""
+        """Names of tensors that had a gradient, neighbours together until they are `RUN` entries."""
         run: list[str] = []
-        for name, read in zip(self.names, self._read, strict=True):
+        num_entries = 0
+        for name, read in zip(self.names, self._was_read, strict=True):
             if read:
                 run.append(name)
-            elif run:
+                num_entries += self.num_entries(name)
+            if run and (not read or num_entries >= RUN):
                 yield run
-                run = []
+                run, num_entries = [], 0
         if run:
             yield run
 
@@ -289,12 +301,11 @@ class EntryStore:
             cohort[0] |= self._sign_bit
         return cohort
 
-    def _mark_joined(self, position: int, at: int) -> None:
-        byte, bit = divmod(at, 8)
-        missing = byte + 1 - self._joined.shape[1]
+    def _widen(self, num_bytes: int) -> None:
+        """Room for the bits of so many times eight updates."""
+        missing = num_bytes - self._joined.shape[1]
         if missing > 0:
             self._joined = torch.nn.functional.pad(self._joined, (0, missing))
-        self._joined[position, byte] |= 1 << bit
 
     def _joined_at(self, name: str) -> Tensor:
         """At which update of its tensor, from 0, each entry joined. Shape (n,), int64."""
@@ -319,9 +330,11 @@ class EntryStore:
         begins[1:] = joined_at[1:] != joined_at[:-1]
         plain = self._indices[part] & ~self._sign_bit
         self._indices[part] = torch.where(begins, plain | self._sign_bit, plain)
-        self._joined[position] = 0
-        for update in joined_at[begins].tolist():
-            self._mark_joined(position, update)
+        updates = joined_at[begins].long()
+        self._widen(int(updates[-1]) // 8 + 1 if updates.numel() else 0)
+        bits = self._joined.new_zeros(self._joined.shape[1], 8)
+        bits.view(-1)[updates] = 1
+        self._joined[position] = (bits << torch.arange(8, device=bits.device, dtype=torch.uint8)).sum(1)
 
     # Layout -------------------------------------------------------------------------------------------------------
 

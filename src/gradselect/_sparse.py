@@ -146,7 +146,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         self._dense = tuple(name for name in self._table.blocks if is_dense or name in self._always)
         rule = AdamWRule()
         self._states = BlockStates(self.state, self._table, rule=rule, residency=Keep(), master_dtype=master_dtype)
-        self._stores = self._make_stores(with_masters=master_dtype is not None)
+        self._stores = self._make_stores(master_dtype)
         self._store_of = {name: store for store, _ in self._stores for name in store.names}
         self._rank = {name: rank for rank, name in enumerate(self._masked)}
         self._states.admit(self._dense)
@@ -364,7 +364,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
 
     # Parts -------------------------------------------------------------------------------------------------------
 
-    def _make_stores(self, *, with_masters: bool) -> list[tuple[EntryStore, int]]:
+    def _make_stores(self, master_dtype: torch.dtype | None) -> list[tuple[EntryStore, int]]:
         """One store for all masked tensors of one group, device and dtype, and the index of that group."""
         apart: dict[Any, dict[str, Parameter]] = {}
         for index, group in enumerate(self.param_groups):
@@ -372,7 +372,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
                 if name not in self._dense:
                     apart.setdefault((index, parameter.device, parameter.dtype), {})[name] = parameter
         return [
-            (EntryStore(parameters, with_masters=with_masters and dtype in HALF), index)
+            (EntryStore(parameters, master_dtype=master_dtype if dtype in HALF else None), index)
             for (index, _, dtype), parameters in apart.items()
         ]
 
