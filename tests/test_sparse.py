@@ -182,6 +182,20 @@ def test_one_whole_gradient_is_alive_at_a_time(accumulation):
     assert max(most) <= largest
 
 
+def test_a_dense_mask_leaves_nothing_but_moments_behind():
+    """The record of the first step has the moments that were made in it; masks, a byte a weight, are gone."""
+    model = tiny_llama()
+    optimizer = gs.SparseOptimizer(model, gs.GMT())
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    gc.collect()
+    before = {id(thing) for thing in tensors_alive()}
+    train(model, optimizer, 1)
+    gc.collect()
+    new = [tensor for tensor in tensors_alive() if id(tensor) not in before]
+    assert optimizer.last_record.state_bytes == 8 * num_weights
+    assert sum(tensor.nbytes for tensor in new) <= 8 * num_weights + 4 * len(optimizer.mask.names)
+
+
 def test_memory_counts_masters_apart():
     model = tiny_llama(dtype=torch.bfloat16)
     optimizer = gs.SparseOptimizer(model, id3(budget=64, steps=1))
@@ -497,6 +511,16 @@ def test_checkpoints_of_others_are_refused():
         ours.load_state_dict(gs.SparseOptimizer(tiny_llama(), gs.TopGradient(density=0.1)).state_dict())
     with pytest.raises(gs.UsageError, match="tensors"):
         ours.load_state_dict(gs.SparseOptimizer(tiny_llama(layers=2), id3()).state_dict())
+
+
+@pytest.mark.parametrize("mask", [id3(), gs.GMT()])
+def test_checkpoints_with_and_without_masters_are_not_mixed(mask):
+    with_masters = gs.SparseOptimizer(tiny_llama(dtype=torch.bfloat16), mask)
+    without = gs.SparseOptimizer(tiny_llama(dtype=torch.bfloat16), mask, master_dtype=None)
+    with pytest.raises(gs.UsageError, match="master values"):
+        with_masters.load_state_dict(without.state_dict())
+    with pytest.raises(gs.UsageError, match="master values"):
+        without.load_state_dict(with_masters.state_dict())
 
 
 def test_it_cannot_be_copied_or_widened():

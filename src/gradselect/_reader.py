@@ -92,7 +92,7 @@ class GradientReader:
         read = self._read()
         assert gradient is not None
         if read is not None:
-            read(name, dense(gradient).reshape(-1), decisive)
+            read(name, dense(gradient).detach().reshape(-1), decisive)
 
 
 def _weak_hook(reader: GradientReader, name: str) -> Callable[[Tensor], None]:

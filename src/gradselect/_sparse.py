@@ -140,6 +140,8 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         super().__init__(decay_groups(blocks, no_decay=no_decay, weight_decay=weight_decay), defaults)
 
         self.max_grad_norm = max_grad_norm
+        is_half = any(block.parameters[0].dtype in HALF for block in blocks)
+        self._master_values = str(master_dtype) if is_half else "None"
         self._model = model
         self._table = ParameterTable(self.param_groups, {block.name: block.parameter_names for block in blocks})
         is_dense = isinstance(self.mask, AbstractDenseMask)
@@ -185,8 +187,8 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
             return loss
         self._choose_by_gradient()  # 1
         grad_norm = self._mask_and_clip()  # 2
-        record = self._describe(grad_norm)
         self._update()  # 3
+        record = self._describe(grad_norm)
         self._step += 1
         self._propose()  # 4
         self._report(record)  # 5
@@ -360,6 +362,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
             "tensors": {tensor.name: list(tensor.parameter.shape) for tensor in self.mask.tensors},
             "always": list(self._always),
             "groups": [list(group["param_names"]) for group in self.param_groups],
+            "master_values": self._master_values,
         }
 
     # Parts -------------------------------------------------------------------------------------------------------
@@ -438,6 +441,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
     def _prepare(self) -> None:
         """Freeze what cannot train in the coming step, and watch the rest."""
         self._tops: dict[str | None, TopEntries] = {}
+        self._dense_masks: dict[str, Tensor] = {}
         chooses = isinstance(self._choice, TopOfGradient)
         watched = {name for name, store in self._store_of.items() if chooses or store.num_entries(name)}
         for name, parameter in self._reader.parameters.items():
