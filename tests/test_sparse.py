@@ -97,6 +97,16 @@ def test_whole_tensors_train_as_with_adamw_beside_the_mask():
     assert "model.norm.weight" not in optimizer.entries
 
 
+@pytest.mark.parametrize("mask", [id3(), gs.GMT()])
+def test_a_double_precision_model_trains_with_double_precision_state(mask):
+    model = tiny_llama(dtype=torch.float64)
+    optimizer = gs.SparseOptimizer(model, mask, always="model.norm.weight", max_grad_norm=1.0)
+    before = weights(model)
+    train(model, optimizer, 2)
+    assert not same(weights(model), before)
+    assert all(state["exp_avg"].dtype == torch.float64 for state in optimizer.state_dict()["state"].values())
+
+
 def test_a_scheduler_and_a_closure_work():
     model = tiny_llama()
     optimizer = gs.SparseOptimizer(model, id3(), lr=1e-2)

@@ -216,7 +216,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         self._dense_masks = self._mask_dense()
         gradients = [grad for name in self._dense if (grad := self._parameter(name).grad) is not None]
         squares = [store.squared_norm() for store, _ in self._stores]
-        squares += [torch.linalg.vector_norm(dense(gradient), dtype=torch.float32) ** 2 for gradient in gradients]
+        squares += [_squared_norm(dense(gradient)) for gradient in gradients]
         norm = torch.stack([square.float().cpu() for square in squares]).sum().sqrt()
         if self.max_grad_norm is not None:
             # As torch's clip_grad_norm_ has it.
@@ -531,6 +531,11 @@ def _matching(names: Sequence[str], patterns: str | Sequence[str]) -> tuple[str,
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UsageError(f"always={pattern!r} matches no parameter that trains; nearest: {nearest(pattern, names)}")
     return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def _squared_norm(gradient: Tensor) -> Tensor:
+    """In float32 at least."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)) ** 2
 
 
 def _on(device: torch.device, chosen: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
