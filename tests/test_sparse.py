@@ -151,6 +151,8 @@ def test_state_grows_with_the_budget_and_not_with_the_model(dtype, bytes_each):
         assert 0 <= state_bytes - 640 * bytes_each <= len(optimizer.mask.names) * 16 / 8
         assert optimizer.last_record.state_bytes == state_bytes
         assert memory["gradients"] == 0
+        model(**tiny_batch(model, seed=0)).loss.backward()
+        assert optimizer.memory()["gradients"] == 640 * 4
         assert not optimizer.state
 
 
@@ -283,6 +285,18 @@ def test_an_unannounced_backward_pass_is_refused():
     train(model, optimizer, 1)
 
 
+@pytest.mark.parametrize("lean", [False, True])
+def test_no_entry_joins_twice_when_a_refused_pass_is_ignored(lean):
+    """The gradient of the refused pass is still there at the step, beside what was read before."""
+    layer = torch.nn.Linear(4, 1, bias=False)
+    optimizer = gs.SparseOptimizer(layer, id3(budget=4, steps=1), lean_accumulation=lean)
+    layer(torch.ones(1, 4)).sum().backward()
+    with pytest.raises(gs.UsageError, match="accumulation_steps=1"):
+        layer(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert optimizer.entries["weight"].tolist() == [0, 1, 2, 3]
+
+
 # Which tensors -----------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +309,15 @@ def test_what_cannot_train_is_frozen_until_the_optimizer_is_closed():
     train(model, optimizer, 2)
     optimizer.close()
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_tensor_whose_share_of_the_choice_is_nothing_is_frozen_from_the_start():
+    model = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.Linear(40, 2))
+    optimizer = gs.SparseOptimizer(model, gs.StaticMask(budget=4, scope="tensor"))
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model(torch.ones(1, 40)).sum().backward()
+    optimizer.step()
+    assert trainable == set(optimizer.entries) == {"0.weight"}
 
 
 def test_dropping_the_optimizer_gives_the_model_back():
@@ -462,6 +485,7 @@ def test_masters_and_moments_have_the_dtype_that_is_asked_for(dtype):
         ({"lr": -1.0}, "lr=-1.0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
         ({"accumulation_steps": 0}, "accumulation_steps=0"),
+        ({"accumulation_steps": 1.5}, "accumulation_steps=1.5"),
         ({"always": "nothing.*"}, "always='nothing.*'"),
         ({"no_decay": "nothing.*"}, "matches no parameter"),
         ({"mask": gs.AdaGradSelect(fraction=0.2)}, "mask="),

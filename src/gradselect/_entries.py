@@ -90,6 +90,11 @@ class EntryStore:
         """Whether a gradient of one of the tensors has been read."""
         return any(self._was_read)
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients that were read."""
+        return 0 if self._gradients is None else self._gradients.nbytes
+
     def squared_norm(self) -> Tensor:
         """Sum of the squares of the gradients that were read. Shape ()."""
         return torch.zeros(()) if self._gradients is None else self._gradients.square().sum()

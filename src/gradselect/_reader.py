@@ -53,12 +53,13 @@ class GradientReader:
     def restart(self) -> None:
         """A new window: nothing has arrived yet."""
         self._num_passes = dict.fromkeys(self.parameters, 0)
+        self._taken: set[str] = set()
 
     def read_rest(self) -> None:
         """Read what is there still: of a window that ended before its last announced pass."""
         for name, parameter in self.parameters.items():
             if name in self._active and parameter.grad is not None and self.owns(parameter):
-                self._take(name, parameter, decisive=True)
+                self._take(name, parameter)
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether no newer optimizer of this package has been put on the same model."""
@@ -82,12 +83,13 @@ class GradientReader:
                 "callbacks=[SelectionCallback()]; where a step was skipped call optimizer.zero_grad(); checkpoint "
                 "activations with use_reentrant=False"
             )
-        if self._lean:
-            self._take(name, parameter, decisive=self._num_passes[name] == 1)
-        elif self._num_passes[name] == self.accumulation_steps:
-            self._take(name, parameter, decisive=True)
+        if self._lean or self._num_passes[name] == self.accumulation_steps:
+            self._take(name, parameter)
 
-    def _take(self, name: str, parameter: Parameter, *, decisive: bool) -> None:
+    def _take(self, name: str, parameter: Parameter) -> None:
+        # Once only: an entry that is offered twice could be chosen twice.
+        decisive = name not in self._taken
+        self._taken.add(name)
         gradient, parameter.grad = parameter.grad, None
         read = self._read()
         assert gradient is not None

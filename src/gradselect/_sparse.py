@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from ._base import SelectiveOptimizer
 from ._blocks import Block, nearest
 from ._checkpoint import check_same
+from ._checks import check_whole
 from ._entries import EntryStore
 from ._errors import UsageError
 from ._freeze import freeze, give_back, is_frozen_for_now
@@ -267,8 +268,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
 
     @accumulation_steps.setter
     def accumulation_steps(self, value: int) -> None:
-        if value < 1:
-            raise UsageError(f"accumulation_steps={value} must be 1 or more: backward passes per step")
+        check_whole("accumulation_steps", value)
         self._reader.accumulation_steps = value
 
     @torch.no_grad()
@@ -284,15 +284,16 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         """Bytes held now, exactly, by category.
 
         Returns:
-            `weights`: all of the model's parameters; `gradients`: those that exist; `masters`: master values;
-            `state_on_device`: indices and moments; `state_on_host`: 0.
+            `weights`: all of the model's parameters; `gradients`: whole ones, and those of entries until `step`;
+            `masters`: master values; `state_on_device`: indices and moments; `state_on_host`: 0.
         """
         masters, on_device, on_host = self._states.memory()
         compact = [store.num_bytes() for store, _ in self._stores]
         parameters = list(self._model.parameters())
+        gradients = sum(num_bytes(parameter.grad) for parameter in parameters if parameter.grad is not None)
         return MemoryBytes(
             weights=sum(map(num_bytes, parameters)),
-            gradients=sum(num_bytes(parameter.grad) for parameter in parameters if parameter.grad is not None),
+            gradients=gradients + sum(store.gradient_bytes for store, _ in self._stores),
             masters=masters + sum(of_masters for of_masters, _ in compact),
             state_on_device=on_device + sum(others for _, others in compact),
             state_on_host=on_host,
@@ -442,14 +443,20 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         """Freeze what cannot train in the coming step, and watch the rest."""
         self._tops: dict[str | None, TopEntries] = {}
         self._dense_masks: dict[str, Tensor] = {}
-        chooses = isinstance(self._choice, TopOfGradient)
-        watched = {name for name, store in self._store_of.items() if chooses or store.num_entries(name)}
+        watched = {name for name, store in self._store_of.items() if store.num_entries(name) or self._can_choose(name)}
         for name, parameter in self._reader.parameters.items():
             freeze(parameter, name not in watched and name not in self._dense)
         self._reader.watch(frozenset(watched))
         self._reader.restart()
         for store, _ in self._stores:
             store.restart()
+
+    def _can_choose(self, name: str) -> bool:
+        """Whether the gradient of this step may add entries of the tensor."""
+        if not isinstance(self._choice, TopOfGradient):
+            return False
+        counts = self._choice.counts
+        return (counts if isinstance(counts, int) else counts.get(name, 0)) > 0
 
     def _mask_dense(self) -> dict[str, Tensor]:
         """What a dense mask says of the gradients that are there."""

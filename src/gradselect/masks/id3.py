@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -51,8 +52,8 @@ class ID3(AbstractCompactMask):
         check_size(budget=self.budget, density=self.density)
         check_whole("steps", self.steps)
         check_positive("eps", self.eps, example=0.1)
-        if not isinstance(self.exponent, int | float) or self.exponent != self.exponent:
-            raise UsageError(f"exponent={self.exponent!r} is not a number; write e.g. exponent=1.0")
+        if not isinstance(self.exponent, int | float) or not math.isfinite(self.exponent):
+            raise UsageError(f"exponent={self.exponent!r} is not a finite number; write e.g. exponent=1.0")
 
     def start(self) -> None:
         self._budget = resolve_budget(self.tensors, budget=self.budget, density=self.density)
