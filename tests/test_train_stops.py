@@ -32,7 +32,7 @@ from gradselect.train import _run as run_module
 from gradselect.train import load_recipe, train
 from gradselect.train._folder import RunFolder
 from gradselect.train._result import save_model
-from gradselect.train._trainer import RunTrainer
+from gradselect.train._trainer import RunTrainer, TokenTrainer
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -253,7 +253,7 @@ def stop_before(patch: pytest.MonkeyPatch, *, step: int, error: type[BaseExcepti
 
 def spoil_loss(patch: pytest.MonkeyPatch, *, step: int) -> None:
     """Make TRL's loss NaN at step `step`."""
-    parent = RunTrainer.__mro__[1]
+    parent = TokenTrainer.__mro__[2]
     compute_loss = parent.compute_loss
 
     def spoiled(self: RunTrainer, *args: Any, **options: Any) -> Any:
