@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gradselect import GMT, _top
-from gradselect.masks.gmt import kth_largest_magnitude
+from gradselect.masks import gmt
+from gradselect.masks.gmt import kth_largest_by_digits, kth_largest_magnitude
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -40,6 +41,22 @@ def test_the_threshold_is_that_of_a_full_sort(dtype: torch.dtype) -> None:
         expected = ranked(values)
         counts = [*range(1, len(expected), 9), len(expected)]
         assert [kth_largest_magnitude(values, count) for count in counts] == [expected[count - 1] for count in counts]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_threshold_guessed_from_a_sample_is_exact_and_so_is_one_made_of_digits(
+    monkeypatch: pytest.MonkeyPatch, ties: bool
+) -> None:
+    """With ties most entries lie on the edge of what the sample says."""
+    monkeypatch.setattr(gmt, "SAMPLE", 256)
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(length, generator=generator) for length in (3000, 17, 9000)]
+    if ties:
+        values = [each.round() for each in values]
+    expected = ranked(values)
+    for count in (1, 2, 50, 2400, 6000, 12_000, 12_017):
+        assert kth_largest_magnitude(values, count) == expected[count - 1]
+        assert kth_largest_by_digits(values, count) == expected[count - 1]
 
 
 def test_the_threshold_of_mixed_dtypes_is_exact() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
@@ -14,6 +15,8 @@ from .._mask import AbstractDenseMask
 from .._top import chunk_length
 
 DIGIT_BITS = 16
+SAMPLE = 1 << 12
+"""Entries from which the threshold is first guessed."""
 
 
 @final
@@ -71,17 +74,55 @@ class GMT(AbstractDenseMask):
 def kth_largest_magnitude(tensors: Sequence[Tensor], count: int) -> float:
     """The `count`-th largest |x| among all entries of `tensors`, exactly; NaN counts as 0.
 
-    Non-negative floats are ordered as their bits, read as whole numbers, are. So the value is found digit by digit, 16
-    bits each and the leading one first, from counts alone: of the entries that agree in the digits known so far, how
-    many have each value of the next.
+    A sample says between which two values it lies; then it is enough to count the entries above and to sort those
+    between. Where the sample was wrong, or many entries tie, the value is found digit by digit.
     """
-    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    low, high = bracket(tensors, count)
+    num_above, between = 0, []
+    for chunk in magnitudes(tensors):
+        at_least = chunk >= low
+        above = chunk > high
+        num_above += int(above.count_nonzero())
+        between.append(chunk[at_least ^ above])
+    candidates = torch.cat([part.to(between[0].device) for part in between])
+    rank = count - num_above
+    if 1 <= rank <= candidates.numel():
+        return float(torch.topk(candidates, rank, sorted=True).values[-1])
+    return kth_largest_by_digits(tensors, count)
+
+
+def bracket(tensors: Sequence[Tensor], count: int) -> tuple[float, float]:
+    """Two values between which the `count`-th largest |x| most probably lies; of few entries, all of them."""
+    total = sum(tensor.numel() for tensor in tensors)
+    stride = total // SAMPLE
+    if stride < 2:
+        return 0.0, math.inf
+    strided = [tensor.detach().reshape(-1)[::stride] for tensor in tensors]
+    sample = torch.cat([chunk.cpu() for chunk in magnitudes(strided)]).sort(descending=True).values
+    share = count / total
+    # Four standard deviations of the sample's quantile.
+    margin = 4 * math.sqrt(share * (1 - share) / len(sample)) * len(sample) + 1
+    first, last = math.floor(share * len(sample) - margin), math.ceil(share * len(sample) + margin)
+    return (
+        float(sample[last]) if last < len(sample) else 0.0,
+        float(sample[first]) if first >= 0 else math.inf,
+    )
+
+
+def kth_largest_by_digits(tensors: Sequence[Tensor], count: int) -> float:
+    """The same, from counts alone.
+
+    Non-negative floats are ordered as their bits, read as whole numbers, are. So the value is found 16 bits at a time,
+    the leading ones first: of the entries that agree in the digits known so far, how many have each value of the next.
+    """
+    dtype = common_dtype(tensors)
     integer = torch.int64 if dtype == torch.float64 else torch.int32
     leading = 8 * dtype.itemsize - DIGIT_BITS
     known = 0
     for shift in range(leading, -1, -DIGIT_BITS):
         counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64)
-        for bits in magnitude_bits(tensors, dtype=dtype, integer=integer):
+        for chunk in magnitudes(tensors):
+            bits = chunk.view(integer)
             candidates = bits if shift == leading else bits[bits >> (shift + DIGIT_BITS) == known]
             digits = candidates >> shift & ((1 << DIGIT_BITS) - 1)
             counts += torch.bincount(digits, minlength=len(counts)).cpu()
@@ -92,8 +133,14 @@ def kth_largest_magnitude(tensors: Sequence[Tensor], count: int) -> float:
     return torch.tensor(known, dtype=integer).view(dtype).item()
 
 
-def magnitude_bits(tensors: Sequence[Tensor], *, dtype: torch.dtype, integer: torch.dtype) -> Iterator[Tensor]:
-    """The bits of |x|, as whole numbers, chunk by chunk."""
+def magnitudes(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """|x|, chunk by chunk, with 0 for NaN."""
+    dtype = common_dtype(tensors)
     for tensor in tensors:
         for chunk in tensor.detach().reshape(-1).split(chunk_length(tensor)):
-            yield chunk.to(dtype).abs().nan_to_num_(nan=0.0, posinf=torch.inf).view(integer)
+            yield chunk.to(dtype).abs().nan_to_num_(nan=0.0, posinf=torch.inf)
+
+
+def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """One in which every entry is exact."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
