@@ -31,10 +31,11 @@ METHODS = {
     "AdaGradSelect 33 % + embedding": f"method={{{ADAGRADSELECT}, always: [embedding]}}",
     "full": "method.name=full",
     "LoRA r=64": "method={name: lora, rank: 64}",
+    "LoRA r=64 + embedding": "method={name: lora, rank: 64, train_embedding: true}",
     "uniform 33 %": f"method={{{UNIFORM}}}",
     "uniform 33 % + embedding": f"method={{{UNIFORM}, always: [embedding]}}",
 }
-RATES = dict.fromkeys(METHODS, (3e-4, 1e-3, 3e-3))
+RATES = dict.fromkeys(METHODS, (3e-4, 1e-3, 3e-3)) | {"LoRA r=64": (1e-3, 3e-3, 1e-2)}
 
 
 def main() -> None:
@@ -68,8 +69,9 @@ def run(arguments: argparse.Namespace, setting: str, *, lr: float, seed: int) ->
     variable = [setting, f"optimizer.lr={lr}", f"run.seed={seed}", f"run.steps={arguments.steps}"]
     gradselect("train", str(RECIPE), *fixed, *variable)
     shutil.rmtree(arguments.work / "loss", ignore_errors=True)
+    limit = ("--limit", arguments.limit) if arguments.limit else ()
     gradselect(
-        *("evaluate", str(output), "--task", "loss", "--data", str(arguments.test), "--limit", str(arguments.limit)),
+        *("evaluate", str(output), "--task", "loss", "--data", str(arguments.test), *limit),
         *("--output", str(arguments.work / "loss")),
     )
     trained = json.loads((output / "run.json").read_text(encoding="utf-8"))
@@ -121,7 +123,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/gsm8k_loss"))
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--limit", type=int, default=200, help="test problems; the first so many")
+    parser.add_argument("--limit", help="the first so many test problems only")
     parser.add_argument("--only", nargs="+", choices=METHODS, help="these methods, e.g. to run two halves side by side")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()

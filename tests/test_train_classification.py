@@ -80,13 +80,12 @@ def test_scores_have_one_output_and_correlations(place: Path, tmp_path: Path) ->
     assert validation.keys() == {"loss", "pearson", "spearman"}
 
 
-@pytest.mark.parametrize("model", ["bert", "model"])
 def test_a_classifier_that_stops_goes_on_as_if_it_had_not(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = {"name": "adagradselect", "fraction": 0.4, "explore_steps": 3}
     run = {"save_every": 2, "accumulation": 2}
-    recipes = [classify(place, tmp_path / name, base=model, method=method, run=run) for name in ("whole", "stopped")]
+    recipes = [classify(place, tmp_path / name, method=method, run=run) for name in ("whole", "stopped")]
     train(recipes[0], console=quiet())
     compute_loss = RunTrainer.compute_loss
 
@@ -142,12 +141,13 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "keys"), METHODS.items(), ids=list(METHODS))
-@pytest.mark.parametrize("model", ["bert", "model"])
-def test_the_head_trains_with_every_method(
-    place: Path, tmp_path: Path, model: str, name: str, keys: dict[str, Any]
-) -> None:
-    recipe = classify(place, tmp_path / "out", base=model, method={"name": name, **keys}, run={"steps": 2})
+ON_A_DECODER = ("adagradselect", "lora")
+RUNS = [*((name, "bert") for name in METHODS), *((name, "model") for name in ON_A_DECODER)]
+
+
+@pytest.mark.parametrize(("name", "model"), RUNS)
+def test_the_head_trains_with_every_method(place: Path, tmp_path: Path, name: str, model: str) -> None:
+    recipe = classify(place, tmp_path / "out", base=model, method={"name": name, **METHODS[name]}, run={"steps": 2})
     before = {key: value.detach().clone() for key, value in read_inputs(recipe).model.named_parameters()}
     after = weights(train(recipe, console=quiet()))
     assert after.keys() == before.keys()

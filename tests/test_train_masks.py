@@ -96,7 +96,7 @@ def test_a_recipe_with_all_defaults_is_read_back(place: Path, tmp_path: Path, na
 
 # Resume ----------------------------------------------------------------------------------------------------------
 
-RESUMED = ["id3", "id3-on-lora", "gmt", "static", "lift", "sparsegrad", "meprop"]
+RESUMED = ["id3-on-lora", "gmt", "static", "sparsegrad"]
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -130,7 +130,7 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(
 # The head --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["id3", "id3-on-lora", "gmt", "bitfit", "sparsegrad"])
 def test_the_head_of_a_classifier_trains_whole_beside_every_mask(place: Path, tmp_path: Path, name: str) -> None:
     method = METHODS[name] | ({"among": None} if name == "bitfit" else {})
     recipe = classify(place, tmp_path / "out", method=method, optimizer={"warmup": 0}, run={"steps": 2})
@@ -144,9 +144,8 @@ def test_the_head_of_a_classifier_trains_whole_beside_every_mask(place: Path, tm
     assert 0 < sum(int((after[key] != before[key]).sum()) for key in base) < sum(after[key].numel() for key in base) / 2
 
 
-@pytest.mark.parametrize("name", ["sparsegrad", "meprop"])
-def test_the_rest_trains_whole_by_choice(place: Path, tmp_path: Path, name: str) -> None:
-    recipe = classify(place, tmp_path / "out", method={**METHODS[name], "train_rest": True}, run={"steps": 2})
+def test_the_rest_trains_whole_by_choice(place: Path, tmp_path: Path) -> None:
+    recipe = classify(place, tmp_path / "out", method={**METHODS["sparsegrad"], "train_rest": True}, run={"steps": 2})
     before = {key: value.detach().clone() for key, value in read_inputs(recipe).model.named_parameters()}
     after = weights(train(recipe, console=quiet()))
     moved = {key for key in after if not torch.equal(after[key], before[key])}
@@ -182,10 +181,10 @@ def test_the_optimizer_of_the_recipe_clips_in_place_of_the_trainer(place: Path, 
 
 def test_estimating_a_mask_disturbs_neither_the_data_nor_the_model(place: Path, tmp_path: Path) -> None:
     first = []
-    for name in ("static", "static-random", "id3"):
+    for name in ("static", "id3"):
         out = train(parse(place, method=METHODS[name], run={"output": str(tmp_path / name)}), console=quiet())
         first.append(json.loads((out / "run.json").read_text())["history"][0]["loss"])
-    assert first[0] == first[1] == first[2]
+    assert first[0] == first[1]
 
 
 def test_batches_to_estimate_from_are_drawn_with_the_seed(place: Path, tmp_path: Path) -> None:

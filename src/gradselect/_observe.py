@@ -166,7 +166,9 @@ def gradient_norm(parameters: Sequence[Parameter]) -> Tensor:
         UsageError: a gradient is sparse.
     """
     norms = [
-        torch.linalg.vector_norm(dense(parameter.grad), dtype=torch.float32)
+        torch.linalg.vector_norm(
+            dense(parameter.grad), dtype=torch.promote_types(parameter.dtype, torch.float32)
+        ).float()
         for parameter in parameters
         if parameter.grad is not None
     ]

@@ -242,7 +242,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
 
     @accumulation_steps.setter
     def accumulation_steps(self, value: int) -> None:
-        if value < 1:
+        if not isinstance(value, int) or value < 1:
             raise UsageError(f"accumulation_steps={value} must be 1 or more: backward passes per step")
         self._observer.accumulation_steps = value
 

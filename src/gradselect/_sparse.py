@@ -73,6 +73,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
       not require a gradient until `close()`, or until the last reference to the optimizer is dropped.
     * **GradScaler** is not supported: train in bfloat16.
     * A tensor that gets no gradient (an expert without tokens) is left alone: its entries neither move nor age.
+      Where a set over all tensors is chosen anew by gradient at that very step, it has none to offer and loses them.
     * Build it after the model's weights are loaded: masks that look at weights look now.
 
     Args:
@@ -499,6 +500,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
 
     def _check_use(self) -> None:
         if getattr(self, "grad_scale", None) is not None:
+            delattr(self, "grad_scale")  # the scaler leaves it here
             raise UsageError(
                 "SparseOptimizer works without a GradScaler; train in bfloat16: torch.autocast or the model"
             )

@@ -84,6 +84,8 @@ class TopEntries:
         else:
             guess = self._threshold
         if places is not None:
+            if places.numel() == 0 and guess == self._threshold:
+                return
             gradients = at_least_float(gradient[places])
             scores = score(at_least_float(weight[places]), gradients)
             found = ((scores >= guess) & (scores > self._above)).nonzero().view(-1)

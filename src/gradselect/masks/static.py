@@ -95,7 +95,8 @@ class StaticMask(AbstractCompactMask):
         self._counts = budget if self.scope == "global" else share_out(self.tensors, budget)
 
     def choice(self, step: int, num_chosen: int) -> Choice | None:
-        is_due = step == 0 if self.refresh_every is None else step % self.refresh_every == 0
+        # Without a single entry step 0 saw no gradient that counts: it is made up for.
+        is_due = num_chosen == 0 if self.refresh_every is None else num_chosen == 0 or step % self.refresh_every == 0
         if not is_due:
             return None
         if isinstance(self.salience, GradientSalience) and self.batches is None:
