@@ -6,7 +6,7 @@
 The encoder is what benchmarks/pretrain_encoder.py made, or any BERT with its tokenizer. Budget: as many entries as LoRA
 of rank 2 on every linear of the encoder has. ID3 and PaFI train so many in all, SparseGrad and MeProp so many at each
 step (in the MLP linears, where they are defined); BitFit has what one-dimensional tensors hold, and GMT moves a fifth
-of all at each step. The pooler and the classifier start at random, train whole in every method and are not counted.
+of all at each step. The pooler and the new classifier train whole in every method and are not counted.
 
 The rate of each method is the best of three on STS-B with the first seed, by 500 training pairs that were held out; it
 is then the same for all tasks and seeds, whose scores are of the dev files. A row that stands in the result file is not
@@ -347,7 +347,7 @@ def run(
 
 
 def classifier(task: Task, encoder: Path, *, seed: int) -> nn.Module:
-    """The pretrained encoder with a head at random."""
+    """The pretrained encoder with a classifier at random."""
     torch.manual_seed(seed)
     with quiet():
         return transformers.AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=task.num_labels)
@@ -355,7 +355,7 @@ def classifier(task: Task, encoder: Path, *, seed: int) -> nn.Module:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without progress bars, and without the report that the head is new: it is meant to be."""
+    """Without progress bars, and without the report that the classifier is new: it is meant to be."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -5,7 +5,9 @@
 4 layers of width 128, a lowercase WordPiece vocabulary of 4096 learned from the text. One row is `[CLS] A [SEP] B
 [SEP]`, 63 tokens, 15 % of its words masked (80 % as [MASK], 10 % as another word, 10 % as they are; Devlin et al.,
 BERT, arXiv 1810.04805, 3.1). B continues A, but in two rows of five B is A again with words masked of its own, so that
-attention learns to look across the pair. No next-sentence task.
+attention learns to look across the pair. In the last third of the time these B keep only a random share of A's words,
+from places that have moved, and the pooler has to say which share: BERT's next-sentence head with a soft label, in
+place of its next-sentence task.
 
 What a few minutes of one core cannot learn is put in at the start: word vectors from counted neighbours (PMI and its
 singular vectors; Levy, Goldberg, "Neural Word Embedding as Implicit Matrix Factorization", NeurIPS 2014), log
@@ -33,7 +35,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from torch.nn import functional
 from torch.optim import AdamW, Muon, Optimizer
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForPreTraining, PreTrainedTokenizerFast
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PAD, UNKNOWN, CLS, SEP, MASK = range(len(SPECIAL))
@@ -56,6 +58,8 @@ class Recipe:
     repeat_share: float = 0.4
     initializer_range: float = 0.08
     neighbours: int = 4
+    pairs_from: float = 0.66
+    max_move: int = 4
     muon_lr: float = 3e-3
     adamw_lr: float = 2e-3
     weight_decay: float = 0.05
@@ -115,22 +119,31 @@ class Batch:
         token_type_ids: 0 in A, 1 in B; the same shape.
         positions: where words are to be predicted, in the flattened rows, int64 (288,).
         targets: the words there, int64 (288,).
+        kept: which share of A's words B has, float32 (32,); None in the first part of the time.
     """
 
     input_ids: Tensor
     token_type_ids: Tensor
     positions: Tensor
     targets: Tensor
+    kept: Tensor | None
 
 
-def make_batch(stream: Tensor, recipe: Recipe, generator: torch.Generator, *, repeat_share: float) -> Batch:
+def make_batch(
+    stream: Tensor, recipe: Recipe, generator: torch.Generator, *, repeat_share: float, with_pairs: bool = False
+) -> Batch:
     """Rows from random places of `stream`."""
     half = (recipe.window - 3) // 2
     rows = recipe.batch_size
     starts = torch.randint(0, stream.numel() - 2 * half, (rows,), generator=generator)
     words = stream[starts[:, None] + torch.arange(2 * half)].long()
     repeats = torch.rand(rows, generator=generator) < repeat_share
-    words[repeats, half:] = words[repeats, :half]
+    kept = None
+    if with_pairs:
+        kept = torch.rand(rows, generator=generator) * repeats
+        words[:, half:] = mixed(words[:, :half], words[:, half:], kept, recipe, generator)
+    else:
+        words[repeats, half:] = words[repeats, :half]
     hidden, chosen = masked(words, recipe, generator)
 
     def frame(halves: Tensor, *, first: int, last: int) -> Tensor:
@@ -142,7 +155,15 @@ def make_batch(stream: Tensor, recipe: Recipe, generator: torch.Generator, *, re
     positions = frame(chosen.long(), first=0, last=0).flatten().nonzero().flatten()
     token_type_ids = torch.zeros_like(input_ids)
     token_type_ids[:, half + 2 :] = 1
-    return Batch(input_ids, token_type_ids, positions, frame(words, first=0, last=0).flatten()[positions])
+    return Batch(input_ids, token_type_ids, positions, frame(words, first=0, last=0).flatten()[positions], kept)
+
+
+def mixed(first: Tensor, second: Tensor, kept: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    """`second` with a share `kept` of the words of `first`, which are moved by the same few places in a row."""
+    rows, half = first.shape
+    moves = torch.randint(-recipe.max_move, recipe.max_move + 1, (rows, 1), generator=generator)
+    moved = first.gather(1, (torch.arange(half) + moves) % half)
+    return torch.where(torch.rand(first.shape, generator=generator) < kept[:, None], moved, second)
 
 
 def masked(words: Tensor, recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -156,7 +177,7 @@ def masked(words: Tensor, recipe: Recipe, generator: torch.Generator) -> tuple[T
     return torch.where(chosen & (fate >= 0.9), others, hidden), chosen
 
 
-def build_model(recipe: Recipe) -> BertForMaskedLM:
+def build_model(recipe: Recipe) -> BertForPreTraining:
     """Random weights, tied head, no dropout."""
     config = BertConfig(
         vocab_size=recipe.vocab_size,
@@ -170,11 +191,11 @@ def build_model(recipe: Recipe) -> BertForMaskedLM:
         initializer_range=recipe.initializer_range,
         pad_token_id=PAD,
     )
-    return BertForMaskedLM(config)
+    return BertForPreTraining(config)
 
 
 @torch.no_grad()
-def warm_start(model: BertForMaskedLM, stream: Tensor, recipe: Recipe) -> None:
+def warm_start(model: BertForPreTraining, stream: Tensor, recipe: Recipe) -> None:
     """Word vectors, the head's bias and positions, in place; every vector as large as a random one."""
     words, embeddings = stream.long(), model.bert.embeddings
     frequencies = torch.bincount(words, minlength=recipe.vocab_size) + 1.0
@@ -210,13 +231,24 @@ def sinusoids(recipe: Recipe) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
-def logits_of(model: BertForMaskedLM, batch: Batch) -> Tensor:
-    """Scores of the words at the masked places only, (288, 4096): the head is a third of the work otherwise."""
-    encoded = model.bert(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids).last_hidden_state
-    return model.cls(encoded.flatten(0, 1)[batch.positions])
+def predictions(model: BertForPreTraining, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Scores of the words at the masked places only, (288, 4096), since the head is a third of the work otherwise; and
+    of B not being and being A, (32, 2)."""
+    encoded = model.bert(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids)
+    masked_places = encoded.last_hidden_state.flatten(0, 1)[batch.positions]
+    return model.cls(masked_places, encoded.pooler_output)
 
 
-def make_optimizers(recipe: Recipe, model: BertForMaskedLM) -> tuple[Optimizer, Optimizer]:
+def loss_of(model: BertForPreTraining, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Of the masked words, and of the pairs if they are asked about."""
+    words, pairs = predictions(model, batch)
+    masked_loss = functional.cross_entropy(words, batch.targets)
+    if batch.kept is None:
+        return masked_loss, None
+    return masked_loss, functional.cross_entropy(pairs, torch.stack([1 - batch.kept, batch.kept], dim=1))
+
+
+def make_optimizers(recipe: Recipe, model: BertForPreTraining) -> tuple[Optimizer, Optimizer]:
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if p.ndim == 2 and "encoder.layer" in name]
     others = [p for name, p in named.items() if p.ndim == 1 or "encoder.layer" not in name]
@@ -247,12 +279,15 @@ class Run:
             self.load()
 
     def update(self, stream: Tensor, *, progress: float) -> float:
-        """One step; its loss."""
+        """One step; its loss of masked words."""
         started = time.process_time()
         share = rate_share(progress, self.recipe.warmup)
-        batch = make_batch(stream, self.recipe, self.generator, repeat_share=self.recipe.repeat_share)
-        loss = functional.cross_entropy(logits_of(self.model, batch), batch.targets)
-        loss.backward()
+        with_pairs = progress >= self.recipe.pairs_from
+        batch = make_batch(
+            stream, self.recipe, self.generator, repeat_share=self.recipe.repeat_share, with_pairs=with_pairs
+        )
+        masked_loss, pair_loss = loss_of(self.model, batch)
+        (masked_loss if pair_loss is None else masked_loss + pair_loss).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * share
@@ -260,7 +295,7 @@ class Run:
         self.model.zero_grad()
         self.step += 1
         self.seconds += time.process_time() - started
-        return loss.item()
+        return masked_loss.item()
 
     def save(self) -> None:
         """Written aside, then renamed."""
@@ -285,19 +320,26 @@ class Run:
 
 
 @torch.no_grad()
-def evaluate(model: BertForMaskedLM, stream: Tensor, recipe: Recipe, *, batches: int = 40) -> dict[str, float]:
-    """Mean loss and accuracy at masked places of `stream`, B always the continuation of A; the same rows each time."""
+def evaluate(model: BertForPreTraining, stream: Tensor, recipe: Recipe, *, batches: int = 40) -> dict[str, float]:
+    """Mean loss and accuracy at masked places of `stream`, B always the continuation of A; and the correlation of the
+    share of A in B with what the pooler says of it. The same rows each time."""
     model.eval()
     generator = torch.Generator().manual_seed(12345)
     loss, right, count = 0.0, 0, 0
+    shares = list[Tensor]()
     for _ in range(batches):
         batch = make_batch(stream, recipe, generator, repeat_share=0.0)
-        logits = logits_of(model, batch)
+        logits, _ = predictions(model, batch)
         loss += functional.cross_entropy(logits, batch.targets, reduction="sum").item()
         right += int((logits.argmax(-1) == batch.targets).sum())
         count += batch.targets.numel()
+        pairs = make_batch(stream, recipe, generator, repeat_share=1.0, with_pairs=True)
+        _, said = predictions(model, pairs)
+        assert pairs.kept is not None
+        shares.append(torch.stack([pairs.kept, said.softmax(1)[:, 1]]))
     model.train()
-    return {"masked_loss": loss / count, "masked_accuracy": right / count}
+    correlation = torch.corrcoef(torch.cat(shares, dim=1))[0, 1].item()
+    return {"masked_loss": loss / count, "masked_accuracy": right / count, "pair_correlation": correlation}
 
 
 def load_streams(arguments: argparse.Namespace, recipe: Recipe) -> tuple[PreTrainedTokenizerFast, Tensor, Tensor]:

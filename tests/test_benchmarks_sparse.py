@@ -120,6 +120,15 @@ def test_masked_places_are_fifteen_per_cent_of_the_words_and_targets_are_what_st
     assert (batch.input_ids[:, [31, 62]] == pretrain_encoder.SEP).all()
 
 
+def test_a_mixed_text_is_the_first_moved_or_the_second_by_the_share_that_is_kept():
+    recipe, generator = pretrain_encoder.Recipe(), torch.Generator().manual_seed(0)
+    first, second = torch.arange(30).repeat(3, 1), torch.arange(100, 130).repeat(3, 1)
+    whole, none, half = pretrain_encoder.mixed(first, second, torch.tensor([1.0, 0.0, 0.5]), recipe, generator)
+    assert whole.tolist() == first[0].roll(-int(whole[0])).tolist()
+    assert none.tolist() == second[0].tolist()
+    assert 5 < (half < 100).sum() < 25
+
+
 def test_word_vectors_of_words_in_the_same_company_are_alike():
     """Words 5 and 6 stand between the same neighbours, 7 and 8 between others."""
     recipe = pretrain_encoder.Recipe(vocab_size=12, hidden_size=4, neighbours=1)
