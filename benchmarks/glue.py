@@ -171,7 +171,8 @@ class Part:
 
 def tokenised(examples: Sequence[Example], tokenizer: Any, length: int) -> Part:
     columns = [list(column) for column in zip(*(example.texts for example in examples), strict=True)]
-    inputs = tokenizer(*columns, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    shape = {"padding": "max_length", "truncation": True, "max_length": length}
+    inputs = tokenizer(*columns, **shape, return_tensors="pt", return_token_type_ids=True)
     return Part(dict(inputs), torch.tensor([example.label for example in examples]))
 
 

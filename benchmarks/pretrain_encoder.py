@@ -92,6 +92,7 @@ def build_tokenizer(texts: Sequence[str], recipe: Recipe) -> PreTrainedTokenizer
         sep_token="[SEP]",
         mask_token="[MASK]",
         model_max_length=recipe.max_length,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
 

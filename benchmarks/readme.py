@@ -14,7 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import glue
 import gsm8k_loss
+import gsm8k_masks
+import sparse_step
+import sparsegrad
 import step_time
 
 README = Path(__file__).parent.parent / "README.md"
@@ -61,7 +65,58 @@ def learning() -> str:
     )
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"quickstart": quickstart, "step_time": speed, "gsm8k_loss": learning}
+def sparse_speed() -> str:
+    result = json.loads(sparse_step.RESULT.read_text(encoding="utf-8"))
+    settings, machine = result["settings"], result["machine"]
+    return (
+        f"`python benchmarks/sparse_step.py --rounds {settings['rounds']} --warmup {settings['warmup']} --threads "
+        f"{machine['threads']}`: decoders with random weights, fp32, batch {settings['batch']} x {settings['length']}, "
+        f"a budget of {100 * settings['density']:g} % over {settings['steps']:,} steps; methods take turns, medians. "
+        "`direct`: time in the optimizer's backward hooks and in `step`; `difference`: forward, backward and step less "
+        "forward and backward without an optimizer. `live`: weights, gradients and state at their peak, counted.\n\n"
+        + sparse_step.markdown(result)
+    )
+
+
+def rotated() -> str:
+    result = json.loads(sparsegrad.RESULT.read_text(encoding="utf-8"))
+    return (
+        "`python benchmarks/sparsegrad.py`: the Llama of 3.4 M parameters on GSM8K's training file; share of the squared "
+        "gradient that the largest entries hold, on batches that the bases never saw, and whole training steps.\n\n"
+        + sparsegrad.markdown(result)
+    )
+
+
+def encoder() -> str:
+    rows = glue.read()
+    steps, batch = rows[0]["steps"], rows[0]["batch"]
+    return (
+        "`python benchmarks/glue.py`: a BERT of 1.4 M parameters that `benchmarks/pretrain_encoder.py` made in 17 minutes "
+        f"of one core, {steps} steps of {batch}, scores of the dev files times 100, mean of the seeds (each seed). The "
+        "rate of each method is chosen on held-out pairs of STS-B. Pooler and classifier train whole in every method and "
+        "are not counted.\n\n" + glue.table(rows)
+    )
+
+
+def masks() -> str:
+    rows = gsm8k_masks.read()
+    steps, items = rows[0]["steps"], rows[0]["num_items"]
+    return (
+        "`python benchmarks/gsm8k_masks.py`: the same model and data as above, "
+        f"{steps} steps of 8, loss of {items:,} test problems; 5 % of the entries for each compact mask, one seed a "
+        "rate.\n\n" + gsm8k_loss.table(rows)
+    )
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart,
+    "step_time": speed,
+    "gsm8k_loss": learning,
+    "sparse_step": sparse_speed,
+    "sparsegrad": rotated,
+    "gsm8k_masks": masks,
+    "glue": encoder,
+}
 
 
 def filled(text: str) -> str:
