@@ -82,8 +82,8 @@ def rotated() -> str:
     result = json.loads(sparsegrad.RESULT.read_text(encoding="utf-8"))
     return (
         "`python benchmarks/sparsegrad.py`: the Llama of 3.4 M parameters on GSM8K's training file; share of the "
-        "squared gradient that the largest entries hold, on batches that the bases never saw, and whole training steps.\n\n"
-        + sparsegrad.markdown(result)
+        "squared gradient that the largest entries hold, on batches that the bases never saw, and whole training "
+        "steps.\n\n" + sparsegrad.markdown(result)
     )
 
 
@@ -92,9 +92,9 @@ def encoder() -> str:
     steps, batch = rows[0]["steps"], rows[0]["batch"]
     return (
         "`python benchmarks/glue.py`: a BERT of 1.4 M parameters that `benchmarks/pretrain_encoder.py` made in 17 "
-        f"minutes of one core, {steps} steps of {batch}, scores of the dev files times 100, mean of the seeds (each seed). The "
-        "rate of each method is chosen on held-out pairs of STS-B. Pooler and classifier train whole in every method "
-        "and are not counted.\n\n" + glue.table(rows)
+        f"minutes of one core, {steps} steps of {batch}; scores of the dev files times 100, mean of the seeds (each "
+        "seed). The rate of each method is chosen on held-out pairs of STS-B. Pooler and classifier train whole in "
+        "every method and are not counted.\n\n" + glue.table(rows)
     )
 
 
