@@ -303,14 +303,14 @@ METHODS: dict[str, Callable[[nn.Module, Plan], AllEntries | SomeEntries]] = {
     "GMT": gmt,
 }
 RATES: dict[str, tuple[float, ...]] = {
-    "full": (3e-4, 1e-3, 3e-3),
-    "LoRA": (3e-3, 1e-2, 3e-2),
+    "full": (1e-4, 3e-4, 1e-3),
+    "LoRA": (1e-3, 3e-3, 1e-2),
     "BitFit": (3e-3, 1e-2, 3e-2),
-    "PaFI": (3e-3, 1e-2, 3e-2),
-    "ID3": (3e-3, 1e-2, 3e-2),
+    "PaFI": (1e-3, 3e-3, 1e-2),
+    "ID3": (1e-3, 3e-3, 1e-2),
     "SparseGrad": (1e-3, 3e-3, 1e-2),
     "MeProp": (1e-3, 3e-3, 1e-2),
-    "GMT": (3e-4, 1e-3, 3e-3),
+    "GMT": (1e-4, 3e-4, 1e-3),
 }
 
 
@@ -505,7 +505,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--only", nargs="+", choices=METHODS, help="these methods, e.g. to run two halves side by side")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
