@@ -24,7 +24,7 @@ DENSITY = 0.05
 RATES = {
     "full": (1e-3, 3e-3),
     "GMT 20 %": (1e-3, 3e-3),
-    "StaticMask(gradient)": (3e-3, 1e-2),
+    "StaticMask(gradient)": (1e-3, 3e-3, 1e-2),
     "StaticMask(random)": (3e-3, 1e-2),
     "LIFT": (3e-3, 1e-2),
     "ID3": (3e-3, 1e-2),

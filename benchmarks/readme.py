@@ -108,7 +108,15 @@ def masks() -> str:
     )
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"quickstart": quickstart, "step_time": speed, "gsm8k_loss": learning}
+SECTIONS: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart,
+    "step_time": speed,
+    "gsm8k_loss": learning,
+    "sparse_step": sparse_speed,
+    "sparsegrad": rotated,
+    "gsm8k_masks": masks,
+    "glue": encoder,
+}
 
 
 def filled(text: str) -> str:
