@@ -1,0 +1,1 @@
+"""The fair comparison: a suite in, one result file a run out."""
