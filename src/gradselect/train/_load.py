@@ -28,8 +28,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     changes: dict[str, Any] = {}
     for override in overrides:
-        changes = _merge(changes, _parse_override(override))
-    return parse_recipe(_merge(_read(Path(path)), changes), source=str(path))
+        changes = merge(changes, parse_override(override))
+    values = read_values(Path(path), kind="recipe", sections=tuple(Recipe.model_fields))
+    return parse_recipe(merge(values, changes), source=str(path))
 
 
 def parse_recipe(values: Mapping[str, Any], *, source: str) -> Recipe:
@@ -41,9 +42,8 @@ def parse_recipe(values: Mapping[str, Any], *, source: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UsageError(
-            "\n".join([f"{source} is no valid recipe:", *(f"  {line}" for line in explain(error))])
-        ) from None
+        lines = (f"  {line}" for line in explain(error, root=Recipe))
+        raise UsageError("\n".join([f"{source} is no valid recipe:", *lines])) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -51,15 +51,15 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def explain(error: ValidationError) -> Iterator[str]:
-    """One line for each problem: the key, the value got, what is allowed."""
+def explain(error: ValidationError, *, root: type[BaseModel]) -> Iterator[str]:
+    """One line for each problem of values meant for `root`: the key, the value got, what is allowed."""
     for problem in error.errors():
-        yield _explain_one(problem, owner=error.title)
+        yield _explain_one(problem, root=root)
 
 
-def _explain_one(problem: Mapping[str, Any], *, owner: str) -> str:
-    model, keys = _follow(problem["loc"])
-    key = ".".join(keys) or owner.lower()
+def _explain_one(problem: Mapping[str, Any], *, root: type[BaseModel]) -> str:
+    model, keys = _follow(problem["loc"], root=root)
+    key = ".".join(keys) or root.__name__.lower()
     match problem["type"]:
         case "extra_forbidden":
             return f"{key}: unknown key{_nearest(keys[-1], list(model.model_fields) if model else [])}"
@@ -75,12 +75,12 @@ def _explain_one(problem: Mapping[str, Any], *, owner: str) -> str:
     return f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
-def _follow(location: Sequence[str | int]) -> tuple[type[BaseModel] | None, list[str]]:
+def _follow(location: Sequence[str | int], *, root: type[BaseModel]) -> tuple[type[BaseModel] | None, list[str]]:
     """The settings class that holds the last key of a pydantic error, and the keys as the user wrote them.
 
     In a union pydantic puts the name of the variant between the keys; that is no key of the recipe.
     """
-    model: type[BaseModel] | None = Recipe
+    model: type[BaseModel] | None = root
     options: dict[str, type[BaseModel]] = {}
     keys: list[str] = []
     for place, part in enumerate(map(str, location)):
@@ -132,24 +132,41 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The values of a recipe file on top of those of its base; `above` are the files that led here."""
+def read_values(path: Path, *, kind: str, sections: Sequence[str], above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a file on top of those of its base.
+
+    Args:
+        path: of the YAML file.
+        kind: what it should be, for errors, e.g. "recipe".
+        sections: what it may hold, for errors.
+        above: the files whose bases led here.
+
+    Raises:
+        UsageError: no such file, broken YAML, or a file that is its own base.
+    """
     if path in above:
         raise UsageError(f"{path} is its own base")
     if not path.is_file():
-        raise UsageError(f"{path}: no such recipe" + (f" (the base of {above[-1]})" if above else ""))
+        raise UsageError(f"{path}: no such {kind}" + (f" (the base of {above[-1]})" if above else ""))
     try:
         values = yaml.load(path.read_text("utf-8"), Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected the sections {', '.join(Recipe.model_fields)}, got {values!r:.60}")
+        raise UsageError(f"{path}: expected the sections {', '.join(sections)}, got {values!r:.60}")
     base = values.pop("base", None)
-    return values if base is None else _merge(_read(path.parent / str(base), (*above, path)), values)
+    if base is None:
+        return values
+    below = read_values(path.parent / str(base), kind=kind, sections=sections, above=(*above, path))
+    return merge(below, values)
 
 
-def _parse_override(override: str) -> dict[str, Any]:
-    """`{"optimizer": {"lr": "1e-4"}}` for "optimizer.lr=1e-4"."""
+def parse_override(override: str) -> dict[str, Any]:
+    """`{"optimizer": {"lr": "1e-4"}}` for "optimizer.lr=1e-4".
+
+    Raises:
+        UsageError: it is not of the form key=value.
+    """
     key, equals, text = override.partition("=")
     if not (key and equals):
         raise UsageError(f"{override!r} is no override; write key=value, e.g. optimizer.lr=1e-4")
@@ -162,7 +179,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     return value
 
 
-def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Values of `over` on those of `under`, section by section.
 
     A section that names another method replaces the one below, for the keys of one method do not fit another.
@@ -171,7 +188,7 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         below = merged.get(key)
         if isinstance(below, dict) and isinstance(value, dict) and not _is_another(below, value):
-            merged[key] = _merge(below, value)
+            merged[key] = merge(below, value)
         else:
             merged[key] = value
     return merged
