@@ -10,10 +10,7 @@ import typer
 INCOMPLETE_EXIT_CODE = 1
 INTERRUPTED_EXIT_CODE = 130
 
-app = typer.Typer()
 
-
-@app.command()
 def compare(
     suite: Annotated[str, typer.Argument(help="A YAML file; suites/ has some.", metavar="SUITE")],
     overrides: Annotated[

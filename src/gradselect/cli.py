@@ -14,6 +14,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f"the command line needs {missing.name}; run: pip install 'gradselect[train]'") from None
 
 from . import UsageError, __version__
+from ._compare_command import compare
 from ._delta_commands import app as delta_commands
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(delta_commands)
+app.command()(compare)
 
 USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
