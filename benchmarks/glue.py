@@ -304,9 +304,9 @@ METHODS: dict[str, Callable[[nn.Module, Plan], AllEntries | SomeEntries]] = {
 }
 RATES: dict[str, tuple[float, ...]] = {
     "full": (1e-4, 3e-4, 1e-3),
-    "LoRA": (1e-3, 3e-3, 1e-2),
+    "LoRA": (1e-3, 3e-3, 1e-2, 3e-2),
     "BitFit": (3e-3, 1e-2, 3e-2),
-    "PaFI": (1e-3, 3e-3, 1e-2),
+    "PaFI": (1e-3, 3e-3, 1e-2, 3e-2),
     "ID3": (1e-3, 3e-3, 1e-2),
     "SparseGrad": (1e-3, 3e-3, 1e-2),
     "MeProp": (1e-3, 3e-3, 1e-2),

@@ -23,11 +23,11 @@ RESULTS = Path(__file__).parent / "results" / "gsm8k_masks.jsonl"
 DENSITY = 0.05
 RATES = {
     "full": (1e-3, 3e-3),
-    "GMT 20 %": (1e-3, 3e-3),
+    "GMT 20 %": (3e-4, 1e-3, 3e-3),
     "StaticMask(gradient)": (1e-3, 3e-3, 1e-2),
-    "StaticMask(random)": (3e-3, 1e-2),
-    "LIFT": (3e-3, 1e-2),
-    "ID3": (3e-3, 1e-2),
+    "StaticMask(random)": (3e-3, 1e-2, 3e-2),
+    "LIFT": (3e-3, 1e-2, 3e-2),
+    "ID3": (3e-3, 1e-2, 3e-2),
 }
 
 
@@ -104,7 +104,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--test", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/gsm8k_masks"))
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--limit", default="1319", help="the first so many test problems only")
     parser.add_argument("--only", nargs="+", choices=RATES, help="these methods, e.g. to run two halves side by side")
     parser.add_argument("--table", action="store_true")

@@ -66,6 +66,7 @@ class EntryStore:
     def restart(self) -> None:
         """No gradient has been read."""
         self._gradients: Tensor | None = None
+        self._places: Tensor | None = None
         self._was_read = [False] * len(self.names)
 
     def read(self, name: str, gradient: Tensor, *, clear: bool = False) -> None:
@@ -79,11 +80,12 @@ class EntryStore:
             self._gradients = torch.zeros_like(self._arrays["exp_avg"])
         position = self._position[name]
         self._was_read[position] = True
-        if self.num_entries(name):
-            indices = self.indices(name)
-            self._gradients[self._slice(position)] += gradient[indices]
+        part = self._slice(position)
+        if part.start < part.stop:
+            places = self._plain_indices()[part]
+            self._gradients[part] += gradient.index_select(0, places)
             if clear:
-                gradient[indices] = 0.0
+                gradient.index_fill_(0, places.long(), 0.0)
 
     @property
     def has_gradients(self) -> bool:
@@ -125,6 +127,7 @@ class EntryStore:
         newcomers = {name: new for name, new in newcomers.items() if new[0].numel()}
         if not newcomers:
             return
+        self._places = None
         indices = {name: self._as_cohort(name, new) for name, (new, _) in newcomers.items()}
         self._indices = self._appended(self._indices, indices)
         gradients = {name: gradient for name, (_, gradient) in newcomers.items() if gradient is not None}
@@ -156,6 +159,7 @@ class EntryStore:
             [kept.get(name, self._indices.new_ones(self.num_entries(name), dtype=torch.bool)) for name in self.names]
         )
         joined_at = {name: self._joined_at(name)[mask] for name, mask in kept.items()}
+        self._places = None
         self._indices = self._indices[everywhere]
         self._arrays = {key: array[everywhere] for key, array in self._arrays.items()}
         if self._gradients is not None:
@@ -229,9 +233,10 @@ class EntryStore:
         mean, square = self._arrays["exp_avg"][part], self._arrays["exp_avg_sq"][part]
         masters = self._arrays.get("master")
         flats = [self._parameters[name].detach().view(-1) for name in names]
-        indices = self._split(self._indices[part] & ~self._sign_bit, names)
+        indices = self._split(self._plain_indices()[part], names)
         if masters is None:
-            weights = torch.cat([flat[places] for flat, places in zip(flats, indices, strict=True)]).to(mean.dtype)
+            gathered = [flat.index_select(0, places) for flat, places in zip(flats, indices, strict=True)]
+            weights = torch.cat(gathered).to(mean.dtype)
         else:
             weights = masters[part]
         step_size, root = self._corrections(names, group)
@@ -243,7 +248,7 @@ class EntryStore:
         denominator = square.sqrt().div_(root).add_(group["eps"])
         weights.add_(step_size.mul(mean).div_(denominator))
         for flat, places, moved in zip(flats, indices, self._split(weights.to(flats[0].dtype), names), strict=True):
-            flat[places] = moved
+            flat.index_copy_(0, places.long(), moved)
 
     def _corrections(self, names: Sequence[str], group: Group) -> tuple[Tensor, Tensor]:
         """-lr / (1 - beta1^t) and sqrt(1 - beta2^t) of each entry of these neighbouring tensors, shape (n,); shape (1,)
@@ -251,16 +256,16 @@ class EntryStore:
         positions = [self._position[name] for name in names]
         num_updates = torch.tensor([self._num_updates[position] for position in positions])
         rows, joined = self._cohorts(slice(positions[0], positions[-1] + 1))
-        ages = num_updates.to(rows.device)[rows] - joined
+        ages = (num_updates.to(rows.device)[rows] - joined).int()
         if bool((ages == ages[0]).all()):
             ages = ages[:1]
         else:
             part = slice(self._slice(positions[0]).start, self._slice(positions[-1]).stop)
-            ages = ages[self._ordinals(part)]
+            ages = ages.index_select(0, self._ordinals(part))
         first, second = self._bias_corrections(int(num_updates.max()), group["betas"])
         like = self._arrays["exp_avg"]
         step_sizes, roots = (-group["lr"] / first).to(like), second.sqrt().to(like)
-        return step_sizes[ages], roots[ages]
+        return step_sizes.index_select(0, ages), roots.index_select(0, ages)
 
     def _bias_corrections(self, oldest: int, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
         """1 - beta^t of both betas for t = 0 to `oldest` and beyond, in Python's double precision as torch has them."""
@@ -295,6 +300,12 @@ class EntryStore:
         flat = self._parameters[name].detach().view(-1)
         return flat[self.indices(name)].to(self._arrays["exp_avg"].dtype)
 
+    def _plain_indices(self) -> Tensor:
+        """All indices without their flags, kept until the set or the step changes."""
+        if self._places is None:
+            self._places = self._indices & ~self._sign_bit
+        return self._places
+
     # Cohorts ------------------------------------------------------------------------------------------------------
 
     def _as_cohort(self, name: str, indices: Tensor) -> Tensor:
@@ -325,7 +336,7 @@ class EntryStore:
 
     def _ordinals(self, part: slice) -> Tensor:
         """The number of each entry's cohort among those of this part."""
-        return (self._indices[part] < 0).cumsum(0) - 1
+        return (self._indices[part] < 0).cumsum(0, dtype=torch.int32).sub_(1)
 
     def _write_cohorts(self, name: str, joined_at: Tensor) -> None:
         """Flags and bits of entries that joined at these updates, in ascending order."""
@@ -348,12 +359,12 @@ class EntryStore:
 
     def _appended(self, array: Tensor, additions: Mapping[str, Tensor]) -> Tensor:
         """`array` with `additions` at the end of their tensors' parts."""
-        parts = []
-        for position, name in enumerate(self.names):
-            parts.append(array[self._slice(position)])
-            if name in additions:
-                parts.append(additions[name].to(array.dtype))
-        return torch.cat(parts)
+        parts, start = [], 0
+        for name in sorted(additions, key=self._position.__getitem__):
+            end = self._ends[self._position[name]]
+            parts += [array[start:end], additions[name].to(array.dtype)]
+            start = end
+        return torch.cat([*parts, array[start:]])
 
     def _initial(self, key: str, name: str, indices: Tensor) -> Tensor:
         if key == "master":

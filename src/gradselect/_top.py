@@ -14,7 +14,7 @@ CHUNK_ELSEWHERE = 1 << 26
 
 SAMPLE = 4096
 """Scores from which the first threshold is guessed."""
-SLACK = 1024
+SLACK = 64
 """Entries beyond twice the wanted number that are kept before the worst are dropped."""
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -136,13 +136,14 @@ class TopEntries:
             torch.cat([part[column].to(device) for part in self._parts]) for column in range(4)
         )
         if scores.numel() > self._count:
-            threshold = torch.topk(scores, self._count, sorted=True).values[-1]
-            self._threshold = float(threshold)
-            kept = scores > threshold
-            ties = (scores == threshold).nonzero().view(-1)
-            # Of equal scores those of lower rank, then of lower index.
-            ties = ties[_order(ranks[ties], indices[ties])][: self._count - int(kept.sum())]
-            kept[ties] = True
+            best, kept = torch.topk(scores, self._count, sorted=True)
+            self._threshold = float(best[-1])
+            ties = (scores == best[-1]).nonzero().view(-1)
+            if ties.numel() > 1:
+                # Of equal scores those of lower rank, then of lower index.
+                above = (scores > best[-1]).nonzero().view(-1)
+                ties = ties[_order(ranks[ties], indices[ties])][: self._count - above.numel()]
+                kept = torch.cat([above, ties])
             scores, ranks, indices, values = scores[kept], ranks[kept], indices[kept], values[kept]
         self._parts = [(scores, ranks, indices, values)]
         self._num_kept = scores.numel()
@@ -155,30 +156,33 @@ def _order(ranks: Tensor, indices: Tensor) -> Tensor:
 
 
 def _rows(count: int, numel: int) -> int:
-    """Into how many rows to fold a tensor so that about one column in ten holds one of its `count` best entries."""
-    return min(16, 1 << max(0, (numel // (10 * count)).bit_length() - 1))
+    """Into how many rows to fold a tensor so that about one column in forty holds one of its `count` best entries."""
+    even = numel & -numel
+    return min(64, even, 1 << max(0, (numel // (40 * count)).bit_length() - 1))
 
 
 def _reaching(gradient: Tensor, bound: float, *, rows: int) -> Tensor | None:
-    """Positions of all entries with |gradient| >= bound; None where the bound says little. Shape (m,).
+    """Positions of all entries with |gradient| >= bound, ascending; None where the bound says little. Shape (m,).
 
     Where few entries do it is several times faster to look at the extremes of columns first.
+
+    Args:
+        rows: into how many to fold the tensor, whose number of entries it divides.
     """
     if not bound > 0:
         return None
-    width = gradient.numel() // rows
-    if rows < 4 or width == 0:
+    if rows < 4:
         return (gradient.abs() >= bound).nonzero().view(-1)
-    folded = gradient[: rows * width].view(rows, width)
-    # So put, a NaN does not hide the rest of its column.
-    columns = (~((folded.amax(0) < bound) & (folded.amin(0) > -bound))).nonzero().view(-1)
-    if columns.numel() > width // 4:
+    folded = gradient.view(rows, -1)
+    highest, lowest = folded.amax(0), folded.amin(0)
+    # A NaN comes through, and what is asked of it here is never true: it hides no other entry.
+    if float(torch.maximum(highest.amax(), -lowest.amin())) < bound:
+        return torch.empty(0, dtype=torch.int64, device=gradient.device)
+    columns = (~((highest < bound) & (lowest > -bound))).nonzero().view(-1)
+    if columns.numel() > highest.numel() // 4:
         return None
-    if columns.numel() == 0 and rows * width == gradient.numel():
-        return columns
-    places = (torch.arange(rows, device=gradient.device)[:, None] * width + columns).view(-1)
-    places = torch.cat([places, torch.arange(rows * width, gradient.numel(), device=gradient.device)])
-    return places[gradient[places].abs() >= bound]
+    row, column = (folded.index_select(1, columns).abs() >= bound).nonzero().unbind(1)
+    return row * highest.numel() + columns[column]
 
 
 def at_least_float(tensor: Tensor) -> Tensor:
