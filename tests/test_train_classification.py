@@ -64,7 +64,7 @@ def test_the_result_is_a_plain_checkpoint_with_a_head_that_has_learnt(place: Pat
     assert run["model"]["class"] == "BertForSequenceClassification"
     assert run["validation"]["accuracy"] == run["validation"]["matthews"] == 1.0
     assert run["validation"]["loss"] == run["validation_loss"] < 0.3
-    assert run["selection"]["updates"]["head"] == 30
+    assert run["selection"]["updates"][run["selection"]["blocks"].index("head")] == 30
     assert "step 15/30  validation loss" in shown.getvalue()
     assert "accuracy 1.0000" in shown.getvalue()
     assert "--task classification" in shown.getvalue()

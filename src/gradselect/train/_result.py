@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from .. import BlockOptimizer, SparseOptimizer, UsageError, __version__, sparsegrad
+from .. import UsageError, __version__, sparsegrad
 from ._folder import RunFolder, writing_aside
 from ._inputs import Inputs
 from ._load import dump_recipe
@@ -23,9 +24,13 @@ from ._meter import Meter
 from ._model import fingerprint
 from ._progress import validation_figures
 from ._recipe import Recipe
+from ._selection import describe_flop, describe_selection
 from ._trainer import RunTrainer
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
+
+# No string of JSON holds a line end.
+_LIST_OF_NUMBERS = re.compile(r"\[\n([-+.,eE\d\s]*)\]")
 
 FREE_TO_CHANGE = {
     *(f"recipe.run.{key}" for key in ("output", "device", "log_every", "evaluate_every", "save_every", "report_to")),
@@ -64,7 +69,7 @@ def describe_start(
     }
 
 
-def describe_end(trainer: RunTrainer, meter: Meter, *, notes: Sequence[str]) -> dict[str, Any]:
+def describe_end(trainer: RunTrainer, meter: Meter, *, folder: RunFolder, notes: Sequence[str]) -> dict[str, Any]:
     """What is known after the last step. Tokens, seconds and bytes are of this session, all else of the whole run."""
     history = trainer.state.log_history
     optimizer: Any = trainer.optimizer
@@ -79,34 +84,9 @@ def describe_end(trainer: RunTrainer, meter: Meter, *, notes: Sequence[str]) -> 
         "tokens_per_second": trainer.num_tokens / meter.total_seconds if meter.total_seconds else None,
         "notes": list(notes),
         **meter.describe(),
-        "selection": describe_selection(optimizer.optimizer),
+        "flop": describe_flop(optimizer.optimizer, folder.records_file),
+        "selection": describe_selection(optimizer.optimizer, folder.records_file),
         "history": history,
-    }
-
-
-def describe_selection(optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """How often each block was updated and how evenly, or which mask chose how much; None where nothing is selected."""
-    if isinstance(optimizer, SparseOptimizer):
-        return _describe_mask(optimizer)
-    if not isinstance(optimizer, BlockOptimizer):
-        return None
-    record = optimizer.last_record
-    return {
-        "updates": optimizer.update_counts,
-        "entropy": None if record is None else record.selection_entropy,
-    }
-
-
-def _describe_mask(optimizer: SparseOptimizer) -> dict[str, Any]:
-    record = optimizer.last_record
-    by_tensor = {} if record is None else dict(record.num_entries)
-    return {
-        "mask": type(optimizer.mask).__name__,
-        "settings": optimizer.mask.settings(),
-        "entries": sum(by_tensor.values()),
-        "entries_to_choose_from": sum(tensor.numel for tensor in optimizer.mask.tensors),
-        "entries_by_tensor": by_tensor,
-        "overlap": None if record is None else record.overlap,
     }
 
 
@@ -145,7 +125,13 @@ def write_start(folder: RunFolder, start: Mapping[str, Any], recipe: Recipe) -> 
 
 def write_run(folder: RunFolder, description: Mapping[str, Any]) -> None:
     with writing_aside(folder.run_file) as aside:
-        aside.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        aside.write_text(as_json(description) + "\n", "utf-8")
+
+
+def as_json(value: Any) -> str:
+    """Indented, but a list of numbers in one line: a run has thousands of steps."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return _LIST_OF_NUMBERS.sub(lambda found: "[" + " ".join(found.group(1).split()) + "]", text)
 
 
 def save_model(trainer: RunTrainer, tokenizer: PreTrainedTokenizerBase, *, folder: RunFolder) -> None:

@@ -23,7 +23,7 @@ from ._trainer import RunTrainer
 
 def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Console, messages: Sequence[str]) -> Path:
     """Carry out a recipe; see `gradselect.train.train`. `messages` are those of the libraries, a list that grows."""
-    _check_one_device(recipe)
+    check_one_device(recipe)
     with claimed(RunFolder(Path(recipe.run.output)), resume=resume, messages=messages) as folder:
         # 1 read what the recipe names
         inputs = read_inputs(recipe)
@@ -44,13 +44,13 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
 
         # 4 keep it; run.json says "finished" when all else is there
         save_model(trainer, inputs.tokenizer, folder=folder)
-        end = describe_end(trainer, meter, notes=notes)
+        end = describe_end(trainer, meter, folder=folder, notes=notes)
         write_run(folder, start | end)
         show_summary(console, end, recipe=recipe, folder=folder, num_messages=len(messages))
     return folder.root
 
 
-def _check_one_device(recipe: Recipe) -> None:
+def check_one_device(recipe: Recipe) -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UsageError("gradselect train runs in one process; start it without torchrun or accelerate launch")
     if recipe.run.device != "cpu" and torch.cuda.device_count() > 1:
@@ -60,7 +60,7 @@ def _check_one_device(recipe: Recipe) -> None:
 
 
 def _train(trainer: RunTrainer, *, checkpoint: Path | None, console: Console) -> Meter:
-    meter = Meter()
+    meter = Meter(trainer)
     display = ProgressDisplay(console, meter=meter, count_tokens=lambda: trainer.num_tokens)
     trainer.add_callback(meter)
     trainer.add_callback(display)
@@ -72,6 +72,7 @@ def _train(trainer: RunTrainer, *, checkpoint: Path | None, console: Console) ->
         raise UsageError(f"training has stopped: {error}; checkpoints that were written are whole") from error
     finally:
         display.close()
+        meter.close()
     return meter
 
 
