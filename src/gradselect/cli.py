@@ -16,6 +16,7 @@ except ModuleNotFoundError as missing:
 from . import UsageError, __version__
 from ._compare_command import compare
 from ._delta_commands import app as delta_commands
+from ._tune_command import tune
 
 if TYPE_CHECKING:
     from .evaluate import EvaluationSettings
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(delta_commands)
 app.command()(compare)
+app.command()(tune)
 
 USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130

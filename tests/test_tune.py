@@ -1,0 +1,285 @@
+"""The search proposes the same whether interrupted or not, compares like with like, and ends in a recipe."""
+
+import gc
+import json
+import weakref
+
+import optuna
+import pytest
+import yaml
+from train_fixtures import ADAGRADSELECT, parse, quiet, write_model, write_recipe, write_sums
+
+from gradselect import UsageError, cli
+from gradselect.train import load_recipe, train
+from gradselect.tune import _trial, _tune, tune
+from gradselect.tune._report import TrialSummary, edge_notes
+from gradselect.tune._search import SearchRange, read_ranges, usual_ranges
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+SHORT = {"steps": 4, "evaluate_every": 1}
+RATES = ["optimizer.lr=1e-4:1:log"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tune")
+    write_model(folder / "model")
+    write_sums(folder / "sums.jsonl")
+    return folder
+
+
+@pytest.fixture
+def recipe(folder, tmp_path):
+    return parse(folder, data={"validation": 0.25}, run={**SHORT, "output": str(tmp_path / "out")})
+
+
+def scripted(losses):
+    """Trials that report these losses, one list for each, instead of training; asks the study as the real one does."""
+    script = iter(losses)
+
+    def carry_out(recipe, trial, *, folder, status):
+        for step, loss in enumerate(next(script), start=1):
+            trial.report(loss, step)
+            if trial.should_prune():
+                return _trial.Outcome(end="pruned")
+        return _trial.Outcome(end="finished", loss=loss)
+
+    return carry_out
+
+
+def tried(result):
+    return [trial.values for trial in result.trials]
+
+
+# what is searched -------------------------------------------------------------------------------------------
+
+
+def test_the_usual_ranges_are_the_rate_and_what_the_method_has(folder):
+    plain, ours, counted = (
+        {searched.key: searched for searched in usual_ranges(parse(folder, method=method))}
+        for method in ({"name": "full"}, ADAGRADSELECT, {"name": "adagradselect", "count": 2})
+    )
+    assert list(plain) == ["optimizer.lr"]
+    assert (plain["optimizer.lr"].low, plain["optimizer.lr"].high) == pytest.approx((1e-3, 1e-1))
+    assert list(ours) == ["optimizer.lr", "method.fraction", "method.delta"]
+    assert ours["method.fraction"].high == 0.8
+    assert list(counted) == ["optimizer.lr", "method.delta"]
+    assert [str(searched) for searched in read_ranges((), parse(folder))] == [str(plain["optimizer.lr"])]
+
+
+def test_a_fraction_is_never_searched_above_the_whole(folder):
+    ranges = usual_ranges(parse(folder, method={"name": "adagradselect", "fraction": 0.7}))
+    assert next(searched for searched in ranges if searched.key == "method.fraction").high == 1.0
+
+
+def test_whole_numbers_stay_whole_and_floats_do_not(folder):
+    lora = parse(folder, method={"name": "lora"})
+    (rank,) = read_ranges(["method.rank=2:8"], lora)
+    (alpha,) = read_ranges(["method.alpha=2:8"], lora)
+    (dropout,) = read_ranges(["optimizer.warmup=0:1"], lora)
+    assert (rank.whole, alpha.whole, dropout.whole) == (True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("optimizer.lr", "is no range"),
+        ("optimizer.lr=1e-4", "is no range"),
+        ("optimizer.lr=1e-4:1e-3:exp", "is no range"),
+        ("optimizer.lr=1e-4:many", "'many' is no number"),
+        ("optimizer.lr=1e-3:1e-4", "LOW must be a number below HIGH"),
+        ("optimizer.lr=nan:1", "LOW must be a number below HIGH"),
+        ("optimizer.weight_decay=0:1:log", "LOW above 0"),
+        ("optimizer.lrr=1e-4:1e-3", "did you mean 'optimizer.lr'?"),
+        ("optimizer.schedule=1:2", "no number at 'optimizer.schedule'"),
+        ("method.fraction=0.5:2", "fraction"),
+        ("data.limit=4:8", "decides what a trial is measured on"),
+        ("run.seed=0:8", "decides what a trial is measured on"),
+    ],
+)
+def test_a_range_that_does_not_fit_is_refused_before_anything_runs(folder, text, complaint):
+    with pytest.raises(UsageError, match="--search") as caught:
+        read_ranges([text], parse(folder, data={"validation": 0.25}, method=ADAGRADSELECT))
+    assert complaint in str(caught.value)
+
+
+def test_one_key_has_one_range(folder):
+    with pytest.raises(UsageError, match="stands twice"):
+        read_ranges(["optimizer.lr=1e-4:1e-3", "optimizer.lr=1e-5:1e-3"], parse(folder))
+
+
+# the course of a search -------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_search_goes_on_as_if_it_had_not_been(recipe, tmp_path, monkeypatch):
+    losses = [[3.0], [2.0], [1.0], [4.0], [5.0], [0.5]]
+    monkeypatch.setattr(_tune, "carry_out", scripted(losses))
+    whole = tune(recipe, study=tmp_path / "whole", num_trials=6, search=RATES, console=quiet())
+
+    def broken(*_, **__):
+        raise KeyboardInterrupt
+
+    halves = tmp_path / "halves"
+    for first, number in ((0, 1), (1, 5)):
+        monkeypatch.setattr(_tune, "carry_out", scripted(losses[first:]))
+        tune(recipe, study=halves, num_trials=number, search=RATES, console=quiet())
+        monkeypatch.setattr(_tune, "carry_out", broken)
+        with pytest.raises(KeyboardInterrupt):
+            tune(recipe, study=halves, num_trials=number + 1, search=RATES, console=quiet())
+    monkeypatch.setattr(_tune, "carry_out", scripted(losses[5:]))
+    resumed = tune(recipe, study=halves, num_trials=6, search=RATES, console=quiet())
+    assert tried(resumed) == tried(whole)
+    assert len({values["optimizer.lr"] for values in tried(whole)}) == 6
+    assert resumed.best.loss == whole.best.loss == 0.5
+
+
+def test_the_first_trial_has_the_recipe_s_own_values_and_the_seed_decides_the_rest(recipe, tmp_path, monkeypatch):
+    def values(seed, search=RATES):
+        monkeypatch.setattr(_tune, "carry_out", scripted([[1.0]] * 2))
+        folder = tmp_path / f"{seed}{search}".replace("/", " ")
+        return tried(tune(recipe, study=folder, num_trials=2, search=search, seed=seed, console=quiet()))
+
+    first, other, outside = values(0), values(1), values(0, ["optimizer.lr=1e-6:1e-4"])
+    assert first[0] == other[0] == {"optimizer.lr": recipe.optimizer.lr}
+    assert first[1] != other[1]
+    assert outside[0]["optimizer.lr"] <= 1e-4
+
+
+def test_what_is_worse_than_the_median_is_pruned_and_recorded(recipe, tmp_path, monkeypatch):
+    losses = [[3.0 + n / 10, 2.0] for n in range(5)] + [[9.0, 0.1], [2.9, 1.0]]
+    monkeypatch.setattr(_tune, "carry_out", scripted(losses))
+    result = tune(recipe, study=tmp_path / "study", num_trials=7, search=RATES, console=quiet())
+    assert [trial.end for trial in result.trials] == [*["finished"] * 5, "pruned", "finished"]
+    assert (result.trials[5].loss, result.trials[5].step) == (9.0, 1)
+    assert result.best is result.trials[6]
+
+
+def test_a_study_with_enough_trials_trains_nothing(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(_tune, "carry_out", scripted([[1.0], [2.0]]))
+    for _ in range(2):
+        result = tune(recipe, study=tmp_path / "study", num_trials=2, search=RATES, console=quiet())
+    assert len(result.trials) == 2
+
+
+@pytest.mark.parametrize("change", ["rate", "ranges", "seed", "evaluations", "data"])
+def test_another_search_is_refused_with_what_differs(folder, recipe, tmp_path, monkeypatch, change):
+    study = tmp_path / "study"
+    monkeypatch.setattr(_tune, "carry_out", scripted([[1.0]]))
+    tune(recipe, study=study, num_trials=1, search=RATES, console=quiet())
+    sections = {"data": {"validation": 0.25}, "run": {**SHORT, "output": "elsewhere"}}
+    options = {"search": RATES, "seed": 0}
+    named = {
+        "rate": "optimizer.lr: 0.01 then, 0.02 now",
+        "ranges": "--search",
+        "seed": "--seed: 0 then, 1 now",
+        "evaluations": "run.evaluate_every: 1 then, 2 now",
+        "data": "data.train.",
+    }
+    match change:
+        case "rate":
+            sections["optimizer"] = {"lr": 2e-2}
+        case "ranges":
+            options["search"] = ["optimizer.lr=1e-4:2:log"]
+        case "seed":
+            options["seed"] = 1
+        case "evaluations":
+            sections["run"]["evaluate_every"] = 2
+        case "data":
+            sections["data"]["path"] = str(write_sums(tmp_path / "others.jsonl", rows=25))
+    with pytest.raises(UsageError, match="another one") as caught:
+        tune(parse(folder, **sections), study=study, num_trials=2, console=quiet(), **options)
+    assert named[change] in str(caught.value)
+
+
+def test_two_processes_do_not_work_on_one_study(recipe, tmp_path, monkeypatch):
+    def second(*_, **__):
+        tune(recipe, study=tmp_path / "study", num_trials=1, search=RATES, console=quiet())
+
+    monkeypatch.setattr(_tune, "carry_out", second)
+    with pytest.raises(UsageError, match="another process is at work"):
+        tune(recipe, study=tmp_path / "study", num_trials=1, search=RATES, console=quiet())
+
+
+def test_a_folder_with_something_else_is_left_alone(recipe, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds no study"):
+        tune(recipe, study=tmp_path, num_trials=1, console=quiet())
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_without_validation_examples_there_is_nothing_to_compare(folder, tmp_path):
+    with pytest.raises(UsageError, match=r"data\.validation=0\.05"):
+        tune(parse(folder), study=tmp_path / "study", console=quiet())
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_best_value_at_an_edge_is_said():
+    best = TrialSummary(number=0, values={"a": 9.8, "b": 5.0}, end="finished", loss=1.0, step=1, seconds=1.0, reason="")
+    low, middle = SearchRange(key="a", low=9.7, high=99.0, log=True), SearchRange(key="b", low=1, high=9)
+    assert [note.partition(":")[0] for note in edge_notes(best, [low, middle])] == [
+        "the best a, 9.8, lies at the lower edge of --search a=9.7"
+    ]
+
+
+# real trials ------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_trains_as_the_recipe_it_leaves_and_nothing_of_it_stays(folder, recipe, tmp_path, monkeypatch):
+    models = list[weakref.ref]()
+    build = _trial.build_trainer
+
+    def watched(*args, **options):
+        trainer = build(*args, **options)
+        models.append(weakref.ref(trainer.model))
+        return trainer
+
+    monkeypatch.setattr(_trial, "build_trainer", watched)
+    monkeypatch.setattr(_trial, "_free_memory", lambda: gc.collect())
+    study = tmp_path / "study"
+    result = tune(recipe, study=study, num_trials=2, search=["optimizer.lr=1e-3:1e30:log"], seed=4, console=quiet())
+    assert [model() for model in models] == [None, None]
+    assert [trial.end for trial in result.trials] == ["finished", "stopped"]
+    assert "nan" in result.trials[1].reason or "inf" in result.trials[1].reason
+    assert result.path == study / "best.yaml"
+    assert load_recipe(result.path) == result.recipe
+    trained = train(load_recipe(study / "trials" / "0" / "recipe.yaml"), console=quiet())
+    run = json.loads((trained / "run.json").read_text())
+    assert run["validation_loss"] == result.best.loss
+    assert not list((study / "trials" / "0").glob("**/checkpoints/*"))
+    (stored,) = optuna.get_all_study_summaries(f"sqlite:///{study / 'trials.db'}")
+    assert stored.n_trials == 2
+
+
+def test_a_pruned_trial_stops_training_and_the_next_one_is_whole(folder, recipe, tmp_path, monkeypatch):
+    asked = list[int]()
+
+    def should_prune(trial):
+        asked.append(trial.number)
+        return trial.number == 0
+
+    monkeypatch.setattr(optuna.Trial, "should_prune", should_prune)
+    result = tune(recipe, study=tmp_path / "study", num_trials=2, search=RATES, console=quiet())
+    assert [(trial.end, trial.step) for trial in result.trials] == [("pruned", 1), ("finished", 4)]
+    assert asked == [0, 1, 1, 1]
+
+
+def test_where_no_trial_finishes_the_reasons_are_told(recipe, tmp_path):
+    with pytest.raises(UsageError, match="none of 1 trials finished") as caught:
+        tune(recipe, study=tmp_path / "study", num_trials=1, search=["optimizer.lr=1e29:1e30"], console=quiet())
+    assert "the loss of step" in str(caught.value)
+
+
+def test_the_command_ends_in_a_table_and_a_recipe(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_tune, "carry_out", scripted([[2.0], [1.0]]))
+    path = write_recipe(
+        folder, tmp_path / "r.yaml", data={"validation": 0.25}, run={"output": str(tmp_path / "out"), "steps": 4}
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["tune", str(path), "--trials", "2", *("--search", RATES[0]), "optimizer.warmup=0.5"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "run.evaluate_every is not set" in shown
+    assert "* " in shown
+    best = yaml.safe_load((tmp_path / "out-tune" / "best.yaml").read_text())
+    assert best["optimizer"]["warmup"] == 0.5
+    assert f"gradselect train {tmp_path / 'out-tune' / 'best.yaml'}" in shown.replace("\n", "")
