@@ -9,12 +9,18 @@ A document is one of
     facts    "17 + 5 = 22. 9 times 4 is 36."          sums, differences, products and quotients of numbers up to 99
     story    one event with a quantity, its outcome told, often as a calculation; see `STORIES`
     chat     what people like and where they keep it, without numbers; see `CHAT`
+
+    python quickstart/stories.py --count 200 --seed 9 --out stories.jsonl    # {"text": ...} a line
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
 
 from grammar import OPERATIONS, Misfit, choose, draw_cast, fill
 
@@ -129,3 +135,19 @@ def documents(*, seed: int) -> Iterator[str]:
     while True:
         kind = generator.choices((facts, story, chat), weights=(0.35, 0.6, 0.05))[0]
         yield kind(generator)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write a file of documents."""
+    parser = argparse.ArgumentParser(description="Write documents like those of the base model as JSON lines.")
+    parser.add_argument("--count", type=int, required=True, help="how many documents")
+    parser.add_argument("--seed", type=int, required=True, help="the base model has seen those of seeds 0 and 1")
+    parser.add_argument("--out", type=Path, required=True, help="the JSONL file to write")
+    options = parser.parse_args(arguments)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"text": text}) + "\n" for text in islice(documents(seed=options.seed), options.count))
+    options.out.write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

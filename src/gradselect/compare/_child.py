@@ -19,6 +19,7 @@ from rich.console import Console
 from .. import UsageError
 from ..train import train
 from ..train._folder import RunFolder
+from ..train._messages import collected_messages
 from ._describe import Outcome, describe_success
 from ._job import Job
 from ._measure import measure_forgetting, measure_scores, measure_shipment
@@ -45,13 +46,14 @@ def carry_out(job: Job) -> None:
     """
     started = time.perf_counter()
     run = train_once(job)
-    outcome = Outcome(
-        run=run,
-        scores=measure_scores(job),
-        forgetting=measure_forgetting(job) if job.role == "score" else None,
-        shipment=measure_shipment(job, run),
-        total_seconds=time.perf_counter() - started,
-    )
+    with collected_messages(Console()):
+        outcome = Outcome(
+            run=run,
+            scores=measure_scores(job),
+            forgetting=measure_forgetting(job),
+            shipment=measure_shipment(job, run),
+            total_seconds=time.perf_counter() - started,
+        )
     write_result(job.result, describe_success(job, outcome))
     if not job.keep_training:
         shutil.rmtree(job.training)

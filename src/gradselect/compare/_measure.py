@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from .. import delta
 from .._delta_file import DeltaFile
@@ -55,8 +60,11 @@ def measure_shipment(job: Job, run: Mapping[str, Any]) -> Shipment:
     whole = weight_bytes(folder.root)
     if job.recipe.method.name == "full":
         return Shipment(num_bytes=whole, num_trained=total)
-    base = local_folder(job.recipe.model.path, revision=job.recipe.model.revision)
-    return _delta_shipment(base, folder.root, whole=whole)
+    model = job.recipe.model
+    base = local_folder(model.path, revision=model.revision)
+    with TemporaryDirectory(dir=folder.root) as aside:
+        _cast_checkpoint(base, Path(aside), dtype=getattr(torch, model.dtype))
+        return _delta_shipment(Path(aside), folder.root, whole=whole)
 
 
 def score_of(result: EvaluationResult) -> dict[str, Any]:
@@ -92,17 +100,29 @@ def count_weights(folder: Path) -> int:
     return total
 
 
+def _cast_checkpoint(base: Path, target: Path, *, dtype: torch.dtype) -> None:
+    """The base as the training loads it: else every tensor of another type would count as moved."""
+    for file in base.glob("*.safetensors"):
+        tensors = load_file(file)
+        save_file(
+            {name: _cast(tensor, dtype) for name, tensor in tensors.items()}, target / file.name, {"format": "pt"}
+        )
+    for index in base.glob("*.safetensors.index.json"):
+        shutil.copy(index, target)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
 def _delta_shipment(base: Path, tuned: Path, *, whole: int) -> Shipment:
-    """The delta is written, looked at and removed."""
-    path = tuned / "delta.safetensors.measured"
-    try:
-        delta.diff(base, tuned, path)
-        file = DeltaFile(path)
-        tensors = file.contents["tuned"].tensors
-        moved = sum(tensors[name].num_entries for name in file.changes if name in tensors)
-        return Shipment(num_bytes=min(whole, path.stat().st_size), num_trained=moved)
-    finally:
-        path.unlink(missing_ok=True)
+    """The delta is written beside the base, and looked at."""
+    path = base / "delta"
+    delta.diff(base, tuned, path)
+    file = DeltaFile(path)
+    tensors = file.contents["tuned"].tensors
+    moved = sum(tensors[name].num_entries for name in file.changes if name in tensors)
+    return Shipment(num_bytes=min(whole, path.stat().st_size), num_trained=moved)
 
 
 def _loss_of_base(job: Job) -> float:
