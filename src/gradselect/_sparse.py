@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +15,12 @@ from ._base import SelectiveOptimizer
 from ._blocks import Block, nearest
 from ._checkpoint import check_same
 from ._checks import check_whole
+from ._chooser import Change, EntryChooser
 from ._entries import EntryStore
 from ._errors import UsageError
 from ._freeze import freeze, give_back, is_frozen_for_now
 from ._groups import ParameterTable, check_hyper_parameters, check_is, decay_groups
-from ._mask import (
-    AbstractCompactMask,
-    AbstractDenseMask,
-    AbstractMask,
-    FromWeights,
-    MaskTensor,
-    TopOfGradient,
-)
+from ._mask import AbstractDenseMask, AbstractMask, MaskTensor
 from ._masked_update import masked_update
 from ._observe import dense
 from ._reader import GradientReader
@@ -35,17 +28,8 @@ from ._records import MaskRecord, MemoryBytes
 from ._residency import Keep
 from ._rules import AdamWRule
 from ._state import MASTER, BlockStates, num_bytes
-from ._top import TopEntries
 
 HALF = (torch.bfloat16, torch.float16)
-
-
-class _Change(NamedTuple):
-    """How this step's set differs from the last one's, in entries."""
-
-    num_previous: int
-    num_new: int
-    num_kept: int
 
 
 class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
@@ -152,7 +136,11 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         self._states = BlockStates(self.state, self._table, rule=rule, residency=Keep(), master_dtype=master_dtype)
         self._stores = self._make_stores(master_dtype)
         self._store_of = {name: store for store, _ in self._stores for name in store.names}
-        self._rank = {name: rank for rank, name in enumerate(self._masked)}
+        self._chooser = EntryChooser(
+            self.mask,
+            [store for store, _ in self._stores],
+            {tensor.name: tensor.parameter for tensor in self.mask.tensors},
+        )
         self._states.admit(self._dense)
 
         parameters = {tensor.name: tensor.parameter for tensor in tensors}
@@ -187,7 +175,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         self._reader.read_rest()
         if not self._saw_gradients():
             return loss
-        self._choose_by_gradient()  # 1
+        self._change = self._chooser.choose_by_gradient() or self._change  # 1
         grad_norm = self._mask_and_clip()  # 2
         self._update()  # 3
         record = self._describe(grad_norm)
@@ -198,20 +186,10 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
 
     def _read(self, name: str, gradient: Tensor, decisive: bool) -> None:
         """In the backward pass: take from a whole gradient, which is freed after this, what the mask needs of it."""
-        choice = self._choice if decisive and isinstance(self._choice, TopOfGradient) else None
         # An entry without a gradient does not join, so one that has joined does not join again.
-        self._store_of[name].read(name, gradient, clear=choice is not None and not choice.replace)
-        if choice is not None:
-            self._offer(name, gradient)
-
-    def _choose_by_gradient(self) -> None:
-        """Let the best of what was offered join, or stay."""
-        if isinstance(self._choice, TopOfGradient):
-            chosen = self._best()
-            if self._choice.replace:
-                self._replace_by(chosen)
-            else:
-                self._join(chosen)
+        self._store_of[name].read(name, gradient, clear=decisive and self._chooser.only_adds)
+        if decisive:
+            self._chooser.offer(name, gradient)
 
     def _mask_and_clip(self) -> float:
         """Zero what a dense mask leaves out, scale all gradients down to `max_grad_norm`; their norm before that."""
@@ -244,14 +222,8 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
 
     def _propose(self) -> None:
         """Ask the mask what the coming step chooses; freeze what cannot train in it."""
-        num_chosen = self._num_chosen()
-        self._change = _Change(num_previous=num_chosen, num_new=0, num_kept=num_chosen)
-        self._choice = self._ask()
-        if isinstance(self._choice, FromWeights):
-            assert isinstance(self.mask, AbstractCompactMask)
-            chosen = self.mask.choose(self._step, self._model)
-            nothing = torch.empty(0, dtype=torch.int64)
-            self._replace_by({name: (chosen.get(name, nothing), None) for name in self._masked})
+        self._chooser.ask(self._step)
+        self._change = self._chooser.choose_by_weights(self._step, self._model)
         self._prepare()
 
     # What users ask ----------------------------------------------------------------------------------------------
@@ -303,7 +275,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those that were read too, and begin a new accumulation window."""
         super().zero_grad(set_to_none=set_to_none)
-        self._tops.clear()
+        self._chooser.restart()
         self._reader.restart()
         for store, _ in self._stores:
             store.restart()
@@ -351,9 +323,9 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         for store, _ in self._stores:
             store.load(states)
         self._step = selection["step"]
-        self._change = _Change(*selection["change"])
+        self._change = Change(*selection["change"])
         # What the mask took from weights for the coming step stands among the entries already.
-        self._choice = self._ask()
+        self._chooser.ask(self._step)
         self._prepare()
 
     def _identity(self) -> dict[str, Any]:
@@ -381,83 +353,17 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
             for (index, _, dtype), parameters in apart.items()
         ]
 
-    def _offer(self, name: str, gradient: Tensor) -> None:
-        """Offer a tensor's entries to the choice."""
-        assert isinstance(self._choice, TopOfGradient)
-        assert isinstance(self.mask, AbstractCompactMask)
-        counts = self._choice.counts
-        key = None if isinstance(counts, int) else name
-        if key not in self._tops:
-            count = counts if isinstance(counts, int) else counts.get(name, 0)
-            self._tops[key] = TopEntries(count, above=-math.inf if self._choice.replace else 0.0)
-        self._tops[key].scan(
-            self._parameter(name).detach().view(-1),
-            gradient,
-            rank=self._rank[name],
-            score=self.mask.score,
-            least=self.mask.least_gradient,
-        )
-
-    def _best(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """What won: indices and gradients by tensor name. Where counts are by tensor, of tensors that were offered."""
-        chosen: dict[str, tuple[Tensor, Tensor | None]] = {}
-        for key, top in self._tops.items():
-            ranks, indices, values = top.result()
-            present, sizes = ranks.unique_consecutive(return_counts=True)
-            parts = zip(present.tolist(), indices.split(sizes.tolist()), values.split(sizes.tolist()), strict=True)
-            found = {self._masked[rank]: (part, gradients) for rank, part, gradients in parts}
-            nothing = (indices[:0], values[:0])
-            chosen.update({name: found.get(name, nothing) for name in (self._masked if key is None else [key])})
-        return chosen
-
-    def _join(self, chosen: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
-        """These entries come in addition to the set."""
-        for store, _ in self._stores:
-            store.add({name: _on(self._parameter(name).device, chosen[name]) for name in store.names if name in chosen})
-        num_new = sum(indices.numel() for indices, _ in chosen.values())
-        self._change = _Change(self._change.num_previous, num_new, self._change.num_previous)
-
-    def _replace_by(self, chosen: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
-        """These entries are the set; those that were in it keep their state. Tensors left out stay as they are."""
-        num_new, num_kept = 0, 0
-        for store, _ in self._stores:
-            kept, newcomers = {}, {}
-            for name in store.names:
-                if name not in chosen:
-                    num_kept += store.num_entries(name)
-                    continue
-                indices, gradients = _on(self._parameter(name).device, chosen[name])
-                old = store.indices(name).long()
-                kept[name] = torch.isin(old, indices, assume_unique=True)
-                is_new = torch.isin(indices, old, assume_unique=True, invert=True)
-                newcomers[name] = (indices[is_new], None if gradients is None else gradients[is_new])
-                num_new += newcomers[name][0].numel()
-                num_kept += indices.numel() - newcomers[name][0].numel()
-            store.keep(kept)
-            store.add(newcomers)
-        self._change = _Change(self._change.num_previous, num_new, num_kept)
-
-    def _ask(self) -> TopOfGradient | FromWeights | None:
-        return self.mask.choice(self._step, self._num_chosen()) if isinstance(self.mask, AbstractCompactMask) else None
-
     def _prepare(self) -> None:
         """Freeze what cannot train in the coming step, and watch the rest."""
-        self._tops: dict[str | None, TopEntries] = {}
         self._dense_masks: dict[str, Tensor] = {}
-        watched = {name for name, store in self._store_of.items() if store.num_entries(name) or self._can_choose(name)}
+        can_choose = self._chooser.can_choose
+        watched = {name for name, store in self._store_of.items() if store.num_entries(name) or can_choose(name)}
         for name, parameter in self._reader.parameters.items():
             freeze(parameter, name not in watched and name not in self._dense)
         self._reader.watch(frozenset(watched))
         self._reader.restart()
         for store, _ in self._stores:
             store.restart()
-
-    def _can_choose(self, name: str) -> bool:
-        """Whether the gradient of this step may add entries of the tensor."""
-        if not isinstance(self._choice, TopOfGradient):
-            return False
-        counts = self._choice.counts
-        return (counts if isinstance(counts, int) else counts.get(name, 0)) > 0
 
     def _mask_dense(self) -> dict[str, Tensor]:
         """What a dense mask says of the gradients that are there."""
@@ -485,9 +391,6 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
 
     def _state_bytes(self) -> int:
         return sum(sum(store.num_bytes()) for store, _ in self._stores) + sum(map(self._states.num_bytes, self._dense))
-
-    def _num_chosen(self) -> int:
-        return sum(store.num_entries(name) for name, store in self._store_of.items())
 
     def _saw_gradients(self) -> bool:
         return any(store.has_gradients for store, _ in self._stores) or any(
@@ -545,11 +448,6 @@ def _matching(names: Sequence[str], patterns: str | Sequence[str]) -> tuple[str,
 def _squared_norm(gradient: Tensor) -> Tensor:
     """In float32 at least."""
     return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)) ** 2
-
-
-def _on(device: torch.device, chosen: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    indices, gradients = chosen
-    return indices.to(device), None if gradients is None else gradients.to(device)
 
 
 def _check_norm(max_grad_norm: float | None) -> None:
