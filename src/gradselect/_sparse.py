@@ -378,7 +378,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
 
     def _describe(self, grad_norm: float) -> MaskRecord:
         sizes = {name: store.num_entries(name) for name, store in self._store_of.items()}
-        sizes |= {name: int(mask.sum()) for name, mask in self._dense_masks.items()}
+        sizes |= {name: int(mask.count_nonzero()) for name, mask in self._dense_masks.items()}
         change = self._change
         return MaskRecord(
             step=self._step,

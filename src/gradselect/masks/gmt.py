@@ -98,14 +98,14 @@ def bracket(tensors: Sequence[Tensor], count: int) -> tuple[float, float]:
     if stride < 2:
         return 0.0, math.inf
     strided = [tensor.detach().reshape(-1)[::stride] for tensor in tensors]
-    sample = torch.cat([chunk.cpu() for chunk in magnitudes(strided)]).sort(descending=True).values
+    sample = torch.cat([chunk.cpu() for chunk in magnitudes(strided)])
     share = count / total
     # Four standard deviations of the sample's quantile.
     margin = 4 * math.sqrt(share * (1 - share) / len(sample)) * len(sample) + 1
     first, last = math.floor(share * len(sample) - margin), math.ceil(share * len(sample) + margin)
     return (
-        float(sample[last]) if last < len(sample) else 0.0,
-        float(sample[first]) if first >= 0 else math.inf,
+        float(sample.kthvalue(len(sample) - last).values) if last < len(sample) else 0.0,
+        float(sample.kthvalue(len(sample) - first).values) if first >= 0 else math.inf,
     )
 
 
