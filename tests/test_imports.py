@@ -43,6 +43,7 @@ ALLOWED = {
     "_chooser": {"_mask", "_top", "_entries"},
     "_sparse": CONTRACTS | {"_base", "_mask", "_chooser", "_entries", "_reader", "_masked_update"},
     "sparsegrad": LEAVES | {"_mask", "_blocks", "masks", "_structure"},
+    "report": LEAVES | {"compare"},
     "_delta_checkpoint": LEAVES,
     "_delta_write": LEAVES | {"_delta_checkpoint"},
     "_delta_file": LEAVES | {"_delta_checkpoint"},
@@ -90,7 +91,7 @@ def test_lower_never_imports_higher(parts, tree):
 
 
 def test_nobody_imports_the_application():
-    application = {"train", "evaluate", "compare", "cli", "_delta_commands", "_compare_command"}
+    application = {"train", "evaluate", "compare", "report", "cli", "_delta_commands", "_compare_command", "_report_command"}
     for parts, tree in modules():
         if parts[0] not in application:
             assert not set(imported(parts, tree)) & application, parts

@@ -16,6 +16,7 @@ except ModuleNotFoundError as missing:
 from . import UsageError, __version__
 from ._compare_command import compare
 from ._delta_commands import app as delta_commands
+from ._report_command import report
 from ._tune_command import tune
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(delta_commands)
+app.command()(report)
 app.command()(compare)
 app.command()(tune)
 

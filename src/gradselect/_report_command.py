@@ -1,0 +1,29 @@
+"""The command `gradselect report`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def report(
+    results: Annotated[str, typer.Argument(help="A folder with the results of one suite.", metavar="RESULTS")],
+    output: Annotated[
+        str | None, typer.Option(help="Folder for report.html and its pictures; by default RESULTS/report.")
+    ] = None,
+    include_dirty: Annotated[
+        bool, typer.Option("--include-dirty", help="Take in runs of a tree with uncommitted changes.")
+    ] = False,
+) -> None:
+    """Write one HTML page about RESULTS: tables with intervals and tests, the pictures, versions and commands."""
+    from .report import write_report
+
+    summary = write_report(results, output=output, include_dirty=include_dirty)
+    for skipped in summary.skipped:
+        typer.echo(f"skipped {skipped.file}: {skipped.reason}", err=True)
+    if summary.num_dirty:
+        typer.echo(f"left out {summary.num_dirty} runs of a tree with uncommitted changes; --include-dirty", err=True)
+    if summary.num_failed:
+        typer.echo(f"left out {summary.num_failed} failed runs; the page lists them", err=True)
+    typer.echo(f"{summary.page}: {summary.num_runs} runs, {len(summary.pictures)} pictures")

@@ -1,0 +1,449 @@
+"""Charts of what the methods cost and what they reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from matplotlib.axes import Axes
+
+from . import _words as words
+from ._methods import CATEGORIES, PARTS, Method
+from ._scores import Difference, Measure, Scores
+from ._statistics import Interval
+from ._style import (
+    FILLS,
+    GREY,
+    HALO,
+    HATCHES,
+    INK,
+    PALE,
+    Mark,
+    label_ends,
+    label_points,
+    new_figure,
+    to_png,
+)
+
+MOST_LINES = 6
+"""Curves in one frame; more get a frame each."""
+
+MOST_LETTERS = 42
+"""Of the names in a legend's line."""
+
+Marks = Mapping[str, Mark]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A picture with what it shows in words.
+
+    Args:
+        name: of its file, without the ending.
+        title: what it is.
+        caption: how to read it.
+        alt: its content for those who cannot see it.
+        png: the file.
+    """
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    png: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """A quantity, in the unit that suits the values at hand."""
+
+    title: str
+    unit: str
+    size: float
+    show: Callable[[float], str]
+    lower_is_better: bool | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A method in a plane."""
+
+    name: str
+    x: float
+    y: float
+    interval: Interval | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A method along an axis."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def time_axis(values: Sequence[float], title: str = "training time") -> Axis:
+    most = max(values, default=0.0)
+    unit, size = next(((u, s) for u, s in (("hours", 3600.0), ("minutes", 60.0)) if most >= 2 * s), ("seconds", 1.0))
+    return Axis(title=title, unit=unit, size=size, show=words.seconds, lower_is_better=True)
+
+
+def byte_axis(values: Sequence[float], title: str) -> Axis:
+    most = max(values, default=0.0)
+    unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if most >= s), ("kB", 1e3))
+    return Axis(title=title, unit=unit, size=size, show=words.num_bytes, lower_is_better=True)
+
+
+def score_axis(measure: Measure) -> Axis:
+    unit = "%" if measure.is_share else measure.unit
+    return Axis(
+        title=measure.title,
+        unit=unit,
+        size=1 / measure.scale,
+        show=measure.show,
+        lower_is_better=not measure.higher_is_better,
+    )
+
+
+def score_points(methods: Sequence[Method], scores: Scores, cost: Callable[[Method], float | None]) -> list[Point]:
+    """Methods that have both a cost and a score."""
+    return [
+        Point(
+            name=method.name,
+            x=x,
+            y=scores.estimates[method.name].value,
+            interval=scores.estimates[method.name].interval,
+        )
+        for method in methods
+        if method.name in scores.estimates and (x := cost(method)) is not None
+    ]
+
+
+def draw_plane(
+    points: Sequence[Point],
+    *,
+    x: Axis,
+    y: Axis,
+    marks: Marks,
+    name: str,
+    title: str,
+    caption: str,
+    reference: str | None = None,
+    with_front: bool = False,
+) -> Chart:
+    """Methods as points, each with its name.
+
+    Args:
+        reference: the method whose place is drawn as two thin lines.
+        with_front: join the points that no other beats in both directions.
+    """
+    figure = new_figure(height=4.1 + 0.12 * max(0, len(points) - 8))
+    axes = figure.subplots()
+    for point in points:
+        if point.name == reference:
+            axes.axvline(point.x / x.size, color=PALE, linewidth=1, zorder=0)
+            axes.axhline(point.y / y.size, color=PALE, linewidth=1, zorder=0)
+        _draw_point(axes, point, marks[point.name], x.size, y.size)
+    front = pareto_front(points, higher_is_better=not y.lower_is_better) if with_front else []
+    if len(front) > 1:
+        where = [point.x / x.size for point in front], [point.y / y.size for point in front]
+        axes.plot(*where, drawstyle="steps-post", color=GREY, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
+    axes.set_xlabel(_with_direction(x))
+    axes.set_ylabel(_with_direction(y))
+    axes.margins(x=0.16, y=0.14)
+    axes.locator_params(nbins=6)
+    label_points(
+        axes,
+        [(point.x / x.size, point.y / y.size, point.name) for point in points],
+        obstacles=[*_interval_lines(points, x, y), *_front_lines(front, x, y)],
+    )
+    listed = "; ".join(f"{point.name}: {x.show(point.x)}, {y.show(point.y)}" for point in points)
+    on_front = f" On the front: {words.joined([point.name for point in front])}." if with_front else ""
+    return Chart(
+        name=name,
+        title=title,
+        caption=caption + on_front,
+        alt=f"{title}. {x.title}, {y.title} of each method. {listed}.{on_front}",
+        png=to_png(figure),
+    )
+
+
+def pareto_front(points: Sequence[Point], *, higher_is_better: bool) -> list[Point]:
+    """Points that no other beats at no more cost (x), the cheapest first."""
+    sign = 1 if higher_is_better else -1
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.x, -sign * point.y, point.name)):
+        if not front or sign * point.y > sign * front[-1].y:
+            front.append(point)
+    return front
+
+
+def draw_differences(differences: Sequence[Difference], *, measure: Measure, reference: str, marks: Marks) -> Chart:
+    """What each method is ahead or behind of the reference, with its interval."""
+    figure = new_figure(height=1.3 + 0.34 * len(differences))
+    axes = figure.subplots()
+    axes.axvline(0, color=GREY, linewidth=1)
+    for place, difference in enumerate(differences):
+        low, high = (limit * measure.scale for limit in difference.interval)
+        axes.plot([low, high], [place, place], color=INK, linewidth=2.2 if difference.is_significant else 1)
+        mark = marks[difference.first]
+        value = difference.value * measure.scale
+        axes.plot(value, place, mark.shape, color=mark.colour, markerfacecolor=mark.face, markersize=8)
+    names = [f"{difference.first}{' *' if difference.is_significant else ''}" for difference in differences]
+    axes.set_yticks(range(len(differences)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(differences) - 0.4, -0.6)
+    better = "right" if measure.higher_is_better else "left"
+    axes.set_xlabel(f"{measure.title} minus that of {reference}{measure.unit and ', '}{measure.unit}")
+    axes.spines["left"].set_visible(False)
+    listed = "; ".join(
+        f"{difference.first}: {measure.show_difference(difference.value)} "
+        f"({measure.show_interval(difference.interval)}){' significant' if difference.is_significant else ''}"
+        for difference in differences
+    )
+    return Chart(
+        name=f"difference-{slug(measure.name)}-{slug(measure.metric)}",
+        title=words.upper_first(f"{measure.title}: difference to {reference}"),
+        caption=f"Bars are 95 % intervals over items and seeds; {better} of zero is better than {reference}. "
+        "A star and a thick bar: more than chance.",
+        alt=f"{measure.title} of each method minus that of {reference}. {listed}.",
+        png=to_png(figure),
+    )
+
+
+def draw_lines(
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    marks: Marks,
+    name: str,
+    title: str,
+    caption: str,
+    reference: str | None = None,
+) -> Chart:
+    """Curves named at their ends; many of them in a frame each, with the reference as a grey dashed line."""
+    figure_of = _draw_together if len(lines) <= MOST_LINES else _draw_apart
+    ends = "; ".join(f"{line.name} ends at {line.y[-1]:.3f}" for line in lines)
+    apart = "" if len(lines) <= MOST_LINES or reference is None else f" Grey and dashed: {reference}."
+    above = " The start lies above the frame." if limits(lines)[1] < max(max(line.y) for line in lines) else ""
+    return Chart(
+        name=name,
+        title=title,
+        caption=caption + apart + above,
+        alt=f"{title}. {ends}.",
+        png=figure_of(lines, x_label, y_label, marks, reference),
+    )
+
+
+def limits(lines: Sequence[Line]) -> tuple[float, float]:
+    """Of the frame: what the first tenth of a run falls from is not in it, for it would press the rest together."""
+    low = min(min(line.y) for line in lines)
+    high = max(max(line.y[len(line.y) // 10 :]) for line in lines)
+    margin = 0.04 * (high - low) or 0.1
+    return low - margin, high + margin
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Means over a window of a 25th of the run up to each point."""
+    window = max(1, len(values) // 25)
+    return [math.fsum(values[max(0, end - window) : end]) / min(window, end) for end in range(1, len(values) + 1)]
+
+
+def draw_time_parts(methods: Sequence[Method], *, reference: Method | None) -> Chart:
+    """Bars of what the seconds of a step go to."""
+    rows = [(_kind_name(method, kind), method, kind) for method in methods for kind in method.kinds()]
+    parts = [[method.kind_seconds(kind, part) or 0.0 for part in PARTS] for _, method, kind in rows]
+    wholes = [method.kind_seconds(kind) or sum(row) for (_, method, kind), row in zip(rows, parts, strict=True)]
+    stacked = [[*row, max(0.0, whole - sum(row))] for row, whole in zip(parts, wholes, strict=True)]
+    full = None if reference is None else reference.step_seconds
+    return _draw_stacks(
+        [row[0] for row in rows],
+        stacked,
+        [*PARTS, "other"],
+        totals=wholes,
+        axis=Axis(title="median step", unit="milliseconds", size=1e-3, show=words.seconds),
+        reference=full,
+        name="step-parts",
+        title="Where a step's time goes",
+        caption="Medians of the steps of each kind."
+        + ("" if full is None else " The line is a step of full fine-tuning, and × the time relative to it."),  # noqa: RUF001
+    )
+
+
+def draw_bytes(methods: Sequence[Method], *, reference: Method | None) -> Chart:
+    """Bars of what is held at the peak, by category."""
+    values = [[method.peak_bytes(category) or 0.0 for category in CATEGORIES] for method in methods]
+    totals = [method.peak_bytes() or sum(row) for method, row in zip(methods, values, strict=True)]
+    full = None if reference is None else reference.peak_bytes()
+    return _draw_stacks(
+        [method.name for method in methods],
+        values,
+        [category.replace("_", " ") for category in CATEGORIES],
+        totals=totals,
+        axis=byte_axis(totals, "peak"),
+        reference=full,
+        name="bytes",
+        title="What is held at the peak",
+        caption="Exact bytes of tensors; activations are not among them. Each category at its own peak: they need not "
+        "fall on one step, so the figure at the end, the peak of all together, can be less than the bar."
+        + ("" if full is None else " The line is the peak of full fine-tuning, and × the peak relative to it."),  # noqa: RUF001
+    )
+
+
+def slug(name: str) -> str:
+    """A name as a part of a file's name."""
+    kept = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.lower())
+    return "-".join(part for part in kept.split("-") if part) or "method"
+
+
+def _draw_point(axes: Axes, point: Point, mark: Mark, x_size: float, y_size: float) -> None:
+    if point.interval is not None:
+        low, high = (limit / y_size for limit in point.interval)
+        axes.plot([point.x / x_size] * 2, [low, high], color=GREY, linewidth=1, zorder=2)
+    axes.plot(
+        point.x / x_size,
+        point.y / y_size,
+        mark.shape,
+        color=mark.colour,
+        markerfacecolor=mark.face,
+        markersize=9,
+        markeredgewidth=1.4,
+        zorder=3,
+    )
+
+
+def _interval_lines(points: Sequence[Point], x: Axis, y: Axis) -> list[tuple[float, float, float, float]]:
+    return [
+        (point.x / x.size, point.interval[0] / y.size, point.x / x.size, point.interval[1] / y.size)
+        for point in points
+        if point.interval is not None
+    ]
+
+
+def _front_lines(front: Sequence[Point], x: Axis, y: Axis) -> list[tuple[float, float, float, float]]:
+    """The level parts of the stairs."""
+    return [
+        (first.x / x.size, first.y / y.size, second.x / x.size, first.y / y.size) for first, second in pairwise(front)
+    ]
+
+
+def _with_direction(axis: Axis) -> str:
+    if axis.lower_is_better is None:
+        return axis.label
+    return f"← better    {axis.label}" if axis.lower_is_better else f"{axis.label}    better →"
+
+
+def _draw_together(lines: Sequence[Line], x_label: str, y_label: str, marks: Marks, reference: str | None) -> bytes:
+    figure = new_figure(height=4.1)
+    axes = figure.subplots()
+    for line in lines:
+        mark = marks[line.name]
+        every = max(1, len(line.x) // 6)
+        axes.plot(
+            line.x,
+            line.y,
+            color=mark.colour,
+            linestyle=mark.dash,
+            marker=mark.shape,
+            markerfacecolor=mark.face,
+            markevery=((len(line.x) - 1) % every, every),
+            markersize=6,
+        )
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.margins(x=0.02)
+    axes.set_ylim(*limits(lines))
+    label_ends(axes, [(line.x[-1], line.y[-1], line.name, marks[line.name]) for line in lines])
+    return to_png(figure)
+
+
+def _draw_apart(lines: Sequence[Line], x_label: str, y_label: str, marks: Marks, reference: str | None) -> bytes:
+    rows = math.ceil(len(lines) / 2)
+    figure = new_figure(height=0.7 + 1.35 * rows)
+    frames = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).flatten()
+    behind = next((line for line in lines if line.name == reference), None)
+    for axes, line in zip(frames, lines, strict=False):
+        if behind is not None and behind is not line:
+            axes.plot(behind.x, behind.y, color=GREY, linestyle=(0, (3, 2)), linewidth=1.2)
+        mark = marks[line.name]
+        axes.plot(line.x, line.y, color=INK)
+        axes.plot(line.x[-1], line.y[-1], mark.shape, color=mark.colour, markerfacecolor=mark.face, markersize=7)
+        axes.set_title(line.name, fontsize=10)
+        axes.locator_params(nbins=4)
+        axes.set_ylim(*limits(lines))
+        axes.tick_params(labelsize=9)
+    for axes in frames[len(lines) :]:
+        axes.set_visible(False)
+    frames[len(lines) - 2].tick_params(labelbottom=True)
+    figure.supxlabel(x_label, fontsize=11)
+    figure.supylabel(y_label, fontsize=11)
+    return to_png(figure)
+
+
+def _draw_stacks(
+    names: Sequence[str],
+    values: Sequence[Sequence[float]],
+    parts: Sequence[str],
+    *,
+    totals: Sequence[float],
+    axis: Axis,
+    reference: float | None,
+    name: str,
+    title: str,
+    caption: str,
+) -> Chart:
+    """Horizontal bars of stacked parts, each part with its own hatching; the total at the end."""
+    shown = [place for place in range(len(parts)) if any(row[place] > 0.005 * max(totals) for row in values)]
+    figure = new_figure(height=1.5 + 0.36 * len(names))
+    axes = figure.subplots()
+    ends = [0.0] * len(names)
+    for place in shown:
+        widths = [row[place] / axis.size for row in values]
+        fill, hatch = FILLS[place], HATCHES[place]
+        axes.barh(
+            range(len(names)),
+            widths,
+            0.72,
+            ends,
+            color=fill,
+            hatch=hatch,
+            edgecolor=INK,
+            linewidth=0.6,
+            label=parts[place],
+        )
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    for place, (end, total) in enumerate(zip(ends, totals, strict=True)):
+        relative = "" if not reference else f"  {words.times(total / reference)}"
+        text = axes.annotate(
+            f"{axis.show(total)}{relative}", (end, place), (5, 0), textcoords="offset points", va="center", fontsize=9
+        )
+        text.set_path_effects(HALO)
+    if reference:
+        axes.axvline(reference / axis.size, color=INK, linewidth=1, linestyle=(0, (4, 2)))
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.32 * max(ends))
+    axes.set_xlabel(axis.label)
+    letters = sum(len(parts[place]) for place in shown)
+    columns = len(shown) if letters < MOST_LETTERS else 3
+    figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=9.5, handlelength=1.6)
+    listed = "; ".join(
+        f"{row_name}: {axis.show(total)} ("
+        + ", ".join(f"{parts[place]} {axis.show(row[place])}" for place in shown)
+        + ")"
+        for row_name, row, total in zip(names, values, totals, strict=True)
+    )
+    return Chart(name=name, title=title, caption=caption, alt=f"{title}. {listed}.", png=to_png(figure))
+
+
+def _kind_name(method: Method, kind: str) -> str:
+    return method.name if kind == "step" else f"{method.name}, {kind}"

@@ -1,0 +1,257 @@
+"""How the charts look: one mark a method everywhere, told apart by shape and dash, not by colour alone."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import matplotlib.style
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
+from matplotlib.path import Path as Outline
+from matplotlib.patheffects import AbstractPathEffect, withStroke
+from matplotlib.transforms import Bbox
+
+from ._methods import Method
+
+WIDTH = 5.6
+"""Inches. Narrow with large letters: on a telephone's screen they are still read."""
+
+DPI = 180
+INK, GREY, PALE = "#1a1a1a", "#6b6b6b", "#d4d4d4"
+SHAPES = ("s", "^", "D", "v", "P", "X", "*", "p", ">", "h", "<", "d")
+COLOURS = ("#0b559f", "#b3480f", "#0a6e4f", "#8b2a6b", "#6b5b00", "#4b3b8f")
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 3)))
+HATCHES = ("", "////", "....", "xxxx", "----")
+FILLS = ("#3b5b7a", "#dfe7ee", "#9bb3c8", "#f6f1e4", "#c9b98a")
+
+FAR = 16
+"""Points between a mark and its name beyond which a line joins them."""
+
+HALO: list[AbstractPathEffect] = [withStroke(linewidth=2.5, foreground="white")]
+"""A white edge, so that letters are read on lines."""
+
+SETTINGS: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "axes.labelsize": 11,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "lines.linewidth": 1.8,
+    "hatch.linewidth": 0.7,
+    "axes.unicode_minus": True,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """What a method is drawn with in every chart."""
+
+    shape: str
+    colour: str
+    dash: Any
+    is_hollow: bool
+
+    @property
+    def face(self) -> str:
+        return "white" if self.is_hollow else self.colour
+
+    def svg(self) -> Markup:
+        """The shape beside a name in the page."""
+        style = MarkerStyle(self.shape)
+        outline = style.get_path().transformed(style.get_transform())
+        segments = outline.iter_segments(simplify=False)
+        return Markup(
+            '<svg class="mark" viewBox="-.75 -.75 1.5 1.5" aria-hidden="true"><path transform="scale(1,-1)" d="{}" '
+            'fill="{}" stroke="{}" stroke-width=".16"/></svg>'
+        ).format("".join(_command(vertices, int(code)) for vertices, code in segments), self.face, self.colour)
+
+
+_COMMANDS = {Outline.MOVETO: "M", Outline.LINETO: "L", Outline.CURVE3: "Q", Outline.CURVE4: "C"}
+
+
+def _command(vertices: Any, code: int) -> str:
+    """A piece of an outline in the language of SVG paths."""
+    if code == Outline.CLOSEPOLY:
+        return "Z"
+    return _COMMANDS[np.uint8(code)] + " ".join(f"{value:.3f}" for value in vertices)
+
+
+def choose_marks(methods: Sequence[Method]) -> dict[str, Mark]:
+    """Full fine-tuning a black disc; the others by the order of their names, hollow when the shapes run out."""
+    marks = {
+        method.name: Mark(shape="o", colour=INK, dash="-", is_hollow=False) for method in methods if method.is_full
+    }
+    others = sorted({method.name for method in methods} - marks.keys())
+    for place, name in enumerate(others):
+        marks[name] = Mark(
+            shape=SHAPES[place % len(SHAPES)],
+            colour=COLOURS[place % len(COLOURS)],
+            dash=DASHES[(place + 1) % len(DASHES)],
+            is_hollow=place // len(SHAPES) % 2 == 1,
+        )
+    return marks
+
+
+@contextmanager
+def chart_settings() -> Iterator[None]:
+    """matplotlib's own defaults and ours, whatever the user's are."""
+    with matplotlib.style.context("default"), matplotlib.rc_context(SETTINGS):
+        yield
+
+
+def new_figure(*, height: float, width: float = WIDTH) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """The picture; the same bytes for the same figure, as no version or date is written into it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def label_points(
+    axes: Axes,
+    points: Sequence[tuple[float, float, str]],
+    *,
+    obstacles: Sequence[tuple[float, float, float, float]] = (),
+) -> None:
+    """Write each name near its point, where it covers the least of points, names, obstacles and frame.
+
+    Args:
+        points: x, y and name, in units of the axes.
+        obstacles: lines that names should not cover: x and y of one end, x and y of the other.
+    """
+    size = _settled(axes).dpi / 72
+    places = axes.transData.transform([(x, y) for x, y, _ in points])
+    taken = [Bbox.from_bounds(x - 6 * size, y - 6 * size, 12 * size, 12 * size) for x, y in places]
+    taken += [_line_box(axes, ends, 2 * size) for ends in obstacles]
+    for (x, y, name), place in zip(points, places, strict=True):
+        text = axes.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=9.5, va="center", ha="center")
+        text.set_path_effects(HALO)
+        box = text.get_window_extent()
+        extent = (box.width, box.height)
+        dx, dy = _best_offset(place, extent, taken, axes.bbox, size)
+        text.set_position((dx / size, dy / size))
+        taken.append(_box(place, (dx, dy), extent))
+        _draw_leader(axes, (x, y), _box((0, 0), (dx / size, dy / size), (box.width / size, box.height / size)))
+
+
+def _draw_leader(axes: Axes, point: tuple[float, float], box: Bbox) -> None:
+    """A line from a point to its name's nearest edge, where that is not close by. The box is in points around it."""
+    near = min(max(0.0, box.x0), box.x1), min(max(0.0, box.y0), box.y1)
+    if math.hypot(*near) > FAR:
+        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 6}
+        axes.annotate("", point, near, textcoords="offset points", arrowprops=line)
+
+
+def _settled(axes: Axes) -> Figure:
+    """The figure, its layout fixed, so that what is placed in pixels stays right."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
+def _line_box(axes: Axes, ends: tuple[float, float, float, float], width: float) -> Bbox:
+    (x0, y0), (x1, y1) = axes.transData.transform([ends[:2], ends[2:]])
+    return Bbox.from_extents(min(x0, x1) - width, min(y0, y1) - width, max(x0, x1) + width, max(y0, y1) + width)
+
+
+def _best_offset(
+    place: np.ndarray, extent: tuple[float, float], taken: Sequence[Bbox], frame: Bbox, size: float
+) -> tuple[float, float]:
+    """The offset in pixels of a name's middle: near, and over nothing else."""
+    candidates = []
+    for distance in (9, 14, 20, 28, 38, 50, 64):
+        for turn in range(16):
+            angle = 2 * math.pi * turn / 16
+            dx = math.cos(angle) * (extent[0] / 2 + distance * size)
+            dy = math.sin(angle) * (extent[1] / 2 + distance * size)
+            candidates.append((dx, dy, distance))
+
+    def cost(candidate: tuple[float, float, int]) -> float:
+        box = _box(place, candidate[:2], extent)
+        covered = sum(_overlap(box, other) for other in taken)
+        outside = box.width * box.height - _overlap(box, frame)
+        return covered + 3 * outside + candidate[2] * size * 9
+
+    dx, dy, _ = min(candidates, key=cost)
+    return dx, dy
+
+
+def _box(place: Any, offset: tuple[float, float], extent: tuple[float, float]) -> Bbox:
+    width, height = extent
+    return Bbox.from_bounds(place[0] + offset[0] - width / 2, place[1] + offset[1] - height / 2, width, height)
+
+
+def _overlap(first: Bbox, second: Bbox) -> float:
+    width = min(first.x1, second.x1) - max(first.x0, second.x0)
+    height = min(first.y1, second.y1) - max(first.y0, second.y0)
+    return max(0.0, width) * max(0.0, height)
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, Mark]], *, size: float = 9.5) -> None:
+    """Write mark and name of each line in a column at the right, at the height of its end or near it."""
+    right = axes.get_yaxis_transform()
+    texts = [
+        axes.annotate(name, (1, y), (20, 0), xycoords=right, textcoords="offset points", va="center", fontsize=size,
+                      annotation_clip=False)
+        for _, y, name, _ in ends
+    ]  # fmt: skip
+    figure = _settled(axes)
+    heights = axes.transData.transform([(x, y) for x, y, _, _ in ends])[:, 1]
+    gap = 1.15 * max(text.get_window_extent().height for text in texts)
+    places = _spread(heights, gap)
+    # Down at the axis the names would stand on its numbers.
+    places += max(0.0, axes.bbox.y0 + gap / 2 - places.min())
+    for (x, y, _, mark), text, height, place in zip(ends, texts, heights, places, strict=True):
+        text.set_position((20, (place - height) * 72 / figure.dpi))
+        level = float(axes.transAxes.inverted().transform((0, place))[1])
+        column = 1 + 11 * figure.dpi / 72 / axes.bbox.width
+        axes.plot(column, level, mark.shape, color=mark.colour, markerfacecolor=mark.face, markersize=6,
+                  transform=axes.transAxes, clip_on=False)  # fmt: skip
+        axes.annotate("", (x, y), (column, level), textcoords="axes fraction", annotation_clip=False,
+                      arrowprops={"arrowstyle": "-", "color": PALE, "linewidth": 0.8, "shrinkA": 5, "shrinkB": 3},
+                      zorder=0)  # fmt: skip
+
+
+def _spread(heights: np.ndarray, gap: float) -> np.ndarray:
+    """The nearest places that keep their order and are `gap` apart: clusters slide around their mean."""
+    clusters: list[list[int]] = []
+    for index in np.argsort(heights, kind="stable"):
+        clusters.append([int(index)])
+        while len(clusters) > 1 and _bottom(clusters[-1], heights, gap) < _top(clusters[-2], heights, gap) + gap:
+            clusters[-2:] = [clusters[-2] + clusters[-1]]
+    places = np.empty(len(heights))
+    for cluster in clusters:
+        places[cluster] = _bottom(cluster, heights, gap) + gap * np.arange(len(cluster))
+    return places
+
+
+def _bottom(cluster: list[int], heights: np.ndarray, gap: float) -> float:
+    return float(heights[cluster].mean()) - gap * (len(cluster) - 1) / 2
+
+
+def _top(cluster: list[int], heights: np.ndarray, gap: float) -> float:
+    return float(heights[cluster].mean()) + gap * (len(cluster) - 1) / 2
