@@ -269,7 +269,7 @@ def test_texts_beyond_the_length_are_cut_and_counted(place: Path, tmp_path: Path
     trainer = build_trainer(recipe, inputs, folder=RunFolder(tmp_path))
     dataset: Any = trainer.train_dataset
     assert max(len(ids) for ids in dataset["input_ids"]) == 16
-    assert length_notes(trainer, inputs, packing=False)[0].startswith("24 of 24 examples reach data.max_length=16")
+    assert length_notes(trainer, inputs, recipe.data)[0].startswith("24 of 24 examples reach data.max_length=16")
 
 
 BAD_DATA = {

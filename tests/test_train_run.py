@@ -211,7 +211,7 @@ def test_conversations_need_a_chat_template(chat_place: Path, place: Path, tmp_p
 
 def test_what_the_length_limit_does_is_said(place: Path, tmp_path: Path) -> None:
     trainer, inputs = build(place, tmp_path, data={"max_length": 5})
-    cut, dropped = length_notes(trainer, inputs, packing=False)
+    cut, dropped = length_notes(trainer, inputs, parse(place).data)
     assert "reach data.max_length=5" in cut
     assert "were left out" in dropped
 

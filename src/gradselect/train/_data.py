@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetNotFoundError
 from .. import UsageError
 from ._files import ENDINGS, Row, read_rows, require_columns, sha256
 from ._labels import label_names, read_label
-from ._recipe import ChatData, ClassificationData, Data, PromptCompletionData, TextData
+from ._recipe import ChatData, ClassificationData, FileData, PromptCompletionData, TextData
 from ._template import columns_of, render
 
 
@@ -55,7 +55,7 @@ class Examples:
     labels: tuple[str, ...] | None = None
 
 
-def load_examples(settings: Data, *, seed: int) -> Examples:
+def load_examples(settings: FileData, *, seed: int) -> Examples:
     """Read, check and render the examples that `settings` asks for; a held-out share is drawn with `seed`.
 
     Raises:
@@ -67,7 +67,7 @@ def load_examples(settings: Data, *, seed: int) -> Examples:
     return Examples(train=rendered["train"], validation=rendered.get("validation"), sources=sources, labels=labels)
 
 
-def _read_sources(settings: Data, *, seed: int) -> dict[str, Source]:
+def _read_sources(settings: FileData, *, seed: int) -> dict[str, Source]:
     """The rows to train on, and those to evaluate on if there are any."""
     train = _first(_read(settings.path, settings, split=settings.split), settings.limit)
     match settings.validation:
@@ -82,7 +82,7 @@ def _read_sources(settings: Data, *, seed: int) -> dict[str, Source]:
     return {"train": train, "validation": _first(validation, settings.validation_limit)}
 
 
-def _read(path: str, settings: Data, *, split: str) -> Source:
+def _read(path: str, settings: FileData, *, split: str) -> Source:
     if _is_file(path):
         rows = read_rows(path, columns=settings.columns)
         return Source(path=path, fingerprint=sha256(path), rows=rows)
@@ -122,14 +122,14 @@ def _hold_out(source: Source, share: float, *, seed: int) -> tuple[Source, Sourc
     )
 
 
-def _labels(train: Source, settings: Data) -> tuple[str, ...] | None:
+def _labels(train: Source, settings: FileData) -> tuple[str, ...] | None:
     if not isinstance(settings, ClassificationData) or settings.regression:
         return None
     require_columns(train.rows, [settings.label], path=train.path)
     return settings.labels or label_names([row[settings.label] for row in train.rows], path=train.path)
 
 
-def _render_rows(source: Source, settings: Data, labels: tuple[str, ...] | None) -> list[dict[str, Any]]:
+def _render_rows(source: Source, settings: FileData, labels: tuple[str, ...] | None) -> list[dict[str, Any]]:
     """Rows in the form of `Examples`."""
     require_columns(source.rows, _columns_read(settings), path=source.path)
     examples = []
@@ -141,7 +141,7 @@ def _render_rows(source: Source, settings: Data, labels: tuple[str, ...] | None)
     return examples
 
 
-def _columns_read(settings: Data) -> tuple[str, ...]:
+def _columns_read(settings: FileData) -> tuple[str, ...]:
     """The columns that every row must have."""
     match settings:
         case PromptCompletionData():
@@ -154,7 +154,7 @@ def _columns_read(settings: Data) -> tuple[str, ...]:
             return (*columns_of(settings.text), *columns_of(settings.text_pair or ""), settings.label)
 
 
-def _render_row(row: Row, settings: Data, labels: tuple[str, ...] | None) -> dict[str, Any]:
+def _render_row(row: Row, settings: FileData, labels: tuple[str, ...] | None) -> dict[str, Any]:
     match settings:
         case PromptCompletionData():
             prompt, completion = render(settings.prompt, row), render(settings.completion, row)

@@ -18,17 +18,31 @@ from transformers import (
 )
 
 from .. import UsageError
-from ._pretrained import check_complete, check_tokens, context_of, first_line, load_text_tokenizer, load_weights
-from ._recipe import ChatData, ClassificationData, Data, ModelSettings, PromptCompletionData
+from ._pretrained import (
+    check_complete,
+    check_tokens,
+    context_of,
+    draw_weights,
+    first_line,
+    load_configuration,
+    load_text_tokenizer,
+    load_weights,
+)
+from ._recipe import ChatData, ClassificationData, Data, FileData, ModelSettings, PromptCompletionData
 
 
-def load_model(settings: ModelSettings) -> PreTrainedModel:
+def load_model(settings: ModelSettings, *, seed: int = 0, device: str = "cpu") -> PreTrainedModel:
     """The causal language model at `settings.path`, with all of its weights.
+
+    Args:
+        settings: what to load.
+        seed: of random weights.
+        device: where random weights are drawn.
 
     Raises:
         UsageError: it cannot be had, is damaged, lacks weights, or could not be saved again.
     """
-    model, missing = _load(AutoModelForCausalLM, settings)
+    model, missing = _load(AutoModelForCausalLM, settings, seed=seed, device=device)
     check_complete(missing, model, settings.path, key="model.path", wanted="a causal language model")
     try:
         model.generation_config.validate(strict=True)
@@ -60,6 +74,7 @@ def load_classifier(
     model, missing = _load(
         AutoModelForSequenceClassification,
         settings,
+        seed=seed,
         num_labels=1 if labels is None else len(labels),
         problem_type=problem,
         **names,
@@ -72,7 +87,7 @@ def load_classifier(
     return model, tuple(head)
 
 
-def load_tokenizer(settings: ModelSettings, data: Data) -> PreTrainedTokenizerBase:
+def load_tokenizer(settings: ModelSettings, data: FileData) -> PreTrainedTokenizerBase:
     """The tokenizer at `settings.path`, able to do what the data need: to end or to pad a text, to render a chat.
 
     Raises:
@@ -127,16 +142,31 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _load(kind: Any, settings: ModelSettings, **options: Any) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def num_embeddings(model: PreTrainedModel) -> int:
+    """How many tokens the model has."""
+    return next(iter(model.get_input_embeddings().parameters())).shape[0]
+
+
+def _load(
+    kind: Any, settings: ModelSettings, *, seed: int, device: str = "cpu", **options: Any
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    attention = None if settings.attention == "auto" else settings.attention
+    origin = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    if settings.random_weights:
+        _check_configuration(settings.path)
+        config = load_configuration(settings.path, key="model.path", **origin, **options)
+        set_seed(seed)
+        with torch.device(device):
+            model = draw_weights(kind, config, dtype=settings.dtype, attention=attention, key="model.path")
+        return model, ()
     _check_folder(settings.path)
     return load_weights(
         kind,
         settings.path,
         key="model.path",
-        revision=settings.revision,
         dtype=settings.dtype,
-        attn_implementation=None if settings.attention == "auto" else settings.attention,
-        trust_remote_code=settings.trust_remote_code,
+        attn_implementation=attention,
+        **origin,
         **options,
     )
 
@@ -152,6 +182,17 @@ def _able_to_pad(tokenizer: Any, path: str) -> Any:
 
 def _numbered(labels: Sequence[str]) -> dict[str, int]:
     return {label: number for number, label in enumerate(labels)}
+
+
+def _check_configuration(path: str) -> None:
+    """A place on the disk has a configuration; what is no place may be an id on the hub."""
+    place = Path(path)
+    if place.is_dir() and not (place / "config.json").is_file():
+        raise UsageError(f"model.path={path!r} has no config.json; give a folder with one, or the file itself")
+    if not place.exists() and (path.startswith((".", "/", "~")) or path.endswith(".json")):
+        raise UsageError(
+            f"model.path={path!r}: no such file or folder; paths are relative to the folder the command runs in"
+        )
 
 
 def _check_folder(path: str) -> None:

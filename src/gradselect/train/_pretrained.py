@@ -32,6 +32,34 @@ def load_weights(kind: Any, path: str | Path, *, key: str, **options: Any) -> tu
     return model, tuple(sorted(report["missing_keys"]))
 
 
+def load_configuration(path: str | Path, *, key: str, **options: Any) -> Any:
+    """The configuration in a folder, in a file, or of an id on the hub; `options` change its values.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, **options)
+    except _LOADING_ERRORS as error:
+        raise UsageError(
+            f"{key}={str(path)!r} cannot be used, there is no configuration of a model: {first_line(error)}"
+        ) from error
+
+
+def draw_weights(kind: Any, config: Any, *, dtype: str, attention: str | None, key: str) -> Any:
+    """A model of an auto class of transformers with the random weights that its training would begin from.
+
+    Raises:
+        UsageError: the auto class has no model of this configuration.
+    """
+    try:
+        return kind.from_config(config, dtype=dtype, attn_implementation=attention)
+    except _LOADING_ERRORS as error:
+        raise UsageError(f"{key} cannot be used: {first_line(error)}") from error
+
+
 def load_text_tokenizer(path: str | Path, *, key: str, **options: Any) -> Any:
     """The tokenizer of a checkpoint.
 

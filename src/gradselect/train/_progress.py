@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from .. import BlockOptimizer, SparseOptimizer
 from ._folder import RunFolder
 from ._meter import Meter
-from ._recipe import ClassificationData, PromptCompletionData, Recipe
+from ._recipe import ClassificationData, FileData, PromptCompletionData, RandomData, Recipe
 
 
 class ProgressDisplay(TrainerCallback):
@@ -136,16 +136,18 @@ def show_summary(
         f"finished {end['steps']} steps in {end['training_seconds']:,.0f} s  "
         + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None),
         f"peak of weights, gradients and optimizer state: {end['peak_bytes']['together'] / 2**20:,.1f} MiB",
-        f"model in {folder.root}, all about the run in {folder.run_file}",
     ]
+    if isinstance(recipe.data, RandomData):
+        _print(console, *lines, f"all about the run in {folder.run_file}; a model of random tokens is not kept")
+        return
+    lines.append(f"model in {folder.root}, all about the run in {folder.run_file}")
     if num_messages:
         lines.append(f"{num_messages} messages of the libraries in {folder.messages_file}")
-    _print(console, *lines, f"next: {_next_command(recipe)}")
+    _print(console, *lines, f"next: {_next_command(recipe, recipe.data)}")
 
 
-def _next_command(recipe: Recipe) -> str:
+def _next_command(recipe: Recipe, data: FileData) -> str:
     """What measures the trained model; with the templates that it was trained with."""
-    data = recipe.data
     test = data.validation if isinstance(data.validation, str) else "TEST.jsonl"
     task = "classification" if isinstance(data, ClassificationData) else "loss"
     words = ["gradselect", "evaluate", recipe.run.output, "--task", task, "--data", test]

@@ -34,7 +34,9 @@ class ModelSettings(Settings):
     """The model to start from.
 
     Attributes:
-        path: a folder with a Hugging Face checkpoint, or the id of one on the hub.
+        path: a folder with a Hugging Face checkpoint, or the id of one on the hub. For random weights the configuration
+            alone is enough: a folder with a `config.json`, or such a file under any name.
+        random_weights: draw the weights with the run's seed instead of reading them.
         revision: branch, tag or commit on the hub.
         dtype: of the weights. With bfloat16, whatever is trained has float32 master weights or float32 adapters.
         attention: implementation of the attention; "auto" is "sdpa" where the architecture has it, else "eager".
@@ -43,6 +45,7 @@ class ModelSettings(Settings):
     """
 
     path: Place
+    random_weights: bool = False
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -128,6 +131,32 @@ class TextData(AbstractTokenData):
     text: Template = "{text}"
 
 
+class RandomData(Settings):
+    """Rows of random tokens, all of one length: to measure time and memory, where nothing is to be learnt.
+
+    It needs no file and no tokenizer, and the trained model is not kept.
+
+    Attributes:
+        length: tokens of a row; all of them count in the loss.
+        vocabulary: tokens are drawn from the first so many; by default from all that the model has.
+        rows: how many there are.
+    """
+
+    format: Literal["random"]
+    length: Annotated[int, Field(ge=2)]
+    vocabulary: Annotated[int, Field(ge=2)] | None = None
+    rows: PositiveInt = 512
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of an example."""
+        return self.length
+
+    @property
+    def validation(self) -> None:
+        """There is nothing to evaluate on."""
+
+
 class ClassificationData(AbstractDataSettings):
     """Texts or pairs of texts, each with a label, for a model with a classification head on top.
 
@@ -160,7 +189,8 @@ class ClassificationData(AbstractDataSettings):
 
 
 TokenData = PromptCompletionData | ChatData | TextData
-Data = Annotated[TokenData | ClassificationData, Field(discriminator="format")]
+FileData = TokenData | ClassificationData
+Data = Annotated[FileData | RandomData, Field(discriminator="format")]
 
 
 def is_packed(data: Data) -> bool:

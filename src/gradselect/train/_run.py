@@ -15,7 +15,7 @@ from ._folder import RunFolder, claimed
 from ._inputs import read_inputs
 from ._meter import Meter
 from ._progress import ProgressDisplay, show_start, show_summary
-from ._recipe import Recipe, is_packed
+from ._recipe import RandomData, Recipe
 from ._result import check_same_run, describe_end, describe_start, save_model, write_run, write_start
 from ._setup import build_trainer, length_notes
 from ._trainer import RunTrainer
@@ -34,7 +34,7 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
 
         # 2 set up
         trainer = build_trainer(recipe, inputs, folder=folder)
-        notes = length_notes(trainer, inputs, packing=is_packed(recipe.data))
+        notes = length_notes(trainer, inputs, recipe.data)
         write_start(folder, start, recipe)
         show_start(console, start, notes=notes, checkpoint=checkpoint, resume=resume)
 
@@ -43,7 +43,8 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         _evaluate(trainer)
 
         # 4 keep it; run.json says "finished" when all else is there
-        save_model(trainer, inputs.tokenizer, folder=folder)
+        if not isinstance(recipe.data, RandomData):
+            save_model(trainer, inputs.tokenizer, folder=folder)
         end = describe_end(trainer, meter, folder=folder, notes=notes)
         write_run(folder, start | end)
         show_summary(console, end, recipe=recipe, folder=folder, num_messages=len(messages))

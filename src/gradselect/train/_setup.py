@@ -21,7 +21,7 @@ from ._folder import RunFolder
 from ._inputs import Inputs
 from ._mask_methods import AbstractMaskMethod, RunFacts
 from ._parts import mask_optimizer, method_parts
-from ._recipe import ChatData, ClassificationData, PromptCompletionData, Recipe, TokenData
+from ._recipe import ChatData, ClassificationData, Data, PromptCompletionData, RandomData, Recipe, TokenData, is_packed
 from ._trainer import RunTrainer, TokenTrainer
 
 
@@ -66,10 +66,12 @@ def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> RunTr
     return trainer
 
 
-def length_notes(trainer: RunTrainer, inputs: Inputs, *, packing: bool) -> list[str]:
+def length_notes(trainer: RunTrainer, inputs: Inputs, data: Data) -> list[str]:
     """What the limit on the length did to the training examples, in words."""
     prepared = _as_dataset(trainer.train_dataset)
-    if packing:
+    if isinstance(data, RandomData):
+        return []
+    if is_packed(data):
         return [f"{len(inputs.examples.train):,} examples were packed into {len(prepared):,} rows"]
     limit = inputs.max_length
     num_cut = sum(len(tokens) >= limit for tokens in prepared["input_ids"])
@@ -134,13 +136,13 @@ def _arguments(recipe: Recipe, *, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _token_arguments(data: TokenData, inputs: Inputs) -> dict[str, Any]:
+def _token_arguments(data: TokenData | RandomData, inputs: Inputs) -> dict[str, Any]:
     """What `SFTConfig` has beside them."""
     if isinstance(data, ChatData) and data.loss_on == "answers":
         _check_marks_answers(inputs.tokenizer)
     return {
         "max_length": inputs.max_length,
-        "packing": data.packing,
+        "packing": is_packed(data),
         "eval_packing": False,
         "assistant_only_loss": isinstance(data, ChatData) and data.loss_on == "answers",
         "completion_only_loss": False if isinstance(data, PromptCompletionData) and data.loss_on == "all" else None,
