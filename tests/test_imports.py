@@ -91,7 +91,16 @@ def test_lower_never_imports_higher(parts, tree):
 
 
 def test_nobody_imports_the_application():
-    application = {"train", "evaluate", "compare", "report", "cli", "_delta_commands", "_compare_command", "_report_command"}
+    application = {
+        "train",
+        "evaluate",
+        "compare",
+        "report",
+        "cli",
+        "_delta_commands",
+        "_compare_command",
+        "_report_command",
+    }
     for parts, tree in modules():
         if parts[0] not in application:
             assert not set(imported(parts, tree)) & application, parts
