@@ -13,7 +13,7 @@ from policy_support import BLOCK_NAMES, NUM_STEPS, choose, make_blocks, run, thr
 
 from gradselect import UsageError, policies
 from gradselect._policy import AbstractPolicy, resolve_count
-from gradselect.policies import AdaGradSelect, All, Cyclic, Fixed, GradNormTopK, Uniform
+from gradselect.policies import MISA, AdaGradSelect, All, Cyclic, Fixed, GradNormTopK, Uniform
 
 # What to build, given a seed. Rows that ignore the seed draw nothing.
 TABLE: dict[str, Callable[[int], AbstractPolicy]] = {
@@ -46,6 +46,8 @@ TABLE: dict[str, Callable[[int], AbstractPolicy]] = {
     "adagradselect, coverage, every": lambda seed: AdaGradSelect(
         count=2, explore_steps=30, delta=0.01, coverage=12, every=3, draw="multinomial", seed=seed
     ),
+    "misa": lambda seed: MISA(share=0.3, every=5, seed=seed),
+    "misa, among layers": lambda seed: MISA(share=0.5, every=1, eta=4.0, ema=0.5, among=("layer.*",), seed=seed),
 }
 RANDOM = [name for name in TABLE if repr(TABLE[name](0)) != repr(TABLE[name](1))]
 
@@ -91,6 +93,12 @@ def test_a_selection_has_exactly_the_size_asked_for(make: Callable[[int], Abstra
     for step, selected in enumerate(run(policy)):
         if step < settings.get("probe_steps", 0):
             assert selected == ()
+        elif isinstance(policy, MISA):
+            # One may be larger than the share on its own.
+            total = sum(policy.num_elements[name] for name in policy.names)
+            weights = sum(policy.num_elements[name] for name in selected)
+            assert len(selected) == 1 or weights <= policy.share * total
+            assert selected
         elif isinstance(policy, Cyclic):
             last_of_round = num_blocks % policy.count or policy.count
             assert len(selected) in (policy.count, last_of_round)
@@ -285,6 +293,11 @@ BAD_SETTINGS: list[tuple[Callable[[], AbstractPolicy], str]] = [
     (lambda: Cyclic(every=0), "every=0 is not"),
     (lambda: Cyclic(count=0), "count=0 is not"),
     (lambda: Cyclic(order="shuffled"), "order='shuffled' is unknown"),  # type: ignore[arg-type]
+    (lambda: MISA(share=0.0), "share=0.0 is outside"),
+    (lambda: MISA(every=0), "every=0 is not"),
+    (lambda: MISA(eta=0.0), "eta=0.0 is outside"),
+    (lambda: MISA(ema=1), "ema=1 would never learn"),
+    (lambda: MISA(seed=-1), "seed=-1 is not"),
     (lambda: Fixed(()), r"blocks=\(\) names no block"),
     (lambda: Fixed(""), "blocks='' names no block"),
 ]
@@ -303,6 +316,7 @@ MISFITS: list[AbstractPolicy] = [
     Uniform(count=8),
     Cyclic(count=8),
     Fixed(("layer.9",)),
+    MISA(among=("layer.*.*.*",)),
     Uniform(count=1, among=("decoder.*",)),
     AdaGradSelect(count=2, coverage=3),
 ]

@@ -27,6 +27,7 @@ from .masks import BitFit as BitFit
 from .masks import StaticMask as StaticMask
 from .masks import TopGradient as TopGradient
 from .masks import salience as salience
+from .policies import MISA as MISA
 from .policies import AdaGradSelect as AdaGradSelect
 from .policies import All as All
 from .policies import Cyclic as Cyclic
@@ -40,6 +41,7 @@ __all__ = [
     "GMT",
     "ID3",
     "LIFT",
+    "MISA",
     "AbstractCompactMask",
     "AbstractDenseMask",
     "AbstractMask",

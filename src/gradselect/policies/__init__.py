@@ -5,4 +5,5 @@ from .all import All as All
 from .cyclic import Cyclic as Cyclic
 from .fixed import Fixed as Fixed
 from .grad_norm import GradNormTopK as GradNormTopK
+from .misa import MISA as MISA
 from .uniform import Uniform as Uniform
