@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from torch import Tensor
 from .. import delta
 from .._delta_file import DeltaFile
 from ..evaluate import EvaluationResult, EvaluationSettings, evaluate
-from ..train._folder import RunFolder, writing_aside
+from ..train._folder import RunFolder
 from ._job import Job
 from ._protocol import local_folder
 
@@ -134,8 +135,10 @@ def _loss_of_base(job: Job) -> float:
         model = job.recipe.model
         settings = job.forgetting.settings(local_folder(model.path, revision=model.revision))
         known[key] = _loss(replace(settings, dtype=model.dtype) if settings.dtype == "auto" else settings)
-        with writing_aside(file) as aside:
-            aside.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+        # Calls that run beside one another must not write into the same file.
+        aside = file.with_name(f".{file.name}.{os.getpid()}")
+        aside.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+        os.replace(aside, file)
     return known[key]
 
 
