@@ -7,7 +7,8 @@ A pattern is English with three kinds of marks:
     [a + b]          a calculation: written out as "5 + 3 = 8"; its value is called x (then y, then z)
     [=a + b]         the same, but only the value is written: "8"
 
-Numbers stay between `SMALLEST` and `LARGEST`, results too, so that a model of a million weights can know all its sums.
+Numbers stay between `SMALLEST` and `LARGEST`, results too, so that a model of a million weights can know all its sums;
+a larger model can do with a larger `largest`.
 """
 
 from __future__ import annotations
@@ -61,21 +62,21 @@ def choose(pattern: str, generator: random.Random) -> str:
     return ALTERNATIVES.sub(lambda match: generator.choice(match[1].split("|")), pattern)
 
 
-def calculate(left: int, sign: str, right: int) -> int:
+def calculate(left: int, sign: str, right: int, *, largest: int = LARGEST) -> int:
     """left (sign) right, exactly.
 
     Raises:
-        Misfit: it is not a whole number between `SMALLEST` and `LARGEST`.
+        Misfit: it is not a whole number between `SMALLEST` and `largest`.
     """
     if sign == "/" and left % right:
         raise Misfit
     result = OPERATIONS[sign](left, right)
-    if not SMALLEST <= result <= LARGEST:
+    if not SMALLEST <= result <= largest:
         raise Misfit
     return result
 
 
-def fill(pattern: str, words: Mapping[str, str], numbers: dict[str, int]) -> str:
+def fill(pattern: str, words: Mapping[str, str], numbers: dict[str, int], *, largest: int = LARGEST) -> str:
     """`pattern`, its alternatives chosen, with its calculations and blanks filled in; `numbers` gains the results.
 
     Raises:
@@ -84,7 +85,7 @@ def fill(pattern: str, words: Mapping[str, str], numbers: dict[str, int]) -> str
 
     def written(match: re.Match[str]) -> str:
         only_value, left, sign, right = match.groups()
-        result = calculate(numbers[left], sign, numbers[right])
+        result = calculate(numbers[left], sign, numbers[right], largest=largest)
         numbers[next(name for name in "xyz" if name not in numbers)] = result
         return str(result) if only_value else f"{numbers[left]} {sign} {numbers[right]} = {result}"
 

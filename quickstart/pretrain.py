@@ -72,10 +72,14 @@ class Recipe:
 
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, every digit its own token.
+    """Trained on stories and on problems, so that both are short; the model sees the stories only."""
+    texts = [f"Question: {p['question']}\nAnswer: {p['answer']}" for p in problems(count=8000, seed=0, split="train")]
+    texts += itertools.islice(documents(seed=recipe.seed), 8000)
+    return tokenizer_of(texts, recipe)
 
-    It is trained on stories and on problems, so that both are short; the model sees the stories only.
-    """
+
+def tokenizer_of(texts: Sequence[str], recipe: Recipe) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, every digit its own token, trained on `texts`."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -86,8 +90,6 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = [f"Question: {p['question']}\nAnswer: {p['answer']}" for p in problems(count=8000, seed=0, split="train")]
-    texts += itertools.islice(documents(seed=recipe.seed), 8000)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from grammar import OPERATIONS, Misfit, choose, draw_cast, fill
+from grammar import LARGEST, OPERATIONS, Misfit, choose, draw_cast, fill
 
 FACTS = {
     "+": ("[a + b]", "{a} plus {b} is [=a + b]", "{a} and {b} make [=a + b]"),
@@ -85,37 +85,38 @@ CHAT = (
 HEADINGS = ("The {box}", "{day}", "{name} and {other}", "At the shop", "{things}")
 
 
-def draw_numbers(small: str, generator: random.Random) -> dict[str, int]:
-    """a, b, c at random, up to 9 if `small` names them, else up to 99; d is two, for "half"."""
-    return {name: generator.randint(2, 9 if name in small else 99) for name in "abc"} | {"d": 2}
+def draw_numbers(small: str, generator: random.Random, *, largest: int = LARGEST) -> dict[str, int]:
+    """a, b, c at random, up to 9 if `small` names them, else up to `largest`; d is two, for "half"."""
+    return {name: generator.randint(2, 9 if name in small else largest) for name in "abc"} | {"d": 2}
 
 
-def write(pattern: str, small: str, generator: random.Random) -> str:
+def write(pattern: str, small: str, generator: random.Random, *, largest: int = LARGEST) -> str:
     """`pattern` with words, and with numbers that fit."""
     words, pattern = draw_cast(generator), choose(pattern, generator)
     while True:
-        numbers = draw_numbers(small, generator)
+        numbers = draw_numbers(small, generator, largest=largest)
         try:
-            return fill(pattern, words, numbers)
+            return fill(pattern, words, numbers, largest=largest)
         except Misfit:
             continue
 
 
-def facts(generator: random.Random) -> str:
+def facts(generator: random.Random, *, largest: int = LARGEST) -> str:
     """Four to eight arithmetic facts."""
 
     def fact() -> str:
         sign = generator.choice("++--*/")
         assert sign in OPERATIONS
-        return write(generator.choice(FACTS[sign]), {"*": "b", "/": "b"}.get(sign, ""), generator) + "."
+        small = {"*": "b", "/": "b"}.get(sign, "")
+        return write(generator.choice(FACTS[sign]), small, generator, largest=largest) + "."
 
     return " ".join(fact() for _ in range(generator.randint(4, 8)))
 
 
-def story(generator: random.Random) -> str:
+def story(generator: random.Random, *, largest: int = LARGEST) -> str:
     """One story, now and then under a heading or with one sentence a line."""
     pattern, _, small = generator.choice(STORIES).partition("#")
-    text = write(pattern, small, generator)
+    text = write(pattern, small, generator, largest=largest)
     if generator.random() < 0.2:
         text = text.replace(". ", ".\n")
     if generator.random() < 0.1:
