@@ -274,7 +274,11 @@ def draw_time_parts(methods: Sequence[Method], *, reference: Method | None) -> C
         name="step-parts",
         title="Where a step's time goes",
         caption="Medians of the steps of each kind."
-        + ("" if full is None else " The line is a step of full fine-tuning, and × the time relative to it."),  # noqa: RUF001
+        + (
+            ""
+            if full is None
+            else f" The line is a step of full fine-tuning, and {words.TIMES} the time relative to it."
+        ),
     )
 
 
@@ -294,7 +298,11 @@ def draw_bytes(methods: Sequence[Method], *, reference: Method | None) -> Chart:
         title="What is held at the peak",
         caption="Exact bytes of tensors; activations are not among them. Each category at its own peak: they need not "
         "fall on one step, so the figure at the end, the peak of all together, can be less than the bar."
-        + ("" if full is None else " The line is the peak of full fine-tuning, and × the peak relative to it."),  # noqa: RUF001
+        + (
+            ""
+            if full is None
+            else f" The line is the peak of full fine-tuning, and {words.TIMES} the peak relative to it."
+        ),
     )
 
 

@@ -187,8 +187,9 @@ class ItemTable:
         values = self.outcomes.values()
         draws = draw_means(self.drawn[:, ours] - self.drawn[:, theirs])
         gains = self.outcomes.gains
-        p_value = mcnemar(gains[ours], gains[theirs]) if self.is_share else two_sided_p(draws)
-        return float(values[ours].mean() - values[theirs].mean()), percentile_interval(draws), p_value
+        value = float(values[ours].mean() - values[theirs].mean())
+        p_value = mcnemar(gains[ours], gains[theirs]) if self.is_share else two_sided_p(value, draws)
+        return value, percentile_interval(draws), p_value
 
     def _places(self, method: str, seeds: Iterable[int]) -> list[int]:
         return [self.rows[method, seed] for seed in seeds]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-UNKNOWN = "–"  # noqa: RUF001  # an en dash, as typeset tables have it
+UNKNOWN = "\N{EN DASH}"
+TIMES = "\N{MULTIPLICATION SIGN}"
 MINUS = "\N{MINUS SIGN}"
 SPACE = "\N{NO-BREAK SPACE}"
 
@@ -57,7 +58,7 @@ def share(value: float | None, *, digits: int = 0) -> str:
 
 def times(value: float | None) -> str:
     """Example: "1.43×"."""
-    return UNKNOWN if value is None or not math.isfinite(value) else f"{number(value, digits=2)}×"  # noqa: RUF001
+    return UNKNOWN if value is None or not math.isfinite(value) else f"{number(value, digits=2)}{TIMES}"
 
 
 def rate(value: float) -> str:

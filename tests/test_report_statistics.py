@@ -1,0 +1,193 @@
+"""Intervals and tests of the report against formulas and other implementations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from report_fixtures import result, write, write_all
+from scipy import stats
+
+from gradselect.report import _words as words
+from gradselect.report._charts import Point, pareto_front, slug, smoothed
+from gradselect.report._comparison import compare_results
+from gradselect.report._read import read_results
+from gradselect.report._statistics import (
+    STUDENT_95,
+    Outcomes,
+    draw_means,
+    mcnemar,
+    percentile_interval,
+    student_interval,
+    two_sided_p,
+)
+
+
+def answers(*rows: str) -> np.ndarray:
+    return np.array([[float(letter) for letter in row] for row in rows])
+
+
+def scores_of(folder):
+    return compare_results(read_results(folder, include_dirty=False)).scores
+
+
+def test_one_seed_is_tested_exactly():
+    first, second = answers("1111111100" + "1" * 20), answers("0000000011" + "1" * 20)
+    assert mcnemar(first, second) == pytest.approx(stats.binomtest(8, 10, 0.5).pvalue)
+
+
+def test_several_seeds_with_one_answer_an_item_are_the_plain_statistic():
+    """Where each item differs in at most one seed, items are independent pairs: (b - c)² / (b + c)."""
+    first = np.zeros((2, 40))
+    second = np.zeros((2, 40))
+    first[0, :14] = 1
+    second[1, 20:25] = 1
+    assert mcnemar(first, second) == pytest.approx(stats.chi2.sf((14 - 5) ** 2 / 19, 1))
+
+
+def test_repeated_answers_are_no_further_evidence():
+    """Asking thrice with the same answers must not make the difference surer."""
+    generator = np.random.default_rng(0)
+    first = (generator.random((1, 300)) < 0.6).astype(float)
+    second = (generator.random((1, 300)) < 0.5).astype(float)
+    twice, thrice = (mcnemar(np.repeat(first, n, 0), np.repeat(second, n, 0)) for n in (2, 3))
+    assert twice == pytest.approx(thrice)
+
+
+def test_equal_answers_differ_by_nothing():
+    same = answers("0110", "1100")
+    assert mcnemar(same, same) == 1.0
+    assert mcnemar(same[:1], same[:1]) == 1.0
+
+
+def test_the_bootstrap_over_items_has_the_spread_of_a_share():
+    gains = (np.random.default_rng(1).random((1, 500)) < 0.3).astype(float)
+    drawn = Outcomes(gains=gains, weights=np.ones(500)).draw()
+    share = gains.mean()
+    assert drawn.std() == pytest.approx(math.sqrt(share * (1 - share) / 500), rel=0.06)
+    assert drawn.mean() == pytest.approx(share, abs=0.003)
+
+
+def test_losses_are_weighed_by_tokens():
+    outcomes = Outcomes(gains=np.array([[2.0, 30.0]]), weights=np.array([1.0, 9.0]))
+    assert outcomes.values() == pytest.approx([3.2])
+
+
+def test_the_spread_over_seeds_is_unbiased():
+    """Drawing n of n seeds would give (n - 1) / n of the variance of a mean: a third too little of three."""
+    values = np.array([0.1, 0.4, 0.9])
+    means = draw_means(np.tile(values, (40_000, 1)))
+    assert means.var() == pytest.approx(values.var(ddof=1) / 3, rel=0.03)
+
+
+def test_draws_are_the_same_every_time():
+    outcomes = Outcomes(gains=np.random.default_rng(2).random((2, 30)), weights=np.ones(30))
+    assert np.array_equal(outcomes.draw(), outcomes.draw())
+    assert np.array_equal(draw_means(outcomes.draw()), draw_means(outcomes.draw()))
+
+
+def test_the_p_value_of_draws_is_the_normal_one():
+    draws = np.random.default_rng(3).normal(0.5, 0.2, 4000)
+    assert two_sided_p(0.5, draws) == pytest.approx(2 * stats.norm.sf(0.5 / draws.std(ddof=1)))
+    assert percentile_interval(draws) == pytest.approx((0.5 - 0.392, 0.5 + 0.392), abs=0.03)
+
+
+def test_student_intervals_are_those_of_scipy():
+    values = [0.4, 0.5, 0.45, 0.6]
+    expected = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    assert student_interval(values) == pytest.approx(expected, rel=1e-3)
+    assert student_interval([0.4]) is None
+    assert pytest.approx([stats.t.ppf(0.975, n) for n in range(1, 10)], rel=1e-3) == STUDENT_95
+
+
+def test_a_true_difference_is_found_and_none_is_not(tmp_path):
+    """Two methods of one skill and a worse one, three seeds."""
+    for seed in range(3):
+        write(tmp_path, result("full", seed=seed, skill=0.6))
+        write(tmp_path, result("alike", seed=seed, skill=0.6))
+        write(tmp_path, result("worse", seed=seed, skill=0.4))
+    for scores in scores_of(tmp_path):
+        verdicts = {one.first: one.is_significant for one in scores.against("full")}
+        assert verdicts == {"alike": False, "worse": True}, scores.measure.title
+        worse = next(one for one in scores.against("full") if one.first == "worse")
+        assert (worse.value < 0) == scores.measure.higher_is_better
+        assert worse.adjusted >= worse.p_value
+
+
+def test_pairs_can_be_significant_however_many_there_are(tmp_path):
+    for place in range(20):
+        write(tmp_path, result(f"m{place:02d}", skill=0.2 + 0.03 * place))
+    for scores in scores_of(tmp_path):
+        assert any(pair.is_significant for pair in scores.pairs())
+
+
+def test_scores_are_means_over_seeds_with_an_interval_around_them(tmp_path):
+    write_all(tmp_path, "full")
+    accuracy, loss = scores_of(tmp_path)
+    assert (accuracy.measure.title, loss.measure.title) == ("test accuracy", "stories loss")
+    files = [result("full", seed=seed, skill=0.62) for seed in range(3)]
+    expected = sum(file["gradselect"]["scores"]["test"]["value"] for file in files) / 3
+    estimate = accuracy.estimates["full"]
+    assert estimate.value == pytest.approx(expected)
+    assert estimate.interval is not None
+    assert estimate.interval[0] < expected < estimate.interval[1]
+    assert estimate.source == "items and seeds"
+
+
+def test_runs_without_items_keep_their_scores_and_are_not_tested(tmp_path):
+    for name in ("full", "other"):
+        values = result(name)
+        values["gradselect"]["items"] = {}
+        write(tmp_path, values)
+    accuracy = scores_of(tmp_path)[0]
+    assert accuracy.pairs() == []
+    assert accuracy.estimates["full"].interval is not None
+
+
+def test_methods_without_a_common_seed_are_not_tested(tmp_path):
+    write(tmp_path, result("full", seed=0))
+    write(tmp_path, result("other", seed=1))
+    assert scores_of(tmp_path)[0].pairs() == []
+
+
+def test_the_front_holds_what_no_other_beats():
+    points = [
+        Point(name=name, x=x, y=y) for name, x, y in [("a", 1, 5), ("b", 2, 4), ("c", 3, 7), ("d", 3, 6), ("e", 4, 7)]
+    ]
+    assert [point.name for point in pareto_front(points, higher_is_better=True)] == ["a", "c"]
+    assert [point.name for point in pareto_front(points, higher_is_better=False)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (words.number(-0.0004, digits=3, sign=True), "0.000"),
+        (words.number(-1.5, digits=1), "\N{MINUS SIGN}1.5"),
+        (words.number(math.nan), "\N{EN DASH}"),
+        (words.seconds(0.4123), "412 ms"),
+        (words.seconds(90), "90.0 s"),
+        (words.seconds(150), "2.50 min"),
+        (words.num_bytes(54_321_000), "54.3 MB"),
+        (words.num_bytes(999), "999 B"),
+        (words.share(0.4549), "45 %"),
+        (words.times(1.428), "1.43\N{MULTIPLICATION SIGN}"),
+        (words.rate(0.0003), "3e-4"),
+        (words.rate(0.00015), "1.5e-4"),
+        (words.probability(0.0002), "< 0.001"),
+        (words.significant(12345.6), "12,346"),
+    ],
+)
+def test_figures_are_written_for_people(shown, expected):
+    assert shown.replace("\N{NO-BREAK SPACE}", " ") == expected
+
+
+def test_names_make_file_names():
+    assert slug("AdaGradSelect 20 % + Embedding") == "adagradselect-20-embedding"
+    assert slug("%") == "method"
+
+
+def test_smoothing_never_looks_ahead():
+    values = [float(value) for value in range(100)]
+    assert smoothed(values)[:3] == [0.0, 0.5, 1.0]
+    assert smoothed(values)[99] == pytest.approx(sum(range(96, 100)) / 4)
