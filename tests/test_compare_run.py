@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare_fixtures import BLOCKS, FULL, MISFIT, Runner, make_suite, write_place, write_suite
+from compare_fixtures import BLOCKS, FULL, MISFIT, Runner, make_suite, suite_values, write_place, write_suite
 from train_fixtures import weights
 
 from gradselect import UsageError
 from gradselect.cli import main
 from gradselect.compare._process import failure_in
 from gradselect.compare._results import read_result
+from gradselect.compare._suite import parse_suite
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -284,6 +285,18 @@ def stop_after_a_checkpoint(folder: Path) -> Any:
         Trainer.log(self, *arguments, **options)
 
     return log
+
+
+def test_speed_and_memory_alone_need_no_data(place: Path, tmp_path: Path, runner: Runner) -> None:
+    values = suite_values(place, evaluations={}, forgetting=None, methods={"uniform 2": BLOCKS}, seeds=1)
+    values["recipe"]["data"] = {"format": "random", "length": 8, "rows": 16}
+    (summary,) = runner(parse_suite(values, source="suite"), tmp_path / "results")
+    (result,) = summary.results
+    assert result.values["train_info"]["file_size"] is None
+    assert result.own["validation_loss"] is None
+    assert summary.step_seconds > 0
+    with pytest.raises(UsageError, match="trained on random data is not kept"):
+        parse_suite({**values, "evaluations": {"a": {"task": "loss", "data": "x.jsonl"}}}, source="suite")
 
 
 def test_preparations_run_where_their_product_is_missing(place: Path, tmp_path: Path, runner: Runner) -> None:

@@ -21,6 +21,7 @@ from .. import delta
 from .._delta_file import DeltaFile
 from ..evaluate import EvaluationResult, EvaluationSettings, evaluate
 from ..train._folder import RunFolder
+from ..train._recipe import RandomData
 from ._job import Job
 from ._protocol import local_folder
 
@@ -33,12 +34,13 @@ class Shipment:
     """What must be handed on for somebody who has the base to have the trained model.
 
     Args:
-        num_bytes: size of the adapter, of the delta, or of the whole model where that is no larger.
+        num_bytes: size of the adapter, of the delta, or of the whole model where that is no larger; None for a model
+            that is not kept.
         num_trained: weights of the adapter, or of the tensors that moved.
     """
 
-    num_bytes: int
-    num_trained: int
+    num_bytes: int | None
+    num_trained: int | None
 
 
 def measure_scores(job: Job) -> dict[str, EvaluationResult]:
@@ -56,6 +58,8 @@ def measure_forgetting(job: Job) -> dict[str, float] | None:
 def measure_shipment(job: Job, run: Mapping[str, Any]) -> Shipment:
     """The smallest way to hand on the trained model, `run` being its run.json."""
     folder, total = RunFolder(job.training), run["model"]["parameters"]
+    if isinstance(job.recipe.data, RandomData):
+        return Shipment(num_bytes=None, num_trained=None)
     if folder.adapter.is_dir():
         return Shipment(num_bytes=weight_bytes(folder.adapter), num_trained=count_weights(folder.adapter))
     whole = weight_bytes(folder.root)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from .. import UsageError
 from ..evaluate._data import HUB_DATA
 from ..train._files import sha256
-from ..train._recipe import Recipe
+from ..train._recipe import RandomData, Recipe
 from ._suite import Evaluation, Suite
 
 FREE = {
@@ -85,9 +85,10 @@ def _recipe_settings(recipe: Recipe) -> dict[str, Any]:
     data = recipe.data
     model = place_fingerprint(recipe.model.path, kind="model", revision=recipe.model.revision)
     values["model"]["fingerprint"] = model
-    values["data"]["fingerprint"] = place_fingerprint(data.path, kind="dataset")
-    is_file = isinstance(data.validation, str) and Path(data.validation).exists()
-    values["data"]["validation"] = sha256(str(data.validation)) if is_file else data.validation
+    if not isinstance(data, RandomData):
+        values["data"]["fingerprint"] = place_fingerprint(data.path, kind="dataset")
+        is_file = isinstance(data.validation, str) and Path(data.validation).exists()
+        values["data"]["validation"] = sha256(str(data.validation)) if is_file else data.validation
     return values
 
 

@@ -16,7 +16,7 @@ from .. import UsageError
 from ..evaluate import EvaluationSettings
 from ..train._load import explain, merge, parse_override, read_values
 from ..train._methods import Method
-from ..train._recipe import Place, Recipe
+from ..train._recipe import Place, RandomData, Recipe
 from ..train._settings import Settings
 
 NOT_SHARED = {
@@ -149,6 +149,10 @@ class Suite(Settings):
             raise ValueError(
                 f"recipe.data.validation: missing, and {searched[0]!r} has several rates to choose from by the loss on "
                 "held-out examples; write e.g. validation: 0.02"
+            )
+        if isinstance(self.recipe.data, RandomData) and (self.evaluations or self.forgetting):
+            raise ValueError(
+                "evaluations and forgetting: a model that is trained on random data is not kept; leave them out"
             )
         if self.forgetting is not None and self.forgetting.task != "loss":
             raise ValueError(f"forgetting.task={self.forgetting.task!r}: forgetting is a loss; write task: loss")
