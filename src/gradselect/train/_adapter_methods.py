@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
+from .. import UsageError
 from ._settings import Settings
 
 if TYPE_CHECKING:
@@ -64,6 +66,83 @@ class LoraMethod(AbstractAdapterMethod):
             modules_to_save=whole or None,
             ensure_weight_tying=self.train_embedding,
         )
+
+
+class AdaLoraMethod(AbstractAdapterMethod):
+    """Low-rank adapters that lose ranks where they matter least (Zhang et al., "AdaLoRA", arXiv 2303.10512).
+
+    Singular triplets are scored by |weight x gradient|, smoothed. From `start` to `end` of the run the total of ranks
+    falls along a cubic from `initial_rank` to `rank` a matrix. The loss has the penalty `orthogonality` on how far the
+    singular vectors are from orthogonal; it is part of the training loss that is shown. The shares of the run and how
+    often ranks are given out are a choice.
+
+    Attributes:
+        rank: mean rank of a matrix in the end.
+        initial_rank: of every matrix at first; by default 1.5 times `rank`, the ratio of PEFT's defaults.
+        alpha: scale of the update; by default twice `rank`.
+        dropout: on the adapter's input.
+        targets: "all-linear", or names of the layers to adapt.
+        start: share of the run after which ranks begin to fall.
+        end: share of the run after which they stay.
+        every: steps between two allocations.
+        orthogonality: weight of the penalty.
+    """
+
+    name: Literal["adalora"]
+    rank: PositiveInt = 16
+    initial_rank: PositiveInt | None = None
+    alpha: PositiveInt | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    end: Annotated[float, Field(gt=0, le=1)] = 0.7
+    every: PositiveInt = 10
+    orthogonality: NonNegativeFloat = 0.5
+
+    @property
+    def first_rank(self) -> int:
+        """Rank of every matrix at first."""
+        return math.ceil(1.5 * self.rank) if self.initial_rank is None else self.initial_rank
+
+    @model_validator(mode="after")
+    def check_schedule(self) -> Self:
+        if self.first_rank <= self.rank:
+            raise ValueError(f"initial_rank={self.initial_rank} must be above rank={self.rank}; write 2 x rank")
+        if self.start >= self.end:
+            raise ValueError(f"start={self.start} must be below end={self.end}; write e.g. start=0.1 end=0.7")
+        return self
+
+    def peft_config(self, *, embedding: str, head: Sequence[str] = ()) -> PeftConfig:
+        from peft import AdaLoraConfig
+
+        return AdaLoraConfig(
+            task_type=_task_type(head),
+            init_r=self.first_rank,
+            target_r=self.rank,
+            lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
+            deltaT=self.every,
+            orth_reg_weight=self.orthogonality,
+            modules_to_save=list(head) or None,
+            # `schedule` sets it when the number of steps is known.
+            total_step=1,
+        )
+
+    def schedule(self, config: Any, *, num_steps: int) -> None:
+        """Write the course of the ranks over a run of `num_steps` into PEFT's configuration.
+
+        Raises:
+            UsageError: the run is too short for one.
+        """
+        config.total_step = num_steps
+        config.tinit = round(self.start * num_steps)
+        config.tfinal = num_steps - min(round(self.end * num_steps), num_steps - 1)
+        if config.tinit >= config.total_step - config.tfinal:
+            raise UsageError(
+                f"method.start={self.start} and method.end={self.end} of {num_steps} steps leave no step for ranks to "
+                "fall; take more steps, e.g. run.steps=100"
+            )
 
 
 class OtherAdapterMethod(AbstractAdapterMethod):

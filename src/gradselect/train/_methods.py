@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from .. import (
+    MISA,
     AbstractPolicy,
     AbstractResidency,
     AdaGradSelect,
@@ -21,7 +22,7 @@ from .. import (
     Offload,
     Uniform,
 )
-from ._adapter_methods import LoraMethod, OtherAdapterMethod
+from ._adapter_methods import AdaLoraMethod, LoraMethod, OtherAdapterMethod
 from ._mask_methods import (
     BitFitMethod,
     GMTMethod,
@@ -32,6 +33,7 @@ from ._mask_methods import (
     StaticMethod,
 )
 from ._settings import Settings
+from ._witness_methods import BAdamPackageMethod, GaLoreMethod
 
 Residency = Literal["keep", "offload", "drop"]
 
@@ -43,10 +45,12 @@ class AbstractBlockMethod(Settings, ABC):
         always: blocks that train at every step beside the policy's choice, e.g. ["embedding"].
         residency: where the optimizer state of a block lives while it is not selected: on the device (keep), in host
             memory (offload), nowhere (drop).
+        units: what a block is: a layer, or a matrix in one ("layer.3.self_attn.q_proj"); see `gradselect.partition`.
     """
 
     always: tuple[str, ...] = ()
     residency: Residency = "offload"
+    units: Literal["layer", "matrix"] = "layer"
 
     @abstractmethod
     def policy(self, *, seed: int, blocks: Sequence[str]) -> AbstractPolicy:
@@ -158,6 +162,25 @@ class BAdamMethod(AbstractBlockMethod):
         return Cyclic(seed=seed, **self.policy_options())
 
 
+class MisaMethod(AbstractBlockMethod):
+    """MISA (Liu et al., arXiv 2511.00056): matrices of the layers, drawn by importance, state dropped after a period.
+
+    `gradselect.MISA` says what of it is the paper's.
+    """
+
+    name: Literal["misa"]
+    share: float = 0.03
+    every: int = 50
+    eta: float = 1.0
+    ema: float = 0.9
+    among: tuple[str, ...] | None = ("layer.*.*.*",)
+    residency: Residency = "drop"
+    units: Literal["layer", "matrix"] = "matrix"
+
+    def policy(self, *, seed: int, blocks: Sequence[str]) -> AbstractPolicy:
+        return MISA(seed=seed, **self.policy_options())
+
+
 class LastMethod(AbstractBlockMethod):
     """The last `count` layers of the model, at every step."""
 
@@ -166,8 +189,9 @@ class LastMethod(AbstractBlockMethod):
     residency: Residency = "keep"
 
     def policy(self, *, seed: int, blocks: Sequence[str]) -> AbstractPolicy:
-        layers = [name for name in blocks if name.startswith("layer.")]
-        return Fixed(tuple(layers[-self.count :]) or ("layer.*",))
+        layers = list(dict.fromkeys(name.split(".")[1] for name in blocks if name.startswith("layer.")))
+        last = [name for name in blocks if name.startswith("layer.") and name.split(".")[1] in layers[-self.count :]]
+        return Fixed(tuple(last) or ("layer.*",))
 
 
 class FixedMethod(AbstractBlockMethod):
@@ -207,11 +231,15 @@ Method = Annotated[
     | UniformMethod
     | LisaMethod
     | BAdamMethod
+    | MisaMethod
     | LastMethod
     | FixedMethod
     | FullMethod
     | LoraMethod
+    | AdaLoraMethod
     | OtherAdapterMethod
+    | BAdamPackageMethod
+    | GaLoreMethod
     | ID3Method
     | GMTMethod
     | StaticMethod

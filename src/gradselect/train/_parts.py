@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
 from .. import UsageError, partition
 from ..integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
-from ._adapter_methods import AbstractAdapterMethod
+from ._adalora import OrthogonalityPenalty, RankCallback
+from ._adapter_methods import AbstractAdapterMethod, AdaLoraMethod
 from ._folder import RunFolder
 from ._inputs import Inputs
 from ._mask_methods import AbstractFreeMaskMethod, AbstractMaskMethod, RunFacts
 from ._methods import AbstractBlockMethod, AllMethod, FullMethod
 from ._recipe import Recipe
+from ._witness_methods import AbstractWitnessMethod, WitnessFactory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +32,13 @@ class MethodParts:
         optimizer: factory and arguments; None is the trainer's own AdamW, or that of a mask, which is made when the
             trainer is there: it may need batches and the number of steps.
         callbacks: beside the trainer's own.
+        penalty: what the method adds to the loss of each step.
     """
 
     model: nn.Module
     optimizer: tuple[Any, dict[str, Any]] | None
     callbacks: list[TrainerCallback]
+    penalty: Callable[[], Tensor] | None = None
 
 
 def method_parts(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> MethodParts:
@@ -56,6 +60,12 @@ def method_parts(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> Method
         case AbstractMaskMethod():
             model = _adapt(inputs, adapter, seed=recipe.run.seed) if (adapter := _adapter_of(method)) else model
             return MethodParts(model=model, optimizer=None, callbacks=[SelectionCallback(jsonl=folder.records_file)])
+        case AdaLoraMethod():
+            _check_saves_nothing(recipe)
+            return _adalora_parts(method, recipe, inputs)
+        case AbstractWitnessMethod():
+            _check_saves_nothing(recipe)
+            return MethodParts(model=model, optimizer=_witness(method, recipe, inputs), callbacks=[])
         case AbstractAdapterMethod():
             return _adapter_parts(method, recipe, inputs)
         case FullMethod():
@@ -97,16 +107,45 @@ def _adapter_parts(method: AbstractAdapterMethod, recipe: Recipe, inputs: Inputs
     return MethodParts(model=adapted, optimizer=(SelectiveOptimizerFactory, options), callbacks=[SelectionCallback()])
 
 
+def _adalora_parts(method: AdaLoraMethod, recipe: Recipe, inputs: Inputs) -> MethodParts:
+    parts = _adapter_parts(method, recipe, inputs)
+    assert isinstance(parts.model, PeftModel)
+    if recipe.run.steps is not None:
+        # Now rather than at the first step; of epochs the trainer counts the steps.
+        method.schedule(parts.model.active_peft_config, num_steps=recipe.run.steps)
+    return replace(
+        parts,
+        callbacks=[*parts.callbacks, RankCallback(method, parts.model)],
+        penalty=OrthogonalityPenalty(parts.model, weight=method.orthogonality) if method.orthogonality else None,
+    )
+
+
+def _witness(method: AbstractWitnessMethod, recipe: Recipe, inputs: Inputs) -> tuple[Any, dict[str, Any]]:
+    adamw = _adamw_options(recipe)
+    del adamw["accumulation_steps"]
+    return WitnessFactory, {"method": method, "head": tuple(inputs.head), "adamw": adamw}
+
+
+def _check_saves_nothing(recipe: Recipe) -> None:
+    """Of some methods what decides the next step is in no checkpoint."""
+    if recipe.run.save_every is not None:
+        raise UsageError(
+            f"method.name={recipe.method.name} cannot go on from a checkpoint, which would lack what its package keeps "
+            f"to itself; write run.save_every=null (it was {recipe.run.save_every})"
+        )
+
+
 def _block_options(
     method: AbstractBlockMethod, recipe: Recipe, model: nn.Module, *, head: Collection[str]
 ) -> dict[str, Any]:
     """Arguments of `gradselect.BlockOptimizer`; `head` are names of parameters that train at every step."""
-    blocks = partition(model)
+    blocks = partition(model, by=method.units)
     heads = [block.name for block in blocks if not set(head).isdisjoint(block.parameter_names)]
     return {
         "policy": method.policy(seed=recipe.run.seed, blocks=[block.name for block in blocks]),
         "always": (*method.always, *heads),
         "residency": method.place(),
+        "blocks": blocks,
         "master_dtype": torch.float32,
         **_adamw_options(recipe),
     }

@@ -41,6 +41,7 @@ def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> RunTr
         "model": parts.model,
         "processing_class": inputs.tokenizer,
         "optimizer_cls_and_kwargs": parts.optimizer,
+        "penalty": parts.penalty,
         "callbacks": [*parts.callbacks, *_trackers(recipe, folder)],
     }
     if isinstance(recipe.data, ClassificationData):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,15 +23,24 @@ class RunTrainer(Trainer):
     Args:
         folder: its checkpoints go to `folder.checkpoints`, each written aside and then renamed.
         keep_checkpoints: how many there are at most; older ones are deleted.
+        penalty: added to the loss of each step, beside that of the examples.
         others: as for the parent, by keyword.
 
     Attributes:
         num_tokens: tokens that this session has trained on, prompts included and padding not.
     """
 
-    def __init__(self, *, folder: RunFolder, keep_checkpoints: int, **others: Any) -> None:
+    def __init__(
+        self,
+        *,
+        folder: RunFolder,
+        keep_checkpoints: int,
+        penalty: Callable[[], Tensor] | None = None,
+        **others: Any,
+    ) -> None:
         self._folder = folder
         self._keep_checkpoints = keep_checkpoints
+        self._penalty = penalty
         self._writing_to = str(folder.checkpoints)
         self.num_tokens = 0
         super().__init__(**others)
@@ -48,6 +58,10 @@ class RunTrainer(Trainer):
             UsageError: it is NaN or infinite in training; the step has changed nothing yet.
         """
         result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training and self._penalty is not None:
+            assert not return_outputs
+            # The examples' loss is a share of the step's already; so is this.
+            result = result + self._penalty() / self.current_gradient_accumulation_steps
         if model.training:
             loss = (result[0] if return_outputs else result).item()
             if not math.isfinite(loss):
