@@ -281,7 +281,7 @@ def test_speed_and_memory_alone_make_a_page(tmp_path, capsys):
         empty = dict.fromkeys(("scores", "items", "forgetting", "validation_loss", "curves"))
         write(tmp_path, {**values, "gradselect": values["gradselect"] | empty})
     assert run(tmp_path, "--output", tmp_path / "out") == 0
-    assert "2 runs" in capsys.readouterr().out
+    assert "runs 2, pictures" in capsys.readouterr().out
     page = Page(tmp_path / "out" / "report.html")
     assert "Speed-up" in page.text
     assert "accuracy" not in page.text
@@ -301,6 +301,16 @@ def test_without_full_fine_tuning_nothing_is_relative_to_it(tmp_path):
     assert "Speed-up" not in headline(tmp_path)["LoRA r=64"]
     comparison = comparison_of(tmp_path)
     assert comparison.differences[0][1] == comparison.scores[0].best()
+
+
+def test_methods_that_differ_in_signs_alone_have_files_of_their_own(tmp_path):
+    chosen = block_selection(steps=20, count=2, seed=0, explores=False)
+    for name in ("uniform 20 %", "uniform 20", "uniform-20"):
+        write(tmp_path, result(name, selection=chosen, steps=20, num_items=5)).rename(tmp_path / f"{name}.json")
+    page = build_page(read_results(tmp_path, include_dirty=False))
+    names = [chart.name for chart in page.charts]
+    assert len(set(names)) == len(names)
+    assert sum(name.startswith("blocks-uniform-20") for name in names) == 3
 
 
 def test_a_method_looks_the_same_in_every_chart_and_like_no_other(tmp_path):

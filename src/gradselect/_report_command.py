@@ -23,7 +23,7 @@ def report(
     for skipped in summary.skipped:
         typer.echo(f"skipped {skipped.file}: {skipped.reason}", err=True)
     if summary.num_dirty:
-        typer.echo(f"left out {summary.num_dirty} runs of a tree with uncommitted changes; --include-dirty", err=True)
+        typer.echo(f"left out, of a tree with uncommitted changes (--include-dirty): {summary.num_dirty}", err=True)
     if summary.num_failed:
-        typer.echo(f"left out {summary.num_failed} failed runs; the page lists them", err=True)
-    typer.echo(f"{summary.page}: {summary.num_runs} runs, {len(summary.pictures)} pictures")
+        typer.echo(f"failed, listed in the page: {summary.num_failed}", err=True)
+    typer.echo(f"{summary.page}  runs {summary.num_runs}, pictures {len(summary.pictures)}")

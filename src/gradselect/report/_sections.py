@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from . import _tables as tables
@@ -22,6 +22,7 @@ from ._charts import (
     draw_time_parts,
     score_axis,
     score_points,
+    slug,
     smoothed,
     time_axis,
 )
@@ -256,12 +257,27 @@ def _curves(comparison: Comparison) -> tuple[str, dict[str, tuple[list[float], l
 
 def _selection(comparison: Comparison, name: Namer) -> Iterator[Part]:
     selecting = [(method, blocks) for method in comparison.methods if (blocks := method.blocks) is not None]
-    maps = [draw_selection(method, blocks) for method, blocks in selecting if blocks.selected]
+    names = _file_names([method.name for method, _ in selecting])
+    maps = [
+        draw_selection(method, blocks, name=f"blocks-{names[method.name]}")
+        for method, blocks in selecting
+        if blocks.selected
+    ]
     charts = [*_evenness(comparison), *maps]
     if charts:
         yield Part(charts=tuple(charts))
     if (table := tables.mask_table(comparison.methods, name=name)) is not None:
         yield Part(title="Single weights", table=table)
+
+
+def _file_names(methods: Sequence[str]) -> dict[str, str]:
+    """A name for the files of each method; where signs alone tell methods apart, a number does."""
+    names: dict[str, str] = {}
+    for method in sorted(methods):
+        start = slug(method)
+        taken = sum(other == start or other.startswith(f"{start}--") for other in names.values())
+        names[method] = f"{start}--{taken + 1}" if taken else start
+    return names
 
 
 def _evenness(comparison: Comparison) -> Iterator[Chart]:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from . import _words as words
-from ._charts import Chart, slug
+from ._charts import Chart
 from ._format import BlockSelection
 from ._methods import Method
 from ._style import GREY, INK, new_figure, to_png
@@ -20,7 +20,7 @@ MOST_ROWS = 34
 """More blocks than these are not all named."""
 
 
-def draw_selection(method: Method, selection: BlockSelection) -> Chart:
+def draw_selection(method: Method, selection: BlockSelection, *, name: str) -> Chart:
     """Block by step, explore steps above it, and at the right how often each block was updated."""
     trained, edges = in_stretches(selection)
     num_blocks, num_steps = len(selection.blocks), len(selection.selected)
@@ -51,7 +51,7 @@ def draw_selection(method: Method, selection: BlockSelection) -> Chart:
     strip.set_xlim(0, num_steps)
     axes.set_xlim(0, num_steps)
     return Chart(
-        name=f"blocks-{slug(method.name)}",
+        name=name,
         title=f"{method.name}: which blocks trained when",
         caption=_caption(method, selection, stretch=num_steps > MOST_COLUMNS),
         alt=_alt(method, selection),
