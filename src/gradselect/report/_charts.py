@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,8 +31,11 @@ from ._style import (
 MOST_LINES = 6
 """Curves in one frame; more get a frame each."""
 
-MOST_LETTERS = 42
+MOST_LETTERS = 45
 """Of the names in a legend's line."""
+
+LONGEST_LINE = 22
+"""Letters of a name beside bars."""
 
 Marks = Mapping[str, Mark]
 
@@ -196,12 +200,12 @@ def draw_differences(differences: Sequence[Difference], *, measure: Measure, ref
         mark = marks[difference.first]
         value = difference.value * measure.scale
         axes.plot(value, place, mark.shape, color=mark.colour, markerfacecolor=mark.face, markersize=8)
-    names = [f"{difference.first}{' *' if difference.is_significant else ''}" for difference in differences]
-    axes.set_yticks(range(len(differences)), names)
+    names = [_in_lines(f"{one.first}{' *' if one.is_significant else ''}") for one in differences]
+    axes.set_yticks(range(len(differences)), names, fontsize=9.5)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(differences) - 0.4, -0.6)
     better = "right" if measure.higher_is_better else "left"
-    axes.set_xlabel(f"{measure.title} minus that of {reference}{measure.unit and ', '}{measure.unit}")
+    axes.set_xlabel(f"difference{measure.unit and ', '}{measure.unit}")
     axes.spines["left"].set_visible(False)
     listed = "; ".join(
         f"{difference.first}: {measure.show_difference(difference.value)} "
@@ -310,6 +314,11 @@ def slug(name: str) -> str:
     """A name as a part of a file's name."""
     kept = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.lower())
     return "-".join(part for part in kept.split("-") if part) or "method"
+
+
+def _in_lines(name: str) -> str:
+    """A long name in two lines or more: beside bars it would take their place."""
+    return "\n".join(textwrap.wrap(name, LONGEST_LINE))
 
 
 def _draw_point(axes: Axes, point: Point, mark: Mark, x_size: float, y_size: float) -> None:
@@ -436,10 +445,10 @@ def _draw_stacks(
         text.set_path_effects(HALO)
     if reference:
         axes.axvline(reference / axis.size, color=INK, linewidth=1, linestyle=(0, (4, 2)))
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [_in_lines(row_name) for row_name in names], fontsize=9.5)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.32 * max(ends))
+    axes.set_xlim(0, 1.45 * max(ends))
     axes.set_xlabel(axis.label)
     letters = sum(len(parts[place]) for place in shown)
     columns = len(shown) if letters < MOST_LETTERS else 3

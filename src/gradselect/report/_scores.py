@@ -42,7 +42,7 @@ class Measure:
 
     @property
     def title(self) -> str:
-        return f"{self.name} {self.metric}"
+        return self.name if self.name == self.metric else f"{self.name} {self.metric}"
 
     @property
     def is_share(self) -> bool:
