@@ -331,7 +331,9 @@ def test_the_command_runs_each_run_in_a_process_of_its_own(
 ) -> None:
     """One process here: a Python that loads torch and transformers takes ten seconds."""
     suite = write_suite(place, tmp_path / "suite.yaml", methods={"b": BLOCKS}, evaluations={}, seeds=1)
-    main(["compare", str(suite), "--results", str(tmp_path / "results")])
+    with pytest.raises(SystemExit) as raised:
+        main(["compare", str(suite), "--results", str(tmp_path / "results")])
+    assert raised.value.code == 0
     assert "results in" in capsys.readouterr().out
     result = read_result(tmp_path / "results" / "b.lr-0.01.seed-0.score.json")
     assert result.succeeded
