@@ -13,7 +13,7 @@ import gradselect
 
 PACKAGE = Path(gradselect.__file__).parent
 LEAVES = {"_errors", "_checks"}
-GROUND = LEAVES | {"_freeze", "_blocks", "_rules", "_records", "_checkpoint"}
+GROUND = LEAVES | {"_freeze", "_blocks", "_rules", "_records", "_checkpoint", "_distributed"}
 CONTRACTS = GROUND | {"_policy", "_residency", "_observe", "_groups", "_state"}
 
 ALLOWED = {
@@ -27,9 +27,10 @@ ALLOWED = {
     "_checkpoint": LEAVES,
     "_policy": LEAVES | {"_blocks"},
     "_residency": LEAVES | {"_blocks", "_rules"},
-    "_observe": LEAVES | {"_blocks"},
+    "_distributed": LEAVES,
+    "_observe": LEAVES | {"_blocks", "_distributed"},
     "_groups": LEAVES | {"_blocks"},
-    "_state": LEAVES | {"_residency", "_rules", "_groups", "_observe"},
+    "_state": LEAVES | {"_residency", "_rules", "_groups", "_observe", "_distributed"},
     "_base": LEAVES | {"_groups"},
     "_optimizer": CONTRACTS | {"_base"},
     "_reader": LEAVES | {"_observe"},

@@ -46,6 +46,10 @@ class ParameterTable:
         """Every parameter, in the order of `names`."""
         return self._find(self._places)
 
+    def named(self) -> list[tuple[str, Parameter]]:
+        """Every parameter with its name."""
+        return list(zip(self.names, self.all(), strict=True))
+
     def of(self, block: str) -> list[Parameter]:
         """The parameters of one block."""
         return self._find(self.members[block])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
+from ._distributed import SquareSums, held
 from ._errors import UsageError
 
 Score = Callable[[str, float], float]
@@ -29,10 +32,14 @@ class GradientObserver:
     one on a frozen parameter, but an early one survives being frozen. Each parameter is marked with its newest
     observer (`gradselect_owner`), so an older one falls silent.
 
+    On several processes a gradient is final when the backward pass has ended and the wrapper has averaged it: blocks
+    are measured then, nothing is released before, and `norms` adds up over the shards.
+
     Args:
         blocks: the parameters of each block, by block name, in model order.
         accumulation_steps: backward passes before an optimizer step; gradients are read in the last.
         grad_scaler: what multiplies the loss, if anything does; norms are divided by its scale.
+        is_one_of_many: whether there are several processes.
     """
 
     def __init__(
@@ -41,14 +48,22 @@ class GradientObserver:
         *,
         accumulation_steps: int = 1,
         grad_scaler: GradScaler | None = None,
+        is_one_of_many: bool = False,
     ) -> None:
         self.accumulation_steps = accumulation_steps
         self.grad_scaler = grad_scaler
-        self._blocks = {name: tuple(parameters) for name, parameters in blocks.items()}
-        self._rank = {name: position for position, name in enumerate(self._blocks)}
+        self._rank = {name: position for position, name in enumerate(blocks)}
         self._watched: frozenset[str] = frozenset()
         self._score: Score | None = None
         self._keep = 0
+        self._sums = SquareSums(gradient_norm) if is_one_of_many else None
+        self._handles: list[RemovableHandle] = []
+        self.follow(blocks)
+
+    def follow(self, blocks: Mapping[str, Sequence[Parameter]]) -> None:
+        """Observe these parameters of the same blocks: at first, and when a wrapper has put others in their place."""
+        self.close()
+        self._blocks = {name: tuple(parameters) for name, parameters in blocks.items()}
         self.restart()
         for parameter in self._parameters():
             parameter.gradselect_owner = id(self)  # pyright: ignore[reportAttributeAccessIssue]
@@ -77,6 +92,8 @@ class GradientObserver:
         self._num_passes = 0
         self._in_pass = False
         self._known_scale: float | None = None
+        if self._sums is not None:
+            self._sums.clear()
 
     @property
     def saw_gradients(self) -> bool:
@@ -89,6 +106,8 @@ class GradientObserver:
         Blocks of a window that ended before its last announced backward pass are measured now, from the gradients as
         they are: unscaled, and clipped if they were clipped.
         """
+        if self._sums is not None and not self._norms:
+            self._norms.update(self._shared_norms())
         for name in self._blocks:
             if name in self._watched and name not in self._norms:
                 self._complete(name, scale=1.0)
@@ -117,9 +136,9 @@ class GradientObserver:
             )
         if not self._in_pass:
             self._in_pass = True
-            # The engine's own end of the pass, as data parallel wrappers use it.
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)  # pyright: ignore
-        if self._num_passes == self.accumulation_steps - 1:
+            # Data parallel wrappers finish at the end of the pass too: what is queued only there runs after them.
+            _at_end_of_pass(self._end_pass if self._sums is None else partial(_at_end_of_pass, self._end_shared_pass))
+        if self._num_passes == self.accumulation_steps - 1 and self._sums is None:
             self._incomplete[name] -= 1
             if self._incomplete[name] == 0:
                 self._complete(name, scale=self._scale())
@@ -132,6 +151,28 @@ class GradientObserver:
                 if name in self._watched and name not in self._norms:
                     self._complete(name, scale=self._scale())
 
+    def _end_shared_pass(self) -> None:
+        """Measure what this process holds, after every pass: only the wrapper knows which pass averages."""
+        self._in_pass = False
+        self._num_passes += 1
+        self._measure_shared(self._watched, scale=self._scale())
+        if self._num_passes == self.accumulation_steps and self._score is not None:
+            self._norms.update(self._shared_norms())
+            for name in self._norms:
+                self._consider(name)
+
+    def _measure_shared(self, names: Collection[str], *, scale: float) -> None:
+        assert self._sums is not None
+        for name in names:
+            self._sums.measure(name, self._blocks[name], scale=scale)
+
+    def _shared_norms(self) -> dict[str, float]:
+        """Norms of the whole gradients of the watched blocks: adds up over the processes."""
+        assert self._sums is not None
+        watched = [name for name in self._blocks if name in self._watched]
+        self._measure_shared([name for name in watched if name not in self._sums], scale=1.0)
+        return self._sums.norms(watched)
+
     def _parameters(self) -> list[Parameter]:
         return [parameter for parameters in self._blocks.values() for parameter in parameters]
 
@@ -141,11 +182,14 @@ class GradientObserver:
         return self._known_scale
 
     def _complete(self, name: str, *, scale: float) -> None:
-        norm = gradient_norm(self._blocks[name]) / scale
-        self._norms[name] = norm
-        if self._score is None:
-            return  # nobody waits for the number: it stays on the device
-        self._norms[name] = number = float(norm)
+        self._norms[name] = gradient_norm(self._blocks[name]) / scale
+        if self._score is not None:  # else nobody waits for the number: it stays on the device
+            self._consider(name)
+
+    def _consider(self, name: str) -> None:
+        """Is its score among the largest so far? Then another block may lose its gradients."""
+        assert self._score is not None
+        self._norms[name] = number = float(self._norms[name])
         if math.isfinite(number):
             self._leaders[name] = self._score(name, number)
             # A scaler that finds no gradient at all takes it for a mistake.
@@ -162,12 +206,14 @@ class GradientObserver:
 def gradient_norm(parameters: Sequence[Parameter]) -> Tensor:
     """L2 norm, in fp32, of the gradients of `parameters` taken as one vector; without any gradient 0.0. Shape ().
 
+    Of sharded gradients it is that of the shards which this process holds.
+
     Raises:
         UsageError: a gradient is sparse.
     """
     norms = [
         torch.linalg.vector_norm(
-            dense(parameter.grad), dtype=torch.promote_types(parameter.dtype, torch.float32)
+            dense(held(parameter.grad)), dtype=torch.promote_types(parameter.dtype, torch.float32)
         ).float()
         for parameter in parameters
         if parameter.grad is not None
@@ -186,6 +232,11 @@ def dense(gradient: Tensor) -> Tensor:
     if gradient.is_sparse:
         raise UsageError("sparse gradients are not supported; build the embedding with sparse=False")
     return gradient
+
+
+def _at_end_of_pass(call: Callable[[], None]) -> None:
+    """Queue a call for when the backward pass that runs now has visited everything, as data parallel wrappers do."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)  # pyright: ignore
 
 
 def _ordered(score: float) -> float:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn import Parameter
 
 from ._base import SelectiveOptimizer
 from ._blocks import Block, check_partition, partition, resolve_names
 from ._checkpoint import check_same
+from ._distributed import Together, check_placement, is_running, unwrapped
 from ._errors import UsageError
 from ._freeze import freeze, give_back
 from ._groups import ParameterTable, check_hyper_parameters, check_is, decay_groups
@@ -22,7 +24,7 @@ from ._policy import AbstractPolicy
 from ._records import MemoryBytes, StepRecord, selection_entropy
 from ._residency import AbstractResidency, Keep
 from ._rules import AbstractRule, AdamWRule
-from ._state import MASTER, BlockStates, num_bytes
+from ._state import BlockStates, num_bytes
 
 
 class BlockOptimizer(SelectiveOptimizer[StepRecord]):
@@ -123,6 +125,8 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         check_is(residency, AbstractResidency, name="residency", example="residency=gs.Offload()")
         check_is(rule, AbstractRule, name="rule", example="rule=gs.AdamWRule()")
         check_hyper_parameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        check_placement(model)
+        model = unwrapped(model)
         blocks = partition(model) if blocks is None else check_partition(model, blocks)
         self._always = resolve_names(blocks, always)
         self.policy = _bind(policy, blocks, always=self._always)
@@ -135,11 +139,14 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self._other_weight_bytes = sum(map(num_bytes, model.parameters())) - sum(map(num_bytes, self._table.all()))
         self._update_counts = dict.fromkeys(self.blocks, 0)
 
+        self._together = Together(model, self, BlockOptimizer._begin_together) if is_running() else None
         self._set_trainable(self.blocks)
-        self._observer = GradientObserver({block.name: block.parameters for block in blocks}, grad_scaler=grad_scaler)
+        self._observer = GradientObserver(
+            self._parameters_by_block(), grad_scaler=grad_scaler, is_one_of_many=self._together is not None
+        )
         self.accumulation_steps = accumulation_steps
-        self._give_back = weakref.finalize(self, give_back, self._table.all(), owner=id(self._observer))
-        self._give_back.atexit = False
+        self._give_back: weakref.finalize[..., Any] | None = None
+        self._hold()
         self._propose()
 
     # The main path -----------------------------------------------------------------------------------------------
@@ -173,7 +180,11 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     def _decide(self, norms: Mapping[str, float]) -> tuple[str, ...]:
         """The selection of this step: what was proposed, or what the norms say; `always` blocks included."""
         self._check_ownership()
-        return self._with_always(self.policy.decide(self._step, norms) if self._proposal is None else self._proposal)
+        decided = self.policy.decide(self._step, norms) if self._proposal is None else self._proposal
+        selected = self._with_always(decided)
+        if self._together is not None:
+            self._check_together(self._together, selected)
+        return selected
 
     def _update(self, selected: Sequence[str]) -> None:
         """Apply the rule, block by block."""
@@ -258,9 +269,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     @torch.no_grad()
     def refresh_masters(self) -> None:
         """Take the model's weights as they are now for master weights: after something else than `step` set them."""
-        for parameter, state in self.state.items():
-            if MASTER in state:
-                state[MASTER].copy_(parameter)
+        self._states.refresh_masters()
 
     def memory(self) -> MemoryBytes:
         """Bytes held now, exactly, by category.
@@ -291,7 +300,8 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     def close(self) -> None:
         """Give the model back: hooks removed, what is frozen for the moment trainable again, weights untouched."""
         self._observer.close()
-        self._give_back()
+        if self._give_back is not None:
+            self._give_back()
 
     # Checkpoints -------------------------------------------------------------------------------------------------
 
@@ -303,6 +313,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         """
         self._wait_for_copies()
         state_dict = super().state_dict()
+        state_dict["state"] = self._states.spread(state_dict["state"])
         state_dict["selection"] = {
             **self._identity(),
             "step": self._step,
@@ -333,6 +344,8 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self.policy.load_state(selection["policy_state"])
         self._propose()
         self._states.moved_bytes = selection["moved_bytes"]
+        if self._together is not None:
+            self._together.check_soon()
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that loads it must agree on."""
@@ -351,12 +364,53 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         return self._observer.saw_gradients or any(parameter.grad is not None for parameter in self._table.all())
 
     def _set_trainable(self, names: Collection[str]) -> None:
+        if self._together is not None and not self._together.has_begun:
+            names = self.blocks  # the model may still be wrapped
         for name in self.blocks:
             for parameter in self._table.of(name):
                 freeze(parameter, name not in names)
 
     def _with_always(self, chosen: Collection[str]) -> tuple[str, ...]:
         return tuple(name for name in self.blocks if name in chosen or name in self._always)
+
+    @torch.no_grad()
+    def _begin_together(self) -> None:
+        """Several processes, the first forward pass: the model is as it will be trained; now freeze."""
+        assert self._together is not None
+        self._observer.follow(self._parameters_by_block())
+        self._hold()
+        self._together.check_start(
+            self._parameters_by_block(), self._decisive(), trains_everything=self._proposal == self.blocks
+        )
+        self._set_trainable(self.trainable)
+        self._together.carry_over(self._table.named())
+
+    def _check_together(self, together: Together, selected: Sequence[str]) -> None:
+        """Every process is about to do the same; see `Together`."""
+        if not together.has_begun:
+            self._begin_together()  # a loop that never calls the model as a whole
+        parameters = {name: self._table.of(name) for name in selected}
+        together.check_step(self._step, parameters, {"the selection": selected, **self._decisive()})
+
+    def _decisive(self) -> dict[str, Any]:
+        """Plain values that must be alike on all processes."""
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        return {
+            **self._identity(),
+            "policy_state": self.policy.state(),
+            "param_groups": settings,
+            "accumulation_steps": self.accumulation_steps,
+        }
+
+    def _parameters_by_block(self) -> dict[str, list[Parameter]]:
+        return {name: self._table.of(name) for name in self.blocks}
+
+    def _hold(self) -> None:
+        """When the last reference to the optimizer goes, the model's parameters as they are now are given back."""
+        if self._give_back is not None:
+            self._give_back.detach()
+        self._give_back = weakref.finalize(self, give_back, self._table.all(), owner=id(self._observer))
+        self._give_back.atexit = False
 
     def _check_ownership(self) -> None:
         if not all(self._observer.owns(parameter) for parameter in self._table.all()):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ._distributed import held, share, spread
 from ._groups import ParameterTable
 from ._observe import dense
 from ._residency import AbstractResidency
@@ -18,7 +19,7 @@ MASTER = "master"
 
 
 class BlockStates:
-    """State of the parameters of each block, kept in the optimizer's own `state`.
+    """State of the parameters of each block, kept in the optimizer's own `state`: of what this process holds of them.
 
     A parameter has a state from its first update on. Its large entries (moments, and the master weight of a
     half-precision parameter) are on the device while the block is resident.
@@ -89,12 +90,13 @@ class BlockStates:
         if not moving:
             return
         states = [self.of(parameter) for parameter, _ in moving]
-        weights = [state.get(MASTER, parameter) for state, (parameter, _) in zip(states, moving, strict=True)]
-        grads = [dense(grad).to(weight.dtype) for weight, (_, grad) in zip(weights, moving, strict=True)]
+        targets = [held(parameter) for parameter, _ in moving]
+        weights = [state.get(MASTER, target) for state, target in zip(states, targets, strict=True)]
+        grads = [dense(held(grad)).to(weight.dtype) for weight, (_, grad) in zip(weights, moving, strict=True)]
         self._rule.update(weights, grads, states, group)
-        for weight, (parameter, _) in zip(weights, moving, strict=True):
-            if weight is not parameter:
-                parameter.copy_(weight)
+        for weight, target in zip(weights, targets, strict=True):
+            if weight is not target:
+                target.copy_(weight)
 
     def num_bytes(self, name: str) -> int:
         """Bytes of the block's moments and masters, wherever they are."""
@@ -107,6 +109,23 @@ class BlockStates:
         device_bytes = sum(self.num_bytes(name) for name in self.resident)
         host_bytes = sum(self.num_bytes(name) for name in self._table.blocks if name not in self.resident)
         return master_bytes, device_bytes - master_bytes, host_bytes
+
+    def refresh_masters(self) -> None:
+        """Master weights are the weights as they are now."""
+        for parameter, state in self._store.items():
+            if MASTER in state:
+                state[MASTER].copy_(held(parameter))
+
+    def spread(self, states: Mapping[int, State]) -> dict[int, State]:
+        """States by the number of the parameter, for a checkpoint: sharded as their weight is."""
+        parameters = self._table.all()
+        return {
+            number: {
+                key: spread(value, like=parameters[number]) if key in self._large(state) else value
+                for key, value in state.items()
+            }
+            for number, state in states.items()
+        }
 
     def load(self, saved: Mapping[str, State], *, resident: Collection[str]) -> None:
         """Take copies of the saved states, by parameter name, to where they were.
@@ -129,14 +148,15 @@ class BlockStates:
         large = self._large(state)
         counter_device = self._rule.counter_device(parameter)
         return {
-            key: value.to(parameter.device if key in large else counter_device, copy=True)
+            key: share(value, like=parameter).to(parameter.device if key in large else counter_device, copy=True)
             for key, value in state.items()
         }
 
     def _make(self, parameter: Parameter) -> State:
-        if self._master_dtype is None or parameter.dtype not in (torch.bfloat16, torch.float16):
-            return self._rule.make_state(parameter)
-        master = parameter.detach().to(self._master_dtype, copy=True)
+        weight = held(parameter)
+        if self._master_dtype is None or weight.dtype not in (torch.bfloat16, torch.float16):
+            return self._rule.make_state(weight)
+        master = weight.detach().to(self._master_dtype, copy=True)
         return {MASTER: master, **self._rule.make_state(master)}
 
     def _existing(self, name: str) -> list[tuple[Parameter, State]]:
@@ -147,5 +167,5 @@ class BlockStates:
 
 
 def num_bytes(tensor: Tensor) -> int:
-    """Bytes of the tensor's elements."""
-    return tensor.numel() * tensor.element_size()
+    """Bytes of the elements that this process holds."""
+    return held(tensor).numel() * tensor.element_size()
