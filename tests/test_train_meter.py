@@ -186,6 +186,19 @@ def test_the_phases_of_a_step_are_its_whole_time(
         assert selects or figures["selection"] == 0
 
 
+def test_of_a_compact_mask_the_choice_in_the_backward_pass_counts_as_selection(place: Path, tmp_path: Path) -> None:
+    """Not as the backward pass: the streaming top k runs inside it."""
+    trainer, _ = build(place, tmp_path, method={"name": "id3", "budget": 40})
+    meter = Meter(trainer)
+    trainer.add_callback(meter)
+    phases: list[str] = []
+    chooser: Any = trainer.optimizer._chooser  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    offer = type(chooser).offer
+    chooser.offer = lambda *given: (phases.append(meter._watch.current), offer(chooser, *given))
+    trainer.train()
+    assert set(phases) == {"selection"}
+
+
 def test_medians_are_of_each_phase_apart() -> None:
     steps = [dict.fromkeys(PHASES, 1.0) | {"backward": seconds} for seconds in (1.0, 5.0, 2.0)]
     assert medians(steps) == {

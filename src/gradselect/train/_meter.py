@@ -32,7 +32,7 @@ CATEGORIES = ("weights", "gradients", "masters", "state_on_device", "state_on_ho
 
 # Private methods, by name: the optimizers know nothing of the meter, and cost nothing without it.
 _SELECTING_BLOCKS = ("_decide", "_release", "_commit", "_propose", "_report")
-_SELECTING_ENTRIES = ("_offer", "_choose_by_gradient", "_mask_dense", "_describe", "_propose", "_report")
+_SELECTING_ENTRIES = ("_mask_dense", "_describe", "_propose", "_report")
 
 
 class Meter(TrainerCallback):
@@ -128,6 +128,8 @@ class Meter(TrainerCallback):
                     self._watch.wrap(optimizer._observer, method, phase="selection")
                 names = _SELECTING_BLOCKS
             case SparseOptimizer():
+                for method in ("offer", "choose_by_gradient"):
+                    self._watch.wrap(optimizer._chooser, method, phase="selection")
                 names = _SELECTING_ENTRIES
             case _:
                 names = ()

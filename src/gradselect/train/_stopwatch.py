@@ -75,6 +75,11 @@ class Stopwatch:
         self._marks: list[tuple[Any, str | None]] = []
         self._wrapped: list[tuple[Any, str]] = []
 
+    @property
+    def current(self) -> str | None:
+        """The phase that counts now."""
+        return self._stack[-1] if self._stack else None
+
     def start(self, base: str) -> None:
         """Begin; what no phase claims is counted as `base`."""
         self._stack, self._marks = [], []
