@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 import gradselect as gs
@@ -46,8 +47,10 @@ class TinyModel(nn.Module):
         hidden = self.tokens(tokens)
         for layer in self.layers:
             hidden = layer(hidden)
-        logits = self.head(self.norm(hidden))
-        return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+        logits = self.head(self.norm(hidden))[:, :-1].flatten(0, 1)
+        # bf16 logits in fp32, as models do; fp64 as it is
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return functional.cross_entropy(logits, tokens[:, 1:].flatten())
 
 
 class TinyLayer(nn.Module):
@@ -102,7 +105,9 @@ def train(
 def whole(model: nn.Module) -> dict[str, Tensor]:
     """Parameters by name as one process would hold them; a collective."""
     return {
-        name.removeprefix("module."): getattr(parameter, "full_tensor", lambda: parameter)().detach().clone()
+        name.removeprefix("module."): (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
+        .detach()
+        .clone()
         for name, parameter in model.named_parameters()
     }
 

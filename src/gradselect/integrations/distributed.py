@@ -1,0 +1,133 @@
+"""Checkpoints of several processes, through torch.distributed.checkpoint: saved on some, loaded on any other number.
+
+    from gradselect.integrations import distributed
+
+    distributed.save("checkpoint-100", model=model, optimizer=optimizer)   # on every process
+    distributed.load("checkpoint-100", model=model, optimizer=optimizer)   # on any number of processes
+
+`torch.distributed.checkpoint.state_dict.get_optimizer_state_dict` is no substitute: it keeps the moments, forgets what
+was selected, and takes a step of its own to make a state that it can load into.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+from .. import BlockOptimizer, UsageError
+
+PLAIN = "optimizer.plain"
+STATE = "optimizer.state."
+
+
+def save(folder: str | Path, *, model: nn.Module, optimizer: BlockOptimizer) -> None:
+    """Write weights and everything that decides the next step; every process calls it and writes what it holds.
+
+    Args:
+        folder: made if it is missing; on storage that all processes share.
+        model: plain, sharded by `fully_shard`, or replicated by `replicate` or DistributedDataParallel.
+        optimizer: of that model.
+    """
+    saved = optimizer.state_dict()
+    names = _names(optimizer)
+    entries: dict[str, Any] = {
+        f"{STATE}{names[number]}.{entry}": value
+        for number, state in saved.pop("state").items()
+        for entry, value in state.items()
+    }
+    entries[PLAIN] = _as_tensor(saved)
+    with _quiet():
+        state_dict_saver.save({**_weights(model), **entries}, checkpoint_id=folder)
+
+
+def load(folder: str | Path, *, model: nn.Module, optimizer: BlockOptimizer) -> None:
+    """Continue where `save` was called; every process calls it, whatever their number.
+
+    Raises:
+        UsageError: the folder holds no such checkpoint, or that of another model, partition or policy.
+    """
+    stored = _stored_tensors(Path(folder))
+    parameters = {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+    weights = _weights(model)
+    wanted = {**weights, PLAIN: torch.empty(stored[PLAIN].size, dtype=torch.uint8)}
+    for key, info in stored.items():
+        if key.startswith(STATE):
+            name, _ = _split(key)
+            if name not in parameters:
+                raise UsageError(f"{folder} holds state of {name!r}, which this optimizer does not train")
+            wanted[key] = _room(info, like=parameters[name])
+    with _quiet():
+        state_dict_loader.load(wanted, checkpoint_id=folder)
+
+    set_model_state_dict(model, {key.removeprefix("model."): wanted[key] for key in weights})
+    numbers = {name: number for number, name in enumerate(parameters)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in wanted.items():
+        if key.startswith(STATE):
+            name, entry = _split(key)
+            state.setdefault(numbers[name], {})[entry] = value
+    optimizer.load_state_dict({**json.loads(bytes(wanted[PLAIN].tolist())), "state": state})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """One process is a number of processes like another: nothing to warn of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def _split(key: str) -> tuple[str, str]:
+    """The parameter's name and that of the entry of its state."""
+    name, _, entry = key.removeprefix(STATE).rpartition(".")
+    return name, entry
+
+
+def _weights(model: nn.Module) -> dict[str, Any]:
+    return {f"model.{name}": value for name, value in get_model_state_dict(model).items()}
+
+
+def _names(optimizer: BlockOptimizer) -> list[str]:
+    """Names of the parameters in the order in which a state_dict numbers them."""
+    return [name for group in optimizer.param_groups for name in group["param_names"]]
+
+
+def _as_tensor(plain: Any) -> Tensor:
+    """Numbers, strings, lists and dicts as bytes, those of rank 0: a file of tensors alone needs no unpickling."""
+    text = [json.dumps(plain)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(text, src=0)
+    return torch.tensor(list(text[0].encode()), dtype=torch.uint8)
+
+
+def _stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
+    if not (folder / ".metadata").exists():
+        raise UsageError(f"{folder} holds no checkpoint of gradselect.integrations.distributed.save")
+    metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {key: info for key, info in metadata.items() if isinstance(info, TensorStorageMetadata)}
+    if PLAIN not in tensors:
+        raise UsageError(f"{folder} was not written by gradselect.integrations.distributed.save: it lacks {PLAIN!r}")
+    return tensors
+
+
+def _room(info: TensorStorageMetadata, *, like: Tensor) -> Tensor:
+    """An empty tensor to load into: sharded as its weight where it has the weight's shape, else whole."""
+    if info.size == like.shape:
+        return torch.empty_like(like, dtype=info.properties.dtype, requires_grad=False)
+    return torch.empty(info.size, dtype=info.properties.dtype)

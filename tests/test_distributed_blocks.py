@@ -1,0 +1,450 @@
+"""Blocks on several processes: the same as on one, and wrong set-ups refused.
+
+One process sees the global batch, several see their rows of it, so gradients differ by the order in which they are
+added up. In fp64 that is around 1e-16 of a gradient: parameters are compared to 1e-12 and selections exactly.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_support import Failure, TinyModel, launch, rows, succeed, tiny, train, whole
+from torch import nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import gradselect as gs
+from gradselect._distributed import check_placement
+from gradselect.integrations import distributed
+
+STEPS = 30
+POLICIES = {
+    "all": gs.All(),
+    "fixed": gs.Fixed(("layer.1", "norm")),
+    "cyclic": gs.Cyclic(every=2),
+    "uniform": gs.Uniform(count=2),
+    "grad_norm": gs.GradNormTopK(count=2),
+    "adagradselect": gs.AdaGradSelect(count=2, explore_steps=40, delta=5.0, rank_by="step"),
+    "misa": gs.MISA(share=0.5, every=3),
+}
+WRAPPERS = {
+    **{("fully_shard", policy): {} for policy in POLICIES},
+    ("replicate", "adagradselect"): {},
+    ("replicate", "cyclic"): {},
+    ("ddp", "adagradselect"): {},
+    ("ddp", "cyclic"): {},
+    ("ddp afterwards", "uniform"): {},
+}
+MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def wrap(model, wrapper, **settings):
+    if wrapper.startswith("ddp"):
+        return DistributedDataParallel(model, find_unused_parameters=True)
+    apply = {"fully_shard": fully_shard, "replicate": replicate}[wrapper]
+    for layer in model.layers:
+        apply(layer, **settings)
+    return apply(model, **settings)
+
+
+def build(policy, *, wrapper=None, dtype=torch.float64, settings=None, **options):
+    """A model, wrapped, and its optimizer."""
+    options = {"lr": 1e-2, "accumulation_steps": 2, **options}
+    model = tiny(dtype=dtype)
+    if wrapper is None:
+        return model, gs.BlockOptimizer(model, policy, **options)
+    if wrapper.endswith("afterwards"):
+        optimizer = gs.BlockOptimizer(model, policy, **options)
+        return wrap(model, wrapper), optimizer
+    model = wrap(model, wrapper, **settings or {})
+    return model, gs.BlockOptimizer(model, policy, **options)
+
+
+def selections(records):
+    return [record.selected for record in records]
+
+
+def distance(one, other):
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+# the same as one process -----------------------------------------------------------------------------
+
+
+def train_all(rank, *, runs):
+    results = {}
+    for key, options in runs.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, optimizer = build(**options)
+            records = train(model, optimizer, steps=STEPS, rank=rank, world=dist.get_world_size())
+        results[key] = whole(model), records, optimizer.memory()
+    return results
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """What two processes made of every policy under every wrapper."""
+    runs = {key: {"policy": POLICIES[key[1]], "wrapper": key[0]} for key in WRAPPERS}
+    runs["fp32"] = {**runs["fully_shard", "adagradselect"], "dtype": torch.float32}
+    for name, dtype, settings in (
+        ("bf16", torch.bfloat16, {}),
+        ("mixed", torch.float32, {"mp_policy": MIXED}),
+    ):
+        runs[name] = {"policy": POLICIES["cyclic"], "wrapper": "fully_shard", "dtype": dtype, "settings": settings}
+    return succeed(train_all, world=2, runs=runs, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process made of every policy, and of the start."""
+    results = {}
+    for name, policy in POLICIES.items():
+        model, optimizer = build(policy)
+        results[name] = whole(model), train(model, optimizer, steps=STEPS), whole(model)
+    return results
+
+
+@pytest.mark.parametrize("key", list(WRAPPERS), ids="-".join)
+def test_two_processes_train_as_one_does(key, pair, alone):
+    _, expected_records, expected = alone[key[1]]
+    for rank in range(2):
+        parameters, records, _ = pair[rank][key]
+        assert selections(records) == selections(expected_records)
+        assert [record.explored for record in records] == [record.explored for record in expected_records]
+        for record, same in zip(records, expected_records, strict=True):
+            assert record.norms == pytest.approx(same.norms, rel=1e-6)
+        assert distance(parameters, expected) < 1e-12
+
+
+def test_policies_explore_and_exploit(alone):
+    """Or the comparison would compare nothing."""
+    explored = [record.explored for record in alone["adagradselect"][1]]
+    assert any(explored)
+    assert not all(explored)
+    assert len(set(selections(alone["adagradselect"][1]))) > 2
+
+
+def test_fp32_differs_by_rounding(pair, alone):
+    """Adam divides by the root of the second moment: of an entry whose gradient is near 0, rounding is all that is
+    left, so a single entry may go another way by up to lr a step. On average that is nothing.
+    """
+    start, _, expected = alone["adagradselect"]
+    parameters, _, _ = pair[0]["fp32"]
+    moved = sum(float((expected[name] - start[name]).abs().sum()) for name in start)
+    apart = sum(float((expected[name] - parameters[name]).abs().sum()) for name in start)
+    assert apart < 1e-3 * moved
+
+
+@pytest.mark.parametrize("name", ["bf16", "mixed"])
+def test_half_precision_follows_one_process(name, pair, alone):
+    """Selected alike; weights within what bf16 gradients leave of a direction."""
+    start, records, expected = alone["cyclic"]
+    parameters, others, _ = pair[0][name]
+    assert selections(others) == selections(records)
+    moved = sum(float((expected[key] - start[key]).abs().sum()) for key in start)
+    apart = sum(float((expected[key] - parameters[key].double()).abs().sum()) for key in start)
+    assert apart < 0.1 * moved
+    assert distance(parameters, pair[1][name][0]) == 0.0
+
+
+def test_shards_hold_their_share_of_the_bytes(pair):
+    both = [pair[rank]["fully_shard", "all"][2] for rank in range(2)]
+    elements = sum(parameter.numel() for parameter in TinyModel().parameters())
+    assert sum(memory["weights"] for memory in both) == 8 * elements
+    assert sum(memory["state_on_device"] for memory in both) == 2 * 8 * elements
+    masters = [pair[rank]["bf16"][2]["masters"] for rank in range(2)]
+    assert sum(masters) == 4 * elements
+
+
+# traffic ---------------------------------------------------------------------------------------------
+
+
+def count_traffic(rank):
+    """Elements of every gradient that is reduced, step by step."""
+    sent = []
+
+    def counted(reduce):
+        def call(*arguments, **options):
+            sent.append(options["input"].numel())
+            return reduce(*arguments, **options)
+
+        return call
+
+    for name in ("reduce_scatter_tensor", "reduce_scatter_single"):  # torch 2.11 and before, 2.13
+        if name in vars(dist):
+            setattr(dist, name, counted(getattr(dist, name)))
+    model, optimizer = build(gs.Fixed(("layer.1",)), wrapper="fully_shard")
+    train(model, optimizer, steps=3, rank=rank, world=2)
+    return sent
+
+
+def test_frozen_blocks_cost_no_gradient_traffic_from_the_first_step_on():
+    layer = sum(parameter.numel() for parameter in TinyModel().layers[1].parameters())
+    for sent in succeed(count_traffic, world=2):
+        assert sent == [layer] * 6  # three steps of two backward passes
+
+
+# resuming --------------------------------------------------------------------------------------------
+
+
+def train_part(rank, *, folder, first, steps, residency=None):
+    world = dist.get_world_size()
+    model, optimizer = build(POLICIES["adagradselect"], wrapper="fully_shard", residency=residency)
+    if first:
+        distributed.load(f"{folder}/{first}", model=model, optimizer=optimizer)
+    train(model, optimizer, steps=steps, rank=rank, world=world, first=first)
+    distributed.save(f"{folder}/{first + steps}", model=model, optimizer=optimizer)
+    return whole(model)
+
+
+@pytest.mark.parametrize("residency", [gs.Keep(), gs.Drop()], ids=["keep", "drop"])
+def test_resumes_on_another_number_of_processes(tmp_path, residency):
+    """2, then 1, then 3 processes end where one process does that never stops."""
+    settings = {"folder": str(tmp_path), "residency": residency}
+    succeed(train_part, world=2, first=0, steps=7, **settings)
+    model, optimizer = build(POLICIES["adagradselect"], residency=residency)
+    distributed.load(tmp_path / "7", model=model, optimizer=optimizer)
+    assert optimizer.num_steps == 7
+    train(model, optimizer, steps=7, first=7)
+    distributed.save(tmp_path / "14", model=model, optimizer=optimizer)
+    results = succeed(train_part, world=3, first=14, steps=6, **settings)
+
+    model, optimizer = build(POLICIES["adagradselect"], residency=residency)
+    train(model, optimizer, steps=20)
+    for result in results:
+        assert distance(result, whole(model)) < 1e-12
+
+
+def test_load_refuses_another_folder(tmp_path):
+    model, optimizer = build(POLICIES["cyclic"])
+    with pytest.raises(gs.UsageError, match="holds no checkpoint"):
+        distributed.load(tmp_path, model=model, optimizer=optimizer)
+
+
+def whole_state(rank, *, state_dict):
+    _model, optimizer = build(POLICIES["uniform"], wrapper="fully_shard")
+    optimizer.load_state_dict(state_dict)
+    saved = optimizer.state_dict()["state"]
+    return {number: saved[number]["exp_avg"].full_tensor() for number in saved}
+
+
+def test_shards_take_their_part_of_a_state_dict_of_one_process():
+    model, optimizer = build(POLICIES["uniform"])
+    train(model, optimizer, steps=5)
+    state_dict = optimizer.state_dict()
+    for result in succeed(whole_state, world=3, state_dict=state_dict):
+        assert {number: value.tolist() for number, value in result.items()} == {
+            number: state["exp_avg"].tolist() for number, state in state_dict["state"].items()
+        }
+
+
+# what a wrapper does after the optimizer was built -----------------------------------------------------
+
+
+def swap_as_accelerate(rank):
+    """Accelerate's prepare: placeholders in the groups, the model sharded, the shards in their places."""
+    model = tiny(dtype=torch.float64)
+    optimizer = gs.BlockOptimizer(model, POLICIES["adagradselect"], lr=1e-2, accumulation_steps=2)
+    optimizer.load_state_dict(optimizer.state_dict())
+    names = [list(group["param_names"]) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        for position in range(len(group["params"])):
+            group["params"][position] = torch.empty(1)
+    wrap(model, "fully_shard", mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float64))
+    sharded = dict(model.named_parameters())
+    for group, members in zip(optimizer.param_groups, names, strict=True):
+        group["params"] = [sharded[name] for name in members]
+    records = train(model, optimizer, steps=STEPS, rank=rank, world=2)
+    frozen = sum(not parameter.requires_grad for parameter in model.parameters())
+    optimizer.close()
+    return whole(model), records, frozen, sum(not parameter.requires_grad for parameter in model.parameters())
+
+
+def test_follows_parameters_that_accelerate_puts_into_the_groups(alone):
+    _, records, expected = alone["adagradselect"]
+    for parameters, others, frozen, frozen_after_close in succeed(swap_as_accelerate, world=2):
+        assert selections(others) == selections(records)
+        assert distance(parameters, expected) < 1e-12
+        assert frozen
+        assert not frozen_after_close
+
+
+def evaluate_first(rank):
+    """One rank alone looks at the model before training; nothing may wait for the other."""
+    model, optimizer = build(POLICIES["cyclic"], wrapper="ddp")
+    if rank == 0:
+        with torch.no_grad():
+            model.module(rows(0, rank=0, world=1))
+        model.module.eval()(rows(0, rank=0, world=1))
+        model.module.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(model, optimizer, steps=2, rank=rank, world=2)
+    return whole(model)
+
+
+def test_one_rank_may_evaluate_alone():
+    first, second = succeed(evaluate_first, world=2)
+    assert distance(first, second) == 0.0
+
+
+# wrong set-ups ---------------------------------------------------------------------------------------
+
+
+def without_wrapper(rank):
+    return build(POLICIES["cyclic"])
+
+
+def other_seed(rank):
+    return build(gs.Uniform(count=2, seed=rank), wrapper="fully_shard")
+
+
+def other_policy(rank):
+    return build(POLICIES["cyclic" if rank else "uniform"], wrapper="fully_shard")
+
+
+def other_accumulation(rank):
+    return build(POLICIES["cyclic"], wrapper="replicate", accumulation_steps=2 + rank)
+
+
+def other_weights(rank):
+    model = wrap(tiny(seed=rank), "replicate")
+    return model, gs.BlockOptimizer(model, POLICIES["cyclic"], accumulation_steps=2)
+
+
+def plain_ddp(rank):
+    model = DistributedDataParallel(tiny())
+    return model, gs.BlockOptimizer(model, POLICIES["cyclic"], accumulation_steps=2)
+
+
+def static_ddp(rank):
+    model = DistributedDataParallel(tiny(), find_unused_parameters=True, static_graph=True)
+    return model, gs.BlockOptimizer(model, POLICIES["cyclic"], accumulation_steps=2)
+
+
+def wrapped_while_frozen(rank):
+    model = tiny()
+    optimizer = gs.BlockOptimizer(model, gs.Cyclic(every=1, order="ascending"), accumulation_steps=2)
+    model(rows(0, rank=0, world=1))
+    return DistributedDataParallel(model, find_unused_parameters=True), optimizer
+
+
+def sharded_afterwards(rank):
+    model = tiny()
+    optimizer = gs.BlockOptimizer(model, POLICIES["cyclic"], accumulation_steps=2)
+    return wrap(model, "fully_shard"), optimizer
+
+
+WRONG = {
+    without_wrapper: "gradients of block '.*' differ between the processes at step 0: nothing has averaged them",
+    other_seed: "do not agree before the first step: policy_settings is .*'seed': 0.* on rank 0 and .*'seed': 1",
+    other_policy: "do not agree before the first step: policy is 'Uniform' on rank 0 and 'Cyclic' on rank 1",
+    other_accumulation: "accumulation_steps is 2 on rank 0 and 3 on rank 1",
+    other_weights: "weights of block 'embedding' differ",
+    plain_ddp: r"write DistributedDataParallel\(model, find_unused_parameters=True\)",
+    static_ddp: "static_graph=True",
+    wrapped_while_frozen: "gradients of block 'layer.0' differ between the processes at step 1",
+    sharded_afterwards: r"write fully_shard\(model\) or replicate\(model\) first",
+}
+
+
+def try_wrong(rank):
+    said = []
+    for set_up in WRONG:
+        model, optimizer = set_up(rank)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                train(model, optimizer, steps=8, rank=rank, world=2)
+            said.append("nothing")
+        except gs.UsageError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.fixture(scope="module")
+def complaints():
+    return succeed(try_wrong, world=2)
+
+
+@pytest.mark.parametrize("set_up", list(WRONG), ids=lambda set_up: set_up.__name__)
+def test_wrong_set_up_is_refused_on_every_rank(set_up, complaints):
+    for said in complaints:
+        assert re.search(WRONG[set_up], said[list(WRONG).index(set_up)])
+
+
+def test_meta_device_is_refused():
+    with torch.device("meta"):
+        model = TinyModel()
+    with pytest.raises(gs.UsageError, match=r"meta device .*to_empty"):
+        gs.BlockOptimizer(model, POLICIES["cyclic"])
+
+
+def test_two_devices_are_refused():
+    here, there = (
+        SimpleNamespace(device=torch.device(name), requires_grad=True, is_meta=False) for name in ("cuda:0", "cuda:1")
+    )
+    model = SimpleNamespace(named_parameters=lambda: [("a", here), ("b", there)], modules=list)
+    with pytest.raises(gs.UsageError, match="two devices: 'a' on cuda:0, 'b' on cuda:1"):
+        check_placement(model)
+
+
+def test_zero_3_is_refused():
+    model = TinyModel()
+    model.head.weight.ds_id = 7
+    with pytest.raises(gs.UsageError, match=r"'head.weight' belongs to DeepSpeed ZeRO-3.*fully_shard"):
+        gs.BlockOptimizer(model, POLICIES["cyclic"])
+
+
+def test_flat_parameters_are_refused():
+    class FullyShardedDataParallel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = TinyModel()
+
+    with pytest.raises(gs.UsageError, match="flattens parameters"):
+        gs.BlockOptimizer(FullyShardedDataParallel(), POLICIES["cyclic"])
+
+
+# a process that ends ---------------------------------------------------------------------------------
+
+
+def end_one(rank, *, wrapper, within_step):
+    model, optimizer = build(POLICIES["grad_norm"], wrapper=wrapper, accumulation_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(model, optimizer, steps=2, rank=rank, world=2, accumulation=1)
+        if rank == 1 and not within_step:
+            os._exit(1)
+        if within_step:
+            optimizer._together.check_soon()
+            model(rows(9, rank=rank, world=2)).backward()
+            if rank == 1:
+                os._exit(1)
+            optimizer.step()
+        train(model, optimizer, steps=5, rank=rank, world=2, accumulation=1)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "within_step", "message"),
+    [
+        ("fully_shard", False, "Connection (closed|reset) by peer"),
+        ("ddp", True, "rank 0 could not go on comparing the processes at step 2: another process has ended"),
+    ],
+)
+def test_survivor_of_a_killed_rank_ends_soon_and_says_why(wrapper, within_step, message):
+    """`launch` gives them 25 seconds, less than the 30 that a collective waits."""
+    survivor, killed = launch(end_one, world=2, wrapper=wrapper, within_step=within_step, timeout=25)
+    assert isinstance(killed, Failure)
+    assert killed.kind == "Killed"
+    assert isinstance(survivor, Failure)
+    assert survivor.kind == "RuntimeError"
+    assert re.search(message, survivor.message), survivor.trace
