@@ -111,11 +111,12 @@ def test_an_output_that_exists_is_refused_and_not_touched(
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_several_processes_are_refused(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("variable", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
+def test_launchers_that_shard_are_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, variable: str, name: str
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "runs in one process" in fails(capsys, "train", str(place / "recipe.yaml"))
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    assert f"does not run under {name}" in fails(capsys, "train", str(place / "recipe.yaml"))
 
 
 def test_an_empty_output_folder_is_as_good_as_none(place: Path, tmp_path: Path) -> None:

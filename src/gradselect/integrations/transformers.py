@@ -54,15 +54,16 @@ class SelectiveOptimizerFactory:
             options: keyword arguments of `BlockOptimizer` with a `policy`, or of `SparseOptimizer` with a `mask`.
 
         Raises:
-            UsageError: an unknown option, no policy and no mask or both, no learning rate, several processes, or what
-                the optimizer refuses.
+            UsageError: an unknown option, no policy and no mask or both, no learning rate, a mask on several processes,
+                or what the optimizer refuses.
 
         Example:
             >>> kwargs = {"policy": gs.AdaGradSelect(fraction=0.2), "lr": 1e-5}
             >>> Trainer(model, args, optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, kwargs))  # doctest: +SKIP
         """
-        _check_one_process()
         kind = SparseOptimizer if "mask" in options else BlockOptimizer
+        if kind is SparseOptimizer:
+            _check_one_process()
         settings = options if args is None else {**_from_arguments(args, kind), **options}
         _check_settings(settings, kind)
         return kind(_unwrap_model(model), **settings)
@@ -258,8 +259,8 @@ def _check_one_process() -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise UsageError(
-            f"this is one of {distributed.get_world_size()} processes; a Trainer would wrap the model while blocks are "
-            "frozen and never synchronise those: run it in one process"
+            f"this is one of {distributed.get_world_size()} processes; single weights are selected in one process: "
+            "run it without torchrun or accelerate launch, or select blocks with a 'policy'"
         )
 
 

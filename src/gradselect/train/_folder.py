@@ -125,7 +125,7 @@ def writing_aside(target: Path) -> Iterator[Path]:
     Raises:
         UsageError: the disk is full or cannot be written to; what had the name before is untouched.
     """
-    aside = target.with_name(f".{target.name}.partial")
+    aside = aside_of(target)
     _remove(aside)
     try:
         aside.parent.mkdir(parents=True, exist_ok=True)
@@ -139,6 +139,11 @@ def writing_aside(target: Path) -> Iterator[Path]:
         raise UsageError(_unwritable(target, error)) from error
     finally:
         _remove(aside)
+
+
+def aside_of(target: Path) -> Path:
+    """Where `writing_aside` writes."""
+    return target.with_name(f".{target.name}.partial")
 
 
 def _unwritable(target: Path, error: Exception) -> str:

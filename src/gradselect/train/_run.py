@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from .. import UsageError
 from ._folder import RunFolder, claimed
 from ._inputs import read_inputs
 from ._meter import Meter
+from ._processes import is_first, take_device, wait_for_all
 from ._progress import ProgressDisplay, show_start, show_summary
 from ._recipe import RandomData, Recipe
 from ._result import check_same_run, describe_end, describe_start, save_model, write_run, write_start
@@ -23,19 +24,24 @@ from ._trainer import RunTrainer
 
 def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Console, messages: Sequence[str]) -> Path:
     """Carry out a recipe; see `gradselect.train.train`. `messages` are those of the libraries, a list that grows."""
-    check_one_device(recipe)
-    with claimed(RunFolder(Path(recipe.run.output)), resume=resume, messages=messages) as folder:
+    take_device(recipe.run.device)
+    folder = RunFolder(Path(recipe.run.output))
+    if not is_first():
+        console = Console(quiet=True)
+    with claimed(folder, resume=resume, messages=messages) if is_first() else nullcontext():
         # 1 read what the recipe names
         inputs = read_inputs(recipe)
         checkpoint = folder.newest_checkpoint() if resume else None
         start = describe_start(recipe, inputs, command=command, checkpoint=checkpoint)
-        if folder.run_file.exists():
+        if is_first() and folder.run_file.exists():
             check_same_run(folder, start)
 
         # 2 set up
         trainer = build_trainer(recipe, inputs, folder=folder)
         notes = length_notes(trainer, inputs, recipe.data)
-        write_start(folder, start, recipe)
+        wait_for_all()  # until the first has found the folder usable
+        if is_first():
+            write_start(folder, start, recipe)
         show_start(console, start, notes=notes, checkpoint=checkpoint, resume=resume)
 
         # 3 train, and measure what came of it
@@ -43,21 +49,15 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         _evaluate(trainer)
 
         # 4 keep it; run.json says "finished" when all else is there
-        if not isinstance(recipe.data, RandomData):
-            save_model(trainer, inputs.tokenizer, folder=folder)
-        end = describe_end(trainer, meter, folder=folder, notes=notes)
-        write_run(folder, start | end)
-        show_summary(console, end, recipe=recipe, folder=folder, num_messages=len(messages))
+        trainer.count_tokens_of_all()
+        if is_first():
+            if not isinstance(recipe.data, RandomData):
+                save_model(trainer, inputs.tokenizer, folder=folder)
+            end = describe_end(trainer, meter, folder=folder, notes=notes)
+            write_run(folder, start | end)
+            show_summary(console, end, recipe=recipe, folder=folder, num_messages=len(messages))
+        wait_for_all()
     return folder.root
-
-
-def check_one_device(recipe: Recipe) -> None:
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UsageError("gradselect train runs in one process; start it without torchrun or accelerate launch")
-    if recipe.run.device != "cpu" and torch.cuda.device_count() > 1:
-        raise UsageError(
-            f"gradselect train uses one GPU and sees {torch.cuda.device_count()}; choose one: CUDA_VISIBLE_DEVICES=0"
-        )
 
 
 def _train(trainer: RunTrainer, *, checkpoint: Path | None, console: Console) -> Meter:

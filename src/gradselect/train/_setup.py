@@ -125,6 +125,8 @@ def _arguments(recipe: Recipe, *, folder: RunFolder) -> dict[str, Any]:
         "dataloader_pin_memory": run.device != "cpu" and torch.accelerator.is_available(),
         # The model's own type decides; automatic mixed precision would upcast only what trains at the moment.
         "bf16": False,
+        # Else the Trainer leaves it out with checkpointing, and gradients of changing blocks are not averaged.
+        "ddp_find_unused_parameters": True,
         "gradient_checkpointing": recipe.model.gradient_checkpointing,
         "logging_steps": run.log_every,
         "logging_nan_inf_filter": False,

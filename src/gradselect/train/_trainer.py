@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from transformers import Trainer
 from trl.trainer.sft_trainer import SFTTrainer
 
 from .. import UsageError
-from ._folder import RunFolder, writing_aside
+from ._folder import RunFolder, aside_of, writing_aside
+from ._processes import is_first, wait_for_all
 
 
 class RunTrainer(Trainer):
@@ -77,13 +80,21 @@ class RunTrainer(Trainer):
         if not _is_finite(model):
             raise UsageError(f"weights are NaN or infinite after step {step}; {self._advice()}")
         try:
-            with writing_aside(self._folder.checkpoint(step)) as aside:
+            with _written_by_all(self._folder.checkpoint(step)) as aside:
                 self._writing_to = str(aside)
                 # Past SFTTrainer's own method, which adds a model card.
                 Trainer._save_checkpoint(self, model, trial)
-                _lift(aside)
         finally:
             self._writing_to = str(self._folder.checkpoints)
+        if is_first():
+            self._delete_old_checkpoints()
+
+    def count_tokens_of_all(self) -> None:
+        """`num_tokens` becomes the number of all processes together."""
+        count = torch.tensor(self.num_tokens, device=self.args.device)
+        self.num_tokens = int(self.accelerator.reduce(count))  # pyright: ignore[reportArgumentType]
+
+    def _delete_old_checkpoints(self) -> None:
         for old in self._folder.complete_checkpoints()[: -self._keep_checkpoints]:
             shutil.rmtree(old)
 
@@ -98,6 +109,18 @@ class RunTrainer(Trainer):
 
 class TokenTrainer(RunTrainer, SFTTrainer):
     """The same for what learns to write tokens, with TRL's templates, packing and masks of the loss."""
+
+
+@contextmanager
+def _written_by_all(target: Path) -> Iterator[Path]:
+    """As `writing_aside`, for a folder into which every process writes: the first makes it and gives it its name."""
+    with writing_aside(target) if is_first() else nullcontext(aside_of(target)) as aside:
+        wait_for_all()
+        yield aside
+        wait_for_all()
+        if is_first():
+            _lift(aside)
+    wait_for_all()
 
 
 @torch.no_grad()

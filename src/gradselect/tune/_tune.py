@@ -14,8 +14,8 @@ from rich.console import Console
 from .. import UsageError
 from ..train import Recipe
 from ..train._inputs import read_inputs
+from ..train._processes import check_one_process, take_device
 from ..train._result import describe_start
-from ..train._run import check_one_device
 from ._report import TrialSummary, best_of, edge_notes, show_table, write_best
 from ._search import SearchRange, numbers_of, with_values
 from ._study import StudyFolder, ended, next_trial, opened
@@ -54,7 +54,8 @@ def search(
 
 
 def _check(recipe: Recipe, *, num_trials: int) -> None:
-    check_one_device(recipe)
+    check_one_process()
+    take_device(recipe.run.device)
     if num_trials < 1:
         raise UsageError(f"--trials {num_trials}: give a positive number, e.g. --trials 20")
     if recipe.data.validation is None:
