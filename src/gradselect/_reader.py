@@ -5,11 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from ._errors import UsageError
 from ._observe import dense
+
+WAITING = 1 << 20
+"""Entries of small gradients that are read together: read one by one, each would find the caches cold."""
 
 Read = Callable[[str, Tensor, bool], None]
 """Called with the parameter's name, its gradient as a flat tensor, and whether a choice of entries is made from it."""
@@ -19,7 +23,8 @@ class GradientReader:
     """Hands the gradient of each parameter to `read` when its last backward pass of the window has added to it.
 
     The gradient is freed then: of all parameters together, no more than one gradient is alive at a time, besides those
-    that autograd itself holds. With several backward passes per step there are two ways:
+    that autograd itself holds, and small ones that wait for each other, of at most `WAITING` entries or a quarter of
+    the largest tensor. With several backward passes per step there are two ways:
 
     * gradients add up in `parameter.grad` and are read in the last pass: exact, and as large as the model until then;
     * `lean`: each pass is read on its own and freed; a choice of entries is made from the first.
@@ -38,6 +43,7 @@ class GradientReader:
         self._read = weakref.WeakMethod(read)  # pyright: ignore[reportArgumentType]
         self.parameters = dict(parameters)
         self._active: frozenset[str] = frozenset()
+        self._capacity = min(WAITING, max(parameter.numel() for parameter in parameters.values()) // 4)
         self.restart()
         for parameter in self.parameters.values():
             parameter.gradselect_owner = id(self)  # pyright: ignore[reportAttributeAccessIssue]
@@ -54,12 +60,19 @@ class GradientReader:
         """A new window: nothing has arrived yet."""
         self._num_passes = dict.fromkeys(self.parameters, 0)
         self._taken: set[str] = set()
+        self._waiting: list[tuple[str, Tensor, bool]] = []
 
     def read_rest(self) -> None:
-        """Read what is there still: of a window that ended before its last announced pass."""
+        """Read what is there still: what waits, and all of a window that ended before its last announced pass."""
         for name, parameter in self.parameters.items():
             if name in self._active and parameter.grad is not None and self.owns(parameter):
                 self._take(name, parameter)
+        self._read_waiting()
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of the gradients that wait to be read."""
+        return sum(gradient.nbytes for _, gradient, _ in self._waiting)
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether no newer optimizer of this package has been put on the same model."""
@@ -84,6 +97,9 @@ class GradientReader:
                 "activations with use_reentrant=False"
             )
         if self._lean or self._num_passes[name] == self.accumulation_steps:
+            if not self._waiting:
+                # The engine's own end of the pass, as data parallel wrappers use it.
+                torch.autograd.Variable._execution_engine.queue_callback(self._read_waiting)  # pyright: ignore
             self._take(name, parameter)
 
     def _take(self, name: str, parameter: Parameter) -> None:
@@ -91,10 +107,17 @@ class GradientReader:
         decisive = name not in self._taken
         self._taken.add(name)
         gradient, parameter.grad = parameter.grad, None
-        read = self._read()
         assert gradient is not None
-        if read is not None:
-            read(name, dense(gradient).detach().reshape(-1), decisive)
+        self._waiting.append((name, dense(gradient).detach().reshape(-1), decisive))
+        if sum(waiting.numel() for _, waiting, _ in self._waiting) >= self._capacity:
+            self._read_waiting()
+
+    def _read_waiting(self) -> None:
+        read = self._read()
+        for waiting in self._waiting:
+            if read is not None:
+                read(*waiting)
+        self._waiting = []
 
 
 def _weak_hook(reader: GradientReader, name: str) -> Callable[[Tensor], None]:

@@ -266,7 +266,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         gradients = sum(num_bytes(parameter.grad) for parameter in parameters if parameter.grad is not None)
         return MemoryBytes(
             weights=sum(map(num_bytes, parameters)),
-            gradients=gradients + sum(store.gradient_bytes for store, _ in self._stores),
+            gradients=gradients + self._reader.waiting_bytes + sum(store.gradient_bytes for store, _ in self._stores),
             masters=masters + sum(of_masters for of_masters, _ in compact),
             state_on_device=on_device + sum(others for _, others in compact),
             state_on_host=on_host,

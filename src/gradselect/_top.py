@@ -17,6 +17,9 @@ SAMPLE = 4096
 SLACK = 64
 """Entries beyond twice the wanted number that are kept before the worst are dropped."""
 
+INDEX_BITS = 40
+"""A tensor's number and an index in it make one key: rank << INDEX_BITS | index."""
+
 Score = Callable[[Tensor, Tensor], Tensor]
 """Elementwise score of (weights, gradients)."""
 
@@ -48,7 +51,7 @@ class TopEntries:
         self._above = above
         self._threshold = -math.inf
         self._num_kept = 0
-        self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def offer(self, scores: Tensor, *, rank: int, offset: int = 0, values: Tensor | None = None) -> None:
         """Offer the entries `offset`, `offset + 1`, ... of tensor `rank`.
@@ -77,21 +80,19 @@ class TopEntries:
         if self._count == 0 or gradient.numel() == 0:
             return
         rows = _rows(self._count, gradient.numel())
-        places = _reaching(gradient, least(self._threshold), rows=rows)
-        if places is None:
-            guess = self._guess(weight, gradient, score)
-            places = _reaching(gradient, least(guess), rows=rows) if guess > self._threshold else None
-        else:
-            guess = self._threshold
-        if places is not None:
-            if places.numel() == 0 and guess == self._threshold:
+        bound = self._threshold
+        found = _reaching(gradient, least(bound), rows=rows)
+        if found is None:
+            bound = self._guess(weight, gradient, score)
+            found = _reaching(gradient, least(bound), rows=rows) if bound > self._threshold else None
+        if found is not None:
+            places, gradients = found
+            if places.numel() == 0 and bound == self._threshold:
                 return
-            gradients = at_least_float(gradient[places])
-            scores = score(at_least_float(weight[places]), gradients)
-            found = ((scores >= guess) & (scores > self._above)).nonzero().view(-1)
-            if guess == self._threshold or found.numel() >= self._count:
-                self._threshold = guess
-                self._add(scores[found], rank, places[found], gradients[found])
+            scores = score(at_least_float(weight.index_select(0, places)), gradients)
+            if bound == self._threshold or int((scores >= bound).count_nonzero()) >= self._count:
+                self._threshold = bound
+                self._add(scores, rank, places, gradients)
                 return
         length = chunk_length(gradient)
         for start in range(0, gradient.numel(), length):
@@ -103,19 +104,21 @@ class TopEntries:
         """The kept entries in order of (rank, index).
 
         Returns:
-            ranks (int32), indices in their tensors (int64) and values, each of shape (m,), m <= `count`.
+            ranks (int64), indices in their tensors (int64) and values, each of shape (m,), m <= `count`.
         """
         if not self._parts:
-            return torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64), torch.empty(0)
+            return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0)
         self._prune()
-        _, ranks, indices, values = self._parts[0]
-        order = _order(ranks, indices)
-        return ranks[order], indices[order], values[order]
+        scores, keys, values = self._parts[0]
+        counting = (scores > self._above).nonzero().view(-1)
+        keys, order = keys[counting].sort()
+        return keys >> INDEX_BITS, keys & ((1 << INDEX_BITS) - 1), values[counting][order]
 
     def _add(self, scores: Tensor, rank: int, indices: Tensor, values: Tensor) -> None:
         if self._count and scores.numel():
-            ranks = torch.full_like(indices, rank, dtype=torch.int32)
-            self._parts.append((scores, ranks, indices, values))
+            # The best of all that are there is found below, and a NaN would be it.
+            scores = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+            self._parts.append((scores, indices + (rank << INDEX_BITS), values))
             self._num_kept += scores.numel()
             if self._num_kept > 2 * self._count + SLACK:
                 self._prune()
@@ -132,27 +135,18 @@ class TopEntries:
     def _prune(self) -> None:
         """Only the `count` best stay."""
         device = self._parts[0][0].device
-        scores, ranks, indices, values = (
-            torch.cat([part[column].to(device) for part in self._parts]) for column in range(4)
-        )
+        scores, keys, values = (torch.cat([part[column].to(device) for part in self._parts]) for column in range(3))
         if scores.numel() > self._count:
-            best, kept = torch.topk(scores, self._count, sorted=True)
-            self._threshold = float(best[-1])
-            ties = (scores == best[-1]).nonzero().view(-1)
-            if ties.numel() > 1:
+            best, order = torch.topk(scores, self._count + 1)
+            self._threshold, next_best = best[-2:].tolist()
+            if self._threshold == next_best:
                 # Of equal scores those of lower rank, then of lower index.
-                above = (scores > best[-1]).nonzero().view(-1)
-                ties = ties[_order(ranks[ties], indices[ties])][: self._count - above.numel()]
-                kept = torch.cat([above, ties])
-            scores, ranks, indices, values = scores[kept], ranks[kept], indices[kept], values[kept]
-        self._parts = [(scores, ranks, indices, values)]
+                by_key = keys.argsort()
+                order = by_key[scores[by_key].argsort(descending=True, stable=True)]
+            order = order[: self._count]
+            scores, keys, values = scores[order], keys[order], values[order]
+        self._parts = [(scores, keys, values)]
         self._num_kept = scores.numel()
-
-
-def _order(ranks: Tensor, indices: Tensor) -> Tensor:
-    """The permutation that sorts by (rank, index)."""
-    by_index = torch.argsort(indices, stable=True)
-    return by_index[torch.argsort(ranks[by_index], stable=True)]
 
 
 def _rows(count: int, numel: int) -> int:
@@ -161,28 +155,33 @@ def _rows(count: int, numel: int) -> int:
     return min(64, even, 1 << max(0, (numel // (40 * count)).bit_length() - 1))
 
 
-def _reaching(gradient: Tensor, bound: float, *, rows: int) -> Tensor | None:
-    """Positions of all entries with |gradient| >= bound, ascending; None where the bound says little. Shape (m,).
+def _reaching(gradient: Tensor, bound: float, *, rows: int) -> tuple[Tensor, Tensor] | None:
+    """All entries with |gradient| >= bound: their positions, and the gradients there, each of shape (m,).
 
     Where few entries do it is several times faster to look at the extremes of columns first.
 
     Args:
         rows: into how many to fold the tensor, whose number of entries it divides.
+
+    Returns:
+        None where the bound says little.
     """
     if not bound > 0:
         return None
     if rows < 4:
-        return (gradient.abs() >= bound).nonzero().view(-1)
+        places = (gradient.abs() >= bound).nonzero().view(-1)
+        return places, at_least_float(gradient.index_select(0, places))
     folded = gradient.view(rows, -1)
     highest, lowest = folded.amax(0), folded.amin(0)
     # A NaN comes through, and what is asked of it here is never true: it hides no other entry.
     if float(torch.maximum(highest.amax(), -lowest.amin())) < bound:
-        return torch.empty(0, dtype=torch.int64, device=gradient.device)
+        return torch.empty(0, dtype=torch.int64, device=gradient.device), at_least_float(gradient[:0])
     columns = (~((highest < bound) & (lowest > -bound))).nonzero().view(-1)
     if columns.numel() > highest.numel() // 4:
         return None
-    row, column = (folded.index_select(1, columns).abs() >= bound).nonzero().unbind(1)
-    return row * highest.numel() + columns[column]
+    candidates = folded.index_select(1, columns)
+    row, column = places = (candidates.abs() >= bound).nonzero().unbind(1)
+    return row * highest.numel() + columns[column], at_least_float(candidates[places])
 
 
 def at_least_float(tensor: Tensor) -> Tensor:
