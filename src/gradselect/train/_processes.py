@@ -26,8 +26,10 @@ def wait_for_all() -> None:
 
 
 def check_one_process() -> None:
-    """Raises:
-    UsageError: a launcher has started several.
+    """No launcher has started several.
+
+    Raises:
+        UsageError: one has.
     """
     if num_processes() > 1:
         raise UsageError(
@@ -55,6 +57,6 @@ def take_device(device: str) -> None:
         raise UsageError(
             f"gradselect train uses one GPU a process and sees {torch.cuda.device_count()}; choose one with "
             "CUDA_VISIBLE_DEVICES=0, or start one process for each: torchrun --nproc-per-node "
-            f"{torch.cuda.device_count()} -m gradselect.cli train ..."
+            f"{torch.cuda.device_count()} --no-python gradselect train ..."
         )
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
