@@ -86,12 +86,15 @@ def train(
     accumulation: int = 2,
     clip: float | None = 0.5,
     first: int = 0,
+    sync: str = "every",
 ) -> list[gs.StepRecord]:
-    """Steps of the usual loop; the records."""
+    """Steps of the usual loop; the records. With sync="last" only the last micro-batch of a step reduces gradients."""
     records: list[gs.StepRecord] = []
     handle = optimizer.add_record_hook(records.append)
     for step in range(first, first + steps):
         for micro in range(accumulation):
+            if sync == "last":
+                model.set_requires_gradient_sync(micro == accumulation - 1)
             loss = model(rows(accumulation * step + micro, rank=rank, world=world))
             (loss / accumulation).backward()
         if clip is not None:

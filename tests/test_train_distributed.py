@@ -22,7 +22,8 @@ from train_fixtures import (
     write_sums,
 )
 
-from gradselect.train import train
+from gradselect import UsageError
+from gradselect.train import load_recipe, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
@@ -90,6 +91,8 @@ def test_two_processes_resume_bitwise(runs: tuple[Path, Path, Path], tmp_path: P
     (stopped / "model.safetensors").unlink()
     description = json.loads((stopped / "run.json").read_text())
     (stopped / "run.json").write_text(json.dumps({**description, "status": "started"}))
+    with pytest.raises(UsageError, match="began on 2 processes, this is one of 1"):
+        train(load_recipe(str(recipe), [f"run.output={stopped}"]), resume=True, console=quiet())
     torchrun(str(recipe), f"run.output={stopped}", "--resume")
     assert_same_weights(stopped, together)
     assert selected(stopped) == selected(together)

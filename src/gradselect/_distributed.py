@@ -161,14 +161,9 @@ class SquareSums:
 
 def collective_device(tensor: Tensor) -> torch.device:
     """Where the backend of the tensor's processes works; FSDP2 can offload shards elsewhere."""
-    if is_spread(tensor):
-        kind = tensor.device_mesh.device_type  # pyright: ignore[reportAttributeAccessIssue]
-        return (
-            tensor.device
-            if tensor.device.type == kind
-            else torch.device(kind, torch.accelerator.current_device_index())
-        )
-    return tensor.device
+    kind = tensor.device_mesh.device_type if is_spread(tensor) else tensor.device.type  # pyright: ignore
+    here = tensor.device.type == kind
+    return tensor.device if here else torch.device(kind, torch.accelerator.current_device_index())
 
 
 def _size(groups: Groups) -> int:
@@ -236,13 +231,15 @@ class Together:
         }
         check_same_weights({name: several for name, several in replicas.items() if several})
 
-    def check_step(self, step: int, parameters: Mapping[str, Sequence[Parameter]], facts: Mapping[str, Any]) -> None:
+    def check_step(
+        self, step: int, parameters: Mapping[str, Sequence[Parameter]], facts: Callable[[], Mapping[str, Any]]
+    ) -> None:
         """Before an update: every so many steps all of `facts`; of a block that has come new, that it was averaged.
 
         Args:
             step: number of the step.
             parameters: those that are about to be updated, by block.
-            facts: plain values that decide what is trained, e.g. the selection.
+            facts: gives plain values that decide what is trained, e.g. the selection.
 
         Raises:
             UsageError: what differs, and what to write instead.
@@ -250,7 +247,7 @@ class Together:
         if self._is_due or step % self.agreement_steps == 0:
             self._is_due = False
             self._compared.clear()
-            check_alike({"step": step, **facts}, moment=f"at step {step}")
+            check_alike({"step": step, **facts()}, moment=f"at step {step}")
         new = {
             # An engine that shards or replicates DTensors also averages what it gives.
             name: [parameter for parameter in several if not is_spread(parameter)]
@@ -293,13 +290,22 @@ def check_alike(facts: Mapping[str, Any], *, moment: str) -> None:
     digests = {name: sha256(repr(value).encode()).hexdigest() for name, value in facts.items()}
     everyone = _gather(digests, moment=moment)
     for rank, theirs in enumerate(everyone):
-        for name, digest in everyone[0].items():
-            if theirs.get(name) != digest:
-                values = _gather(_short(facts.get(name)), moment=moment)
-                raise UsageError(
-                    f"the processes do not agree {moment}: {name} is {values[0]} on rank 0 and {values[rank]} on rank "
-                    f"{rank}; start every rank with the same recipe, seed and checkpoint"
-                )
+        if theirs != everyone[0]:
+            values = _gather(dict(facts), moment=moment)
+            what, ours, other = _first_difference("", values[0], values[rank])
+            raise UsageError(
+                f"the processes do not agree {moment}: {what} is {ours} on rank 0 and {other} on rank {rank}; start "
+                "every rank with the same recipe, seed and checkpoint"
+            )
+
+
+def _first_difference(what: str, one: Any, other: Any) -> tuple[str, str, str]:
+    """The path to the first plain values that differ within two nested ones, and both in words."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in (*one, *other):
+            if repr(one.get(key)) != repr(other.get(key)):
+                return _first_difference(f"{what}.{key}" if what else str(key), one.get(key), other.get(key))
+    return what, _short(one), _short(other)
 
 
 def check_averaged(parameters: Mapping[str, Sequence[Parameter]], *, step: int) -> None:

@@ -57,6 +57,10 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     * **No gradients.** `step()` without any gradient changes nothing and counts for nothing, as in torch. A block that
       the loss never reaches (an unused pooler) is no candidate: keep it out with the policy's `among`, or torch
       says "element 0 of tensors does not require grad" when such a block alone is selected.
+    * **Several processes.** Under `fully_shard`, `replicate` and `DistributedDataParallel(find_unused_parameters=True)`
+      every process selects alike, from the norms of the whole gradients; each holds the state of its shards, and
+      `memory()` and the records count its own bytes. The first selection freezes within the first forward pass that
+      trains, when the model is as wrapped as it will be. Wrong set-ups raise: see docs/distributed.md.
     * **The model in between.** Frozen blocks have `requires_grad=False`; what you freeze or thaw yourself during
       training is set back at the next step. Copy the model (`copy.deepcopy`) before, or after `close()`, which makes
       every block trainable again, as dropping the last reference to the optimizer does. After
@@ -145,8 +149,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             self._parameters_by_block(), grad_scaler=grad_scaler, is_one_of_many=self._together is not None
         )
         self.accumulation_steps = accumulation_steps
-        self._give_back: weakref.finalize[..., Any] | None = None
-        self._hold()
+        self._give_back = self._give_back_at_end()
         self._propose()
 
     # The main path -----------------------------------------------------------------------------------------------
@@ -300,8 +303,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     def close(self) -> None:
         """Give the model back: hooks removed, what is frozen for the moment trainable again, weights untouched."""
         self._observer.close()
-        if self._give_back is not None:
-            self._give_back()
+        self._give_back()
 
     # Checkpoints -------------------------------------------------------------------------------------------------
 
@@ -377,11 +379,11 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     def _begin_together(self) -> None:
         """Several processes, the first forward pass: the model is as it will be trained; now freeze."""
         assert self._together is not None
-        self._observer.follow(self._parameters_by_block())
-        self._hold()
-        self._together.check_start(
-            self._parameters_by_block(), self._decisive(), trains_everything=self._proposal == self.blocks
-        )
+        self._give_back.detach()
+        self._observer.follow(self._parameters_by_block())  # a wrapper may have put others in their places
+        self._give_back = self._give_back_at_end()
+        trains_everything = self._proposal is not None and self.trainable == self.blocks
+        self._together.check_start(self._parameters_by_block(), self._decisive(), trains_everything=trains_everything)
         self._set_trainable(self.trainable)
         self._together.carry_over(self._table.named())
 
@@ -390,7 +392,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         if not together.has_begun:
             self._begin_together()  # a loop that never calls the model as a whole
         parameters = {name: self._table.of(name) for name in selected}
-        together.check_step(self._step, parameters, {"the selection": selected, **self._decisive()})
+        together.check_step(self._step, parameters, lambda: {"selection": selected, **self._decisive()})
 
     def _decisive(self) -> dict[str, Any]:
         """Plain values that must be alike on all processes."""
@@ -405,12 +407,11 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     def _parameters_by_block(self) -> dict[str, list[Parameter]]:
         return {name: self._table.of(name) for name in self.blocks}
 
-    def _hold(self) -> None:
-        """When the last reference to the optimizer goes, the model's parameters as they are now are given back."""
-        if self._give_back is not None:
-            self._give_back.detach()
-        self._give_back = weakref.finalize(self, give_back, self._table.all(), owner=id(self._observer))
-        self._give_back.atexit = False
+    def _give_back_at_end(self) -> weakref.finalize[..., Any]:
+        """When the last reference to the optimizer goes, the parameters as they are now are given back."""
+        finalizer = weakref.finalize(self, give_back, self._table.all(), owner=id(self._observer))
+        finalizer.atexit = False
+        return finalizer
 
     def _check_ownership(self) -> None:
         if not all(self._observer.owns(parameter) for parameter in self._table.all()):

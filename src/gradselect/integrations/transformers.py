@@ -24,6 +24,7 @@ from typing import Any, final
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
@@ -143,7 +144,9 @@ class SelectionCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
-        num_passes = _num_micro_batches(args, state, parts["train_dataloader"])
+        # Accelerate reduces the gradients of shards in the last of the micro-batches only, and hooks see no other.
+        is_sharded = isinstance(parts["model"], FSDPModule)
+        num_passes = 1 if is_sharded else _num_micro_batches(args, state, parts["train_dataloader"])
         _unwrap_optimizer(parts["optimizer"]).accumulation_steps = num_passes
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:

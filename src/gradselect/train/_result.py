@@ -22,6 +22,7 @@ from ._inputs import Inputs
 from ._load import dump_recipe
 from ._meter import Meter
 from ._model import fingerprint
+from ._processes import num_processes
 from ._progress import validation_figures
 from ._recipe import Recipe
 from ._selection import describe_flop, describe_selection
@@ -50,6 +51,7 @@ def describe_start(
         "status": "started",
         "command": list(command),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processes": num_processes(),
         "resumed_from": None if checkpoint is None else checkpoint.name,
         "recipe": recipe.model_dump(mode="json"),
         "model": {
@@ -100,6 +102,12 @@ def check_same_run(folder: RunFolder, start: Mapping[str, Any]) -> None:
     if before["status"] == "finished":
         raise UsageError(
             f"the run in {folder.root} has finished after {before['steps']} steps; nothing is left to resume"
+        )
+    processes = before.get("processes", 1)
+    if processes != start["processes"]:
+        raise UsageError(
+            f"the run in {folder.root} began on {processes} processes, this is one of {start['processes']}; resume it on "
+            "as many as before: its batches would change"
         )
     different = list(differences(before, start))
     if different:
