@@ -106,7 +106,7 @@ def check_same_run(folder: RunFolder, start: Mapping[str, Any]) -> None:
     processes = before.get("processes", 1)
     if processes != start["processes"]:
         raise UsageError(
-            f"the run in {folder.root} began on {processes} processes, this is one of {start['processes']}; resume it on "
+            f"the run in {folder.root} began on {processes} processes, this is one of {start['processes']}; resume on "
             "as many as before: its batches would change"
         )
     different = list(differences(before, start))
