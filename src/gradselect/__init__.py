@@ -1,5 +1,7 @@
 """Selective fine-tuning: train, at every step, only the part of the model that matters now."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import delta as delta
 from . import sparsegrad as sparsegrad
 from ._blocks import Block as Block
@@ -35,6 +37,9 @@ from .policies import Fixed as Fixed
 from .policies import GradNormTopK as GradNormTopK
 from .policies import Uniform as Uniform
 
+if TYPE_CHECKING:
+    from .planning import plan as plan
+
 __version__ = "0.1.0.dev0"
 
 __all__ = [
@@ -69,5 +74,15 @@ __all__ = [
     "Uniform",
     "UsageError",
     "partition",
+    "plan",
     "salience",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`plan` is loaded when it is asked for: it belongs to the application, and training does without."""
+    if name == "plan":
+        from .planning import plan
+
+        return plan
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,6 +16,7 @@ except ModuleNotFoundError as missing:
 from . import UsageError, __version__
 from ._compare_command import compare
 from ._delta_commands import app as delta_commands
+from ._plan_command import plan
 from ._report_command import report
 from ._tune_command import tune
 
@@ -34,6 +35,7 @@ app.add_typer(delta_commands)
 app.command()(report)
 app.command()(compare)
 app.command()(tune)
+app.command()(plan)
 
 USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130

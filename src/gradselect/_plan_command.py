@@ -1,0 +1,41 @@
+"""The command `gradselect plan`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A YAML file; recipes/ has examples.", metavar="RECIPE")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Values that replace the recipe's, e.g. data.max_length=512.", metavar="KEY=VALUE"),
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option(help="Propose the best setting whose peak fits, e.g. 12GiB.", metavar="SIZE")
+    ] = None,
+    fractions: Annotated[str, typer.Option(help="Of AdaGradSelect, with commas.")] = "0.1,0.2,0.3",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables, sizes in bytes.")] = False,
+) -> None:
+    """Say what training RECIPE will hold and how long a step takes, before it; reads no weights and no data."""
+    from rich.console import Console
+
+    from .planning._recipe_plan import plan_recipe
+    from .planning._show import as_json as to_json
+    from .planning._show import show
+    from .planning._sizes import read_fractions, read_size
+    from .train import load_recipe
+    from .train._messages import collected_messages
+
+    limit = None if fit is None else read_size(fit)
+    shares = read_fractions(fractions)
+    loaded = load_recipe(recipe, overrides or [])
+    with collected_messages(Console(stderr=True)):
+        found = plan_recipe(loaded, fractions=shares, fit=limit)
+    if as_json:
+        typer.echo(json.dumps(to_json(found), indent=2))
+    else:
+        show(found, Console())
