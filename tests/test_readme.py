@@ -30,6 +30,8 @@ def test_the_first_python_block_trains():
 def test_every_file_in_the_tree_exists():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = text.split("## Where things are")[1].split("```")[1]
-    folders = [ROOT / name for name in ("src", "suites", "recipes", "examples", "quickstart", "benchmarks", "docs", "tests")]
+    folders = [
+        ROOT / name for name in ("src", "suites", "recipes", "examples", "quickstart", "benchmarks", "docs", "tests")
+    ]
     known = {path.name for folder in folders for path in (folder, *folder.rglob("*"))}
     assert {name.rstrip("/") for name in re.findall(r"(_?\w+\.py|\w+/)", tree)} <= known
