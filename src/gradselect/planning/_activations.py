@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import count
 
 from ._architecture import Architecture
 from ._tape import Rows, Tape, Value
@@ -70,12 +71,15 @@ def count_activations(
     """
     if architecture.window is not None and rows.length > architecture.window:
         rows = replace(rows, masked=True)
-    outside = Tape(rows)
+    storages = count()
+    outside = Tape(rows, storages)
     starts = any(name in trained.names for name in architecture.embedding)
     x = outside.dropout(outside.value(architecture.hidden, has_gradient=starts), architecture.dropout[0])
     kept, computed = [], []
     for number in range(architecture.num_layers):
-        layer = Layer(architecture, trained, Tape(rows), f"{architecture.layers}.{number}.", keeps_cache=keeps_cache)
+        layer = Layer(
+            architecture, trained, Tape(rows, storages), f"{architecture.layers}.{number}.", keeps_cache=keeps_cache
+        )
         following = layer.forward(x)
         computed.append(layer.tape.num_bytes)
         kept.append((x.num_bytes if following.has_gradient else 0) if checkpointing else computed[-1])

@@ -54,7 +54,7 @@ def count_saved(model: nn.Module, trained: Collection[str], rows: Rows) -> int:
 
     try:
         _set_trainable(model, trained.__contains__)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _WithoutData():
             _loss(model, rows)
     finally:
         _set_trainable(model, before.__getitem__)
@@ -95,12 +95,18 @@ class _Attention(torch.autograd.Function):
         return output
 
 
-class _FusedAttention(TorchFunctionMode):
-    """On the meta device attention would count as its plain formula, which keeps all probabilities."""
+class _WithoutData(TorchFunctionMode):
+    """What the meta device cannot say itself.
+
+    Attention would count as its plain formula, which keeps all probabilities. And models ask whether all tokens count,
+    whether no row is packed: yes.
+    """
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
         if function is functional.scaled_dot_product_attention:
             return _Attention.apply(*arguments[:3])
+        if function is Tensor.__bool__ and arguments[0].is_meta:
+            return True
         return function(*arguments, **(options or {}))

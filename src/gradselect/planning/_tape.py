@@ -7,8 +7,8 @@ has no gradient to hand down keeps nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import Literal
 
 Attention = Literal["fused", "eager"]
@@ -62,14 +62,18 @@ class Rows:
 class Tape:
     """Collects what is kept for the backward pass.
 
+    Args:
+        rows: the tokens.
+        storages: numbers of storages, shared by the tapes that values go between.
+
     Attributes:
         saved: bytes by storage.
     """
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows, storages: Iterator[int]) -> None:
         self.rows = rows
         self.saved: dict[int, int] = {}
-        self._storages = count()
+        self._storages = storages
 
     @property
     def num_bytes(self) -> int:
