@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -16,6 +17,7 @@ from ._blocks import Block, nearest
 from ._checkpoint import check_same
 from ._checks import check_whole
 from ._chooser import Change, EntryChooser
+from ._distributed import check_placement, is_running
 from ._entries import EntryStore
 from ._errors import UsageError
 from ._freeze import freeze, give_back, is_frozen_for_now
@@ -113,6 +115,8 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         check_is(mask, AbstractMask, name="mask", example="mask=gs.ID3(density=0.01, steps=1000)")
         check_hyper_parameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         _check_norm(max_grad_norm)
+        check_placement(model)
+        _check_one_process()
         tensors = _trainable(model)
         self._always = _matching([tensor.name for tensor in tensors], always)
         self.mask = mask.bind([tensor for tensor in tensors if tensor.name not in self._always])
@@ -454,4 +458,12 @@ def _check_norm(max_grad_norm: float | None) -> None:
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise UsageError(
             f"max_grad_norm={max_grad_norm} must be above 0; write max_grad_norm=1.0, or None for no limit"
+        )
+
+
+def _check_one_process() -> None:
+    if is_running() and dist.get_world_size() > 1:
+        raise UsageError(
+            f"this is one of {dist.get_world_size()} processes, and single weights are selected in one process; start "
+            "it without torchrun, or select blocks: BlockOptimizer(model, policy=...)"
         )
