@@ -20,7 +20,11 @@ from ._steps import Gradients, Step, Work, moments
 
 @dataclass(frozen=True, kw_only=True)
 class BlockTraining:
-    """What decides the bytes of a run with blocks; fields are the arguments of `BlockOptimizer`."""
+    """What decides the bytes of a run with blocks; fields are the arguments of `BlockOptimizer`.
+
+    Args:
+        choices: of the policy, where they are known already.
+    """
 
     model: nn.Module
     blocks: Sequence[Block]
@@ -29,13 +33,24 @@ class BlockTraining:
     residency: AbstractResidency
     master_dtype: torch.dtype | None
     accumulation_steps: int = 1
+    choices: Choices | None = None
+
+
+def choices_of(policy: AbstractPolicy, blocks: Sequence[Block], always: Collection[str]) -> Choices:
+    """What the policy may choose of these blocks, where some train at every step.
+
+    Raises:
+        UsageError: it does not fit them.
+    """
+    fixed = resolve_names(blocks, tuple(always))
+    return ask(policy.bind([block for block in blocks if block.name not in fixed]))
 
 
 def block_steps(training: BlockTraining, forward: ForwardPass) -> list[Step]:
     """The kinds of steps that the policy takes."""
     always = resolve_names(training.blocks, tuple(training.always))
-    bound = training.policy.bind([block for block in training.blocks if block.name not in always])
-    planner = _BlockPlanner(training, forward, always=always, choices=ask(bound))
+    choices = training.choices or choices_of(training.policy, training.blocks, always)
+    planner = _BlockPlanner(training, forward, always=always, choices=choices)
     steps = [planner.explore(keep) for keep in planner.choices.explored[-1:]]
     return [*steps, planner.exploit()] if planner.choices.proposed else steps
 

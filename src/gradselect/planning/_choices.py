@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from .._policy import AbstractPolicy
 
-TRIED_STEPS, ENOUGH = 2000, 64
-"""Steps that a policy is asked for at most, and different selections that are enough."""
+MOST_STEPS, ENOUGH_STEPS, ENOUGH_SELECTIONS = 2000, 240, 64
+"""A policy is asked for so many steps at most: for as many as it takes to see that it changes its selection, and, where
+selections differ in size, to see many of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +51,11 @@ def ask(policy: AbstractPolicy) -> Choices:
 
     The policy is asked and told as `BlockOptimizer` does; it is used up by this.
     """
-    policy.fill_explore_steps(ENOUGH)
+    policy.fill_explore_steps(ENOUGH_STEPS // 4)
     explored: set[int] = set()
     proposed: dict[tuple[str, ...], None] = {}
     norms = dict.fromkeys(policy.names, 1.0)
-    for step in range(TRIED_STEPS):
+    for step in range(MOST_STEPS):
         selection = policy.propose(step)
         if selection is None:
             explored.add(policy.keep_at(step))
@@ -62,7 +63,8 @@ def ask(policy: AbstractPolicy) -> Choices:
         else:
             proposed[tuple(selection)] = None
             policy.commit(step, selection, dict.fromkeys(selection, 1.0))
-        if len(proposed) == ENOUGH:
+        is_regular = len(proposed) > 1 and len({len(each) for each in proposed}) == 1
+        if len(proposed) == ENOUGH_SELECTIONS or (step >= ENOUGH_STEPS and is_regular):
             break
     return Choices(candidates=policy.names, explored=tuple(sorted(explored)), proposed=tuple(proposed))
 

@@ -16,6 +16,7 @@ from .._mask import AbstractMask
 from .._policy import AbstractPolicy
 from .._residency import AbstractResidency, Keep
 from ._blocks_plan import BlockTraining, block_steps
+from ._choices import Choices
 from ._count import on_meta
 from ._entries_plan import MaskTraining, mask_step, whole_step
 from ._forward import ForwardPass
@@ -158,8 +159,9 @@ def plan_steps(
     blocks: Sequence[Block] | None = None,
     accumulation_steps: int = 1,
     num_steps: int = 1000,
+    choices: Choices | None = None,
 ) -> tuple[Step, ...]:
-    """The kinds of steps of a choice on a model; arguments as for `plan`.
+    """The kinds of steps of a choice on a model; arguments as for `plan`, and the policy's choices if they are known.
 
     Raises:
         UsageError: the choice does not fit the model.
@@ -175,6 +177,7 @@ def plan_steps(
                 residency=Keep() if residency is None else residency,
                 master_dtype=master_dtype,
                 accumulation_steps=accumulation_steps,
+                choices=choices,
             )
             return tuple(block_steps(training, forward))
         case AbstractMask():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,8 @@ from ..train._parts import mask_optimizer, method_parts
 from ..train._pretrained import draw_weights, load_configuration
 from ..train._recipe import ClassificationData, Recipe, is_packed
 from ..train._witness_methods import AbstractWitnessMethod
+from ._blocks_plan import choices_of
+from ._choices import Choices
 from ._forward import ForwardPass
 from ._loss import Loss
 from ._plan import Plan, plan_steps
@@ -35,6 +38,13 @@ class _Prepared:
 
     model: nn.Module
     options: dict[str, Any] | None
+
+    @cached_property
+    def choices(self) -> Choices | None:
+        """Of the policy, if there is one: it takes a while to ask it."""
+        if self.options is None or "policy" not in self.options:
+            return None
+        return choices_of(self.options["policy"], self.options["blocks"], self.options["always"])
 
 
 class RecipePlanner:
@@ -65,12 +75,14 @@ class RecipePlanner:
             blocks=options.get("blocks"),
             accumulation_steps=recipe.run.accumulation,
             num_steps=recipe.run.steps or ASSUMED_STEPS,
+            choices=prepared.choices,
         )
         return Plan(steps=steps, notes=(*forward.notes, *_notes(recipe)))
 
     def _prepare(self, recipe: Recipe) -> _Prepared:
         method = recipe.method.model_dump(mode="json", exclude={"residency"})
-        key = json.dumps([recipe.model.model_dump(mode="json"), method, recipe.run.steps])
+        model = recipe.model.model_dump(mode="json", exclude={"gradient_checkpointing"})
+        key = json.dumps([model, method, recipe.run.steps])
         if key not in self._prepared:
             self._prepared[key] = _prepare(recipe)
         return self._prepared[key]

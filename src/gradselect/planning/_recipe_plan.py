@@ -19,7 +19,8 @@ from ._sizes import smallest_text, write_size
 FRACTIONS = (0.1, 0.2, 0.3)
 DEFAULT_RANK = 16
 RULE = (
-    "of the settings that fit the quickest, then the one of fewest forward passes a step, then of the lowest peak: "
+    "of the settings that fit the quickest, then the one of fewest forward passes a step, then of fewest changes, then "
+    "of the lowest peak: "
     "first the recipe's own method, then full, then AdaGradSelect with the embedding from the largest fraction down, "
     "without it, then LoRA; each with levers that leave the training as it is (gradient checkpointing, state on the "
     "host, smaller forward passes of the same batch); if none fits, all again in bfloat16. The length of the rows stays"
@@ -207,9 +208,10 @@ def _peak(setting: Setting) -> int:
     return setting.plan.peak_bytes
 
 
-def _cost(setting: Setting, recipe: Recipe) -> tuple[float, int, int]:
+def _cost(setting: Setting, recipe: Recipe) -> tuple[float, int, int, int]:
     assert setting.plan is not None
-    return setting.plan.relative_time, changed(recipe, setting.changes).run.accumulation, setting.plan.peak_bytes
+    num_passes = changed(recipe, setting.changes).run.accumulation
+    return setting.plan.relative_time, num_passes, len(setting.changes), setting.plan.peak_bytes
 
 
 def _passes(recipe: Recipe, *, size: int) -> tuple[str, ...]:
