@@ -93,7 +93,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("mark", ["", ".1.", ".0.", "attn", "mlp", "norm", "embed"])
+@pytest.mark.parametrize("mark", ["", ".1.", "attn", "norm", "embed"])
 @pytest.mark.parametrize("name", MODELS)
 def test_activations_are_those_that_autograd_keeps(name: str, mark: str) -> None:
     """To 10 %: indices, rotations and, on the CPU, a copy of the output of attention are left out."""
@@ -197,7 +197,7 @@ def test_a_model_that_cannot_be_counted_is_refused() -> None:
 
 # Weights, gradients, masters, state ---------------------------------------------------------------------------------
 
-NUM_STEPS = 12
+NUM_STEPS = 10
 
 
 def run_blocks(model: nn.Module, policy: gs.AbstractPolicy, **options: Any) -> list[dict[str, int]]:
@@ -229,8 +229,9 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("residency", RESIDENCIES)
+@pytest.mark.parametrize(
+    ("residency", "dtype"), [("keep", torch.float32), ("offload", torch.bfloat16), ("drop", torch.float32)]
+)
 @pytest.mark.parametrize("name", POLICIES)
 def test_bytes_of_equal_blocks_are_exact(name: str, residency: str, dtype: torch.dtype) -> None:
     """All but those of the host, where the plan is the limit, are met within a few steps."""

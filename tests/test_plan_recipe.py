@@ -13,7 +13,7 @@ from train_fixtures import NUM_LAYERS, parse, quiet, write_model, write_recipe, 
 import gradselect as gs
 from gradselect.cli import main
 from gradselect.planning._recipe_model import RecipePlanner
-from gradselect.planning._recipe_plan import changed, plan_recipe, sparing_levers
+from gradselect.planning._recipe_plan import changed, find_best, plan_recipe, sparing_levers
 from gradselect.planning._sizes import read_fractions, read_size, smallest_text, write_size
 from gradselect.train import train
 
@@ -151,11 +151,11 @@ def test_changes_of_a_setting_are_what_the_command_line_takes(folder: Path) -> N
 
 
 def test_what_fits_is_within_the_limit_and_as_quick_as_may_be(folder: Path, planner: RecipePlanner) -> None:
-    recipe = parse(folder, method={"name": "uniform", "count": 1, "residency": "keep"}, run={"batch_size": 8})
+    recipe = parse(folder, method={"name": "uniform", "count": 1, "residency": "keep"}, run={"batch_size": 4})
     own = planner.plan(recipe)
-    assert plan_recipe(recipe, fit=own.peak_bytes).best == plan_recipe(recipe).own
-    best = plan_recipe(recipe, fit=own.peak_bytes - 1).best
-    assert best is not None
+    as_written = find_best(planner, recipe, fractions=(0.5,), limit=own.peak_bytes)
+    assert as_written.changes == ()
+    best = find_best(planner, recipe, fractions=(0.5,), limit=own.peak_bytes - 1)
     assert best.plan is not None
     assert best.plan.peak_bytes < own.peak_bytes
     assert best.name == "uniform, as written"
@@ -173,11 +173,11 @@ def test_levers_of_a_fit_leave_the_batch_as_it_is(folder: Path) -> None:
 
 
 def test_where_nothing_fits_the_smallest_size_is_said_and_does(folder: Path) -> None:
-    recipe = parse(folder)
+    recipe = parse(folder, model={"dtype": "bfloat16"}, run={"batch_size": 2})
     with pytest.raises(gs.UsageError, match="nothing fits 1 B; the smallest is") as refused:
-        plan_recipe(recipe, fit=1)
+        plan_recipe(recipe, fit=1, fractions=(0.5,))
     size = str(refused.value).partition("write --fit ")[2].partition(",")[0]
-    assert plan_recipe(recipe, fit=read_size(size)).best is not None
+    assert plan_recipe(recipe, fit=read_size(size), fractions=(0.5,)).best is not None
 
 
 # The command --------------------------------------------------------------------------------------------------------
@@ -210,7 +210,6 @@ def test_tables_say_what_is_best(folder: Path, capsys: pytest.CaptureFixture[str
     ("words", "message"),
     [
         (["--fit", "12 parsecs"], "is no size"),
-        (["--fit", "1KiB"], "nothing fits 1.00 KiB"),
         (["--fractions", "0.1,2"], "fractions='0.1,2'"),
         (["data.max_length=999"], "more than the model's 64 positions"),
         (["model.path=./nowhere"], "no configuration"),

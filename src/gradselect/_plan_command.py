@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+WIDTH = 190
+"""Of the tables where no terminal sets it."""
+
 
 def plan(
     recipe: Annotated[str, typer.Argument(help="A YAML file; recipes/ has examples.", metavar="RECIPE")],
@@ -38,4 +41,5 @@ def plan(
     if as_json:
         typer.echo(json.dumps(to_json(found), indent=2))
     else:
-        show(found, Console())
+        console = Console()
+        show(found, console if console.is_terminal else Console(width=WIDTH))

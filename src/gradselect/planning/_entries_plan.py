@@ -12,11 +12,10 @@ from .._blocks import partition
 from .._entries import RUN, index_dtype
 from .._errors import UsageError
 from .._mask import AbstractDenseMask, AbstractMask, MaskTensor, matching, resolve_budget, share_out
-from .._sparse import HALF
 from ..compare._flop import visited_share
 from ..masks import GMT, ID3, LIFT, BitFit, StaticMask, TopGradient
 from ._forward import ForwardPass
-from ._memory import Bytes, cost
+from ._memory import HALF, Bytes, cost
 from ._steps import Gradients, Step, Work, moments
 
 INDEX_AND_VALUE = 20
