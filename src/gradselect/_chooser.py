@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from ._contest import Contest
+from ._distributed import held
 from ._entries import EntryStore
 from ._mask import AbstractCompactMask, AbstractMask, FromWeights, TopOfGradient
-from ._top import TopEntries
+from ._shards import Shards
 
 Chosen = Mapping[str, tuple[Tensor, Tensor | None]]
 """By tensor name flat indices (int64, ascending), and the gradients there if the step under way is to move them."""
 
 
 class Change(NamedTuple):
-    """How a step's set differs from the last one's, in entries."""
+    """How a step's set differs from the last one's, in entries of all processes."""
 
     num_previous: int
     num_new: int
@@ -29,24 +31,37 @@ class Change(NamedTuple):
 class EntryChooser:
     """Carries out the choices of a mask on the stores of entries. A dense mask has none, so nothing ever changes.
 
+    Attributes:
+        sizes: how many entries of each tensor are in the set, of all processes together.
+
     Args:
         mask: bound to the tensors of `parameters`.
         stores: hold the entries.
         parameters: the tensors that the mask chooses from, by name.
+        shards: where their entries lie.
     """
 
-    def __init__(self, mask: AbstractMask, stores: Sequence[EntryStore], parameters: Mapping[str, Parameter]) -> None:
+    def __init__(
+        self, mask: AbstractMask, stores: Sequence[EntryStore], parameters: Mapping[str, Parameter], shards: Shards
+    ) -> None:
         self._mask = mask
         self._stores = tuple(stores)
         self._parameters = dict(parameters)
+        self._shards = shards
         self._names = tuple(parameters)
         self._rank = {name: rank for rank, name in enumerate(self._names)}
+        self.sizes: dict[str, int] = {name: 0 for store in stores for name in store.names}
         self.ask(0)
 
     @property
     def num_chosen(self) -> int:
         """Entries of the set, of all tensors together."""
-        return sum(store.num_entries(name) for store in self._stores for name in store.names)
+        return sum(self.sizes.values())
+
+    def count(self) -> None:
+        """See how many entries the stores hold."""
+        ours = {name: store.num_entries(name) for store in self._stores for name in store.names}
+        self.sizes = self._shards.total(ours)
 
     def ask(self, step: int) -> None:
         """Ask the mask what step `step` chooses."""
@@ -56,7 +71,10 @@ class EntryChooser:
 
     def restart(self) -> None:
         """Forget what was offered."""
-        self._tops: dict[str | None, TopEntries] = {}
+        self._contest: Contest | None = None
+        if isinstance(self._choice, TopOfGradient):
+            above = -math.inf if self._choice.replace else 0.0
+            self._contest = Contest(self._names, self._shards, self._choice.counts, above=above)
 
     def can_choose(self, name: str) -> bool:
         """Whether the gradient of the coming step may add entries of the tensor."""
@@ -72,16 +90,11 @@ class EntryChooser:
 
     def offer(self, name: str, gradient: Tensor) -> None:
         """Offer the entries of a tensor by their gradient (flat, shape (n,)), if the choice is by gradient."""
-        if not isinstance(self._choice, TopOfGradient):
+        if self._contest is None:
             return
         assert isinstance(self._mask, AbstractCompactMask)
-        counts = self._choice.counts
-        key = None if isinstance(counts, int) else name
-        if key not in self._tops:
-            count = counts if isinstance(counts, int) else counts.get(name, 0)
-            self._tops[key] = TopEntries(count, above=-math.inf if self._choice.replace else 0.0)
-        self._tops[key].scan(
-            self._parameters[name].detach().view(-1),
+        self._contest.top(name).scan(
+            held(self._parameters[name]).detach().view(-1),
             gradient,
             rank=self._rank[name],
             score=self._mask.score,
@@ -95,52 +108,45 @@ class EntryChooser:
         assert isinstance(self._mask, AbstractCompactMask)
         chosen = self._mask.choose(step, model)
         nothing = torch.empty(0, dtype=torch.int64)
-        return self._replace_by({name: (chosen.get(name, nothing), None) for name in self._names})
+        return self._replace_by(
+            {name: (self._shards.inside(name, chosen.get(name, nothing)), None) for name in self._names}
+        )
 
     def choose_by_gradient(self) -> Change | None:
         """When all gradients are there: let the best of what was offered join, or stay. None: no such choice now."""
-        if not isinstance(self._choice, TopOfGradient):
+        if self._contest is None:
             return None
-        chosen = self._best()
-        return self._replace_by(chosen) if self._choice.replace else self._join(chosen)
-
-    def _best(self) -> Chosen:
-        """What won. Where counts are by tensor, of tensors that were offered."""
-        chosen: dict[str, tuple[Tensor, Tensor | None]] = {}
-        for key, top in self._tops.items():
-            ranks, indices, values = top.result()
-            present, sizes = ranks.unique_consecutive(return_counts=True)
-            parts = zip(present.tolist(), indices.split(sizes.tolist()), values.split(sizes.tolist()), strict=True)
-            found = {self._names[rank]: (part, gradients) for rank, part, gradients in parts}
-            nothing = (indices[:0], values[:0])
-            chosen.update({name: found.get(name, nothing) for name in (self._names if key is None else [key])})
-        return chosen
+        chosen = self._contest.result()
+        return self._join(chosen) if self.only_adds else self._replace_by(chosen)
 
     def _join(self, chosen: Chosen) -> Change:
         """These entries come in addition to the set."""
         before = self.num_chosen
         for store in self._stores:
             store.add({name: self._beside(name, chosen[name]) for name in store.names if name in chosen})
+        self.count()
         return Change(before, self.num_chosen - before, before)
 
     def _replace_by(self, chosen: Chosen) -> Change:
         """These entries are the set; those that were in it keep their state. Tensors left out stay as they are."""
-        num_previous, num_kept = self.num_chosen, 0
+        num_previous, num_kept = self.num_chosen, dict[str, int]()
         for store in self._stores:
             kept, newcomers = {}, {}
             for name in store.names:
                 if name not in chosen:
-                    num_kept += store.num_entries(name)
+                    num_kept[name] = store.num_entries(name)
                     continue
                 indices, gradients = self._beside(name, chosen[name])
                 old = store.indices(name).long()
                 kept[name] = torch.isin(old, indices, assume_unique=True)
                 is_new = torch.isin(indices, old, assume_unique=True, invert=True)
                 newcomers[name] = (indices[is_new], None if gradients is None else gradients[is_new])
-                num_kept += int(kept[name].count_nonzero())
+                num_kept[name] = int(kept[name].count_nonzero())
             store.keep(kept)
             store.add(newcomers)
-        return Change(num_previous, self.num_chosen - num_kept, num_kept)
+        self.count()
+        num_stayed = sum(self._shards.total(num_kept).values())
+        return Change(num_previous, self.num_chosen - num_stayed, num_stayed)
 
     def _unchanged(self) -> Change:
         num_chosen = self.num_chosen

@@ -108,6 +108,44 @@ def shard_groups(tensor: Tensor) -> Groups:
     return tuple(mesh.get_group(axis) for axis, placement in enumerate(placements) if not placement.is_replicate())
 
 
+def first_index(tensor: Tensor, *, name: str) -> int:
+    """Flat index in the whole tensor of the first entry that this process holds; the others follow it.
+
+    Raises:
+        UsageError: it holds no such piece, because the tensor is sharded in another dimension than its first.
+    """
+    if not shard_groups(tensor):
+        return 0
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # pyright: ignore[reportAttributeAccessIssue]
+    for placement in placements:
+        if not placement.is_replicate() and (type(placement) is not Shard or placement.dim != 0):
+            raise UsageError(
+                f"{name!r} is placed as {placement}, and single weights are selected in tensors that are sharded by "
+                "rows; leave shard_placement_fn and tensor parallelism out"
+            )
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    return min(offset[0], tensor.shape[0]) * (tensor.numel() // max(1, tensor.shape[0]))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, without a gradient; every process calls it."""
+    if not is_spread(tensor):
+        return tensor.detach()
+    with torch.no_grad(), speaking("gathering a weight"):
+        return tensor.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_averaged_in_hooks(parameter: Tensor) -> bool:
+    """Whether hooks on its accumulated gradient see what the processes have averaged: those of a DTensor do.
+
+    DistributedDataParallel averages later; what FSDP2 offloads may still be on its way.
+    """
+    return is_spread(parameter) and collective_device(parameter).type == parameter.device.type
+
+
 # Decisions -------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +195,37 @@ class SquareSums:
             if any(_size(groups) < dist.get_world_size() for groups in kinds):
                 dist.broadcast(totals, src=0)
         return dict(zip(names, totals.sqrt().float().tolist(), strict=True))
+
+
+def add_up(parts: Mapping[Groups, Tensor], *, device: torch.device) -> Tensor:
+    """The sum of what all processes hold. On the CPU.
+
+    Args:
+        parts: of the tensors that are sharded over the same groups, what this process holds; everywhere the same keys
+            in the same order.
+        device: where the processes' backend works.
+    """
+    totals = []
+    for groups, part in parts.items():
+        total = part.to(device, copy=True) if groups else part
+        with speaking("adding up"):
+            for group in groups:
+                dist.all_reduce(total, group=group)
+        totals.append(total.cpu())
+    return torch.stack(totals).sum(0)
+
+
+def total(numbers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum of numbers (shape ()) of what all processes hold, in fp64, on the CPU.
+
+    Args:
+        numbers: each with a tensor that is sharded as what the number was taken from; everywhere as many.
+    """
+    apart: dict[Groups, list[Tensor]] = {}
+    for tensor, number in numbers:
+        apart.setdefault(shard_groups(tensor), []).append(number.cpu().double())
+    sums = {groups: torch.stack(several).sum() for groups, several in apart.items()}
+    return add_up(sums, device=collective_device(numbers[0][0]))
 
 
 def collective_device(tensor: Tensor) -> torch.device:
@@ -273,7 +342,7 @@ class Together:
             if stand_in is not parameter and not is_spread(parameter):
                 raise UsageError(
                     f"the model computes with another tensor than the optimizer holds for {name!r}: it was wrapped "
-                    "afterwards; write fully_shard(model) or replicate(model) first, then BlockOptimizer(model, ...)"
+                    "afterwards; write fully_shard(model) or replicate(model) first, then build the optimizer"
                 )
             stand_in.requires_grad_(parameter.requires_grad)
 
@@ -322,7 +391,7 @@ def check_averaged(parameters: Mapping[str, Sequence[Parameter]], *, step: int) 
         raise UsageError(
             f"gradients of block {name!r} differ between the processes at step {step}: nothing has averaged them. "
             "Wrap the model before its first training step and while all of it is trainable: fully_shard or replicate "
-            "of torch.distributed before BlockOptimizer(model), or "
+            "of torch.distributed before the optimizer is built, or "
             "DistributedDataParallel(model, find_unused_parameters=True); the last backward pass of a step must not "
             "stand in no_sync()"
         )

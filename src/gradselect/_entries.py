@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ._distributed import held
+
 Group = Mapping[str, Any]
 
 RUN = 1 << 22
@@ -35,6 +37,8 @@ class EntryStore:
     entry: the sign bit of an index says that a cohort begins there, and one bit for each tensor and update says whether
     a cohort joined at it.
 
+    On several processes a tensor is what this one holds of it.
+
     Args:
         parameters: the tensors, by name: of one device, one dtype, one parameter group.
         master_dtype: of master weights, and of the moments beside them; None: no masters.
@@ -47,7 +51,7 @@ class EntryStore:
         self._parameters = dict(parameters)
         self._position = {name: position for position, name in enumerate(self.names)}
         first = next(iter(parameters.values()))
-        self._index_dtype = index_dtype(max(parameter.numel() for parameter in parameters.values()))
+        self._index_dtype = index_dtype(max(held(parameter).numel() for parameter in parameters.values()))
         self._sign_bit = torch.iinfo(self._index_dtype).min
         moment_dtype = master_dtype or torch.promote_types(first.dtype, torch.float32)
         empty = torch.empty(0, dtype=moment_dtype, device=first.device)
@@ -232,7 +236,7 @@ class EntryStore:
         gradients = self._gradients[part]
         mean, square = self._arrays["exp_avg"][part], self._arrays["exp_avg_sq"][part]
         masters = self._arrays.get("master")
-        flats = [self._parameters[name].detach().view(-1) for name in names]
+        flats = [self._flat(name) for name in names]
         indices = self._split(self._plain_indices()[part], names)
         if masters is None:
             gathered = [flat.index_select(0, places) for flat, places in zip(flats, indices, strict=True)]
@@ -297,8 +301,11 @@ class EntryStore:
 
     def _weights(self, name: str) -> Tensor:
         """The tensor's chosen entries, in the moments' dtype."""
-        flat = self._parameters[name].detach().view(-1)
-        return flat[self.indices(name)].to(self._arrays["exp_avg"].dtype)
+        return self._flat(name)[self.indices(name)].to(self._arrays["exp_avg"].dtype)
+
+    def _flat(self, name: str) -> Tensor:
+        # Looked up at every use: a wrapper may move a shard to other memory.
+        return held(self._parameters[name]).detach().view(-1)
 
     def _plain_indices(self) -> Tensor:
         """All indices without their flags, kept until the set or the step changes."""
@@ -368,7 +375,7 @@ class EntryStore:
 
     def _initial(self, key: str, name: str, indices: Tensor) -> Tensor:
         if key == "master":
-            return self._parameters[name].detach().view(-1)[indices]
+            return self._flat(name)[indices]
         return torch.zeros(indices.numel(), dtype=self._arrays[key].dtype, device=indices.device)
 
     def _grow(self, by: Mapping[str, int]) -> None:

@@ -15,6 +15,9 @@ gradient. Where the set is replaced, entries that stay keep their moments and th
 A **dense** mask decides anew at every step, from finished gradients, and every entry has optimizer state: what it saves
 is movement of the weights, not memory.
 
+On several processes weights and gradients are DTensors where the model is sharded. `score` sees the part that this
+process holds; `choose` gives indices in the whole tensor, at least those of this process' part.
+
 `choice`, `score`, `choose` and `masks` are pure: they depend on the settings, the step and what they are given. So a
 resumed run needs nothing but the entries themselves.
 """
@@ -163,7 +166,10 @@ class AbstractDenseMask(AbstractMask):
 
     @abstractmethod
     def masks(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """For each gradient a bool tensor of its shape: the entries that count at this step."""
+        """For each gradient a bool tensor: the entries that count at this step.
+
+        Of the gradient's shape; of a DTensor of the shape of what this process holds.
+        """
 
 
 def matching(tensors: Sequence[MaskTensor], patterns: Sequence[str] | None) -> tuple[MaskTensor, ...]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ._distributed import held
 from ._groups import Group
 from ._state import MASTER, BlockStates
 
@@ -18,16 +19,17 @@ def masked_update(
     """Update a tensor whose gradient is there; weight decay touches entries of the mask only.
 
     Args:
-        mask: bool, of the tensor's shape.
+        mask: bool, of the shape of what this process holds of the tensor.
         on: "gradient": the gradient is zero outside the mask already; moments and the weights they move go on
             everywhere. "update": moments see the whole gradient, weights outside the mask stay.
     """
-    weight = states.of(parameter).get(MASTER, parameter)
+    mine = held(parameter)
+    weight = states.of(parameter).get(MASTER, mine)
     if on == "update":
         before = weight.clone()
         states.update([parameter], group)
         weight.copy_(torch.where(mask, weight, before))
-        parameter.copy_(weight)
+        mine.copy_(weight)
         return
     decayed: dict[str, Any] = {**group, "weight_decay": 0.0}
     weight.copy_(torch.where(mask, weight * (1 - group["lr"] * group["weight_decay"]), weight))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ._distributed import held, is_averaged_in_hooks, is_running
 from ._errors import UsageError
 from ._observe import dense
 
@@ -29,6 +30,9 @@ class GradientReader:
     * gradients add up in `parameter.grad` and are read in the last pass: exact, and as large as the model until then;
     * `lean`: each pass is read on its own and freed; a choice of entries is made from the first.
 
+    On several processes a gradient is read when they have averaged it: of DTensors (`fully_shard`, `replicate`) as far
+    as this process holds it, and as above; of others, which DistributedDataParallel averages, in `read_rest`.
+
     Parameters are marked with their newest reader (`gradselect_owner`), so an older one falls silent.
 
     Args:
@@ -43,7 +47,11 @@ class GradientReader:
         self._read = weakref.WeakMethod(read)  # pyright: ignore[reportArgumentType]
         self.parameters = dict(parameters)
         self._active: frozenset[str] = frozenset()
-        self._capacity = min(WAITING, max(parameter.numel() for parameter in parameters.values()) // 4)
+        is_one_of_many = is_running()
+        self.late = frozenset(
+            name for name, each in parameters.items() if is_one_of_many and not is_averaged_in_hooks(each)
+        )
+        self._capacity = min(WAITING, max(held(parameter).numel() for parameter in parameters.values()) // 4)
         self.restart()
         for parameter in self.parameters.values():
             parameter.gradselect_owner = id(self)  # pyright: ignore[reportAttributeAccessIssue]
@@ -96,6 +104,8 @@ class GradientReader:
                 "callbacks=[SelectionCallback()]; where a step was skipped call optimizer.zero_grad(); checkpoint "
                 "activations with use_reentrant=False"
             )
+        if name in self.late:
+            return
         if self._lean or self._num_passes[name] == self.accumulation_steps:
             if not self._waiting:
                 # The engine's own end of the pass, as data parallel wrappers use it.
@@ -108,7 +118,7 @@ class GradientReader:
         self._taken.add(name)
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        self._waiting.append((name, dense(gradient).detach().reshape(-1), decisive))
+        self._waiting.append((name, dense(held(gradient)).detach().reshape(-1), decisive))
         if sum(waiting.numel() for _, waiting, _ in self._waiting) >= self._capacity:
             self._read_waiting()
 

@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -17,7 +16,16 @@ from ._blocks import Block, nearest
 from ._checkpoint import check_same
 from ._checks import check_whole
 from ._chooser import Change, EntryChooser
-from ._distributed import check_placement, is_running
+from ._distributed import (
+    Together,
+    check_alike,
+    check_placement,
+    held,
+    is_running,
+    shard_groups,
+    total,
+    unwrapped,
+)
 from ._entries import EntryStore
 from ._errors import UsageError
 from ._freeze import freeze, give_back, is_frozen_for_now
@@ -29,7 +37,8 @@ from ._reader import GradientReader
 from ._records import MaskRecord, MemoryBytes
 from ._residency import Keep
 from ._rules import AdamWRule
-from ._state import MASTER, BlockStates, num_bytes
+from ._shards import Shards
+from ._state import BlockStates, num_bytes
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -116,7 +125,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         check_hyper_parameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         _check_norm(max_grad_norm)
         check_placement(model)
-        _check_one_process()
+        model = unwrapped(model)
         tensors = _trainable(model)
         self._always = _matching([tensor.name for tensor in tensors], always)
         self.mask = mask.bind([tensor for tensor in tensors if tensor.name not in self._always])
@@ -140,11 +149,9 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         self._states = BlockStates(self.state, self._table, rule=rule, residency=Keep(), master_dtype=master_dtype)
         self._stores = self._make_stores(master_dtype)
         self._store_of = {name: store for store, _ in self._stores for name in store.names}
-        self._chooser = EntryChooser(
-            self.mask,
-            [store for store, _ in self._stores],
-            {tensor.name: tensor.parameter for tensor in self.mask.tensors},
-        )
+        masked = {tensor.name: tensor.parameter for tensor in self.mask.tensors}
+        self._shards = Shards(masked)
+        self._chooser = EntryChooser(self.mask, [store for store, _ in self._stores], masked, self._shards)
         self._states.admit(self._dense)
 
         parameters = {tensor.name: tensor.parameter for tensor in tensors}
@@ -154,6 +161,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         self.accumulation_steps = accumulation_steps
         self._give_back = weakref.finalize(self, give_back, list(parameters.values()), owner=id(self._reader))
         self._give_back.atexit = False
+        self._together = self._meet(lean_accumulation) if is_running() else None
         self._propose()
 
     # The main path -----------------------------------------------------------------------------------------------
@@ -176,6 +184,8 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         """
         loss = self._evaluate(closure)
         self._check_use()
+        if self._together is not None:
+            self._check_together(self._together)
         self._reader.read_rest()
         if not self._saw_gradients():
             return loss
@@ -198,10 +208,8 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
     def _mask_and_clip(self) -> float:
         """Zero what a dense mask leaves out, scale all gradients down to `max_grad_norm`; their norm before that."""
         self._dense_masks = self._mask_dense()
-        gradients = [grad for name in self._dense if (grad := self._parameter(name).grad) is not None]
-        squares = [store.squared_norm() for store, _ in self._stores]
-        squares += [_squared_norm(dense(gradient)) for gradient in gradients]
-        norm = torch.stack([square.float().cpu() for square in squares]).sum().sqrt()
+        gradients = [held(grad) for name in self._dense if (grad := self._parameter(name).grad) is not None]
+        norm = self._norm()
         if self.max_grad_norm is not None:
             # As torch's clip_grad_norm_ has it.
             factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -210,6 +218,15 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
             for gradient in gradients:
                 gradient.mul_(factor.to(gradient))
         return float(norm)
+
+    def _norm(self) -> Tensor:
+        """L2 norm of the gradients that are applied, of all processes. Shape ()."""
+        squares = [(self._parameter(store.names[0]), store.squared_norm()) for store, _ in self._stores]
+        for name in self._dense:
+            parameter = self._parameter(name)
+            if parameter.grad is not None:
+                squares.append((parameter, _squared_norm(dense(held(parameter.grad)))))
+        return total(squares).sqrt()
 
     def _update(self) -> None:
         """Apply AdamW: to the entries, and to tensors with state for every weight."""
@@ -234,9 +251,12 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
 
     @property
     def entries(self) -> dict[str, Tensor]:
-        """Flat indices of the chosen entries, ascending, int64, by tensor name; tensors without any are left out."""
+        """Flat indices of the chosen entries, ascending, int64, by tensor name; tensors without any are left out.
+
+        Indices are those in the whole tensor; of one that is sharded, entries of this process' part.
+        """
         found = {name: store.indices(name) for name, store in self._store_of.items() if store.num_entries(name)}
-        return {name: found[name].long().sort().values for name in self._masked if name in found}
+        return {name: self._shards.in_whole(name, found[name]).sort().values for name in self._masked if name in found}
 
     @property
     def accumulation_steps(self) -> int:
@@ -253,9 +273,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         """Take the model's weights as they are now for master values: after something else than `step` set them."""
         for store, _ in self._stores:
             store.refresh_masters()
-        for parameter, state in self.state.items():
-            if MASTER in state:
-                state[MASTER].copy_(parameter)
+        self._states.refresh_masters()
 
     def memory(self) -> MemoryBytes:
         """Bytes held now, exactly, by category.
@@ -297,11 +315,15 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         The `state` of a masked tensor holds `indices`, `joined_at`, `num_updates`, `exp_avg`, `exp_avg_sq` and, of a
         half-precision tensor, `master`, in the order in which entries joined. Beside torch's `state` and
         `param_groups` stands `selection`: the step, and the mask's kind and settings.
+
+        With shards every process calls it. Entries of all processes are gathered on each, by their indices in the whole
+        tensor; dense state holds DTensors where the weights are DTensors.
         """
         state_dict = super().state_dict()
+        state_dict["state"] = self._states.spread(state_dict["state"])
         for index, name in enumerate(self._table.names):
             if name in self._store_of:
-                state_dict["state"][index] = self._store_of[name].state(name)
+                state_dict["state"][index] = self._shards.gather(name, self._store_of[name].state(name))
         state_dict["selection"] = {**self._identity(), "step": self._step, "change": list(self._change)}
         return state_dict
 
@@ -325,12 +347,15 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
             {name: {} if name in self._store_of else state for name, state in states.items()}, resident=self._dense
         )
         for store, _ in self._stores:
-            store.load(states)
+            store.load({name: self._shards.own(name, states[name]) for name in store.names})
+        self._chooser.count()
         self._step = selection["step"]
         self._change = Change(*selection["change"])
         # What the mask took from weights for the coming step stands among the entries already.
         self._chooser.ask(self._step)
         self._prepare()
+        if self._together is not None:
+            self._together.check_soon()
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that loads it must agree on."""
@@ -346,24 +371,26 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
     # Parts -------------------------------------------------------------------------------------------------------
 
     def _make_stores(self, master_dtype: torch.dtype | None) -> list[tuple[EntryStore, int]]:
-        """One store for all masked tensors of one group, device and dtype, and the index of that group."""
+        """One store for all masked tensors of one group, device, dtype and kind of shards, and that group's index."""
         apart: dict[Any, dict[str, Parameter]] = {}
         for index, group in enumerate(self.param_groups):
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if name not in self._dense:
-                    apart.setdefault((index, parameter.device, parameter.dtype), {})[name] = parameter
+                    key = (index, parameter.device, parameter.dtype, shard_groups(parameter))
+                    apart.setdefault(key, {})[name] = parameter
         return [
             (EntryStore(parameters, master_dtype=master_dtype if dtype in HALF else None), index)
-            for (index, _, dtype), parameters in apart.items()
+            for (index, _, dtype, _), parameters in apart.items()
         ]
 
     def _prepare(self) -> None:
         """Freeze what cannot train in the coming step, and watch the rest."""
         self._dense_masks: dict[str, Tensor] = {}
         can_choose = self._chooser.can_choose
-        watched = {name for name, store in self._store_of.items() if store.num_entries(name) or can_choose(name)}
+        watched = {name for name in self._store_of if self._chooser.sizes[name] or can_choose(name)}
+        may_freeze = self._together is None or self._together.has_begun  # before, the model may still be wrapped
         for name, parameter in self._reader.parameters.items():
-            freeze(parameter, name not in watched and name not in self._dense)
+            freeze(parameter, may_freeze and name not in watched and name not in self._dense)
         self._reader.watch(frozenset(watched))
         self._reader.restart()
         for store, _ in self._stores:
@@ -376,13 +403,13 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         there = {name: grad for name in self._masked if (grad := self._parameter(name).grad) is not None}
         masks = self.mask.masks([dense(gradient) for gradient in there.values()])
         if self.mask.mask == "gradient":
-            for gradient, mask in zip(there.values(), masks, strict=True):
+            for gradient, mask in zip(map(held, there.values()), masks, strict=True):
                 gradient.masked_fill_(~mask, 0.0)
         return dict(zip(there, masks, strict=True))
 
     def _describe(self, grad_norm: float) -> MaskRecord:
-        sizes = {name: store.num_entries(name) for name, store in self._store_of.items()}
-        sizes |= {name: int(mask.count_nonzero()) for name, mask in self._dense_masks.items()}
+        kept = {name: int(mask.count_nonzero()) for name, mask in self._dense_masks.items()}
+        sizes = self._chooser.sizes | (self._shards.total(kept) if kept else {})
         change = self._change
         return MaskRecord(
             step=self._step,
@@ -404,6 +431,56 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
     def _parameter(self, name: str) -> Parameter:
         (parameter,) = self._table.of(name)
         return parameter
+
+    def _meet(self, lean_accumulation: bool) -> Together:
+        """Several processes: what must be alike before they talk of entries."""
+        if lean_accumulation and self._reader.late:
+            raise UsageError(
+                "lean_accumulation=True needs gradients that are averaged as they come, by fully_shard or replicate; "
+                "leave it out: under DistributedDataParallel gradients stay until step()"
+            )
+        check_alike(self._decisive(), moment="when the optimizer is built")
+        return Together(self._model, self, SparseOptimizer._begin_together)
+
+    @torch.no_grad()
+    def _begin_together(self) -> None:
+        """The first forward pass: the model is as it will be trained; now freeze."""
+        assert self._together is not None
+        for name, parameter in self._table.named():
+            if parameter is not self._reader.parameters[name]:
+                raise UsageError(
+                    f"another tensor was put into the optimizer's groups for {name!r}, as Accelerate does when it "
+                    "shards; shard first, with fully_shard(model), then build SparseOptimizer(model, ...)"
+                )
+        parameters = {name: [parameter] for name, parameter in self._reader.parameters.items()}
+        trains_everything = len(self._dense) == len(parameters)
+        facts = {**self._decisive(), **self._replicated_entries()}
+        self._together.check_start(parameters, facts, trains_everything=trains_everything)
+        self._prepare()
+        self._together.carry_over(self._reader.parameters.items())
+
+    def _check_together(self, together: Together) -> None:
+        """Every process is about to do the same; see `Together`."""
+        if not together.has_begun:
+            self._begin_together()  # a loop that never calls the model as a whole
+        parameters = {name: [parameter] for name, parameter in self._table.named() if parameter.requires_grad}
+        together.check_step(self._step, parameters, lambda: {**self._decisive(), **self._replicated_entries()})
+
+    def _decisive(self) -> dict[str, Any]:
+        """Plain values that must be alike on all processes."""
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        return {
+            **self._identity(),
+            "num_entries": self._chooser.sizes,
+            "param_groups": settings,
+            "accumulation_steps": self.accumulation_steps,
+            "max_grad_norm": self.max_grad_norm,
+        }
+
+    def _replicated_entries(self) -> dict[str, Any]:
+        """Marks of the entries of tensors that every process holds whole."""
+        found = {name: indices for name, indices in self.entries.items() if not shard_groups(self._parameter(name))}
+        return {"entries": {name: [int(i.sum()), int(i.square().sum())] for name, i in found.items()}}
 
     def _check_use(self) -> None:
         if getattr(self, "grad_scale", None) is not None:
@@ -429,7 +506,7 @@ def _trainable(model: nn.Module) -> list[MaskTensor]:
     if not tensors:
         raise UsageError(f"no parameter of {type(model).__name__} requires a gradient; call model.requires_grad_(True)")
     for tensor in tensors:
-        if not tensor.parameter.is_contiguous():
+        if not held(tensor.parameter).is_contiguous():
             raise UsageError(
                 f"{tensor.name} is not contiguous in memory; write parameter.data = parameter.contiguous()"
             )
@@ -458,12 +535,4 @@ def _check_norm(max_grad_norm: float | None) -> None:
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise UsageError(
             f"max_grad_norm={max_grad_norm} must be above 0; write max_grad_norm=1.0, or None for no limit"
-        )
-
-
-def _check_one_process() -> None:
-    if is_running() and dist.get_world_size() > 1:
-        raise UsageError(
-            f"this is one of {dist.get_world_size()} processes, and single weights are selected in one process; start "
-            "it without torchrun, or select blocks: BlockOptimizer(model, policy=...)"
         )

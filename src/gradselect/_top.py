@@ -20,6 +20,9 @@ SLACK = 64
 INDEX_BITS = 40
 """A tensor's number and an index in it make one key: rank << INDEX_BITS | index."""
 
+Best = tuple[Tensor, Tensor, Tensor]
+"""Scores, keys and values of entries, each of shape (m,)."""
+
 Score = Callable[[Tensor, Tensor], Tensor]
 """Elementwise score of (weights, gradients)."""
 
@@ -106,13 +109,17 @@ class TopEntries:
         Returns:
             ranks (int64), indices in their tensors (int64) and values, each of shape (m,), m <= `count`.
         """
+        _, keys, values = self.best()
+        return in_order(keys, values)
+
+    def best(self) -> Best:
+        """The kept entries in any order: scores, keys and values, each of shape (m,)."""
         if not self._parts:
-            return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0)
+            return torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0)
         self._prune()
         scores, keys, values = self._parts[0]
         counting = (scores > self._above).nonzero().view(-1)
-        keys, order = keys[counting].sort()
-        return keys >> INDEX_BITS, keys & ((1 << INDEX_BITS) - 1), values[counting][order]
+        return scores[counting], keys[counting], values[counting]
 
     def _add(self, scores: Tensor, rank: int, indices: Tensor, values: Tensor) -> None:
         if self._count and scores.numel():
@@ -147,6 +154,12 @@ class TopEntries:
             scores, keys, values = scores[order], keys[order], values[order]
         self._parts = [(scores, keys, values)]
         self._num_kept = scores.numel()
+
+
+def in_order(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ranks, indices and values in order of (rank, index)."""
+    keys, order = keys.sort()
+    return keys >> INDEX_BITS, keys & ((1 << INDEX_BITS) - 1), values[order]
 
 
 def _rows(count: int, numel: int) -> int:

@@ -26,13 +26,13 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from .. import BlockOptimizer, UsageError
+from .. import BlockOptimizer, SparseOptimizer, UsageError
 
 PLAIN = "optimizer.plain"
 STATE = "optimizer.state."
 
 
-def save(folder: str | Path, *, model: nn.Module, optimizer: BlockOptimizer) -> None:
+def save(folder: str | Path, *, model: nn.Module, optimizer: BlockOptimizer | SparseOptimizer) -> None:
     """Write weights and everything that decides the next step; every process calls it and writes what it holds.
 
     Args:
@@ -52,7 +52,7 @@ def save(folder: str | Path, *, model: nn.Module, optimizer: BlockOptimizer) -> 
         state_dict_saver.save({**_weights(model), **entries}, checkpoint_id=folder)
 
 
-def load(folder: str | Path, *, model: nn.Module, optimizer: BlockOptimizer) -> None:
+def load(folder: str | Path, *, model: nn.Module, optimizer: BlockOptimizer | SparseOptimizer) -> None:
     """Continue where `save` was called; every process calls it, whatever their number.
 
     Raises:
@@ -71,7 +71,9 @@ def load(folder: str | Path, *, model: nn.Module, optimizer: BlockOptimizer) -> 
             name, _ = _split(key)
             if name not in parameters:
                 raise UsageError(f"{folder} holds state of {name!r}, which this optimizer does not train")
-            wanted[key] = _room(info, like=parameters[name])
+            # Of single weights every process reads all, and keeps its own.
+            is_of_entries = f"{STATE}{name}.indices" in stored
+            wanted[key] = _whole_room(info) if is_of_entries else _room(info, like=parameters[name])
     with _quiet():
         state_dict_loader.load(wanted, checkpoint_id=folder)
 
@@ -103,7 +105,7 @@ def _weights(model: nn.Module) -> dict[str, Any]:
     return {f"model.{name}": value for name, value in get_model_state_dict(model).items()}
 
 
-def _names(optimizer: BlockOptimizer) -> list[str]:
+def _names(optimizer: BlockOptimizer | SparseOptimizer) -> list[str]:
     """Names of the parameters in the order in which a state_dict numbers them."""
     return [name for group in optimizer.param_groups for name in group["param_names"]]
 
@@ -130,4 +132,8 @@ def _room(info: TensorStorageMetadata, *, like: Tensor) -> Tensor:
     """An empty tensor to load into: sharded as its weight where it has the weight's shape, else whole."""
     if info.size == like.shape:
         return torch.empty_like(like, dtype=info.properties.dtype, requires_grad=False)
+    return _whole_room(info)
+
+
+def _whole_room(info: TensorStorageMetadata) -> Tensor:
     return torch.empty(info.size, dtype=info.properties.dtype)

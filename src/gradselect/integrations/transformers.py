@@ -63,8 +63,6 @@ class SelectiveOptimizerFactory:
             >>> Trainer(model, args, optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, kwargs))  # doctest: +SKIP
         """
         kind = SparseOptimizer if "mask" in options else BlockOptimizer
-        if kind is SparseOptimizer:
-            _check_one_process()
         settings = options if args is None else {**_from_arguments(args, kind), **options}
         _check_settings(settings, kind)
         return kind(_unwrap_model(model), **settings)
@@ -255,15 +253,6 @@ def _check_settings(settings: Mapping[str, Any], kind: type) -> None:
         raise UsageError(
             "the kwargs of SelectiveOptimizerFactory have no 'lr', and the Trainer does not pass on its learning_rate; "
             'add "args": args with the TrainingArguments, or "lr": 2e-5'
-        )
-
-
-def _check_one_process() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise UsageError(
-            f"this is one of {distributed.get_world_size()} processes; single weights are selected in one process: "
-            "run it without torchrun or accelerate launch, or select blocks with a 'policy'"
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_one_of, check_positive
+from .._distributed import Groups, add_up, collective_device, held, shard_groups
 from .._mask import AbstractDenseMask
 from .._top import chunk_length
 
@@ -68,15 +69,18 @@ class GMT(AbstractDenseMask):
         count = max(1, round(self.fraction * sum(gradient.numel() for gradient in gradients)))
         threshold = kth_largest_magnitude(gradients, count)
         # Two comparisons and no |g|: bytes are made, not a copy of the gradients.
-        return [(gradient >= threshold) | (gradient <= -threshold) for gradient in gradients]
+        return [(gradient >= threshold) | (gradient <= -threshold) for gradient in map(held, gradients)]
 
 
 def kth_largest_magnitude(tensors: Sequence[Tensor], count: int) -> float:
     """The `count`-th largest |x| among all entries of `tensors`, exactly; NaN counts as 0.
 
     A sample says between which two values it lies; then it is enough to count the entries above and to sort those
-    between. Where the sample was wrong, or many entries tie, the value is found digit by digit.
+    between. Where the sample was wrong, many entries tie or several processes hold parts of the tensors, the value is
+    found digit by digit.
     """
+    if any(map(shard_groups, tensors)):
+        return kth_largest_by_digits(tensors, count)
     low, high = bracket(tensors, count)
     num_above, between = 0, []
     for chunk in magnitudes(tensors):
@@ -120,12 +124,15 @@ def kth_largest_by_digits(tensors: Sequence[Tensor], count: int) -> float:
     leading = 8 * dtype.itemsize - DIGIT_BITS
     known = 0
     for shift in range(leading, -1, -DIGIT_BITS):
-        counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64)
-        for chunk in magnitudes(tensors):
-            bits = chunk.view(integer)
-            candidates = bits if shift == leading else bits[bits >> (shift + DIGIT_BITS) == known]
-            digits = candidates >> shift & ((1 << DIGIT_BITS) - 1)
-            counts += torch.bincount(digits, minlength=len(counts)).cpu()
+        of_kinds: dict[Groups, Tensor] = {}
+        for tensor in tensors:
+            counts = of_kinds.setdefault(shard_groups(tensor), torch.zeros(1 << DIGIT_BITS, dtype=torch.int64))
+            for chunk in magnitudes([held(tensor)]):
+                bits = chunk.to(dtype).view(integer)
+                candidates = bits if shift == leading else bits[bits >> (shift + DIGIT_BITS) == known]
+                digits = candidates >> shift & ((1 << DIGIT_BITS) - 1)
+                counts += torch.bincount(digits, minlength=len(counts)).cpu()
+        counts = add_up(of_kinds, device=collective_device(tensors[0]))
         at_least = counts.flip(0).cumsum(0).flip(0)  # entries whose digit is at least this one
         digit = int((at_least >= count).sum()) - 1
         count -= int(at_least[digit] - counts[digit])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .._checks import check_positive, check_whole
+from .._distributed import whole
 from .._errors import UsageError
 from .._mask import AbstractCompactMask, FromWeights, Indices, MaskTensor, generator_of
 from .._top import TopEntries
@@ -110,7 +111,8 @@ class LIFT(AbstractCompactMask):
 
     def _best(self, tensor: MaskTensor, step: int) -> Tensor:
         count = self._count(tensor)
-        weight = tensor.parameter.detach().float()
+        # Every process decomposes the whole matrix, one after the other.
+        weight = whole(tensor.parameter).float()
         if not torch.isfinite(weight).all():
             raise UsageError(f"{tensor.name!r} holds weights that are not finite; go back to a good checkpoint")
         rank = self.approximation_rank or max(1, round(count / sum(weight.shape)))

@@ -72,7 +72,13 @@ class GradientSalience(AbstractSalience):
 
 @dataclass(frozen=True)
 class WeightSalience(AbstractSalience):
-    """Elementwise in the weight."""
+    """Elementwise in the weight.
+
+    Attributes:
+        draws: whether it draws from `generator`, as much for every entry.
+    """
+
+    draws: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -197,6 +203,7 @@ class Random(WeightSalience):
     """
 
     name = "random"
+    draws = True
 
     def score(self, weight: Tensor, generator: torch.Generator) -> Tensor:
         return torch.rand(weight.shape, generator=generator, dtype=torch.float64, device=weight.device)

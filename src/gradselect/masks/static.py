@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_one_of, check_whole
+from .._contest import Contest
+from .._distributed import first_index, held, is_spread
 from .._errors import UsageError
 from .._mask import (
     AbstractCompactMask,
@@ -23,7 +25,8 @@ from .._mask import (
     resolve_budget,
     share_out,
 )
-from .._top import TopEntries, chunk_length
+from .._shards import Shards
+from .._top import chunk_length
 from . import salience as saliences
 from ._estimate import Batch, Loss, Probe, model_loss, widened
 from .salience import AbstractSalience, GradientSalience, WeightSalience
@@ -91,6 +94,12 @@ class StaticMask(AbstractCompactMask):
         check_batches(self.salience, batches=self.batches, loss=self.loss)
 
     def start(self) -> None:
+        if any(is_spread(tensor.parameter) for tensor in self.tensors) and self._needs_model():
+            raise UsageError(
+                f"{self.salience.name} from batches runs the model by itself, which fully_shard and replicate do not "
+                "let it; leave batches out and take a salience of weights or of the step's own gradient, e.g. "
+                "StaticMask(salience=gradselect.salience.gradient, density=0.01)"
+            )
         budget = resolve_budget(self.tensors, budget=self.budget, density=self.density)
         self._counts = budget if self.scope == "global" else share_out(self.tensors, budget)
 
@@ -117,6 +126,9 @@ class StaticMask(AbstractCompactMask):
         del settings["loss"]
         return settings
 
+    def _needs_model(self) -> bool:
+        return self.batches is not None or isinstance(self.salience, saliences.ModelSalience)
+
     def _scores(self, step: int, model: nn.Module) -> ChunkScores:
         if isinstance(self.salience, WeightSalience):
             salience = self.salience
@@ -129,33 +141,37 @@ class StaticMask(AbstractCompactMask):
 
 
 def weight_scores(salience: WeightSalience, tensor: MaskTensor, *, seed: int, step: int) -> Iterator[Tensor]:
-    """Scores of a tensor's entries, chunk by chunk, from a generator of its own."""
-    weight = tensor.parameter.detach()
+    """Scores of the entries that this process holds, chunk by chunk, from a generator of the tensor's own."""
+    weight = held(tensor.parameter).detach().reshape(-1)
     generator = generator_of(seed=seed, step=step, name=tensor.name, device=weight.device)
-    for chunk in weight.reshape(-1).split(chunk_length(weight)):
-        yield salience.score(chunk, generator)
+    length = chunk_length(weight)
+    if not salience.draws or weight.numel() == tensor.numel:
+        yield from (salience.score(chunk, generator) for chunk in weight.split(length))
+        return
+    # As in one process: what the others' entries draw is drawn here too.
+    first = first_index(tensor.parameter, name=tensor.name)
+    for start in range(0, tensor.numel, length):
+        drawn = salience.score(weight.new_zeros(min(length, tensor.numel - start)), generator)
+        yield drawn[max(0, first - start) : max(0, first + weight.numel() - start)]
 
 
 def best_entries(tensors: Sequence[MaskTensor], counts: int | Mapping[str, int], scores: ChunkScores) -> Indices:
     """Indices of the entries of largest score: `counts` over all tensors together, or in each.
 
     Returns:
-        By name; int64, ascending, on the tensor's device.
+        By name indices in the whole tensor, of entries that this process holds; int64, ascending, on its device.
     """
-    if not isinstance(counts, int):
-        each = (best_entries([tensor], counts[tensor.name], scores) for tensor in tensors)
-        return {name: indices for chosen in each for name, indices in chosen.items()}
-    top = TopEntries(counts)
+    parameters = {tensor.name: tensor.parameter for tensor in tensors}
+    shards = Shards(parameters)
+    contest = Contest(tuple(parameters), shards, counts)
     for rank, tensor in enumerate(tensors):
         offset = 0
         for chunk in scores(tensor):
-            top.offer(chunk, rank=rank, offset=offset)
+            contest.top(tensor.name).offer(chunk, rank=rank, offset=offset)
             offset += chunk.numel()
-    ranks, indices, _ = top.result()
-    lengths = torch.bincount(ranks, minlength=len(tensors)).tolist()
     return {
-        tensor.name: chosen.to(tensor.parameter.device)
-        for tensor, chosen in zip(tensors, indices.split(lengths), strict=True)
+        name: shards.in_whole(name, chosen).to(parameters[name].device)
+        for name, (chosen, _) in contest.result().items()
         if chosen.numel()
     }
 
