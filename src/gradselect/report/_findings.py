@@ -29,7 +29,7 @@ def facts(comparison: Comparison) -> Iterator[str]:
 
 
 def findings(comparison: Comparison) -> Iterator[str]:
-    """What is ahead, what is cheap at no measurable loss, and what the table cannot say."""
+    """What is ahead, what is cheap among what cannot be told from full fine-tuning, and what the table cannot say."""
     if comparison.scores:
         yield _best(comparison)
     yield from _cheap(comparison, "fastest to train", "training time", lambda method: method.training_seconds)
@@ -55,7 +55,7 @@ def _best(comparison: Comparison) -> str:
 
 
 def _cheap(comparison: Comparison, what: str, cost_name: str, cost: Callable[[Method], float | None]) -> Iterator[str]:
-    """The cheapest of the methods that are not measurably worse than full fine-tuning."""
+    """The cheapest of the methods that these runs do not show to be worse than full fine-tuning."""
     full = comparison.full
     if full is None or cost(full) is None or not comparison.differences:
         return
@@ -64,20 +64,21 @@ def _cheap(comparison: Comparison, what: str, cost_name: str, cost: Callable[[Me
         return
     sign = 1 if scores.measure.higher_is_better else -1
     worse = {one.first for one in tested if one.is_significant and sign * one.value < 0}
-    values = {one.first: one.value for one in tested}
+    values = {one.first: one for one in tested}
     candidates = {
         method.name: price
         for method in comparison.methods
         if method.name in values and method.name not in worse and (price := cost(method)) is not None
     }
     if not candidates:
-        yield f"Every other method's {scores.measure.title} is measurably worse than that of full fine-tuning."
+        yield f"Every other method's {scores.measure.title} is worse than that of full fine-tuning by more than chance."
         return
     name = min(candidates, key=lambda candidate: (candidates[candidate], candidate))
-    difference = f"{scores.measure.show_difference(values[name])} {scores.measure.unit}".strip()
+    difference = f"{scores.measure.show_difference(values[name].value)} {scores.measure.unit}".strip()
     yield (
-        f"Not measurably worse than full fine-tuning, and {what}: {name}, "
-        f"{words.share(ratio(candidates[name], cost(full)))} of full fine-tuning's {cost_name}, {difference}."
+        f"Of the methods that these runs do not show to be worse than full fine-tuning, {what}: {name}, "
+        f"{words.share(ratio(candidates[name], cost(full)))} of its {cost_name}; {difference} (95 % interval "
+        f"{scores.measure.show_interval(values[name].interval)})."
     )
 
 
