@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,6 +22,7 @@ from ._folder import RunFolder
 from ._inputs import Inputs
 from ._mask_methods import AbstractMaskMethod, RunFacts
 from ._parts import mask_optimizer, method_parts
+from ._processes import num_processes
 from ._recipe import ChatData, ClassificationData, Data, PromptCompletionData, RandomData, Recipe, TokenData, is_packed
 from ._trainer import RunTrainer, TokenTrainer
 
@@ -85,12 +87,17 @@ def length_notes(trainer: RunTrainer, inputs: Inputs, data: Data) -> list[str]:
 
 
 def _facts(trainer: RunTrainer, recipe: Recipe, *, num_batches: int) -> RunFacts:
-    """What a mask may want to know. The batches are of rows drawn with the seed, and disturb no other draw."""
-    dataset, run = _as_dataset(trainer.train_dataset), recipe.run
-    per_epoch = -(-len(dataset) // (run.batch_size * run.accumulation))
-    count = min(len(dataset), num_batches * run.batch_size)
+    """What a mask may want to know. The batches are of rows drawn with the seed, and disturb no other draw.
+
+    Every process sees the batches of all, or they would choose differently.
+    """
+    dataset, run, processes = _as_dataset(trainer.train_dataset), recipe.run, num_processes()
+    per_epoch = -(-len(dataset) // (run.batch_size * processes * run.accumulation))
+    count = min(len(dataset), num_batches * run.batch_size * processes)
     rows = random.Random(f"calibration/{run.seed}").sample(range(len(dataset)), count)
-    drawn: Any = dataset.select(rows)
+    drawn: Any = dataset.select(
+        for_every_process(rows, batch_size=run.batch_size, processes=processes) if processes > 1 else rows
+    )
     batches = list(trainer.get_eval_dataloader(drawn)) if rows else []
     return RunFacts(
         seed=run.seed,
@@ -98,6 +105,12 @@ def _facts(trainer: RunTrainer, recipe: Recipe, *, num_batches: int) -> RunFacts
         batches=batches,
         loss=batch_loss if isinstance(recipe.data, ClassificationData) else None,
     )
+
+
+def for_every_process(rows: Sequence[int], *, batch_size: int, processes: int) -> list[int]:
+    """Whole batches of the rows, each as often as there are processes: the loader deals them out in turn."""
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows) - batch_size + 1, batch_size)]
+    return [row for batch in batches for _ in range(processes) for row in batch]
 
 
 def _arguments(recipe: Recipe, *, folder: RunFolder) -> dict[str, Any]:
