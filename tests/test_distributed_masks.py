@@ -87,14 +87,23 @@ def run(mask, *, rank=0, world=1, **options):
             clip=None,
             accumulation=options.get("accumulation_steps", 2),
         )
+    left = grads(model)
+    model(rows(0, rank=rank, world=world)).backward()
+    waiting = grads(model)
+    optimizer.zero_grad()
     return {
         "parameters": whole(model),
         "records": records,
         "entries": optimizer.entries,
         "memory": optimizer.memory(),
-        "left": sum(parameter.grad is not None for parameter in model.parameters()),
+        "left": left,
+        "waiting": waiting,
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
     }
+
+
+def grads(model):
+    return sum(parameter.grad is not None for parameter in model.parameters())
 
 
 def run_all(rank, *, runs):
@@ -159,6 +168,12 @@ def test_entries_are_held_once(pair):
     assert 90 * (4 + 8 + 8) <= both < 90 * (4 + 8 + 8) + 100  # and a bit for each tensor and update
 
 
+def test_sharded_gradients_go_in_the_backward_pass(pair):
+    """Those of DDP are averaged after it."""
+    assert pair[0]["fully_shard", "no accumulated copy"]["waiting"] == 0
+    assert pair[0]["ddp", "id3"]["waiting"] > 0
+
+
 def test_bf16_follows_one_process(pair):
     """With fp32 masters; which entry is just among the best is a matter of rounding."""
     results = [each["bf16"] for each in pair]
@@ -168,6 +183,42 @@ def test_bf16_follows_one_process(pair):
     start = tiny(dtype=torch.bfloat16)
     moved = sum(int((results[0]["parameters"][name] != value).sum()) for name, value in start.named_parameters())
     assert 0 < moved <= 90
+
+
+def train_in_groups(rank):
+    """HSDP: two replicas of two shards. Every process sees the same rows."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+    results = {}
+    for name in IN_GROUPS:
+        model = tiny(dtype=torch.float64)
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        mask, options = MASKS[name]
+        optimizer = gs.SparseOptimizer(model, mask, lr=1e-2, accumulation_steps=2, max_grad_norm=0.3, **options)
+        train(model, optimizer, steps=4, clip=None)
+        saved = {
+            key: len(state["indices"]) for key, state in optimizer.state_dict()["state"].items() if "indices" in state
+        }
+        results[name] = whole(model), saved
+    return results
+
+
+IN_GROUPS = ("id3", "refreshed", "always", "gmt global")
+
+
+def test_shards_within_replicas_count_once():
+    results = succeed(train_in_groups, world=4)
+    for name in IN_GROUPS:
+        mask, options = MASKS[name]
+        model, optimizer = build(mask, **options)
+        train(model, optimizer, steps=4, clip=None)
+        expected = {
+            key: len(state["indices"]) for key, state in optimizer.state_dict()["state"].items() if "indices" in state
+        }
+        for parameters, saved in (each[name] for each in results):
+            assert distance(parameters, whole(model)) < 1e-12
+            assert saved == expected
 
 
 def contest(rank):

@@ -43,6 +43,11 @@ def is_running() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def is_one_of_many() -> bool:
+    """Whether there are other processes."""
+    return is_running() and dist.get_world_size() > 1
+
+
 # Shards ----------------------------------------------------------------------------------------------------------
 
 

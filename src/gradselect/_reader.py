@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ._distributed import held, is_averaged_in_hooks, is_running
+from ._distributed import held, is_averaged_in_hooks, is_one_of_many
 from ._errors import UsageError
 from ._observe import dense
 
@@ -35,6 +35,9 @@ class GradientReader:
 
     Parameters are marked with their newest reader (`gradselect_owner`), so an older one falls silent.
 
+    Attributes:
+        late: names of those that are read in `read_rest`.
+
     Args:
         parameters: by name; all must require a gradient now, or torch refuses the hook.
         read: what to do with a gradient.
@@ -47,10 +50,8 @@ class GradientReader:
         self._read = weakref.WeakMethod(read)  # pyright: ignore[reportArgumentType]
         self.parameters = dict(parameters)
         self._active: frozenset[str] = frozenset()
-        is_one_of_many = is_running()
-        self.late = frozenset(
-            name for name, each in parameters.items() if is_one_of_many and not is_averaged_in_hooks(each)
-        )
+        is_late = is_one_of_many()
+        self.late = frozenset(name for name, each in parameters.items() if is_late and not is_averaged_in_hooks(each))
         self._capacity = min(WAITING, max(held(parameter).numel() for parameter in parameters.values()) // 4)
         self.restart()
         for parameter in self.parameters.values():

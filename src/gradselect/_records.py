@@ -54,6 +54,7 @@ class MaskRecord:
     Args:
         step: number of the step, from 0.
         num_entries: how many entries of each tensor are in the set, by tensor name; a tensor without any is left out.
+            On several processes these numbers are of all together, `state_bytes` of this one.
         num_new: entries of this step's set that the last step's did not hold.
         overlap: share of the last step's set that is in this step's; 1.0 at the first step.
         grad_norm: L2 norm of the gradients that were applied, before clipping.

@@ -70,6 +70,9 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
     * A tensor that gets no gradient (an expert without tokens) is left alone: its entries neither move nor age.
       Where a set over all tensors is chosen anew by gradient at that very step, it has none to offer and loses them.
     * Build it after the model's weights are loaded: masks that look at weights look now.
+    * **Several processes.** Under `fully_shard`, `replicate` and `DistributedDataParallel(find_unused_parameters=True)`
+      the set is that of one process; each holds the entries of its shards. Build it on every process, on the sharded
+      model. Nothing freezes before the first forward pass. Wrong set-ups raise: see docs/distributed.md.
 
     Args:
         model: its trainable parameters are what the mask may choose from; adapters of a PEFT model, for example.
