@@ -15,7 +15,7 @@ import torch.distributed as dist
 from distributed_support import HIDDEN, rows, succeed, tiny, train, whole
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -61,7 +61,7 @@ def wrap(model, wrapper, **settings):
     return apply(model, **settings)
 
 
-def build(mask, *, wrapper=None, dtype=torch.float64, **options):
+def build(mask, *, wrapper=None, dtype=torch.float64, settings=None, **options):
     """A model, wrapped, and its optimizer."""
     options = {"lr": 1e-2, "accumulation_steps": 2, "max_grad_norm": 0.3, **options}
     model = tiny(dtype=dtype)
@@ -70,7 +70,7 @@ def build(mask, *, wrapper=None, dtype=torch.float64, **options):
     if wrapper.endswith("afterwards"):
         optimizer = gs.SparseOptimizer(model, mask, **options)
         return wrap(model, wrapper), optimizer
-    model = wrap(model, wrapper)
+    model = wrap(model, wrapper, **settings or {})
     return model, gs.SparseOptimizer(model, mask, **options)
 
 
@@ -117,6 +117,8 @@ def pair():
         (wrapper, name): {"mask": MASKS[name][0], "wrapper": wrapper, **MASKS[name][1]} for wrapper, name in WRAPPED
     }
     runs["bf16"] = {"mask": ID3, "wrapper": "fully_shard", "dtype": torch.bfloat16}
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    runs["mixed"] = {"mask": ID3, "wrapper": "fully_shard", "dtype": torch.float32, "settings": {"mp_policy": mixed}}
     return succeed(run_all, world=2, runs=runs, timeout=120)
 
 
@@ -174,51 +176,54 @@ def test_sharded_gradients_go_in_the_backward_pass(pair):
     assert pair[0]["ddp", "id3"]["waiting"] > 0
 
 
-def test_bf16_follows_one_process(pair):
-    """With fp32 masters; which entry is just among the best is a matter of rounding."""
-    results = [each["bf16"] for each in pair]
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("mixed", torch.float32)])
+def test_half_precision_trains_the_budget_alike(name, dtype, pair):
+    """Which entry is just among the best is a matter of rounding, so not as one process. bf16 has fp32 masters."""
+    results = [each[name] for each in pair]
     assert distance(results[0]["parameters"], results[1]["parameters"]) == 0.0
     assert sum(results[0]["records"][-1].num_entries.values()) == 90
-    assert sum(each["memory"]["masters"] for each in results) == 4 * 90
-    start = tiny(dtype=torch.bfloat16)
+    assert sum(each["memory"]["masters"] for each in results) == (4 * 90 if name == "bf16" else 0)
+    start = tiny(dtype=dtype)
     moved = sum(int((results[0]["parameters"][name] != value).sum()) for name, value in start.named_parameters())
     assert 0 < moved <= 90
 
 
-def train_in_groups(rank):
-    """HSDP: two replicas of two shards. Every process sees the same rows."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+def train_on_four(rank):
+    """In two replicas of two shards, and in four shards, some of which are empty. All processes see the same rows."""
     results = {}
-    for name in IN_GROUPS:
-        model = tiny(dtype=torch.float64)
-        for layer in model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        mask, options = MASKS[name]
-        optimizer = gs.SparseOptimizer(model, mask, lr=1e-2, accumulation_steps=2, max_grad_norm=0.3, **options)
-        train(model, optimizer, steps=4, clip=None)
-        saved = {
-            key: len(state["indices"]) for key, state in optimizer.state_dict()["state"].items() if "indices" in state
-        }
-        results[name] = whole(model), saved
+    for shape in MESHES:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
+        for name in ON_FOUR:
+            model, optimizer = build(MASKS[name][0], wrapper="fully_shard", settings={"mesh": mesh}, **MASKS[name][1])
+            train(model, optimizer, steps=4, clip=None)
+            results[shape, name] = whole(model), num_saved(optimizer)
     return results
 
 
-IN_GROUPS = ("id3", "refreshed", "always", "gmt global")
+def num_saved(optimizer):
+    states = optimizer.state_dict()["state"]
+    return {number: len(state["indices"]) for number, state in states.items() if "indices" in state}
 
 
-def test_shards_within_replicas_count_once():
-    results = succeed(train_in_groups, world=4)
-    for name in IN_GROUPS:
-        mask, options = MASKS[name]
-        model, optimizer = build(mask, **options)
-        train(model, optimizer, steps=4, clip=None)
-        expected = {
-            key: len(state["indices"]) for key, state in optimizer.state_dict()["state"].items() if "indices" in state
-        }
-        for parameters, saved in (each[name] for each in results):
+MESHES = [(2, 2), (4,)]
+ON_FOUR = ["id3", "refreshed", "always", "random", "gmt global"]
+
+
+@pytest.fixture(scope="module")
+def four():
+    return succeed(train_on_four, world=4)
+
+
+@pytest.mark.parametrize("name", ON_FOUR)
+def test_replicas_count_once_and_empty_shards_nothing(name, four):
+    mask, options = MASKS[name]
+    model, optimizer = build(mask, **options)
+    train(model, optimizer, steps=4, clip=None)
+    for of_rank in four:
+        for shape in MESHES:
+            parameters, saved = of_rank[shape, name]
             assert distance(parameters, whole(model)) < 1e-12
-            assert saved == expected
+            assert saved == num_saved(optimizer)
 
 
 def contest(rank):
@@ -358,6 +363,13 @@ def from_batches(rank):
     return model, gs.SparseOptimizer(model, gs.StaticMask(budget=9, batches=batches), accumulation_steps=2)
 
 
+def other_batches(rank):
+    model = wrap(tiny(), "ddp")
+    batches = [{"tokens": rows(0, rank=rank, world=2)}]
+    mask = gs.StaticMask(budget=20, batches=batches, loss=lambda model, batch: model(**batch))
+    return model, gs.SparseOptimizer(model, mask, accumulation_steps=2)
+
+
 def silent(rank):
     """DDP of which the last backward pass averages nothing."""
     model, optimizer = build(ID3, wrapper="ddp")
@@ -376,6 +388,7 @@ WRONG = {
     swapped: r"shard first, with fully_shard\(model\), then build SparseOptimizer",
     other_dimension: "sharded by rows; leave shard_placement_fn",
     from_batches: "gradient from batches runs the model by itself",
+    other_batches: "do not agree before the first step: num_entries",
     silent: "nothing has averaged them",
 }
 
