@@ -508,10 +508,3 @@ def test_a_wrapper_for_data_parallelism_is_taken_off(wrapper):
 def test_what_is_wrong_with_the_kwargs_is_said(options, message):
     with pytest.raises(gs.UsageError, match=message):
         SelectiveOptimizerFactory()(tiny_llama(layers=2), **options)
-
-
-def test_single_weights_on_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(gs.UsageError, match="one process"):
-        SelectiveOptimizerFactory()(tiny_llama(layers=2), mask=gs.TopGradient(density=0.1), lr=1e-3)
