@@ -40,7 +40,7 @@ ALLOWED = {
     "_mask": LEAVES | {"_blocks"},
     "_shards": {"_top", "_distributed"},
     "_contest": {"_top", "_shards"},
-    "masks": LEAVES | {"_mask", "_top", "_contest", "_shards", "_distributed"},
+    "masks": LEAVES | {"_mask", "_top", "_contest", "_shards", "_distributed", "_structure"},
     "_entries": {"_distributed"},
     "_masked_update": LEAVES | {"_groups", "_state", "_distributed"},
     "_chooser": {"_mask", "_contest", "_shards", "_entries", "_distributed"},

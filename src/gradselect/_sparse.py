@@ -53,7 +53,8 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
 
     Optimizer state exists for the entries of S_t only: 12 bytes an entry (int32 index, two fp32 moments), 16 with the
     fp32 master value of a half-precision model. Each gradient is reduced to what the mask needs in its backward hook
-    and freed, so no more than one whole gradient is alive. A **dense** mask (`GMT`) has state for every weight instead.
+    and freed, so no more than one whole gradient is alive, beside small ones that are read together. A **dense** mask
+    (`GMT`) has state for every weight instead.
 
     How it behaves in a training loop:
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._errors import UsageError
+from .._structure import ask
 from ._estimate import Batch, Probe, Scores, widened
 
 
@@ -283,10 +284,7 @@ def batch_of_ones(model: nn.Module) -> Batch:
     Raises:
         UsageError: it does not.
     """
-    try:
-        embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:  # the answer of transformers for models of images or of speech
-        embedding = None
+    embedding = ask(model, "get_input_embeddings")
     if not isinstance(embedding, nn.Embedding):
         raise UsageError(
             f"{type(model).__name__} does not say how wide its input is, so synflow cannot make one; "

@@ -1,7 +1,7 @@
 """Means with intervals and differences of all methods at once, over items and seeds.
 
-`compare._statistics` tests one pair. Here the draws are made once and shared by all methods: what is compared has met
-the same items and seeds, and a table of 25 methods costs no more than a table of two.
+The draws are made once and shared by all methods: what is compared has met the same items and seeds, and a table of 25
+methods costs no more than a table of two.
 """
 
 from __future__ import annotations
