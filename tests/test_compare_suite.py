@@ -50,6 +50,11 @@ BAD = {
 }
 
 
+def test_a_suite_drops_a_method_of_its_base(tmp_path: Path) -> None:
+    suite = parse_suite(suite_values(tmp_path, methods={"a": FULL, "b": None}), source="s.yaml")
+    assert list(suite.methods) == ["a"]
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_mistakes_are_named(case: str, tmp_path: Path) -> None:
     changes, said = BAD[case]

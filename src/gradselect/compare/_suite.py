@@ -37,6 +37,11 @@ def _as_preparations(value: Any) -> Any:
     return [{"command": entry} if isinstance(entry, str) else entry for entry in value]
 
 
+def _without_dropped(value: Any) -> Any:
+    """A method that is null is one that the suite does not take over from its base."""
+    return {name: entry for name, entry in value.items() if entry is not None} if isinstance(value, Mapping) else value
+
+
 def _with_placeholders(value: Any) -> Any:
     """The shared part of a recipe, made a whole one by values that stand for those of each run."""
     if not isinstance(value, Mapping):
@@ -119,7 +124,7 @@ class Suite(Settings):
         forgetting: a loss, measured of the base and of every trained model.
         rank_by: what picks the learning rate: the loss on held-out training examples, never a test score.
         seeds: how many seeds each method is run with, at its best rate: 0, 1, ...
-        methods: by the name they have in tables.
+        methods: by the name they have in tables; null drops one that `base` has.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -130,7 +135,7 @@ class Suite(Settings):
     forgetting: Evaluation | None = None
     rank_by: Literal["validation_loss"] = "validation_loss"
     seeds: PositiveInt = 3
-    methods: Annotated[dict[str, MethodEntry], Field(min_length=1)]
+    methods: Annotated[dict[str, MethodEntry], Field(min_length=1), BeforeValidator(_without_dropped)]
 
     @model_validator(mode="after")
     def check_names(self) -> Self:

@@ -94,7 +94,9 @@ class Method:
 
     @cached_property
     def flop_limit(self) -> float | None:
-        return self._mean(lambda run: None if run.record.flop is None else run.record.flop.limit)
+        """What the speed-up over full fine-tuning cannot exceed; of full fine-tuning itself 1."""
+        limit = self._mean(lambda run: None if run.record.flop is None else run.record.flop.limit)
+        return 1.0 if limit is None and self.is_full else limit
 
     def peak_bytes(self, category: str = "together") -> float | None:
         return self._most(lambda run: None if run.record.bytes is None else run.record.bytes.peak.get(category))
