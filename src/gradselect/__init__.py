@@ -7,6 +7,7 @@ from . import sparsegrad as sparsegrad
 from ._blocks import Block as Block
 from ._blocks import partition as partition
 from ._errors import UsageError as UsageError
+from ._low_bit import AdamW8bitRule as AdamW8bitRule
 from ._mask import AbstractCompactMask as AbstractCompactMask
 from ._mask import AbstractDenseMask as AbstractDenseMask
 from ._mask import AbstractMask as AbstractMask
@@ -54,6 +55,7 @@ __all__ = [
     "AbstractResidency",
     "AbstractRule",
     "AdaGradSelect",
+    "AdamW8bitRule",
     "AdamWRule",
     "All",
     "BitFit",

@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -87,6 +88,7 @@ class GradientObserver:
     def restart(self) -> None:
         """A new window: nothing has arrived yet."""
         self._norms: dict[str, Tensor | float] = {}
+        self._parts: dict[Parameter, Tensor] = {}
         self._leaders: dict[str, float] = {}
         self._incomplete = {name: len(self._blocks[name]) for name in self._watched}
         self._num_passes = 0
@@ -139,6 +141,8 @@ class GradientObserver:
             # Data parallel wrappers finish at the end of the pass too: what is queued only there runs after them.
             _at_end_of_pass(self._end_pass if self._sums is None else partial(_at_end_of_pass, self._end_shared_pass))
         if self._num_passes == self.accumulation_steps - 1 and self._sums is None:
+            # Now: whoever updates inside the backward pass frees the gradient next.
+            self._parts[parameter] = _norm_of(parameter)
             self._incomplete[name] -= 1
             if self._incomplete[name] == 0:
                 self._complete(name, scale=self._scale())
@@ -182,7 +186,7 @@ class GradientObserver:
         return self._known_scale
 
     def _complete(self, name: str, *, scale: float) -> None:
-        self._norms[name] = gradient_norm(self._blocks[name]) / scale
+        self._norms[name] = gradient_norm(self._blocks[name], known=self._parts) / scale
         if self._score is not None:  # else nobody waits for the number: it stays on the device
             self._consider(name)
 
@@ -203,24 +207,35 @@ class GradientObserver:
             parameter.grad = None
 
 
-def gradient_norm(parameters: Sequence[Parameter]) -> Tensor:
+def gradient_norm(
+    parameters: Sequence[Parameter], *, known: Mapping[Parameter, Tensor] = MappingProxyType({})
+) -> Tensor:
     """L2 norm, in fp32, of the gradients of `parameters` taken as one vector; without any gradient 0.0. Shape ().
 
     Of sharded gradients it is that of the shards which this process holds.
+
+    Args:
+        parameters: those of one block, say.
+        known: norms of single gradients that were measured already; the gradients may be gone.
 
     Raises:
         UsageError: a gradient is sparse.
     """
     norms = [
-        torch.linalg.vector_norm(
-            dense(held(parameter.grad)), dtype=torch.promote_types(parameter.dtype, torch.float32)
-        ).float()
+        known[parameter] if parameter in known else _norm_of(parameter)
         for parameter in parameters
-        if parameter.grad is not None
+        if parameter in known or parameter.grad is not None
     ]
     if not norms:
         return torch.zeros(())
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
+def _norm_of(parameter: Parameter) -> Tensor:
+    """L2 norm, in fp32, of the one gradient, which exists. Shape ()."""
+    assert parameter.grad is not None
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.linalg.vector_norm(dense(held(parameter.grad)), dtype=dtype).float()
 
 
 def dense(gradient: Tensor) -> Tensor:

@@ -19,7 +19,10 @@ class AbstractRule(ABC):
     """One update formula. It knows nothing of blocks or policies: the tensors it is given are the ones that move."""
 
     state_names: tuple[str, ...]
-    """The entries of the state that have the weight's shape (moments); they follow the residency."""
+    """The large entries of the state (moments and what belongs to them); they follow the residency."""
+
+    works_on_shards: bool = True
+    """Whether a state can be cut wherever its weight is: no entry of it belongs to weights of two processes."""
 
     @abstractmethod
     def make_state(self, weight: Tensor) -> State:
