@@ -15,10 +15,11 @@ from torch.nn import Parameter
 from ._base import SelectiveOptimizer
 from ._blocks import Block, check_partition, partition, resolve_names
 from ._checkpoint import check_same
-from ._distributed import Together, check_placement, is_running, unwrapped
+from ._distributed import Together, check_placement, is_running, is_spread, unwrapped
 from ._errors import UsageError
 from ._freeze import freeze, give_back
 from ._groups import ParameterTable, check_hyper_parameters, check_is, decay_groups
+from ._in_backward import BackwardUpdates, check_update_in_backward
 from ._observe import GradientObserver
 from ._policy import AbstractPolicy
 from ._records import MemoryBytes, StepRecord, selection_entropy
@@ -54,6 +55,11 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
       skips counts for nothing; call `optimizer.zero_grad()` after it, as every loop does.
     * **Gradient checkpointing** works, non-reentrant. `model.enable_input_require_grads()`, which transformers calls
       with it, makes the backward pass visit every layer again; the Trainer integration undoes that.
+    * **Update in the backward pass.** With `update_in_backward` a step whose selection is known beforehand moves each
+      weight as soon as its gradient is whole and frees the gradient: one exists at a time. `step()` then counts,
+      records and selects. The numbers are the same. What needs all gradients at once is impossible: accumulation and a
+      `grad_scaler` are refused, `clip_grad_norm_` finds nothing to clip, and a step whose gradients are NaN cannot be
+      skipped any more; nor can `zero_grad()` before `step()` undo it. See docs/memory.md.
     * **No gradients.** `step()` without any gradient changes nothing and counts for nothing, as in torch. A block that
       the loss never reaches (an unused pooler) is no candidate: keep it out with the policy's `among`, or torch
       says "element 0 of tensors does not require grad" when such a block alone is selected.
@@ -77,13 +83,14 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         no_decay: globs of parameter names that are not decayed. Default None: tensors of fewer than two dimensions
             (biases, norms). `()` decays everything.
         rule: the update formula. Default `AdamWRule()`, bitwise `torch.optim.AdamW(foreach=False)`; on a GPU
-            `AdamWRule(fused=True)` is faster and equal to rounding.
+            `AdamWRule(fused=True)` is faster and equal to rounding; `AdamW8bitRule()` keeps moments in 8 bits.
         residency: where the state of unselected blocks lives: `Keep()` (default), `Offload()` or `Drop()`.
         master_dtype: dtype of master weights and moments of a bf16 or fp16 model, held for blocks that hold state.
             None: moments in the model's precision and no masters, as `torch.optim.AdamW`.
         blocks: another partition of all that trains, e.g. `partition(model, by="matrix")`. Default `partition(model)`.
         accumulation_steps: backward passes per step, >= 1.
         grad_scaler: the `torch.amp.GradScaler` of the loop, if there is one; it needs fp32 weights under autocast.
+        update_in_backward: in steps that do not look at all gradients, update within the backward pass.
 
     Raises:
         UsageError: a value out of its range, a pattern that matches nothing, a policy that does not fit the blocks.
@@ -122,6 +129,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         blocks: Sequence[Block] | None = None,
         accumulation_steps: int = 1,
         grad_scaler: GradScaler | None = None,
+        update_in_backward: bool = False,
     ) -> None:
         rule = AdamWRule() if rule is None else rule
         residency = Keep() if residency is None else residency
@@ -131,6 +139,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         check_hyper_parameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         check_placement(model)
         model = unwrapped(model)
+        _check_shards(model, rule)
         blocks = partition(model) if blocks is None else check_partition(model, blocks)
         self._always = resolve_names(blocks, always)
         self.policy = _bind(policy, blocks, always=self._always)
@@ -145,10 +154,10 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
 
         self._together = Together(model, self, BlockOptimizer._begin_together) if is_running() else None
         self._set_trainable(self.blocks)
-        self._observer = GradientObserver(
-            self._parameters_by_block(), grad_scaler=grad_scaler, is_one_of_many=self._together is not None
-        )
+        self._observer = GradientObserver(self._parameters_by_block(), is_one_of_many=self._together is not None)
+        self._in_backward = BackwardUpdates(self._states, self._table, self._observer) if update_in_backward else None
         self.accumulation_steps = accumulation_steps
+        self.grad_scaler = grad_scaler
         self._give_back = self._give_back_at_end()
         self._propose()
 
@@ -231,6 +240,8 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         else:
             self._observer.watch(self._proposal if self.policy.observes_selected(self._step) else ())
             self._states.evict_all_but(self.trainable)
+        if self._in_backward is not None:
+            self._in_backward.expect(() if self._proposal is None else self.trainable)
 
     # What users ask ----------------------------------------------------------------------------------------------
 
@@ -258,6 +269,8 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     def accumulation_steps(self, value: int) -> None:
         if not isinstance(value, int) or value < 1:
             raise UsageError(f"accumulation_steps={value} must be 1 or more: backward passes per step")
+        if self.update_in_backward:
+            check_update_in_backward(accumulation_steps=value)
         self._observer.accumulation_steps = value
 
     @property
@@ -267,7 +280,14 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
 
     @grad_scaler.setter
     def grad_scaler(self, value: GradScaler | None) -> None:
+        if self.update_in_backward:
+            check_update_in_backward(grad_scaler=value)
         self._observer.grad_scaler = value
+
+    @property
+    def update_in_backward(self) -> bool:
+        """Whether weights move within the backward pass in steps whose selection is known beforehand."""
+        return self._in_backward is not None
 
     @torch.no_grad()
     def refresh_masters(self) -> None:
@@ -299,10 +319,14 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         super().zero_grad(set_to_none=set_to_none)
         self._release(self.trainable)
         self._observer.restart()
+        if self._in_backward is not None:
+            self._in_backward.restart()
 
     def close(self) -> None:
         """Give the model back: hooks removed, what is frozen for the moment trainable again, weights untouched."""
         self._observer.close()
+        if self._in_backward is not None:
+            self._in_backward.close()
         self._give_back()
 
     # Checkpoints -------------------------------------------------------------------------------------------------
@@ -312,7 +336,15 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
 
         Beside torch's `state` and `param_groups` it holds `selection`: the step, the policy's kind, settings and state,
         the blocks and how often each was updated.
+
+        Raises:
+            UsageError: within a step, where `update_in_backward` has moved weights already.
         """
+        if self._has_moved_in_backward():
+            raise UsageError(
+                "state_dict() between backward() and step(), where update_in_backward=True has moved the weights and "
+                "the step is not counted yet; save after optimizer.step()"
+            )
         self._wait_for_copies()
         state_dict = super().state_dict()
         state_dict["state"] = self._states.spread(state_dict["state"])
@@ -354,6 +386,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         return {
             "policy": type(self.policy).__name__,
             "policy_settings": self.policy.settings(),
+            "rule": type(self.rule).__name__,
             "blocks": {name: list(members) for name, members in self._table.members.items()},
             "always": list(self._always),
             "groups": [list(group["param_names"]) for group in self.param_groups],
@@ -363,7 +396,14 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
 
     def _saw_gradients(self) -> bool:
         # A decision that keeps no block has released all gradients: what the observer saw is what is left of them.
-        return self._observer.saw_gradients or any(parameter.grad is not None for parameter in self._table.all())
+        return (
+            self._observer.saw_gradients
+            or self._has_moved_in_backward()
+            or any(parameter.grad is not None for parameter in self._table.all())
+        )
+
+    def _has_moved_in_backward(self) -> bool:
+        return self._in_backward is not None and self._in_backward.has_moved
 
     def _set_trainable(self, names: Collection[str]) -> None:
         if self._together is not None and not self._together.has_begun:
@@ -421,6 +461,14 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         """Host copies of an eviction may still be under way."""
         if any(parameter.device.type != "cpu" for parameter in self._table.all()):
             torch.accelerator.synchronize()
+
+
+def _check_shards(model: nn.Module, rule: AbstractRule) -> None:
+    if not rule.works_on_shards and any(map(is_spread, model.parameters())):
+        raise UsageError(
+            f"{type(rule).__name__} keeps what belongs to several weights, which shards would cut apart; write "
+            "rule=gs.AdamWRule(), or train replicas with DistributedDataParallel"
+        )
 
 
 def _bind(policy: AbstractPolicy, blocks: Sequence[Block], *, always: Sequence[str]) -> AbstractPolicy:
