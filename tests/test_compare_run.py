@@ -11,6 +11,7 @@ from compare_fixtures import BLOCKS, FULL, MISFIT, Runner, make_suite, suite_val
 from train_fixtures import weights
 
 from gradselect import UsageError
+from gradselect._sealed import read_sealed
 from gradselect.cli import main
 from gradselect.compare._process import failure_in
 from gradselect.compare._results import read_result
@@ -127,7 +128,7 @@ def test_the_search_asks_no_test_and_its_best_model_is_scored(finished: tuple[Pa
 def test_forgetting_of_the_base_is_measured_once(finished: tuple[Path, list[str], str]) -> None:
     before = {values(finished[0], name)["gradselect"]["forgetting"]["before"] for name in ALL[2:]}
     assert len(before) == 1
-    assert list(json.loads((finished[0] / "work" / "forgetting.json").read_text()).values()) == list(before)
+    assert list(read_sealed(finished[0] / "work" / "forgetting.json").values()) == list(before)
 
 
 def test_models_are_deleted_when_they_are_measured(finished: tuple[Path, list[str], str]) -> None:

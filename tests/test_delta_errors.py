@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import tempfile
@@ -44,6 +45,7 @@ def rewritten(path: Path, *, tensors=None, drop=(), manifest=None, **metadata):
         manifest(content)
         old["manifest"] = json.dumps(content)
     kept = {name: tensor for name, tensor in load_file(path).items() if name not in drop}
+    old["sha256"] = hashlib.sha256(old["manifest"].encode()).hexdigest()
     other = path.with_name("rewritten")
     save_file({**kept, **(tensors or {})}, other, metadata={**old, **metadata})
     return other
@@ -96,7 +98,7 @@ def test_a_delta_that_is_none_is_refused(tmp_path, models):
     refused("there is no delta", base, tmp_path)
     refused("is a safetensors file but no delta: its format is 'pt'", base, base / "model.safetensors")
     refused("is no whole safetensors file", base, base / "config.json")
-    refused("has version '2' of the format, this gradselect reads '1'", base, rewritten(path, version="2"))
+    refused("has version '3' of the format, this gradselect reads '1' and '2'", base, rewritten(path, version="3"))
     refused("manifest cannot be read", base, rewritten(path, manifest=lambda m: m.pop("changes")))
     refused("manifest cannot be read", base, rewritten(path, manifest=lambda m: m.update(base=3)))
 

@@ -19,7 +19,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from gradselect import UsageError
-from gradselect.evaluate import EvaluationSettings, evaluate, evaluate_model
+from gradselect.evaluate import EvaluationSettings, evaluate, evaluate_model, read_evaluation
 from gradselect.evaluate._data import Passage
 from gradselect.evaluate._generation import answer_all, greedy_config
 from gradselect.evaluate._judge import Judge
@@ -202,7 +202,7 @@ def test_items_are_written_at_once_and_end_in_the_order_of_the_data(
     assert written == [(2, 2, 4), (4, 4, 4)]
     lines = (output / "items.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line) for line in lines] == result.items
-    assert json.loads((output / "result.json").read_text("utf-8")) == json.loads(json.dumps(result.to_dict()))
+    assert read_evaluation(output) == json.loads(json.dumps({**result.to_dict(), "items": result.items}))
     assert sorted(path.name for path in output.iterdir()) == ["items.jsonl", "result.json"]
 
 

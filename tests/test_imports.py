@@ -14,11 +14,12 @@ import gradselect
 PACKAGE = Path(gradselect.__file__).parent
 LEAVES = {"_errors", "_checks"}
 GROUND = LEAVES | {"_freeze", "_blocks", "_rules", "_records", "_checkpoint", "_distributed"}
-CONTRACTS = GROUND | {"_policy", "_residency", "_observe", "_groups", "_state"}
+CONTRACTS = GROUND | {"_policy", "_transfer", "_residency", "_observe", "_groups", "_state"}
 
 ALLOWED = {
     "_errors": set(),
     "_checks": {"_errors"},
+    "_sealed": LEAVES,
     "_freeze": set(),
     "_structure": LEAVES,
     "_blocks": LEAVES | {"_structure", "_freeze"},
@@ -26,7 +27,8 @@ ALLOWED = {
     "_records": LEAVES,
     "_checkpoint": LEAVES,
     "_policy": LEAVES | {"_blocks"},
-    "_residency": LEAVES | {"_blocks", "_rules"},
+    "_transfer": LEAVES | {"_rules"},
+    "_residency": LEAVES | {"_rules", "_transfer"},
     "_distributed": LEAVES,
     "_observe": LEAVES | {"_blocks", "_distributed"},
     "_groups": LEAVES | {"_blocks"},
@@ -46,7 +48,7 @@ ALLOWED = {
     "_chooser": {"_mask", "_contest", "_shards", "_entries", "_distributed"},
     "_sparse": CONTRACTS | {"_base", "_mask", "_chooser", "_entries", "_reader", "_masked_update", "_shards"},
     "sparsegrad": LEAVES | {"_mask", "_blocks", "masks", "_structure"},
-    "report": LEAVES | {"compare"},
+    "report": LEAVES | {"_sealed", "compare"},
     "_delta_checkpoint": LEAVES,
     "_delta_write": LEAVES | {"_delta_checkpoint"},
     "_delta_file": LEAVES | {"_delta_checkpoint"},

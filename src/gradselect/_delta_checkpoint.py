@@ -241,7 +241,7 @@ def _weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any] | None]:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         shard_of = {str(name): str(shard) for name, shard in index["weight_map"].items()}
         metadata = dict(index.get("metadata") or {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{folder / INDEX} is no index of shards ({error!r}); save the model again") from None
     strange = sorted(shard for shard in set(shard_of.values()) if not is_weight_file(shard))
     if strange:

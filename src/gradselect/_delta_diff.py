@@ -35,7 +35,9 @@ def write_delta(path: Path, base: AbstractCheckpoint, tuned: AbstractCheckpoint)
         "changes": {name: {"stored": c.stored, "entries": c.num_entries} for name, c in changes.items()},
     }
     text = json.dumps(manifest, separators=(",", ":"), sort_keys=True)
-    write_safetensors(path, parts, {"format": FORMAT, "version": VERSION, "manifest": text})
+    write_safetensors(
+        path, parts, {"format": FORMAT, "version": VERSION, "manifest": text, "sha256": sha256(text.encode())}
+    )
 
 
 def change_of(base: AbstractCheckpoint, tuned: AbstractCheckpoint, name: str) -> Change | None:

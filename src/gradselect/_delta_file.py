@@ -28,7 +28,8 @@ from ._delta_checkpoint import (
 from ._errors import UsageError
 
 FORMAT = "gradselect.delta"
-VERSION = "1"
+VERSION = "2"
+UNSEALED_VERSION = "1"  # without a digest of the manifest
 
 Side: TypeAlias = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
@@ -62,14 +63,17 @@ class DeltaFile:
         metadata = self._file.metadata
         if metadata.get("format") != FORMAT:
             raise UsageError(f"{path} is a safetensors file but no delta: its format is {metadata.get('format')!r}")
-        if metadata.get("version") != VERSION:
+        if metadata.get("version") not in (VERSION, UNSEALED_VERSION):
             raise UsageError(
-                f"{path} has version {metadata.get('version')!r} of the format, this gradselect reads {VERSION!r}; "
-                "update gradselect, or make the delta again"
+                f"{path} has version {metadata.get('version')!r} of the format, this gradselect reads "
+                f"{UNSEALED_VERSION!r} and {VERSION!r}; update gradselect, or make the delta again"
             )
+        text = metadata.get("manifest", "")
+        if metadata.get("version") == VERSION and metadata.get("sha256") != sha256(text.encode()):
+            raise self.damaged("its manifest is not the one that was written: it has another SHA-256")
         try:
-            self._read_manifest(json.loads(metadata["manifest"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._read_manifest(json.loads(text))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self.damaged(f"its manifest cannot be read, {error!r}") from None
 
     def _read_manifest(self, manifest: Any) -> None:
@@ -238,8 +242,12 @@ def _check_contents(contents: Contents) -> None:
     strange += [name for name in contents.files if not is_small_file(name)]
     strange += [spec.shard for spec in contents.tensors.values() if spec.shard not in contents.shards]
     strange += [spec.dtype for spec in contents.tensors.values() if not is_dtype(spec.dtype)]
+    # What else stood in a header would be written, and make a file that nobody can read.
+    strange += [
+        part for shard in contents.shards.values() for part in (*shard, *shard.values()) if type(part) is not str
+    ]
     if strange:
-        raise ValueError(f"{strange[0]!r} is no file or dtype of a checkpoint")
+        raise ValueError(f"{strange[0]!r} is no file, dtype or header of a checkpoint")
 
 
 def sha256(content: bytes) -> str:

@@ -7,7 +7,6 @@ Exit code 2 with a message: something that the user can put right.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from .. import UsageError
+from .._sealed import read_sealed
 from ..train import train
 from ..train._folder import RunFolder
 from ..train._messages import collected_messages
@@ -26,6 +26,7 @@ from ._measure import measure_forgetting, measure_scores, measure_shipment
 from ._results import write_result
 
 USAGE_EXIT_CODE = 2
+RUN_KEYS = ("status", "recipe")
 
 
 def main(job_file: str) -> None:
@@ -67,14 +68,14 @@ def train_once(job: Job) -> dict[str, Any]:
         if not goes_on and folder.root.exists():
             shutil.rmtree(folder.root)
         train(job.recipe, resume=goes_on, command=job.command)
-    return json.loads(folder.run_file.read_text("utf-8"))
+    return read_sealed(folder.run_file, needed=RUN_KEYS)
 
 
 def _has_trained(folder: RunFolder, job: Job) -> bool:
     """Whether the training in the folder has finished, and is the one that the job asks for."""
     if not folder.run_file.is_file():
         return False
-    run = json.loads(folder.run_file.read_text("utf-8"))
+    run = read_sealed(folder.run_file, needed=RUN_KEYS)
     return run["status"] == "finished" and run["recipe"] == job.recipe.model_dump(mode="json")
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import delta
 from .._delta_file import DeltaFile
+from .._sealed import read_sealed, sealed
 from ..evaluate import EvaluationResult, EvaluationSettings, evaluate
 from ..train._folder import RunFolder
 from ..train._recipe import RandomData
@@ -134,14 +135,14 @@ def _loss_of_base(job: Job) -> float:
     """Measured in the type that the training loads the base in, and kept for the runs that follow."""
     assert job.forgetting is not None
     key, file = job.protocol, job.forgetting_file
-    known = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    known = read_sealed(file) if file.exists() else {}
     if key not in known:
         model = job.recipe.model
         settings = job.forgetting.settings(local_folder(model.path, revision=model.revision))
         known[key] = _loss(replace(settings, dtype=model.dtype) if settings.dtype == "auto" else settings)
         # Calls that run beside one another must not write into the same file.
         aside = file.with_name(f".{file.name}.{os.getpid()}")
-        aside.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+        aside.write_text(json.dumps(sealed(known), indent=1) + "\n", "utf-8")
         os.replace(aside, file)
     return known[key]
 

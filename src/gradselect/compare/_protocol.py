@@ -15,7 +15,7 @@ from ..train._recipe import RandomData, Recipe
 from ._suite import Evaluation, Suite
 
 FREE = {
-    "model": {"path", "revision"},
+    "model": {"path", "revision", "trust_pickle"},
     "data": {"path", "validation"},
     "optimizer": {"lr"},
     "run": {"output", "seed", "device", "log_every", "save_every", "keep_checkpoints", "report_to"},

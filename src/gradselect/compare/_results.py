@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import UsageError
+from .._sealed import read_sealed, sealed
 from ..train._folder import writing_aside
 from ._plan import PlannedRun
 
@@ -117,13 +118,10 @@ def read_result(path: Path) -> Result:
     """The result in this file.
 
     Raises:
-        UsageError: half-written, or not a result of this format.
+        UsageError: half-written, damaged, not a result of this format, or under the name of another run.
     """
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path.name}: damaged or half-written ({error})") from None
-    if not isinstance(values, dict) or not all(isinstance(values.get(section), dict) for section in SECTIONS):
+    values = read_sealed(path)
+    if not all(isinstance(values.get(section), dict) for section in SECTIONS):
         raise UsageError(f"{path.name}: no result of gradselect compare; it lacks one of {', '.join(SECTIONS)}")
     own = values["gradselect"]
     missing = [key for key in OWN_KEYS if key not in own]
@@ -131,6 +129,9 @@ def read_result(path: Path) -> Result:
         raise UsageError(f"{path.name}: no whole result; it lacks {', '.join(missing) or 'train_info.status'}")
     if own["format"] != FORMAT:
         raise UsageError(f"{path.name}: format {own['format']}, and this version reads format {FORMAT}")
+    expected = f"{_run_of(path, own).name}.json"
+    if path.name != expected:
+        raise UsageError(f"{path.name}: holds the result of another run; give it the name {expected}")
     return Result(path=path, values=values)
 
 
@@ -141,7 +142,16 @@ def write_result(path: Path, values: Mapping[str, Any]) -> None:
         UsageError: it cannot be written.
     """
     with writing_aside(path) as aside:
-        aside.write_text(json.dumps(_finite(values), indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+        aside.write_text(
+            json.dumps(sealed(_finite(values)), indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8"
+        )
+
+
+def _run_of(path: Path, own: Mapping[str, Any]) -> PlannedRun:
+    try:
+        return PlannedRun(method=str(own["method"]), lr=float(own["lr"]), seed=int(own["seed"]), role=own["role"])
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path.name}: damaged: method, lr, seed or role is none ({error})") from None
 
 
 def _finite(value: Any) -> Any:

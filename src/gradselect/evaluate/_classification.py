@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from .._errors import UsageError
+from .._sealed import read_sealed
 from ..train._files import Row, require_columns
 from ..train._labels import read_label
 from ..train._template import columns_of, render
@@ -117,7 +117,7 @@ def measure_classification(
 def _trained_on(model: str | Path) -> dict[str, Any]:
     """The section `data` of the recipe of a model that `gradselect train` has classified with; else nothing."""
     file = Path(model) / "run.json"
-    data = json.loads(file.read_text("utf-8"))["recipe"]["data"] if file.is_file() else {}
+    data = read_sealed(file, needed=["recipe"])["recipe"]["data"] if file.is_file() else {}
     return data if data.get("format") == "classification" else {}
 
 

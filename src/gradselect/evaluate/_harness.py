@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import UsageError
+from .._sealed import sealed
 from ._model import check_folder, resolve_device
 from ._results import check_new_folder, plain_settings, to_json, versions, write_aside
 from ._settings import EvaluationSettings
@@ -117,4 +118,4 @@ def _write(folder: Path, report: Mapping[str, Any], result: HarnessResult) -> No
     for task, samples in report["samples"].items():
         write_aside(folder / f"samples_{task}.jsonl", "".join(json.dumps(s, default=str) + "\n" for s in samples))
     rest = {name: value for name, value in report.items() if name != "samples"}
-    write_aside(folder / "harness.json", to_json({**asdict(result), "report": rest}))
+    write_aside(folder / "harness.json", to_json(sealed({**asdict(result), "report": rest})))

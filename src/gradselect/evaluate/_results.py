@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -14,6 +15,7 @@ from typing import IO, Any, Self
 
 from .. import __version__
 from .._errors import UsageError
+from .._sealed import read_sealed, sealed
 from ._statistics import Interval
 
 Item = dict[str, Any]
@@ -144,8 +146,31 @@ class ItemWriter:
     def write_result(self, result: EvaluationResult) -> EvaluationResult:
         """The result itself; it is in `result.json` now."""
         if self._folder is not None:
-            write_aside(self._folder / "result.json", to_json(result.to_dict()))
+            digest = hashlib.sha256((self._folder / "items.jsonl").read_bytes()).hexdigest()
+            values = sealed({**result.to_dict(), "items_sha256": digest})
+            write_aside(self._folder / "result.json", to_json(values))
         return result
+
+
+def read_evaluation(folder: str | Path) -> dict[str, Any]:
+    """What an evaluation left in its output folder: the values of `result.json`, and under "items" the items.
+
+    Raises:
+        UsageError: a file is missing or damaged, or the two are not of one evaluation; names file and value.
+    """
+    path = Path(folder) / "items.jsonl"
+    values = read_sealed(Path(folder) / "result.json", needed=("task", "num_items"))
+    try:
+        content = path.read_bytes()
+        items = [json.loads(line) for line in content.decode().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: damaged or half-written ({error}); evaluate again") from None
+    # What was written before there were digests is believed.
+    if values.pop("items_sha256", None) not in (None, hashlib.sha256(content).hexdigest()):
+        raise UsageError(
+            f"{path}: damaged, or not the one of result.json, which has another items_sha256; evaluate again"
+        )
+    return {**values, "items": items}
 
 
 def check_new_folder(folder: str | Path) -> None:

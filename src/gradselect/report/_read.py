@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from .._errors import UsageError
+from .._sealed import read_sealed
 from ._format import FORMAT, Record, ResultFile
 
 SUCCESS = "success"
@@ -99,10 +99,10 @@ def _read_all(files: Sequence[Path]) -> tuple[list[Run], list[Skipped]]:
 
 def _read(path: Path) -> Run | Skipped:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:  # a UnicodeDecodeError is a ValueError
-        return Skipped(file=path.name, reason=f"damaged or half-written: {error}")
-    if not isinstance(values, dict) or not isinstance(values.get("gradselect"), dict):
+        values = read_sealed(path)
+    except UsageError as error:
+        return Skipped(file=path.name, reason=str(error).removeprefix(f"{path}: "))
+    if not isinstance(values.get("gradselect"), dict):
         return Skipped(file=path.name, reason="no result of gradselect compare: it has no part 'gradselect'")
     version = values["gradselect"].get("format")
     if version != FORMAT:

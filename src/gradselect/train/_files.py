@@ -5,14 +5,21 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import UsageError
+from ._sizes import machine_bytes
 
 Row = dict[str, Any]
 """One example: a value per column."""
+
+LONGEST_LINE = 2**26
+"""Bytes of a line: a book has a sixtieth of it, and what has no line ends at all should not be read to its end."""
+
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def read_rows(path: str | Path, *, columns: Sequence[str] | None = None) -> list[Row]:
@@ -70,19 +77,21 @@ def sha256(path: str | Path) -> str:
 def _read_jsonl(path: Path) -> Iterator[Row]:
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
-            yield _object(_parse(line.rstrip(), path=path, first_line=number), where=f"{path}, line {number}")
+            item = _parse(line.rstrip(), path=path, first_line=number)
+            yield _object(item, where=f"{path}, line {number}", is_escaped="\\u" in line)
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    text = "".join(_lines(path))
+    text = "".join(_lines(path, longest=None))
     items = _parse(text, path=path, first_line=1) if text.strip() else []
     if not isinstance(items, list):
         raise UsageError(
             f"{path}: expected a list of objects, got {_kind(items)}; "
             f"write [{{...}}, ...], or one object a line in a file that ends in .jsonl"
         )
+    is_escaped = "\\u" in text
     for number, item in enumerate(items, start=1):
-        yield _object(item, where=f"{path}, item {number} of the list")
+        yield _object(item, where=f"{path}, item {number} of the list", is_escaped=is_escaped)
 
 
 def _read_csv(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
@@ -102,8 +111,12 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     from pyarrow import ArrowException, parquet
 
     try:
+        _check_unpacked_size(path, parquet.read_metadata(path))
         yield from parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
+    # Damaged bytes also come out as text that is no UTF-8, and as sizes and dates that Python has no value for.
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, UsageError):
+            raise
         raise UsageError(f"{path}: not a readable Parquet file ({_first_line(error)})") from None
 
 
@@ -124,6 +137,8 @@ def _read_table(path: Path, lines: Any, columns: Sequence[str] | None) -> Iterat
     """The rows of a `csv.reader`, whose columns are named by `columns` or else by its first line."""
     try:
         header = next(lines, []) if columns is None else list(columns)
+        if twice := [name for name in header if header.count(name) > 1]:
+            raise UsageError(f"{path}, line 1: the column {twice[0]!r} stands twice; give each its own name")
         for fields in lines:
             if not fields or (columns is not None and fields == header and lines.line_num == 1):
                 continue
@@ -137,32 +152,64 @@ def _read_table(path: Path, lines: Any, columns: Sequence[str] | None) -> Iterat
         raise UsageError(f"{path}, line {lines.line_num}: broken line ({error})") from None
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _check_unpacked_size(path: Path, metadata: Any) -> None:
+    """A few bytes of Parquet can stand for any number of equal values."""
+    unpacked = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    # Even an empty value is an object of Python.
+    unpacked = max(unpacked, 8 * metadata.num_rows * metadata.num_columns)
+    if unpacked > machine_bytes():
+        raise UsageError(
+            f"{path}: its {metadata.num_rows:,} rows are {unpacked / 2**30:,.0f} GiB when they are unpacked, more than "
+            "this machine holds; give a smaller file"
+        )
+
+
+def _lines(path: Path, *, longest: int | None = LONGEST_LINE) -> Iterator[str]:
     """The lines of a UTF-8 file with their ends; bytes are split first, so that a bad byte has a line number."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(
+            iter(lambda: file.readline(-1 if longest is None else longest + 1), b""), start=1
+        ):
+            if longest is not None and len(line) > longest:
+                raise UsageError(
+                    f"{path}, line {number}: longer than {longest:,} bytes; is this text, with one example a line?"
+                )
             try:
                 # A byte order mark, as spreadsheets write it, is no part of the first column's name.
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise UsageError(
                     f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}); "
                     f"convert the file, e.g. iconv -f LATIN1 -t UTF-8 {path.name} > utf8{path.suffix}"
                 ) from None
+            if "\0" in text:
+                raise UsageError(
+                    f"{path}, line {number}: a zero byte at column {text.index(chr(0)) + 1}: the file is damaged or no "
+                    f"UTF-8; convert it, e.g. iconv -f UTF-16 -t UTF-8 {path.name} > utf8{path.suffix}"
+                )
+            yield text
 
 
 def _parse(text: str, *, path: Path, first_line: int) -> Any:
     """JSON text that begins at line `first_line` of the file at `path`."""
+    where = f"{path}, line {first_line}"
     try:
         return json.loads(text.rstrip("\r\n"))  # else what ends too early is found on the next line
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UsageError(f"{path}, line {line}: broken JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise UsageError(f"{where}: JSON with too many brackets inside one another") from None
+    except ValueError:  # Python reads whole numbers of up to 4,300 digits
+        raise UsageError(f"{where}: a number with thousands of digits; write it as a text, in quotes") from None
 
 
-def _object(item: Any, *, where: str) -> Row:
+def _object(item: Any, *, where: str, is_escaped: bool) -> Row:
+    """The item, an object; `is_escaped` where its text writes characters by number, as few files do."""
     if not isinstance(item, dict):
         raise UsageError(f'{where}: expected an object like {{"question": ..., "answer": ...}}, got {_kind(item)}')
+    if is_escaped and _HALF_CHARACTER.search(json.dumps(item, ensure_ascii=False)):
+        raise UsageError(f"{where}: half of a character (\\ud800 to \\udfff without its other half), which no text has")
     return item
 
 

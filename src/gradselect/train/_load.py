@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +13,18 @@ from pydantic import BaseModel, ValidationError
 
 from .. import UsageError
 from ._recipe import Recipe
+
+MOST_BYTES = 2**18
+MOST_LEVELS = 32
+MOST_VALUES = 20_000
+"""Far above the largest recipe or suite that makes sense, far below what a machine notices."""
+
+MOST_COMPLAINTS = 20
+LONGEST_COMPLAINT = 1000
+LONGEST_VALUE = 60
+
+_UNWRITABLE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+"""Control characters, and halves of a surrogate pair: no file can have them in its name, or be written with them."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -42,8 +55,9 @@ def parse_recipe(values: Mapping[str, Any], *, source: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = (f"  {line}" for line in explain(error, root=Recipe))
-        raise UsageError("\n".join([f"{source} is no valid recipe:", *lines])) from None
+        lines = [f"  {line}" for line in explain(error, root=Recipe)]
+        more = [f"  and {len(lines) - MOST_COMPLAINTS:,} more"] if len(lines) > MOST_COMPLAINTS else []
+        raise UsageError("\n".join([f"{source} is no valid recipe:", *lines[:MOST_COMPLAINTS], *more])) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -54,12 +68,16 @@ def dump_recipe(recipe: Recipe) -> str:
 def explain(error: ValidationError, *, root: type[BaseModel]) -> Iterator[str]:
     """One line for each problem of values meant for `root`: the key, the value got, what is allowed."""
     for problem in error.errors():
-        yield _explain_one(problem, root=root)
+        yield _cut(_explain_one(problem, root=root), LONGEST_COMPLAINT)
 
 
 def _explain_one(problem: Mapping[str, Any], *, root: type[BaseModel]) -> str:
     model, keys = _follow(problem["loc"], root=root)
-    key = ".".join(keys) or root.__name__.lower()
+    # A key that is no word could break the line.
+    key = (
+        ".".join(part if part.isidentifier() or part.isdigit() else _brief(part) for part in keys)
+        or root.__name__.lower()
+    )
     match problem["type"]:
         case "extra_forbidden":
             return f"{key}: unknown key{_nearest(keys[-1], list(model.model_fields) if model else [])}"
@@ -67,12 +85,14 @@ def _explain_one(problem: Mapping[str, Any], *, root: type[BaseModel]) -> str:
             return f"{key}: missing; it has no default"
         case "union_tag_invalid":
             tag, known = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace("'", "").split(", ")
-            return f"{key}.{problem['ctx']['discriminator'].strip(chr(39))} = {tag!r}: unknown{_nearest(tag, known)}"
+            return (
+                f"{key}.{problem['ctx']['discriminator'].strip(chr(39))} = {_brief(tag)}: unknown{_nearest(tag, known)}"
+            )
         case "union_tag_not_found":
             return f"{key}.{problem['ctx']['discriminator'].strip(chr(39))}: missing; it has no default"
         case "value_error":
             return f"{key}: {problem['ctx']['error']}"
-    return f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return f"{key} = {_brief(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def _follow(location: Sequence[str | int], *, root: type[BaseModel]) -> tuple[type[BaseModel] | None, list[str]]:
@@ -114,6 +134,15 @@ def _variants(settings: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]
     }
 
 
+def _brief(value: Any) -> str:
+    """`value` as Python writes it, cut where it is long."""
+    return _cut(repr(value), LONGEST_VALUE)
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 def _nearest(word: str, known: Sequence[str]) -> str:
     """What to type instead of `word`."""
     close = difflib.get_close_matches(word, known, n=1)
@@ -121,15 +150,86 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     return f", did you mean {close[0]!r}?{listed}" if close else listed
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error; PyYAML would take the last one in silence."""
+class _PlainLoader(yaml.SafeLoader):
+    """YAML of plain values only: no tags of objects, no key twice, nothing that grows beyond its text.
+
+    PyYAML would take the last of equal keys in silence; and an alias of an alias of an alias, which costs it nothing,
+    has a billion parts for whoever looks at the values ("billion laughs").
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _num_nodes(node, known={}, depth=0)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, (key_node, _) in zip(keys, node.value, strict=True):
-            if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            # One that cannot be hashed is what the parent complains of.
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key!r:.60} stands twice", problem_mark=key_node.start_mark
+                    )
+                seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
+        text = super().construct_scalar(node)
+        if _UNWRITABLE.search(text):
+            raise yaml.MarkedYAMLError(
+                problem=f"{text!r:.60} holds a character that cannot be written", problem_mark=node.start_mark
+            )
+        return text
+
+
+def _num_nodes(node: yaml.Node, *, known: dict[int, int], depth: int) -> int:
+    """Values in a document with every alias written out; None stands for one that is being counted."""
+    if depth > MOST_LEVELS:
+        raise yaml.MarkedYAMLError(
+            problem=f"more than {MOST_LEVELS} levels deep, or an alias of itself", problem_mark=node.start_mark
+        )
+    if id(node) not in known:
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        children = [] if isinstance(node, yaml.ScalarNode) else parts
+        known[id(node)] = 1 + sum(_num_nodes(child, known=known, depth=depth + 1) for child in children)
+    if known[id(node)] > MOST_VALUES:
+        raise yaml.MarkedYAMLError(
+            problem=f"more than {MOST_VALUES:,} values with its aliases written out", problem_mark=node.start_mark
+        )
+    return known[id(node)]
+
+
+def _read_yaml(text: str) -> Any:
+    """The values in a YAML text.
+
+    Raises:
+        ValueError: what is wrong, in one line.
+    """
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    except RecursionError:
+        raise ValueError(f"more than {MOST_LEVELS} levels deep") from None
+    # PyYAML lets through what Python says of a value that only looks like a date (2024-13-45) or a number.
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+def _read_text(path: Path) -> str:
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"it has more than the {MOST_BYTES:,} bytes of the largest sensible one")
+    return content.decode("utf-8-sig")
 
 
 def read_values(path: Path, *, kind: str, sections: Sequence[str], above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -144,16 +244,21 @@ def read_values(path: Path, *, kind: str, sections: Sequence[str], above: tuple[
     Raises:
         UsageError: no such file, broken YAML, or a file that is its own base.
     """
-    if path in above:
+    if path.resolve() in map(Path.resolve, above):
         raise UsageError(f"{path} is its own base")
-    if not path.is_file():
-        raise UsageError(f"{path}: no such {kind}" + (f" (the base of {above[-1]})" if above else ""))
+    if not _is_file(path):
+        raise UsageError(
+            f"{_cut(str(path), LONGEST_COMPLAINT)}: no such {kind}" + (f" (the base of {above[-1]})" if above else "")
+        )
     try:
-        values = yaml.load(path.read_text("utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+        values = _read_yaml(_read_text(path))
+    # A UnicodeDecodeError is a ValueError.
+    except ValueError as error:
+        raise UsageError(f"{path} is no valid YAML: {_cut(str(error), LONGEST_COMPLAINT)}") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected the sections {', '.join(sections)}, got {values!r:.60}")
+        raise UsageError(f"{path}: expected the sections {', '.join(sections)}, got {_brief(values)}")
     base = values.pop("base", None)
     if base is None:
         return values
@@ -171,9 +276,11 @@ def parse_override(override: str) -> dict[str, Any]:
     if not (key and equals):
         raise UsageError(f"{override!r} is no override; write key=value, e.g. optimizer.lr=1e-4")
     try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{override!r}: the value is no valid YAML: {' '.join(str(error).split())}") from None
+        value = _read_yaml(text)
+    except ValueError as error:
+        raise UsageError(
+            f"{override!r:.80}: the value is no valid YAML: {_cut(str(error), LONGEST_COMPLAINT)}"
+        ) from None
     for part in reversed(key.split(".")):
         value = {part: value}
     return value

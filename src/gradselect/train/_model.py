@@ -164,6 +164,7 @@ def _load(
         kind,
         settings.path,
         key="model.path",
+        trust_pickle=settings.trust_pickle,
         dtype=settings.dtype,
         attn_implementation=attention,
         **origin,

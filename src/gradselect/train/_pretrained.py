@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from .._errors import UsageError
+from ._sizes import check_sizes
 
-_LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
-"""Whatever is wrong with a checkpoint comes out of transformers as one of these."""
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def load_weights(kind: Any, path: str | Path, *, key: str, **options: Any) -> tuple[Any, tuple[str, ...]]:
+def load_weights(
+    kind: Any, path: str | Path, *, key: str, trust_pickle: bool = False, **options: Any
+) -> tuple[Any, tuple[str, ...]]:
     """A model of an auto class of transformers, and the names of its weights that the checkpoint lacks.
 
     Args:
         kind: e.g. `AutoModelForCausalLM`.
         path: a folder, or an id on the hub.
         key: what the user calls it, in errors: "model.path".
+        trust_pickle: also of a checkpoint that has its weights as a torch pickle.
         options: of `from_pretrained`.
 
     Raises:
-        UsageError: it cannot be had or is damaged.
+        UsageError: it cannot be had, is damaged, or would run code.
     """
-    try:
-        model, report = kind.from_pretrained(path, output_loading_info=True, **options)
-    except _LOADING_ERRORS as error:
-        raise UsageError(f"{key}={str(path)!r} cannot be used: {first_line(error)}") from error
+    folder, origin = Path(path), _only_origin(options)
+    if folder.is_dir():
+        _check_weight_files(folder, key=key, trust_pickle=trust_pickle)
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        load_configuration(path, key=key, **origin)
+    with _in_words(f"{key}={str(path)!r} cannot be used"):
+        model, report = kind.from_pretrained(
+            path, output_loading_info=True, use_safetensors=None if trust_pickle else True, **(options | origin)
+        )
     return model, tuple(sorted(report["missing_keys"]))
 
 
@@ -36,16 +46,14 @@ def load_configuration(path: str | Path, *, key: str, **options: Any) -> Any:
     """The configuration in a folder, in a file, or of an id on the hub; `options` change its values.
 
     Raises:
-        UsageError: there is none, or it is damaged.
+        UsageError: there is none, it is damaged, or of a model that fits no machine.
     """
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(path, **options)
-    except _LOADING_ERRORS as error:
-        raise UsageError(
-            f"{key}={str(path)!r} cannot be used, there is no configuration of a model: {first_line(error)}"
-        ) from error
+    with _in_words(f"{key}={str(path)!r} cannot be used, there is no configuration of a model"):
+        config = AutoConfig.from_pretrained(path, **(options | _only_origin(options)))
+    check_sizes(config, name=f"{key}={str(path)!r}")
+    return config
 
 
 def draw_weights(kind: Any, config: Any, *, dtype: str, attention: str | None, key: str) -> Any:
@@ -54,10 +62,8 @@ def draw_weights(kind: Any, config: Any, *, dtype: str, attention: str | None, k
     Raises:
         UsageError: the auto class has no model of this configuration.
     """
-    try:
+    with _in_words(f"{key} cannot be used"):
         return kind.from_config(config, dtype=dtype, attn_implementation=attention)
-    except _LOADING_ERRORS as error:
-        raise UsageError(f"{key} cannot be used: {first_line(error)}") from error
 
 
 def load_text_tokenizer(path: str | Path, *, key: str, **options: Any) -> Any:
@@ -68,10 +74,8 @@ def load_text_tokenizer(path: str | Path, *, key: str, **options: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(path, **options)
-    except _LOADING_ERRORS as error:
-        raise UsageError(f"{key}={str(path)!r} cannot be used, there is no tokenizer: {first_line(error)}") from error
+    with _in_words(f"{key}={str(path)!r} cannot be used, there is no tokenizer"):
+        return AutoTokenizer.from_pretrained(path, **(options | _only_origin(options)))
 
 
 def check_complete(missing: tuple[str, ...], model: Any, path: str | Path, *, key: str, wanted: str) -> None:
@@ -115,3 +119,49 @@ def context_of(model: Any, tokenizer: Any) -> int | None:
 def first_line(error: Exception) -> str:
     """The first line of a library's error, without what follows."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _only_origin(options: dict[str, Any]) -> dict[str, Any]:
+    """Where from, and whether code is run; without a word transformers would ask at the terminal."""
+    return {"revision": options.get("revision"), "trust_remote_code": options.get("trust_remote_code", False)}
+
+
+@contextmanager
+def _in_words(what: str) -> Iterator[None]:
+    """An error of transformers becomes the user's: what is damaged comes out of it as any kind of exception."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(f"{what}: {first_line(error)}") from error
+
+
+def _check_weight_files(folder: Path, *, key: str, trust_pickle: bool) -> None:
+    """The weights in the folder can be read without running what is in them, and lie in it.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        _check_index(index)
+    has_weights = any((folder / name).is_file() for name in WEIGHTS)
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles and not has_weights and not trust_pickle:
+        raise UsageError(
+            f"{key}={str(folder)!r} has its weights as a torch pickle only ({pickles[0]}), which can run code when "
+            "it is read. If you trust it, convert it: AutoModelForCausalLM.from_pretrained("
+            f"{str(folder)!r}, dtype='auto').save_pretrained(new_folder)"
+            + ("; or write model.trust_pickle=true" if key == "model.path" else "")
+        )
+
+
+def _check_index(index: Path) -> None:
+    try:
+        names = {str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{index} is no index of shards ({error!r}); save the model again") from None
+    for name in sorted(names):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UsageError(f"{index} names {name!r}, which is no safetensors file beside it")
+        if not (index.parent / name).is_file():
+            raise UsageError(f"{index} names {name}, and there is no such file; copy or save the model again")

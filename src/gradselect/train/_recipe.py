@@ -10,9 +10,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     model_validator,
 )
 
@@ -20,8 +18,27 @@ from ._methods import Method
 from ._settings import Settings
 from ._template import check_template
 
-Place = Annotated[str, AfterValidator(os.path.expanduser)]
+
+def check_place(path: str) -> str:
+    """The path, ~ being the home folder.
+
+    Raises:
+        ValueError: no file can have such a name.
+    """
+    path = os.path.expanduser(path)
+    if not path.strip() or len(path) > 4000 or any(len(os.fsencode(part)) > 255 for part in path.split("/")):
+        raise ValueError(f"{path[:40]!r} is no path: it is empty, or longer than a file's name can be")
+    return path
+
+
+Place = Annotated[str, AfterValidator(check_place)]
 """A path, in which ~ stands for the home folder, or an id on the hub. In key=~/value a shell leaves the ~ alone."""
+
+Count = Annotated[int, Field(ge=1, le=10**9)]
+"""How many; whatever is above is a slip of the keyboard."""
+
+Tokens = Annotated[int, Field(ge=1, le=2**24)]
+"""Tokens of an example."""
 
 Template = Annotated[str, AfterValidator(check_template)]
 """Text with columns of the data in braces: "Question: {question}\\nAnswer:"."""
@@ -42,6 +59,7 @@ class ModelSettings(Settings):
         attention: implementation of the attention; "auto" is "sdpa" where the architecture has it, else "eager".
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         trust_remote_code: run Python code that comes with the checkpoint.
+        trust_pickle: read weights from `pytorch_model.bin` where there are none in safetensors.
     """
 
     path: Place
@@ -51,6 +69,7 @@ class ModelSettings(Settings):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+    trust_pickle: bool = False
 
 
 class AbstractDataSettings(Settings):
@@ -73,10 +92,10 @@ class AbstractDataSettings(Settings):
     columns: tuple[str, ...] | None = None
     subset: str | None = None
     split: str = "train"
-    limit: PositiveInt | None = None
+    limit: Count | None = None
     validation: Annotated[float, Field(gt=0, lt=1)] | Place | None = None
-    validation_limit: PositiveInt | None = None
-    max_length: PositiveInt | None = None
+    validation_limit: Count | None = None
+    max_length: Tokens | None = None
 
 
 class AbstractTokenData(AbstractDataSettings):
@@ -143,9 +162,15 @@ class RandomData(Settings):
     """
 
     format: Literal["random"]
-    length: Annotated[int, Field(ge=2)]
-    vocabulary: Annotated[int, Field(ge=2)] | None = None
-    rows: PositiveInt = 512
+    length: Annotated[int, Field(ge=2, le=2**24)]
+    vocabulary: Annotated[int, Field(ge=2, le=10**9)] | None = None
+    rows: Count = 512
+
+    @model_validator(mode="after")
+    def check_size(self) -> Self:
+        if self.rows * self.length > 2**30:
+            raise ValueError(f"rows={self.rows} of length={self.length} are more than 2**30 tokens; take fewer rows")
+        return self
 
     @property
     def max_length(self) -> int:
@@ -236,20 +261,23 @@ class RunSettings(Settings):
             data. This loss is the mean over batches; `gradselect evaluate --task loss` weighs every token alike.
         save_every: steps between two checkpoints; none by default.
         keep_checkpoints: older ones are deleted.
+        max_skipped_steps: a step whose loss or gradient norm is NaN or infinite is skipped; so many in a row are, one
+            more ends the run.
         report_to: trackers that get the curves.
     """
 
     output: Place
-    steps: PositiveInt | None = None
-    epochs: PositiveFloat | None = None
-    batch_size: PositiveInt = 8
-    accumulation: PositiveInt = 1
-    seed: NonNegativeInt = 0
+    steps: Count | None = None
+    epochs: Annotated[float, Field(gt=0, le=10**6)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=10**6)] = 8
+    accumulation: Annotated[int, Field(ge=1, le=10**6)] = 1
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: Literal["auto", "cpu"] = "auto"
-    log_every: PositiveInt = 10
-    evaluate_every: PositiveInt | None = None
-    save_every: PositiveInt | None = None
-    keep_checkpoints: PositiveInt = 2
+    log_every: Count = 10
+    evaluate_every: Count | None = None
+    save_every: Count | None = None
+    keep_checkpoints: Count = 2
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 3
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ("tensorboard",)
 
     @model_validator(mode="after")

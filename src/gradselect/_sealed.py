@@ -1,0 +1,67 @@
+"""JSON files that know when they are damaged: each top-level key has the SHA-256 of its value beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ._errors import UsageError
+
+KEY = "sha256"
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` as JSON holds them, and under "sha256" the digest of each; what JSON does not know becomes text.
+
+    The digest is of the value, not of its text: a file that is indented anew still fits its seal.
+    """
+    plain = json.loads(json.dumps({name: value for name, value in values.items() if name != KEY}, default=str))
+    return {**plain, KEY: _digests(plain)}
+
+
+def read_sealed(path: Path, *, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """The values in a file, without their seal. A file without one is from before there were seals, and is believed.
+
+    Args:
+        path: of the file.
+        needed: keys that it must have.
+
+    Raises:
+        UsageError: names the file, and the key whose value is damaged.
+    """
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    # A UnicodeDecodeError is a ValueError.
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: damaged or half-written ({error}); put a copy back, or make it again") from None
+    if not isinstance(values, dict):
+        raise _damaged(path, f"it holds no object but {str(values)[:40]!r}")
+    if KEY in values:
+        seal = values.pop(KEY)
+        _check_seal(path, values, seal if isinstance(seal, dict) else {})
+    if missing := [name for name in needed if name not in values]:
+        raise _damaged(path, f"it has no {missing[0]!r}")
+    return values
+
+
+def _check_seal(path: Path, values: Mapping[str, Any], seal: Mapping[str, Any]) -> None:
+    here = _digests(values)
+    for name in sorted({*here, *seal}):
+        if name not in here:
+            raise _damaged(path, f"it has lost {name!r}")
+        if here[name] != seal.get(name):
+            raise _damaged(path, f"the value of {name!r} is not the one that was written")
+
+
+def _digests(values: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        for name, value in values.items()
+    }
+
+
+def _damaged(path: Path, what: str) -> UsageError:
+    return UsageError(f"{path}: damaged: {what}; put a copy back, or make it again")

@@ -1,0 +1,47 @@
+"""Sizes in a model's configuration that no machine could hold, refused before anything is made of them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from .._errors import UsageError
+
+MOST_LAYERS = 10_000
+"""Every layer is a Python object before it is a weight; the deepest models that are known have a thousand."""
+
+
+def check_sizes(config: Any, *, name: str) -> None:
+    """The model of this configuration has so many layers, and weights of so many bytes, that there may be such a one.
+
+    With the width h, L layers, a vocabulary of V and MLPs of the width m a model has at least V h + L h m weights. At a
+    byte each they must fit into the memory of this machine and its accelerators.
+
+    Raises:
+        UsageError: names the sizes.
+    """
+    sizes = _sizes(config.get_text_config())
+    layers, width, inner = (sizes.get(key, 1) for key in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+    if layers > MOST_LAYERS:
+        raise UsageError(f"{name} cannot be used: num_hidden_layers={layers} is more than {MOST_LAYERS:,}")
+    least, there = sizes.get("vocab_size", 1) * width + layers * width * inner, machine_bytes()
+    if least > there:
+        raise UsageError(
+            f"{name} cannot be used: with {', '.join(f'{key}={size}' for key, size in sizes.items())} it has more than "
+            f"{least:.1e} weights, and this machine {there / 2**30:,.0f} GiB of memory; correct its config.json"
+        )
+
+
+def machine_bytes() -> int:
+    """Bytes of memory of this machine and of its GPUs."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return memory + sum(torch.cuda.get_device_properties(device).total_memory for device in devices)
+
+
+def _sizes(config: Any) -> dict[str, int]:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    values = {name: getattr(config, name, None) for name in names}
+    return {name: value for name, value in values.items() if isinstance(value, int)}
