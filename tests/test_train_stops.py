@@ -173,11 +173,11 @@ def test_resume_begins_a_run_that_has_not_begun(place: Path, tmp_path: Path) -> 
 # What goes wrong -------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint(
+def test_losses_that_stay_no_numbers_stop_the_run_and_leave_the_last_checkpoint(
     place: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bad step changes nothing: going on without the cause is going on from before it."""
-    recipe = parse(place, run={"output": str(tmp_path / "out"), **LENGTH})
+    recipe = parse(place, run={"output": str(tmp_path / "out"), "max_skipped_steps": 0, **LENGTH})
     with monkeypatch.context() as patch:
         spoil_loss(patch, step=2)
         with pytest.raises(UsageError, match=r"the loss of step 3 is nan; .* last good checkpoint is .*step-2"):

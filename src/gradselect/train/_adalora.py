@@ -23,7 +23,9 @@ class RankCallback(TrainerCallback):
         self._method.schedule(self._model.active_peft_config, num_steps=state.max_steps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        cast(Any, self._model.base_model).update_and_allocate(state.global_step)
+        # A step that was skipped has no gradients, by which ranks are given.
+        if any(parameter.grad is not None for parameter in self._model.parameters()):
+            cast(Any, self._model.base_model).update_and_allocate(state.global_step)
 
 
 class OrthogonalityPenalty:

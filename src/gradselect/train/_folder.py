@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,6 +13,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from .. import UsageError
+
+_STEP = re.compile(r"step-\d{1,15}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class RunFolder:
     recipe.yaml        the recipe with every default written out
     run.json           what was run, on what, and how it went
     records.jsonl      one selection record a step, for the methods that select blocks
-    checkpoints/step-N what `--resume` continues from
+    checkpoints/step-N what `--resume` continues from, each with a manifest; damaged-step-N is one that it passed over
     tensorboard/       curves
     messages.log       what the libraries had to say
     """
@@ -59,15 +62,18 @@ class RunFolder:
         return self.root / "checkpoints"
 
     def is_used(self) -> bool:
-        """Whether there is anything in it."""
-        return self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir()))
+        """Whether there is anything in it beside what a run that was killed at its very beginning leaves."""
+        if not self.root.is_dir():
+            return self.root.exists()
+        return any(entry != aside_of(self.run_file) for entry in self.root.iterdir())
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
 
     def complete_checkpoints(self) -> list[Path]:
         """The checkpoints, oldest first; one that was not written to its end has another name and is not among them."""
-        return sorted(self.checkpoints.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        found = (path for path in self.checkpoints.glob("step-*") if _STEP.fullmatch(path.name))
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
     def newest_checkpoint(self) -> Path | None:
         return next(reversed(self.complete_checkpoints()), None)
@@ -113,7 +119,7 @@ def _check_may_be_used(folder: RunFolder, *, is_new: bool, resume: bool) -> None
 def _clear(root: Path, *, keep: bool) -> None:
     """Nothing has begun: a corrected recipe should find the name free."""
     for entry in root.iterdir():
-        _remove(entry)
+        remove(entry)
     if not keep:
         root.rmdir()
 
@@ -126,19 +132,20 @@ def writing_aside(target: Path) -> Iterator[Path]:
         UsageError: the disk is full or cannot be written to; what had the name before is untouched.
     """
     aside = aside_of(target)
-    _remove(aside)
+    remove(aside)
     try:
         aside.parent.mkdir(parents=True, exist_ok=True)
         yield aside
         _flush(aside)
         if target.is_dir():
-            _remove(target)
+            remove(target)
         os.replace(aside, target)
+        flush_names(target.parent)
     # torch.save reports a full disk as a RuntimeError without a cause, safetensors as an error of its own.
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UsageError(_unwritable(target, error)) from error
     finally:
-        _remove(aside)
+        remove(aside)
 
 
 def aside_of(target: Path) -> Path:
@@ -153,15 +160,27 @@ def _unwritable(target: Path, error: Exception) -> str:
     return f"could not write {target}: {reason} ({free:,.0f} MiB free on the disk); what was saved before it is whole"
 
 
+def flush_names(folder: Path) -> None:
+    """Make what is named and renamed in `folder` reach the disk: a power cut undoes a rename whose folder has not."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _flush(path: Path) -> None:
     """Make the bytes reach the disk before the name does, so that a power cut leaves no empty file of that name."""
-    for file in [path] if path.is_file() else path.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as stream:
+    for entry in [path, *path.rglob("*")]:
+        if entry.is_dir():
+            flush_names(entry)
+        else:
+            with entry.open("rb") as stream:
                 os.fsync(stream.fileno())
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A file or a folder, whether it is there or not."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -33,12 +33,14 @@ class MethodParts:
             trainer is there: it may need batches and the number of steps.
         callbacks: beside the trainer's own.
         penalty: what the method adds to the loss of each step.
+        can_resume: whether a checkpoint holds all that decides the next step.
     """
 
     model: nn.Module
     optimizer: tuple[Any, dict[str, Any]] | None
     callbacks: list[TrainerCallback]
     penalty: Callable[[], Tensor] | None = None
+    can_resume: bool = True
 
 
 def method_parts(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> MethodParts:
@@ -65,7 +67,7 @@ def method_parts(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> Method
             return _adalora_parts(method, recipe, inputs)
         case AbstractWitnessMethod():
             _check_saves_nothing(recipe)
-            return MethodParts(model=model, optimizer=_witness(method, recipe, inputs), callbacks=[])
+            return MethodParts(model=model, optimizer=_witness(method, recipe, inputs), callbacks=[], can_resume=False)
         case AbstractAdapterMethod():
             return _adapter_parts(method, recipe, inputs)
         case FullMethod():
@@ -115,6 +117,7 @@ def _adalora_parts(method: AdaLoraMethod, recipe: Recipe, inputs: Inputs) -> Met
         method.schedule(parts.model.active_peft_config, num_steps=recipe.run.steps)
     return replace(
         parts,
+        can_resume=False,
         callbacks=[*parts.callbacks, RankCallback(method, parts.model)],
         penalty=OrthogonalityPenalty(parts.model, weight=method.orthogonality) if method.orthogonality else None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,24 @@ def wait_for_all() -> None:
     """Go on when all processes have come here; the Trainer has connected them."""
     if num_processes() > 1:
         dist.barrier()
+
+
+def largest_of_all(values: Sequence[int], *, device: torch.device) -> list[int]:
+    """The largest of each of the values over all processes; every process gets the same."""
+    if num_processes() == 1:
+        return list(values)
+    together = torch.tensor(values, device=device)
+    dist.all_reduce(together, op=dist.ReduceOp.MAX)
+    return together.tolist()
+
+
+def said_by_first(text: str | None) -> str | None:
+    """What the first process calls this with."""
+    if num_processes() == 1:
+        return text
+    said = [text]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]
 
 
 def check_one_process() -> None:

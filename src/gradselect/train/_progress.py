@@ -112,15 +112,24 @@ def validation_figures(logs: Mapping[str, float]) -> dict[str, float]:
 
 
 def show_start(
-    console: Console, start: Mapping[str, Any], *, notes: Sequence[str], checkpoint: Path | None, resume: bool
+    console: Console,
+    start: Mapping[str, Any],
+    *,
+    notes: Sequence[str],
+    checkpoint: Path | None,
+    damaged: Mapping[Path, str],
+    resume: bool,
 ) -> None:
-    """What is going to be trained, on what, and with which method."""
+    """What is going to be trained, on what, and with which method; from which checkpoint, and which were not whole."""
     recipe, model = start["recipe"], start["model"]
     lines = [
         f"model      {recipe['model']['path']} ({model['parameters']:,} parameters, {recipe['model']['dtype']})",
         *(f"{name:<10} {source['path']} ({source['rows_used']:,} rows)" for name, source in start["data"].items()),
         f"method     {recipe['method']['name']}",
         *(f"note       {note}" for note in notes),
+    ]
+    lines += [
+        f"damaged    {path}: {fault}; passed over, kept as damaged-{path.name}" for path, fault in damaged.items()
     ]
     if resume:
         lines.append(f"resume     {checkpoint or 'no checkpoint yet: from the first step'}")

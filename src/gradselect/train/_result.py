@@ -17,7 +17,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from .. import UsageError, __version__, sparsegrad
-from ._folder import RunFolder, writing_aside
+from .._sealed import read_sealed, sealed
+from ._folder import RunFolder, flush_names, writing_aside
 from ._inputs import Inputs
 from ._load import dump_recipe
 from ._meter import Meter
@@ -35,9 +36,10 @@ _LIST_OF_NUMBERS = re.compile(r"\[\n([-+.,eE\d\s]*)\]")
 
 FREE_TO_CHANGE = {
     *(f"recipe.run.{key}" for key in ("output", "device", "log_every", "evaluate_every", "save_every", "report_to")),
-    "recipe.run.keep_checkpoints",
+    *("recipe.run.keep_checkpoints", "recipe.run.max_skipped_steps", "recipe.model.gradient_checkpointing"),
     # What stands at these places is compared, not where it stands.
-    *("recipe.model.path", "recipe.model.revision", "recipe.data.path", "data.train.path", "data.validation.path"),
+    *("recipe.model.path", "recipe.model.revision", "recipe.model.trust_pickle"),
+    *("recipe.data.path", "data.train.path", "data.validation.path"),
 }
 """Keys in which a resumed run may differ from the one that it continues."""
 
@@ -79,6 +81,7 @@ def describe_end(trainer: RunTrainer, meter: Meter, *, folder: RunFolder, notes:
         "status": "finished",
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "steps": trainer.state.global_step,
+        "skipped_steps": sum("skipped" in entry for entry in history),
         "training_loss": _last(history, "loss"),
         "validation_loss": _last(history, "eval_loss"),
         "validation": validation_figures(next((log for log in reversed(history) if "eval_loss" in log), {})),
@@ -98,7 +101,7 @@ def check_same_run(folder: RunFolder, start: Mapping[str, Any]) -> None:
     Raises:
         UsageError: names what differs.
     """
-    before = json.loads(folder.run_file.read_text("utf-8"))
+    before = read_sealed(folder.run_file, needed=("status", "recipe", "model", "data"))
     if before["status"] == "finished":
         raise UsageError(
             f"the run in {folder.root} has finished after {before['steps']} steps; nothing is left to resume"
@@ -126,14 +129,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
 
 
 def write_start(folder: RunFolder, start: Mapping[str, Any], recipe: Recipe) -> None:
+    # run.json first: a folder that has it can be resumed, whatever else is missing.
+    write_run(folder, start)
     with writing_aside(folder.recipe_file) as aside:
         aside.write_text(dump_recipe(recipe), "utf-8")
-    write_run(folder, start)
 
 
 def write_run(folder: RunFolder, description: Mapping[str, Any]) -> None:
     with writing_aside(folder.run_file) as aside:
-        aside.write_text(as_json(description) + "\n", "utf-8")
+        aside.write_text(as_json(sealed(description)) + "\n", "utf-8")
 
 
 def as_json(value: Any) -> str:
@@ -159,8 +163,10 @@ def save_model(trainer: RunTrainer, tokenizer: PreTrainedTokenizerBase, *, folde
     with writing_aside(ready) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-    for file in ready.iterdir():
+    # What a model is read by comes last: a folder without it holds no model, so there is a whole one or none.
+    for file in sorted(ready.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder.root / file.name)
+    flush_names(folder.root)
     ready.rmdir()
 
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from .. import UsageError
+from ._checkpoints import find_checkpoint, return_to
+from ._faults import describe_out_of_memory, is_out_of_memory
 from ._folder import RunFolder, claimed
 from ._inputs import read_inputs
 from ._meter import Meter
-from ._processes import is_first, take_device, wait_for_all
+from ._processes import is_first, said_by_first, take_device, wait_for_all
 from ._progress import ProgressDisplay, show_start, show_summary
 from ._recipe import RandomData, Recipe
 from ._result import check_same_run, describe_end, describe_start, save_model, write_run, write_start
 from ._setup import build_trainer, length_notes
+from ._signals import watched_signals
 from ._trainer import RunTrainer
 
 
@@ -30,8 +32,8 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         console = Console(quiet=True)
     with claimed(folder, resume=resume, messages=messages) if is_first() else nullcontext():
         # 1 read what the recipe names
+        checkpoint, damaged = find_checkpoint(folder) if resume and is_first() else (None, {})
         inputs = read_inputs(recipe)
-        checkpoint = folder.newest_checkpoint() if resume else None
         start = describe_start(recipe, inputs, command=command, checkpoint=checkpoint)
         if is_first() and folder.run_file.exists():
             check_same_run(folder, start)
@@ -41,36 +43,51 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         notes = length_notes(trainer, inputs, recipe.data)
         wait_for_all()  # until the first has found the folder usable
         if is_first():
+            return_to(folder, checkpoint, damaged=damaged)
             write_start(folder, start, recipe)
-        show_start(console, start, notes=notes, checkpoint=checkpoint, resume=resume)
+        found = said_by_first(None if checkpoint is None else str(checkpoint))
+        show_start(console, start, notes=notes, checkpoint=checkpoint, damaged=damaged, resume=resume)
 
         # 3 train, and measure what came of it
-        meter = _train(trainer, checkpoint=checkpoint, console=console)
-        _evaluate(trainer)
+        with watched_signals() as trainer.signals, _explained(recipe, folder):
+            meter = _train(trainer, checkpoint=found, console=console)
+            trainer.stop_if_told()
+            _evaluate(trainer)
+            trainer.stop_if_told()
 
-        # 4 keep it; run.json says "finished" when all else is there
-        trainer.count_tokens_of_all()
-        if is_first():
-            if not isinstance(recipe.data, RandomData):
-                save_model(trainer, inputs.tokenizer, folder=folder)
-            end = describe_end(trainer, meter, folder=folder, notes=notes)
-            write_run(folder, start | end)
-            show_summary(console, end, recipe=recipe, folder=folder, num_messages=len(messages))
-        wait_for_all()
+            # 4 keep it; run.json says "finished" when all else is there
+            trainer.check_weights()
+            trainer.count_tokens_of_all()
+            if is_first():
+                if not isinstance(recipe.data, RandomData):
+                    save_model(trainer, inputs.tokenizer, folder=folder)
+                end = describe_end(trainer, meter, folder=folder, notes=notes)
+                write_run(folder, start | end)
+                show_summary(console, end, recipe=recipe, folder=folder, num_messages=len(messages))
+            wait_for_all()
     return folder.root
 
 
-def _train(trainer: RunTrainer, *, checkpoint: Path | None, console: Console) -> Meter:
+@contextmanager
+def _explained(recipe: Recipe, folder: RunFolder) -> Iterator[None]:
+    """What the machine lacks while a run is under way is said in words that help."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"training has stopped: {error}; checkpoints that were written are whole") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UsageError(describe_out_of_memory(error, recipe=recipe, folder=folder)) from error
+
+
+def _train(trainer: RunTrainer, *, checkpoint: str | None, console: Console) -> Meter:
     meter = Meter(trainer)
     display = ProgressDisplay(console, meter=meter, count_tokens=lambda: trainer.num_tokens)
     trainer.add_callback(meter)
     trainer.add_callback(display)
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except torch.OutOfMemoryError as error:
-        raise UsageError(f"out of memory; make run.batch_size or data.max_length smaller ({error})") from error
-    except OSError as error:
-        raise UsageError(f"training has stopped: {error}; checkpoints that were written are whole") from error
+        trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         display.close()
         meter.close()

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.trainer.sft_config import SFTConfig
@@ -24,6 +22,7 @@ from ._mask_methods import AbstractMaskMethod, RunFacts
 from ._parts import mask_optimizer, method_parts
 from ._processes import num_processes
 from ._recipe import ChatData, ClassificationData, Data, PromptCompletionData, RandomData, Recipe, TokenData, is_packed
+from ._trackers import trackers
 from ._trainer import RunTrainer, TokenTrainer
 
 
@@ -40,11 +39,13 @@ def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> RunTr
     shared = {
         "folder": folder,
         "keep_checkpoints": recipe.run.keep_checkpoints,
+        "max_skipped_steps": recipe.run.max_skipped_steps,
+        "can_resume": parts.can_resume,
         "model": parts.model,
         "processing_class": inputs.tokenizer,
         "optimizer_cls_and_kwargs": parts.optimizer,
         "penalty": parts.penalty,
-        "callbacks": [*parts.callbacks, *_trackers(recipe, folder)],
+        "callbacks": [*parts.callbacks, *trackers(recipe, folder)],
     }
     if isinstance(recipe.data, ClassificationData):
         trainer = RunTrainer(args=TrainingArguments(**arguments), **classifier_options(inputs), **shared)
@@ -147,7 +148,7 @@ def _arguments(recipe: Recipe, *, folder: RunFolder) -> dict[str, Any]:
         "eval_steps": run.evaluate_every,
         "save_strategy": "steps" if run.save_every else "no",
         "save_steps": run.save_every or 0,
-        "report_to": [name for name in run.report_to if name != "tensorboard"],
+        "report_to": [],
         "disable_tqdm": True,
     }
 
@@ -176,22 +177,6 @@ def _check_marks_answers(tokenizer: PreTrainedTokenizerBase) -> None:
             "data.loss_on=answers: the model's chat template does not mark the assistant's turns "
             "({% generation %}); write data.loss_on=last-answer"
         ) from None
-
-
-def _trackers(recipe: Recipe, folder: RunFolder) -> list[TrainerCallback]:
-    """The curves that lie in the output folder; other trackers are the Trainer's own.
-
-    Raises:
-        UsageError: one of those is not installed.
-    """
-    for name in recipe.run.report_to:
-        if find_spec(name) is None:
-            raise UsageError(f"run.report_to={name} is not installed; run: pip install {name}")
-    if "tensorboard" not in recipe.run.report_to:
-        return []
-    callback = TensorBoardCallback()
-    callback.logging_dir = str(folder.curves)
-    return [callback]
 
 
 def _as_dataset(dataset: Any) -> Dataset:

@@ -1,0 +1,53 @@
+"""What can go wrong in a step, in words: losses and gradients that are no numbers, memory that is not there."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from enum import IntEnum
+
+import torch
+
+from ._folder import RunFolder
+from ._recipe import Recipe
+
+
+class Fault(IntEnum):
+    """Why a step does not count; of several processes the worst is that of all."""
+
+    NONE = 0
+    GRADIENT = 1
+    LOSS = 2
+
+    @property
+    def what(self) -> str:
+        return {Fault.NONE: "nothing", Fault.GRADIENT: "gradient norm", Fault.LOSS: "loss"}[self]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was asked for that is not there, on the device or on the host."""
+    # On the host torch raises a RuntimeError without a class of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def describe_out_of_memory(error: BaseException, *, recipe: Recipe, folder: RunFolder) -> str:
+    """What to type to find a setting that fits."""
+    newest = folder.newest_checkpoint()
+    kept = "no checkpoint had been written" if newest is None else f"the last checkpoint, {newest}, is whole"
+    command = ["gradselect", "plan", str(folder.recipe_file), "--fit", f"{_memory_mebibytes(recipe)}MiB"]
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        f"out of memory ({reason}); {kept}. To find the best setting that fits, type: {shlex.join(command)}\n"
+        "What helps first: model.gradient_checkpointing=true, with which --resume goes on as it was; a smaller "
+        f"run.batch_size (it is {recipe.run.batch_size}) with a larger run.accumulation; a smaller data.max_length; "
+        "another method or fraction. With those it is another run: give it another run.output"
+    )
+
+
+def _memory_mebibytes(recipe: Recipe) -> int:
+    """Of the device that the recipe trains on, all of it."""
+    if recipe.run.device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory // 2**20
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
