@@ -230,7 +230,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         return record
 
     def _propose(self) -> None:
-        """Ask for the next selection; freeze, thaw and observe accordingly. What leaves the selection is evicted."""
+        """Ask for the next selection; freeze, thaw and observe accordingly; state begins to move."""
         self._proposal = self.policy.propose(self._step)
         self._set_trainable(self.trainable)
         if self._proposal is None:
@@ -239,7 +239,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             self._observer.stream(keep=self.policy.keep_at(self._step), score=score)
         else:
             self._observer.watch(self._proposal if self.policy.observes_selected(self._step) else ())
-            self._states.evict_all_but(self.trainable)
+            self._states.prefetch(self.trainable)
         if self._in_backward is not None:
             self._in_backward.expect(() if self._proposal is None else self.trainable)
 
@@ -345,7 +345,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
                 "state_dict() between backward() and step(), where update_in_backward=True has moved the weights and "
                 "the step is not counted yet; save after optimizer.step()"
             )
-        self._wait_for_copies()
+        self._states.wait()
         state_dict = super().state_dict()
         state_dict["state"] = self._states.spread(state_dict["state"])
         state_dict["selection"] = {
@@ -377,7 +377,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self._update_counts = dict(selection["update_counts"])
         self.policy.load_state(selection["policy_state"])
         self._propose()
-        self._states.moved_bytes = selection["moved_bytes"]
+        self._states.moved_bytes += selection["moved_bytes"]
         if self._together is not None:
             self._together.check_soon()
 
@@ -456,11 +456,6 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     def _check_ownership(self) -> None:
         if not all(self._observer.owns(parameter) for parameter in self._table.all()):
             raise UsageError("a newer optimizer was built on this model, or this one was closed; step that one")
-
-    def _wait_for_copies(self) -> None:
-        """Host copies of an eviction may still be under way."""
-        if any(parameter.device.type != "cpu" for parameter in self._table.all()):
-            torch.accelerator.synchronize()
 
 
 def _check_shards(model: nn.Module, rule: AbstractRule) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ._distributed import held, share, spread
+from ._errors import UsageError
 from ._groups import ParameterTable
 from ._observe import dense
-from ._residency import AbstractResidency
+from ._residency import AbstractMover, AbstractResidency, Parcel
 from ._rules import AbstractRule, State
 
 MASTER = "master"
@@ -46,36 +47,48 @@ class BlockStates:
         self._rule = rule
         self._residency = residency
         self._master_dtype = master_dtype
+        self._open: tuple[torch.device, AbstractMover] | None = None
         self.resident: set[str] = set()
         self.moved_bytes = 0
 
-    def admit(self, names: Sequence[str]) -> None:
-        """State of these blocks, and of no other if the residency frees, is on the device."""
-        self.evict_all_but(names)
-        for name in names:
-            if name not in self.resident:
-                self.resident.add(name)
-                for parameter, state in self._existing(name):
-                    self._residency.admit(state, self._large(state), parameter.device)
-                self.moved_bytes += self.num_bytes(name) if self._residency.frees_device else 0
+    def admit(self, names: Collection[str]) -> None:
+        """State of these blocks, and of no other if the residency frees, is on the device and may be used."""
+        self.prefetch(names)
+        self._mover.settle()
 
-    def evict_all_but(self, names: Collection[str]) -> None:
-        """These blocks' state may stay on the device; all other state leaves it if the residency frees."""
-        if not self._residency.frees_device:
-            return
-        for name in self.resident - set(names):
+    def prefetch(self, names: Collection[str]) -> None:
+        """These blocks are the next selection: their state comes, other state leaves if the residency frees.
+
+        What moves may be under way until `admit`.
+
+        Raises:
+            UsageError: the selection's state exceeds what the residency may hold on the device.
+        """
+        self._check_fits(names)
+        staying = names if self._residency.frees_device else self._table.blocks
+        leaving = [name for name in self._table.blocks if name in self.resident and name not in staying]
+        coming = [name for name in self._table.blocks if name in names and name not in self.resident]
+        parcels = [[self._parcel(name) for name in some if self.num_bytes(name)] for some in (leaving, coming)]
+        if any(parcels):
+            self._mover.switch(*parcels, held_bytes=sum(map(self.num_bytes, self.resident)))
+        self.resident = self.resident.difference(leaving).union(coming)
+        for name in leaving:
             for parameter, state in self._existing(name):
-                self._residency.evict(state, self._large(state))
                 if not state:
                     del self._store[parameter]
+        if self._residency.frees_device:
             # Dropped state is no longer there to be counted: it has not moved.
-            self.moved_bytes += self.num_bytes(name)
-            self.resident.discard(name)
+            self.moved_bytes += sum(map(self.num_bytes, (*leaving, *coming)))
+
+    def wait(self) -> None:
+        """All state may be read, wherever it is."""
+        self._mover.wait()
 
     def of(self, parameter: Parameter) -> State:
         """The parameter's state, made at its first update."""
         if parameter not in self._store:
-            self._store[parameter] = self._make(parameter)
+            self._store[parameter] = state = self._make(parameter)
+            self._mover.adopt(state, self._large(state))
         return self._store[parameter]
 
     def update(self, parameters: Sequence[Parameter], group: Mapping[str, Any]) -> None:
@@ -112,6 +125,7 @@ class BlockStates:
 
     def refresh_masters(self) -> None:
         """Master weights are the weights as they are now."""
+        self.wait()
         for parameter, state in self._store.items():
             if MASTER in state:
                 state[MASTER].copy_(held(parameter))
@@ -130,18 +144,20 @@ class BlockStates:
     def load(self, saved: Mapping[str, State], *, resident: Collection[str]) -> None:
         """Take copies of the saved states, by parameter name, to where they were.
 
-        One block at a time: the device never holds more than it did in the run that saved them. Not torch's own
-        placement, which would cast fp32 state of a bf16 weight to bf16.
+        One block at a time, first those that leave the device: it never holds more than it did in the run that saved
+        them. Not torch's own placement, which would cast fp32 state of a bf16 weight to bf16.
         """
+        self._mover.forget()
         self._store.clear()
         self.resident = set()
-        for block, names in self._table.members.items():
-            for name, parameter in zip(names, self._table.of(block), strict=True):
+        for block in sorted(self._table.blocks, key=lambda block: block in resident):
+            for name, parameter in zip(self._table.members[block], self._table.of(block), strict=True):
                 if saved[name]:
-                    self._store[parameter] = self._placed(saved[name], parameter)
+                    self._store[parameter] = state = self._placed(saved[name], parameter)
+                    self._mover.adopt(state, self._large(state))
             self.resident.add(block)
             if block not in resident:
-                self.evict_all_but(self.resident - {block})
+                self.prefetch(self.resident - {block})
         self.moved_bytes = 0
 
     def _placed(self, state: State, parameter: Parameter) -> State:
@@ -152,12 +168,39 @@ class BlockStates:
             for key, value in state.items()
         }
 
-    def _make(self, parameter: Parameter) -> State:
+    def _make(self, parameter: Tensor) -> State:
         weight = held(parameter)
         if self._master_dtype is None or weight.dtype not in (torch.bfloat16, torch.float16):
             return self._rule.make_state(weight)
         master = weight.detach().to(self._master_dtype, copy=True)
         return {MASTER: master, **self._rule.make_state(master)}
+
+    @property
+    def _mover(self) -> AbstractMover:
+        """Opened late: until the first update the model may go to another device, and its parameters be replaced."""
+        device = self._table.all()[0].device
+        if self._open is None or self._open[0] != device:
+            self._open = device, self._residency.open(device)
+        return self._open[1]
+
+    def _check_fits(self, names: Collection[str]) -> None:
+        limit = self._residency.max_device_bytes
+        if limit is None:
+            return
+        needed = sum(self._needed_bytes(parameter) for name in names for parameter in self._table.of(name))
+        if needed > limit:
+            raise UsageError(
+                f"the state of {', '.join(names)} takes {needed} bytes on the device, and max_device_bytes={limit}; "
+                f"write max_device_bytes={needed} or more, or let the policy choose less"
+            )
+
+    def _needed_bytes(self, parameter: Parameter) -> int:
+        state = self._store[parameter] if parameter in self._store else self._make(held(parameter).to("meta"))
+        return sum(num_bytes(state[name]) for name in self._large(state))
+
+    def _parcel(self, name: str) -> Parcel:
+        states = [(state, self._large(state)) for _, state in self._existing(name)]
+        return Parcel(states=states, num_bytes=self.num_bytes(name))
 
     def _existing(self, name: str) -> list[tuple[Parameter, State]]:
         return [(parameter, self._store[parameter]) for parameter in self._table.of(name) if parameter in self._store]

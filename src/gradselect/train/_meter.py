@@ -123,7 +123,7 @@ class Meter(TrainerCallback):
         match optimizer:
             case BlockOptimizer():
                 # With its state: what leaves the selection is moved in `_propose`, and a move is no decision.
-                self._watch.wrap(optimizer._states, "evict_all_but", phase="optimizer")
+                self._watch.wrap(optimizer._states, "prefetch", phase="optimizer")
                 for method in ("_complete", "norms"):
                     self._watch.wrap(optimizer._observer, method, phase="selection")
                 names = _SELECTING_BLOCKS

@@ -1,0 +1,398 @@
+"""Offload on a device that is as late, or as early, as it is allowed to be: bitwise the synchronous twin.
+
+`HostileLanes` is a device of ordinary memory. It copies on the lanes that are `early` at once and on the others when
+somebody waits for them and not before; what is read before it is written is NaN or stale; memory that was dropped is
+given out again at once. A copy of what the computation has written, on a lane that was not told to wait for it, is NaN.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import logging
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, tiny_sequential
+from torch import Tensor
+from torch.nn import functional
+
+import gradselect as gs
+from gradselect._residency import AbstractMover, _Offloading
+from gradselect._transfer import AbstractLanes, Lane, Transfer
+
+WAYS = (Lane.OUT, Lane.BACK)
+NUM_STEPS = 30
+
+
+def address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class HostileLanes(AbstractLanes):
+    is_apart = True
+
+    def __init__(self, early: Iterable[Lane] = (), *, lockable_bytes: float = math.inf) -> None:
+        self._early = tuple(early)
+        self._told: dict[Lane, list[Callable[[], object]]] = {way: [] for way in WAYS}
+        self._done = dict.fromkeys(WAYS, 0)
+        self._unseen: dict[Lane, set[int]] = {way: set() for way in WAYS}
+        self._dropped: defaultdict[int, list[Tensor]] = defaultdict(list)
+        self._page_locked: set[int] = set()
+        self._lockable_bytes = lockable_bytes
+        self.held_bytes = self.peak_bytes = self.num_copies = self.num_host_waits = 0
+
+    def computed(self, tensors: Iterable[Tensor]) -> None:
+        """The computation has written these: for the ways only if they wait for it."""
+        for tensor in tensors:
+            for way in WAYS:
+                self._unseen[way].add(address(tensor))
+
+    def after(self, later: Lane, earlier: Lane) -> None:
+        if later is Lane.COMPUTE:
+            self._run(earlier)
+        elif earlier is Lane.COMPUTE:
+            self._unseen[later].clear()
+        else:
+            self._unseen[later] &= self._unseen[earlier]
+            number = len(self._told[earlier])
+            self._tell(later, lambda: self._run(earlier, number))
+
+    def copy(self, lane: Lane, target: Tensor, source: Tensor) -> None:
+        self.num_copies += 1
+        if lane is Lane.COMPUTE:
+            target.copy_(source)
+            self.computed([target])
+            return
+        # Others of the same memory: the caller may drop its own, and the memory may go to somebody else.
+        there, here = target.detach(), source.detach()
+        is_late = bool({address(target), address(source)} & self._unseen[lane])
+        self._tell(lane, lambda: there.fill_(math.nan) if is_late else there.copy_(here))
+        if address(target if lane is Lane.OUT else source) not in self._page_locked:
+            self._run(lane)
+            self.num_host_waits += 1
+
+    def allocate(self, like: Tensor) -> Tensor:
+        free = self._dropped[like.nbytes]
+        memory = free.pop() if free else torch.full((like.nbytes,), 255, dtype=torch.uint8)
+        tensor = memory.view(like.dtype).as_strided(like.shape, like.stride())
+        self.held_bytes += like.nbytes
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+        weakref.finalize(tensor, self._drop, memory).atexit = False
+        return tensor
+
+    def page_locked(self, num_bytes: int) -> Tensor:
+        self._lockable_bytes -= num_bytes
+        if self._lockable_bytes < 0:
+            raise RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`")
+        memory = torch.full((num_bytes,), 255, dtype=torch.uint8)
+        self._page_locked.add(address(memory))
+        return memory
+
+    def wait(self, lane: Lane) -> None:
+        self._run(lane)
+
+    def _drop(self, memory: Tensor) -> None:
+        self.held_bytes -= memory.nbytes
+        self._dropped[memory.nbytes].append(memory)
+
+    def _tell(self, lane: Lane, work: Callable[[], object]) -> None:
+        self._told[lane].append(work)
+        if lane in self._early:
+            self._run(lane)
+
+    def _run(self, lane: Lane, until: int | None = None) -> None:
+        told = self._told[lane]
+        while self._done[lane] < (len(told) if until is None else until):
+            work, told[self._done[lane]] = told[self._done[lane]], lambda: None
+            self._done[lane] += 1
+            work()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostileOffload(gs.Offload):
+    lanes: HostileLanes = field(default_factory=HostileLanes)
+
+    def open(self, device: torch.device) -> AbstractMover:
+        transfer = Transfer(self.lanes, max_pinned_bytes=self.max_pinned_bytes)
+        return _Offloading(transfer, max_device_bytes=self.max_device_bytes)
+
+
+@dataclass(frozen=True)
+class TellingRule(gs.AdamWRule):
+    """Tells the hostile device what it has written."""
+
+    lanes: HostileLanes | None = None
+
+    def update(
+        self,
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        group: Mapping[str, Any],
+    ) -> None:
+        super().update(weights, grads, states, group)
+        assert self.lanes is not None
+        self.lanes.computed(tensor for state in states for name, tensor in state.items() if name != "step")
+
+
+class Run:
+    """A model of unequal blocks and its optimizer; steps with clipping and, if asked for, accumulation."""
+
+    def __init__(self, policy: gs.AbstractPolicy, *, dtype: torch.dtype = torch.bfloat16, **options: Any) -> None:
+        self.model = tiny_sequential(layers=3).to(dtype)
+        self.optimizer = gs.BlockOptimizer(self.model, policy, lr=1e-2, **options)
+        self.records: list[gs.StepRecord] = []
+        self.optimizer.add_record_hook(self.records.append)
+
+    def steps(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            for part in range(self.optimizer.accumulation_steps):
+                generator = torch.Generator().manual_seed(1000 * part + number)
+                tokens = torch.randint(0, VOCABULARY, (2, 4), generator=generator)
+                logits = self.model(tokens)
+                functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()).backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def hostile(policy: gs.AbstractPolicy, lanes: HostileLanes, *, limits: Mapping[str, int] | None = None, **options: Any):
+    residency = HostileOffload(lanes=lanes, **(limits or {}))
+    return Run(policy, residency=residency, rule=TellingRule(lanes=lanes), **options)
+
+
+def twin_of(policy: gs.AbstractPolicy, **options: Any) -> Run:
+    """The same run with synchronous lanes."""
+    return Run(policy, residency=gs.Offload(), rule=TellingRule(lanes=HostileLanes()), **options)
+
+
+def through_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def assert_alike(first: Any, second: Any) -> None:
+    """Nested dicts and lists of tensors and numbers, bitwise."""
+    assert type(first) is type(second)
+    if isinstance(first, Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, Mapping):
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            assert_alike(value, second[key])
+    elif isinstance(first, (list, tuple)):
+        for one, other in zip(first, second, strict=True):
+            assert_alike(one, other)
+    else:
+        assert first == second
+
+
+def assert_twins(ours: Run, twin: Run) -> None:
+    assert ours.records == twin.records
+    assert ours.optimizer.memory() == twin.optimizer.memory()
+    assert_alike(dict(ours.model.state_dict()), dict(twin.model.state_dict()))
+    assert_alike(ours.optimizer.state_dict(), twin.optimizer.state_dict())
+
+
+POLICIES = {
+    "adagradselect": lambda: gs.AdaGradSelect(count=2, explore_steps=8, delta=9.0),
+    "gradient norm, refreshed": lambda: gs.GradNormTopK(count=3, refresh=3, temperature=2.0),
+    "uniform": lambda: gs.Uniform(count=3),
+    "cyclic": lambda: gs.Cyclic(every=1),
+    "misa": lambda: gs.MISA(share=0.3, every=1),
+    "fixed": lambda: gs.Fixed(("layer.1", "norm")),
+}
+ADVERSARIES = list(itertools.chain.from_iterable(itertools.combinations(WAYS, number) for number in range(3)))
+
+
+@pytest.mark.parametrize("early", ADVERSARIES, ids=lambda early: "+".join(way.value for way in early) or "late")
+@pytest.mark.parametrize("name", POLICIES)
+def test_no_order_that_the_device_may_take_changes_a_bit(name: str, early: tuple[Lane, ...]) -> None:
+    """Steps that explore and steps that do not, masters, clipping, accumulation; saved and loaded in between."""
+    lanes = HostileLanes(early)
+    options = {"accumulation_steps": 1 + len(early) % 2}
+    ours, twin = hostile(POLICIES[name](), lanes, **options), twin_of(POLICIES[name](), **options)
+    for start in range(0, NUM_STEPS, 5):
+        for run in (ours, twin):
+            run.steps(range(start, start + 5))
+        assert_twins(ours, twin)
+        if start == 10:
+            for run in (ours, twin):
+                run.optimizer.load_state_dict(run.optimizer.state_dict())
+            assert_twins(ours, twin)
+    num_switches = sum(record.moved_bytes > 0 for record in ours.records)
+    assert num_switches == 0 if name == "fixed" else num_switches > NUM_STEPS // 5
+
+
+@pytest.mark.parametrize("early", ADVERSARIES[:2])
+def test_saved_at_any_step_it_resumes_bitwise(early: tuple[Lane, ...]) -> None:
+    def start() -> Run:
+        return hostile(POLICIES["adagradselect"](), HostileLanes(early))
+
+    whole, saved = start(), []
+    for step in range(12):
+        whole.steps([step])
+        saved.append((through_torch(whole.optimizer.state_dict()), copy.deepcopy(whole.model.state_dict())))
+    for step in range(1, 11, 3):
+        resumed = start()
+        resumed.steps(range(20, 23))  # states that are in the way
+        resumed.records.clear()
+        resumed.model.load_state_dict(saved[step][1])
+        resumed.optimizer.load_state_dict(saved[step][0])
+        resumed.steps(range(step + 1, 12))
+        assert resumed.records == whole.records[step + 1 :]
+        assert_alike(through_torch(resumed.optimizer.state_dict()), saved[-1][0])
+        assert_alike(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
+
+
+def test_masters_are_refreshed_wherever_they_are_on_their_way_to() -> None:
+    lanes = HostileLanes()
+    ours, twin = hostile(gs.Uniform(count=3), lanes), twin_of(gs.Uniform(count=3))
+    for start in (0, 10):
+        for run in (ours, twin):
+            run.steps(range(start, start + 10))
+            with torch.no_grad():
+                for parameter in run.model.parameters():
+                    parameter.mul_(1.25)
+            run.optimizer.refresh_masters()
+    assert_twins(ours, twin)
+
+
+# Memory on the device ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adagradselect", "uniform", "cyclic"])
+def test_the_device_never_holds_more_than_the_largest_selection(name: str) -> None:
+    lanes = HostileLanes()
+    run = hostile(POLICIES[name](), lanes)
+    run.steps(range(NUM_STEPS))
+    assert lanes.peak_bytes == max(record.state_bytes for record in run.records)
+
+
+def test_room_on_the_device_lets_what_comes_go_first() -> None:
+    """All three layers have had a turn: with room for two the third is fetched before the second leaves."""
+    peaks = {}
+    for limit in (1, 2):
+        lanes = HostileLanes()
+        block = 12 * sum(parameter.numel() for parameter in Run(gs.All()).model[1].parameters())
+        policy = gs.Cyclic(every=1, among=("layer.*",))
+        run = hostile(policy, lanes, limits={"max_device_bytes": limit * block})
+        run.steps(range(12))
+        peaks[limit] = lanes.peak_bytes // block
+    assert peaks == {1: 1, 2: 2}
+
+
+def test_a_selection_that_does_not_fit_is_refused_with_the_bytes_it_takes() -> None:
+    policy = gs.Fixed(("layer.1", "layer.2"))
+    needed = Run(policy)
+    needed.steps(range(1))
+    num_bytes = needed.records[-1].state_bytes
+    Run(policy, residency=gs.Offload(max_device_bytes=num_bytes)).steps(range(1))
+    with pytest.raises(gs.UsageError, match=rf"layer.1, layer.2 .* write max_device_bytes={num_bytes} or more"):
+        Run(policy, residency=gs.Offload(max_device_bytes=num_bytes - 1))
+
+
+@pytest.mark.parametrize("limits", [{"max_device_bytes": 0}, {"max_device_bytes": "12GiB"}, {"max_pinned_bytes": -1}])
+def test_a_limit_that_is_none_is_refused(limits: dict[str, Any]) -> None:
+    with pytest.raises(gs.UsageError, match=r"must be a whole number >= ., of bytes"):
+        gs.Offload(**limits)
+
+
+# Memory on the host --------------------------------------------------------------------------------------------------
+
+
+def test_host_memory_is_page_locked_once_and_used_again() -> None:
+    lanes = HostileLanes()
+    run = hostile(gs.Cyclic(every=1, among=("layer.*",)), lanes)
+    locked = []
+    for step in range(16):
+        run.steps([step])
+        locked.append(len(lanes._page_locked))
+    assert locked[4] > 0
+    assert locked[5:] == [locked[5]] * 11
+
+
+@pytest.mark.parametrize(
+    ("lanes", "limits", "reason"),
+    [
+        (HostileLanes(lockable_bytes=20_000), {}, "failed (CUDA error: out of memory)"),
+        (HostileLanes(), {"max_pinned_bytes": 20_000}, "max_pinned_bytes=20000 is reached"),
+        (HostileLanes(), {"max_pinned_bytes": 0}, None),
+    ],
+)
+def test_short_of_page_locked_memory_it_goes_on_with_pageable_and_says_so_once(
+    lanes: HostileLanes, limits: dict[str, int], reason: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        ours, twin = hostile(gs.Uniform(count=3), lanes, limits=limits), Run(gs.Uniform(count=3))
+        for run in (ours, twin):
+            run.steps(range(NUM_STEPS))
+    assert_alike(dict(ours.model.state_dict()), dict(twin.model.state_dict()))
+    assert lanes.num_host_waits > 0
+    assert len(caplog.messages) == (reason is not None)
+    assert reason is None or reason in caplog.text
+
+
+# The order itself ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("early", ADVERSARIES, ids=str)
+def test_memory_that_the_computation_has_done_with_is_written_to_only_then(early: tuple[Lane, ...]) -> None:
+    """A state is dropped right after its update, nothing leaves, and another one comes into its memory."""
+    lanes = HostileLanes(early)
+    transfer = Transfer(lanes, max_pinned_bytes=None)
+    away, here = {"exp_avg": torch.ones(4)}, {"exp_avg": torch.zeros(4)}
+    for state in (away, here):
+        transfer.adopt(state, ["exp_avg"])
+    transfer.begin()
+    transfer.send(away, ["exp_avg"])
+    transfer.settle()
+    lanes.computed(here.values())
+    here.clear()
+    transfer.begin()
+    transfer.fetch(away, ["exp_avg"])
+    transfer.settle()
+    assert torch.equal(away["exp_avg"], torch.ones(4))
+
+
+@pytest.mark.parametrize("early", ADVERSARIES, ids=str)
+def test_what_has_not_come_yet_may_leave_again(early: tuple[Lane, ...]) -> None:
+    """Two switches with no update in between."""
+    transfer = Transfer(HostileLanes(early), max_pinned_bytes=None)
+    states = [{"exp_avg": torch.full((4,), value)} for value in (1.0, 2.0)]
+    for state in states:
+        transfer.adopt(state, ["exp_avg"])
+    for leaving, coming in [(states[:1], []), *[(states[1:], states[:1]), (states[:1], states[1:])] * 3]:
+        transfer.begin()
+        for state in leaving:
+            transfer.send(state, ["exp_avg"])
+        for state in coming:
+            transfer.fetch(state, ["exp_avg"])
+    transfer.wait()
+    assert [state["exp_avg"].tolist() for state in states] == [[1.0] * 4, [2.0] * 4]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; benchmarks/offload.py is the long run")
+def test_on_a_gpu_it_is_bitwise_the_run_that_moves_nothing() -> None:
+    weights = []
+    for residency in (gs.Offload(), gs.Keep()):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, device="cuda") for _ in range(6)))
+        optimizer = gs.BlockOptimizer(model, gs.Uniform(count=2), residency=residency)
+        for _ in range(60):
+            model(torch.ones(1, 2048, device="cuda")).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append(dict(model.state_dict()))
+    assert_alike(*weights)
