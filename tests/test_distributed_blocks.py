@@ -241,8 +241,13 @@ def test_load_refuses_another_folder(tmp_path):
 def whole_state(rank, *, state_dict):
     _model, optimizer = build(POLICIES["uniform"], wrapper="fully_shard")
     optimizer.load_state_dict(state_dict)
-    saved = optimizer.state_dict()["state"]
-    return {number: saved[number]["exp_avg"].full_tensor() for number in saved}
+    state_dict = optimizer.state_dict()
+    names = [name for group in state_dict["param_groups"] for name in group["param_names"]]
+    return {
+        number: state["exp_avg"].full_tensor()
+        for number, state in state_dict["state"].items()
+        if names[number] in state_dict["selection"]["with_state"]
+    }
 
 
 def test_shards_take_their_part_of_a_state_dict_of_one_process():

@@ -1,8 +1,9 @@
-"""What a checkpoint must agree on with the run that loads it."""
+"""What a checkpoint must agree on with the run that loads it; what others make of it on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ._errors import UsageError
@@ -18,6 +19,36 @@ def check_same(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
         if _plain(saved[what]) != _plain(value):
             difference = _difference(_plain(saved[what]), _plain(value))
             raise UsageError(f"the checkpoint is of another run: its {what.replace('_', ' ')} {difference}")
+
+
+def as_text(selection: Mapping[str, Any]) -> str:
+    """`selection` as one plain value, which travels with a parameter group."""
+    return json.dumps(selection)
+
+
+def selection_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of this name, or its text in the first group where torch.distributed.checkpoint has dropped it.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    if "selection" in state_dict:
+        return state_dict["selection"]
+    if "selection" not in state_dict["param_groups"][0]:
+        raise UsageError("this state_dict was not written by BlockOptimizer: it has no entry 'selection'")
+    return json.loads(state_dict["param_groups"][0]["selection"])
+
+
+def states_by_name(
+    state_dict: Mapping[str, Any], selection: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """What a state_dict holds of each parameter, by name; zeros that stand in for no state are left out."""
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    with_state = selection.get("with_state", names)
+    return {
+        name: state_dict["state"].get(key, {}) if name in with_state else {}
+        for name, key in zip(names, keys, strict=True)
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from ._base import SelectiveOptimizer
 from ._blocks import Block, check_partition, partition, resolve_names
-from ._checkpoint import check_same
+from ._checkpoint import as_text, check_same, selection_of, states_by_name
 from ._distributed import Together, check_placement, is_running, is_spread, unwrapped
 from ._errors import UsageError
 from ._freeze import freeze, give_back
@@ -25,7 +25,7 @@ from ._policy import AbstractPolicy
 from ._records import MemoryBytes, StepRecord, selection_entropy
 from ._residency import AbstractResidency, Keep
 from ._rules import AbstractRule, AdamWRule
-from ._state import BlockStates, num_bytes
+from ._state import BlockStates, StateStore, num_bytes
 
 
 class BlockOptimizer(SelectiveOptimizer[StepRecord]):
@@ -146,6 +146,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(decay_groups(blocks, no_decay=no_decay, weight_decay=weight_decay), defaults)
 
+        self.state = StateStore()
         self.rule = rule
         self._table = ParameterTable(self.param_groups, {block.name: block.parameter_names for block in blocks})
         self._states = BlockStates(self.state, self._table, rule=rule, residency=residency, master_dtype=master_dtype)
@@ -337,6 +338,10 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         Beside torch's `state` and `param_groups` it holds `selection`: the step, the policy's kind, settings and state,
         the blocks and how often each was updated.
 
+        Of a sharded model every parameter has a state here, zeros where there is none (`selection` lists those that
+        have one), and the first group holds `selection` as a text: `torch.distributed.checkpoint.state_dict` passes
+        on `state` and `param_groups` alone, and loads what it finds in both the checkpoint and the new optimizer.
+
         Raises:
             UsageError: within a step, where `update_in_backward` has moved weights already.
         """
@@ -348,7 +353,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self._states.wait()
         state_dict = super().state_dict()
         state_dict["state"] = self._states.spread(state_dict["state"])
-        state_dict["selection"] = {
+        state_dict["selection"] = selection = {
             **self._identity(),
             "step": self._step,
             "policy_state": self.policy.state(),
@@ -356,6 +361,11 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             "resident": [name for name in self.blocks if name in self._states.resident],
             "moved_bytes": self._states.moved_bytes,
         }
+        if any(is_spread(parameter) for parameter in self._table.all()):
+            selection["with_state"] = [self._table.names[number] for number in state_dict["state"]]
+            is_to_load = self._together is not None and not self._together.has_begun
+            state_dict["state"] = self._states.filled(state_dict["state"], is_to_load=is_to_load)
+            state_dict["param_groups"][0]["selection"] = as_text(selection)
         return state_dict
 
     @torch.no_grad()
@@ -365,14 +375,18 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         Raises:
             UsageError: written by another optimizer, or for another model, partition or policy; says what differs.
         """
-        if "selection" not in state_dict:
-            raise UsageError("this state_dict was not written by BlockOptimizer: it has no entry 'selection'")
-        selection, saved_groups = state_dict["selection"], state_dict["param_groups"]
+        saved_groups = state_dict["param_groups"]
+        selection = selection_of(state_dict)
+        if "selection" not in state_dict and self._together is not None and self._together.has_begun:
+            raise UsageError(
+                "torch.distributed.checkpoint passes on the state of what is trainable at the moment only; load "
+                "before the first forward pass, as a Trainer does that resumes"
+            )
         check_same(selection, self._identity())
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
-            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
-        states = {name: state_dict["state"].get(index, {}) for index, name in enumerate(self._table.names)}
-        self._states.load(states, resident=selection["resident"])
+            not_ours = ("params", "param_names", "selection")
+            group.update({key: value for key, value in saved.items() if key not in not_ours})
+        self._states.load(states_by_name(state_dict, selection, self._table.names), resident=selection["resident"])
         self._step = selection["step"]
         self._update_counts = dict(selection["update_counts"])
         self.policy.load_state(selection["policy_state"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -17,6 +18,19 @@ from ._residency import AbstractMover, AbstractResidency, Parcel
 from ._rules import AbstractRule, State
 
 MASTER = "master"
+
+
+class StateStore(defaultdict[Tensor, State]):
+    """State by parameter, as torch's optimizers hold it, but never false.
+
+    `torch.distributed.checkpoint.state_dict` takes a step of its own on an optimizer whose state is false.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(dict)
+
+    def __bool__(self) -> bool:
+        return True
 
 
 class BlockStates:
@@ -87,7 +101,7 @@ class BlockStates:
     def of(self, parameter: Parameter) -> State:
         """The parameter's state, made at its first update."""
         if parameter not in self._store:
-            self._store[parameter] = state = self._make(parameter)
+            self._store[parameter] = state = self._make(held(parameter))
             self._mover.adopt(state, self._large(state))
         return self._store[parameter]
 
@@ -141,6 +155,20 @@ class BlockStates:
             for number, state in states.items()
         }
 
+    def filled(self, states: Mapping[int, State], *, is_to_load: bool) -> dict[int, State]:
+        """`states`, and one of zeros for every parameter that has none.
+
+        Args:
+            states: by the number of the parameter, as `spread` returns them.
+            is_to_load: whether the zeros will be written to; else they take no memory.
+        """
+        missing = {
+            number: self._zeros(parameter, is_to_load=is_to_load)
+            for number, parameter in enumerate(self._table.all())
+            if number not in states
+        }
+        return {**states, **self.spread(missing)}
+
     def load(self, saved: Mapping[str, State], *, resident: Collection[str]) -> None:
         """Take copies of the saved states, by parameter name, to where they were.
 
@@ -168,8 +196,17 @@ class BlockStates:
             for key, value in state.items()
         }
 
-    def _make(self, parameter: Tensor) -> State:
-        weight = held(parameter)
+    def _zeros(self, parameter: Parameter, *, is_to_load: bool) -> State:
+        """What the parameter's state would be, of zeros."""
+        state = self._make(held(parameter).to("meta"))
+        for key, value in state.items():
+            is_large = key in self._large(state)
+            device = parameter.device if is_large else self._rule.counter_device(parameter)
+            zeros = torch.zeros((), dtype=value.dtype, device=device).expand(value.shape)
+            state[key] = zeros.contiguous() if is_to_load or not is_large else zeros
+        return state
+
+    def _make(self, weight: Tensor) -> State:
         if self._master_dtype is None or weight.dtype not in (torch.bfloat16, torch.float16):
             return self._rule.make_state(weight)
         master = weight.detach().to(self._master_dtype, copy=True)

@@ -42,9 +42,12 @@ def save(folder: str | Path, *, model: nn.Module, optimizer: BlockOptimizer | Sp
     """
     saved = optimizer.state_dict()
     names = _names(optimizer)
+    with_state = saved["selection"].pop("with_state", names)
+    saved["param_groups"][0].pop("selection", None)
     entries: dict[str, Any] = {
         f"{STATE}{names[number]}.{entry}": value
         for number, state in saved.pop("state").items()
+        if names[number] in with_state
         for entry, value in state.items()
     }
     entries[PLAIN] = _as_tensor(saved)

@@ -1,0 +1,152 @@
+"""BlockOptimizer in a Trainer that accelerate shards with FSDP2: it stops, resumes, and is as before."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from distributed_support import succeed, tiny, train, whole
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+
+import gradselect as gs
+
+STEPS = 6
+POLICIES = {
+    # Explores and exploits; state stays on the host.
+    "adagradselect": (gs.AdaGradSelect(count=2, delta=9.0, explore_steps=2), gs.Offload(), torch.bfloat16),
+    # At every save no parameter has any state: torch would take a step to make one.
+    "cyclic": (gs.Cyclic(every=1), gs.Drop(), torch.float32),
+}
+
+
+def build(folder, **settings):
+    from tiny_models import tiny_llama
+    from transformers import Trainer, TrainingArguments
+
+    from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
+
+    policy, residency, dtype = POLICIES["adagradselect"]
+    args = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=1,
+        learning_rate=1e-2,
+        max_steps=STEPS,
+        logging_steps=1,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        fsdp=True,
+        fsdp_config={
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "state_dict_type": "SHARDED_STATE_DICT",
+        },
+        **settings,
+    )
+    return Trainer(
+        model=tiny_llama(layers=3, dtype=dtype),
+        args=args,
+        train_dataset=examples(8),
+        optimizer_cls_and_kwargs=(
+            SelectiveOptimizerFactory,
+            {"policy": policy, "residency": residency, "args": args},
+        ),
+        callbacks=[SelectionCallback()],
+    )
+
+
+def examples(count):
+    from tiny_models import tiny_batch, tiny_llama
+
+    model = tiny_llama(layers=1)
+    batches = (tiny_batch(model, seed=seed, batch=1) for seed in range(count))
+    return [{name: tensor[0] for name, tensor in batch.items()} for batch in batches]
+
+
+def shard_on_cpu():
+    """Accelerate takes its FSDP plugin up on accelerators alone, but what it then does runs on the CPU as well."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    begin = AcceleratorState.__init__
+
+    def begin_sharded(self, *args, fsdp_plugin=None, **settings):
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **settings)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = begin_sharded
+
+
+def stop_and_resume(rank, *, folder):
+    """What the uninterrupted run came to, and the one that resumed from its checkpoint at step 3."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    shard_on_cpu()
+    trainer = build(folder, save_strategy="steps", save_steps=3)
+    trainer.train()
+    resumed = build(folder / "resumed", save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    return [
+        (whole(each.model), each.optimizer.optimizer.update_counts, each.optimizer.optimizer.num_steps)
+        for each in (trainer, resumed)
+    ]
+
+
+def test_stopped_and_resumed_it_ends_bitwise_equal(tmp_path):
+    for (weights, counts, steps), (others, other_counts, other_steps) in succeed(
+        stop_and_resume, world=2, timeout=150, folder=tmp_path
+    ):
+        assert steps == other_steps == STEPS
+        assert counts == other_counts
+        assert all(parameter.dtype == torch.bfloat16 for parameter in weights.values())
+        for name, weight in weights.items():
+            assert torch.equal(weight, others[name]), name
+
+
+# torch.distributed.checkpoint.state_dict, which accelerate calls --------------------------------------------------
+
+
+def pass_whole(rank, *, name):
+    """Three steps, then the state dict that rank 0 holds whole, as accelerate's FULL_STATE_DICT; both runs go on."""
+    options = {"full_state_dict": True, "cpu_offload": True}
+    model, optimizer = sharded(name)
+    train(model, optimizer, steps=3, rank=rank, world=2)
+    saved = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**options))
+    weights = get_model_state_dict(model, options=StateDictOptions(**options))
+    again, resumed = sharded(name)
+    passed = StateDictOptions(**options, broadcast_from_rank0=True)
+    set_model_state_dict(again, weights, options=passed)
+    set_optimizer_state_dict(again, resumed, saved, options=passed)
+    held = [len(each.state) for each in (optimizer, resumed)]
+    for each in ((model, optimizer), (again, resumed)):
+        train(*each, steps=3, first=3, rank=rank, world=2)
+    with pytest.raises((gs.UsageError, RuntimeError), match=r"before the first|single memory location"):
+        set_optimizer_state_dict(again, resumed, saved, options=passed)
+    return whole(model), whole(again), held, resumed.num_steps
+
+
+def sharded(name):
+    policy, residency, dtype = POLICIES[name]
+    model = tiny(dtype=dtype)
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return model, gs.BlockOptimizer(model, policy, lr=1e-2, accumulation_steps=2, residency=residency)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_torch_passes_the_whole_state_on_and_makes_none_up(name):
+    for weights, others, (held, held_again), steps in succeed(pass_whole, world=2, name=name):
+        assert steps == 6
+        assert held == held_again < len(weights)
+        for key, weight in weights.items():
+            assert torch.equal(weight, others[key]), key
