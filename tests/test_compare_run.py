@@ -11,7 +11,7 @@ from compare_fixtures import BLOCKS, FULL, MISFIT, Runner, make_suite, suite_val
 from train_fixtures import weights
 
 from gradselect import UsageError
-from gradselect._sealed import read_sealed
+from gradselect._sealed import read_sealed, sealed
 from gradselect.cli import main
 from gradselect.compare._process import failure_in
 from gradselect.compare._results import read_result
@@ -64,7 +64,7 @@ def change(path: Path, **own: Any) -> None:
     """Other values in our part of a result file."""
     content = json.loads(path.read_text("utf-8"))
     content["gradselect"] |= own
-    path.write_text(json.dumps(content), "utf-8")
+    path.write_text(json.dumps(sealed(content)), "utf-8")
 
 
 def test_rates_are_searched_then_seeds_run_at_the_best(finished: tuple[Path, list[str], str]) -> None:

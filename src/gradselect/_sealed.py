@@ -22,38 +22,40 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**plain, KEY: _digests(plain)}
 
 
-def read_sealed(path: Path, *, needed: Sequence[str] = ()) -> dict[str, Any]:
+def read_sealed(path: Path, *, needed: Sequence[str] = (), name: str | None = None) -> dict[str, Any]:
     """The values in a file, without their seal. A file without one is from before there were seals, and is believed.
 
     Args:
         path: of the file.
         needed: keys that it must have.
+        name: what errors call it; by default its path.
 
     Raises:
         UsageError: names the file, and the key whose value is damaged.
     """
+    name = name or str(path)
     try:
         values = json.loads(path.read_text("utf-8"))
     # A UnicodeDecodeError is a ValueError.
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: damaged or half-written ({error}); put a copy back, or make it again") from None
+        raise UsageError(f"{name}: damaged or half-written ({error}); put a copy back, or make it again") from None
     if not isinstance(values, dict):
-        raise _damaged(path, f"it holds no object but {str(values)[:40]!r}")
+        raise _damaged(name, f"it holds no object but {str(values)[:40]!r}")
     if KEY in values:
         seal = values.pop(KEY)
-        _check_seal(path, values, seal if isinstance(seal, dict) else {})
-    if missing := [name for name in needed if name not in values]:
-        raise _damaged(path, f"it has no {missing[0]!r}")
+        _check_seal(name, values, seal if isinstance(seal, dict) else {})
+    if missing := [key for key in needed if key not in values]:
+        raise _damaged(name, f"it has no {missing[0]!r}")
     return values
 
 
-def _check_seal(path: Path, values: Mapping[str, Any], seal: Mapping[str, Any]) -> None:
+def _check_seal(file: str, values: Mapping[str, Any], seal: Mapping[str, Any]) -> None:
     here = _digests(values)
     for name in sorted({*here, *seal}):
         if name not in here:
-            raise _damaged(path, f"it has lost {name!r}")
+            raise _damaged(file, f"it has lost {name!r}")
         if here[name] != seal.get(name):
-            raise _damaged(path, f"the value of {name!r} is not the one that was written")
+            raise _damaged(file, f"the value of {name!r} is not the one that was written")
 
 
 def _digests(values: Mapping[str, Any]) -> dict[str, str]:
@@ -63,5 +65,5 @@ def _digests(values: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _damaged(path: Path, what: str) -> UsageError:
-    return UsageError(f"{path}: damaged: {what}; put a copy back, or make it again")
+def _damaged(name: str, what: str) -> UsageError:
+    return UsageError(f"{name}: damaged: {what}; put a copy back, or make it again")

@@ -120,7 +120,7 @@ def read_result(path: Path) -> Result:
     Raises:
         UsageError: half-written, damaged, not a result of this format, or under the name of another run.
     """
-    values = read_sealed(path)
+    values = read_sealed(path, name=path.name)
     if not all(isinstance(values.get(section), dict) for section in SECTIONS):
         raise UsageError(f"{path.name}: no result of gradselect compare; it lacks one of {', '.join(SECTIONS)}")
     own = values["gradselect"]

@@ -99,9 +99,9 @@ def _read_all(files: Sequence[Path]) -> tuple[list[Run], list[Skipped]]:
 
 def _read(path: Path) -> Run | Skipped:
     try:
-        values = read_sealed(path)
+        values = read_sealed(path, name=path.name)
     except UsageError as error:
-        return Skipped(file=path.name, reason=str(error).removeprefix(f"{path}: "))
+        return Skipped(file=path.name, reason=str(error).removeprefix(f"{path.name}: "))
     if not isinstance(values.get("gradselect"), dict):
         return Skipped(file=path.name, reason="no result of gradselect compare: it has no part 'gradselect'")
     version = values["gradselect"].get("format")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import UsageError
+from .._sealed import read_sealed
+from ._files import sha256
+from ._manifest import NAME
 from ._sizes import check_sizes
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -33,6 +37,7 @@ def load_weights(
     folder, origin = Path(path), _only_origin(options)
     if folder.is_dir():
         _check_weight_files(folder, key=key, trust_pickle=trust_pickle)
+        _check_manifest(folder, "*")
     if not folder.is_dir() or (folder / "config.json").is_file():
         load_configuration(path, key=key, **origin)
     with _in_words(f"{key}={str(path)!r} cannot be used"):
@@ -74,6 +79,7 @@ def load_text_tokenizer(path: str | Path, *, key: str, **options: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
+    _check_manifest(Path(path), "*token*", "vocab*", "merges.txt", "*.jinja")
     with _in_words(f"{key}={str(path)!r} cannot be used, there is no tokenizer"):
         return AutoTokenizer.from_pretrained(path, **(options | _only_origin(options)))
 
@@ -133,6 +139,25 @@ def _in_words(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise UsageError(f"{what}: {first_line(error)}") from error
+
+
+def _check_manifest(folder: Path, *patterns: str) -> None:
+    """The files of the patterns are as `gradselect train` wrote them; models from elsewhere have no manifest.
+
+    Raises:
+        UsageError: names the first that is missing or damaged.
+    """
+    manifest = folder / NAME
+    if not manifest.is_file():
+        return
+    files = read_sealed(manifest, needed=["files"])["files"]
+    for name in sorted(name for pattern in patterns for name in fnmatch.filter(files, pattern)):
+        path = folder / name
+        problem = None if path.is_file() else "is missing"
+        if problem is None and sha256(path) != files[name]["sha256"]:
+            problem = "is not as it was written: its SHA-256 is another"
+        if problem is not None:
+            raise UsageError(f"{path} {problem}. Put a copy back; if you changed it yourself, delete {manifest}")
 
 
 def _check_weight_files(folder: Path, *, key: str, trust_pickle: bool) -> None:

@@ -21,6 +21,7 @@ from .._sealed import read_sealed, sealed
 from ._folder import RunFolder, flush_names, writing_aside
 from ._inputs import Inputs
 from ._load import dump_recipe
+from ._manifest import write_manifest
 from ._meter import Meter
 from ._model import fingerprint
 from ._processes import num_processes
@@ -163,6 +164,7 @@ def save_model(trainer: RunTrainer, tokenizer: PreTrainedTokenizerBase, *, folde
     with writing_aside(ready) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        write_manifest(aside, step=trainer.state.global_step)
     # What a model is read by comes last: a folder without it holds no model, so there is a whole one or none.
     for file in sorted(ready.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder.root / file.name)
