@@ -18,7 +18,16 @@ FREE = {
     "model": {"path", "revision", "trust_pickle"},
     "data": {"path", "validation"},
     "optimizer": {"lr"},
-    "run": {"output", "seed", "device", "log_every", "save_every", "keep_checkpoints", "report_to"},
+    "run": {
+        "output",
+        "seed",
+        "device",
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+        "report_to",
+        "max_skipped_steps",
+    },
 }
 """Keys of a recipe in which runs of one protocol may differ; of places it is compared what stands there."""
 
