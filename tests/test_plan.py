@@ -250,7 +250,7 @@ def test_bytes_of_equal_blocks_are_exact(name: str, residency: str, dtype: torch
 
 
 def test_state_on_the_host_is_met_by_one_block_after_the_other() -> None:
-    policy, residency = gs.Cyclic(every=1), gs.Offload()
+    policy, residency = gs.Cyclic(every=1, order="descending"), gs.Offload()
     found = gs.plan(tiny_llama(), policy, batch_size=2, sequence_length=8, residency=residency)
     seen = run_blocks(tiny_llama(), policy, residency=residency)
     assert max(each["state_on_host"] for each in seen) == of(found, "state_on_host")

@@ -131,16 +131,23 @@ class _BlockPlanner:
         reached = self._sum({*self.choices.reached, *self._always})
         if not self._training.residency.frees_device:
             return Bytes(weights=self._weights, masters=reached.masters, state_on_device=reached.moments)
-        # Just before an update all that was ever chosen may be on the host: the last choice has left, the new one has
-        # not come yet.
+        # Just before an update all that was ever chosen may be on the host but one selection: the new one has come, or,
+        # where it is not known yet, the last one is still there.
         stays = isinstance(self._training.residency, Drop) or self.choices.is_fixed
-        on_host = 0 if stays else self._sum(self.choices.reached).state
+        on_host = 0 if stays else self._sum(self.choices.reached).state - self._least_state()
         return Bytes(
             weights=self._weights,
             masters=chosen.masters,
             state_on_device=chosen.moments,
             state_on_host=on_host,
         )
+
+    def _least_state(self) -> int:
+        """Of the selection that holds the least."""
+        counts = {*self.choices.explored, *([] if self.choices.count is None else [self.choices.count])}
+        states = sorted(part.state for part in self._of(self.choices.reached).values())
+        cases = [self._sum(selection).state for selection in self.choices.proposed]
+        return min([*cases, *(sum(states[:count]) for count in counts)])
 
     def _workspace(self) -> int:
         """Of AdamW on one block: its gradients in the masters' type, and two tensors for the denominator."""
