@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import io
 
 import pytest
 import torch
-from tiny_models import tiny_batch, tiny_llama
+import transformers
+from tiny_models import VOCABULARY, causal, tiny_batch, tiny_llama
 
 import gradselect as gs
+from gradselect._low_bit import dequantise, num_reached, quantise
 
 POLICIES = {
     "adagradselect": lambda: gs.AdaGradSelect(fraction=0.4, explore_steps=3, every=2),
@@ -40,9 +42,9 @@ def checkpoint(function, *inputs):
     return torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False)
 
 
-def train(model, optimizer, steps, *, first=0, batch=tiny_batch):
+def train(model, optimizer, steps, *, first=0):
     for step in range(first, first + steps):
-        model(**batch(model, seed=step)).loss.backward()
+        model(**tiny_batch(model, seed=step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -174,3 +176,164 @@ def test_what_needs_all_gradients_at_once_is_refused_with_an_update_in_the_backw
     monkeypatch.setattr(importlib.import_module("gradselect._in_backward"), "is_running", lambda: True)
     with pytest.raises(gs.UsageError, match=r"torch\.distributed"):
         build_with()
+
+
+# Moments of 8 bits -------------------------------------------------------------------------------------------------
+
+GROUP = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def large_llama(**settings):
+    """A model with matrices of 4096 elements and more; its norms stay whole."""
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+    )
+    return causal(config, **settings)
+
+
+def test_a_moment_is_off_by_at_most_half_a_step_of_the_map():
+    """Steps of the signed map are widest at the top: 0.9 / 64 of the block's largest number."""
+    values = torch.randn(4 * 256, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-3, 1).repeat(256)
+    codes, scales = quantise(values, signed=True)
+    off = (dequantise(codes, scales, signed=True) - values).abs().view(-1, 256)
+    assert codes.dtype == torch.uint8
+    assert torch.equal(scales, values.view(-1, 256).abs().amax(1))
+    assert (off <= 0.5 * 0.9 / 64 * scales[:, None] * 1.0001).all()
+    assert torch.equal(dequantise(*quantise(torch.zeros(256), signed=False), signed=False), torch.zeros(256))
+    again, _ = quantise(dequantise(codes, scales, signed=True), signed=True)
+    assert torch.equal(again, codes)
+
+
+def test_the_search_without_branches_finds_what_bucketize_finds():
+    values = torch.cat([torch.linspace(-1, 1, 4001), torch.tensor([-0.0, 0.0, torch.inf, -torch.inf])])
+    borders = torch.linspace(-0.9, 0.9, 255)
+    values = torch.cat([values, borders])
+    assert torch.equal(num_reached(values, borders), torch.bucketize(values, borders, right=True, out_int32=True))
+
+
+def test_tensors_that_are_small_or_no_multiple_of_a_block_are_adamws_bitwise():
+    for shape in ((4095,), (4097,), (64,), (17, 300)):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        ours, theirs = weight.clone(), weight.clone()
+        state, twin = gs.AdamW8bitRule().make_state(ours), gs.AdamWRule().make_state(theirs)
+        for _ in range(3):
+            gs.AdamW8bitRule().update([ours], [weight], [state], GROUP)
+            gs.AdamWRule().update([theirs], [weight], [twin], GROUP)
+        assert torch.equal(ours, theirs)
+        assert same(state, twin)
+
+
+def test_the_first_step_is_adamws_and_parts_are_updated_as_the_whole(monkeypatch):
+    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
+
+    def moved(rule, *, dtype=torch.float32, steps):
+        ours = weight.to(dtype, copy=True)
+        state = rule.make_state(ours)
+        for step in range(steps):
+            rule.update([ours], [weight.to(dtype) * (step + 1)], [state], GROUP)
+        return ours
+
+    assert torch.equal(moved(gs.AdamW8bitRule(), steps=1), moved(gs.AdamWRule(), steps=1))
+    whole, half = moved(gs.AdamW8bitRule(), steps=3), moved(gs.AdamW8bitRule(), dtype=torch.bfloat16, steps=3)
+    torch.testing.assert_close(half.float(), whole, rtol=0.02, atol=0.02)  # bf16 has 8 bits
+    monkeypatch.setattr(importlib.import_module("gradselect._low_bit"), "PART", 1024)
+    assert torch.equal(moved(gs.AdamW8bitRule(), steps=3), whole)
+
+
+def test_what_is_kept_are_adamws_moments_rounded_to_their_own_maps():
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    state, twin = gs.AdamW8bitRule().make_state(weight), gs.AdamWRule().make_state(weight)
+    for rule, kept in ((gs.AdamW8bitRule(), state), (gs.AdamWRule(), twin)):
+        rule.update([weight.clone()], [weight], [kept], GROUP)
+    assert state["step"] == twin["step"] == 1
+    for name, signed, widest in (("exp_avg", True, 0.9 / 64), ("exp_avg_sq", False, 0.9 / 128)):
+        kept = dequantise(state[name].view(-1), state[f"{name}_scale"], signed=signed)
+        off = (kept - twin[name].view(-1)).abs().view(-1, 256)
+        assert (off <= 0.5 * widest * state[f"{name}_scale"][:, None] * 1.0001).all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residency", [gs.Keep(), gs.Offload(), gs.Drop()])
+def test_moments_of_8_bits_resume_bitwise_and_are_counted_to_the_byte(residency, dtype):
+    def build():
+        model = large_llama(dtype=dtype)
+        policy = gs.Cyclic(every=2, order="ascending")
+        return model, gs.BlockOptimizer(model, policy, lr=1e-2, rule=gs.AdamW8bitRule(), residency=residency)
+
+    model, optimizer = build()
+    train(model, optimizer, 3)
+    other, again = build()
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    assert again.memory() == optimizer.memory()
+    train(model, optimizer, 2, first=3)
+    train(other, again, 2, first=3)
+    assert same(weights(other), weights(model))
+
+    touched = list(gs.partition(model))[:3]
+    seen = {id(p): p for block in touched for p in block.parameters}
+    expected = sum(2 * p.numel() + 8 * p.numel() // 256 if p.numel() >= 4096 else 8 * p.numel() for p in seen.values())
+    tensors = [t for state in optimizer.state.values() for key, t in state.items() if key not in ("step", "master")]
+    memory = optimizer.memory()
+    counted = memory["state_on_device"] + memory["state_on_host"]
+    masters = (4 if dtype == torch.bfloat16 else 0) * sum(p.numel() for p in seen.values())
+    assert sum(t.nbytes for t in tensors) == counted - (memory["state_on_host"] and masters - memory["masters"])
+    if not isinstance(residency, gs.Drop):
+        assert counted + memory["masters"] == expected + masters
+    assert all(t.dtype in (torch.uint8, torch.float32) for t in tensors)
+
+
+def test_losses_with_moments_of_8_bits_are_near_adamws():
+    """Within 3 % after 30 steps on 8 batches, where the loss falls by a quarter."""
+    losses = {}
+    for rule in (gs.AdamWRule(), gs.AdamW8bitRule()):
+        model = large_llama()
+        optimizer = gs.BlockOptimizer(model, gs.Uniform(count=2), always="head", lr=2e-3, rule=rule)
+        for step in range(30):
+            loss = model(**tiny_batch(model, seed=step % 8)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            losses[type(rule)] = sum(model(**tiny_batch(model, seed=seed)).loss.item() for seed in range(8)) / 8
+    start = sum(large_llama()(**tiny_batch(model, seed=seed)).loss.item() for seed in range(8)) / 8
+    assert losses[gs.AdamWRule] < 0.8 * start
+    assert losses[gs.AdamW8bitRule] == pytest.approx(losses[gs.AdamWRule], rel=0.03)
+    assert losses[gs.AdamW8bitRule] != losses[gs.AdamWRule]
+
+
+def test_a_checkpoint_of_another_rule_is_refused():
+    written = gs.BlockOptimizer(tiny_llama(layers=1), gs.All(), rule=gs.AdamW8bitRule()).state_dict()
+    with pytest.raises(gs.UsageError, match=r"its rule are 'AdamW8bitRule', this run's 'AdamWRule'"):
+        gs.BlockOptimizer(tiny_llama(layers=1), gs.All()).load_state_dict(written)
+
+
+@pytest.mark.filterwarnings("ignore")  # its import warns
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_moments_of_8_bits_are_torchaos():
+    """Its eager formula on its own tensors; a number half-way between two codes may round to either."""
+    adam = importlib.import_module("torchao.optim.adam")
+    moments = importlib.import_module("torchao.optim.subclass_8bit").OptimState8bit
+    generator = torch.Generator().manual_seed(0)
+    ours = torch.randn(128, 256, generator=generator)
+    theirs = ours.clone()
+    first, second = moments.zeros(ours.shape, True), moments.zeros(ours.shape, False)
+    rule, step = gs.AdamW8bitRule(), torch.zeros(())
+    state = rule.make_state(ours)
+    for _ in range(20):
+        gradient = torch.randn(ours.shape, generator=generator)
+        rule.update([ours], [gradient], [state], GROUP)
+        step += 1
+        lr = torch.tensor(GROUP["lr"])
+        adam.single_param_adam(
+            theirs, gradient, step, first, second, None, lr, *GROUP["betas"], 0.1, GROUP["eps"], True, False
+        )
+    for codes, moment in ((state["exp_avg"], first), (state["exp_avg_sq"], second)):
+        assert (codes != moment.codes).float().mean() < 1e-3
+    assert ((ours - theirs).abs() > 1e-5).float().mean() < 1e-3

