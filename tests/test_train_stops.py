@@ -6,6 +6,8 @@ import errno
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,22 +18,28 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_fixtures import (
     ADAGRADSELECT,
     assert_same_weights,
     build,
     parse,
     quiet,
+    weights,
     write_model,
     write_recipe,
     write_sums,
 )
 
 from gradselect import UsageError
+from gradselect._sealed import sealed
+from gradselect.cli import main
+from gradselect.train import Preempted, load_recipe, train
 from gradselect.train import _run as run_module
-from gradselect.train import load_recipe, train
 from gradselect.train._folder import RunFolder
+from gradselect.train._manifest import NAME, verify, write_manifest
 from gradselect.train._result import save_model
+from gradselect.train._signals import watched_signals
 from gradselect.train._trainer import RunTrainer, TokenTrainer
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
@@ -119,6 +127,74 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
     assert_same_weights(whole, killed)
 
 
+# A schedule that does not end at 0: one step too many would show.
+TOLD: dict[str, dict[str, Any]] = {
+    "data": {"validation": 0.25},
+    "optimizer": {"lr": 1e-2, "schedule": "constant", "warmup": 0},
+    "run": {"steps": 5, "accumulation": 2, "log_every": 3, "evaluate_every": 2, "report_to": ["tensorboard"]},
+}
+
+
+@pytest.mark.parametrize("method", [ADAGRADSELECT, {"name": "lora", "dropout": 0.1}], ids=["adagradselect", "lora"])
+def test_a_run_told_to_stop_in_every_step_ends_as_one_that_was_not(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]
+) -> None:
+    """Weights, records, curves and the log, whose lines fall between the stops; no checkpoints were asked for."""
+    whole, told = (
+        parse(place, method=method, **{**TOLD, "run": {**TOLD["run"], "output": str(tmp_path / name)}})
+        for name in ("whole", "told")
+    )
+    train(whole, console=quiet())
+    with monkeypatch.context() as patch:
+        signal_in_every_step(patch)
+        for step in range(1, 6):
+            with pytest.raises(Preempted, match=r"^(143|130)$"):
+                train(told, console=quiet(), resume=True)
+            assert RunFolder(tmp_path / "told").newest_checkpoint() == tmp_path / "told/checkpoints" / f"step-{step}"
+    train(told, console=quiet(), resume=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "told")
+    assert curves(tmp_path / "told") == curves(tmp_path / "whole")
+    ours, theirs = (lasting_log(tmp_path / name) for name in ("told", "whole"))
+    assert ours == theirs
+    assert [entry["step"] for entry in ours if "loss" in entry] == [3]
+    if (tmp_path / "whole" / "records.jsonl").exists():
+        ours, theirs = ((tmp_path / name / "records.jsonl").read_text() for name in ("told", "whole"))
+        assert ours == theirs
+
+
+def test_the_command_line_says_how_to_go_on_and_exits_with_the_signals_code(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(place, tmp_path / "recipe.yaml", run={"output": str(tmp_path / "out"), "steps": 2})
+    signal_in_every_step(monkeypatch)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(recipe), "run.seed=1"])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert f"go on with: gradselect train {recipe} run.seed=1 --resume" in capsys.readouterr().err
+
+
+def test_the_second_signal_ends_the_process_at_once() -> None:
+    child = os.fork()
+    if child == 0:
+        with watched_signals() as watch:
+            os.kill(os.getpid(), signal.SIGINT)
+            if watch.received == signal.SIGINT:
+                os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGTERM
+
+
+def test_signals_are_the_callers_again_after_the_run_and_ignored_ones_stay_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
+    try:
+        with watched_signals() as watch:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert watch.received == 0
+        assert signal.getsignal(signal.SIGTERM) == before[1]
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+
+
 def test_a_finished_run_is_not_resumed(whole: Path) -> None:
     before = (whole / "run.json").read_bytes()
     with pytest.raises(UsageError, match="has finished after 4 steps"):
@@ -168,6 +244,127 @@ def test_resume_begins_a_run_that_has_not_begun(place: Path, tmp_path: Path) -> 
     recipe = parse(place, run={"output": str(tmp_path / "out"), "steps": 1})
     train(recipe, console=Console(file=shown), resume=True)
     assert "no checkpoint yet" in shown.getvalue()
+
+
+# Damage ----------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def make_link(path: Path) -> None:
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "flipped": ("optimizer.pt", flip, "optimizer.pt: its SHA-256"),
+    "truncated": (
+        "model.safetensors",
+        lambda path: os.truncate(path, 9),
+        r"model.safetensors: 9 bytes, and [\d,]+ were",
+    ),
+    "emptied": ("rng_state.pth", lambda path: path.write_bytes(b""), "rng_state.pth: 0 bytes"),
+    "missing": ("scheduler.pt", Path.unlink, "scheduler.pt: missing"),
+    "extra": ("pytorch_model.bin", lambda path: path.write_bytes(b"x"), "pytorch_model.bin: not among the files"),
+    "swapped": ("scheduler.pt", lambda path: path.rename(path.with_name("optimizer.pt")), "scheduler.pt: missing"),
+    "folder": ("trainer_state.json", make_folder, "trainer_state.json: missing"),
+    "link": ("model.safetensors", make_link, "model.safetensors: no regular file"),
+    "no manifest": (NAME, Path.unlink, f"{NAME}: missing"),
+    "emptied manifest": (NAME, lambda path: path.write_bytes(b""), f"{NAME}: .*damaged"),
+    "flipped manifest": (NAME, flip, f"{NAME}: "),
+    "unsealed manifest": (
+        NAME,
+        lambda path: path.write_text('{"version": 1, "step": 2, "files": {}}'),
+        "it has no 'sha",
+    ),
+    "another's manifest": (NAME, lambda path: write_manifest(path.parent, step=4), "step: it was written for step-4"),
+}
+
+
+@pytest.mark.parametrize(("file", "damage", "said"), DAMAGE.values(), ids=list(DAMAGE))
+def test_a_damaged_checkpoint_is_not_whole_and_the_file_is_named(
+    whole: Path, tmp_path: Path, file: str, damage: Callable[[Path], Any], said: str
+) -> None:
+    checkpoint = shutil.copytree(whole / "checkpoints" / "step-2", tmp_path / "step-2")
+    assert verify(checkpoint) is None
+    damage(checkpoint / file)
+    assert re.search(said, verify(checkpoint) or "is whole")
+
+
+def test_damaged_checkpoints_are_named_and_passed_over_for_an_older_one(place: Path, tmp_path: Path) -> None:
+    """And kept; the one that was gone on from is not thrown away for them."""
+    run = {"output": str(tmp_path / "out"), "steps": 4, "save_every": 1, "keep_checkpoints": 3}
+    whole = train(parse(place, method=ADAGRADSELECT, run=run), console=quiet())
+    stopped = shutil.copytree(whole, tmp_path / "stopped")
+    unfinish(stopped)
+    flip(stopped / "checkpoints" / "step-4" / "model.safetensors")
+    (stopped / "checkpoints" / "step-3" / "optimizer.pt").unlink()
+    flip(stopped / "records.jsonl")
+    shown = io.StringIO()
+    train(load_recipe(whole / "recipe.yaml", [f"run.output={stopped}"]), resume=True, console=Console(file=shown))
+    said = shown.getvalue()
+    assert "checkpoints/step-4: model.safetensors: its SHA-256 is not that of the bytes that were written" in said
+    assert "checkpoints/step-3: optimizer.pt: missing; passed over, kept as damaged-step-3" in said
+    assert_same_weights(whole, stopped)
+    assert (stopped / "records.jsonl").read_text() == (whole / "records.jsonl").read_text()
+    left = {path.name: verify(path) is None for path in (stopped / "checkpoints").glob("step-*")}
+    assert left == {"step-2": True, "step-3": True, "step-4": True}
+    assert len(list((stopped / "checkpoints").glob("damaged-step-*"))) == 2
+
+
+def test_a_run_of_damaged_checkpoints_alone_says_so_and_changes_nothing(whole: Path, tmp_path: Path) -> None:
+    stopped = shutil.copytree(whole, tmp_path / "stopped")
+    unfinish(stopped)
+    for step in (2, 4):
+        flip(stopped / "checkpoints" / f"step-{step}" / "model.safetensors")
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=r"(?s)no checkpoint in .* is whole.*step-4: model.*step-2: model"):
+        train(load_recipe(whole / "recipe.yaml", [f"run.output={stopped}"]), resume=True, console=quiet())
+    assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_killed_while_its_model_gets_its_place_has_no_model_or_a_whole_one(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, inputs = build(place, tmp_path / "out")
+    folder, replace = RunFolder(tmp_path / "out"), os.replace
+    for renamed in range(20):
+        calls: list[Any] = []
+
+        def killed(*arguments: Any, most: int = renamed, calls: list[Any] = calls) -> None:
+            if len(calls) == most:
+                raise KeyboardInterrupt
+            calls.append(arguments)
+            replace(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.replace", killed)
+            try:
+                save_model(trainer, inputs.tokenizer, folder=folder)
+            except KeyboardInterrupt:
+                assert not (folder.root / "config.json").exists()
+                continue
+        break
+    names = {path.name for path in folder.root.iterdir() if path.is_file()}
+    # The folder gets its name, then each file its place.
+    assert names == {Path(arguments[1]).name for arguments in calls[1:]} > {"config.json", "model.safetensors"}
+    assert renamed == len(calls)
+
+
+def test_resume_begins_a_run_that_was_killed_before_its_first_word(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "out" / ".run.json.partial").write_text("{")
+    train(parse(place, run={"output": str(tmp_path / "out"), "steps": 1}), console=quiet(), resume=True)
+    assert weights(tmp_path / "out")
 
 
 # What goes wrong -------------------------------------------------------------------------------------------------
@@ -237,6 +434,41 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_last_checkpoint(
 
 
 # Helpers ---------------------------------------------------------------------------------------------------------
+
+
+def signal_in_every_step(patch: pytest.MonkeyPatch) -> None:
+    """SIGTERM and SIGINT by turns, from inside the forward pass."""
+    compute_loss = RunTrainer.compute_loss
+
+    def told(self: RunTrainer, *args: Any, **options: Any) -> Any:
+        if self.model is not None and self.model.training and not self.signals.received:
+            os.kill(os.getpid(), (signal.SIGTERM, signal.SIGINT)[self.state.global_step % 2])
+        return compute_loss(self, *args, **options)
+
+    patch.setattr(RunTrainer, "compute_loss", told)
+
+
+def unfinish(folder: Path) -> None:
+    """As if the run had been killed just before its end."""
+    description = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(sealed({**description, "status": "started"})))
+
+
+def lasting_log(folder: Path) -> list[dict[str, float]]:
+    """What is logged of steps and evaluations, without times."""
+    history = json.loads((folder / "run.json").read_text())["history"]
+    timed = ("runtime", "per_second")
+    return [
+        {name: value for name, value in entry.items() if not name.endswith(timed)}
+        for entry in history
+        if "train_runtime" not in entry
+    ]
+
+
+def curves(folder: Path) -> list[tuple[int, float]]:
+    """The losses that TensorBoard shows."""
+    accumulator = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in accumulator.Scalars("train/loss")]
 
 
 def stop_before(patch: pytest.MonkeyPatch, *, step: int, error: type[BaseException]) -> None:

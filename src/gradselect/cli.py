@@ -69,26 +69,36 @@ def _options(
 # The imports of each command stand inside it: `--help` should not wait for them.
 
 
-@app.command()
+@app.command(
+    epilog="Exit codes: 0 finished; 2 something to put right, said in one message; 143 stopped by SIGTERM and 130 by "
+    "SIGINT (Ctrl-C), after the step under way and with a checkpoint, a second signal ends at once. The same command "
+    "with --resume begins a run, goes on with one, and may be repeated until it has finished."
+)
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file; recipes/ has examples.", metavar="RECIPE")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Values that replace the recipe's, e.g. optimizer.lr=1e-4.", metavar="KEY=VALUE"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in run.output.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in run.output; without one, begin.")
+    ] = False,
 ) -> None:
     """Fine-tune a model as RECIPE says; the result is a plain Hugging Face checkpoint in run.output."""
-    from .train import load_recipe
+    from .train import Preempted, load_recipe
     from .train import train as carry_out
 
     words = ["gradselect", "train", recipe, *(overrides or [])]
+    go_on = shlex.join([*words, "--resume"])
     try:
         carry_out(
             load_recipe(recipe, overrides or []), resume=resume, command=[*words, *(["--resume"] if resume else [])]
         )
+    except Preempted as stopped:
+        typer.echo(f"{stopped.message}; go on with: {go_on}", err=True)
+        raise
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; go on from the newest checkpoint with: {shlex.join([*words, '--resume'])}", err=True)
+        typer.echo(f"interrupted; go on from the newest checkpoint with: {go_on}", err=True)
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
 
 

@@ -65,7 +65,12 @@ class RunFolder:
         """Whether there is anything in it beside what a run that was killed at its very beginning leaves."""
         if not self.root.is_dir():
             return self.root.exists()
-        return any(entry != aside_of(self.run_file) for entry in self.root.iterdir())
+        return any(not self._is_of_no_run(entry) for entry in self.root.iterdir())
+
+    def _is_of_no_run(self, entry: Path) -> bool:
+        if entry == self.checkpoints and entry.is_dir():
+            return not any(entry.iterdir())
+        return entry == aside_of(self.run_file)
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"

@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from transformers import Trainer, TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from .. import SparseOptimizer, UsageError
+from ..integrations.transformers import SelectionCallback
 from ._checkpoints import delete_old_checkpoints, writing_checkpoint
 from ._faults import Fault
 from ._folder import RunFolder
 from ._processes import is_first, largest_of_all
 from ._signals import Preempted, SignalWatch
+from ._window import last_records, read_window, write_window
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +135,13 @@ class RunTrainer(Trainer):
         skipped: set[Any] = {entry["step"] for entry in self.state.log_history if "skipped" in entry}
         return next(count for count in range(step) if step - 1 - count not in skipped)
 
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # The run was stopped after its last step; the Trainer would take one more before it looks.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **options)
+
     def _get_output_dir(self, trial: Any) -> str:
         return self._writing_to
 
@@ -142,10 +152,32 @@ class RunTrainer(Trainer):
                 self._writing_to = str(aside)
                 # Past SFTTrainer's own method, which adds a model card.
                 Trainer._save_checkpoint(self, model, trial)
+                (inside,) = aside.iterdir()
+                write_window(inside, self._window(), process=self.args.process_index)
         finally:
             self._writing_to = str(self._folder.checkpoints)
         if is_first():
             delete_old_checkpoints(self._folder, keep=self._keep_checkpoints)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The last of what a checkpoint gives back, just before the first step."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        self._go_on_with(read_window(Path(checkpoint), process=self.args.process_index))
+        records = Path(checkpoint) / self._folder.records_file.name
+        unlogged = last_records(records, self.state.global_step - self._globalstep_last_logged)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, SelectionCallback):
+                callback._since_log[:] = unlogged
+
+    def _window(self) -> dict[str, Any]:
+        """What the next line of the log is made of."""
+        return {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged}
+
+    def _go_on_with(self, window: dict[str, Any]) -> None:
+        self._tr_loss.fill_(window["loss"])
+        self._globalstep_last_logged = window["last_logged"]
 
     def check_weights(self) -> None:
         """Weights that are no numbers are never kept.
@@ -192,6 +224,22 @@ class RunTrainer(Trainer):
 
 class TokenTrainer(RunTrainer, SFTTrainer):
     """The same for what learns to write tokens, with TRL's templates, packing and masks of the loss."""
+
+    def _skip(self, model: nn.Module, fault: Fault, *, value: float | None) -> None:
+        super()._skip(model, fault, value=value)
+        metrics = self._metrics["train"]
+        for name in list(metrics):
+            metrics[name] = [number for number in metrics[name] if math.isfinite(number)]
+            if not metrics[name]:
+                del metrics[name]
+
+    def _window(self) -> dict[str, Any]:
+        return {**super()._window(), "tokens": self._total_train_tokens, "metrics": self._metrics["train"]}
+
+    def _go_on_with(self, window: dict[str, Any]) -> None:
+        super()._go_on_with(window)
+        self._total_train_tokens = window["tokens"]
+        self._metrics["train"].update(window["metrics"])
 
 
 class _StopWhenTold(TrainerCallback):
