@@ -82,7 +82,7 @@ class BlockStates:
         staying = names if self._residency.frees_device else self._table.blocks
         leaving = [name for name in self._table.blocks if name in self.resident and name not in staying]
         coming = [name for name in self._table.blocks if name in names and name not in self.resident]
-        parcels = [[self._parcel(name) for name in some if self.num_bytes(name)] for some in (leaving, coming)]
+        parcels = [[self._parcel(name) for name in some if self._existing(name)] for some in (leaving, coming)]
         if any(parcels):
             self._mover.switch(*parcels, held_bytes=sum(map(self.num_bytes, self.resident)))
         self.resident = self.resident.difference(leaving).union(coming)
