@@ -174,7 +174,10 @@ def test_a_best_rate_at_the_edge_of_its_grid_is_marked(tmp_path):
     write(tmp_path, result("high", lr=3e-3))
     write(tmp_path, result("low", lr=3e-4))
     write(tmp_path, result("single", rates=(1e-3,)))
+    write(tmp_path, result("widened", lr=3e-3))
+    write(tmp_path, result("widened", lr=1e-2, role="rate", rates=(1e-3, 3e-3, 1e-2)))
     cells = headline(tmp_path)
+    assert cells["widened"]["Best rate"] == "3e-3"
     assert cells["full"]["Best rate"] == "1e-3"
     assert cells["high"]["Best rate"] == "3e-3 highest tried"
     assert cells["low"]["Best rate"] == "3e-4 lowest tried"

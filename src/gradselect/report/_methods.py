@@ -20,10 +20,15 @@ PARTS = ("forward", "backward", "optimizer", "selection")
 
 @dataclass(frozen=True)
 class Method:
-    """The scored runs of one method at one learning rate, one a seed, in the order of the seeds."""
+    """The scored runs of one method at one learning rate, one a seed, in the order of the seeds.
+
+    Attributes:
+        rates: all that it was tried at, ascending; also those that the grid has gained since.
+    """
 
     name: str
     runs: tuple[Run, ...]
+    rates: tuple[float, ...]
 
     @property
     def is_full(self) -> bool:
@@ -41,10 +46,9 @@ class Method:
     @property
     def edge(self) -> str | None:
         """ "lowest" or "highest" if the best rate is the last that was tried on that side, "only" if there was one."""
-        rates = sorted(set(self.runs[0].record.rates))
-        if len(rates) < 2:
-            return "only" if rates else None
-        return {rates[0]: "lowest", rates[-1]: "highest"}.get(self.lr)
+        if len(self.rates) < 2:
+            return "only" if self.rates else None
+        return {self.rates[0]: "lowest", self.rates[-1]: "highest"}.get(self.lr)
 
     @cached_property
     def validation_loss(self) -> float | None:
@@ -177,7 +181,7 @@ def collect_methods(runs: Sequence[Run]) -> tuple[list[Method], list[Run]]:
         of_method = [run for run in scored if run.record.method == name]
         best = _best_rate(of_method)
         chosen = sorted((run for run in of_method if run.record.lr == best), key=lambda run: run.record.seed)
-        methods.append(Method(name=name, runs=tuple(chosen)))
+        methods.append(Method(name=name, runs=tuple(chosen), rates=_rates(name, runs)))
         others += [run for run in of_method if run.record.lr != best]
     return methods, others
 
@@ -193,6 +197,11 @@ def find_full(methods: Sequence[Method]) -> Method | None:
 def ratio(value: float | None, reference: float | None) -> float | None:
     """`value / reference` where both are known."""
     return None if value is None or not reference else value / reference
+
+
+def _rates(method: str, runs: Sequence[Run]) -> tuple[float, ...]:
+    tried = {rate for run in runs if run.record.method == method for rate in (*run.record.rates, run.record.lr)}
+    return tuple(sorted(tried))
 
 
 def _best_rate(runs: Sequence[Run]) -> float:
