@@ -73,6 +73,10 @@ class BackwardUpdates:
         """Whether a parameter has moved since the last step."""
         return bool(self._moved)
 
+    def moved(self, parameter: Parameter) -> bool:
+        """Whether it has moved since the last step."""
+        return parameter in self._moved
+
     @torch.no_grad()
     def arrived(self, parameter: Parameter) -> None:
         """The hook: the gradient of `parameter` is whole."""

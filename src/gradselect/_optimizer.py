@@ -22,6 +22,7 @@ from ._groups import ParameterTable, check_hyper_parameters, check_is, decay_gro
 from ._in_backward import BackwardUpdates, check_update_in_backward
 from ._observe import GradientObserver
 from ._policy import AbstractPolicy
+from ._reach import ReachCheck, has_compiled
 from ._records import MemoryBytes, StepRecord, selection_entropy
 from ._residency import AbstractResidency, Keep
 from ._rules import AbstractRule, AdamWRule
@@ -159,6 +160,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self._in_backward = BackwardUpdates(self._states, self._table, self._observer) if update_in_backward else None
         self.accumulation_steps = accumulation_steps
         self.grad_scaler = grad_scaler
+        self._reach = ReachCheck()
         self._give_back = self._give_back_at_end()
         self._propose()
 
@@ -182,6 +184,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             return loss
         norms = self._observer.norms()
         selected = self._decide(norms)  # 1
+        self._check_reached(selected, norms)
         self._states.admit(selected)  # 2
         self._update(selected)  # 3
         self._release(selected)  # 4
@@ -418,6 +421,17 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
 
     def _has_moved_in_backward(self) -> bool:
         return self._in_backward is not None and self._in_backward.has_moved
+
+    def _check_reached(self, selected: Sequence[str], norms: Mapping[str, float]) -> None:
+        """Where anything was compiled: what took part got a gradient; see `ReachCheck`."""
+        if has_compiled():
+            reached = {name for name, norm in norms.items() if norm != 0.0}
+            reached.update(name for name in selected if any(map(self._has_gradient, self._table.of(name))))
+            self._reach.check(reached=reached, missed={*selected, *norms} - reached)
+
+    def _has_gradient(self, parameter: Parameter) -> bool:
+        used_up = self._in_backward is not None and self._in_backward.moved(parameter)
+        return used_up or parameter.grad is not None
 
     def _set_trainable(self, names: Collection[str]) -> None:
         if self._together is not None and not self._together.has_begun:

@@ -1,0 +1,122 @@
+"""Compiled layers: frozen and thawed they train as uncompiled ones, and soon nothing compiles; or the step raises."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import pytest
+import torch
+from tiny_models import tiny_batch, tiny_llama, tiny_lora, tiny_plain
+from torch import nn
+from torch._dynamo import utils
+
+import gradselect as gs
+from gradselect.integrations.compile import compile_blocks
+
+POLICY = gs.AdaGradSelect(count=2, delta=9.0, explore_steps=4)
+
+
+@pytest.fixture
+def limits():
+    """torch's limits on compiled variants as they are by default; they are put back."""
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=8):
+        torch._dynamo.reset()
+        yield torch._dynamo.config
+        torch._dynamo.reset()
+
+
+def build(model, **options):
+    return model, gs.BlockOptimizer(model, POLICY, lr=1e-2, **options)
+
+
+def num_graphs():
+    return utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
+def test_toggled_layers_train_as_uncompiled_ones_and_soon_nothing_compiles(limits):
+    """Lengths vary. Four layers share their graphs: a fixed length, then four patterns of what requires a gradient."""
+    compiled = [uncached(), uncached()]
+    for model in compiled:
+        assert compile_blocks(model, backend="aot_eager") == tuple(f"model.layers.{number}" for number in range(4))
+    pairs = [build(uncached()), build(compiled[0]), build(compiled[1], update_in_backward=True)]
+    start, graphs, selections = num_graphs(), [], set()
+    for step in range(16):
+        for model, optimizer in pairs:
+            model(**tiny_batch(model, seed=step, length=8 + step % 3)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        selections.add(optimizer.last_record.selected)
+        graphs.append(num_graphs() - start)
+    assert len(selections) > 5
+    assert 4 <= graphs[6] == graphs[-1] <= 5
+    for (name, weight), *others in zip(*(model.named_parameters() for model, _ in pairs), strict=True):
+        assert all(other == name and torch.equal(weight, moved) for other, moved in others), name
+
+
+def uncached():
+    model = tiny_llama(layers=4)
+    model.config.use_cache = False
+    return model
+
+
+def test_the_limit_on_variants_is_raised_never_lowered(limits):
+    compile_blocks(tiny_plain(layers=3), backend="eager")
+    assert limits.recompile_limit == limits.accumulated_recompile_limit == 48
+    compile_blocks(tiny_plain(layers=1), backend="eager")
+    assert limits.recompile_limit == 48
+
+
+def test_layers_of_which_adapters_train_compile_whole(limits):
+    assert compile_blocks(tiny_lora(layers=2), backend="eager")[1].endswith("layers.1")
+
+
+def test_a_cache_that_hinders_is_named(limits, caplog):
+    with caplog.at_level(logging.WARNING):
+        compile_blocks(tiny_llama(layers=1), backend="eager")
+    assert "model.config.use_cache = False" in caplog.text
+
+
+# a block that compilation has left out ------------------------------------------------------------------------
+
+
+class LeavesOut(nn.Module):
+    """A layer as torch before 2.10 compiled it while it was frozen: no gradient ever reaches its weights."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden):
+        frozen = {name: parameter.detach() for name, parameter in self.layer.named_parameters()}
+        return torch.func.functional_call(self.layer, frozen, (hidden,))
+
+
+def train(policy, *, steps, **options):
+    model = tiny_plain(layers=3)
+    model.blocks[1] = LeavesOut(model.blocks[1])
+    optimizer = gs.BlockOptimizer(model, policy, lr=1e-2, always="head", **options)
+    for step in range(steps):
+        model(**tiny_batch(model, seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        (gs.Fixed(["layer.*"]), {}),
+        (gs.Fixed(["layer.*"]), {"update_in_backward": True}),
+        (gs.GradNormTopK(count=1), {}),
+    ],
+    ids=["selected", "updated-in-backward", "losing"],
+)
+def test_a_block_that_never_gets_a_gradient_raises_where_something_is_compiled(policy, options, monkeypatch):
+    monkeypatch.setattr(utils, "counters", {"frames": Counter()})
+    assert train(policy, steps=4, **options).num_steps == 4
+    monkeypatch.setattr(utils, "counters", {"frames": Counter(ok=1)})
+    train(policy, steps=2, **options)
+    with pytest.raises(gs.UsageError, match=r"'layer.1' took part in 3 steps .* no gradient.*pytorch#139476"):
+        train(policy, steps=3, **options)
