@@ -24,6 +24,11 @@ class Fault(IntEnum):
         return {Fault.NONE: "nothing", Fault.GRADIENT: "gradient norm", Fault.LOSS: "loss"}[self]
 
 
+def is_dead_worker(error: BaseException) -> bool:
+    """Whether a process that reads the data has died; torch has no class for that either."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was asked for that is not there, on the device or on the host."""
     # On the host torch raises a RuntimeError without a class of its own.
@@ -32,14 +37,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def describe_kept(folder: RunFolder) -> str:
+    """What a run that ends here has kept."""
+    newest = folder.newest_checkpoint()
+    return "no checkpoint had been written" if newest is None else f"the last checkpoint, {newest}, is whole"
+
+
 def describe_out_of_memory(error: BaseException, *, recipe: Recipe, folder: RunFolder) -> str:
     """What to type to find a setting that fits."""
-    newest = folder.newest_checkpoint()
-    kept = "no checkpoint had been written" if newest is None else f"the last checkpoint, {newest}, is whole"
     command = ["gradselect", "plan", str(folder.recipe_file), "--fit", f"{_memory_mebibytes(recipe)}MiB"]
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return (
-        f"out of memory ({reason}); {kept}. To find the best setting that fits, type: {shlex.join(command)}\n"
+        f"out of memory ({reason}); {describe_kept(folder)}. To find the best setting that fits, type: "
+        f"{shlex.join(command)}\n"
         "What helps first: model.gradient_checkpointing=true, with which --resume goes on as it was; a smaller "
         f"run.batch_size (it is {recipe.run.batch_size}) with a larger run.accumulation; a smaller data.max_length; "
         "another method or fraction. With those it is another run: give it another run.output"

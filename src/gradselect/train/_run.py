@@ -11,7 +11,7 @@ from rich.console import Console
 
 from .. import UsageError
 from ._checkpoints import find_checkpoint, return_to
-from ._faults import describe_out_of_memory, is_out_of_memory
+from ._faults import describe_kept, describe_out_of_memory, is_dead_worker, is_out_of_memory
 from ._folder import RunFolder, claimed
 from ._inputs import read_inputs
 from ._meter import Meter
@@ -74,11 +74,13 @@ def _explained(recipe: Recipe, folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UsageError(f"training has stopped: {error}; checkpoints that were written are whole") from error
+        raise UsageError(f"training has stopped: {error}; {describe_kept(folder)}") from error
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UsageError(describe_out_of_memory(error, recipe=recipe, folder=folder)) from error
+        if is_out_of_memory(error):
+            raise UsageError(describe_out_of_memory(error, recipe=recipe, folder=folder)) from error
+        if is_dead_worker(error):
+            raise UsageError(f"training has stopped: {error}; {describe_kept(folder)}") from error
+        raise
 
 
 def _train(trainer: RunTrainer, *, checkpoint: str | None, console: Console) -> Meter:
