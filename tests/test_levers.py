@@ -12,6 +12,9 @@ from tiny_models import VOCABULARY, causal, tiny_batch, tiny_llama
 
 import gradselect as gs
 from gradselect._low_bit import dequantise, num_reached, quantise
+from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
+from gradselect.train._load import parse_recipe
+from gradselect.train._parts import _block_options
 
 POLICIES = {
     "adagradselect": lambda: gs.AdaGradSelect(fraction=0.4, explore_steps=3, every=2),
@@ -337,3 +340,43 @@ def test_moments_of_8_bits_are_torchaos():
     for codes, moment in ((state["exp_avg"], first), (state["exp_avg_sq"], second)):
         assert (codes != moment.codes).float().mean() < 1e-3
     assert ((ours - theirs).abs() > 1e-5).float().mean() < 1e-3
+
+
+# In a Trainer and in a recipe --------------------------------------------------------------------------------------
+
+RECIPE = {
+    "model": {"path": "somewhere"},
+    "data": {"format": "random", "length": 8},
+    "optimizer": {"lr": 1e-3, "max_grad_norm": 0.0},
+    "run": {"output": "out", "steps": 2},
+}
+
+
+def test_a_trainer_that_clips_is_refused_with_an_update_in_the_backward_pass(tmp_path):
+    """At construction where the factory knows the arguments, else when training begins."""
+    clipping = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    options = {"policy": gs.All(), "update_in_backward": True, "lr": 1e-3}
+    with pytest.raises(gs.UsageError, match=r"max_grad_norm=1\.0: when the Trainer clips"):
+        SelectiveOptimizerFactory()(tiny_llama(layers=1), clipping, **options)
+    trainer = transformers.Trainer(
+        tiny_llama(layers=1),
+        clipping,
+        train_dataset=[{name: tensor[0] for name, tensor in tiny_batch(tiny_llama(layers=1), seed=0).items()}],
+        optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, options),
+        callbacks=[SelectionCallback()],
+    )
+    with pytest.raises(gs.UsageError, match="when the Trainer clips"):
+        trainer.train()
+
+
+def test_a_recipes_levers_reach_the_optimizer_and_are_refused_where_they_cannot_work():
+    method = {"name": "uniform", "count": 1, "update_in_backward": True, "moment_bits": 8}
+    recipe = parse_recipe({**RECIPE, "method": method}, source="it")
+    options = _block_options(recipe.method, recipe, tiny_llama(layers=1), head=())
+    optimizer = gs.BlockOptimizer(tiny_llama(layers=1), **{**options, "blocks": None})
+    assert optimizer.update_in_backward
+    assert optimizer.rule == gs.AdamW8bitRule()
+    for section, key, value in (("optimizer", "max_grad_norm", 1.0), ("run", "accumulation", 2)):
+        values = {**RECIPE, "method": method, section: {**RECIPE[section], key: value}}
+        with pytest.raises(gs.UsageError, match=r"set\s+optimizer\.max_grad_norm=0 run\.accumulation=1"):
+            parse_recipe(values, source="it")

@@ -65,6 +65,8 @@ class SelectiveOptimizerFactory:
         kind = SparseOptimizer if "mask" in options else BlockOptimizer
         settings = options if args is None else {**_from_arguments(args, kind), **options}
         _check_settings(settings, kind)
+        if settings.get("update_in_backward") and args is not None:
+            _check_clipping(args)
         return kind(_unwrap_model(model), **settings)
 
 
@@ -125,6 +127,8 @@ class SelectionCallback(TrainerCallback):
         _check_resumed(optimizer, state)
         _warn(args, optimizer)
         if isinstance(optimizer, BlockOptimizer):
+            if optimizer.update_in_backward:
+                _check_clipping(args)
             optimizer.grad_scaler = parts["optimizer"].scaler
             optimizer.policy.fill_explore_steps(_num_steps_of_epoch(args, state, parts["train_dataloader"]))
         else:
@@ -256,6 +260,14 @@ def _check_settings(settings: Mapping[str, Any], kind: type) -> None:
         )
 
 
+def _check_clipping(args: TrainingArguments) -> None:
+    if args.max_grad_norm:
+        raise UsageError(
+            f"update_in_backward=True with max_grad_norm={args.max_grad_norm}: when the Trainer clips, the gradients "
+            "have been used and freed; write TrainingArguments(max_grad_norm=0.0), or leave update_in_backward out"
+        )
+
+
 def _check_resumed(optimizer: BlockOptimizer | SparseOptimizer, state: TrainerState) -> None:
     if state.global_step > 0 and optimizer.num_steps == 0:
         raise UsageError(
@@ -271,6 +283,11 @@ def _warn(args: TrainingArguments, optimizer: BlockOptimizer | SparseOptimizer) 
         logger.warning(
             "with reentrant checkpoints the backward pass visits every layer, frozen ones too; "
             'drop "use_reentrant": True to skip those below the lowest selected block'
+        )
+    if args.torch_compile:
+        logger.warning(
+            "torch_compile=True compiles the whole model once more for each new selection; leave it out, and write "
+            "gradselect.integrations.compile.compile_blocks(model) before the Trainer is built"
         )
     for name, value in _hyper_parameters(args).items():
         ours = optimizer.defaults[name]

@@ -12,7 +12,10 @@ from .. import (
     MISA,
     AbstractPolicy,
     AbstractResidency,
+    AbstractRule,
     AdaGradSelect,
+    AdamW8bitRule,
+    AdamWRule,
     All,
     Cyclic,
     Drop,
@@ -46,11 +49,16 @@ class AbstractBlockMethod(Settings, ABC):
         residency: where the optimizer state of a block lives while it is not selected: on the device (keep), in host
             memory (offload), nowhere (drop).
         units: what a block is: a layer, or a matrix in one ("layer.3.self_attn.q_proj"); see `gradselect.partition`.
+        update_in_backward: in steps that know their blocks beforehand, update each weight within the backward pass, so
+            that one gradient exists at a time; needs optimizer.max_grad_norm=0 and run.accumulation=1.
+        moment_bits: of a number in AdamW's moments; 8 takes a quarter of the memory (`gradselect.AdamW8bitRule`).
     """
 
     always: tuple[str, ...] = ()
     residency: Residency = "offload"
     units: Literal["layer", "matrix"] = "layer"
+    update_in_backward: bool = False
+    moment_bits: Literal[8, 32] = 32
 
     @abstractmethod
     def policy(self, *, seed: int, blocks: Sequence[str]) -> AbstractPolicy:
@@ -59,6 +67,10 @@ class AbstractBlockMethod(Settings, ABC):
     def place(self) -> AbstractResidency:
         """The residency as an object."""
         return {"keep": Keep(), "offload": Offload(), "drop": Drop()}[self.residency]
+
+    def rule(self) -> AbstractRule:
+        """The update formula as an object."""
+        return AdamW8bitRule() if self.moment_bits == 8 else AdamWRule()
 
     def policy_options(self) -> dict[str, Any]:
         """The keys that are the policy's own."""

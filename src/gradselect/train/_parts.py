@@ -148,6 +148,8 @@ def _block_options(
         "policy": method.policy(seed=recipe.run.seed, blocks=[block.name for block in blocks]),
         "always": (*method.always, *heads),
         "residency": method.place(),
+        "rule": method.rule(),
+        "update_in_backward": method.update_in_backward,
         "blocks": blocks,
         "master_dtype": torch.float32,
         **_adamw_options(recipe),

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from ._methods import Method
+from ._methods import AbstractBlockMethod, Method
 from ._settings import Settings
 from ._template import check_template
 
@@ -304,5 +304,16 @@ class Recipe(Settings):
             raise ValueError(
                 f"run.evaluate_every={self.run.evaluate_every} needs examples to evaluate on; "
                 "add e.g. data.validation=0.02, or set run.evaluate_every=null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_update_in_backward(self) -> Self:
+        in_backward = isinstance(self.method, AbstractBlockMethod) and self.method.update_in_backward
+        if in_backward and (self.optimizer.max_grad_norm > 0 or self.run.accumulation > 1):
+            raise ValueError(
+                f"method.update_in_backward=true with optimizer.max_grad_norm={self.optimizer.max_grad_norm:g} and "
+                f"run.accumulation={self.run.accumulation}: clipping and accumulation need all gradients at once; set "
+                "optimizer.max_grad_norm=0 run.accumulation=1"
             )
         return self
