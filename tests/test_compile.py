@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny_models import tiny_batch, tiny_llama, tiny_lora, tiny_plain
+from tiny_models import tiny_batch, tiny_llama, tiny_plain
 from torch import nn
 from torch._dynamo import utils
 
@@ -68,14 +68,34 @@ def test_the_limit_on_variants_is_raised_never_lowered(limits):
     assert limits.recompile_limit == 48
 
 
-def test_layers_of_which_adapters_train_compile_whole(limits):
-    assert compile_blocks(tiny_lora(layers=2), backend="eager")[1].endswith("layers.1")
+def test_a_layer_compiles_whole_though_only_a_part_of_it_trains(limits):
+    model = tiny_plain(layers=2)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".up." in name)
+    assert compile_blocks(model, backend="eager") == ("blocks.0", "blocks.1")
 
 
 def test_a_cache_that_hinders_is_named(limits, caplog):
     with caplog.at_level(logging.WARNING):
         compile_blocks(tiny_llama(layers=1), backend="eager")
     assert "model.config.use_cache = False" in caplog.text
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_model_compiled_whole_trains_and_a_warning_names_the_better_way(in_place, limits, caplog):
+    model = tiny_plain(layers=2)
+    outside = model if in_place else torch.compile(model, backend="eager")
+    if in_place:
+        model.compile(backend="eager")
+    with caplog.at_level(logging.WARNING):
+        optimizer = gs.BlockOptimizer(outside, gs.Fixed(["layer.0"]), lr=1e-2)
+    assert "compile_blocks(model)" in caplog.text
+    assert {name for group in optimizer.param_groups for name in group["param_names"]} == {
+        name for name, _ in model.named_parameters()
+    }
+    outside(**tiny_batch(model, seed=0)).loss.backward()
+    optimizer.step()
+    assert optimizer.last_record.selected == ("layer.0",)
 
 
 # a block that compilation has left out ------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from distributed_support import succeed, tiny, train, whole
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -110,6 +111,56 @@ def test_stopped_and_resumed_it_ends_bitwise_equal(tmp_path):
         assert all(parameter.dtype == torch.bfloat16 for parameter in weights.values())
         for name, weight in weights.items():
             assert torch.equal(weight, others[name]), name
+
+
+# what an optimizer is built on ----------------------------------------------------------------------------------------
+
+
+def block_optimizer(model):
+    return gs.BlockOptimizer(model, gs.Uniform(count=1))
+
+
+def sparse_optimizer(model):
+    return gs.SparseOptimizer(model, gs.ID3(budget=10, steps=5))
+
+
+class DeepSpeedEngine(nn.Module):
+    """Named as DeepSpeed's, which wraps the model in its attribute `module`."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = tiny()
+
+
+def partitioned():
+    """As ZeRO-3 leaves a parameter: empty, with a number and the shard beside it."""
+    model = tiny()
+    weight = model.head.weight
+    weight.data = torch.empty(0)
+    weight.ds_id, weight.ds_tensor = 7, torch.empty(3)
+    return model
+
+
+@pytest.mark.parametrize("build", [block_optimizer, sparse_optimizer])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (DeepSpeedEngine, "DeepSpeed engine steps an optimizer of its own.*fully_shard"),
+        (partitioned, "'head.weight' belongs to DeepSpeed ZeRO-3.*fully_shard"),
+        (lambda: tiny().to("meta"), "meta device.*to_empty"),
+    ],
+    ids=["engine", "zero-3", "meta"],
+)
+def test_what_hides_its_weights_is_refused(model, message, build):
+    with pytest.raises(gs.UsageError, match=message):
+        build(model())
+
+
+@pytest.mark.parametrize("build", [block_optimizer, sparse_optimizer])
+def test_a_wrapper_is_taken_off(build):
+    optimizer = build(torch.compile(nn.DataParallel(tiny()), backend="eager"))
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert set(names) <= {name for name, _ in tiny().named_parameters()}
 
 
 # torch.distributed.checkpoint.state_dict, which accelerate calls --------------------------------------------------

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ._errors import UsageError
 
@@ -468,8 +468,11 @@ def _short(value: Any, *, limit: int = 200) -> str:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel; others as they are."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The module inside DistributedDataParallel, DataParallel and torch.compile; others as they are."""
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        return unwrapped(model.module)
+    inner = model._modules.get("_orig_mod")  # of torch.compile, whose own class is slow to import
+    return model if inner is None else unwrapped(inner)
 
 
 def check_placement(model: nn.Module) -> None:
@@ -478,6 +481,12 @@ def check_placement(model: nn.Module) -> None:
     Raises:
         UsageError: they are not.
     """
+    if any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__):
+        raise UsageError(
+            "a DeepSpeed engine steps an optimizer of its own and hides gradients from others; train the model itself, "
+            "wrapped in DistributedDataParallel(model, find_unused_parameters=True), or sharded with "
+            "torch.distributed.fsdp.fully_shard(model) (in Accelerate: fsdp_version: 2)"
+        )
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         if getattr(parameter, "ds_id", None) is not None:

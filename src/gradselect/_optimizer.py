@@ -22,7 +22,7 @@ from ._groups import ParameterTable, check_hyper_parameters, check_is, decay_gro
 from ._in_backward import BackwardUpdates, check_update_in_backward
 from ._observe import GradientObserver
 from ._policy import AbstractPolicy
-from ._reach import ReachCheck, has_compiled
+from ._reach import ReachCheck, has_compiled, warn_of_whole
 from ._records import MemoryBytes, StepRecord, selection_entropy
 from ._residency import AbstractResidency, Keep
 from ._rules import AbstractRule, AdamWRule
@@ -139,6 +139,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         check_is(rule, AbstractRule, name="rule", example="rule=gs.AdamWRule()")
         check_hyper_parameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         check_placement(model)
+        warn_of_whole(model)
         model = unwrapped(model)
         _check_shards(model, rule)
         blocks = partition(model) if blocks is None else check_partition(model, blocks)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import Counter
 from collections.abc import Collection
 
+from torch import nn
+
 from ._errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 MAX_MISSES = 3
 """An expert without tokens gets no gradient now and then; a block that the graph leaves out never does."""
@@ -41,7 +46,8 @@ class ReachCheck:
                 raise UsageError(
                     f"block {name!r} took part in {misses} steps in a row and got no gradient, while others did. "
                     "Either torch.compile has compiled it while it was frozen (pytorch#139476): update torch, or do "
-                    "not compile. Or the loss never reaches it (an unused pooler): keep it out with the policy's among=..."
+                    "not compile. Or the loss never reaches it (an unused pooler): keep it out with the policy's "
+                    "among=..."
                 )
 
 
@@ -50,3 +56,13 @@ def has_compiled() -> bool:
     # Whoever compiles has imported it, which is slow.
     module = sys.modules.get("torch._dynamo.utils")
     return module is not None and module.counters["frames"]["ok"] > 0
+
+
+def warn_of_whole(model: nn.Module) -> None:
+    """A compiled graph of a whole model holds for one selection."""
+    if "_orig_mod" in model._modules or model._compiled_call_impl is not None:
+        logger.warning(
+            "the model is compiled as a whole: once more for each new selection, and after "
+            "torch._dynamo.config.recompile_limit of them it runs uncompiled; compile its layers instead: "
+            "gradselect.integrations.compile.compile_blocks(model)"
+        )
