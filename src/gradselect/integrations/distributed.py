@@ -5,8 +5,8 @@
     distributed.save("checkpoint-100", model=model, optimizer=optimizer)   # on every process
     distributed.load("checkpoint-100", model=model, optimizer=optimizer)   # on any number of processes
 
-`torch.distributed.checkpoint.state_dict.get_optimizer_state_dict` is no substitute: it keeps the moments, forgets what
-was selected, and takes a step of its own to make a state that it can load into.
+`torch.distributed.checkpoint.state_dict`, through which Accelerate and the Trainer save under FSDP2, works too, but
+needs a state of every parameter, where this writes only those that exist.
 """
 
 from __future__ import annotations
