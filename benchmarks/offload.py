@@ -118,6 +118,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     for name, residency in (("keep", gs.Keep()), ("offload", gs.Offload()), ("waiting", Waiting())):
         rows[name] = run(arguments, device, residency)
         gc.collect()
+        torch.cuda.empty_cache()  # the next one's peak is its own
     moved = rows["offload"]["moved_bytes_per_step"]
     copies = moved * seconds_per_byte(device)
     longer = rows["offload"]["seconds_per_step"] - rows["keep"]["seconds_per_step"]

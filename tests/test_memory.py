@@ -86,6 +86,19 @@ def test_state_has_left_the_device_before_the_next_forward(residency):
     assert optimizer.memory()["state_on_device"] == 0
 
 
+def test_state_of_the_next_selection_is_on_the_device_before_its_forward():
+    """Blocks that were there before come back; one that is selected again has not moved."""
+    model = tiny_llama(layers=2)
+    optimizer = gs.BlockOptimizer(model, gs.Cyclic(every=1, order="ascending"), lr=1e-2, residency=gs.Offload())
+    sizes = list(elements(model).values())
+    run(model, optimizer, len(sizes))
+    assert optimizer.memory()["state_on_device"] == 8 * sizes[0]
+    assert optimizer.memory()["state_on_host"] == 8 * sum(sizes[1:])
+    fixed = gs.BlockOptimizer(model, gs.Fixed(("layer.1",)), lr=1e-2, residency=gs.Offload())
+    assert all(record.moved_bytes == 0 for record in run(model, fixed, 3))
+    assert fixed.memory()["state_on_device"] == 8 * elements(model)["layer.1"]
+
+
 def test_newly_frozen_block_holds_no_gradient_even_without_zero_grad():
     model = tiny_llama()
     optimizer = gs.BlockOptimizer(model, gs.Cyclic(every=1), lr=1e-2)

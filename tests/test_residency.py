@@ -9,6 +9,7 @@ What arrived on the host is seen there once the host itself has waited.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import itertools
@@ -28,7 +29,7 @@ from torch.nn import functional
 
 import gradselect as gs
 from gradselect._residency import AbstractMover, _Offloading
-from gradselect._transfer import AbstractLanes, Lane, SynchronousLanes, Transfer
+from gradselect._transfer import AbstractLanes, CudaLanes, Lane, SynchronousLanes, Transfer
 
 WAYS = (Lane.OUT, Lane.BACK)
 NUM_STEPS = 30
@@ -412,6 +413,45 @@ def test_a_device_that_copies_at_once_takes_the_same_path() -> None:
         run.steps(range(10))
     assert_alike(dict(ours.model.state_dict()), dict(twin.model.state_dict()))
     assert ours.optimizer.memory()["state_on_host"] > 0
+
+
+def test_on_cuda_the_later_lane_waits_for_the_earlier_and_copies_run_on_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What can be seen without a GPU: which stream waits for which, and where copies are told."""
+    said: list[str] = []
+    names = iter(("out", "back"))
+
+    class Stream:
+        def __init__(self, device: torch.device | None = None, name: str | None = None) -> None:
+            self.name = name or next(names)
+
+        def wait_stream(self, other: Stream) -> None:
+            said.append(f"{self.name} after {other.name}")
+
+        def synchronize(self) -> None:
+            said.append(f"host waits for {self.name}")
+
+    def within(stream: Stream) -> contextlib.AbstractContextManager[None]:
+        said.append(f"on {stream.name}")
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(name="compute"))
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    transfer = Transfer(CudaLanes(torch.device("cpu")), max_pinned_bytes=0)
+    state = {"exp_avg": torch.ones(4)}
+    transfer.adopt(state, ["exp_avg"])
+    transfer.begin()
+    transfer.send(state, ["exp_avg"])
+    transfer.fetch(state, ["exp_avg"])
+    transfer.wait()
+    assert said == [
+        *("on back", "compute after back", "on compute"),
+        *("out after compute", "back after compute", "on out", "back after out", "on back", "on back"),
+        *("compute after back", "host waits for out"),
+    ]
+    assert torch.equal(state["exp_avg"], torch.ones(4))
 
 
 @pytest.mark.gpu
