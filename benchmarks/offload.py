@@ -8,6 +8,8 @@ share that a step with `Offload()` does not take longer than the same step with 
 
     hidden = 1 - (seconds of a step, Offload - seconds of a step, Keep) / seconds of its copies
 
+Blocks are chosen uniformly at every step: no policy moves more. `waiting` is the twin whose host waits for every copy.
+
 Right: layers of many weights and few tokens, where copies are still under way long after the computation is through;
 after 1,000 steps with another selection each, weights and state are bitwise those of copies that the host waits for.
 """
@@ -32,7 +34,8 @@ from gradselect._residency import AbstractMover, _Offloading
 from gradselect._transfer import SynchronousLanes, Transfer
 
 RESULT = Path(__file__).parent / "results" / "offload.json"
-WARMUP = 5
+WARMUP = 30
+"""Steps after which nearly every block has a state that can move."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-3.2-3b": {
@@ -126,12 +129,12 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
 
 
 def run(arguments: argparse.Namespace, device: torch.device, residency: gs.AbstractResidency) -> dict[str, float]:
-    """Steps that do not look at all gradients; the host runs ahead of the device as in training."""
+    """Another selection at random in every step; the host runs ahead of the device as in training."""
     preset = PRESETS[arguments.preset]
     torch.manual_seed(0)
     with device:
         model = transformers.AutoModelForCausalLM.from_config(preset["config"], dtype=torch.bfloat16).train()
-    policy = gs.AdaGradSelect(fraction=arguments.fraction, explore_steps=1)
+    policy = gs.Uniform(fraction=arguments.fraction)
     rule = gs.AdamWRule(fused=True)
     optimizer = gs.BlockOptimizer(model, policy, lr=1e-5, rule=rule, residency=residency)
     moved: list[int] = []
