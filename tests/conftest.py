@@ -1,5 +1,6 @@
 """Offline, one thread: what a test computes must not depend on the machine."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,3 +10,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays: the Trainer collects garbage after each run, and need not look at all of it."""
+    gc.collect()
+    gc.freeze()
