@@ -123,8 +123,9 @@ def test_levers_save_what_they_should(folder: Path) -> None:
     own = found.own.plan.bytes
     levers = {setting.name: setting.plan.bytes for setting in found.levers if setting.plan is not None}
     assert levers["gradient checkpointing on"].activations < own.activations
-    assert levers["residency offload"].state_on_device < own.state_on_device
-    assert levers["residency offload"].state_on_host == own.state_on_device
+    offload = levers["residency offload"]
+    assert 0 < offload.state_on_device < own.state_on_device
+    assert own.state_on_device - offload.state_on_device <= offload.state_on_host < own.state_on_device
     assert levers["residency drop"].state_on_host == 0
     assert levers["forward passes of one row"].activations < own.activations / 7
     assert levers["weights in bfloat16"].weights == own.weights / 2
