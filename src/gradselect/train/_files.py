@@ -82,7 +82,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    text = "".join(_lines(path, longest=None))
+    text = "".join(_lines(path, is_one_text=True))
     items = _parse(text, path=path, first_line=1) if text.strip() else []
     if not isinstance(items, list):
         raise UsageError(
@@ -164,15 +164,17 @@ def _check_unpacked_size(path: Path, metadata: Any) -> None:
         )
 
 
-def _lines(path: Path, *, longest: int | None = LONGEST_LINE) -> Iterator[str]:
-    """The lines of a UTF-8 file with their ends; bytes are split first, so that a bad byte has a line number."""
+def _lines(path: Path, *, is_one_text: bool = False) -> Iterator[str]:
+    """The lines of a UTF-8 file with their ends; bytes are split first, so that a bad byte has a line number.
+
+    A file that is read as one text may be a single line.
+    """
+    longest = -1 if is_one_text else LONGEST_LINE + 1
     with path.open("rb") as file:
-        for number, line in enumerate(
-            iter(lambda: file.readline(-1 if longest is None else longest + 1), b""), start=1
-        ):
-            if longest is not None and len(line) > longest:
+        for number, line in enumerate(iter(lambda: file.readline(longest), b""), start=1):
+            if len(line) == longest:
                 raise UsageError(
-                    f"{path}, line {number}: longer than {longest:,} bytes; is this text, with one example a line?"
+                    f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes; is this text, with one example a line?"
                 )
             try:
                 # A byte order mark, as spreadsheets write it, is no part of the first column's name.
@@ -217,6 +219,8 @@ def _kind(item: Any) -> str:
     """What `item` is called in JSON, and its beginning."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     text = json.dumps(item, ensure_ascii=False)
+    # What cannot be shown is written by number.
+    text = text if text[:40].isprintable() else json.dumps(item)
     return f"{names.get(type(item), 'a number')}: {text[:40]}{'...' if len(text) > 40 else ''}"
 
 

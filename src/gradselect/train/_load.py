@@ -214,7 +214,8 @@ def _read_yaml(text: str) -> Any:
         raise ValueError(f"more than {MOST_LEVELS} levels deep") from None
     # PyYAML lets through what Python says of a value that only looks like a date (2024-13-45) or a number.
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        text = " ".join(str(error).split())
+        raise ValueError("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)) from None
 
 
 def _is_file(path: Path) -> bool:

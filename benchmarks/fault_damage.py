@@ -1,0 +1,204 @@
+"""Files damaged in every way that a disk, a copy or a hand can, and whether whoever reads them says so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradselect import UsageError, delta
+from gradselect._sealed import read_sealed
+from gradselect.compare._results import read_result, write_result
+from gradselect.evaluate import EvaluationSettings, evaluate, read_evaluation
+from gradselect.evaluate._model import load
+from gradselect.train._manifest import verify
+
+PAGE = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Files that belong together, and how they are read.
+
+    Args:
+        name: what they are.
+        folder: where they are whole.
+        read: what they say, of the copy in a folder; raises `UsageError` where it will not be believed.
+        files: names of those that are damaged.
+    """
+
+    name: str
+    folder: Path
+    read: Callable[[Path], Any]
+    files: tuple[str, ...]
+
+
+def subjects(place: Path, run: Path, *, result: Path) -> Iterator[Subject]:
+    """What a run and its evaluation left, below `place`.
+
+    Args:
+        place: a folder to write to; `place/model` is the base of the run.
+        run: output of a finished run with checkpoints.
+        result: a result file of `gradselect compare`.
+    """
+    checkpoint = max((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+    yield _subject("checkpoint", checkpoint, _read_checkpoint)
+
+    delta.diff(place / "model", run, place / "delta" / "d.safetensors")
+    yield _subject("delta", place / "delta", lambda folder: _read_delta(place / "model", folder))
+
+    trained = place / "trained"
+    trained.mkdir()
+    for name in [*json.loads((run / "manifest.json").read_text())["files"], "manifest.json", "run.json"]:
+        shutil.copy(run / name, trained)
+    yield _subject("model", trained, _read_model, but=("run.json",))
+    yield Subject(
+        name="run.json",
+        folder=trained,
+        read=lambda folder: read_sealed(folder / "run.json", needed=("status", "recipe")),
+        files=("run.json",),
+    )
+
+    settings = EvaluationSettings(model=str(run), task="loss", data=str(place / "known.txt"), output=place / "scores")
+    evaluate(settings)
+    yield _subject("evaluation", place / "scores", read_evaluation)
+
+    write_result(place / "compared" / result.name, json.loads(result.read_text("utf-8")))
+    yield _subject("comparison", place / "compared", lambda folder: read_result(folder / result.name).values)
+
+
+def _subject(name: str, folder: Path, read: Callable[[Path], Any], *, but: tuple[str, ...] = ()) -> Subject:
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return Subject(name=name, folder=folder, read=read, files=tuple(file for file in files if file not in but))
+
+
+def _read_checkpoint(folder: Path) -> Any:
+    if problem := verify(folder):
+        raise UsageError(problem)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _read_delta(base: Path, folder: Path) -> Any:
+    """All that the delta makes: every file of the tuned model, and the numbers that it tells."""
+    out = folder / "applied"
+    told = delta.apply(base, folder / "d.safetensors", out)
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir())}
+    return {"told": str(told), **files}
+
+
+def _read_model(folder: Path) -> Any:
+    loaded = load(EvaluationSettings(model=str(folder), task="loss", data="none.txt", device="cpu"))
+    weights = {name: tensor.numpy().tobytes() for name, tensor in loaded.model.state_dict().items()}
+    config = loaded.model.config.to_dict() | {"_name_or_path": ""}
+    tokenizer = loaded.tokenizer.backend_tokenizer.to_str()
+    return {"config": config, "generation": loaded.model.generation_config.to_dict(), "tokenizer": tokenizer, **weights}
+
+
+# The ways ------------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, draw: random.Random, _: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+def truncate(path: Path, draw: random.Random, _: Path) -> None:
+    os.truncate(path, draw.randrange(path.stat().st_size))
+
+
+def swap(path: Path, _: random.Random, other: Path) -> None:
+    ours, theirs = path.read_bytes(), other.read_bytes()
+    path.write_bytes(theirs)
+    other.write_bytes(ours)
+
+
+def empty(path: Path, _: random.Random, __: Path) -> None:
+    os.truncate(path, 0)
+
+
+def zero_page(path: Path, draw: random.Random, _: Path) -> None:
+    content = bytearray(path.read_bytes())
+    start = PAGE * draw.randrange(-(-len(content) // PAGE))
+    content[start : start + PAGE] = bytes(len(content[start : start + PAGE]))
+    path.write_bytes(content)
+
+
+def other_type(path: Path, draw: random.Random, _: Path) -> None:
+    """A folder, or as many bytes of something else, where the file was."""
+    size = path.stat().st_size
+    path.unlink()
+    if draw.random() < 0.5:
+        path.mkdir()
+    else:
+        path.write_bytes(draw.randbytes(size))
+
+
+def remove(path: Path, _: random.Random, __: Path) -> None:
+    path.unlink()
+
+
+WAYS = {
+    "flip": flip,
+    "truncate": truncate,
+    "swap": swap,
+    "empty": empty,
+    "zero a page": zero_page,
+    "wrong type": other_type,
+    "remove": remove,
+}
+SHARES = (4, 2, 1, 1, 2, 1, 1)
+"""A flipped bit is the hardest to see."""
+
+
+def damage_files(subject: Subject, *, count: int, scratch: Path, seed: int) -> tuple[Counter[str], list[str]]:
+    """Damage one file of a copy, `count` times.
+
+    Returns:
+        How many were "detected" (a message that names the file), "harmless" (what is read is what was written),
+        "silent" or "crashed"; and what happened in each case of the last two.
+    """
+    draw = random.Random(f"{subject.name}/{seed}")
+    expected = subject.read(_copy(subject, scratch))
+    outcomes: Counter[str] = Counter()
+    failures = []
+    for _ in range(count):
+        copy = _copy(subject, scratch)
+        name, way = draw.choice(subject.files), draw.choices(list(WAYS), weights=SHARES)[0]
+        others = [file for file in subject.files if file != name]
+        if not others and way == "swap":
+            way = "flip"
+        second = draw.choice(others) if others else name
+        WAYS[way](copy / name, draw, copy / second)
+        outcome, said = _outcome(subject, copy, expected, names={name, second} if way == "swap" else {name})
+        outcomes[outcome] += 1
+        if outcome in ("silent", "crashed"):
+            failures.append(f"{subject.name}: {name}: {way}: {outcome}: {said}")
+    return outcomes, failures
+
+
+def _outcome(subject: Subject, copy: Path, expected: Any, *, names: set[str]) -> tuple[str, str]:
+    try:
+        found = subject.read(copy)
+    except UsageError as error:
+        is_named = any(Path(name).name in str(error) for name in names)
+        return ("detected", "") if is_named else ("silent", f"the message does not name the file: {error}")
+    except Exception as error:
+        return "crashed", repr(error)
+    same = all(found.get(key) == value for key, value in expected.items())
+    return ("harmless", "") if same else ("silent", "it reads as something else")
+
+
+def _copy(subject: Subject, scratch: Path) -> Path:
+    # A checkpoint is known by its name.
+    copy = scratch / subject.folder.name
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(subject.folder, copy)
+    return copy
