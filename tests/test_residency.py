@@ -32,7 +32,7 @@ from gradselect._residency import AbstractMover, _Offloading
 from gradselect._transfer import AbstractLanes, CudaLanes, Lane, SynchronousLanes, Transfer
 
 WAYS = (Lane.OUT, Lane.BACK)
-NUM_STEPS = 30
+NUM_STEPS = 25
 
 
 def address(tensor: Tensor) -> int:
