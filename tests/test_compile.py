@@ -37,10 +37,10 @@ def num_graphs():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
 def test_toggled_layers_train_as_uncompiled_ones_and_soon_nothing_compiles(limits):
     """Lengths vary. Four layers share their graphs: a fixed length, then four patterns of what requires a gradient."""
-    compiled = [uncached(), uncached()]
+    compiled = [tiny_plain(layers=4), tiny_plain(layers=4)]
     for model in compiled:
-        assert compile_blocks(model, backend="aot_eager") == tuple(f"model.layers.{number}" for number in range(4))
-    pairs = [build(uncached()), build(compiled[0]), build(compiled[1], update_in_backward=True)]
+        assert compile_blocks(model, backend="aot_eager") == tuple(f"blocks.{number}" for number in range(4))
+    pairs = [build(tiny_plain(layers=4)), build(compiled[0]), build(compiled[1], update_in_backward=True)]
     start, graphs, selections = num_graphs(), [], set()
     for step in range(16):
         for model, optimizer in pairs:
@@ -53,12 +53,6 @@ def test_toggled_layers_train_as_uncompiled_ones_and_soon_nothing_compiles(limit
     assert 4 <= graphs[6] == graphs[-1] <= 5
     for (name, weight), *others in zip(*(model.named_parameters() for model, _ in pairs), strict=True):
         assert all(other == name and torch.equal(weight, moved) for other, moved in others), name
-
-
-def uncached():
-    model = tiny_llama(layers=4)
-    model.config.use_cache = False
-    return model
 
 
 def test_the_limit_on_variants_is_raised_never_lowered(limits):
