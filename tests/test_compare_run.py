@@ -242,6 +242,15 @@ def test_a_method_with_other_settings_is_run_again(place: Path, copy: Path, runn
     assert (copy / "work" / "superseded" / f"{ALL[3]}.json").is_file()
 
 
+def test_a_key_that_came_after_a_result_had_its_default_then(place: Path, copy: Path, runner: Runner) -> None:
+    for name in (ALL[3], ALL[5]):
+        older = values(copy, name)["gradselect"]["method_settings"]
+        del older["update_in_backward"]
+        change(copy / f"{name}.json", method_settings=older)
+    runner(make_suite(place), copy)
+    assert runner.ran == []
+
+
 def test_scores_at_a_rate_that_is_no_longer_best_go_aside(place: Path, copy: Path, runner: Runner) -> None:
     change(copy / f"{ALL[0]}.json", validation_loss=0.0)
     runner(make_suite(place), copy, only=["full"])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from .. import UsageError
-from ._describe import describe_failure, method_settings
+from ._describe import describe_failure
 from ._job import Job
 from ._plan import PlannedRun, best_rate, is_at_edge, rate_runs, score_run
 from ._process import prepare, run_job
@@ -114,7 +115,7 @@ class Comparison:
             # Said aloud when the folder was looked through.
             return None
         own = result.own
-        is_same = (own["method"], own["method_settings"]) == (run.method, self._settings(run.method))
+        is_same = own["method"] == run.method and self._has_settings(run.method, own["method_settings"])
         # A result that tables leave out is no result once a better one can be had.
         is_usable = self._source.dirty or not own["dirty"]
         return result if result.succeeded and is_same and is_usable else None
@@ -185,7 +186,7 @@ class Comparison:
             if result.own["protocol"] != protocol_hash(self._protocol):
                 self._refuse(result)
             method = result.own["method"]
-            if method in self._suite.methods and result.own["method_settings"] != self._settings(method):
+            if method in self._suite.methods and not self._has_settings(method, result.own["method_settings"]):
                 self._retire(result, f"{method} had other settings")
 
     def _refuse(self, result: Result) -> None:
@@ -214,8 +215,13 @@ class Comparison:
         if self._source.dirty and not before.dirty:
             self._say("note       the library differs from its last commit: results are marked dirty, tables omit them")
 
-    def _settings(self, method: str) -> dict[str, Any]:
-        return method_settings(self._suite.methods[method].method)
+    def _has_settings(self, method: str, there: Mapping[str, Any]) -> bool:
+        """Whether a result's settings are those of the suite; keys that have come since had their defaults then."""
+        here = self._suite.methods[method].method
+        try:
+            return type(here).model_validate(there) == here
+        except ValidationError:
+            return False
 
     def _sum_up(self, method: str, lr: float | None) -> MethodSummary:
         runs = [] if lr is None else [score_run(method, lr=lr, seed=seed) for seed in range(self._seeds)]
