@@ -23,6 +23,7 @@ from train_fixtures import (
 )
 
 from gradselect import UsageError
+from gradselect._sealed import sealed
 from gradselect.train import load_recipe, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -90,7 +91,7 @@ def test_two_processes_resume_bitwise(runs: tuple[Path, Path, Path], tmp_path: P
     shutil.rmtree(stopped / "checkpoints" / "step-4")
     (stopped / "model.safetensors").unlink()
     description = json.loads((stopped / "run.json").read_text())
-    (stopped / "run.json").write_text(json.dumps({**description, "status": "started"}))
+    (stopped / "run.json").write_text(json.dumps(sealed({**description, "status": "started"})))
     with pytest.raises(UsageError, match="began on 2 processes, this is one of 1"):
         train(load_recipe(str(recipe), [f"run.output={stopped}"]), resume=True, console=quiet())
     torchrun(str(recipe), f"run.output={stopped}", "--resume")

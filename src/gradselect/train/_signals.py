@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -37,8 +37,9 @@ class SignalWatch:
         received: its number; 0 while none has come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Sequence[int] = ()) -> None:
         self.received = 0
+        self._numbers = numbers
         self._since = 0.0
 
     def receive(self, number: int, _: Any = None) -> None:
@@ -46,13 +47,13 @@ class SignalWatch:
         if not self.received:
             self.received, self._since = number, time.monotonic()
             self._acknowledge(number)
-        elif num_processes() == 1 or time.monotonic() - self._since > SAME_SECONDS:
+            if num_processes() == 1:
+                # Even where Python would not come to run a handler, the next one ends the process.
+                for each in self._numbers:
+                    signal.signal(each, signal.SIG_DFL)
+        elif time.monotonic() - self._since > SAME_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        if num_processes() == 1:
-            # Even where Python would not come to run a handler, the next one ends the process.
-            for each in STOPPING:
-                signal.signal(each, signal.SIG_DFL)
 
     def _acknowledge(self, number: int) -> None:
         text = f"\n{signal.Signals(number).name}: ends after this step with a checkpoint; once more: at once\n"
@@ -68,12 +69,12 @@ def watched_signals() -> Iterator[SignalWatch]:
 
     One that the process was told to ignore, as `nohup` and `&` do, is ignored still.
     """
-    watch = SignalWatch()
     if threading.current_thread() is not threading.main_thread():
-        yield watch
+        yield SignalWatch()
         return
     before = {number: signal.getsignal(number) for number in STOPPING}
     watched = [number for number in STOPPING if before[number] != signal.SIG_IGN]
+    watch = SignalWatch(watched)
     try:
         for number in watched:
             signal.signal(number, watch.receive)
