@@ -24,6 +24,7 @@ ALLOWED = {
     "_structure": LEAVES,
     "_blocks": LEAVES | {"_structure", "_freeze"},
     "_rules": LEAVES,
+    "_low_bit": LEAVES | {"_rules"},
     "_records": LEAVES,
     "_checkpoint": LEAVES,
     "_policy": LEAVES | {"_blocks"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+from collections import Counter
 
 import pytest
 import torch
@@ -12,7 +13,11 @@ from tiny_models import VOCABULARY, causal, tiny_batch, tiny_llama
 
 import gradselect as gs
 from gradselect._low_bit import dequantise, num_reached, quantise
-from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
+from gradselect.integrations.transformers import (
+    SelectionCallback,
+    SelectiveOptimizerFactory,
+    checkpoint_selected,
+)
 from gradselect.train._load import parse_recipe
 from gradselect.train._parts import _block_options
 
@@ -380,3 +385,77 @@ def test_a_recipes_levers_reach_the_optimizer_and_are_refused_where_they_cannot_
         values = {**RECIPE, "method": method, section: {**RECIPE[section], key: value}}
         with pytest.raises(gs.UsageError, match=r"set\s+optimizer\.max_grad_norm=0 run\.accumulation=1"):
             parse_recipe(values, source="it")
+
+
+def test_a_plan_counts_the_levers_to_the_byte():
+    model, policy = large_llama(dtype=torch.bfloat16), gs.Fixed(("layer.1", "head"))
+    levers = {"rule": gs.AdamW8bitRule(), "update_in_backward": True}
+    found = gs.plan(model, policy, batch_size=2, sequence_length=8, **levers)
+    optimizer = gs.BlockOptimizer(model, policy, **levers)
+    train(model, optimizer, 1)
+    memory, planned = optimizer.memory(), found.step("exploit").moments["backward"]
+    assert (planned.masters, planned.state_on_device) == (memory["masters"], memory["state_on_device"])
+    selected = [p for block in gs.partition(model) if block.name in ("layer.1", "head") for p in block.parameters]
+    assert planned.gradients == max(p.nbytes for p in selected)
+
+
+# Checkpoints and chunked losses ------------------------------------------------------------------------------------
+
+
+def test_only_layers_that_the_backward_pass_visits_run_twice():
+    """transformers' own way, which makes the embedding's output require a gradient, runs all of them twice."""
+    model, plain = tiny_llama(), tiny_llama()
+    checkpoint_selected(model)
+    runs = Counter()
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: runs.update([number]))
+    pair = [gs.BlockOptimizer(each, gs.Cyclic(every=1, order="descending"), lr=1e-2) for each in (model, plain)]
+    for step in range(6):
+        runs.clear()
+        selected = pair[0].trainable
+        for each in (model, plain):
+            each(**tiny_batch(each, seed=step)).loss.backward()
+        assert gradients(model) == gradients(plain)
+        lowest = {"head": 4, "norm": 4, "embedding": 0}.get(selected[0]) or int(selected[0].rpartition(".")[2])
+        assert runs == {number: 1 + (number >= lowest) for number in range(4)}
+        for optimizer in pair:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def gradients(model):
+    return {name: p.grad.tolist() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_head_that_trains_alone_gets_its_gradient_from_trls_chunked_loss():
+    """In float32, whose sums round in another order."""
+    found = {}
+    for chunked in (False, True):
+        model = tiny_llama()
+        options = {}
+        if chunked:
+            importlib.import_module("trl.trainer.utils").add_fused_lm_head(model)
+            options["fused_lm_head"] = True
+        optimizer = gs.BlockOptimizer(model, gs.Fixed(("head",)))
+        batch = tiny_batch(model, seed=0)
+        model(input_ids=batch["input_ids"], labels=batch["labels"], **options).loss.backward()
+        assert list(gradients(model)) == ["lm_head.weight"]
+        assert optimizer.trainable == ("head",)
+        found[chunked] = model.lm_head.weight.grad
+    torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("liger_kernel") is None or not torch.cuda.is_available(),
+    reason="liger-kernel is not installed, or there is no GPU for its kernels",
+)
+def test_ligers_fused_loss_gives_the_head_its_gradient_where_the_norm_below_it_trains_too():
+    """With the head alone it gives none: see docs/memory.md for what to write."""
+    loss_of = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+    hidden = torch.randn(64, 32, device="cuda", requires_grad=True)
+    labels = torch.arange(64, device="cuda")
+    fused = torch.randn(128, 32, device="cuda", requires_grad=True)
+    plain = fused.detach().clone().requires_grad_()
+    loss_of(fused, hidden, labels).backward()
+    torch.nn.functional.cross_entropy(hidden.detach() @ plain.T, labels).backward()
+    torch.testing.assert_close(fused.grad, plain.grad, rtol=1e-3, atol=1e-5)

@@ -199,6 +199,26 @@ class SelectionCallback(TrainerCallback):
             handler.callbacks.insert(0, self)
 
 
+def checkpoint_selected(model: PreTrainedModel) -> None:
+    """Activation checkpointing of the layers that the backward pass visits: those above the lowest selected block.
+
+    In place of `model.activation_checkpointing_enable()` (once `gradient_checkpointing_enable`), which also makes the
+    output of the embedding require a gradient, so that every layer keeps its input and runs a second time, frozen ones
+    too. Checkpoints that are not reentrant, as these, do not need that. In a Trainer `SelectionCallback` sees to it.
+
+    Args:
+        model: of transformers; in training mode it checkpoints from now on.
+
+    Example:
+        >>> checkpoint_selected(model)  # doctest: +SKIP
+        >>> optimizer = gs.BlockOptimizer(model, gs.AdaGradSelect(fraction=0.2))  # doctest: +SKIP
+    """
+    # transformers before 5.20 or so knows the old name only, and newer ones warn of it.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+    _leave_inputs_alone(model)
+
+
 def summarise(records: Sequence[StepRecord] | Sequence[MaskRecord]) -> dict[str, float]:
     """What one or more steps did, as the numbers that `SelectionCallback` logs."""
     of_blocks = [record for record in records if isinstance(record, StepRecord)]
@@ -337,6 +357,10 @@ def _keep_backward_short(model: nn.Module, args: TrainingArguments) -> None:
     """Let the backward pass end at the lowest selected block, with activation checkpointing too."""
     if _is_reentrant(args):
         return
+    _leave_inputs_alone(model)
+
+
+def _leave_inputs_alone(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.disable_input_require_grads()

@@ -11,6 +11,7 @@ from torch import nn
 from .._blocks import Block, resolve_names
 from .._policy import AbstractPolicy
 from .._residency import AbstractResidency, Drop
+from .._rules import AbstractRule
 from ..compare._flop import visited_share
 from ._choices import Choices, ask, mean_depth, mean_elements, worst
 from ._forward import ForwardPass
@@ -33,6 +34,8 @@ class BlockTraining:
     residency: AbstractResidency
     master_dtype: torch.dtype | None
     accumulation_steps: int = 1
+    rule: AbstractRule | None = None
+    update_in_backward: bool = False
     choices: Choices | None = None
 
 
@@ -65,7 +68,8 @@ class _BlockPlanner:
         self._always = tuple(always)
         self._names = {block.name: block.parameter_names for block in training.blocks}
         self._costs = {
-            block.name: cost(block.parameters, master_dtype=training.master_dtype) for block in training.blocks
+            block.name: cost(block.parameters, master_dtype=training.master_dtype, rule=training.rule)
+            for block in training.blocks
         }
         self._sizes = {name: part.elements for name, part in self._costs.items()}
         self._weights = sum(parameter.nbytes for parameter in training.model.parameters())
@@ -96,7 +100,8 @@ class _BlockPlanner:
         for selection in worst(self.choices, self._sizes):
             chosen = self._sum({*selection, *self._always})
             before = chosen.gradients if self._training.accumulation_steps > 1 else 0
-            gradients = Gradients(before=before, most=chosen.gradients, after=chosen.gradients)
+            most = self._largest_gradient(chosen) if self._training.update_in_backward else chosen.gradients
+            gradients = Gradients(before=before, most=most, after=most)
             cases.append(({*selection, *self._always}, chosen, gradients))
         visited = {name: self._depth({name, *self._always}) for name in self.choices.candidates}
         elements = mean_elements(self.choices, self._sizes) + self._sum(self._always).elements
@@ -148,6 +153,9 @@ class _BlockPlanner:
         states = sorted(part.state for part in self._of(self.choices.reached).values())
         cases = [self._sum(selection).state for selection in self.choices.proposed]
         return min([*cases, *(sum(states[:count]) for count in counts)])
+
+    def _largest_gradient(self, chosen: Tensors) -> int:
+        return chosen.largest * next(self._training.model.parameters()).element_size()
 
     def _workspace(self) -> int:
         """Of AdamW on one block: its gradients in the masters' type, and two tensors for the denominator."""

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
+from .._rules import AbstractRule, AdamWRule
+
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -60,7 +62,7 @@ class Tensors:
         elements: how many there are.
         gradients: bytes of their gradients.
         masters: bytes of their master weights.
-        moments: bytes of AdamW's two moments.
+        moments: bytes of the rule's state, AdamW's two moments say.
         largest: elements of the largest tensor.
     """
 
@@ -85,23 +87,28 @@ class Tensors:
         )
 
 
-def cost(parameters: Iterable[torch.Tensor], *, master_dtype: torch.dtype | None) -> Tensors:
-    """Sizes of AdamW's state, exactly: moments in the weight's type, or in that of the master that a half one has.
+def cost(
+    parameters: Iterable[torch.Tensor], *, master_dtype: torch.dtype | None, rule: AbstractRule | None = None
+) -> Tensors:
+    """Sizes of a rule's state, exactly: what it makes of the weight, or of the master that a half one has.
 
     Args:
         parameters: tensors, also on the meta device.
         master_dtype: of master weights of half-precision tensors; None: none.
+        rule: default `AdamWRule()`.
     """
-    total = Tensors()
+    total, rule = Tensors(), AdamWRule() if rule is None else rule
     for parameter in parameters:
         number, itemsize = parameter.numel(), parameter.element_size()
         has_master = master_dtype is not None and parameter.dtype in HALF
         master_itemsize = master_dtype.itemsize if has_master and master_dtype is not None else 0
+        moving = torch.empty_like(parameter, dtype=master_dtype if has_master else None, device="meta")
+        state = rule.make_state(moving)
         total += Tensors(
             elements=number,
             gradients=number * itemsize,
             masters=number * master_itemsize,
-            moments=2 * number * (master_itemsize or itemsize),
+            moments=sum(state[name].nbytes for name in rule.state_names if name in state),
             largest=number,
         )
     return total

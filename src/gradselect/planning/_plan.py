@@ -15,6 +15,7 @@ from .._errors import UsageError
 from .._mask import AbstractMask
 from .._policy import AbstractPolicy
 from .._residency import AbstractResidency, Keep
+from .._rules import AbstractRule
 from ._blocks_plan import BlockTraining, block_steps
 from ._choices import Choices
 from ._count import on_meta
@@ -83,6 +84,8 @@ def plan(
     blocks: Sequence[Block] | None = None,
     accumulation_steps: int = 1,
     gradient_checkpointing: bool = False,
+    rule: AbstractRule | None = None,
+    update_in_backward: bool = False,
 ) -> Plan:
     r"""What a training run will hold and how long its steps take, without a single number being computed.
 
@@ -104,6 +107,8 @@ def plan(
         blocks: as for `BlockOptimizer`, of this very model.
         accumulation_steps: backward passes of a step.
         gradient_checkpointing: layers keep their input alone and are computed again.
+        rule: as for `BlockOptimizer`.
+        update_in_backward: as for `BlockOptimizer`.
 
     Returns:
         A `Plan`: `.peak_bytes`, `.bytes`, `.relative_time`, `.backward_skipped`, `.steps`, `.notes`.
@@ -142,6 +147,8 @@ def plan(
         master_dtype=master_dtype,
         blocks=blocks,
         accumulation_steps=accumulation_steps,
+        rule=rule,
+        update_in_backward=update_in_backward,
     )
     for note in forward.notes:
         logger.warning(note)
@@ -159,6 +166,8 @@ def plan_steps(
     blocks: Sequence[Block] | None = None,
     accumulation_steps: int = 1,
     num_steps: int = 1000,
+    rule: AbstractRule | None = None,
+    update_in_backward: bool = False,
     choices: Choices | None = None,
 ) -> tuple[Step, ...]:
     """The kinds of steps of a choice on a model; arguments as for `plan`, and the policy's choices if they are known.
@@ -177,6 +186,8 @@ def plan_steps(
                 residency=Keep() if residency is None else residency,
                 master_dtype=master_dtype,
                 accumulation_steps=accumulation_steps,
+                rule=rule,
+                update_in_backward=update_in_backward,
                 choices=choices,
             )
             return tuple(block_steps(training, forward))

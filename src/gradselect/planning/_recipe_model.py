@@ -75,6 +75,8 @@ class RecipePlanner:
             blocks=options.get("blocks"),
             accumulation_steps=recipe.run.accumulation,
             num_steps=recipe.run.steps or ASSUMED_STEPS,
+            rule=options.get("rule"),
+            update_in_backward=options.get("update_in_backward", False),
             choices=prepared.choices,
         )
         return Plan(steps=steps, notes=(*forward.notes, *_notes(recipe)))

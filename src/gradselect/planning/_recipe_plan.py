@@ -116,6 +116,11 @@ def levers_of(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...]]]:
         for residency in ("keep", "offload", "drop"):
             if residency != recipe.method.residency:
                 yield f"residency {residency}", (f"method.residency={residency}",)
+        if recipe.method.moment_bits == 32:
+            yield "moments of 8 bits", ("method.moment_bits=8",)
+        if not recipe.method.update_in_backward and recipe.run.accumulation == 1:
+            changes = ("optimizer.max_grad_norm=0", "method.update_in_backward=true")
+            yield "update in the backward pass, no clipping", changes
     if recipe.run.batch_size > 1:
         yield "forward passes of one row", _passes(recipe, size=1)
     if isinstance(recipe.data, TokenData):
