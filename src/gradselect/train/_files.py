@@ -12,12 +12,16 @@ from typing import Any
 
 from .. import UsageError
 from ._sizes import machine_bytes
+from ._words import first_line, printable
 
 Row = dict[str, Any]
 """One example: a value per column."""
 
 LONGEST_LINE = 2**26
 """Bytes of a line: a book has a sixtieth of it, and what has no line ends at all should not be read to its end."""
+
+LONGEST_LIST = 500
+"""Characters of the column names that an error shows."""
 
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
@@ -64,7 +68,7 @@ def require_columns(rows: Sequence[Row], columns: Sequence[str], *, path: str | 
     for number, row in enumerate(rows, start=1):
         missing = [column for column in columns if column not in row]
         if missing:
-            there = ", ".join(map(str, row)) or "none"
+            there = printable(", ".join(map(str, row)))[:LONGEST_LIST] or "none"
             raise UsageError(f"{path}: row {number} has no column {missing[0]!r}; its columns are: {there}")
 
 
@@ -117,7 +121,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     except (ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"{path}: not a readable Parquet file ({_first_line(error)})") from None
+        raise UsageError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
 
 
 _READERS: dict[str, Callable[..., Iterator[Row]]] = {
@@ -222,7 +226,3 @@ def _kind(item: Any) -> str:
     # What cannot be shown is written by number.
     text = text if text[:40].isprintable() else json.dumps(item)
     return f"{names.get(type(item), 'a number')}: {text[:40]}{'...' if len(text) > 40 else ''}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

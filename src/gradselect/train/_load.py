@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from .. import UsageError
 from ._recipe import Recipe
+from ._words import printable
 
 MOST_BYTES = 2**18
 MOST_LEVELS = 32
@@ -214,8 +215,7 @@ def _read_yaml(text: str) -> Any:
         raise ValueError(f"more than {MOST_LEVELS} levels deep") from None
     # PyYAML lets through what Python says of a value that only looks like a date (2024-13-45) or a number.
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        text = " ".join(str(error).split())
-        raise ValueError("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)) from None
+        raise ValueError(printable(" ".join(str(error).split()))) from None
 
 
 def _is_file(path: Path) -> bool:

@@ -23,12 +23,12 @@ from ._pretrained import (
     check_tokens,
     context_of,
     draw_weights,
-    first_line,
     load_configuration,
     load_text_tokenizer,
     load_weights,
 )
 from ._recipe import ChatData, ClassificationData, Data, FileData, ModelSettings, PromptCompletionData
+from ._words import first_line
 
 
 def load_model(settings: ModelSettings, *, seed: int = 0, device: str = "cpu") -> PreTrainedModel:

@@ -14,6 +14,7 @@ from .._sealed import read_sealed
 from ._files import sha256
 from ._manifest import NAME
 from ._sizes import check_sizes
+from ._words import first_line
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -120,11 +121,6 @@ def context_of(model: Any, tokenizer: Any) -> int | None:
     # A tokenizer without a limit stores a huge number.
     known = [int(limit) for limit in (positions, tokenizer.model_max_length) if limit is not None and 0 < limit < 10**9]
     return min(known, default=None)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's error, without what follows."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _only_origin(options: dict[str, Any]) -> dict[str, Any]:

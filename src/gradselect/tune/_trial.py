@@ -18,8 +18,8 @@ from .. import UsageError
 from ..train import Recipe, dump_recipe
 from ..train._folder import RunFolder
 from ..train._inputs import read_inputs
-from ..train._pretrained import first_line
 from ..train._setup import build_trainer
+from ..train._words import first_line
 
 PRUNE_FROM = 0.25
 """No trial is pruned before this share of its steps: warm-up and the first steps say little."""
