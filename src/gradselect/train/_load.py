@@ -158,6 +158,16 @@ class _PlainLoader(yaml.SafeLoader):
     has a billion parts for whoever looks at the values ("billion laughs").
     """
 
+    _num_levels = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self._num_levels == MOST_LEVELS:
+            raise yaml.MarkedYAMLError(problem=f"more than {MOST_LEVELS} levels deep", problem_mark=self.get_mark())
+        self._num_levels += 1
+        node = super().compose_node(parent, index)
+        self._num_levels -= 1
+        return node
+
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
         if node is not None:

@@ -134,7 +134,13 @@ def _in_words(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UsageError(f"{what}: {first_line(error)}") from error
+        raise UsageError(f"{what}: {first_line(error)}{_code_hint(error)}") from error
+
+
+def _code_hint(error: Exception) -> str:
+    if "custom code" not in str(error):
+        return ""
+    return " If you have read it and trust it, train with model.trust_remote_code=true; nothing else runs such code"
 
 
 def _check_manifest(folder: Path, *patterns: str) -> None:

@@ -29,8 +29,8 @@ def check_sizes(config: Any, *, name: str) -> None:
     least, there = sizes.get("vocab_size", 1) * width + layers * width * inner, machine_bytes()
     if least > there:
         raise UsageError(
-            f"{name} cannot be used: with {', '.join(f'{key}={size}' for key, size in sizes.items())} it has more than "
-            f"{least:.1e} weights, and this machine {there / 2**30:,.0f} GiB of memory; correct its config.json"
+            f"{name} cannot be used: with {', '.join(f'{key}={size}'[:60] for key, size in sizes.items())} it has more "
+            f"weights than this machine has bytes, {there / 2**30:,.0f} GiB; correct its config.json"
         )
 
 
