@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +80,9 @@ RESUMED: dict[str, dict[str, Any]] = {
 def test_a_run_that_stops_goes_on_as_if_it_had_not(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any]
 ) -> None:
+    run = {**LENGTH, "report_to": ["tensorboard"]}
     whole, stopped = (
-        parse(place, **sections, run={"output": str(tmp_path / name), **LENGTH}) for name in ("whole", "stopped")
+        parse(place, **sections, run={"output": str(tmp_path / name), **run}) for name in ("whole", "stopped")
     )
     train(whole, console=quiet())
     with monkeypatch.context() as patch:
@@ -88,6 +91,8 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(
             train(stopped, console=quiet())
     train(stopped, console=quiet(), resume=True)
     assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
+    # The third step has been drawn twice.
+    assert curves(tmp_path / "stopped") == curves(tmp_path / "whole")
     assert json.loads((tmp_path / "stopped" / "run.json").read_text())["resumed_from"] == "step-2"
     if (tmp_path / "whole" / "records.jsonl").exists():
         ours, theirs = ((tmp_path / name / "records.jsonl").read_text() for name in ("whole", "stopped"))
@@ -336,27 +341,25 @@ def test_a_run_killed_while_its_model_gets_its_place_has_no_model_or_a_whole_one
 ) -> None:
     trainer, inputs = build(place, tmp_path / "out")
     folder, replace = RunFolder(tmp_path / "out"), os.replace
-    for renamed in range(20):
-        calls: list[Any] = []
+    renamed: list[str] = []
+    # As often as it takes: the first time killed before the first renaming, then before the second, ...
+    for most in itertools.count():
+        renamed.clear()
 
-        def killed(*arguments: Any, most: int = renamed, calls: list[Any] = calls) -> None:
-            if len(calls) == most:
+        def killed(source: Any, target: Any, most: int = most) -> None:
+            if len(renamed) == most:
                 raise KeyboardInterrupt
-            calls.append(arguments)
-            replace(*arguments)
+            renamed.append(Path(target).name)
+            replace(source, target)
 
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
             patch.setattr("os.replace", killed)
-            try:
-                save_model(trainer, inputs.tokenizer, folder=folder)
-            except KeyboardInterrupt:
-                assert not (folder.root / "config.json").exists()
-                continue
-        break
-    names = {path.name for path in folder.root.iterdir() if path.is_file()}
+            save_model(trainer, inputs.tokenizer, folder=folder)
+            break
+        assert not (folder.root / "config.json").exists()
     # The folder gets its name, then each file its place.
-    assert names == {Path(arguments[1]).name for arguments in calls[1:]} > {"config.json", "model.safetensors"}
-    assert renamed == len(calls)
+    assert set(renamed[1:]) == {path.name for path in folder.root.iterdir() if path.is_file()}
+    assert set(renamed) > {"config.json", "model.safetensors"}
 
 
 def test_resume_begins_a_run_that_was_killed_before_its_first_word(place: Path, tmp_path: Path) -> None:
@@ -388,7 +391,7 @@ def test_weights_that_are_no_numbers_are_never_saved(place: Path, tmp_path: Path
     with torch.no_grad():
         next(iter(trainer.model.parameters()))[0, 0] = float("inf")  # pyright: ignore[reportOptionalMemberAccess]
     with pytest.raises(UsageError, match="weights are NaN or infinite"):
-        trainer._save_checkpoint(trainer.model, None)
+        trainer._save_checkpoint(trainer.model, None)  # pyright: ignore[reportArgumentType]
     assert RunFolder(tmp_path).complete_checkpoints() == []
 
 
