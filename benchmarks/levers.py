@@ -7,7 +7,8 @@
 Randomly initialised models; every setting trains its own copy of the same one on the same tokens. Bytes are those of
 whole steps: `weights`, `gradients` (the most that exist at once), `masters` and `moments` at the update, `host` what is
 offloaded. `peak` is the most that the device holds at one moment of a step that trains what was chosen before,
-activations and logits included, and `explore` that of a step that looks at all gradients.
+activations and logits included, and `explore` that of the first step, which looks at all gradients and has no state
+yet.
 
 On a CPU the settings take turns, one step each a round, and `speed` is the median over rounds of full fine-tuning's
 time by the setting's own in the same round (of one thread the processor's time); `peak` counts tensors (what an
@@ -27,12 +28,12 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import trl.trainer.utils
 from sparse_step import LiveBytes
 from torch import Tensor, nn
 
@@ -239,11 +240,11 @@ def start(preset: Preset, setting: Setting) -> Run:
     with torch.device(preset.device):
         model = transformers.AutoModelForCausalLM.from_config(preset.config, dtype=preset.dtype).train()
     if setting.chunked:
-        trl.trainer.utils.add_fused_lm_head(model)
+        chunk_loss(model, tile=preset.tile)
     if setting.checkpointing:
-        model.activation_checkpointing_enable()
-        # It makes the embedding's output require a gradient, and the backward pass would visit every layer.
-        model.disable_input_require_grads()
+        from gradselect.integrations.transformers import checkpoint_selected
+
+        checkpoint_selected(model)
     if setting.rank:
         model = with_lora(model, rank=setting.rank)
     run = Run(preset, setting, model, None, LiveBytes() if preset.device == "cpu" else None)  # pyright: ignore
@@ -271,6 +272,14 @@ def policy_of(setting: Setting, preset: Preset) -> gs.AbstractPolicy:
         return gs.AdaGradSelect(fraction=0.2, explore_steps=1)
     upper = tuple(f"layer.{number}" for number in range(layers // 2, layers))
     return gs.AdaGradSelect(count=round(0.2 * (layers + 2)), among=upper, explore_steps=1)
+
+
+def chunk_loss(model: nn.Module, *, tile: int) -> None:
+    """TRL's chunked loss, with tiles of so many words."""
+    import trl.trainer.utils
+
+    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = tile
+    trl.trainer.utils.add_fused_lm_head(model)
 
 
 def with_lora(model: nn.Module, *, rank: int) -> nn.Module:
@@ -353,7 +362,7 @@ def machine(preset: Preset) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "trl": trl.__version__,
+        "trl": version("trl"),
         "threads": torch.get_num_threads(),
         "device": platform.machine() if preset.device == "cpu" else torch.cuda.get_device_name(),
     }
@@ -368,7 +377,6 @@ def main() -> None:
     if preset.device == "cuda" and not torch.cuda.is_available():
         sys.exit(f"--preset {arguments.preset} needs a GPU, and there is none; write --preset cpu")
     torch.set_num_threads(arguments.threads)
-    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = preset.tile
     names = [FULL, *(name for name in arguments.settings if name != FULL)]
     sizes = {"rounds": arguments.rounds, "observed": arguments.observed}
     if arguments.only:

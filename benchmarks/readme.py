@@ -18,6 +18,7 @@ from typing import Any
 import glue
 import gsm8k_loss
 import gsm8k_masks
+import levers
 import sparse_step
 import sparsegrad
 import step_time
@@ -52,6 +53,22 @@ def speed() -> str:
         f"{settings['length']}, fp32, {machine['threads']} CPU threads, torch {machine['torch']}. Methods take turns; "
         "the speed-up is the median over rounds against full fine-tuning in the same round. `limit` is what the FLOPs "
         "allow.\n\n" + step_time.markdown(result)
+    )
+
+
+def memory() -> str:
+    result = json.loads(levers.RESULT.read_text(encoding="utf-8"))
+    settings, model, machine = result["settings"], result["model"], result["machine"]
+    return (
+        f"`python benchmarks/levers.py --rounds {settings['rounds']} --observed {settings['observed']}`: a "
+        f"{model['type']} of {model['layers']} layers of width {model['hidden']}, vocabulary {model['vocabulary']:,}, "
+        f"{model['dtype']}, batch {settings['batch']} x {settings['length']}, {machine['threads']} thread of a CPU. "
+        "Each line that begins with + adds a lever to the one above. `peak`: all that the device holds, counted, at the "
+        "worst moment of a step that trains what was chosen before; `explore step`: of the first, which looks at all "
+        f"gradients and has no state yet. Moments are those after {settings['observed']} steps: without offload they "
+        "grow as more blocks have had a turn. `speed`: against full fine-tuning in the same round, by the processor's "
+        f"time. The chunked loss has tiles of {model['tile']:,} words here, 32,768 in TRL.\n\n"
+        + levers.markdown(result)
     )
 
 
@@ -143,6 +160,7 @@ def masks() -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "step_time": speed,
+    "levers": memory,
     "gsm8k_loss": learning,
     "small": accuracy,
     "sparse_step": sparse_speed,
