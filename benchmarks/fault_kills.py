@@ -146,9 +146,10 @@ def _measure(place: Path, output: Path, *, log: Path) -> tuple[int, float]:
     codes = [ended(start(counted, log=log))]
     began = time.monotonic()
     codes.append(ended(start(lambda: train_once(place, output), log=log)))
+    seconds = time.monotonic() - began
     if codes != [0, 0] or contents(first) != contents(output):
         raise SystemExit(f"two runs that nothing disturbs ended with {codes}, or differ:\n{log.read_text()[-2000:]}")
-    return int(seen.read_text()), time.monotonic() - began
+    return int(seen.read_text()), seconds
 
 
 def _kill_once(place: Path, output: Path, *, log: Path, at: int | None, after: float, expected: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from ._pretrained import (
     load_weights,
 )
 from ._recipe import ChatData, ClassificationData, Data, FileData, ModelSettings, PromptCompletionData
+from ._sizes import machine_bytes
 from ._words import first_line
 
 
@@ -154,7 +155,7 @@ def _load(
     origin = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     if settings.random_weights:
         _check_configuration(settings.path)
-        config = load_configuration(settings.path, key="model.path", **origin, **options)
+        config = load_configuration(settings.path, key="model.path", most_weights=machine_bytes(), **origin, **options)
         set_seed(seed)
         with torch.device(device):
             model = draw_weights(kind, config, dtype=settings.dtype, attention=attention, key="model.path")

@@ -13,7 +13,7 @@ from .._errors import UsageError
 from .._sealed import read_sealed
 from ._files import sha256
 from ._manifest import NAME
-from ._sizes import check_sizes
+from ._sizes import MOST_WEIGHTS, check_sizes, machine_bytes
 from ._words import first_line
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -40,7 +40,7 @@ def load_weights(
         _check_weight_files(folder, key=key, trust_pickle=trust_pickle)
         _check_manifest(folder, "*")
     if not folder.is_dir() or (folder / "config.json").is_file():
-        load_configuration(path, key=key, **origin)
+        load_configuration(path, key=key, most_weights=machine_bytes(), **origin)
     with _in_words(f"{key}={str(path)!r} cannot be used"):
         model, report = kind.from_pretrained(
             path, output_loading_info=True, use_safetensors=None if trust_pickle else True, **(options | origin)
@@ -48,8 +48,10 @@ def load_weights(
     return model, tuple(sorted(report["missing_keys"]))
 
 
-def load_configuration(path: str | Path, *, key: str, **options: Any) -> Any:
+def load_configuration(path: str | Path, *, key: str, most_weights: int = MOST_WEIGHTS, **options: Any) -> Any:
     """The configuration in a folder, in a file, or of an id on the hub; `options` change its values.
+
+    Of a model that is to be loaded `most_weights` are `machine_bytes()`.
 
     Raises:
         UsageError: there is none, it is damaged, or of a model that fits no machine.
@@ -58,7 +60,7 @@ def load_configuration(path: str | Path, *, key: str, **options: Any) -> Any:
 
     with _in_words(f"{key}={str(path)!r} cannot be used, there is no configuration of a model"):
         config = AutoConfig.from_pretrained(path, **(options | _only_origin(options)))
-    check_sizes(config, name=f"{key}={str(path)!r}")
+    check_sizes(config, name=f"{key}={str(path)!r}", most_weights=most_weights)
     return config
 
 
