@@ -66,8 +66,8 @@ def memory() -> str:
         "Each line that begins with + adds a lever to the one above. `peak`: all that the device holds, counted, at "
         "the worst moment of a step that trains what was chosen before; `explore step`: of the first, which looks at "
         f"all gradients and has no state yet. Moments are those after {settings['observed']} steps: without offload "
-        "they grow as more blocks have had a turn. `speed`: against full fine-tuning in the same round, by the processor's "
-        f"time. The chunked loss has tiles of {model['tile']:,} words here, 32,768 in TRL.\n\n"
+        "they grow as more blocks have had a turn. `speed`: against full fine-tuning in the same round, by the "
+        f"processor's time. The chunked loss has tiles of {model['tile']:,} words here, 32,768 in TRL.\n\n"
         + levers.markdown(result)
     )
 
