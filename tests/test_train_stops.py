@@ -38,7 +38,9 @@ from gradselect._sealed import sealed
 from gradselect.cli import main
 from gradselect.train import Preempted, load_recipe, train
 from gradselect.train import _run as run_module
-from gradselect.train._folder import RunFolder
+from gradselect.train._checkpoints import delete_old_checkpoints
+from gradselect.train._folder import RunFolder, claimed
+from gradselect.train._lock import locked
 from gradselect.train._manifest import NAME, verify, write_manifest
 from gradselect.train._result import save_model
 from gradselect.train._signals import watched_signals
@@ -367,6 +369,40 @@ def test_resume_begins_a_run_that_was_killed_before_its_first_word(place: Path, 
     (tmp_path / "out" / ".run.json.partial").write_text("{")
     train(parse(place, run={"output": str(tmp_path / "out"), "steps": 1}), console=quiet(), resume=True)
     assert weights(tmp_path / "out")
+
+
+def test_one_process_at_a_time_has_the_folder(place: Path, tmp_path: Path) -> None:
+    recipe = parse(place, run={"output": str(tmp_path / "out"), "steps": 1})
+    folder = RunFolder(tmp_path / "out")
+    with claimed(folder, resume=False, messages=()):
+        folder.run_file.write_text("{}")
+        for resume in (False, True):
+            with pytest.raises(UsageError, match=rf"in use by process {os.getpid()} on |is not empty"):
+                train(recipe, console=quiet(), resume=resume)
+        with pytest.raises(UsageError, match=rf"in use by process {os.getpid()} on "), locked(folder.root):
+            pass
+        folder.run_file.unlink()
+    assert not folder.root.exists()
+    # What a killed process leaves is nobody's.
+    folder.root.mkdir()
+    (folder.root / ".lock").write_text("process 1 on it")
+    train(recipe, console=quiet())
+    assert not (folder.root / ".lock").exists()
+    (folder.root / ".lock").symlink_to(folder.run_file)
+    with pytest.raises(UsageError, match="cannot be written to"), locked(folder.root):
+        pass
+    assert folder.run_file.stat().st_size
+
+
+def test_an_old_checkpoint_that_was_moved_and_linked_goes_with_the_others(tmp_path: Path) -> None:
+    """Deleting what the link leads to had failed, in this save and at the beginning of each resumed run."""
+    folder, moved = RunFolder(tmp_path / "out"), tmp_path / "moved"
+    for path in (moved, folder.checkpoint(4)):
+        path.mkdir(parents=True)
+    folder.checkpoint(2).symlink_to(moved)
+    delete_old_checkpoints(folder, keep=1)
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-4"]
+    assert moved.is_dir()
 
 
 # What goes wrong -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from .. import UsageError
 from .._sealed import read_sealed
 from ..train import train
 from ..train._folder import RunFolder
+from ..train._lock import locked
 from ..train._messages import collected_messages
 from ._describe import Outcome, describe_success
 from ._job import Job
@@ -66,7 +67,9 @@ def train_once(job: Job) -> dict[str, Any]:
     if not (job.may_reuse and _has_trained(folder, job)):
         goes_on = job.resume and folder.newest_checkpoint() is not None
         if not goes_on and folder.root.exists():
-            shutil.rmtree(folder.root)
+            # One that a comparison before this one has left behind may still train there.
+            with locked(folder.root):
+                shutil.rmtree(folder.root)
         train(job.recipe, resume=goes_on, command=job.command)
     return read_sealed(folder.run_file, needed=RUN_KEYS)
 

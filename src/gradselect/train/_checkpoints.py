@@ -81,7 +81,7 @@ def delete_old_checkpoints(folder: RunFolder, *, keep: int) -> None:
     """All but the last few. One that is being deleted has no name of a checkpoint any more."""
     for old in folder.complete_checkpoints()[:-keep]:
         os.replace(old, aside_of(old))
-        shutil.rmtree(aside_of(old))
+        remove(aside_of(old))
 
 
 def _lift(folder: Path) -> None:

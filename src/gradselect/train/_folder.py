@@ -13,6 +13,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from .. import UsageError
+from ._lock import NAME as LOCK
+from ._lock import locked
 
 _STEP = re.compile(r"step-\d{1,15}", re.ASCII)
 
@@ -70,7 +72,7 @@ class RunFolder:
     def _is_of_no_run(self, entry: Path) -> bool:
         if entry == self.checkpoints and entry.is_dir():
             return not any(entry.iterdir())
-        return entry == aside_of(self.run_file)
+        return entry in (aside_of(self.run_file), self.root / LOCK)
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
@@ -89,28 +91,31 @@ def claimed(folder: RunFolder, *, resume: bool, messages: Sequence[str]) -> Iter
     """The folder, made for a new run or left as it is for `resume`; at the end `messages` are kept in it.
 
     Raises:
-        UsageError: there is something in it and this is no resume, or it cannot be made.
+        UsageError: there is something in it and this is no resume, it cannot be made, or another process writes to it.
     """
-    is_new = not folder.is_used()
-    _check_may_be_used(folder, is_new=is_new, resume=resume)
+    # Before anything is written, a lock included: it may be a folder of something else.
+    _check_may_be_used(folder, resume=resume)
     was_there = folder.root.exists()
     try:
-        folder.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"run.output={folder.root} cannot be made: {error}") from None
-    try:
-        yield folder
+        with locked(folder.root):
+            _check_may_be_used(folder, resume=resume)
+            is_new = not folder.is_used()
+            try:
+                yield folder
+            finally:
+                if is_new and not folder.run_file.exists():
+                    _clear(folder.root)
+                else:
+                    _keep(messages, folder)
     finally:
-        if is_new and not folder.run_file.exists():
-            _clear(folder.root, keep=was_there)
-        elif messages:
-            # Should the disk be full, the error that led here says so.
-            with suppress(OSError), folder.messages_file.open("a", encoding="utf-8") as file:
-                file.writelines(f"{message}\n" for message in messages)
+        if not was_there:
+            # Only an empty one goes.
+            with suppress(OSError):
+                folder.root.rmdir()
 
 
-def _check_may_be_used(folder: RunFolder, *, is_new: bool, resume: bool) -> None:
-    if is_new:
+def _check_may_be_used(folder: RunFolder, *, resume: bool) -> None:
+    if not folder.is_used():
         return
     if not resume:
         raise UsageError(
@@ -121,12 +126,18 @@ def _check_may_be_used(folder: RunFolder, *, is_new: bool, resume: bool) -> None
         raise UsageError(f"run.output={folder.root} holds no run to resume: it has no {folder.run_file.name}")
 
 
-def _clear(root: Path, *, keep: bool) -> None:
+def _clear(root: Path) -> None:
     """Nothing has begun: a corrected recipe should find the name free."""
     for entry in root.iterdir():
-        remove(entry)
-    if not keep:
-        root.rmdir()
+        if entry.name != LOCK:
+            remove(entry)
+
+
+def _keep(messages: Sequence[str], folder: RunFolder) -> None:
+    if messages:
+        # Should the disk be full, the error that led here says so.
+        with suppress(OSError), folder.messages_file.open("a", encoding="utf-8") as file:
+            file.writelines(f"{message}\n" for message in messages)
 
 
 @contextmanager
@@ -185,8 +196,8 @@ def _flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file or a folder, whether it is there or not."""
-    if path.is_dir():
+    """A file, a link or a folder, whether it is there or not."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
