@@ -95,6 +95,18 @@ def test_a_step_without_a_number_changes_nothing_and_is_counted(
     assert all(bool(value.isfinite().all()) for value in weights(tmp_path / "out").values())
 
 
+def test_a_step_without_a_number_ends_a_run_that_moves_weights_in_the_backward_pass(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had been called skipped, and weights that were NaN by then had trained on."""
+    spoil(monkeypatch, SPOILED["loss"], steps={2})
+    method = {"name": "uniform", "fraction": 0.4, "update_in_backward": True}
+    run = {"output": str(tmp_path / "out"), "steps": STEPS, "save_every": 1}
+    recipe = parse(place, method=method, optimizer={"max_grad_norm": 0}, run=run)
+    with pytest.raises(UsageError, match=r"loss of step 3 is nan.*no step can be skipped.*last good .*step-2"):
+        train(recipe, console=quiet())
+
+
 def test_steps_without_a_number_end_a_run_only_when_too_many_come_in_a_row(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
-from .. import SparseOptimizer, UsageError
+from .. import BlockOptimizer, SparseOptimizer, UsageError
 from ..integrations.transformers import SelectionCallback
 from ._checkpoints import delete_old_checkpoints, writing_checkpoint
 from ._faults import Fault
@@ -31,7 +31,7 @@ class RunTrainer(Trainer):
 
     **Steps that are skipped.** When the loss or the gradient norm of a step is NaN or infinite, on any process, the
     step changes nothing: its gradients are thrown away, and weights, optimizer state and selection stay as they are.
-    The data and the schedule go on.
+    The data and the schedule go on. With `update_in_backward` such a step has moved weights, and ends the run.
 
     Args:
         folder: its checkpoints go to `folder.checkpoints`, each written aside and then renamed.
@@ -120,6 +120,11 @@ class RunTrainer(Trainer):
         if self._num_skipped_before(step) >= self._max_skipped_steps:
             raise UsageError(f"{words}; {self._advice()}")
         optimizer: Any = self.optimizer
+        if isinstance(optimizer.optimizer, BlockOptimizer) and optimizer.optimizer.update_in_backward:
+            # The backward pass has moved weights by now.
+            raise UsageError(
+                f"{words}, and with method.update_in_backward=true no step can be skipped; {self._advice()}"
+            )
         optimizer.zero_grad()
         model.zero_grad()
         assert self._loss_before is not None
