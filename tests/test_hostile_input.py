@@ -146,6 +146,36 @@ def test_a_trained_model_is_read_as_it_was_written_or_not_at_all(model: Path) ->
     load_plainly(model)
 
 
+def test_a_manifest_of_another_program_is_none_of_ours(model: Path) -> None:
+    """The name is a common one; an honest model had been called damaged, or ended in a traceback."""
+    for foreign in ('{"name": "app", "sha256": "0"}', '{"files": ["gone"], "version": 1}', "[]"):
+        (model / NAME).write_text(foreign)
+        load_plainly(model)
+    (model / NAME).unlink()
+    write_manifest(model, step=3)
+    text = (model / NAME).read_text()
+    for key in ("files", "sha256", "step"):
+        changed = text.replace(f'\n "{key}"', '\n "x"')
+        assert changed != text
+        (model / NAME).write_text(changed)
+        with pytest.raises(UsageError, match=rf"{NAME}: damaged"):
+            load_plainly(model)
+    (model / NAME).write_text(json.dumps({"version": 1, "step": 1, "files": {"config.json": "0"}}))
+    with pytest.raises(UsageError, match=rf"{NAME}: damaged"):
+        load_plainly(model)
+
+
+def test_a_hub_model_of_pickles_names_the_line_to_type(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers says not to set an option that nobody has set."""
+
+    def without_safetensors(*_: Any, **__: Any) -> None:
+        raise OSError("owner/name does not appear to have a file. Please do not set `use_safetensors=True`.")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", without_safetensors)
+    with pytest.raises(UsageError, match=r"model\.trust_pickle=true"):
+        load_plainly(model)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_damaged_tokenizer_is_the_users_error(model: Path, name: str) -> None:
     """tokenizers raises a bare Exception."""

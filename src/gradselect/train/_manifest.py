@@ -15,6 +15,7 @@ from ._files import sha256
 
 NAME = "manifest.json"
 VERSION = 1
+KEYS = {"version", "step", "files", KEY}
 
 
 def write_manifest(folder: Path, *, step: int) -> None:
@@ -42,6 +43,22 @@ def verify(folder: Path) -> str | None:
         return next(_problems(folder), None)
     except OSError as error:
         return f"{Path(error.filename or folder).name}: cannot be read ({error.strerror})"
+
+
+def digests_of_model(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a model, by the manifest that its run wrote; nothing for a model from elsewhere.
+
+    Raises:
+        UsageError: the manifest is damaged.
+    """
+    path = folder / NAME
+    if not path.is_file() or _is_of_another_program(path):
+        return {}
+    files = read_sealed(path, needed=("files",))["files"]
+    try:
+        return {name: file["sha256"] for name, file in files.items()}
+    except (AttributeError, KeyError, TypeError):
+        raise UsageError(f"{path}: damaged: 'files' has no SHA-256 of each; put a copy back, or delete it") from None
 
 
 def newest_whole(checkpoints: Sequence[Path]) -> tuple[Path | None, dict[Path, str]]:
@@ -103,6 +120,15 @@ def _read(folder: Path) -> dict[str, Any]:
     if manifest["version"] != VERSION:
         raise UsageError(f"version {manifest['version']}, and this one reads version {VERSION}")
     return manifest
+
+
+def _is_of_another_program(path: Path) -> bool:
+    """Whether a file of this common name is no manifest of ours, not even one of whose keys a bit has flipped."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return not isinstance(values, dict) or len(KEYS & values.keys()) < len(KEYS) - 1
 
 
 def _files(folder: Path) -> dict[str, Path]:

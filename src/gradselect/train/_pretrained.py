@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import UsageError
-from .._sealed import read_sealed
 from ._files import sha256
-from ._manifest import NAME
+from ._manifest import NAME, digests_of_model
 from ._sizes import MOST_WEIGHTS, check_sizes, machine_bytes
 from ._words import first_line
 
@@ -136,13 +135,18 @@ def _in_words(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UsageError(f"{what}: {first_line(error)}{_code_hint(error)}") from error
+        raise UsageError(f"{what}: {first_line(error)}{_hint(error)}") from error
 
 
-def _code_hint(error: Exception) -> str:
-    if "custom code" not in str(error):
-        return ""
-    return " If you have read it and trust it, train with model.trust_remote_code=true; nothing else runs such code"
+def _hint(error: Exception) -> str:
+    if "custom code" in str(error):
+        return " If you have read it and trust it, train with model.trust_remote_code=true; nothing else runs such code"
+    if "use_safetensors=True" in str(error):
+        return (
+            " (that is not yours to set). A torch pickle can run code when it is read: if you trust it, train with "
+            "model.trust_pickle=true, or save the model anew in safetensors"
+        )
+    return ""
 
 
 def _check_manifest(folder: Path, *patterns: str) -> None:
@@ -151,17 +155,14 @@ def _check_manifest(folder: Path, *patterns: str) -> None:
     Raises:
         UsageError: names the first that is missing or damaged.
     """
-    manifest = folder / NAME
-    if not manifest.is_file():
-        return
-    files = read_sealed(manifest, needed=["files"])["files"]
-    for name in sorted(name for pattern in patterns for name in fnmatch.filter(files, pattern)):
+    digests = digests_of_model(folder)
+    for name in sorted(name for pattern in patterns for name in fnmatch.filter(digests, pattern)):
         path = folder / name
         problem = None if path.is_file() else "is missing"
-        if problem is None and sha256(path) != files[name]["sha256"]:
+        if problem is None and sha256(path) != digests[name]:
             problem = "is not as it was written: its SHA-256 is another"
         if problem is not None:
-            raise UsageError(f"{path} {problem}. Put a copy back; if you changed it yourself, delete {manifest}")
+            raise UsageError(f"{path} {problem}. Put a copy back; if you changed it yourself, delete {folder / NAME}")
 
 
 def _check_weight_files(folder: Path, *, key: str, trust_pickle: bool) -> None:
