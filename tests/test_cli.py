@@ -80,7 +80,10 @@ BAD_TRAINING = {
     "too long": (["data.max_length=65"], "more than the model's 64 positions"),
     "nothing to learn": (["data.max_length=1"], "leaves nothing of data.path"),
     "unknown tracker": (["run.report_to=[trackio]"], "pip install trackio"),
-    "diverging": (["optimizer.lr=1e30", "optimizer.warmup=0", "optimizer.max_grad_norm=0"], "is nan; training has"),
+    "diverging": (
+        ["optimizer.lr=1e30", "optimizer.warmup=0", "optimizer.max_grad_norm=0", "run.max_skipped_steps=0"],
+        "is nan; training has",
+    ),
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 from train_fixtures import ADAGRADSELECT, build, parse, quiet, write_model, write_sums
 
 import gradselect as gs
+from gradselect._sealed import sealed
 from gradselect.compare._flop import speed_up_limit, step_time, visited_share
 from gradselect.train import train
 from gradselect.train._meter import PHASES, Meter, medians, percentile
@@ -250,7 +251,7 @@ def test_a_resumed_run_keeps_the_selections_before_it(place: Path, tmp_path: Pat
     whole = run(place, tmp_path / "whole", method=ADAGRADSELECT, run=settings)
     stopped = tmp_path / "stopped"
     started = run(place, stopped, method=ADAGRADSELECT, run=settings) | {"status": "started"}
-    (stopped / "run.json").write_text(json.dumps(started))
+    (stopped / "run.json").write_text(json.dumps(sealed(started)))
     shutil.rmtree(stopped / "checkpoints" / "step-6")
     recipe = parse(place, method=ADAGRADSELECT, run={**settings, "output": str(stopped)})
     train(recipe, resume=True, console=quiet())

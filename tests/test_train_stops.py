@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,14 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(
     if (tmp_path / "whole" / "records.jsonl").exists():
         ours, theirs = ((tmp_path / name / "records.jsonl").read_text() for name in ("whole", "stopped"))
         assert ours == theirs
+
+
+@pytest.fixture(autouse=True)
+def _sigint_is_heard() -> Iterator[None]:
+    """Whoever starts the tests in the background has told them to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 KILLED_WHILE_SAVING = """

@@ -91,6 +91,8 @@ def _with_run(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def _train(recipe: Recipe, watch: TrialWatch, *, folder: RunFolder) -> Outcome:
+    # A rate at which steps come to no number is no rate to be had.
+    recipe = _with_run(recipe, max_skipped_steps=0)
     trainer = build_trainer(recipe, read_inputs(recipe), folder=folder)
     trainer.add_callback(watch)
     try:
