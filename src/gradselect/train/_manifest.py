@@ -54,7 +54,7 @@ def digests_of_model(folder: Path) -> dict[str, str]:
     path = folder / NAME
     if not path.is_file() or _is_of_another_program(path):
         return {}
-    files = read_sealed(path, needed=("files",))["files"]
+    files = _read_with_seal(path)["files"]
     try:
         return {name: file["sha256"] for name, file in files.items()}
     except (AttributeError, KeyError, TypeError):
@@ -114,11 +114,16 @@ def _read(folder: Path) -> dict[str, Any]:
     path = folder / NAME
     if not path.is_file() or path.is_symlink():
         raise UsageError("missing: half-written, or by a version that wrote no manifests")
-    manifest = read_sealed(path, needed=("version", "step", "files"))
-    if KEY not in json.loads(path.read_bytes()):
-        raise UsageError(f"damaged: it has no {KEY!r}")
+    manifest = _read_with_seal(path)
     if manifest["version"] != VERSION:
         raise UsageError(f"version {manifest['version']}, and this one reads version {VERSION}")
+    return manifest
+
+
+def _read_with_seal(path: Path) -> dict[str, Any]:
+    manifest = read_sealed(path, needed=("version", "step", "files"))
+    if KEY not in json.loads(path.read_bytes()):
+        raise UsageError(f"{path}: damaged: it has no {KEY!r}; put a copy back, or make it again")
     return manifest
 
 
