@@ -55,6 +55,12 @@ def test_toggled_layers_train_as_uncompiled_ones_and_soon_nothing_compiles(limit
         assert all(other == name and torch.equal(weight, moved) for other, moved in others), name
 
 
+def test_both_stacks_of_an_encoder_and_a_decoder_are_compiled(limits):
+    stacks = {name: nn.ModuleDict({"layers": tiny_plain(layers=2).blocks}) for name in ("encoder", "decoder")}
+    names = compile_blocks(nn.ModuleDict(stacks), backend="eager")
+    assert names == ("encoder.layers.0", "encoder.layers.1", "decoder.layers.0", "decoder.layers.1")
+
+
 def test_the_limit_on_variants_is_raised_never_lowered(limits):
     compile_blocks(tiny_plain(layers=3), backend="eager")
     assert limits.recompile_limit == limits.accumulated_recompile_limit == 48
@@ -75,12 +81,23 @@ def test_a_cache_that_hinders_is_named(limits, caplog):
     assert "model.config.use_cache = False" in caplog.text
 
 
-@pytest.mark.parametrize("in_place", [True, False])
-def test_a_model_compiled_whole_trains_and_a_warning_names_the_better_way(in_place, limits, caplog):
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        compiled_in_place,
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+    ],
+    ids=["in place", "wrapped", "within a wrapper"],
+)
+def test_a_model_compiled_whole_trains_and_a_warning_names_the_better_way(wrap, limits, caplog):
     model = tiny_plain(layers=2)
-    outside = model if in_place else torch.compile(model, backend="eager")
-    if in_place:
-        model.compile(backend="eager")
+    outside = wrap(model)
     with caplog.at_level(logging.WARNING):
         optimizer = gs.BlockOptimizer(outside, gs.Fixed(["layer.0"]), lr=1e-2)
     assert "compile_blocks(model)" in caplog.text

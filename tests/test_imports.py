@@ -36,7 +36,7 @@ ALLOWED = {
     "_state": LEAVES | {"_residency", "_rules", "_groups", "_observe", "_distributed"},
     "_base": LEAVES | {"_groups"},
     "_in_backward": LEAVES | {"_distributed", "_groups", "_observe", "_state"},
-    "_reach": LEAVES,
+    "_reach": LEAVES | {"_distributed"},
     "_optimizer": CONTRACTS | {"_base", "_in_backward", "_reach"},
     "_reader": LEAVES | {"_observe", "_distributed"},
     "reference": GROUND | {"_policy"},

@@ -467,12 +467,20 @@ def _short(value: Any, *, limit: int = 200) -> str:
 # The model -------------------------------------------------------------------------------------------------------
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, DataParallel and torch.compile; others as they are."""
-    if isinstance(model, DistributedDataParallel | DataParallel):
-        return unwrapped(model.module)
+def unwrapping(model: nn.Module) -> Iterator[nn.Module]:
+    """The module and, one after the other, what is inside DistributedDataParallel, DataParallel and torch.compile."""
+    yield model
     inner = model._modules.get("_orig_mod")  # of torch.compile, whose own class is slow to import
-    return model if inner is None else unwrapped(inner)
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        inner = model.module
+    if inner is not None:
+        yield from unwrapping(inner)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The innermost of them."""
+    *_, innermost = unwrapping(model)
+    return innermost
 
 
 def check_placement(model: nn.Module) -> None:

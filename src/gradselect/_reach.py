@@ -9,6 +9,7 @@ from collections.abc import Collection
 
 from torch import nn
 
+from ._distributed import unwrapping
 from ._errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def has_compiled() -> bool:
 
 def warn_of_whole(model: nn.Module) -> None:
     """A compiled graph of a whole model holds for one selection."""
-    if "_orig_mod" in model._modules or model._compiled_call_impl is not None:
+    if any("_orig_mod" in each._modules or each._compiled_call_impl is not None for each in unwrapping(model)):
         logger.warning(
             "the model is compiled as a whole: once more for each new selection, and after "
             "torch._dynamo.config.recompile_limit of them it runs uncompiled; compile its layers instead: "

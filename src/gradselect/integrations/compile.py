@@ -49,7 +49,7 @@ def compile_blocks(model: nn.Module, **settings: Any) -> tuple[str, ...]:
         >>> compile_blocks(model, backend="eager")
         ('0', '1', '2')
     """
-    layers = [block for block in partition(model) if block.name.startswith("layer.")]
+    layers = [block for block in partition(model) if "layer." in block.name]
     names = tuple(_module_of(block.parameter_names) for block in layers)
     _raise_limit(NUM_VARIANTS * len(names))
     if _uses_cache(model):

@@ -25,7 +25,6 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import has_length
@@ -67,7 +66,7 @@ class SelectiveOptimizerFactory:
         _check_settings(settings, kind)
         if settings.get("update_in_backward") and args is not None:
             _check_clipping(args)
-        return kind(_unwrap_model(model), **settings)
+        return kind(model, **settings)
 
 
 class SelectionCallback(TrainerCallback):
@@ -215,7 +214,7 @@ def checkpoint_selected(model: PreTrainedModel) -> None:
     """
     # transformers before 5.20 or so knows the old name only, and newer ones warn of it.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
+    enable({"use_reentrant": False})
     _leave_inputs_alone(model)
 
 
@@ -317,10 +316,6 @@ def _warn(args: TrainingArguments, optimizer: BlockOptimizer | SparseOptimizer) 
                 'add "args": args to the kwargs of SelectiveOptimizerFactory',
                 *(name, value, name, ours),
             )
-
-
-def _unwrap_model(model: nn.Module) -> nn.Module:
-    return _unwrap_model(model.module) if isinstance(model, DataParallel | DistributedDataParallel) else model
 
 
 def _unwrap_optimizer(optimizer: torch.optim.Optimizer) -> BlockOptimizer | SparseOptimizer:
