@@ -174,6 +174,49 @@ def test_state_survives_a_load_with_its_dtype_and_is_copied():
         assert all(mine[key].data_ptr() != theirs[key].data_ptr() for key in mine)
 
 
+@pytest.mark.parametrize("theirs", [None, torch.float32])
+def test_a_checkpoint_with_other_masters_is_refused_and_changes_nothing(theirs):
+    """Loaded, the blocks that had a state would have gone on with the masters of the checkpoint, or without any."""
+    ours = torch.float32 if theirs is None else None
+    pair = []
+    for master_dtype, lr in ((theirs, 1e-2), (ours, 1e-3)):
+        model = tiny_llama(dtype=torch.bfloat16)
+        pair.append(gs.BlockOptimizer(model, gs.Cyclic(every=1), lr=lr, master_dtype=master_dtype))
+        train(model, pair[-1], 2)
+    before = saved_and_loaded(pair[1].state_dict())
+    with pytest.raises(gs.UsageError, match=f"write master_dtype={theirs}"):
+        pair[1].load_state_dict(pair[0].state_dict())
+    after = saved_and_loaded(pair[1].state_dict())
+    assert [before[what] for what in ("selection", "param_groups")] == [after["selection"], after["param_groups"]]
+    assert all(same(state, after["state"][number]) for number, state in before["state"].items())
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_what_is_loaded_is_what_was_saved(residency):
+    """With Keep a block that never had a turn was taken for one that is on the device."""
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.Cyclic(every=1), lr=1e-2, residency=RESIDENCIES[residency]())
+    train(model, optimizer, 2)
+    selection = optimizer.state_dict()["selection"]
+    optimizer.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    assert optimizer.state_dict()["selection"] == selection
+
+
+def test_state_may_be_read_and_copied_as_that_of_torchs_optimizers():
+    """There, reading the state of a parameter that has none leaves an empty one."""
+    model, twin = tiny_llama(), tiny_llama()
+    pair = [gs.BlockOptimizer(each, gs.Cyclic(every=1), lr=1e-2, residency=gs.Offload()) for each in (model, twin)]
+    for step in range(4):
+        assert all(pair[0].state[parameter] is not None for parameter in model.parameters())
+        for each, optimizer in zip((model, twin), pair, strict=True):
+            train(each, optimizer, 1, first=step)
+    assert same(weights(model), weights(twin))
+    assert [pair[0].memory(), pair[0].last_record] == [pair[1].memory(), pair[1].last_record]
+    assert len(copy.deepcopy(pair[0].state)) == len(pair[0].state)
+    pair[1].load_state_dict(saved_and_loaded(pair[0].state_dict()))
+    assert len(pair[1].state) < len(pair[0].state)
+
+
 def test_loading_its_own_state_changes_nothing_even_before_the_first_step():
     """Accelerate does this when it prepares an optimizer."""
     model, twin = tiny_llama(), tiny_llama()
@@ -201,6 +244,10 @@ def test_checkpoint_of_another_policy_model_or_optimizer_is_refused():
         optimizer.load_state_dict(gs.BlockOptimizer(tiny_llama(), gs.Uniform(count=2), always=("norm",)).state_dict())
     with pytest.raises(gs.UsageError, match="not written by BlockOptimizer"):
         optimizer.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+    of_old = optimizer.state_dict()
+    del of_old["selection"]["rule"]
+    with pytest.raises(gs.UsageError, match=r"does not say what its rule was: an older version"):
+        optimizer.load_state_dict(of_old)
     assert same(before, weights(model))
     assert optimizer.state
 

@@ -285,6 +285,18 @@ def test_masters_are_refreshed_wherever_they_are_on_their_way_to() -> None:
     assert_twins(ours, twin)
 
 
+def test_the_model_may_go_elsewhere_and_come_back() -> None:
+    """To the host, say, to be saved: the state of the optimizer stays, as that of torch's optimizers does."""
+    ours, twin = hostile(gs.Uniform(count=3), HostileLanes()), twin_of(gs.Uniform(count=3))
+    for run in (ours, twin):
+        run.steps(range(6))
+        assert run.optimizer._states._open is not None
+        run.optimizer._states._open = torch.device("meta"), run.optimizer._states._open[1]
+        run.optimizer.state_dict()
+        run.steps(range(6, 16))
+    assert_twins(ours, twin)
+
+
 # Memory on the device ------------------------------------------------------------------------------------------------
 
 

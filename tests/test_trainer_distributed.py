@@ -182,16 +182,31 @@ def pass_whole(rank, *, name):
         train(*each, steps=3, first=3, rank=rank, world=2)
     with pytest.raises((gs.UsageError, RuntimeError), match=r"before the first|single memory location"):
         set_optimizer_state_dict(again, resumed, saved, options=passed)
+    refuse_to_cut(rank=rank)
     return whole(model), whole(again), held, resumed.num_steps
 
 
 def sharded(name):
     policy, residency, dtype = POLICIES[name]
-    model = tiny(dtype=dtype)
+    model = shard(tiny(dtype=dtype))
+    return model, gs.BlockOptimizer(model, policy, lr=1e-2, accumulation_steps=2, residency=residency)
+
+
+def shard(model):
     for layer in model.layers:
         fully_shard(layer)
-    fully_shard(model)
-    return model, gs.BlockOptimizer(model, policy, lr=1e-2, accumulation_steps=2, residency=residency)
+    return fully_shard(model)
+
+
+def refuse_to_cut(*, rank):
+    """Sharded after the optimizer was built, as Accelerate does, a rule that bears no shards is refused too."""
+    model = tiny()
+    optimizer = gs.BlockOptimizer(model, gs.All(), rule=gs.AdamW8bitRule())
+    shards = dict(shard(model).named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [shards[name] for name in group["param_names"]]
+    with pytest.raises(gs.UsageError, match=r"AdamW8bitRule .* shards would cut apart"):
+        train(model, optimizer, steps=1, rank=rank, world=2)
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -13,9 +13,14 @@ def check_same(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Every entry of `ours` stands in `saved` with an equal value.
 
     Raises:
-        UsageError: names the first entry that differs, and both values.
+        UsageError: names the first entry that differs, and both values, or the first that is not there.
     """
     for what, value in ours.items():
+        if what not in saved:
+            raise UsageError(
+                f"the checkpoint does not say what its {what.replace('_', ' ')} was: an older version of gradselect "
+                "wrote it, or another optimizer; go on with what wrote it, or begin anew from the weights alone"
+            )
         if _plain(saved[what]) != _plain(value):
             difference = _difference(_plain(saved[what]), _plain(value))
             raise UsageError(f"the checkpoint is of another run: its {what.replace('_', ' ')} {difference}")
@@ -35,7 +40,11 @@ def selection_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     if "selection" in state_dict:
         return state_dict["selection"]
     if "selection" not in state_dict["param_groups"][0]:
-        raise UsageError("this state_dict was not written by BlockOptimizer: it has no entry 'selection'")
+        raise UsageError(
+            "this state_dict was not written by BlockOptimizer: it has no entry 'selection'. Where "
+            "torch.distributed.checkpoint.state_dict has passed it on, which keeps that of sharded models alone, save "
+            "and load with gradselect.integrations.distributed"
+        )
     return json.loads(state_dict["param_groups"][0]["selection"])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -141,14 +141,14 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         check_placement(model)
         warn_of_whole(model)
         model = unwrapped(model)
-        _check_shards(model, rule)
+        _check_shards(model.parameters(), rule)
         blocks = partition(model) if blocks is None else check_partition(model, blocks)
         self._always = resolve_names(blocks, always)
         self.policy = _bind(policy, blocks, always=self._always)
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(decay_groups(blocks, no_decay=no_decay, weight_decay=weight_decay), defaults)
 
-        self.state = StateStore()
+        self.state = StateStore(dict)
         self.rule = rule
         self._table = ParameterTable(self.param_groups, {block.name: block.parameter_names for block in blocks})
         self._states = BlockStates(self.state, self._table, rule=rule, residency=residency, master_dtype=master_dtype)
@@ -365,8 +365,10 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             "resident": [name for name in self.blocks if name in self._states.resident],
             "moved_bytes": self._states.moved_bytes,
         }
-        if any(is_spread(parameter) for parameter in self._table.all()):
-            selection["with_state"] = [self._table.names[number] for number in state_dict["state"]]
+        if any(map(is_spread, self._table.all())):
+            selection["with_state"] = [
+                self._table.names[number] for number, state in state_dict["state"].items() if state
+            ]
             is_to_load = self._together is not None and not self._together.has_begun
             state_dict["state"] = self._states.filled(state_dict["state"], is_to_load=is_to_load)
             state_dict["param_groups"][0]["selection"] = as_text(selection)
@@ -387,10 +389,10 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
                 "before the first forward pass, as a Trainer does that resumes"
             )
         check_same(selection, self._identity())
+        self._states.load(states_by_name(state_dict, selection, self._table.names), resident=selection["resident"])
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             not_ours = ("params", "param_names", "selection")
             group.update({key: value for key, value in saved.items() if key not in not_ours})
-        self._states.load(states_by_name(state_dict, selection, self._table.names), resident=selection["resident"])
         self._step = selection["step"]
         self._update_counts = dict(selection["update_counts"])
         self.policy.load_state(selection["policy_state"])
@@ -448,6 +450,8 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     def _begin_together(self) -> None:
         """Several processes, the first forward pass: the model is as it will be trained; now freeze."""
         assert self._together is not None
+        # Accelerate shards after it was built.
+        _check_shards(self._table.all(), self.rule)
         self._give_back.detach()
         self._observer.follow(self._parameters_by_block())  # a wrapper may have put others in their places
         self._give_back = self._give_back_at_end()
@@ -487,8 +491,8 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             raise UsageError("a newer optimizer was built on this model, or this one was closed; step that one")
 
 
-def _check_shards(model: nn.Module, rule: AbstractRule) -> None:
-    if not rule.works_on_shards and any(map(is_spread, model.parameters())):
+def _check_shards(parameters: Iterable[Parameter], rule: AbstractRule) -> None:
+    if not rule.works_on_shards and any(map(is_spread, parameters)):
         raise UsageError(
             f"{type(rule).__name__} keeps what belongs to several weights, which shards would cut apart; write "
             "rule=gs.AdamWRule(), or train replicas with DistributedDataParallel"

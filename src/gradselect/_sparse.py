@@ -38,9 +38,7 @@ from ._records import MaskRecord, MemoryBytes
 from ._residency import Keep
 from ._rules import AdamWRule
 from ._shards import Shards
-from ._state import BlockStates, num_bytes
-
-HALF = (torch.bfloat16, torch.float16)
+from ._state import HALF, BlockStates, num_bytes
 
 
 class SparseOptimizer(SelectiveOptimizer[MaskRecord]):

@@ -19,15 +19,15 @@ from ._rules import AbstractRule, State
 
 MASTER = "master"
 
+HALF = (torch.bfloat16, torch.float16)
+"""Types of weights that may have a master."""
+
 
 class StateStore(defaultdict[Tensor, State]):
-    """State by parameter, as torch's optimizers hold it, but never false.
+    """`StateStore(dict)`: state by parameter, as torch's optimizers hold it, but never false.
 
     `torch.distributed.checkpoint.state_dict` takes a step of its own on an optimizer whose state is false.
     """
-
-    def __init__(self) -> None:
-        super().__init__(dict)
 
     def __bool__(self) -> bool:
         return True
@@ -100,7 +100,8 @@ class BlockStates:
 
     def of(self, parameter: Parameter) -> State:
         """The parameter's state, made at its first update."""
-        if parameter not in self._store:
+        # Reading optimizer.state[parameter], as loops that log do, leaves an empty one.
+        if not self._store.get(parameter):
             self._store[parameter] = state = self._make(held(parameter))
             self._mover.adopt(state, self._large(state))
         return self._store[parameter]
@@ -165,7 +166,7 @@ class BlockStates:
         missing = {
             number: self._zeros(parameter, is_to_load=is_to_load)
             for number, parameter in enumerate(self._table.all())
-            if number not in states
+            if not states.get(number)
         }
         return {**states, **self.spread(missing)}
 
@@ -174,7 +175,12 @@ class BlockStates:
 
         One block at a time, first those that leave the device: it never holds more than it did in the run that saved
         them. Not torch's own placement, which would cast fp32 state of a bf16 weight to bf16.
+
+        Raises:
+            UsageError: it has master weights of another dtype, or none where this run has some.
         """
+        for name, parameter in self._table.named():
+            self._check_master(name, saved[name], parameter)
         self._mover.forget()
         self._store.clear()
         self.resident = set()
@@ -183,10 +189,21 @@ class BlockStates:
                 if saved[name]:
                     self._store[parameter] = state = self._placed(saved[name], parameter)
                     self._mover.adopt(state, self._large(state))
-            self.resident.add(block)
+            if block in resident or self._existing(block):
+                self.resident.add(block)
             if block not in resident:
                 self.prefetch(self.resident - {block})
         self.moved_bytes = 0
+
+    def _check_master(self, name: str, state: State, parameter: Parameter) -> None:
+        if not state or parameter.dtype not in HALF:
+            return
+        theirs = state[MASTER].dtype if MASTER in state else None
+        if theirs != self._master_dtype:
+            raise UsageError(
+                f"the checkpoint was written with master_dtype={theirs} and this run has master_dtype="
+                f"{self._master_dtype} ({name!r} is {parameter.dtype}); write master_dtype={theirs}"
+            )
 
     def _placed(self, state: State, parameter: Parameter) -> State:
         large = self._large(state)
@@ -207,16 +224,19 @@ class BlockStates:
         return state
 
     def _make(self, weight: Tensor) -> State:
-        if self._master_dtype is None or weight.dtype not in (torch.bfloat16, torch.float16):
+        if self._master_dtype is None or weight.dtype not in HALF:
             return self._rule.make_state(weight)
         master = weight.detach().to(self._master_dtype, copy=True)
         return {MASTER: master, **self._rule.make_state(master)}
 
     @property
     def _mover(self) -> AbstractMover:
-        """Opened late: until the first update the model may go to another device, and its parameters be replaced."""
+        """Opened late: until the first update the model may go to another device, and its parameters be replaced.
+
+        Later it may go too, to be saved say, and come back: states stay where they are.
+        """
         device = self._table.all()[0].device
-        if self._open is None or self._open[0] != device:
+        if self._open is None or (self._open[0] != device and not any(self._store.values())):
             self._open = device, self._residency.open(device)
         return self._open[1]
 
@@ -232,7 +252,7 @@ class BlockStates:
             )
 
     def _needed_bytes(self, parameter: Parameter) -> int:
-        state = self._store[parameter] if parameter in self._store else self._make(held(parameter).to("meta"))
+        state = self._store.get(parameter) or self._make(held(parameter).to("meta"))
         return sum(num_bytes(state[name]) for name in self._large(state))
 
     def _parcel(self, name: str) -> Parcel:
