@@ -233,11 +233,11 @@ def test_plain_aliases_are_fine() -> None:
     "override",
     ["run.batch_size=1000000000", "run.seed=4294967296", "run.steps=1000000000000", "data.max_length=1000000000000",
      "run.accumulation=10000000000", "model.path=", "run.output=''", f"run.output={'x' * 300}",
-     f"data.path={'x/' * 3000}"],
+     f"data.path={'x/' * 3000}", "method.rank=1000000000", f"method.alpha={10**400}"],
 )  # fmt: skip
 def test_absurd_values_are_refused_when_the_recipe_is_read(tmp_path: Path, override: str) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe_values(tmp_path)))
+    path.write_text(yaml.safe_dump(recipe_values(tmp_path, method={"name": "lora"})))
     load_recipe(path)
     with pytest.raises(UsageError, match=rf"{override.partition('=')[0]}.*\b(less than|no path|valid string)\b"):
         load_recipe(path, [override])

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
+Rank = Annotated[int, Field(ge=1, le=2**16)]
+"""Of an adapter's matrices, which are made before anybody could see that they fit no machine."""
+
+Alpha = Annotated[int, Field(ge=1, le=10**9)]
+"""A numerator of the scale of an adapter."""
+
+
 class AbstractAdapterMethod(Settings, ABC):
     """Trains an adapter of PEFT in float32; at the end it is merged into the model's weights."""
 
@@ -45,8 +52,8 @@ class LoraMethod(AbstractAdapterMethod):
     """
 
     name: Literal["lora", "rslora", "dora"]
-    rank: PositiveInt = 16
-    alpha: PositiveInt | None = None
+    rank: Rank = 16
+    alpha: Alpha | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     train_embedding: bool = False
@@ -89,9 +96,9 @@ class AdaLoraMethod(AbstractAdapterMethod):
     """
 
     name: Literal["adalora"]
-    rank: PositiveInt = 16
-    initial_rank: PositiveInt | None = None
-    alpha: PositiveInt | None = None
+    rank: Rank = 16
+    initial_rank: Rank | None = None
+    alpha: Alpha | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     start: Annotated[float, Field(ge=0, lt=1)] = 0.1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,9 +186,11 @@ def _lines(path: Path, *, is_one_text: bool = False) -> Iterator[str]:
                 # A byte order mark, as spreadsheets write it, is no part of the first column's name.
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
+                is_utf16 = number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
                 raise UsageError(
                     f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}); "
-                    f"convert the file, e.g. iconv -f LATIN1 -t UTF-8 {path.name} > utf8{path.suffix}"
+                    f"convert the file, e.g. iconv -f {'UTF-16' if is_utf16 else 'LATIN1'} -t UTF-8 {path.name} "
+                    f"> utf8{path.suffix}"
                 ) from None
             if "\0" in text:
                 raise UsageError(
@@ -198,9 +202,12 @@ def _lines(path: Path, *, is_one_text: bool = False) -> Iterator[str]:
 
 def _parse(text: str, *, path: Path, first_line: int) -> Any:
     """JSON text that begins at line `first_line` of the file at `path`."""
-    where = f"{path}, line {first_line}"
+    where = str(path) if "\n" in text.strip() else f"{path}, line {first_line}"
     try:
-        return json.loads(text.rstrip("\r\n"))  # else what ends too early is found on the next line
+        # Without the line end, else what ends too early is found on the next line.
+        return json.loads(text.rstrip("\r\n"), object_pairs_hook=_without_doubles)
+    except _KeyTwiceError as error:
+        raise UsageError(f"{where}: the key {error.args[0]!r:.60} stands twice in one object") from None
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UsageError(f"{path}, line {line}: broken JSON ({error.msg} at column {error.colno})") from None
@@ -208,6 +215,18 @@ def _parse(text: str, *, path: Path, first_line: int) -> Any:
         raise UsageError(f"{where}: JSON with too many brackets inside one another") from None
     except ValueError:  # Python reads whole numbers of up to 4,300 digits
         raise UsageError(f"{where}: a number with thousands of digits; write it as a text, in quotes") from None
+
+
+class _KeyTwiceError(Exception):
+    """Its argument is the key."""
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> Row:
+    """An object of JSON. Python would take the last of equal keys in silence."""
+    item = dict(pairs)
+    if len(item) < len(pairs):
+        raise _KeyTwiceError(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return item
 
 
 def _object(item: Any, *, where: str, is_escaped: bool) -> Row:
