@@ -148,6 +148,20 @@ def test_out_of_memory_names_the_plan_that_finds_what_fits(
     assert_same_weights(whole, train(sparing, console=quiet(), resume=True))
 
 
+def test_out_of_memory_before_the_first_step_is_said_and_leaves_nothing(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that does not fit the device at all had ended in a traceback."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(RunTrainer, "create_optimizer", full)
+    with pytest.raises(UsageError, match=r"out of memory .*type: gradselect plan RECIPE --fit"):
+        train(parse(place, run={"output": str(tmp_path / "out")}), console=quiet())
+    assert not (tmp_path / "out").exists()
+
+
 def test_out_of_memory_is_known_on_device_and_host_and_is_no_other_error() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(MemoryError())

@@ -198,6 +198,16 @@ def test_the_second_signal_ends_the_process_at_once() -> None:
     assert os.waitpid(child, 0)[1] == signal.SIGTERM
 
 
+def test_under_a_launcher_two_signals_at_once_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a single process: torchrun passes on what the scheduler has sent to both."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with watched_signals() as watch:
+        signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == watch.receive
+        signal.raise_signal(signal.SIGINT)
+    assert watch.received == signal.SIGINT
+
+
 def test_signals_are_the_callers_again_after_the_run_and_ignored_ones_stay_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
     try:
@@ -209,11 +219,15 @@ def test_signals_are_the_callers_again_after_the_run_and_ignored_ones_stay_ignor
         signal.signal(signal.SIGINT, before[0])
 
 
-def test_a_finished_run_is_not_resumed(whole: Path) -> None:
+def test_a_finished_run_is_not_resumed(whole: Path, tmp_path: Path) -> None:
+    """That its checkpoints are damaged is nothing to see to any more."""
+    shutil.copytree(whole, tmp_path / "out")
+    for checkpoint in RunFolder(tmp_path / "out").complete_checkpoints():
+        (checkpoint / NAME).write_text("")
     before = (whole / "run.json").read_bytes()
     with pytest.raises(UsageError, match="has finished after 4 steps"):
-        train(load_recipe(whole / "recipe.yaml"), console=quiet(), resume=True)
-    assert (whole / "run.json").read_bytes() == before
+        train(load_recipe(whole / "recipe.yaml", [f"run.output={tmp_path / 'out'}"]), console=quiet(), resume=True)
+    assert (tmp_path / "out" / "run.json").read_bytes() == before
 
 
 @pytest.fixture
@@ -394,7 +408,8 @@ def test_one_process_at_a_time_has_the_folder(place: Path, tmp_path: Path) -> No
     # What a killed process leaves is nobody's.
     folder.root.mkdir()
     (folder.root / ".lock").write_text("process 1 on it")
-    train(recipe, console=quiet())
+    # The bytes of a file's name that is no text.
+    train(recipe, console=quiet(), command=["gradselect", "train", "caf\udce9.yaml"])
     assert not (folder.root / ".lock").exists()
     (folder.root / ".lock").symlink_to(folder.run_file)
     with pytest.raises(UsageError, match="cannot be written to"), locked(folder.root):

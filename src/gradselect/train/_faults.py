@@ -45,7 +45,9 @@ def describe_kept(folder: RunFolder) -> str:
 
 def describe_out_of_memory(error: BaseException, *, recipe: Recipe, folder: RunFolder) -> str:
     """What to type to find a setting that fits."""
-    command = ["gradselect", "plan", str(folder.recipe_file), "--fit", f"{_memory_mebibytes(recipe)}MiB"]
+    # Before the first step there is no copy of the recipe yet.
+    file = str(folder.recipe_file) if folder.recipe_file.exists() else "RECIPE"
+    command = ["gradselect", "plan", file, "--fit", f"{_memory_mebibytes(recipe)}MiB"]
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return (
         f"out of memory ({reason}); {describe_kept(folder)}. To find the best setting that fits, type: "

@@ -15,6 +15,11 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def has_launcher() -> bool:
+    """Whether torchrun or its like has started this process, be it the only one."""
+    return "WORLD_SIZE" in os.environ
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes and shows."""
     return os.environ.get("RANK", "0") == "0"

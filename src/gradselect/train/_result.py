@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -45,17 +44,16 @@ FREE_TO_CHANGE = {
 """Keys in which a resumed run may differ from the one that it continues."""
 
 
-def describe_start(
-    recipe: Recipe, inputs: Inputs, *, command: Sequence[str], checkpoint: Path | None
-) -> dict[str, Any]:
+def describe_start(recipe: Recipe, inputs: Inputs, *, command: Sequence[str]) -> dict[str, Any]:
     """What is known before the first step."""
     model = inputs.model
     return {
         "status": "started",
-        "command": list(command),
+        # A file's name may be no text.
+        "command": [word.encode("utf-8", "backslashreplace").decode("utf-8") for word in command],
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "processes": num_processes(),
-        "resumed_from": None if checkpoint is None else checkpoint.name,
+        "resumed_from": None,
         "recipe": recipe.model_dump(mode="json"),
         "model": {
             "class": type(model).__name__,

@@ -32,14 +32,16 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         console = Console(quiet=True)
     with claimed(folder, resume=resume, messages=messages) if is_first() else nullcontext():
         # 1 read what the recipe names
-        checkpoint, damaged = find_checkpoint(folder) if resume and is_first() else (None, {})
         inputs = read_inputs(recipe)
-        start = describe_start(recipe, inputs, command=command, checkpoint=checkpoint)
+        start = describe_start(recipe, inputs, command=command)
         if is_first() and folder.run_file.exists():
             check_same_run(folder, start)
+        checkpoint, damaged = find_checkpoint(folder) if resume and is_first() else (None, {})
+        start["resumed_from"] = None if checkpoint is None else checkpoint.name
 
         # 2 set up
-        trainer = build_trainer(recipe, inputs, folder=folder)
+        with _explained(recipe, folder):
+            trainer = build_trainer(recipe, inputs, folder=folder)
         notes = length_notes(trainer, inputs, recipe.data)
         wait_for_all()  # until the first has found the folder usable
         if is_first():

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from ._processes import is_first, num_processes
+from ._processes import has_launcher, is_first
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 SAME_SECONDS = 1.0
-"""Of several processes a launcher and a scheduler may both tell each; what comes within this time is one signal."""
+"""A launcher and a scheduler may both tell a process; what comes within this time is one signal."""
 
 
 class Preempted(SystemExit):
@@ -47,7 +47,7 @@ class SignalWatch:
         if not self.received:
             self.received, self._since = number, time.monotonic()
             self._acknowledge(number)
-            if num_processes() == 1:
+            if not has_launcher():
                 # Even where Python would not come to run a handler, the next one ends the process.
                 for each in self._numbers:
                     signal.signal(each, signal.SIG_DFL)
