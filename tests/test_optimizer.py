@@ -430,6 +430,16 @@ def test_a_newer_optimizer_takes_the_model_over():
         older.step()
 
 
+@pytest.mark.parametrize("settings", [{"accumulation_steps": 0}, {"accumulation_steps": 2, "update_in_backward": True}])
+def test_an_optimizer_that_is_refused_takes_nothing_over(settings):
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.Cyclic(every=1), lr=1e-2)
+    with pytest.raises(gs.UsageError, match="accumulation_steps"):
+        gs.BlockOptimizer(model, gs.All(), **settings)
+    train(model, optimizer, 2)
+    assert optimizer.num_steps == 2
+
+
 def test_closing_gives_the_model_back():
     model = tiny_llama()
     optimizer = gs.BlockOptimizer(model, gs.Fixed(("layer.1",)), lr=1e-2)

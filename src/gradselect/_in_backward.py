@@ -101,7 +101,7 @@ class BackwardUpdates:
             handle.remove()
 
 
-def check_update_in_backward(*, accumulation_steps: int = 1, grad_scaler: GradScaler | None = None) -> None:
+def check_update_in_backward(*, accumulation_steps: int, grad_scaler: GradScaler | None) -> None:
     """Nothing waits for all gradients between the backward pass and the update.
 
     Raises:

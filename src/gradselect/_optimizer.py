@@ -138,6 +138,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         check_is(residency, AbstractResidency, name="residency", example="residency=gs.Offload()")
         check_is(rule, AbstractRule, name="rule", example="rule=gs.AdamWRule()")
         check_hyper_parameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        _check_window(accumulation_steps, grad_scaler, update_in_backward=update_in_backward)
         check_placement(model)
         warn_of_whole(model)
         model = unwrapped(model)
@@ -157,10 +158,13 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
 
         self._together = Together(model, self, BlockOptimizer._begin_together) if is_running() else None
         self._set_trainable(self.blocks)
-        self._observer = GradientObserver(self._parameters_by_block(), is_one_of_many=self._together is not None)
+        self._observer = GradientObserver(
+            self._parameters_by_block(),
+            accumulation_steps=accumulation_steps,
+            grad_scaler=grad_scaler,
+            is_one_of_many=self._together is not None,
+        )
         self._in_backward = BackwardUpdates(self._states, self._table, self._observer) if update_in_backward else None
-        self.accumulation_steps = accumulation_steps
-        self.grad_scaler = grad_scaler
         self._reach = ReachCheck()
         self._give_back = self._give_back_at_end()
         self._propose()
@@ -178,7 +182,8 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             The closure's loss, or None.
 
         Raises:
-            UsageError: a newer optimizer has taken the model over, or a gradient is sparse.
+            UsageError: a newer optimizer has taken the model over; a gradient is sparse; a block of a compiled model
+                never gets one; the state of the selection exceeds the residency's `max_device_bytes`.
         """
         loss = self._evaluate(closure)
         if not self._saw_gradients():
@@ -272,10 +277,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
 
     @accumulation_steps.setter
     def accumulation_steps(self, value: int) -> None:
-        if not isinstance(value, int) or value < 1:
-            raise UsageError(f"accumulation_steps={value} must be 1 or more: backward passes per step")
-        if self.update_in_backward:
-            check_update_in_backward(accumulation_steps=value)
+        _check_window(value, self.grad_scaler, update_in_backward=self.update_in_backward)
         self._observer.accumulation_steps = value
 
     @property
@@ -285,8 +287,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
 
     @grad_scaler.setter
     def grad_scaler(self, value: GradScaler | None) -> None:
-        if self.update_in_backward:
-            check_update_in_backward(grad_scaler=value)
+        _check_window(self.accumulation_steps, value, update_in_backward=self.update_in_backward)
         self._observer.grad_scaler = value
 
     @property
@@ -489,6 +490,13 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     def _check_ownership(self) -> None:
         if not all(self._observer.owns(parameter) for parameter in self._table.all()):
             raise UsageError("a newer optimizer was built on this model, or this one was closed; step that one")
+
+
+def _check_window(accumulation_steps: int, grad_scaler: GradScaler | None, *, update_in_backward: bool) -> None:
+    if not isinstance(accumulation_steps, int) or accumulation_steps < 1:
+        raise UsageError(f"accumulation_steps={accumulation_steps} must be 1 or more: backward passes per step")
+    if update_in_backward:
+        check_update_in_backward(accumulation_steps=accumulation_steps, grad_scaler=grad_scaler)
 
 
 def _check_shards(parameters: Iterable[Parameter], rule: AbstractRule) -> None:

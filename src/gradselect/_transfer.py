@@ -218,11 +218,6 @@ class Transfer:
         self._read: list[Tensor] = []
         self._is_under_way = False
 
-    @property
-    def pinned_bytes(self) -> int:
-        """Host memory that is page-locked."""
-        return self._host.pinned_bytes
-
     def adopt(self, state: State, names: Sequence[str]) -> None:
         """A new state moves to memory that the way back may use when it has left."""
         if not self._lanes.is_apart:

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 
 from .._rules import AbstractRule, AdamWRule
-
-HALF = (torch.bfloat16, torch.float16)
+from .._state import HALF
 
 
 @dataclass(frozen=True, kw_only=True)
