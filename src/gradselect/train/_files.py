@@ -149,9 +149,11 @@ def _read_table(path: Path, lines: Any, columns: Sequence[str] | None) -> Iterat
             if not fields or (columns is not None and fields == header and lines.line_num == 1):
                 continue
             if len(fields) != len(header):
+                where = "the first line" if columns is None else "columns"
+                names = printable(", ".join(header))[:LONGEST_LIST]
                 raise UsageError(
-                    f"{path}, line {lines.line_num}: expected {len(header)} fields as in "
-                    f"{'the first line' if columns is None else 'columns'} ({', '.join(header)}), got {len(fields)}"
+                    f"{path}, line {lines.line_num}: expected {len(header)} fields as in {where} ({names}), got "
+                    f"{len(fields)}"
                 )
             yield dict(zip(header, fields, strict=True))
     except csv.Error as error:
