@@ -18,7 +18,7 @@ from gradselect._sealed import read_sealed
 from gradselect.compare._results import read_result, write_result
 from gradselect.evaluate import EvaluationSettings, evaluate, read_evaluation
 from gradselect.evaluate._model import load
-from gradselect.train._manifest import verify
+from gradselect.train._manifest import NAME, verify
 
 PAGE = 4096
 
@@ -56,7 +56,7 @@ def subjects(place: Path, run: Path, *, result: Path) -> Iterator[Subject]:
 
     trained = place / "trained"
     trained.mkdir()
-    for name in [*json.loads((run / "manifest.json").read_text())["files"], "manifest.json", "run.json"]:
+    for name in [*json.loads((run / NAME).read_text())["files"], NAME, "run.json"]:
         shutil.copy(run / name, trained)
     yield _subject("model", trained, _read_model, but=("run.json",))
     yield Subject(

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from train_fixtures import ADAGRADSELECT, parse, quiet, write_model, write_sums  # needs the path
 
 from gradselect.train import train
-from gradselect.train._manifest import verify
+from gradselect.train._manifest import NAME, verify
 
 RUN = {"steps": 6, "save_every": 2, "accumulation": 2, "keep_checkpoints": 2}
 OF_A_SESSION = re.compile(r"_runtime$|_per_second$|_seconds$|^train_loss$")
@@ -215,8 +215,8 @@ def contents(output: Path) -> dict[str, Any]:
                 files[name] = [{key: log[key] for key in log if not OF_A_SESSION.search(key)} for log in history]
             case "optimizer.pt" | "scheduler.pt":
                 files[name] = _plain(torch.load(path, weights_only=True))
-            case "manifest.json" | "training_args.bin" | "recipe.yaml" | "messages.log":
-                files[name] = "there" if path.name != "messages.log" else None
+            case here if here in (NAME, "training_args.bin", "recipe.yaml", "messages.log"):
+                files[name] = "there" if here != "messages.log" else None
             case _:
                 files[name] = path.read_bytes()
     return {name: value for name, value in files.items() if value is not None}

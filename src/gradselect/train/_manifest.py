@@ -13,9 +13,9 @@ from .. import UsageError
 from .._sealed import KEY, read_sealed, sealed
 from ._files import sha256
 
-NAME = "manifest.json"
+NAME = "gradselect-manifest.json"
+"""Of no other program: a model may come with a `manifest.json` of its own."""
 VERSION = 1
-KEYS = {"version", "step", "files", KEY}
 
 
 def write_manifest(folder: Path, *, step: int) -> None:
@@ -52,7 +52,7 @@ def digests_of_model(folder: Path) -> dict[str, str]:
         UsageError: the manifest is damaged.
     """
     path = folder / NAME
-    if not path.is_file() or _is_of_another_program(path):
+    if not path.is_file():
         return {}
     files = _read_with_seal(path)["files"]
     try:
@@ -125,15 +125,6 @@ def _read_with_seal(path: Path) -> dict[str, Any]:
     if KEY not in json.loads(path.read_bytes()):
         raise UsageError(f"{path}: damaged: it has no {KEY!r}; put a copy back, or make it again")
     return manifest
-
-
-def _is_of_another_program(path: Path) -> bool:
-    """Whether a file of this common name is no manifest of ours, not even one of whose keys a bit has flipped."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return not isinstance(values, dict) or len(KEYS & values.keys()) < len(KEYS) - 1
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -81,7 +81,7 @@ def load_text_tokenizer(path: str | Path, *, key: str, **options: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
-    _check_manifest(Path(path), "*token*", "vocab*", "merges.txt", "*.jinja")
+    _check_manifest(Path(path), "config.json", "*token*", "vocab*", "merges.txt", "*.jinja")
     with _in_words(f"{key}={str(path)!r} cannot be used, there is no tokenizer"):
         return AutoTokenizer.from_pretrained(path, **(options | _only_origin(options)))
 
