@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from train_fixtures import weights
 from gradselect import UsageError
 from gradselect._sealed import read_sealed, sealed
 from gradselect.cli import main
+from gradselect.compare import _process
 from gradselect.compare._process import failure_in
 from gradselect.compare._results import read_result
 from gradselect.compare._suite import parse_suite
+from gradselect.train import Preempted
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -382,3 +385,16 @@ def test_an_unknown_method_on_the_command_line_is_an_error(
         main(["compare", str(suite), "--only", "ful"])
     assert raised.value.code == 2
     assert "did you mean 'full'" in capsys.readouterr().err
+
+
+def test_a_signal_goes_on_to_the_run_and_waits_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job here tells the comparison to end, and needs a while to keep what it has."""
+    job = tmp_path / "job"
+    job.write_text("#!/bin/sh\ntrap 'sleep 0.3; echo kept; exit 143' TERM\nkill -TERM $PPID\nsleep 9 & wait\n")
+    job.chmod(0o755)
+    monkeypatch.setattr(_process.sys, "executable", str(job))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="143"):
+        _process.run_job(tmp_path / "job.json", tmp_path / "log")
+    assert (tmp_path / "log").read_text() == "kept\n"
+    assert signal.getsignal(signal.SIGTERM) == before

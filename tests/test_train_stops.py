@@ -41,6 +41,7 @@ from gradselect.train import _run as run_module
 from gradselect.train._checkpoints import delete_old_checkpoints
 from gradselect.train._folder import RunFolder, claimed
 from gradselect.train._lock import locked
+from gradselect.train._checkpoints import return_to
 from gradselect.train._manifest import NAME, verify, write_manifest
 from gradselect.train._result import save_model
 from gradselect.train._signals import watched_signals
@@ -140,6 +141,15 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
     assert {path.name for path in (killed / "checkpoints").iterdir()} == {"step-2", ".step-4.partial"}
     train(load_recipe(recipe), console=quiet(), resume=True)
     assert_same_weights(whole, killed)
+
+
+def test_a_checkpoint_too_many_of_a_killed_run_goes_when_it_is_resumed(whole: Path, tmp_path: Path) -> None:
+    """Killed between the writing of one and the deletion of the one before."""
+    folder = RunFolder(tmp_path / "killed")
+    for step in (2, 4, 6):
+        shutil.copytree(whole / "checkpoints" / "step-4", folder.checkpoint(step))
+    return_to(folder, folder.checkpoint(6), damaged={}, keep=2)
+    assert [path.name for path in folder.complete_checkpoints()] == ["step-4", "step-6"]
 
 
 # A schedule that does not end at 0: one step too many would show.

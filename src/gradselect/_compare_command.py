@@ -29,6 +29,7 @@ def compare(
     """Run the methods of SUITE side by side; one result file a run. What is done is not done again."""
     from .compare import compare as carry_out
     from .compare import load_suite
+    from .train import Preempted
 
     loaded = load_suite(suite, overrides or [])
     options = [word for pattern in only or [] for word in ("--only", pattern)]
@@ -44,6 +45,9 @@ def compare(
             resume=resume,
             command=[*words, *(["--resume"] if resume else [])],
         )
+    except Preempted as stopped:
+        typer.echo(f"{stopped.message}; go on with: {shlex.join([*words, '--resume'])}", err=True)
+        raise
     except KeyboardInterrupt:
         typer.echo(f"interrupted; go on with: {shlex.join([*words, '--resume'])}", err=True)
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None

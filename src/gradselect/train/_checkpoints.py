@@ -50,10 +50,11 @@ def find_checkpoint(folder: RunFolder) -> tuple[Path | None, dict[Path, str]]:
     return found, damaged
 
 
-def return_to(folder: RunFolder, checkpoint: Path | None, *, damaged: Mapping[Path, str]) -> None:
+def return_to(folder: RunFolder, checkpoint: Path | None, *, damaged: Mapping[Path, str], keep: int) -> None:
     """Make the folder what it was when `checkpoint` was written, or, without one, before the first step.
 
-    Records after it are cut, half-written checkpoints deleted, damaged ones renamed: they may hold what is of use.
+    Records after it are cut, half-written checkpoints deleted, damaged ones renamed: they may hold what is of use. Of
+    the others the last `keep` stay: a run that was killed between writing one and deleting another has one too many.
 
     Raises:
         UsageError: the folder cannot be written to.
@@ -64,6 +65,7 @@ def return_to(folder: RunFolder, checkpoint: Path | None, *, damaged: Mapping[Pa
         for path in damaged:
             path.rename(_free_name(path.with_name(f"damaged-{path.name}")))
         _return_records(folder, checkpoint)
+        delete_old_checkpoints(folder, keep=keep)
     except OSError as error:
         raise UsageError(f"run.output={folder.root} cannot be written to: {error}") from error
 

@@ -45,7 +45,7 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         notes = length_notes(trainer, inputs, recipe.data)
         wait_for_all()  # until the first has found the folder usable
         if is_first():
-            return_to(folder, checkpoint, damaged=damaged)
+            return_to(folder, checkpoint, damaged=damaged, keep=recipe.run.keep_checkpoints)
             write_start(folder, start, recipe)
         found = said_by_first(None if checkpoint is None else str(checkpoint))
         show_start(console, start, notes=notes, checkpoint=checkpoint, damaged=damaged, resume=resume)
