@@ -38,10 +38,9 @@ from gradselect._sealed import sealed
 from gradselect.cli import main
 from gradselect.train import Preempted, load_recipe, train
 from gradselect.train import _run as run_module
-from gradselect.train._checkpoints import delete_old_checkpoints
+from gradselect.train._checkpoints import delete_old_checkpoints, return_to
 from gradselect.train._folder import RunFolder, claimed
 from gradselect.train._lock import locked
-from gradselect.train._checkpoints import return_to
 from gradselect.train._manifest import NAME, verify, write_manifest
 from gradselect.train._result import save_model
 from gradselect.train._signals import watched_signals
