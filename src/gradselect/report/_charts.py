@@ -204,6 +204,7 @@ def draw_differences(differences: Sequence[Difference], *, measure: Measure, ref
     axes.set_yticks(range(len(differences)), names, fontsize=9.5)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(differences) - 0.4, -0.6)
+    axes.locator_params(axis="x", nbins=6)
     better = "right" if measure.higher_is_better else "left"
     axes.set_xlabel(f"difference{measure.unit and ', '}{measure.unit}")
     axes.spines["left"].set_visible(False)
