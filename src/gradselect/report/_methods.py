@@ -23,7 +23,7 @@ class Method:
     """The scored runs of one method at one learning rate, one a seed, in the order of the seeds.
 
     Attributes:
-        rates: all that it was tried at, ascending; also those that the grid has gained since.
+        rates: the grids of all its runs together, ascending: what a search was to try, earlier or later.
     """
 
     name: str
