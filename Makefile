@@ -11,9 +11,10 @@ quickstart: .venv/.train  ## fine-tune the embedded base model on word problems 
 test: .venv/.dev  ## the whole test suite, offline, on CPU
 	$(BIN)/python -m pytest --numprocesses auto
 
-lint: .venv/.dev  ## style and types
+lint: .venv/.dev  ## style, types, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright
 
 bench: .venv/.dev  ## step time of every method against full fine-tuning, side by side; writes benchmarks/results

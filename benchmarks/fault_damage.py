@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from gradselect import UsageError, delta
-from gradselect._sealed import read_sealed
-from gradselect.compare._results import read_result, write_result
-from gradselect.evaluate import EvaluationSettings, evaluate, read_evaluation
-from gradselect.evaluate._model import load
-from gradselect.train._manifest import NAME, verify
+from gradselect.app.compare.results import read_result, write_result
+from gradselect.app.evaluate import EvaluationSettings, evaluate, read_evaluation
+from gradselect.app.evaluate.language_model import load
+from gradselect.files.checked_json import read_sealed
+from gradselect.files.manifest import MANIFEST_NAME, verify
 
 PAGE = 4096
 
@@ -56,7 +56,7 @@ def subjects(place: Path, run: Path, *, result: Path) -> Iterator[Subject]:
 
     trained = place / "trained"
     trained.mkdir()
-    for name in [*json.loads((run / NAME).read_text())["files"], NAME, "run.json"]:
+    for name in [*json.loads((run / MANIFEST_NAME).read_text())["files"], MANIFEST_NAME, "run.json"]:
         shutil.copy(run / name, trained)
     yield _subject("model", trained, _read_model, but=("run.json",))
     yield Subject(

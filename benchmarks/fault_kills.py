@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from train_fixtures import ADAGRADSELECT, parse, quiet, write_model, write_sums  # needs the path
 
-from gradselect.train import train
-from gradselect.train._manifest import NAME, verify
+from gradselect.app.train import train
+from gradselect.files.manifest import MANIFEST_NAME, verify
 
 RUN = {"steps": 6, "save_every": 2, "accumulation": 2, "keep_checkpoints": 2}
 OF_A_SESSION = re.compile(r"_runtime$|_per_second$|_seconds$|^train_loss$")
@@ -180,7 +180,7 @@ def _kill_once(place: Path, output: Path, *, log: Path, at: int | None, after: f
 
 def _note_checkpoints(done: Path) -> None:
     """Write down which checkpoints have been saved to their end."""
-    from gradselect.train._trainer import RunTrainer
+    from gradselect.app.train.trainer import RunTrainer
 
     save = RunTrainer._save_checkpoint
 
@@ -215,7 +215,7 @@ def contents(output: Path) -> dict[str, Any]:
                 files[name] = [{key: log[key] for key in log if not OF_A_SESSION.search(key)} for log in history]
             case "optimizer.pt" | "scheduler.pt":
                 files[name] = _plain(torch.load(path, weights_only=True))
-            case here if here in (NAME, "training_args.bin", "recipe.yaml", "messages.log"):
+            case here if here in (MANIFEST_NAME, "training_args.bin", "recipe.yaml", "messages.log"):
                 files[name] = "there" if here != "messages.log" else None
             case _:
                 files[name] = path.read_bytes()

@@ -43,7 +43,7 @@ from fault_kills import kill, make_place, ranks, train_once  # noqa: E402
 from train_fixtures import ADAGRADSELECT, recipe_values  # noqa: E402
 
 from gradselect import AdaGradSelect, BlockOptimizer, JsonlWriter, Offload, UsageError  # noqa: E402
-from gradselect.train import load_recipe  # noqa: E402
+from gradselect.app.recipe import load_recipe  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "faults.json"
 PAGE = ROOT / "docs" / "reliability.md"
@@ -101,8 +101,8 @@ def _fuzz_recipes(place: Path, *, count: int, seed: int, failures: list[str]) ->
 def _fuzz_data(*, count: int, seed: int, failures: list[str]) -> dict[str, int]:
     from pydantic import TypeAdapter
 
-    from gradselect.train._data import load_examples
-    from gradselect.train._recipe import Data
+    from gradselect.app.inputs.examples import load_examples
+    from gradselect.app.recipe.schema import Data
 
     outcomes: Counter[str] = Counter()
     for number in range(count):
@@ -141,7 +141,7 @@ def _unclear(message: str) -> str | None:
 
 def _command(path: Path) -> None:
     """`gradselect train`; its message as an error where the exit code is 2."""
-    from gradselect.cli import main
+    from gradselect.app.cli import main
 
     shown = io.StringIO()
     try:
@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT, help="the file that what was seen is added to")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    import gradselect.train._run  # noqa: F401  # before the forks, which then have it
+    import gradselect.app.train.run  # noqa: F401  # before the forks, which then have it
 
     is_good = True
     results = json.loads(arguments.result.read_text("utf-8")) if arguments.result.exists() else {}

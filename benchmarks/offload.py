@@ -30,8 +30,8 @@ import transformers
 from torch import nn
 
 import gradselect as gs
-from gradselect._residency import AbstractMover, _Offloading
-from gradselect._transfer import SynchronousLanes, Transfer
+from gradselect.core.residency import AbstractMover, _Offloading
+from gradselect.core.transfer import SynchronousLanes, Transfer
 
 RESULT = Path(__file__).parent / "results" / "offload.json"
 WARMUP = 30

@@ -25,8 +25,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gradselect as gs
-from gradselect.evaluate import EvaluationResult, EvaluationSettings, evaluate
-from gradselect.train import Recipe, load_recipe, train
+from gradselect.app.evaluate import EvaluationResult, EvaluationSettings, evaluate
+from gradselect.app.recipe import Recipe, load_recipe
+from gradselect.app.train import train
 
 HERE = Path(__file__).parent
 OUT = HERE / "out"

@@ -9,8 +9,8 @@ import torch
 from train_fixtures import byte_tokenizer, recipe_values, write_model
 from transformers import BertConfig, BertModel
 
-from gradselect.train import Recipe
-from gradselect.train._load import parse_recipe
+from gradselect.app.recipe import Recipe
+from gradselect.app.recipe.load import parse_recipe
 
 COLUMNS = ["number", "grade", "sentence", "other"]
 """Of the files, which name none."""

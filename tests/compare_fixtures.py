@@ -13,12 +13,13 @@ from rich.console import Console
 from train_fixtures import recipe_values, write_model, write_sums
 
 from gradselect import UsageError
-from gradselect.compare import Suite, _comparison
-from gradselect.compare._child import carry_out
-from gradselect.compare._job import Job
-from gradselect.compare._results import ResultsFolder
-from gradselect.compare._source import SourceState
-from gradselect.compare._suite import parse_suite
+from gradselect.app.compare import Suite
+from gradselect.app.compare import comparison as _comparison
+from gradselect.app.compare.git_state import SourceState
+from gradselect.app.compare.job import Job
+from gradselect.app.compare.results import ResultsFolder
+from gradselect.app.compare.suite import parse_suite
+from gradselect.app.compare.worker import carry_out
 
 FULL = {"method": {"name": "full"}, "rates": [1e-3, 1e-2]}
 BLOCKS = {"method": {"name": "uniform", "count": 2}, "rates": [1e-2]}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from gradselect._delta_checkpoint import INDEX, WEIGHTS
+from gradselect.delta.checkpoint import INDEX, WEIGHTS
 
 Tensors = dict[str, torch.Tensor]
 

@@ -6,7 +6,7 @@ import torch
 from tiny_models import tiny_batch
 from torch import Tensor, nn
 
-from gradselect._mask import AbstractCompactMask, FromWeights, MaskTensor, TopOfGradient
+from gradselect.entries.mask import AbstractCompactMask, FromWeights, MaskTensor, TopOfGradient
 
 Entries = dict[str, list[int]]
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch.nn import Parameter
 
-from gradselect._blocks import Block
-from gradselect._policy import AbstractPolicy
+from gradselect.blocks.policy import AbstractPolicy
+from gradselect.core.block import Block
 
 NUM_STEPS = 60
 BLOCK_NAMES = ("embedding", "layer.0", "layer.1", "layer.2", "layer.3", "layer.4", "norm")

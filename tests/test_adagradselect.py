@@ -13,7 +13,8 @@ from policy_support import BLOCK_NAMES, make_blocks, norms_at, take_step
 from scipy import stats
 
 from gradselect import UsageError
-from gradselect._policy import best, gumbel, log_gamma, open_uniform, stream
+from gradselect.blocks.draws import gumbel, log_gamma, open_uniform, stream
+from gradselect.blocks.policy import best
 from gradselect.policies import AdaGradSelect
 from gradselect.policies.adagradselect import due
 

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gradselect import Block, UsageError, _blocks, _structure, partition
-from gradselect._blocks import resolve_names
+from gradselect import Block, UsageError, partition
+from gradselect.blocks import partitioning as _blocks
+from gradselect.blocks import structure as _structure
+from gradselect.blocks.partitioning import resolve_names
 
 
 def layers(count: int, side: str = "") -> list[str]:

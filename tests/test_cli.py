@@ -10,7 +10,7 @@ from train_fixtures import write_model, write_recipe, write_sums
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradselect
-from gradselect.cli import main
+from gradselect.app.cli import main
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -135,7 +135,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gradselect.train._trainer.RunTrainer.compute_loss", interrupt)
+    monkeypatch.setattr("gradselect.app.train.trainer.RunTrainer.compute_loss", interrupt)
     with pytest.raises(SystemExit) as raised:
         main(["train", str(place / "recipe.yaml"), f"run.output={tmp_path / 'out'}"])
     assert raised.value.code == 130

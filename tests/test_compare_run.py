@@ -12,13 +12,13 @@ from compare_fixtures import BLOCKS, FULL, MISFIT, Runner, make_suite, suite_val
 from train_fixtures import weights
 
 from gradselect import UsageError
-from gradselect._sealed import read_sealed, sealed
-from gradselect.cli import main
-from gradselect.compare import _process
-from gradselect.compare._process import failure_in
-from gradselect.compare._results import read_result
-from gradselect.compare._suite import parse_suite
-from gradselect.train import Preempted
+from gradselect.app.cli import main
+from gradselect.app.compare import subprocesses as _process
+from gradselect.app.compare.results import read_result
+from gradselect.app.compare.subprocesses import failure_in
+from gradselect.app.compare.suite import parse_suite
+from gradselect.app.runtime import Preempted
+from gradselect.files.checked_json import read_sealed, sealed
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -263,7 +263,7 @@ def test_scores_at_a_rate_that_is_no_longer_best_go_aside(place: Path, copy: Pat
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint(place: Path, tmp_path: Path, runner: Runner) -> None:
     """Stopped after step 2 of 4, and resumed: the weights are those of a run that was never stopped."""
-    from gradselect.compare import _child
+    from gradselect.app.compare import worker as _child
 
     suite = make_suite(place, methods={"uniform 2": BLOCKS}, seeds=1)
     run = suite.recipe.run.model_copy(update={"steps": 4, "save_every": 2})
@@ -279,7 +279,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(place: Path, tmp_path: P
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_child, "measure_shipment", keep)
         runner(suite, tmp_path / "whole")
-        patch.setattr("gradselect.train._trainer.RunTrainer.log", stop_after_a_checkpoint(tmp_path / "cut"))
+        patch.setattr("gradselect.app.train.trainer.RunTrainer.log", stop_after_a_checkpoint(tmp_path / "cut"))
         with pytest.raises(KeyboardInterrupt):
             runner(suite, tmp_path / "cut")
         patch.undo()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from gradselect.compare._statistics import holm_adjusted, mcnemar_exact, mean_and_deviation
+from gradselect.app.stats.tests import holm_adjusted, mcnemar_exact, mean_and_deviation
 
 
 @given(st.integers(0, 60), st.integers(0, 60))

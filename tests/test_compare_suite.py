@@ -8,9 +8,9 @@ import pytest
 from compare_fixtures import BLOCKS, FULL, suite_values
 
 from gradselect import UsageError
-from gradselect.compare import load_suite
-from gradselect.compare._plan import best_rate, is_at_edge, rate_runs, score_run
-from gradselect.compare._suite import MethodEntry, parse_suite, slug
+from gradselect.app.compare import load_suite
+from gradselect.app.compare.schedule import best_rate, is_at_edge, rate_runs, score_run
+from gradselect.app.compare.suite import MethodEntry, parse_suite, slug
 
 SUITES = Path(__file__).parents[1] / "suites"
 MINE = ("quick", "paper", "paper-llama-3.2-1b", "paper-phi-4-mini", "peft")

@@ -29,7 +29,7 @@ from tiny_models import tiny_batch, tiny_llama, tiny_lora
 
 import gradselect as gs
 from gradselect import delta
-from gradselect._delta_file import index_dtype
+from gradselect.delta.file import index_dtype
 
 DTYPES = (
     torch.float32,
@@ -124,8 +124,8 @@ def test_indices_are_int64_only_where_int32_ends():
 
 def test_int64_indices_apply_and_revert(tmp_path, monkeypatch):
     """What a tensor of more than 2³¹ entries does, with the limit at none."""
-    for module in ("_delta_file", "_delta_diff"):
-        monkeypatch.setattr(f"gradselect.{module}.index_dtype", lambda num_entries: torch.int64)
+    for module in ("file", "difference"):
+        monkeypatch.setattr(f"gradselect.delta.{module}.index_dtype", lambda num_entries: torch.int64)
     weight = noise(50)
     base = write_model(tmp_path / "base", {"w": weight})
     round_trip(tmp_path, base, write_model(tmp_path / "tuned", {"w": with_changes(weight, [49])}))

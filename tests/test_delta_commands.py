@@ -6,7 +6,7 @@ import pytest
 from delta_support import noise, same_model, with_changes, write_model
 
 from gradselect import delta
-from gradselect.cli import main
+from gradselect.app.cli import main
 
 
 @pytest.fixture

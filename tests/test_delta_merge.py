@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradselect import UsageError, delta
-from gradselect._delta_checkpoint import as_bits
-from gradselect._delta_merge import combined_bits
+from gradselect.delta.checkpoint import as_bits
+from gradselect.delta.merging import combined_bits
 
 
 def deltas_of(folder, base, *models, files=()):

@@ -21,8 +21,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gradselect as gs
-from gradselect._distributed import check_placement
 from gradselect.integrations import distributed
+from gradselect.parallel.wrappers import check_placement
 
 STEPS = 30
 POLICIES = {

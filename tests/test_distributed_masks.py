@@ -20,8 +20,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import gradselect as gs
-from gradselect._shards import Shards, ordered_bits
-from gradselect._top import TopEntries
+from gradselect.entries.shards import Shards, ordered_bits
+from gradselect.entries.top_k import TopEntries
 from gradselect.integrations import distributed
 
 STEPS = 8

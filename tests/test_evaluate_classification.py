@@ -16,10 +16,10 @@ from train_fixtures import quiet
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gradselect import UsageError
-from gradselect.cli import main
-from gradselect.evaluate import EvaluationSettings, evaluate, evaluate_model
-from gradselect.evaluate._metrics import class_metrics, f1, matthews_correlation, pearson, ranks, spearman
-from gradselect.train import train
+from gradselect.app.cli import main
+from gradselect.app.evaluate import EvaluationSettings, evaluate, evaluate_model
+from gradselect.app.stats.metrics import class_metrics, f1, matthews_correlation, pearson, ranks, spearman
+from gradselect.app.train import train
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -175,7 +175,7 @@ def test_the_command_line_takes_all_of_it(place: Path, tmp_path: Path, capsys: p
 
 def test_the_command_line_takes_stop_strings(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("gradselect.cli._evaluate_task", seen.append)
+    monkeypatch.setattr("gradselect.app.cli.evaluate._evaluate_task", seen.append)
     for stop in ([], ["--stop", "\\n\\n", "--stop", "END"]):
         with pytest.raises(SystemExit):
             main(["evaluate", "somewhere", "--task", "gsm8k", *stop])

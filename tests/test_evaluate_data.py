@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from gradselect import UsageError
-from gradselect.evaluate import EvaluationSettings
-from gradselect.evaluate._data import passages, problems, read_source
+from gradselect.app.evaluate import EvaluationSettings
+from gradselect.app.evaluate.problems import passages, problems, read_source
 
 GSM8K = {"question": "How many is 2 + 3?", "answer": "2 + 3 = 5\n#### 5"}
 MATH = {"problem": "Half of one?", "solution": "It is $\\boxed{\\frac12}$.", "level": 1}

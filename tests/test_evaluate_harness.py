@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gradselect import UsageError
-from gradselect.evaluate import EvaluationSettings, evaluate, run_harness
+from gradselect.app.evaluate import EvaluationSettings, evaluate, run_harness
 
 REPORT = {
     "results": {

@@ -19,13 +19,13 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from gradselect import UsageError
-from gradselect.evaluate import EvaluationSettings, evaluate, evaluate_model, read_evaluation
-from gradselect.evaluate._data import Passage
-from gradselect.evaluate._generation import answer_all, greedy_config
-from gradselect.evaluate._judge import Judge
-from gradselect.evaluate._model import LanguageModel, wrap
-from gradselect.evaluate._results import ItemWriter
-from gradselect.evaluate._tokens import encode_prompt, segments
+from gradselect.app.evaluate import EvaluationSettings, evaluate, evaluate_model, read_evaluation
+from gradselect.app.evaluate.answer_judge import Judge
+from gradselect.app.evaluate.generation import answer_all, greedy_config
+from gradselect.app.evaluate.language_model import LanguageModel, wrap
+from gradselect.app.evaluate.problems import Passage
+from gradselect.app.evaluate.results import ItemWriter
+from gradselect.app.evaluate.tokens import encode_prompt, segments
 
 CONTEXT = 96
 HOSTILE = r"\boxed{9^{9^{9^9}}}"
@@ -296,7 +296,7 @@ def test_sampling_in_the_generation_config_is_put_aside_and_the_rest_is_kept(
 def test_a_hostile_answer_neither_hangs_nor_counts(
     model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("gradselect.evaluate._run.Judge", functools.partial(Judge, timeout_seconds=0.5))
+    monkeypatch.setattr("gradselect.app.evaluate.evaluation.Judge", functools.partial(Judge, timeout_seconds=0.5))
     rows = [{"problem": "Hang!", "answer": "5"}, {"problem": "Hang!", "answer": HOSTILE}]
     result = evaluate_model(model, tokenizer, settings(write(tmp_path / "d.jsonl", rows), task="math"))
     assert result.items[0]["extracted"] == "9^{9^{9^9}}"
@@ -509,7 +509,7 @@ def test_bfloat16_is_loaded_when_asked_for(folder: Path, data: Path) -> None:
 
 def test_importing_evaluate_loads_none_of_the_heavy_packages() -> None:
     heavy = ["transformers", "datasets", "trl", "math_verify", "lm_eval"]
-    code = f"import sys, gradselect.evaluate; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, gradselect.app.evaluate; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from gradselect.evaluate._statistics import mean_loss, mean_loss_interval, wilson_interval
+from gradselect.app.stats.intervals import mean_loss, mean_loss_interval, wilson_interval
 
 
 @settings(deadline=None, derandomize=True)

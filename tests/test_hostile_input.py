@@ -20,17 +20,17 @@ from safetensors.torch import load_file, save_file
 from train_fixtures import recipe_values, write_model
 
 from gradselect import UsageError, delta
-from gradselect._sealed import read_sealed, sealed
-from gradselect.compare._suite import load_suite
-from gradselect.evaluate import EvaluationSettings, read_evaluation
-from gradselect.evaluate._model import load
-from gradselect.train import Recipe, load_recipe
-from gradselect.train import _files as files_module
-from gradselect.train._data import load_examples
-from gradselect.train._files import read_rows
-from gradselect.train._manifest import NAME, write_manifest
-from gradselect.train._model import load_model
-from gradselect.train._recipe import ModelSettings, TextData
+from gradselect.app.compare.suite import load_suite
+from gradselect.app.data import rows as files_module
+from gradselect.app.data.rows import read_rows
+from gradselect.app.evaluate import EvaluationSettings, read_evaluation
+from gradselect.app.evaluate.language_model import load
+from gradselect.app.inputs.examples import load_examples
+from gradselect.app.inputs.model import load_model
+from gradselect.app.recipe import Recipe, load_recipe
+from gradselect.app.recipe.schema import ModelSettings, TextData
+from gradselect.files.checked_json import read_sealed, sealed
+from gradselect.files.manifest import MANIFEST_NAME, write_manifest
 
 ROOT = Path(__file__).parent.parent
 
@@ -140,9 +140,9 @@ def test_a_trained_model_is_read_as_it_was_written_or_not_at_all(model: Path) ->
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UsageError, match=rf"model\.safetensors is not as it was written.*delete .*{NAME}"):
+    with pytest.raises(UsageError, match=rf"model\.safetensors is not as it was written.*delete .*{MANIFEST_NAME}"):
         load_plainly(model)
-    (model / NAME).unlink()
+    (model / MANIFEST_NAME).unlink()
     load_plainly(model)
 
 
@@ -153,15 +153,15 @@ def test_a_manifest_of_another_program_is_none_of_ours(model: Path) -> None:
 
 def test_a_manifest_that_is_not_as_it_was_written_is_damaged(model: Path) -> None:
     write_manifest(model, step=3)
-    text = (model / NAME).read_text()
+    text = (model / MANIFEST_NAME).read_text()
     for key in ("files", "sha256", "step"):
         changed = text.replace(f'\n "{key}"', '\n "x"')
         assert changed != text
-        (model / NAME).write_text(changed)
-        with pytest.raises(UsageError, match=rf"{NAME}: damaged"):
+        (model / MANIFEST_NAME).write_text(changed)
+        with pytest.raises(UsageError, match=rf"{MANIFEST_NAME}: damaged"):
             load_plainly(model)
-    (model / NAME).write_text(json.dumps({"version": 1, "step": 1, "files": {"config.json": "0"}}))
-    with pytest.raises(UsageError, match=rf"{NAME}: damaged"):
+    (model / MANIFEST_NAME).write_text(json.dumps({"version": 1, "step": 1, "files": {"config.json": "0"}}))
+    with pytest.raises(UsageError, match=rf"{MANIFEST_NAME}: damaged"):
         load_plainly(model)
 
 

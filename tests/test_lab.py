@@ -12,10 +12,10 @@ import torch
 from train_fixtures import write_model, write_sums
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from gradselect.compare._suite import load_suite
-from gradselect.train._folder import RunFolder
-from gradselect.train._inputs import read_inputs
-from gradselect.train._setup import build_trainer
+from gradselect.app.compare.suite import load_suite
+from gradselect.app.inputs import read_inputs
+from gradselect.app.runtime.run_folder import RunFolder
+from gradselect.app.train.setup import build_trainer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "quickstart")]

@@ -12,14 +12,10 @@ import transformers
 from tiny_models import VOCABULARY, causal, tiny_batch, tiny_llama
 
 import gradselect as gs
-from gradselect._low_bit import dequantise, num_reached, quantise
-from gradselect.integrations.transformers import (
-    SelectionCallback,
-    SelectiveOptimizerFactory,
-    checkpoint_selected,
-)
-from gradselect.train._load import parse_recipe
-from gradselect.train._parts import _block_options
+from gradselect.app.recipe.load import parse_recipe
+from gradselect.app.train.method_setup import _block_options
+from gradselect.core.adamw_8bit import dequantise, num_reached, quantise
+from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory, checkpoint_selected
 
 POLICIES = {
     "adagradselect": lambda: gs.AdaGradSelect(fraction=0.4, explore_steps=3, every=2),
@@ -181,7 +177,7 @@ def test_what_needs_all_gradients_at_once_is_refused_with_an_update_in_the_backw
         optimizer.accumulation_steps = 3
     with pytest.raises(gs.UsageError, match="grad_scaler"):
         optimizer.grad_scaler = scaler
-    monkeypatch.setattr(importlib.import_module("gradselect._in_backward"), "is_running", lambda: True)
+    monkeypatch.setattr(importlib.import_module("gradselect.blocks.backward_updates"), "is_running", lambda: True)
     with pytest.raises(gs.UsageError, match=r"torch\.distributed"):
         build_with()
 
@@ -250,7 +246,7 @@ def test_the_first_step_is_adamws_and_parts_are_updated_as_the_whole(monkeypatch
     assert torch.equal(moved(gs.AdamW8bitRule(), steps=1), moved(gs.AdamWRule(), steps=1))
     whole, half = moved(gs.AdamW8bitRule(), steps=3), moved(gs.AdamW8bitRule(), dtype=torch.bfloat16, steps=3)
     torch.testing.assert_close(half.float(), whole, rtol=0.02, atol=0.02)  # bf16 has 8 bits
-    monkeypatch.setattr(importlib.import_module("gradselect._low_bit"), "PART", 1024)
+    monkeypatch.setattr(importlib.import_module("gradselect.core.adamw_8bit"), "PART", 1024)
     assert torch.equal(moved(gs.AdamW8bitRule(), steps=3), whole)
 
 

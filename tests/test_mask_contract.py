@@ -14,7 +14,7 @@ from torch import nn
 
 import gradselect as gs
 from gradselect import UsageError, masks, salience
-from gradselect._mask import AbstractCompactMask, AbstractDenseMask, AbstractMask, FromWeights, TopOfGradient
+from gradselect.entries.mask import AbstractCompactMask, AbstractDenseMask, AbstractMask, FromWeights, TopOfGradient
 
 NUM_STEPS = 6
 LAYERS = 2

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradselect import GMT, _top
+from gradselect import GMT
+from gradselect.entries import top_k as _top
 from gradselect.masks import gmt
 from gradselect.masks.gmt import kth_largest_by_digits, kth_largest_magnitude
 

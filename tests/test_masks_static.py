@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradselect import SparseOptimizer, StaticMask, UsageError, salience
-from gradselect.masks._estimate import Probe
+from gradselect.masks.calibration import Probe
 from gradselect.masks.static import weight_scores
 
 Weights = dict[str, Tensor]

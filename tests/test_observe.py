@@ -11,7 +11,8 @@ from tiny_models import tiny_batch, tiny_llama, tiny_mixtral
 from torch import nn
 
 import gradselect as gs
-from gradselect._observe import GradientObserver, gradient_norm
+from gradselect.blocks.observer import GradientObserver
+from gradselect.core.gradients import gradient_norm
 from gradselect.reference import block_norms, top_blocks
 
 

@@ -82,8 +82,11 @@ def test_selecting_everything_in_bf16_without_masters_is_adamw_bitwise():
 
 
 def test_equals_the_readable_twin(policy):
-    """Tolerance: the twin writes the formula out, and rounds in another order than torch does."""
-    ours, theirs = tiny_llama(), tiny_llama()
+    """The twin rounds in another order than torch. In float64, where that stays far below the tolerance.
+
+    In float32 some processors exceeded 1e-3: where v is near eps^2, Adam amplifies a difference of rounding.
+    """
+    ours, theirs = tiny_llama(dtype=torch.float64), tiny_llama(dtype=torch.float64)
     optimizer = gs.BlockOptimizer(ours, policy, lr=1e-2)
     blocks = gs.partition(theirs)
     twin = SelectiveAdamW(blocks, policy.bind(blocks), lr=1e-2)
@@ -93,7 +96,7 @@ def test_equals_the_readable_twin(policy):
         assert twin.step() == optimizer.last_record.selected
         theirs.zero_grad()
     for name, weight in weights(ours).items():
-        torch.testing.assert_close(weight, theirs.get_parameter(name).detach(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(weight, theirs.get_parameter(name).detach(), rtol=1e-6, atol=1e-9)
 
 
 # Unselected means untouched ----------------------------------------------------------------------------------------

@@ -30,13 +30,12 @@ from tiny_models import (
 from torch import nn
 
 import gradselect as gs
-from gradselect.compare._flop import step_time
+from gradselect.blocks.flops import step_time
 from gradselect.planning import Plan
-from gradselect.planning._choices import ask, mean_depth, mean_elements
-from gradselect.planning._count import count_saved, on_meta
-from gradselect.planning._forward import ForwardPass
-from gradselect.planning._loss import peak_logits, saved_logits
-from gradselect.planning._tape import Rows
+from gradselect.planning.forward_pass import ForwardPass, peak_logits, saved_logits
+from gradselect.planning.meta_forward import count_saved, on_meta
+from gradselect.planning.policy_survey import ask, mean_depth, mean_elements
+from gradselect.planning.tape import Rows
 
 BATCH, LENGTH = 3, 16
 

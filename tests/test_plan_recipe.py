@@ -11,11 +11,11 @@ import pytest
 from train_fixtures import NUM_LAYERS, parse, quiet, write_model, write_recipe, write_sums
 
 import gradselect as gs
-from gradselect.cli import main
-from gradselect.planning._recipe_model import RecipePlanner
-from gradselect.planning._recipe_plan import changed, find_best, plan_recipe, sparing_levers
-from gradselect.planning._sizes import read_fractions, read_size, smallest_text, write_size
-from gradselect.train import train
+from gradselect.app.cli import main
+from gradselect.app.recipe_planning.planner import RecipePlanner
+from gradselect.app.recipe_planning.variants import changed, find_best, plan_recipe, sparing_levers
+from gradselect.app.train import train
+from gradselect.usage.byte_sizes import read_fractions, read_size, smallest_text, write_size
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")

@@ -12,7 +12,7 @@ import torch
 from policy_support import BLOCK_NAMES, NUM_STEPS, choose, make_blocks, run, through_torch
 
 from gradselect import UsageError, policies
-from gradselect._policy import AbstractPolicy, resolve_count
+from gradselect.blocks.policy import AbstractPolicy, resolve_count
 from gradselect.policies import MISA, AdaGradSelect, All, Cyclic, Fixed, GradNormTopK, Uniform
 
 # What to build, given a seed. Rows that ignore the seed draw nothing.

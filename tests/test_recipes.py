@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gradselect.train import load_recipe
-from gradselect.train._data import load_examples
+from gradselect.app.inputs.examples import load_examples
+from gradselect.app.recipe import load_recipe
 
 SHARED = Path(os.environ.get("GRADSELECT_SHARED", Path(__file__).parents[2] / "shared"))
 RECIPES = Path(__file__).parents[1] / "recipes"

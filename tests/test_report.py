@@ -13,13 +13,13 @@ import pytest
 from report_fixtures import METHODS, block_selection, result, results_of, write, write_all
 
 from gradselect import UsageError
-from gradselect.cli import main
-from gradselect.report import write_report
-from gradselect.report._comparison import compare_results
-from gradselect.report._findings import findings
-from gradselect.report._read import read_results
-from gradselect.report._sections import build_page
-from gradselect.report._tables import Namer, results_table
+from gradselect.app.cli import main
+from gradselect.app.report import write_report
+from gradselect.app.report.comparison import compare_results
+from gradselect.app.report.findings import findings
+from gradselect.app.report.read_results import read_results
+from gradselect.app.report.sections import build_page
+from gradselect.app.report.tables import Namer, results_table
 
 FEW = ("full", "AdaGradSelect 20 %", "ID3 1 %")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -74,7 +74,7 @@ def page(written):
 
 
 def make(results: Path, output: Path) -> Path:
-    code = "import sys; from gradselect.cli import main; main(sys.argv[1:])"
+    code = "import sys; from gradselect.app.cli import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "report", str(results), "--output", str(output)]
     subprocess.run(command, check=True, capture_output=True, env={**ENVIRONMENT, "PYTHONHASHSEED": "random"})
     return output

@@ -9,11 +9,12 @@ import pytest
 from report_fixtures import result, write, write_all
 from scipy import stats
 
-from gradselect.report import _words as words
-from gradselect.report._charts import Point, pareto_front, slug, smoothed
-from gradselect.report._comparison import compare_results
-from gradselect.report._read import read_results
-from gradselect.report._statistics import (
+from gradselect.app.report import number_format as words
+from gradselect.app.report.chart_lines import smoothed
+from gradselect.app.report.charts import Point, pareto_front, slug
+from gradselect.app.report.comparison import compare_results
+from gradselect.app.report.read_results import read_results
+from gradselect.app.stats.bootstrap import (
     STUDENT_95,
     Outcomes,
     draw_means,

@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import gradselect as gs
-from gradselect._residency import AbstractMover, _Offloading
-from gradselect._transfer import AbstractLanes, CudaLanes, Lane, SynchronousLanes, Transfer
+from gradselect.core.residency import AbstractMover, _Offloading
+from gradselect.core.transfer import AbstractLanes, CudaLanes, Lane, SynchronousLanes, Transfer
 
 WAYS = (Lane.OUT, Lane.BACK)
 NUM_STEPS = 25

@@ -12,8 +12,8 @@ from tiny_models import tiny_batch, tiny_llama
 from torch.nn import functional
 
 import gradselect as gs
-from gradselect import _entries
-from gradselect._entries import EntryStore, index_dtype
+from gradselect.entries import store as _entries
+from gradselect.entries.store import EntryStore, index_dtype
 from gradselect.reference import DenseID3
 
 ENTRY_BYTES = 12

@@ -35,9 +35,9 @@ from torch.nn import functional
 import gradselect as gs
 from gradselect import sparsegrad
 from gradselect.sparsegrad import RotatedLinear
-from gradselect.sparsegrad._bases import GramMatrices
-from gradselect.sparsegrad._energy import energy_share
-from gradselect.sparsegrad._rotated import Bases
+from gradselect.sparsegrad.bases import GramMatrices
+from gradselect.sparsegrad.gradient_energy import energy_share
+from gradselect.sparsegrad.rotated import Bases
 
 SHARED = Path(os.environ.get("GRADSELECT_SHARED", Path(__file__).parents[2] / "shared"))
 REAL_MODEL = SHARED / "models" / "llama-3.5M-tinystories"

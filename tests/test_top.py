@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from gradselect import _top
-from gradselect._top import TopEntries
+from gradselect.entries import top_k as _top
+from gradselect.entries.top_k import TopEntries
 from gradselect.masks import ID3
 from gradselect.reference import top_entries
 

@@ -21,14 +21,14 @@ from transformers import (
 )
 
 from gradselect import UsageError
-from gradselect.train import train
-from gradselect.train._data import load_examples
-from gradselect.train._files import read_rows
-from gradselect.train._folder import RunFolder
-from gradselect.train._inputs import read_inputs
-from gradselect.train._labels import label_names
-from gradselect.train._setup import build_trainer, length_notes
-from gradselect.train._trainer import RunTrainer
+from gradselect.app.data.labels import label_names
+from gradselect.app.data.rows import read_rows
+from gradselect.app.inputs import read_inputs
+from gradselect.app.inputs.examples import load_examples
+from gradselect.app.runtime.run_folder import RunFolder
+from gradselect.app.train import train
+from gradselect.app.train.setup import build_trainer, length_notes
+from gradselect.app.train.trainer import RunTrainer
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")

@@ -10,9 +10,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from gradselect import UsageError
-from gradselect.train._data import Examples, load_examples
-from gradselect.train._recipe import Data
-from gradselect.train._template import columns_of, render
+from gradselect.app.data.template import columns_of, render
+from gradselect.app.inputs.examples import Examples, load_examples
+from gradselect.app.recipe.schema import Data
 
 ROWS = [{"question": f"q{n}", "answer": n} for n in range(10)]
 

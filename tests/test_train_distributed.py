@@ -23,8 +23,9 @@ from train_fixtures import (
 )
 
 from gradselect import UsageError
-from gradselect._sealed import sealed
-from gradselect.train import load_recipe, train
+from gradselect.app.recipe import load_recipe
+from gradselect.app.train import train
+from gradselect.files.checked_json import sealed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 def torchrun(*words: str, processes: int = 2) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    gradselect = [sys.executable, "-c", "from gradselect.cli import main; main()"]
+    gradselect = [sys.executable, "-c", "from gradselect.app.cli import main; main()"]
     command = [sys.executable, "-m", *launcher, "--no-python", *gradselect, "train", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -12,8 +12,8 @@ from test_train_distributed import losses, torchrun
 from torch.utils.data import BatchSampler, SequentialSampler
 from train_fixtures import parse, quiet, weights, write_model, write_recipe, write_sums
 
-from gradselect.train import train
-from gradselect.train._setup import for_every_process
+from gradselect.app.train import train
+from gradselect.app.train.setup import for_every_process
 
 ID3 = {"name": "id3", "density": 0.02, "steps": 3, "always": ["*.norm.weight"]}
 

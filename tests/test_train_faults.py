@@ -33,12 +33,13 @@ from train_fixtures import (
 )
 
 from gradselect import UsageError
-from gradselect.cli import main
-from gradselect.train import Recipe, train
-from gradselect.train._faults import is_out_of_memory
-from gradselect.train._folder import RunFolder
-from gradselect.train._manifest import verify
-from gradselect.train._trainer import RunTrainer, TokenTrainer
+from gradselect.app.cli import main
+from gradselect.app.recipe import Recipe
+from gradselect.app.runtime.run_folder import RunFolder
+from gradselect.app.train import train
+from gradselect.app.train.failures import is_out_of_memory
+from gradselect.app.train.trainer import RunTrainer, TokenTrainer
+from gradselect.files.manifest import verify
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")

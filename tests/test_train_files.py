@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 
 from gradselect import UsageError
-from gradselect.train._files import read_rows, require_columns, sha256
+from gradselect.app.data.rows import read_rows, require_columns
+from gradselect.files.checked_json import sha256
 
 ROWS = [{"question": "2+2?", "answer": 'the "sum"\nis 4'}, {"question": "ü → ?", "answer": ""}]
 AS_TEXT = {

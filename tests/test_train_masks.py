@@ -13,9 +13,10 @@ from train_fixtures import assert_same_weights, build, parse, quiet, weights, wr
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from gradselect import SparseOptimizer, UsageError
-from gradselect.train import load_recipe, train
-from gradselect.train._inputs import read_inputs
-from gradselect.train._trainer import RunTrainer
+from gradselect.app.inputs import read_inputs
+from gradselect.app.recipe import load_recipe
+from gradselect.app.train import train
+from gradselect.app.train.trainer import RunTrainer
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")

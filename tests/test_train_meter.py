@@ -11,12 +11,12 @@ import pytest
 from train_fixtures import ADAGRADSELECT, build, parse, quiet, write_model, write_sums
 
 import gradselect as gs
-from gradselect._sealed import sealed
-from gradselect.compare._flop import speed_up_limit, step_time, visited_share
-from gradselect.train import train
-from gradselect.train._meter import PHASES, Meter, medians, percentile
-from gradselect.train._result import as_json
-from gradselect.train._stopwatch import AbstractClock, Stopwatch
+from gradselect.app.train import train
+from gradselect.app.train.meter import PHASES, Meter, medians, percentile
+from gradselect.app.train.run_record import as_json
+from gradselect.app.train.stopwatch import AbstractClock, Stopwatch
+from gradselect.blocks.flops import speed_up_limit, step_time, visited_share
+from gradselect.files.checked_json import sealed
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")

@@ -15,10 +15,10 @@ from train_fixtures import ADAGRADSELECT, parse, quiet, write_model, write_sums
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gradselect import UsageError
-from gradselect.compare._suite import load_suite
-from gradselect.train import train
-from gradselect.train._inputs import read_inputs
-from gradselect.train._load import parse_recipe
+from gradselect.app.compare.suite import load_suite
+from gradselect.app.inputs import read_inputs
+from gradselect.app.recipe.load import parse_recipe
+from gradselect.app.train import train
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")

@@ -11,9 +11,9 @@ import yaml
 
 import gradselect
 from gradselect import UsageError
-from gradselect.train import dump_recipe, load_recipe
-from gradselect.train._load import parse_recipe
-from gradselect.train._methods import AbstractBlockMethod, AdaGradSelectMethod, GradNormMethod, UniformMethod
+from gradselect.app.recipe import dump_recipe, load_recipe
+from gradselect.app.recipe.block_methods import AbstractBlockMethod, AdaGradSelectMethod, GradNormMethod, UniformMethod
+from gradselect.app.recipe.load import parse_recipe
 
 VALUES: dict[str, Any] = {
     "model": {"path": "m"},

@@ -26,9 +26,10 @@ from train_fixtures import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradselect import UsageError
-from gradselect.train import load_recipe, train
-from gradselect.train._setup import length_notes
-from gradselect.train._trainer import RunTrainer
+from gradselect.app.recipe import load_recipe
+from gradselect.app.train import train
+from gradselect.app.train.setup import length_notes
+from gradselect.app.train.trainer import RunTrainer
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")

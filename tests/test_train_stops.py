@@ -34,17 +34,19 @@ from train_fixtures import (
 )
 
 from gradselect import UsageError
-from gradselect._sealed import sealed
-from gradselect.cli import main
-from gradselect.train import Preempted, load_recipe, train
-from gradselect.train import _run as run_module
-from gradselect.train._checkpoints import delete_old_checkpoints, return_to
-from gradselect.train._folder import RunFolder, claimed
-from gradselect.train._lock import locked
-from gradselect.train._manifest import NAME, verify, write_manifest
-from gradselect.train._result import save_model
-from gradselect.train._signals import watched_signals
-from gradselect.train._trainer import RunTrainer, TokenTrainer
+from gradselect.app.cli import main
+from gradselect.app.recipe import load_recipe
+from gradselect.app.runtime import Preempted
+from gradselect.app.runtime.run_folder import RunFolder, claimed
+from gradselect.app.runtime.signals import watched_signals
+from gradselect.app.train import run as run_module
+from gradselect.app.train import train
+from gradselect.app.train.checkpoints import delete_old_checkpoints, return_to
+from gradselect.app.train.run_record import save_model
+from gradselect.app.train.trainer import RunTrainer, TokenTrainer
+from gradselect.files.checked_json import sealed
+from gradselect.files.lock import locked
+from gradselect.files.manifest import MANIFEST_NAME, verify, write_manifest
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -122,7 +124,7 @@ def save_or_die(*args, **options):
     save(*args, **options)
 
 torch.save = save_or_die
-from gradselect.cli import main
+from gradselect.app.cli import main
 main(sys.argv[1:])
 """
 
@@ -232,7 +234,7 @@ def test_a_finished_run_is_not_resumed(whole: Path, tmp_path: Path) -> None:
     """That its checkpoints are damaged is nothing to see to any more."""
     shutil.copytree(whole, tmp_path / "out")
     for checkpoint in RunFolder(tmp_path / "out").complete_checkpoints():
-        (checkpoint / NAME).write_text("")
+        (checkpoint / MANIFEST_NAME).write_text("")
     before = (whole / "run.json").read_bytes()
     with pytest.raises(UsageError, match="has finished after 4 steps"):
         train(load_recipe(whole / "recipe.yaml", [f"run.output={tmp_path / 'out'}"]), console=quiet(), resume=True)
@@ -315,15 +317,19 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "swapped": ("scheduler.pt", lambda path: path.rename(path.with_name("optimizer.pt")), "scheduler.pt: missing"),
     "folder": ("trainer_state.json", make_folder, "trainer_state.json: missing"),
     "link": ("model.safetensors", make_link, "model.safetensors: no regular file"),
-    "no manifest": (NAME, Path.unlink, f"{NAME}: missing"),
-    "emptied manifest": (NAME, lambda path: path.write_bytes(b""), f"{NAME}: .*damaged"),
-    "flipped manifest": (NAME, flip, f"{NAME}: "),
+    "no manifest": (MANIFEST_NAME, Path.unlink, f"{MANIFEST_NAME}: missing"),
+    "emptied manifest": (MANIFEST_NAME, lambda path: path.write_bytes(b""), f"{MANIFEST_NAME}: .*damaged"),
+    "flipped manifest": (MANIFEST_NAME, flip, f"{MANIFEST_NAME}: "),
     "unsealed manifest": (
-        NAME,
+        MANIFEST_NAME,
         lambda path: path.write_text('{"version": 1, "step": 2, "files": {}}'),
         "it has no 'sha",
     ),
-    "another's manifest": (NAME, lambda path: write_manifest(path.parent, step=4), "step: it was written for step-4"),
+    "another's manifest": (
+        MANIFEST_NAME,
+        lambda path: write_manifest(path.parent, step=4),
+        "step: it was written for step-4",
+    ),
 }
 
 

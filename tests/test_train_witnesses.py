@@ -14,10 +14,10 @@ from train_fixtures import build, parse, quiet, weights, write_model, write_sums
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gradselect import UsageError
-from gradselect.train import train
-from gradselect.train._adalora import OrthogonalityPenalty, ranks
-from gradselect.train._adapter_methods import AdaLoraMethod
-from gradselect.train._meter import training_bytes
+from gradselect.app.recipe.adapter_methods import AdaLoraMethod
+from gradselect.app.train import train
+from gradselect.app.train.adalora import OrthogonalityPenalty, ranks
+from gradselect.app.train.meter import training_bytes
 
 pytestmark = [
     # TRL 1.16 uses names that transformers 5.23 has replaced.

@@ -10,11 +10,15 @@ import pytest
 import yaml
 from train_fixtures import ADAGRADSELECT, parse, quiet, write_model, write_recipe, write_sums
 
-from gradselect import UsageError, cli
-from gradselect.train import load_recipe, train
-from gradselect.tune import _trial, _tune, tune
-from gradselect.tune._report import TrialSummary, edge_notes
-from gradselect.tune._search import SearchRange, read_ranges, usual_ranges
+from gradselect import UsageError
+from gradselect.app import cli
+from gradselect.app.recipe import load_recipe
+from gradselect.app.train import train
+from gradselect.app.tune import search_loop as _tune
+from gradselect.app.tune import trial as _trial
+from gradselect.app.tune import tune
+from gradselect.app.tune.ranges import SearchRange, read_ranges, usual_ranges
+from gradselect.app.tune.trial_table import TrialSummary, edge_notes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 SHORT = {"steps": 4, "evaluate_every": 1}

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gradselect.train import Recipe
-from gradselect.train._folder import RunFolder
-from gradselect.train._inputs import Inputs, read_inputs
-from gradselect.train._load import parse_recipe
-from gradselect.train._setup import build_trainer
-from gradselect.train._trainer import RunTrainer
+from gradselect.app.inputs import Inputs, read_inputs
+from gradselect.app.recipe import Recipe
+from gradselect.app.recipe.load import parse_recipe
+from gradselect.app.runtime.run_folder import RunFolder
+from gradselect.app.train.setup import build_trainer
+from gradselect.app.train.trainer import RunTrainer
 
 ADAGRADSELECT = {"name": "adagradselect", "fraction": 0.4, "explore_steps": 3}
 """A method section that explores and exploits within a few steps."""

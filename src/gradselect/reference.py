@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ._blocks import Block
-from ._policy import AbstractPolicy
+from gradselect.blocks import AbstractPolicy
+from gradselect.core import Block
 
 
 def block_norms(blocks: Sequence[Block]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import partition
+from gradselect import partition
 
 NUM_VARIANTS = 16
 """Of a layer: trains or not, a gradient passes through it or not, fixed or varying length, training or evaluation."""

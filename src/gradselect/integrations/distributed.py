@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from .. import BlockOptimizer, SparseOptimizer, UsageError
+from gradselect import BlockOptimizer, SparseOptimizer, UsageError
 
 PLAIN = "optimizer.plain"
 STATE = "optimizer.state."

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import has_length
 
-from .. import BlockOptimizer, JsonlWriter, MaskRecord, SparseOptimizer, StepRecord, UsageError
+from gradselect import BlockOptimizer, JsonlWriter, MaskRecord, SparseOptimizer, StepRecord, UsageError
 
 logger = logging.getLogger(__name__)
 

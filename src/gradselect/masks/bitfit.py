@@ -9,8 +9,8 @@ from typing import Self, final
 import torch
 from torch import nn
 
-from .._errors import UsageError
-from .._mask import AbstractCompactMask, FromWeights, Indices, MaskTensor
+from gradselect.entries import AbstractCompactMask, FromWeights, Indices, MaskTensor
+from gradselect.usage import UsageError
 
 
 @final

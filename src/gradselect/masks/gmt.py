@@ -10,10 +10,9 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from .._checks import check_one_of, check_positive
-from .._distributed import Groups, add_up, collective_device, held, shard_groups
-from .._mask import AbstractDenseMask
-from .._top import chunk_length
+from gradselect.entries import AbstractDenseMask, chunk_length
+from gradselect.parallel import Groups, add_up, collective_device, held, shard_groups
+from gradselect.usage import check_one_of, check_positive
 
 DIGIT_BITS = 16
 SAMPLE = 1 << 12

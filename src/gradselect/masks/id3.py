@@ -8,9 +8,8 @@ from typing import final
 
 from torch import Tensor
 
-from .._checks import check_positive, check_whole
-from .._errors import UsageError
-from .._mask import AbstractCompactMask, TopOfGradient, check_size, resolve_budget
+from gradselect.entries import AbstractCompactMask, TopOfGradient, check_size, resolve_budget
+from gradselect.usage import UsageError, check_positive, check_whole
 
 
 @final

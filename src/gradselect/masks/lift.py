@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .._checks import check_positive, check_whole
-from .._distributed import whole
-from .._errors import UsageError
-from .._mask import AbstractCompactMask, FromWeights, Indices, MaskTensor, generator_of
-from .._top import TopEntries
+from gradselect.entries import AbstractCompactMask, FromWeights, Indices, MaskTensor, TopEntries, generator_of
+from gradselect.parallel import whole
+from gradselect.usage import UsageError, check_positive, check_whole
 
 OVERSAMPLING = 10
 POWER_ITERATIONS = 2

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._errors import UsageError
-from .._structure import ask
-from ._estimate import Batch, Probe, Scores, widened
+from gradselect.blocks import ask
+from gradselect.usage import UsageError
+
+from .calibration import Batch, Probe, Scores, widened
 
 
 @dataclass(frozen=True)

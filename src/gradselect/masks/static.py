@@ -9,26 +9,26 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_one_of, check_whole
-from .._contest import Contest
-from .._distributed import first_index, held, is_spread
-from .._errors import UsageError
-from .._mask import (
+from gradselect.entries import (
     AbstractCompactMask,
     Choice,
+    Contest,
     FromWeights,
     Indices,
     MaskTensor,
+    Shards,
     TopOfGradient,
     check_size,
+    chunk_length,
     generator_of,
     resolve_budget,
     share_out,
 )
-from .._shards import Shards
-from .._top import chunk_length
+from gradselect.parallel import first_index, held, is_spread
+from gradselect.usage import UsageError, check_one_of, check_whole
+
 from . import salience as saliences
-from ._estimate import Batch, Loss, Probe, model_loss, widened
+from .calibration import Batch, Loss, Probe, model_loss, widened
 from .salience import AbstractSalience, GradientSalience, WeightSalience
 
 ChunkScores = Callable[[MaskTensor], Iterator[Tensor]]

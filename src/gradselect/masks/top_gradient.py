@@ -7,8 +7,8 @@ from typing import final
 
 from torch import Tensor
 
-from .._checks import check_positive
-from .._mask import AbstractCompactMask, TopOfGradient
+from gradselect.entries import AbstractCompactMask, TopOfGradient
+from gradselect.usage import check_positive
 
 
 @final

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, final
 
-from .._checks import check_one_of, check_patterns, check_positive, check_whole
-from .._errors import UsageError
-from .._policy import (
+from gradselect.blocks import (
     AbstractPolicy,
     Norms,
     best,
@@ -20,6 +18,7 @@ from .._policy import (
     stream,
     taking_part,
 )
+from gradselect.usage import UsageError, check_one_of, check_patterns, check_positive, check_whole
 
 
 @final

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from .._policy import AbstractPolicy
+from gradselect.blocks import AbstractPolicy
 
 
 @final

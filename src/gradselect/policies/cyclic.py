@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
-from .._checks import check_one_of, check_patterns, check_whole
-from .._policy import AbstractPolicy, resolve_count, stream, taking_part
+from gradselect.blocks import AbstractPolicy, resolve_count, stream, taking_part
+from gradselect.usage import check_one_of, check_patterns, check_whole
 
 
 @final

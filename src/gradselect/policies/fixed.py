@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from .._checks import check_patterns
-from .._policy import AbstractPolicy, taking_part
+from gradselect.blocks import AbstractPolicy, taking_part
+from gradselect.usage import check_patterns
 
 
 @final

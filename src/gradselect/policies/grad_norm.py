@@ -7,8 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, final
 
-from .._checks import check_one_of, check_patterns, check_positive, check_whole
-from .._policy import AbstractPolicy, Norms, best, check_fraction_or_count, gumbel, resolve_count, stream, taking_part
+from gradselect.blocks import (
+    AbstractPolicy,
+    Norms,
+    best,
+    check_fraction_or_count,
+    gumbel,
+    resolve_count,
+    stream,
+    taking_part,
+)
+from gradselect.usage import check_one_of, check_patterns, check_positive, check_whole
 
 
 @final

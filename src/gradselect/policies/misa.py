@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-from .._checks import check_patterns, check_positive, check_whole
-from .._errors import UsageError
-from .._policy import AbstractPolicy, Norms, gumbel, stream, taking_part
+from gradselect.blocks import AbstractPolicy, Norms, gumbel, stream, taking_part
+from gradselect.usage import UsageError, check_patterns, check_positive, check_whole
 
 
 @final

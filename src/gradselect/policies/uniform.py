@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from .._checks import check_patterns, check_whole
-from .._policy import AbstractPolicy, check_fraction_or_count, resolve_count, stream, taking_part
+from gradselect.blocks import AbstractPolicy, check_fraction_or_count, resolve_count, stream, taking_part
+from gradselect.usage import check_patterns, check_whole
 
 
 @final

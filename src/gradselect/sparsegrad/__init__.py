@@ -1,7 +1,8 @@
 """SparseGrad: linears in a basis in which about one gradient entry in a hundred matters."""
 
-from ._convert import convert as convert
-from ._convert import fold as fold
-from ._energy import EnergyShare as EnergyShare
-from ._energy import energy as energy
-from ._rotated import RotatedLinear as RotatedLinear
+from .conversion import convert, fold
+from .gradient_energy import EnergyShare, energy
+from .layers import choose_layers
+from .rotated import RotatedLinear
+
+__all__ = ["EnergyShare", "RotatedLinear", "choose_layers", "convert", "energy", "fold"]

@@ -1,0 +1,1 @@
+"""The application: recipes, training runs, comparison, reports. The library never imports it."""

@@ -1,0 +1,48 @@
+"""The command `gradselect compare`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .resuming import advice_when_stopped
+
+INCOMPLETE_EXIT_CODE = 1
+
+
+def compare(
+    suite: Annotated[str, typer.Argument(help="A YAML file; suites/ has some.", metavar="SUITE")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Values that replace the suite's, e.g. recipe.run.steps=100.", metavar="KEY=VALUE"),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A method of the suite, by name or glob; may be repeated.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Runs of each method at its best rate.", min=1)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with half-trained runs from a checkpoint.")] = False,
+    results: Annotated[
+        str | None, typer.Option(help="Folder of the result files.", show_default="runs/compare/<suite>")
+    ] = None,
+) -> None:
+    """Run the methods of SUITE side by side; one result file a run. What is done is not done again."""
+    from gradselect.app.compare import compare as carry_out
+    from gradselect.app.compare import load_suite
+
+    loaded = load_suite(suite, overrides or [])
+    options = [word for pattern in only or [] for word in ("--only", pattern)]
+    options += [] if seeds is None else ["--seeds", str(seeds)]
+    options += [] if results is None else ["--results", results]
+    words = ["gradselect", "compare", suite, *(overrides or []), *options]
+    with advice_when_stopped([*words, "--resume"]):
+        summaries = carry_out(
+            loaded,
+            results=results,
+            only=only or (),
+            seeds=seeds,
+            resume=resume,
+            command=[*words, *(["--resume"] if resume else [])],
+        )
+    if any(len(summary.results) < (seeds or loaded.seeds) for summary in summaries):
+        raise typer.Exit(INCOMPLETE_EXIT_CODE)

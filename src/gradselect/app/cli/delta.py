@@ -1,0 +1,55 @@
+"""The commands `gradselect delta diff | apply | revert | merge`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gradselect import delta
+
+app = typer.Typer(
+    name="delta", help="What a fine-tuned checkpoint changed of its base, as one file.", no_args_is_help=True
+)
+
+Base = Annotated[str, typer.Argument(help="Folder of the base checkpoint, in safetensors.", metavar="BASE")]
+Tuned = Annotated[str, typer.Argument(help="Folder of the tuned checkpoint, in safetensors.", metavar="TUNED")]
+Delta = Annotated[str, typer.Argument(help="The delta file.", metavar="DELTA")]
+NewDelta = Annotated[str, typer.Argument(help="The delta file to write.", metavar="DELTA")]
+NewFolder = Annotated[str, typer.Argument(help="A new folder.", metavar="OUTPUT")]
+
+
+@app.command()
+def diff(base: Base, tuned: Tuned, path: NewDelta) -> None:
+    """Write what changed from BASE to TUNED into the new file DELTA."""
+    typer.echo(delta.diff(base, tuned, path))
+
+
+@app.command()
+def apply(base: Base, path: Delta, output: NewFolder) -> None:
+    """Write the tuned model, bitwise, into OUTPUT."""
+    summary = delta.apply(base, path, output)
+    typer.echo(f"{summary}\n{output} is the tuned model, fingerprint {summary.fingerprints['tuned']}")
+
+
+@app.command()
+def revert(tuned: Tuned, path: Delta, output: NewFolder) -> None:
+    """Write the base, bitwise, into OUTPUT."""
+    summary = delta.revert(tuned, path, output)
+    typer.echo(f"{summary}\n{output} is the base model, fingerprint {summary.fingerprints['base']}")
+
+
+@app.command()
+def merge(
+    base: Base,
+    paths: Annotated[list[str], typer.Argument(help="The deltas of BASE, in order.", metavar="DELTA")],
+    output: Annotated[str, typer.Argument(help="The merged delta to write.", metavar="MERGED")],
+    overlap: Annotated[
+        str, typer.Option(help="Entries that several change: error, last, sum or mean (of the changes).")
+    ] = "error",
+    whole: Annotated[
+        str, typer.Option(help="What several change and has no entries or no sum, files for one: error or last.")
+    ] = "error",
+) -> None:
+    """Write one delta with the changes of several of the same BASE into the new file MERGED."""
+    typer.echo(delta.merge(base, paths, output, overlap=overlap, whole=whole))  # type: ignore[arg-type]  # checked there

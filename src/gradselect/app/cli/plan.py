@@ -1,0 +1,44 @@
+"""The command `gradselect plan`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+WIDTH = 190
+"""Of the tables where no terminal sets it."""
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A YAML file; recipes/ has examples.", metavar="RECIPE")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Values that replace the recipe's, e.g. data.max_length=512.", metavar="KEY=VALUE"),
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option(help="Propose the best setting whose peak fits, e.g. 12GiB.", metavar="SIZE")
+    ] = None,
+    fractions: Annotated[str, typer.Option(help="Of AdaGradSelect, with commas.")] = "0.1,0.2,0.3",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables, sizes in bytes.")] = False,
+) -> None:
+    """Say what training RECIPE will hold and how long a step takes, before it; reads no weights and no data."""
+    from rich.console import Console
+
+    from gradselect.app.recipe import load_recipe
+    from gradselect.app.recipe_planning import as_json as to_json
+    from gradselect.app.recipe_planning import plan_recipe, show
+    from gradselect.app.runtime import collected_messages
+    from gradselect.usage import read_fractions, read_size
+
+    limit = None if fit is None else read_size(fit)
+    shares = read_fractions(fractions)
+    loaded = load_recipe(recipe, overrides or [])
+    with collected_messages(Console(stderr=True)):
+        found = plan_recipe(loaded, fractions=shares, fit=limit)
+    if as_json:
+        typer.echo(json.dumps(to_json(found), indent=2))
+    else:
+        console = Console()
+        show(found, console if console.is_terminal else Console(width=WIDTH))

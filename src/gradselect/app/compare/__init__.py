@@ -1,0 +1,6 @@
+"""The fair comparison: a suite in, one result file a run out. Importing it loads no training framework."""
+
+from .comparison import compare
+from .suite import Suite, load_suite
+
+__all__ = ["Suite", "compare", "load_suite"]

@@ -1,0 +1,286 @@
+"""The comparison: for each method the search for its rate, then the seeds; what is done is not done again."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from gradselect import UsageError
+
+from .git_state import SourceState, source_state
+from .job import Job
+from .protocol import protocol_differences, protocol_hash, protocol_settings
+from .result_record import describe_failure
+from .results import Result, ResultsFolder, read_result, write_result
+from .schedule import PlannedRun, best_rate, is_at_edge, rate_runs, score_run
+from .subprocesses import prepare, run_job
+from .suite import Suite
+from .summary_table import MethodSummary, summary_table
+
+
+class Comparison:
+    """One call of `gradselect compare`.
+
+    Args:
+        suite: what to compare.
+        folder: where results go, and where those of earlier calls are.
+        seeds: how many seeds each method gets.
+        resume: go on with half-trained runs from their newest checkpoint.
+        console: where progress is shown.
+        command: what the user typed.
+    """
+
+    def __init__(
+        self,
+        suite: Suite,
+        *,
+        folder: ResultsFolder,
+        seeds: int,
+        resume: bool,
+        console: Console,
+        command: Sequence[str],
+    ) -> None:
+        self._suite = suite
+        self._folder = folder
+        self._seeds = seeds
+        self._resume = resume
+        self._console = console
+        self._command = tuple(command)
+        self._protocol: dict[str, Any] = {}
+        self._source = SourceState(commit=None, dirty=False)
+
+    def run(self, methods: Sequence[str]) -> list[MethodSummary]:
+        """Carry out what is not done yet, and sum up what there is.
+
+        Raises:
+            UsageError: data or model are not there, or the folder holds results of another protocol.
+        """
+        # 1 what all runs share
+        prepare(self._suite.prepare, say=self._say)
+        self._protocol = protocol_settings(self._suite)
+        self._folder.prepare()
+        self._check_folder()
+        self._look_at_source()
+
+        # 2 the rate of each method, and its first seed with what the search has trained
+        rates = {method: self._search(method) for method in methods}
+
+        # 3 the other seeds, of all methods in turn: an early end leaves as many of each
+        for seed in range(1, self._seeds):
+            for method, lr in rates.items():
+                if lr is not None:
+                    self._ensure(score_run(method, lr=lr, seed=seed))
+
+        # 4 what came of it
+        summaries = [self._sum_up(method, lr) for method, lr in rates.items()]
+        self._console.print(summary_table(self._suite.name, summaries))
+        self._say(f"results in {self._folder.root}; next: gradselect report {self._folder.root}")
+        return summaries
+
+    def _search(self, method: str) -> float | None:
+        """The best rate; on the way there, the first seed's score."""
+        entry, losses = self._suite.methods[method], {}
+        for run in rate_runs(method, entry):
+            losses[run.lr] = self._ensure(run).validation_loss
+            self._keep_only(method, best_rate(entry, losses), tried=losses)
+        best = best_rate(entry, losses)
+        if best is None:
+            self._say(f"failed     {method}: no learning rate of {list(entry.rates)} came to an end")
+            return None
+        if is_at_edge(best, entry.rates):
+            self._say(f"note       {method}: the best rate {best:g} is at the edge of its grid {list(entry.rates)}")
+        self._retire_scores(method, best)
+        self._ensure(first := score_run(method, lr=best, seed=0))
+        if self._done(first):
+            shutil.rmtree(self._folder.training(first), ignore_errors=True)
+        return best
+
+    def _ensure(self, run: PlannedRun) -> Result:
+        """The result of the run: that of an earlier call, or a new one."""
+        self._look_at_source()
+        done = self._done(run)
+        return done or self._carry_out(run)
+
+    def _done(self, run: PlannedRun) -> Result | None:
+        path = self._folder.result_file(run)
+        if not path.exists():
+            return None
+        try:
+            result = read_result(path)
+        except UsageError:
+            # Said aloud when the folder was looked through.
+            return None
+        own = result.own
+        is_same = own["method"] == run.method and self._has_settings(run.method, own["method_settings"])
+        # A result that tables leave out is no result once a better one can be had.
+        is_usable = self._source.dirty or not own["dirty"]
+        return result if result.succeeded and is_same and is_usable else None
+
+    def _carry_out(self, run: PlannedRun) -> Result:
+        job, started = self._job(run), time.perf_counter()
+        job_file, log = self._folder.job(run), self._folder.log(run)
+        job_file.write_text(job.model_dump_json(indent=1), "utf-8")
+        with self._console.status(f"{run} ({run.role})"):
+            error = run_job(job_file, log)
+        seconds = time.perf_counter() - started
+        if error is not None:
+            write_result(job.result, describe_failure(job, error=error, total_seconds=seconds))
+        result = read_result(job.result)
+        outcome = f"FAILED: {error}\n           log: {log}" if error else _figures(result)
+        self._say(f"{run.role:<10} {run}  {outcome}  {seconds:.0f} s")
+        return result
+
+    def _job(self, run: PlannedRun) -> Job:
+        suite, entry = self._suite, self._suite.methods[run.method]
+        is_score = run.role == "score"
+        output = self._folder.training(run)
+        return Job(
+            suite=suite.name,
+            protocol=protocol_hash(self._protocol),
+            protocol_settings=self._protocol,
+            method=run.method,
+            rates=entry.rates,
+            rate_at_edge=is_at_edge(run.lr, entry.rates) if is_score else None,
+            role=run.role,
+            recipe=suite.training_recipe(run.method, lr=run.lr, seed=run.seed, output=output),
+            evaluations=suite.evaluations if is_score else {},
+            forgetting=suite.forgetting if is_score else None,
+            forgetting_file=self._folder.forgetting_file,
+            keep_training=not is_score,
+            may_reuse=self._resume or self._is_trained_by_search(run),
+            resume=self._resume,
+            result=self._folder.result_file(run),
+            commit=self._source.commit,
+            dirty=self._source.dirty,
+            command=self._command,
+        )
+
+    def _is_trained_by_search(self, run: PlannedRun) -> bool:
+        """Whether the search has trained just this, with the library as it is."""
+        if run.role == "rate":
+            return False
+        search = self._done(PlannedRun(method=run.method, lr=run.lr, seed=run.seed, role="rate"))
+        here = (self._source.commit, self._source.dirty)
+        return search is not None and (search.own["commit"], search.own["dirty"]) == here
+
+    def _keep_only(self, method: str, best: float | None, *, tried: dict[float, float | None]) -> None:
+        """Delete what was trained at rates that have lost; a half-trained run is none of them."""
+        for lr in tried:
+            if lr != best and tried[lr] is not None:
+                shutil.rmtree(self._folder.training(score_run(method, lr=lr, seed=0)), ignore_errors=True)
+
+    def _check_folder(self) -> None:
+        """What is there fits this comparison, or is put aside.
+
+        Raises:
+            UsageError: results of another protocol.
+        """
+        results, skipped = self._folder.read()
+        for line in skipped:
+            self._say(f"skipped    {line}")
+        for result in results:
+            if result.own["protocol"] != protocol_hash(self._protocol):
+                self._refuse(result)
+            method = result.own["method"]
+            if method in self._suite.methods and not self._has_settings(method, result.own["method_settings"]):
+                self._retire(result, f"{method} had other settings")
+
+    def _refuse(self, result: Result) -> None:
+        different = protocol_differences(result.own.get("protocol_settings", {}), self._protocol)
+        raise UsageError(
+            "\n  ".join(
+                [
+                    f"{self._folder.root} holds results of another protocol, e.g. {result.path.name}; figures of both "
+                    "cannot stand in one table. Choose another folder: --results DIR. What differs:",
+                    *different,
+                ]
+            )
+        )
+
+    def _retire_scores(self, method: str, best: float) -> None:
+        """A wider grid can have moved the best rate."""
+        for result in self._folder.read()[0]:
+            if (result.own["method"], result.own["role"]) == (method, "score") and result.own["lr"] != best:
+                self._retire(result, f"the best rate is {best:g} now")
+
+    def _retire(self, result: Result, reason: str) -> None:
+        self._say(f"note       {result.path.name}: {reason}; moved to {self._folder.retire(result)}")
+
+    def _look_at_source(self) -> None:
+        before, self._source = self._source, source_state()
+        if self._source.dirty and not before.dirty:
+            self._say("note       the library differs from its last commit: results are marked dirty, tables omit them")
+
+    def _has_settings(self, method: str, there: Mapping[str, Any]) -> bool:
+        """Whether a result's settings are those of the suite; keys that have come since had their defaults then."""
+        here = self._suite.methods[method].method
+        try:
+            return type(here).model_validate(there) == here
+        except ValidationError:
+            return False
+
+    def _sum_up(self, method: str, lr: float | None) -> MethodSummary:
+        runs = [] if lr is None else [score_run(method, lr=lr, seed=seed) for seed in range(self._seeds)]
+        results = [result for run in runs if (result := self._done(run)) is not None]
+        return MethodSummary(method=method, lr=lr, rates=self._suite.methods[method].rates, results=tuple(results))
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _figures(result: Result) -> str:
+    """What the line of a finished run shows."""
+    figures = {name: score["value"] for name, score in result.own["scores"].items()}
+    if result.validation_loss is not None:
+        figures = {"validation": result.validation_loss, **figures}
+    return "  ".join(f"{name} {'undefined' if value is None else f'{value:.4f}'}" for name, value in figures.items())
+
+
+def compare(
+    suite: Suite,
+    *,
+    results: str | Path | None = None,
+    only: Sequence[str] = (),
+    seeds: int | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+    command: Sequence[str] = (),
+) -> list[MethodSummary]:
+    """Run every method of a suite at its best learning rate, each run in a process of its own.
+
+    The rate is searched with seed 0 by the loss on held-out training examples; then each seed runs at the best rate and
+    is evaluated. A run that fails is reported and the rest goes on; a run that is done is not done again.
+
+    Args:
+        suite: what to compare, e.g. from `load_suite`.
+        results: the folder for result files, new or of an earlier call; by default `runs/compare/<suite>`.
+        only: names, slugs or globs of methods; by default all.
+        seeds: how many; by default what the suite says.
+        resume: go on with half-trained runs from their newest checkpoint instead of from the beginning.
+        console: where progress is shown; by default the standard output.
+        command: what the user typed, kept in the results.
+
+    Returns:
+        A summary of each method, with the results that succeeded.
+
+    Raises:
+        UsageError: an unknown method, data or a model that are not there, or results of another protocol.
+
+    Example:
+        >>> compare(load_suite("suites/quick.yaml"), only=["full"], seeds=1)  # doctest: +SKIP
+    """
+    chosen = suite.chosen(only)
+    return Comparison(
+        suite,
+        folder=ResultsFolder(Path(results or Path("runs", "compare", suite.name))),
+        seeds=seeds or suite.seeds,
+        resume=resume,
+        console=console or Console(),
+        command=command,
+    ).run(chosen)

@@ -1,0 +1,138 @@
+"""The protocol: what runs must share so that their results may stand in one table, and its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from gradselect import UsageError
+from gradselect.app.recipe import HUB_DATA, RandomData, Recipe
+from gradselect.files import sha256
+
+from .suite import Evaluation, Suite
+
+FREE = {
+    "model": {"path", "revision", "trust_pickle"},
+    "data": {"path", "validation"},
+    "optimizer": {"lr"},
+    "run": {
+        "output",
+        "seed",
+        "device",
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+        "report_to",
+        "max_skipped_steps",
+    },
+}
+"""Keys of a recipe in which runs of one protocol may differ; of places it is compared what stands there."""
+
+MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.model", "vocab*", "merges.txt", "*.jinja")
+"""What decides how a model computes."""
+
+
+def protocol_settings(suite: Suite) -> dict[str, Any]:
+    """Plain values of all that the suite's methods share, with fingerprints instead of places.
+
+    Raises:
+        UsageError: a model or data set is neither on the disk nor to be had from the hub.
+    """
+    forgetting = None if suite.forgetting is None else _evaluation_settings(suite.forgetting)
+    return {
+        "recipe": _recipe_settings(suite.recipe),
+        "evaluations": {name: _evaluation_settings(entry) for name, entry in suite.evaluations.items()},
+        "forgetting": forgetting,
+        "rank_by": suite.rank_by,
+    }
+
+
+def protocol_hash(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of the settings, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def protocol_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What differs, one line each, e.g. "recipe.run.steps: 300 there, 100 here"."""
+    old, new = dict(_flat(there)), dict(_flat(here))
+    return [
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def place_fingerprint(place: str | Path, *, kind: Literal["model", "dataset"], revision: str | None = None) -> str:
+    """SHA-256 of a file or of the files of a model; for an id on the hub, the id and its commit.
+
+    Raises:
+        UsageError: neither is there.
+    """
+    path = Path(place)
+    if path.is_file():
+        return sha256(path)
+    if path.is_dir():
+        files = sorted({file for pattern in MODEL_FILES for file in path.glob(pattern)})
+        lines = "".join(f"{file.name} {sha256(file)}\n" for file in files)
+        return hashlib.sha256(lines.encode()).hexdigest()
+    return f"{place}@{_hub_commit(str(place), kind=kind, revision=revision)}"
+
+
+def local_folder(place: str, *, revision: str | None) -> Path:
+    """The folder of a model that has been loaded before, on the disk or in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    path = Path(place)
+    return path if path.is_dir() else Path(snapshot_download(place, revision=revision, local_files_only=True))
+
+
+def _recipe_settings(recipe: Recipe) -> dict[str, Any]:
+    values = recipe.model_dump(mode="json", exclude={"method": True, **FREE})
+    data = recipe.data
+    model = place_fingerprint(recipe.model.path, kind="model", revision=recipe.model.revision)
+    values["model"]["fingerprint"] = model
+    if not isinstance(data, RandomData):
+        values["data"]["fingerprint"] = place_fingerprint(data.path, kind="dataset")
+        is_file = isinstance(data.validation, str) and Path(data.validation).exists()
+        values["data"]["validation"] = sha256(str(data.validation)) if is_file else data.validation
+    return values
+
+
+def _evaluation_settings(evaluation: Evaluation) -> dict[str, Any]:
+    values = evaluation.model_dump(mode="json", exclude={"data", "device", "batch_size"})
+    data = HUB_DATA[evaluation.task][0] if evaluation.data is None else evaluation.data
+    return {**values, "fingerprint": place_fingerprint(data, kind="dataset")}
+
+
+def _hub_commit(name: str, *, kind: Literal["model", "dataset"], revision: str | None) -> str:
+    """The commit that `revision` stands for: on the hub, or without a network in the cache."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    looked_for = []
+    try:
+        return str(HfApi().repo_info(name, repo_type=kind, revision=revision).sha)
+    except (OSError, ValueError) as error:
+        looked_for.append(_first_line(error))
+    try:
+        folder = snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{name!r} is neither a file or folder here (paths are relative to the folder the command runs in) nor a "
+            f"{kind} on the hub ({looked_for[0]}) nor in its cache ({_first_line(error)})"
+        ) from None
+    return Path(folder).name
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

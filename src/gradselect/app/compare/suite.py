@@ -1,0 +1,234 @@
+"""The suite of a comparison: every key that its YAML file may hold, its type and its default."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_type_hints
+
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, ValidationError, create_model, model_validator
+
+from gradselect import UsageError
+from gradselect.app.recipe import (
+    EvaluationSettings,
+    Method,
+    Place,
+    RandomData,
+    Recipe,
+    Settings,
+    explain,
+    merge,
+    parse_override,
+    read_values,
+)
+
+NOT_SHARED = {
+    "method": "write each method below methods",
+    "optimizer.lr": "write the learning rates of each method as methods.<name>.rates",
+    "run.output": "every run has a folder of its own",
+    "run.seed": "write how many seeds there are as seeds",
+}
+"""Keys of a recipe that a suite's `recipe` must not have, and why."""
+
+NOT_OF_AN_EVALUATION = {"model", "output", "harness", "num_fewshot"}
+"""What `EvaluationSettings` has beside the settings of a suite."""
+
+
+def _as_preparations(value: Any) -> Any:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return value
+    return [{"command": entry} if isinstance(entry, str) else entry for entry in value]
+
+
+def _without_dropped(value: Any) -> Any:
+    """A method that is null is one that the suite does not take over from its base."""
+    return {name: entry for name, entry in value.items() if entry is not None} if isinstance(value, Mapping) else value
+
+
+def _with_placeholders(value: Any) -> Any:
+    """The shared part of a recipe, made a whole one by values that stand for those of each run."""
+    if not isinstance(value, Mapping):
+        return value
+    for key, advice in NOT_SHARED.items():
+        section, _, name = key.rpartition(".")
+        inside = value.get(section) if section else value
+        if isinstance(inside, Mapping) and name in inside:
+            raise ValueError(f"{key} is not for a suite: {advice}")
+    stand_in = {"method": {"name": "full"}, "optimizer": {"lr": 1.0}, "run": {"output": "-", "seed": 0}}
+    return merge(value, stand_in)
+
+
+class Preparation(Settings):
+    """A command that makes data or the base model.
+
+    Attributes:
+        command: words as a shell splits them, run without a shell; "python" is the Python that runs the comparison.
+        makes: the file or folder that the command makes; where it exists the command is skipped. Without it, the
+            command runs each time.
+    """
+
+    command: Annotated[str, Field(min_length=1)]
+    makes: Place | None = None
+
+
+def _keys_of_an_evaluation() -> dict[str, Any]:
+    """Type and default of each of them, as pydantic takes fields."""
+    types = get_type_hints(EvaluationSettings)
+    own = [part for part in fields(EvaluationSettings) if part.name not in NOT_OF_AN_EVALUATION]
+    return {part.name: (types[part.name], part.default) for part in own}
+
+
+_EvaluationKeys: Any = create_model("_EvaluationKeys", __base__=Settings, **_keys_of_an_evaluation())
+
+
+class Evaluation(_EvaluationKeys):
+    """What `gradselect evaluate` is asked, without the model; its keys are those of `EvaluationSettings`."""
+
+    task: str
+
+    @model_validator(mode="after")
+    def check_settings(self) -> Self:
+        """The settings check themselves."""
+        self.settings("-")
+        return self
+
+    def settings(self, model: str | Path) -> EvaluationSettings:
+        """The same, asked of `model`."""
+        return EvaluationSettings(model=model, **self.model_dump())
+
+
+class MethodEntry(Settings):
+    """A method and the learning rates it is tried at.
+
+    Attributes:
+        method: as the section `method` of a recipe.
+        rates: the grid; the best by `Suite.rank_by` is run with every seed. A single one is taken as it is.
+    """
+
+    method: Method
+    rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def check_rates(self) -> Self:
+        if len(set(self.rates)) != len(self.rates):
+            raise ValueError(f"rates={list(self.rates)} holds a rate twice; write each once")
+        return self
+
+
+class Suite(Settings):
+    """A comparison of methods on the same work.
+
+    Attributes:
+        name: of the suite, in results and file names.
+        about: what it is for.
+        prepare: commands that make the data or the base model.
+        recipe: the recipe that all methods share, without method, learning rate, seed and output: the protocol.
+        evaluations: what every trained model is asked, by name; none for speed and memory alone.
+        forgetting: a loss, measured of the base and of every trained model.
+        rank_by: what picks the learning rate: the loss on held-out training examples, never a test score.
+        seeds: how many seeds each method is run with, at its best rate: 0, 1, ...
+        methods: by the name they have in tables; null drops one that `base` has.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    about: str = ""
+    prepare: Annotated[tuple[Preparation, ...], BeforeValidator(_as_preparations)] = ()
+    recipe: Annotated[Recipe, BeforeValidator(_with_placeholders)]
+    evaluations: dict[str, Evaluation] = Field(default_factory=dict)
+    forgetting: Evaluation | None = None
+    rank_by: Literal["validation_loss"] = "validation_loss"
+    seeds: PositiveInt = 3
+    methods: Annotated[dict[str, MethodEntry], Field(min_length=1), BeforeValidator(_without_dropped)]
+
+    @model_validator(mode="after")
+    def check_names(self) -> Self:
+        taken: dict[str, str] = {}
+        for name in self.methods:
+            if not slug(name):
+                raise ValueError(f"methods: {name!r} has no letter and no digit to name a file by")
+            if (other := taken.setdefault(slug(name), name)) != name:
+                raise ValueError(f"methods: {other!r} and {name!r} would both be the file {slug(name)!r}; rename one")
+        return self
+
+    @model_validator(mode="after")
+    def check_search(self) -> Self:
+        searched = [name for name, entry in self.methods.items() if len(entry.rates) > 1]
+        if searched and self.recipe.data.validation is None:
+            raise ValueError(
+                f"recipe.data.validation: missing, and {searched[0]!r} has several rates to choose from by the loss on "
+                "held-out examples; write e.g. validation: 0.02"
+            )
+        if isinstance(self.recipe.data, RandomData) and (self.evaluations or self.forgetting):
+            raise ValueError(
+                "evaluations and forgetting: a model that is trained on random data is not kept; leave them out"
+            )
+        if self.forgetting is not None and self.forgetting.task != "loss":
+            raise ValueError(f"forgetting.task={self.forgetting.task!r}: forgetting is a loss; write task: loss")
+        return self
+
+    def training_recipe(self, method: str, *, lr: float, seed: int, output: str | Path) -> Recipe:
+        """The recipe of one run."""
+        return self.recipe.model_copy(
+            update={
+                "method": self.methods[method].method,
+                "optimizer": self.recipe.optimizer.model_copy(update={"lr": lr}),
+                "run": self.recipe.run.model_copy(update={"seed": seed, "output": str(output)}),
+            }
+        )
+
+    def chosen(self, only: Sequence[str]) -> list[str]:
+        """Names of the methods that `only` names, by name, slug or glob, in the suite's order; all if it is empty.
+
+        Raises:
+            UsageError: one that fits no method.
+        """
+        for pattern in only:
+            if not any(_fits(name, pattern) for name in self.methods):
+                near = difflib.get_close_matches(pattern, self.methods, n=1)
+                meant = f", did you mean {near[0]!r}?" if near else ""
+                raise UsageError(f"--only {pattern!r}: no such method{meant} (known: {', '.join(self.methods)})")
+        return [name for name in self.methods if not only or any(_fits(name, pattern) for pattern in only)]
+
+
+def slug(name: str) -> str:
+    """The name as a part of a file name: "AdaGradSelect 20 %" becomes "adagradselect-20"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
+    """The suite in the YAML file at `path`, with `key=value` overrides such as "recipe.run.steps=100" on top.
+
+    A suite may name another one with `base:`, relative to its own folder, and then writes only what differs.
+
+    Raises:
+        UsageError: no such file, broken YAML, or keys and values that do not fit, one line for each.
+
+    Example:
+        >>> load_suite("suites/quick.yaml", ["seeds=1"]).seeds
+        1
+    """
+    values = read_values(Path(path), kind="suite", sections=tuple(Suite.model_fields))
+    for override in overrides:
+        values = merge(values, parse_override(override))
+    return parse_suite(values, source=str(path))
+
+
+def parse_suite(values: Mapping[str, Any], *, source: str) -> Suite:
+    """The suite made of plain `values`; `source` names them in errors.
+
+    Raises:
+        UsageError: with one line for each value that is wrong.
+    """
+    try:
+        return Suite.model_validate(values)
+    except ValidationError as error:
+        lines = (f"  {line}" for line in explain(error, root=Suite))
+        raise UsageError("\n".join([f"{source} is no valid suite:", *lines])) from None
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return fnmatchcase(name.lower(), pattern.lower()) or slug(name) == pattern

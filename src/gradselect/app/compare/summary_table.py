@@ -1,0 +1,92 @@
+"""The short table at the end of a comparison."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from gradselect.app.stats import mean_and_deviation
+
+from .results import Result
+from .schedule import is_at_edge
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSummary:
+    """What came of a method.
+
+    Args:
+        method: its name.
+        lr: the best rate; None if no run of the search succeeded.
+        rates: those tried.
+        results: of the runs at the best rate that succeeded, by seed.
+    """
+
+    method: str
+    lr: float | None
+    rates: tuple[float, ...]
+    results: tuple[Result, ...]
+
+    def scores(self, evaluation: str) -> list[float]:
+        """One a seed, where it is defined."""
+        values = [result.own["scores"][evaluation]["value"] for result in self.results]
+        return [value for value in values if value is not None]
+
+    @property
+    def validation_losses(self) -> list[float]:
+        return [result.validation_loss for result in self.results if result.validation_loss is not None]
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median seconds of the kind of step that was taken most, the middle one of the seeds."""
+        kinds = [result.own["seconds"]["by_kind"].values() for result in self.results]
+        medians = [max(kind, key=lambda figures: figures["steps"])["median"] for kind in kinds if kind]
+        return statistics.median(medians) if medians else None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Weights, gradients, masters and optimizer state together, at their most."""
+        return max((result.own["bytes"]["peak"]["together"] for result in self.results), default=None)
+
+
+def summary_table(title: str, summaries: Sequence[MethodSummary]) -> Table:
+    """A row a method: best rate (with * at the edge of its grid), scores over seeds, step time, peak bytes."""
+    evaluations = list(
+        dict.fromkeys(name for summary in summaries for r in summary.results for name in r.own["scores"])
+    )
+    table = Table(title=title, title_justify="left", caption="* at the edge of the grid", caption_justify="left")
+    table.add_column("method")
+    for heading in ("best rate", "validation loss", *evaluations, "seconds a step", "peak MiB", "seeds"):
+        table.add_column(heading, justify="right")
+    for summary in summaries:
+        table.add_row(
+            summary.method,
+            _rate(summary),
+            _spread(summary.validation_losses),
+            *(_spread(summary.scores(name)) for name in evaluations),
+            _number(summary.step_seconds, ".4f"),
+            _number(None if summary.peak_bytes is None else summary.peak_bytes / 2**20, ",.1f"),
+            str(len(summary.results)),
+        )
+    return table
+
+
+def _rate(summary: MethodSummary) -> str:
+    if summary.lr is None:
+        return "all failed"
+    return f"{summary.lr:g}{'*' if is_at_edge(summary.lr, summary.rates) else ''}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    if not values:
+        return "-"
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,26 @@
+"""Checks of chat messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gradselect import UsageError
+
+
+def check_messages(messages: Any) -> list[dict[str, str]]:
+    """A conversation that ends with the assistant's answer to something.
+
+    Raises:
+        UsageError: anything else.
+    """
+    well_formed = isinstance(messages, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in messages
+    )
+    if not well_formed:
+        raise UsageError(
+            f'expected a list of messages like {{"role": "user", "content": "..."}}, got {str(messages)[:60]!r}'
+        )
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise UsageError("a conversation must end with a message of the role 'assistant' that answers another one")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]

@@ -1,0 +1,17 @@
+"""How good is a model: accuracy on worked problems, loss on any text, published tasks through lm-eval."""
+
+from gradselect.app.recipe import EvaluationSettings
+
+from .evaluation import evaluate, evaluate_model
+from .harness import HarnessResult, run_harness
+from .results import EvaluationResult, read_evaluation
+
+__all__ = [
+    "EvaluationResult",
+    "EvaluationSettings",
+    "HarnessResult",
+    "evaluate",
+    "evaluate_model",
+    "read_evaluation",
+    "run_harness",
+]

@@ -1,0 +1,98 @@
+"""Whether two answers are equal, decided by math-verify in a process that may end."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from gradselect.usage import UsageError
+
+from .answers import trimmed
+
+
+class Judge:
+    """Compares answers, one pair at a time; a context manager.
+
+    A pair that math-verify does not decide in time is undecided: neither a hang nor a crash of the comparison reaches
+    the evaluation. Strings that are equal as they stand need no math-verify.
+
+    Args:
+        timeout_seconds: for one pair.
+
+    Raises:
+        UsageError: math-verify is not installed.
+
+    Example:
+        >>> with Judge() as judge:
+        ...     judge.equal("1234", "1,234.00")
+        True
+    """
+
+    def __init__(self, *, timeout_seconds: float = 10.0) -> None:
+        if importlib.util.find_spec("math_verify") is None:
+            raise UsageError("comparing answers needs math-verify; run: pip install 'gradselect[train]'")
+        self._timeout_seconds = timeout_seconds
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def equal(self, reference: str, prediction: str) -> bool | None:
+        """Whether both are the same value; None if that could not be decided in time."""
+        if trimmed(reference) == trimmed(prediction):
+            return True
+        question = json.dumps([trimmed(reference), trimmed(prediction), self._timeout_seconds])
+        verdict = _exchange(self._running(), question)
+        if not verdict:
+            self._stop()
+            return None
+        return bool(json.loads(verdict))
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            program = Path(__file__).with_name("math_verify_process.py")
+            # -P keeps this folder off the module path: its files must not stand in for the standard library's.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(program)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="utf-8",
+            )
+            if not _exchange(self._process, None):
+                self._stop()
+                raise RuntimeError(f"math-verify does not start; see: {sys.executable} -P {program}")
+        return self._process
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+def _exchange(process: subprocess.Popen[str], line: str | None) -> str:
+    """Send a line, if any, and read one; empty when the process has ended."""
+    try:
+        if line is not None:
+            _pipe(process.stdin).write(line + "\n")
+            _pipe(process.stdin).flush()
+        return _pipe(process.stdout).readline()
+    except BrokenPipeError:
+        return ""
+
+
+def _pipe(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None
+    return stream

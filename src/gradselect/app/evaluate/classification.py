@@ -1,0 +1,185 @@
+"""A model with a classification head on texts whose labels or scores are known."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradselect.app.data import Row, columns_of, read_label, render, require_columns
+from gradselect.app.models import encode_texts
+from gradselect.app.recipe import EvaluationSettings
+from gradselect.app.stats import class_metrics, score_metrics, wilson_interval
+from gradselect.files import read_sealed
+from gradselect.usage import UsageError
+
+from .language_model import LanguageModel
+from .problems import Source, each_row
+from .results import EvaluationResult, Item, ItemWriter, plain_settings, versions
+from .tokens import longest_first
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledText:
+    """One row.
+
+    Args:
+        index: row of the data, from 0.
+        text: the template filled in.
+        pair: the second text, if there is one.
+        label: as the data have it.
+    """
+
+    index: int
+    text: str
+    pair: str | None
+    label: Any
+
+
+def with_recipe(settings: EvaluationSettings) -> EvaluationSettings:
+    """The settings, with what they leave open from the recipe that the model was trained with, or the usual names."""
+    known = {"text": "{sentence}", "label": "label"} | _trained_on(settings.model)
+    columns = settings.columns
+    if columns is None and known.get("columns") and Path(str(settings.data)).suffix.lower() in (".csv", ".tsv"):
+        columns = tuple(known["columns"])
+    return replace(
+        settings,
+        text=settings.text or known["text"],
+        text_pair=settings.text_pair or known.get("text_pair"),
+        label=settings.label or known["label"],
+        columns=columns,
+    )
+
+
+def labelled_texts(source: Source, settings: EvaluationSettings) -> list[LabelledText]:
+    """Every row with its label.
+
+    Raises:
+        UsageError: a missing column or an empty value; names the row.
+    """
+    text, pair, label = settings.text, settings.text_pair, settings.label
+    assert text is not None
+    assert label is not None
+    require_columns(source.rows, [*columns_of(text), *columns_of(pair or ""), label], path=source.name)
+
+    def labelled(index: int, row: Row) -> LabelledText:
+        second = None if pair is None else render(pair, row)
+        return LabelledText(index=index, text=render(text, row), pair=second, label=row[label])
+
+    return list(each_row(source.rows, labelled, name=source.name))
+
+
+def measure_classification(
+    texts: Sequence[LabelledText],
+    language_model: LanguageModel,
+    source: Source,
+    settings: EvaluationSettings,
+    progress: Any,
+) -> EvaluationResult:
+    """Labels or scores of all texts, and how they agree with those of the data.
+
+    Raises:
+        UsageError: a label that the model does not know, or no classification head.
+    """
+    started = time.perf_counter()
+    labels = _labels(language_model.model.config, settings)
+    references = _references(texts, labels, name=source.name)
+    max_length = _max_length(settings, language_model)
+    encoded = [encode_texts(language_model.tokenizer, each.text, each.pair, max_length=None) for each in texts]
+    num_truncated = 0 if max_length is None else sum(len(row["input_ids"]) > max_length for row in encoded)
+    with ItemWriter(settings.output) as writer:
+        for batch in longest_first([len(row["input_ids"]) for row in encoded], batch_size=settings.batch_size):
+            outputs = _outputs([texts[index] for index in batch], language_model, max_length=max_length)
+            for index, logits in zip(batch, outputs.tolist(), strict=True):
+                writer.write(_item(texts[index], logits, references[index], labels))
+            progress(writer.num_items, len(texts))
+        items = writer.finish()
+        return writer.write_result(
+            EvaluationResult(
+                task="classification",
+                num_items=len(items),
+                **_figures(items, labels),
+                num_truncated=num_truncated,
+                seconds=time.perf_counter() - started,
+                data=source.describe(),
+                settings=plain_settings(settings, labels=labels, max_length=max_length),
+                versions=versions("torch", "transformers"),
+                items=items,
+            )
+        )
+
+
+def _trained_on(model: str | Path) -> dict[str, Any]:
+    """The section `data` of the recipe of a model that `gradselect train` has classified with; else nothing."""
+    file = Path(model) / "run.json"
+    data = read_sealed(file, needed=["recipe"])["recipe"]["data"] if file.is_file() else {}
+    return data if data.get("format") == "classification" else {}
+
+
+def _labels(config: Any, settings: EvaluationSettings) -> tuple[str, ...] | None:
+    """What the outputs stand for; None: a single one is a score."""
+    if config.num_labels == 1:
+        if settings.labels is not None:
+            raise UsageError(f"labels={list(settings.labels)}: the model has one output, a score; leave labels out")
+        return None
+    labels = settings.labels or tuple(config.id2label[number] for number in range(config.num_labels))
+    if len(labels) != config.num_labels:
+        raise UsageError(f"labels={list(labels)} are {len(labels)}, the model has {config.num_labels} outputs")
+    return labels
+
+
+def _references(texts: Sequence[LabelledText], labels: Sequence[str] | None, *, name: str) -> list[int | float]:
+    rows = [{"label": each.label} for each in texts]
+    return list(each_row(rows, lambda _, row: read_label(row["label"], labels=labels), name=name))
+
+
+def _max_length(settings: EvaluationSettings, language_model: LanguageModel) -> int | None:
+    """What the training cut texts at, but no more than the context."""
+    limits = (_trained_on(settings.model).get("max_length"), language_model.context)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+@torch.inference_mode()
+def _outputs(texts: Sequence[LabelledText], language_model: LanguageModel, *, max_length: int | None) -> torch.Tensor:
+    """float32 logits, (texts, labels)."""
+    tokenizer = language_model.tokenizer
+    rows = [encode_texts(tokenizer, each.text, each.pair, max_length=max_length) for each in texts]
+    batch = tokenizer.pad(rows, return_tensors="pt").to(language_model.device)
+    return language_model.model(**batch).logits.float()
+
+
+def _item(text: LabelledText, logits: Sequence[float], reference: int | float, labels: Sequence[str] | None) -> Item:
+    pair = {} if text.pair is None else {"text_pair": text.pair}
+    item = {"index": text.index, "text": text.text, **pair}
+    if labels is None:
+        return {**item, "reference": reference, "prediction": logits[0]}
+    best = max(range(len(logits)), key=logits.__getitem__)
+    probabilities = torch.tensor(logits).softmax(0).tolist()
+    return {
+        **item,
+        "reference": labels[int(reference)],
+        "prediction": labels[best],
+        "correct": best == reference,
+        "probabilities": dict(zip(labels, probabilities, strict=True)),
+    }
+
+
+def _figures(items: Sequence[Item], labels: Sequence[str] | None) -> dict[str, Any]:
+    references, predictions = [item["reference"] for item in items], [item["prediction"] for item in items]
+    if labels is None:
+        return {"metrics": score_metrics(references, predictions)}
+    numbers = {label: number for number, label in enumerate(labels)}
+    metrics = class_metrics(
+        [numbers[name] for name in references], [numbers[name] for name in predictions], num_labels=len(labels)
+    )
+    num_correct = sum(item["correct"] for item in items)
+    return {
+        "accuracy": metrics.pop("accuracy"),
+        "interval": wilson_interval(num_correct=num_correct, num_items=len(items)),
+        "num_correct": num_correct,
+        "metrics": metrics,
+    }

@@ -1,0 +1,128 @@
+"""Greedy answers to many prompts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gradselect.usage import UsageError
+
+from .language_model import LanguageModel
+from .tokens import Prompt, longest_first, pad
+
+NEUTRAL = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "penalty_alpha": 0.0,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "max_length": None,
+    "min_length": 0,
+}
+"""Greedy decoding, and the defaults of whatever else has no meaning for it or is said by `max_new_tokens`.
+
+The defaults are written out because transformers fills a None from the model's own config.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the model wrote.
+
+    Args:
+        index: of the prompt.
+        text: up to a stop string, without special tokens.
+        finished: whether the model ended it, by an end-of-text token or a stop string, before `max_new_tokens`.
+    """
+
+    index: int
+    text: str
+    finished: bool
+
+
+def resolve_max_new_tokens(asked: int | None, *, default: int, context: int | None) -> int:
+    """`asked`, or `default` limited to half of the context.
+
+    Raises:
+        UsageError: nothing of the context is left for the prompt.
+    """
+    if asked is None:
+        return default if context is None else min(default, context // 2)
+    if context is not None and asked >= context:
+        raise UsageError(
+            f"max_new_tokens={asked} leaves no room for a prompt in the model's context of {context} tokens; "
+            f"write max_new_tokens={context // 2}"
+        )
+    return asked
+
+
+def answer_all(
+    prompts: Sequence[Prompt], *, language_model: LanguageModel, config: Any, batch_size: int
+) -> Iterator[list[Answer]]:
+    """Batches of answers, longest prompts first, as the `config` of `greedy_config` says.
+
+    In exact arithmetic an answer does not depend on its batch.
+    """
+    for batch in longest_first([len(prompt.ids) for prompt in prompts], batch_size=batch_size):
+        texts = _answer_batch([prompts[index].ids for index in batch], language_model=language_model, config=config)
+        yield [Answer(index=i, text=text, finished=done) for i, (text, done) in zip(batch, texts, strict=True)]
+
+
+def greedy_config(language_model: LanguageModel, *, max_new_tokens: int, stop: Sequence[str]) -> Any:
+    """The model's own generation config, made greedy.
+
+    Its end-of-text tokens, penalties on repetition, and suppressed or forced tokens stay.
+    """
+    config = copy.deepcopy(language_model.model.generation_config)
+    config.update(
+        **NEUTRAL,
+        max_new_tokens=max_new_tokens,
+        stop_strings=list(stop) or None,
+        eos_token_id=_end_tokens(language_model) or None,
+        pad_token_id=language_model.pad_token,
+    )
+    return config
+
+
+def _end_tokens(language_model: LanguageModel) -> list[int]:
+    """Every end-of-text token that the generation config or the tokenizer names."""
+    configured = language_model.model.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in (*listed, language_model.tokenizer.eos_token_id) if token is not None})
+
+
+@torch.inference_mode()
+def _answer_batch(
+    rows: Sequence[Sequence[int]], *, language_model: LanguageModel, config: Any
+) -> list[tuple[str, bool]]:
+    """Text and whether it is finished, for each prompt of a batch."""
+    ids, mask = pad(rows, token=language_model.pad_token, left=True)
+    output = language_model.model.generate(
+        input_ids=ids.to(language_model.device),
+        attention_mask=mask.to(language_model.device),
+        generation_config=config,
+        tokenizer=language_model.tokenizer,
+    )  # (16, 180 + 256)
+    return [_read(row, config=config, tokenizer=language_model.tokenizer) for row in output[:, ids.shape[1] :].tolist()]
+
+
+def _read(ids: list[int], *, config: Any, tokenizer: Any) -> tuple[str, bool]:
+    """Text before the first end-of-text token or stop string, and whether there is one."""
+    ends, stop = config.eos_token_id or (), config.stop_strings or ()
+    end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    cut = min((text.find(string) for string in stop if string in text), default=len(text))
+    return text[:cut], end < len(ids) or cut < len(text)

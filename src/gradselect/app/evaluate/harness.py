@@ -1,0 +1,122 @@
+"""Published evaluations, through lm-eval (EleutherAI's language model evaluation harness)."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gradselect.app.recipe import EvaluationSettings
+from gradselect.files import sealed
+from gradselect.usage import UsageError
+
+from .language_model import check_folder, resolve_device
+from .results import check_new_folder, plain_settings, to_json, versions, write_aside
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarnessResult:
+    """The figures that lm-eval gives.
+
+    Args:
+        scores: by task, then by lm-eval's name of the metric, such as "exact_match,strict-match"; a standard error
+            stands under "exact_match_stderr,strict-match".
+        seconds: wall-clock time, loading the model included.
+        settings: as given.
+        versions: of what computed it.
+    """
+
+    scores: Mapping[str, Mapping[str, float]]
+    seconds: float
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+
+def run_harness(settings: EvaluationSettings) -> HarnessResult:
+    """Run the tasks `settings.harness` of lm-eval on the model. Prompts and decoding are the tasks' own.
+
+    With `settings.output` everything lm-eval reports is in `harness.json`, and its items in `samples_<task>.jsonl`.
+
+    Raises:
+        UsageError: lm-eval is not installed, it knows no such task, or the settings name none.
+
+    Example:
+        >>> run_harness(EvaluationSettings(model="out/model", harness=("gsm8k",))).scores["gsm8k"]
+        {'exact_match,strict-match': 0.41, 'exact_match_stderr,strict-match': 0.013, ...}
+    """
+    if not settings.harness:
+        raise UsageError("no task for lm-eval; write harness=('gsm8k',), say")
+    if settings.output is not None:
+        check_new_folder(settings.output)
+    check_folder(settings.model)
+    started = time.perf_counter()
+    report = _simple_evaluate(settings)
+    result = HarnessResult(
+        scores={task: _numbers(metrics) for task, metrics in report["results"].items()},
+        seconds=time.perf_counter() - started,
+        settings=plain_settings(settings),
+        versions={**versions("torch", "transformers"), "lm-eval": report["lm_eval_version"]},
+    )
+    if settings.output is not None:
+        _write(Path(settings.output), report, result)
+    return result
+
+
+def _simple_evaluate(settings: EvaluationSettings) -> dict[str, Any]:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError("harness needs lm-eval; run: pip install 'gradselect[harness]'")
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    arguments = _model_arguments(settings)
+    # A few tasks read the model's arguments, to fit their texts to its tokenizer.
+    manager = TaskManager(metadata=arguments)
+    return simple_evaluate(
+        model="hf",
+        model_args=arguments,
+        tasks=_known_tasks(settings.harness, manager),
+        task_manager=manager,
+        num_fewshot=settings.num_fewshot,
+        batch_size=settings.batch_size,
+        device=str(resolve_device(settings.device)),
+        limit=settings.limit,
+        apply_chat_template=settings.as_chat,
+        log_samples=settings.output is not None,
+    )
+
+
+def _model_arguments(settings: EvaluationSettings) -> dict[str, str]:
+    adapter = Path(settings.model) / "adapter_config.json"
+    if not adapter.is_file():
+        return {"pretrained": str(settings.model), "dtype": settings.dtype}
+    base = json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"]
+    return {"pretrained": base, "peft": str(settings.model), "dtype": settings.dtype}
+
+
+def _known_tasks(names: Sequence[str], manager: Any) -> list[str]:
+    """The tasks that the names, or patterns such as "mmlu_*", stand for."""
+    found = {name: manager.match_tasks([name]) for name in names}
+    unknown = [name for name, tasks in found.items() if not tasks]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
+        instead = f"did you mean {' or '.join(near)}?" if near else "all names: lm-eval ls tasks"
+        raise UsageError(f"lm-eval has no task {unknown[0]!r}; {instead}")
+    return [task for tasks in found.values() for task in tasks]
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics without names and counts that stand beside them; a figure without standard error has none here."""
+    return {name: float(value) for name, value in metrics.items() if "," in name and isinstance(value, int | float)}
+
+
+def _write(folder: Path, report: Mapping[str, Any], result: HarnessResult) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, samples in report["samples"].items():
+        write_aside(folder / f"samples_{task}.jsonl", "".join(json.dumps(s, default=str) + "\n" for s in samples))
+    rest = {name: value for name, value in report.items() if name != "samples"}
+    write_aside(folder / "harness.json", to_json(sealed({**asdict(result), "report": rest})))

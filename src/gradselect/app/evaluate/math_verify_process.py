@@ -1,0 +1,52 @@
+"""A program of its own: reads pairs of answers, one JSON list a line, and writes whether they are equal.
+
+Answers come from a model, and `9^{9^{9^9}}` or a thousand nested roots keep a computer algebra system busy for hours or
+take all memory. Only the end of a process stops every such case, so `answer_judge.py` runs this file, which ends itself
+when a pair takes too long. It imports nothing of gradselect, so that a new one is ready within a second.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import sys
+
+from math_verify import parse, verify
+
+MEMORY_BYTES = 4 << 30
+
+
+def are_equal(reference: str, prediction: str) -> bool:
+    r"""Whether both stand for the same value: 1/2, 0.5, 50\% and \frac{1}{2} do."""
+    # The clock is that of `main`: math-verify's own cannot end a long computation in C.
+    expected = parse(f"\\boxed{{{reference}}}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+    given = parse(f"\\boxed{{{prediction}}}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+    return verify(expected, given, timeout_seconds=None)
+
+
+def main() -> None:
+    """Answer lines `[reference, prediction, seconds]` until the input ends; "ready" says that all is imported."""
+    logging.disable(logging.CRITICAL)
+    if sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    are_equal("1", "2")
+    _say("ready")
+    for line in sys.stdin:
+        reference, prediction, seconds = json.loads(line)
+        # A watchdog thread in C: it ends the process whatever the interpreter is busy with.
+        faulthandler.dump_traceback_later(seconds, exit=True)
+        verdict = are_equal(reference, prediction)
+        faulthandler.cancel_dump_traceback_later()
+        _say(verdict)
+
+
+def _say(message: object) -> None:
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

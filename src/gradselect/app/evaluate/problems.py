@@ -1,0 +1,240 @@
+"""From rows to what a task asks the model: problems with a reference answer, or passages to score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradselect.app.data import ENDINGS, Row, columns_of, read_rows, render, require_columns
+from gradselect.app.recipe import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
+from gradselect.files import sha256
+from gradselect.usage import UsageError
+
+from .answers import boxed_or_said, gsm8k_answer, trimmed
+
+QUESTION_COLUMNS = ("question", "query", "problem", "instruction", "input", "prompt")
+ANSWER_COLUMNS = {
+    "gsm8k": ("answer", "response", "output", "target", "solution", "completion"),
+    "math": ("answer", "solution", "response", "output", "target", "completion"),
+    # Where a worked answer stands beside the bare one, it is what a model was trained to write.
+    "loss": ("solution", "response", "output", "answer", "target"),
+}
+"""Names tried in this order when no template names a column."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Rows and where they came from.
+
+    Args:
+        name: of the file or data set.
+        fingerprint: SHA-256 of the file, or what the datasets library gives.
+        rows: those that are used.
+    """
+
+    name: str
+    fingerprint: str
+    rows: Sequence[Row]
+
+    def describe(self) -> dict[str, str | int]:
+        """What a result keeps of it."""
+        return {"name": self.name, "fingerprint": self.fingerprint, "rows_used": len(self.rows)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What the model is to answer.
+
+    Args:
+        index: row of the data, from 0.
+        question: as the data has it.
+        prompt: the template filled in.
+        reference: the bare answer, as `answers.py` extracts it.
+    """
+
+    index: int
+    question: str
+    prompt: str
+    reference: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """Text whose loss is measured.
+
+    Args:
+        prompt: what comes before it and is not scored: a text, a conversation, or None for a running text.
+        target: what is scored.
+        ends: whether the end-of-text token belongs to the target.
+    """
+
+    prompt: str | Sequence[Mapping[str, str]] | None
+    target: str
+    ends: bool
+
+
+def read_source(settings: EvaluationSettings) -> Source:
+    """The first `limit` rows that the settings name; a `.txt` file is one row, with its running text.
+
+    Raises:
+        UsageError: no such file or data set, or a line that cannot be read.
+    """
+    assert settings.task is not None
+    data, subset = (settings.data, settings.subset) if settings.data is not None else HUB_DATA[settings.task]
+    path = Path(data)
+    if path.suffix.lower() not in ENDINGS and not path.exists():
+        rows, fingerprint = _read_hub(str(data), subset=subset, split=settings.split)
+    elif path.suffix.lower() == ".txt" and settings.task == "loss":
+        rows, fingerprint = [{"text": _read_text(path)}], sha256(path)
+    else:
+        rows, fingerprint = read_rows(path, columns=settings.columns), sha256(path)
+    return Source(name=str(data), fingerprint=fingerprint, rows=rows[: settings.limit])
+
+
+def problems(source: Source, settings: EvaluationSettings) -> list[Problem]:
+    """Every row as a problem of the task gsm8k or math.
+
+    Raises:
+        UsageError: a missing column, an empty value, or a reference in which there is no answer; names the row.
+    """
+    assert settings.task is not None
+    rows = [_with_question(row) for row in source.rows]
+    prompt = settings.prompt or DEFAULT_PROMPT
+    completion = settings.completion or _answer_template(source, ANSWER_COLUMNS[settings.task])
+    _require(rows, prompt, completion, name=source.name)
+    find = _REFERENCES[settings.task]
+
+    def problem(index: int, row: Row) -> Problem:
+        text = render(prompt, row)
+        if not text.strip():
+            raise UsageError("the prompt is empty")
+        reference = find(render(completion, row))
+        return Problem(index=index, question=str(row.get("question", text)), prompt=text, reference=reference)
+
+    return list(each_row(rows, problem, name=source.name))
+
+
+def passages(source: Source, settings: EvaluationSettings) -> list[Passage]:
+    """Every row as a passage of the task loss, in the format that the first row's columns show.
+
+    Raises:
+        UsageError: columns that show no format, a missing column or an empty value; names the row.
+    """
+    columns = source.rows[0]
+    if "messages" in columns:
+        return list(each_row(source.rows, _conversation, name=source.name))
+    if "text" in columns and settings.prompt is None:
+        ends = Path(source.name).suffix.lower() != ".txt"
+        _require(source.rows, "{text}", name=source.name)
+        return list(each_row(source.rows, lambda _, row: _document(render("{text}", row), ends=ends), name=source.name))
+    return _completions(source, settings)
+
+
+def _completions(source: Source, settings: EvaluationSettings) -> list[Passage]:
+    as_is = "prompt" in source.rows[0] and "completion" in source.rows[0]
+    rows = [_with_question(row) for row in source.rows]
+    prompt = settings.prompt or ("{prompt}" if as_is else DEFAULT_PROMPT)
+    completion = settings.completion or (
+        "{completion}" if as_is else f" {_answer_template(source, ANSWER_COLUMNS['loss'])}"
+    )
+    _require(rows, prompt, completion, name=source.name)
+
+    def passage(_: int, row: Row) -> Passage:
+        asked, target = render(prompt, row), render(completion, row)
+        if settings.as_chat:
+            return Passage(prompt=[{"role": "user", "content": asked}], target=target.strip(), ends=True)
+        return Passage(prompt=asked, target=target, ends=True)
+
+    return list(each_row(rows, passage, name=source.name))
+
+
+def _conversation(_: int, row: Row) -> Passage:
+    """The last answer of a conversation, given everything before it."""
+    from gradselect.app.data import check_messages
+
+    *before, last = check_messages(row.get("messages"))
+    return Passage(prompt=before, target=last["content"], ends=True)
+
+
+def _document(text: str, *, ends: bool) -> Passage:
+    return Passage(prompt=None, target=text, ends=ends)
+
+
+def _gsm8k_reference(text: str) -> str:
+    reference = gsm8k_answer(text)
+    if reference is None:
+        raise UsageError(f"the answer {text[-60:]!r} holds no number")
+    return reference
+
+
+def _math_reference(text: str) -> str:
+    """A boxed or announced answer, or else the whole text if it is one line: then it is the bare answer."""
+    reference = boxed_or_said(text) or ("" if "\n" in text.strip() else trimmed(text))
+    if not reference:
+        raise UsageError(f"the answer {text[-60:]!r} holds no \\boxed{{...}}")
+    return reference
+
+
+_REFERENCES: dict[str, Callable[[str], str]] = {"gsm8k": _gsm8k_reference, "math": _math_reference}
+
+
+def _with_question(row: Row) -> Row:
+    """The row with its question under the names that templates use, whatever its column is called."""
+    column = next((column for column in QUESTION_COLUMNS if column in row), None)
+    return row if column is None else {"question": row[column], "query": row[column], **row}
+
+
+def _answer_template(source: Source, columns: Sequence[str]) -> str:
+    column = next((column for column in columns if column in source.rows[0]), None)
+    if column is None:
+        require_columns(source.rows[:1], ["answer"], path=source.name)
+    return f"{{{column}}}"
+
+
+def _require(rows: Sequence[Row], *templates: str, name: str) -> None:
+    require_columns(rows, [column for template in templates for column in columns_of(template)], path=name)
+
+
+def each_row(rows: Sequence[Row], make: Callable[[int, Row], Any], *, name: str) -> Iterator[Any]:
+    for index, row in enumerate(rows):
+        try:
+            yield make(index, row)
+        except UsageError as error:
+            raise UsageError(f"{name}: row {index + 1}: {error}") from None
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; paths are relative to the folder the command runs in")
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"{path}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start}); "
+            "convert the file, e.g. with iconv"
+        ) from None
+    if not text.strip():
+        raise UsageError(f"{path}: the file holds no text")
+    return text
+
+
+def _read_hub(name: str, *, subset: str | None, split: str) -> tuple[list[Row], str]:
+    from datasets import Dataset, load_dataset
+
+    try:
+        data = load_dataset(name, subset, split=split)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"data={name!r} is neither a file ({', '.join(ENDINGS)}) nor a data set that can be had from the hub: "
+            f"{reason}"
+        ) from None
+    assert isinstance(data, Dataset)
+    rows = data.to_list()
+    if not rows:
+        raise UsageError(f"{name}: the split {split!r} holds no rows")
+    return rows, data._fingerprint

@@ -1,0 +1,146 @@
+"""From text to token ids: prompts to continue, and segments whose tokens are scored."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradselect.usage import UsageError
+
+from .language_model import LanguageModel
+from .problems import Passage
+
+Messages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Tokens to continue; `truncated` says that their beginning was cut off."""
+
+    ids: Sequence[int]
+    truncated: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Tokens that the model reads at once.
+
+    Args:
+        row: of the data, from 0.
+        ids: at most as many as the context.
+        start: position of the first token that is scored, at least 1: nothing predicts the first token.
+        truncated: whether the beginning was cut off.
+    """
+
+    row: int
+    ids: Sequence[int]
+    start: int
+    truncated: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens are scored."""
+        return max(0, len(self.ids) - self.start)
+
+
+def encode_prompt(text: str, *, language_model: LanguageModel, as_chat: bool, room: int | None) -> Prompt:
+    """The prompt as a user's message if `as_chat`, and at most its last `room` tokens.
+
+    Raises:
+        UsageError: `as_chat`, and the tokenizer has no chat template.
+    """
+    tokenizer = language_model.tokenizer
+    if as_chat:
+        ids = _encode(tokenizer, _chat(tokenizer, [{"role": "user", "content": text}], answered=False), special=False)
+    else:
+        ids = _open_ended(_encode(tokenizer, text, special=True), tokenizer)
+    return Prompt(ids=_last(ids, room, tokenizer), truncated=room is not None and len(ids) > room)
+
+
+def segments(row: int, passage: Passage, *, language_model: LanguageModel) -> list[Segment]:
+    """What is read to score a passage: pieces of a running text, or one prompt with its target.
+
+    A running text is cut into pieces of the context's length, each beginning with the last token of the one before: so
+    every token but the first is predicted exactly once. A prompt with a target that exceeds the context loses its
+    beginning.
+    """
+    if passage.prompt is None:
+        return _pieces(row, passage, language_model=language_model)
+    tokenizer, context = language_model.tokenizer, language_model.context
+    before, ids = _encode_pair(passage, tokenizer)
+    # A tokenizer may join the end of the prompt with the beginning of the target: the joint token is scored.
+    start = max(1, sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False))))
+    kept = _last(ids, context, tokenizer)
+    start = max(1, start - (len(ids) - len(kept)))
+    return [Segment(row=row, ids=kept, start=start, truncated=len(kept) < len(ids))]
+
+
+def pad(rows: Sequence[Sequence[int]], *, token: int, left: bool) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask of a batch, int64, (rows, longest row), e.g. (16, 180)."""
+    longest = max(map(len, rows))
+    fill = [[token] * (longest - len(row)) for row in rows]
+    ones = [[1] * len(row) for row in rows]
+    zeros = [[0] * len(gap) for gap in fill]
+    join = (lambda gap, row: [*gap, *row]) if left else (lambda gap, row: [*row, *gap])
+    return torch.tensor([*map(join, fill, rows)]), torch.tensor([*map(join, zeros, ones)])
+
+
+def longest_first(lengths: Sequence[int], *, batch_size: int) -> Iterator[list[int]]:
+    """Batches of indices of similar length, the longest first: little padding, and memory runs out at once or never."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return (order[begin : begin + batch_size] for begin in range(0, len(order), batch_size))
+
+
+def _pieces(row: int, passage: Passage, *, language_model: LanguageModel) -> list[Segment]:
+    ids = _encode(language_model.tokenizer, passage.target, special=True)
+    ids = _ended(ids, language_model.tokenizer) if passage.ends else _open_ended(ids, language_model.tokenizer)
+    length = language_model.context or len(ids)
+    begins = range(0, len(ids) - 1, max(1, length - 1))
+    return [Segment(row=row, ids=ids[begin : begin + length], start=1, truncated=False) for begin in begins]
+
+
+def _encode_pair(passage: Passage, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids of the prompt alone, and of prompt and target together."""
+    if isinstance(passage.prompt, str):
+        before = _open_ended(_encode(tokenizer, passage.prompt, special=True), tokenizer)
+        both = _open_ended(_encode(tokenizer, passage.prompt + passage.target, special=True), tokenizer)
+        return before, _ended(both, tokenizer) if passage.ends else both
+    assert passage.prompt is not None
+    answer = {"role": "assistant", "content": passage.target}
+    asked = _chat(tokenizer, passage.prompt, answered=False)
+    answered = _chat(tokenizer, [*passage.prompt, answer], answered=True)
+    return _encode(tokenizer, asked, special=False), _encode(tokenizer, answered, special=False)
+
+
+def _chat(tokenizer: Any, messages: Messages, *, answered: bool) -> str:
+    if tokenizer.chat_template is None:
+        raise UsageError("the model's tokenizer has no chat template; leave as_chat off, or evaluate a chat model")
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=not answered)
+
+
+def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+
+def _open_ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """Without the end-of-text token that some tokenizers append: after it a model begins something new."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """With exactly one end-of-text token, if the tokenizer has one."""
+    return ids if tokenizer.eos_token_id in (None, ids[-1] if ids else None) else [*ids, tokenizer.eos_token_id]
+
+
+def _last(ids: list[int], room: int | None, tokenizer: Any) -> list[int]:
+    """The last `room` ids; a beginning-of-text token stays in front, for models attend to it."""
+    if room is None or len(ids) <= room:
+        return ids
+    if room > 1 and ids[0] == tokenizer.bos_token_id:
+        return [ids[0], *ids[len(ids) - room + 1 :]]
+    return ids[-room:]

@@ -1,0 +1,228 @@
+"""From rows of a file or a hub data set to the examples that the trainer reads."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from gradselect import UsageError
+from gradselect.app.data import (
+    ENDINGS,
+    Row,
+    check_messages,
+    columns_of,
+    label_names,
+    read_label,
+    read_rows,
+    render,
+    require_columns,
+)
+from gradselect.app.recipe import ChatData, ClassificationData, FileData, PromptCompletionData, RandomData, TextData
+from gradselect.files import sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Rows and where they came from.
+
+    Args:
+        path: of the file, or id and split of the hub data set.
+        fingerprint: SHA-256 of the file's bytes, or the fingerprint that the datasets library gives.
+        rows: the rows that are used.
+    """
+
+    path: str
+    fingerprint: str
+    rows: Sequence[Row]
+
+    def describe(self) -> dict[str, str | int]:
+        """What `run.json` keeps."""
+        return {"path": self.path, "fingerprint": self.fingerprint, "rows_used": len(self.rows)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """What a run trains and evaluates on.
+
+    Args:
+        train: in TRL's form (columns prompt and completion, messages, or text), or, for classification, with the
+            columns text, text_pair (or None) and labels (a number).
+        validation: the same.
+        sources: where they came from, by name.
+        labels: of a classification, in the order of their numbers; None where there are none or they are scores.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    sources: dict[str, Source]
+    labels: tuple[str, ...] | None = None
+
+
+def load_examples(settings: FileData, *, seed: int) -> Examples:
+    """Read, check and render the examples that `settings` asks for; a held-out share is drawn with `seed`.
+
+    Raises:
+        UsageError: a file, a column or a row that cannot be used; names it.
+    """
+    sources = _read_sources(settings, seed=seed)
+    labels = _labels(sources["train"], settings)
+    rendered = {name: Dataset.from_list(_render_rows(source, settings, labels)) for name, source in sources.items()}
+    return Examples(train=rendered["train"], validation=rendered.get("validation"), sources=sources, labels=labels)
+
+
+def _read_sources(settings: FileData, *, seed: int) -> dict[str, Source]:
+    """The rows to train on, and those to evaluate on if there are any."""
+    train = _first(_read(settings.path, settings, split=settings.split), settings.limit)
+    match settings.validation:
+        case None:
+            return {"train": train}
+        case str(name) if _is_file(name) or _is_file(settings.path):
+            validation = _read(name, settings, split="train")
+        case str(name):
+            validation = _read(settings.path, settings, split=name)
+        case share:
+            train, validation = _hold_out(train, share, seed=seed)
+    return {"train": train, "validation": _first(validation, settings.validation_limit)}
+
+
+def _read(path: str, settings: FileData, *, split: str) -> Source:
+    if _is_file(path):
+        rows = read_rows(path, columns=settings.columns)
+        return Source(path=path, fingerprint=sha256(path), rows=rows)
+    try:
+        dataset = load_dataset(path, settings.subset if path == settings.path else None, split=split)
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
+        raise UsageError(
+            f"data.path={path!r} is neither a file ({', '.join(ENDINGS)}) nor a data set that can be had from the hub: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    assert isinstance(dataset, Dataset)
+    return Source(path=f"{path} [{split}]", fingerprint=dataset._fingerprint, rows=dataset.to_list())
+
+
+def _is_file(path: str) -> bool:
+    return Path(path).suffix.lower() in ENDINGS or Path(path).exists()
+
+
+def _first(source: Source, limit: int | None) -> Source:
+    return Source(path=source.path, fingerprint=source.fingerprint, rows=source.rows[:limit])
+
+
+def _hold_out(source: Source, share: float, *, seed: int) -> tuple[Source, Source]:
+    """The rows without a random share of them, and that share; both in the file's order, at least one row each."""
+    count = max(1, round(share * len(source.rows)))
+    if count >= len(source.rows):
+        raise UsageError(
+            f"{source.path}: data.validation={share} holds out {count} of {len(source.rows)} rows and leaves none to "
+            "train on; give a file with more rows, or name a validation file"
+        )
+    held_out = set(random.Random(f"validation/{seed}").sample(range(len(source.rows)), count))
+    kept = [row for place, row in enumerate(source.rows) if place not in held_out]
+    taken = [row for place, row in enumerate(source.rows) if place in held_out]
+    return (
+        Source(path=source.path, fingerprint=source.fingerprint, rows=kept),
+        Source(path=f"{source.path} [{share} held out]", fingerprint=source.fingerprint, rows=taken),
+    )
+
+
+def _labels(train: Source, settings: FileData) -> tuple[str, ...] | None:
+    if not isinstance(settings, ClassificationData) or settings.regression:
+        return None
+    require_columns(train.rows, [settings.label], path=train.path)
+    return settings.labels or label_names([row[settings.label] for row in train.rows], path=train.path)
+
+
+def _render_rows(source: Source, settings: FileData, labels: tuple[str, ...] | None) -> list[dict[str, Any]]:
+    """Rows in the form of `Examples`."""
+    require_columns(source.rows, _columns_read(settings), path=source.path)
+    examples = []
+    for number, row in enumerate(source.rows, start=1):
+        try:
+            examples.append(_render_row(row, settings, labels))
+        except UsageError as error:
+            raise UsageError(f"{source.path}: row {number}: {error}") from None
+    return examples
+
+
+def _columns_read(settings: FileData) -> tuple[str, ...]:
+    """The columns that every row must have."""
+    match settings:
+        case PromptCompletionData():
+            return (*columns_of(settings.prompt), *columns_of(settings.completion))
+        case ChatData():
+            return (settings.messages,)
+        case TextData():
+            return columns_of(settings.text)
+        case ClassificationData():
+            return (*columns_of(settings.text), *columns_of(settings.text_pair or ""), settings.label)
+
+
+def _render_row(row: Row, settings: FileData, labels: tuple[str, ...] | None) -> dict[str, Any]:
+    match settings:
+        case PromptCompletionData():
+            prompt, completion = render(settings.prompt, row), render(settings.completion, row)
+            if not settings.as_chat:
+                return {"prompt": prompt, "completion": completion}
+            question, answer = {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}
+            return {"prompt": [question], "completion": [answer]}
+        case ChatData():
+            messages = check_messages(row[settings.messages])
+            if settings.loss_on == "last-answer":
+                return {"prompt": messages[:-1], "completion": messages[-1:]}
+            return {"messages": messages}
+        case TextData():
+            return {"text": render(settings.text, row)}
+        case ClassificationData():
+            pair = None if settings.text_pair is None else render(settings.text_pair, row)
+            return {
+                "text": render(settings.text, row),
+                "text_pair": pair,
+                "labels": read_label(row[settings.label], labels=labels),
+            }
+
+
+_END = "<end>"
+
+
+def random_examples(settings: RandomData, *, num_embeddings: int, seed: int) -> Examples:
+    """Rows of tokens drawn alike for every seed and length, whatever the machine.
+
+    Args:
+        settings: how many, how long, of which tokens.
+        num_embeddings: tokens that the model has.
+        seed: of the draw.
+
+    Raises:
+        UsageError: more tokens than the model has.
+    """
+    vocabulary = num_embeddings if settings.vocabulary is None else settings.vocabulary
+    if vocabulary > num_embeddings:
+        raise UsageError(
+            f"data.vocabulary={vocabulary} is more than the model's {num_embeddings} tokens; write at most that"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocabulary, (settings.rows, settings.length), generator=generator)
+    rows = [{"input_ids": row, "labels": row} for row in tokens.tolist()]
+    fingerprint = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    return Examples(
+        train=Dataset.from_list(rows),
+        validation=None,
+        sources={"train": Source(path=f"random tokens [{vocabulary}]", fingerprint=fingerprint, rows=rows)},
+    )
+
+
+def stand_in_tokenizer() -> PreTrainedTokenizerBase:
+    """One token, which ends and pads: what trainers ask of a tokenizer that never sees a text."""
+    tokenizer = Tokenizer(WordLevel({_END: 0}, unk_token=_END))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)

@@ -1,0 +1,202 @@
+"""The model and the tokenizer that a run starts from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from gradselect import UsageError
+from gradselect.app.models import (
+    check_complete,
+    check_tokens,
+    context_of,
+    draw_weights,
+    load_configuration,
+    load_text_tokenizer,
+    load_weights,
+)
+from gradselect.app.recipe import ChatData, ClassificationData, Data, FileData, ModelSettings, PromptCompletionData
+from gradselect.app.runtime import machine_bytes
+from gradselect.usage import first_line
+
+
+def load_model(settings: ModelSettings, *, seed: int = 0, device: str = "cpu") -> PreTrainedModel:
+    """The causal language model at `settings.path`, with all of its weights.
+
+    Args:
+        settings: what to load.
+        seed: of random weights.
+        device: where random weights are drawn.
+
+    Raises:
+        UsageError: it cannot be had, is damaged, lacks weights, or could not be saved again.
+    """
+    model, missing = _load(AutoModelForCausalLM, settings, seed=seed, device=device)
+    check_complete(missing, model, settings.path, key="model.path", wanted="a causal language model")
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        raise UsageError(f"model.path={settings.path!r} cannot be used: {first_line(error)}") from error
+    return model
+
+
+def load_classifier(
+    settings: ModelSettings, *, labels: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model at `settings.path` with a classification head, and the names of the head's parameters.
+
+    The head is what stands outside the base model, and of the base model what the checkpoint lacks because only
+    classifiers use it: BERT's pooler. What the checkpoint lacks is drawn from `seed`; a head that it has goes on.
+
+    Args:
+        settings: what to load.
+        labels: the names of the outputs; None for one output, a score.
+        tokenizer: gives the padding token, by which decoders find the last token of a text.
+        seed: of the new head.
+
+    Raises:
+        UsageError: it cannot be had, is damaged, lacks weights of the base model, or has a head of another size.
+    """
+    names = {} if labels is None else {"id2label": dict(enumerate(labels)), "label2id": _numbered(labels)}
+    problem = "regression" if labels is None else "single_label_classification"
+    set_seed(seed)
+    model, missing = _load(
+        AutoModelForSequenceClassification,
+        settings,
+        seed=seed,
+        num_labels=1 if labels is None else len(labels),
+        problem_type=problem,
+        **names,
+    )
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    base = f"{model.base_model_prefix}."
+    lacking = tuple(name for name in missing if name.startswith(base) and "pooler" not in name)
+    check_complete(lacking, model, settings.path, key="model.path", wanted="the model itself")
+    head = [name for name, _ in model.named_parameters() if not name.startswith(base) or name in missing]
+    return model, tuple(head)
+
+
+def load_tokenizer(settings: ModelSettings, data: FileData) -> PreTrainedTokenizerBase:
+    """The tokenizer at `settings.path`, able to do what the data need: to end or to pad a text, to render a chat.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    _check_folder(settings.path)
+    tokenizer = load_text_tokenizer(
+        settings.path, key="model.path", revision=settings.revision, trust_remote_code=settings.trust_remote_code
+    )
+    if isinstance(data, ClassificationData):
+        return _able_to_pad(tokenizer, settings.path)
+    if tokenizer.eos_token is None:
+        raise UsageError(
+            f"the tokenizer of {settings.path!r} has no end-of-text token, so a completion would have no end; "
+            'add "eos_token" to its tokenizer_config.json'
+        )
+    is_chat = isinstance(data, ChatData) or (isinstance(data, PromptCompletionData) and data.as_chat)
+    if is_chat and tokenizer.chat_template is None:
+        raise UsageError(
+            f"the tokenizer of {settings.path!r} has no chat template; "
+            "take a chat model, or data.format=prompt-completion without as_chat"
+        )
+    return tokenizer
+
+
+def resolve_max_length(data: Data, *, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of an example: `data.max_length`, or the model's context but no more than 1024.
+
+    Raises:
+        UsageError: more than the model has positions for, or tokens that the model has no embedding for.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(data, ClassificationData):
+        positions = context_of(model, tokenizer)
+    if data.max_length is not None and positions is not None and data.max_length > positions:
+        raise UsageError(
+            f"data.max_length={data.max_length} is more than the model's {positions} positions; write at most that"
+        )
+    check_tokens(model, tokenizer)
+    return data.max_length or min(1024, positions or 1024)
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of all names, shapes and types of parameters, and of up to 256 evenly spaced values of each."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.flatten()
+        places = torch.linspace(0, values.numel() - 1, min(256, values.numel()), dtype=torch.float64).long()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(values[places.to(values.device)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def num_embeddings(model: PreTrainedModel) -> int:
+    """How many tokens the model has."""
+    return next(iter(model.get_input_embeddings().parameters())).shape[0]
+
+
+def _load(
+    kind: Any, settings: ModelSettings, *, seed: int, device: str = "cpu", **options: Any
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    attention = None if settings.attention == "auto" else settings.attention
+    origin = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    if settings.random_weights:
+        _check_configuration(settings.path)
+        config = load_configuration(settings.path, key="model.path", most_weights=machine_bytes(), **origin, **options)
+        set_seed(seed)
+        with torch.device(device):
+            model = draw_weights(kind, config, dtype=settings.dtype, attention=attention, key="model.path")
+        return model, ()
+    _check_folder(settings.path)
+    return load_weights(
+        kind,
+        settings.path,
+        key="model.path",
+        trust_pickle=settings.trust_pickle,
+        dtype=settings.dtype,
+        attn_implementation=attention,
+        **origin,
+        **options,
+    )
+
+
+def _able_to_pad(tokenizer: Any, path: str) -> Any:
+    """A decoder's tokenizer pads with its end-of-text token, which the mask hides."""
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise UsageError(f'the tokenizer of {path!r} cannot pad; add "pad_token" to its tokenizer_config.json')
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _numbered(labels: Sequence[str]) -> dict[str, int]:
+    return {label: number for number, label in enumerate(labels)}
+
+
+def _check_configuration(path: str) -> None:
+    """A place on the disk has a configuration; what is no place may be an id on the hub."""
+    place = Path(path)
+    if place.is_dir() and not (place / "config.json").is_file():
+        raise UsageError(f"model.path={path!r} has no config.json; give a folder with one, or the file itself")
+    if not place.exists() and (path.startswith((".", "/", "~")) or path.endswith(".json")):
+        raise UsageError(
+            f"model.path={path!r}: no such file or folder; paths are relative to the folder the command runs in"
+        )
+
+
+def _check_folder(path: str) -> None:
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise UsageError(f"model.path={path!r}: no such folder; paths are relative to the folder the command runs in")

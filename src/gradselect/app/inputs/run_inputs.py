@@ -1,0 +1,67 @@
+"""All that a run reads before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gradselect.app.recipe import ClassificationData, FileData, RandomData, Recipe
+
+from .examples import Examples, load_examples, random_examples, stand_in_tokenizer
+from .model import load_classifier, load_model, load_tokenizer, num_embeddings, resolve_max_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """All that a run needs beside its recipe.
+
+    Args:
+        max_length: tokens of an example.
+        head: names of the parameters of a classification head, which train with every method; else none.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    examples: Examples
+    max_length: int
+    head: Sequence[str] = ()
+
+
+def read_inputs(recipe: Recipe) -> Inputs:
+    """What the recipe names. Data first: a broken line should not wait for a large model to load.
+
+    Raises:
+        UsageError: something cannot be used.
+    """
+    match recipe.data:
+        case RandomData():
+            return _read_random(recipe, recipe.data)
+        case _:
+            return _read_files(recipe, recipe.data)
+
+
+def _read_files(recipe: Recipe, data: FileData) -> Inputs:
+    seed, device = recipe.run.seed, _device(recipe)
+    examples = load_examples(data, seed=seed)
+    tokenizer = load_tokenizer(recipe.model, data)
+    if isinstance(data, ClassificationData):
+        model, head = load_classifier(recipe.model, labels=examples.labels, tokenizer=tokenizer, seed=seed)
+    else:
+        model, head = load_model(recipe.model, seed=seed, device=device), ()
+    max_length = resolve_max_length(data, model=model, tokenizer=tokenizer)
+    return Inputs(model=model, tokenizer=tokenizer, examples=examples, max_length=max_length, head=head)
+
+
+def _read_random(recipe: Recipe, data: RandomData) -> Inputs:
+    model, tokenizer = load_model(recipe.model, seed=recipe.run.seed, device=_device(recipe)), stand_in_tokenizer()
+    max_length = resolve_max_length(data, model=model, tokenizer=tokenizer)
+    examples = random_examples(data, num_embeddings=num_embeddings(model), seed=recipe.run.seed)
+    return Inputs(model=model, tokenizer=tokenizer, examples=examples, max_length=max_length)
+
+
+def _device(recipe: Recipe) -> str:
+    """Where random weights are drawn: on a GPU that is seconds for billions, on a processor minutes."""
+    return "cuda" if recipe.run.device == "auto" and torch.cuda.is_available() else "cpu"

@@ -1,0 +1,199 @@
+"""Checkpoints of transformers, read with all that can be wrong with one turned into the user's words."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gradselect.app.runtime import machine_bytes
+from gradselect.files import MANIFEST_NAME, digests_of_model, sha256
+from gradselect.usage import UsageError, first_line
+
+from .size_limits import MOST_WEIGHTS, check_sizes
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def load_weights(
+    kind: Any, path: str | Path, *, key: str, trust_pickle: bool = False, **options: Any
+) -> tuple[Any, tuple[str, ...]]:
+    """A model of an auto class of transformers, and the names of its weights that the checkpoint lacks.
+
+    Args:
+        kind: e.g. `AutoModelForCausalLM`.
+        path: a folder, or an id on the hub.
+        key: what the user calls it, in errors: "model.path".
+        trust_pickle: also of a checkpoint that has its weights as a torch pickle.
+        options: of `from_pretrained`.
+
+    Raises:
+        UsageError: it cannot be had, is damaged, or would run code.
+    """
+    folder, origin = Path(path), _only_origin(options)
+    if folder.is_dir():
+        _check_weight_files(folder, key=key, trust_pickle=trust_pickle)
+        _check_manifest(folder, "*")
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        load_configuration(path, key=key, most_weights=machine_bytes(), **origin)
+    with _in_words(f"{key}={str(path)!r} cannot be used"):
+        model, report = kind.from_pretrained(
+            path, output_loading_info=True, use_safetensors=None if trust_pickle else True, **(options | origin)
+        )
+    return model, tuple(sorted(report["missing_keys"]))
+
+
+def load_configuration(path: str | Path, *, key: str, most_weights: int = MOST_WEIGHTS, **options: Any) -> Any:
+    """The configuration in a folder, in a file, or of an id on the hub; `options` change its values.
+
+    Of a model that is to be loaded `most_weights` are `machine_bytes()`.
+
+    Raises:
+        UsageError: there is none, it is damaged, or of a model that fits no machine.
+    """
+    from transformers import AutoConfig
+
+    with _in_words(f"{key}={str(path)!r} cannot be used, there is no configuration of a model"):
+        config = AutoConfig.from_pretrained(path, **(options | _only_origin(options)))
+    check_sizes(config, name=f"{key}={str(path)!r}", most_weights=most_weights)
+    return config
+
+
+def draw_weights(kind: Any, config: Any, *, dtype: str, attention: str | None, key: str) -> Any:
+    """A model of an auto class of transformers with the random weights that its training would begin from.
+
+    Raises:
+        UsageError: the auto class has no model of this configuration.
+    """
+    with _in_words(f"{key} cannot be used"):
+        return kind.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+def load_text_tokenizer(path: str | Path, *, key: str, **options: Any) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    _check_manifest(Path(path), "config.json", "*token*", "vocab*", "merges.txt", "*.jinja")
+    with _in_words(f"{key}={str(path)!r} cannot be used, there is no tokenizer"):
+        return AutoTokenizer.from_pretrained(path, **(options | _only_origin(options)))
+
+
+def check_complete(missing: tuple[str, ...], model: Any, path: str | Path, *, key: str, wanted: str) -> None:
+    """The checkpoint lacks no weights.
+
+    Raises:
+        UsageError: names the first, and says that `wanted` is what to give.
+    """
+    if missing:
+        raise UsageError(
+            f"{key}={str(path)!r} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]!r} among them, "
+            f"which would be random; give the checkpoint of {wanted}"
+        )
+
+
+def check_tokens(model: Any, tokenizer: Any) -> None:
+    """The model has an embedding for every token.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    rows = next(model.get_input_embeddings().parameters()).shape[0]
+    if len(tokenizer) > rows:
+        raise UsageError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeddings for {rows}: they do not belong together; "
+            "give the tokenizer of this model, or call model.resize_token_embeddings(len(tokenizer)) before training"
+        )
+
+
+def context_of(model: Any, tokenizer: Any) -> int | None:
+    """Tokens that the model can read at once; None where the architecture sets no limit.
+
+    Of RoBERTa and its kin the tokenizer knows better: two of the model's positions are never used.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # A tokenizer without a limit stores a huge number.
+    known = [int(limit) for limit in (positions, tokenizer.model_max_length) if limit is not None and 0 < limit < 10**9]
+    return min(known, default=None)
+
+
+def _only_origin(options: dict[str, Any]) -> dict[str, Any]:
+    """Where from, and whether code is run; without a word transformers would ask at the terminal."""
+    return {"revision": options.get("revision"), "trust_remote_code": options.get("trust_remote_code", False)}
+
+
+@contextmanager
+def _in_words(what: str) -> Iterator[None]:
+    """An error of transformers becomes the user's: what is damaged comes out of it as any kind of exception."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(f"{what}: {first_line(error)}{_hint(error)}") from error
+
+
+def _hint(error: Exception) -> str:
+    if "custom code" in str(error):
+        return " If you have read it and trust it, train with model.trust_remote_code=true; nothing else runs such code"
+    if "use_safetensors=True" in str(error):
+        return (
+            " (that is not yours to set). A torch pickle can run code when it is read: if you trust it, train with "
+            "model.trust_pickle=true, or save the model anew in safetensors"
+        )
+    return ""
+
+
+def _check_manifest(folder: Path, *patterns: str) -> None:
+    """The files of the patterns are as `gradselect train` wrote them; models from elsewhere have no manifest.
+
+    Raises:
+        UsageError: names the first that is missing or damaged.
+    """
+    digests = digests_of_model(folder)
+    for name in sorted(name for pattern in patterns for name in fnmatch.filter(digests, pattern)):
+        path = folder / name
+        problem = None if path.is_file() else "is missing"
+        if problem is None and sha256(path) != digests[name]:
+            problem = "is not as it was written: its SHA-256 is another"
+        if problem is not None:
+            raise UsageError(
+                f"{path} {problem}. Put a copy back; if you changed it yourself, delete {folder / MANIFEST_NAME}"
+            )
+
+
+def _check_weight_files(folder: Path, *, key: str, trust_pickle: bool) -> None:
+    """The weights in the folder can be read without running what is in them, and lie in it.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        _check_index(index)
+    has_weights = any((folder / name).is_file() for name in WEIGHTS)
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles and not has_weights and not trust_pickle:
+        raise UsageError(
+            f"{key}={str(folder)!r} has its weights as a torch pickle only ({pickles[0]}), which can run code when "
+            "it is read. If you trust it, convert it: AutoModelForCausalLM.from_pretrained("
+            f"{str(folder)!r}, dtype='auto').save_pretrained(new_folder)"
+            + ("; or write model.trust_pickle=true" if key == "model.path" else "")
+        )
+
+
+def _check_index(index: Path) -> None:
+    try:
+        names = {str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{index} is no index of shards ({error!r}); save the model again") from None
+    for name in sorted(names):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UsageError(f"{index} names {name!r}, which is no safetensors file beside it")
+        if not (index.parent / name).is_file():
+            raise UsageError(f"{index} names {name}, and there is no such file; copy or save the model again")

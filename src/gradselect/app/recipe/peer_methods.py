@@ -1,0 +1,144 @@
+"""Methods of other packages, as their authors wrote them: outside witnesses for a comparison (extra `peers`)."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from typing import Any, Literal, final
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from gradselect import UsageError, partition
+
+from .settings import Settings
+
+
+class AbstractWitnessMethod(Settings, ABC):
+    """Trains with an optimizer of another package. It cannot resume, and without master weights if it knows none."""
+
+    @abstractmethod
+    def make_optimizer(
+        self, model: nn.Module, *, head: Collection[str], adamw: dict[str, Any]
+    ) -> torch.optim.Optimizer:
+        """The package's optimizer.
+
+        Args:
+            model: what it trains.
+            head: names of parameters that train at every step.
+            adamw: `lr`, `weight_decay`, `betas` and `eps`.
+
+        Raises:
+            UsageError: the package is not installed.
+        """
+
+
+class BAdamPackageMethod(AbstractWitnessMethod):
+    """BAdam as its authors' package `badam` has it (Luo, Yu, Li, arXiv 2404.02827).
+
+    Attributes:
+        every: steps of a block.
+        order: in which blocks train.
+        embedding: the embedding is a block too.
+        norm_and_head: all that is neither a layer nor an embedding is a block too.
+    """
+
+    name: Literal["badam-package"]
+    every: PositiveInt = 50
+    order: Literal["random", "ascending", "descending"] = "random"
+    embedding: bool = False
+    norm_and_head: bool = False
+
+    def make_optimizer(
+        self, model: nn.Module, *, head: Collection[str], adamw: dict[str, Any]
+    ) -> torch.optim.Optimizer:
+        badam = _import("badam", requirement="badam")
+        return badam.BlockOptimizer(
+            base_optimizer=torch.optim.AdamW(model.parameters(), **adamw),
+            named_parameters_list=list(model.named_parameters()),
+            switch_block_every=self.every,
+            switch_mode=self.order,
+            active_modules=list(head),
+            include_embedding=self.embedding,
+            include_lm_head=self.norm_and_head,
+            verbose=0,
+        )
+
+
+class GaLoreMethod(AbstractWitnessMethod):
+    """GaLore as its authors' package `galore-torch` has it (Zhao et al., arXiv 2403.03507).
+
+    The gradients of the matrices in the layers are projected; everything else trains with the package's plain AdamW.
+
+    Attributes:
+        rank: of the projections.
+        refresh: steps between two projections.
+        scale: of projected updates.
+    """
+
+    name: Literal["galore"]
+    rank: PositiveInt = 128
+    refresh: PositiveInt = 200
+    scale: PositiveFloat = 0.25
+
+    def make_optimizer(
+        self, model: nn.Module, *, head: Collection[str], adamw: dict[str, Any]
+    ) -> torch.optim.Optimizer:
+        galore = _import("galore_torch", requirement="galore-torch")
+        projected = [
+            parameter
+            for block in partition(model)
+            if block.name.rpartition("layer.")[2].isdecimal()
+            for parameter in block.parameters
+            if parameter.ndim == 2
+        ]
+        places = {id(parameter) for parameter in projected}
+        plain = [parameter for parameter in model.parameters() if id(parameter) not in places]
+        options = {"rank": self.rank, "update_proj_gap": self.refresh, "scale": self.scale, "proj_type": "std"}
+        groups = [{"params": plain}, {"params": projected, **options}]
+        return galore.GaLoreAdamW(groups, **adamw, no_deprecation_warning=True)
+
+
+@final
+class WitnessFactory:
+    """Builds a witness's optimizer where a trainer asks for one."""
+
+    def __call__(self, model: nn.Module, *, method: AbstractWitnessMethod, **options: Any) -> torch.optim.Optimizer:
+        return method.make_optimizer(model, **options)
+
+
+def witness_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
+    """Bytes of masters, of the masters' gradients and of other state of an optimizer that is none of ours."""
+    masters: list[Tensor] = []
+    inner: Any = optimizer
+    badam: Any = sys.modules.get("badam")
+    if badam is not None and isinstance(inner, badam.BlockOptimizer):
+        masters, inner = list(inner.param_idx2hp.values()), inner.base_optimizer
+    gradients = [master.grad for master in masters if master.grad is not None]
+    return _num_bytes(masters), _num_bytes(gradients), _num_bytes(_tensors_of(inner))
+
+
+def _tensors_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """The large tensors of its state. Step counters of a few bytes are not counted, as in `BlockOptimizer.memory`."""
+    for entries in optimizer.state.values():
+        for name, value in entries.items():
+            # GaLore keeps an object there, which holds one matrix.
+            tensor = value.ortho_matrix if name == "projector" else value
+            if torch.is_tensor(tensor) and tensor.ndim > 0:
+                yield tensor
+
+
+def _num_bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _import(module: str, *, requirement: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(
+            f"method: the package {requirement} cannot be used ({error}); run: pip install 'gradselect[peers]'"
+        ) from error

@@ -1,0 +1,240 @@
+"""`gradselect plan`: a recipe, the methods and levers beside it, and what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from gradselect import UsageError
+from gradselect.app.recipe import (
+    AbstractBlockMethod,
+    AbstractMaskMethod,
+    RandomData,
+    Recipe,
+    TokenData,
+    merge,
+    parse_override,
+    parse_recipe,
+)
+from gradselect.planning import Plan
+from gradselect.usage import smallest_text, write_size
+
+from .planner import RecipePlanner
+
+FRACTIONS = (0.1, 0.2, 0.3)
+DEFAULT_RANK = 16
+RULE = (
+    "of the settings that fit the quickest, then the one of fewest forward passes a step, then of fewest changes, then "
+    "of the lowest peak: "
+    "first the recipe's own method, then full, then AdaGradSelect with the embedding from the largest fraction down, "
+    "without it, then LoRA; each with levers that leave the training as it is (gradient checkpointing, state on the "
+    "host, smaller forward passes of the same batch); if none fits, all again in bfloat16. The length of the rows stays"
+)
+"""What `fit` calls best."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A recipe that differs from the one given.
+
+    Args:
+        name: what a table calls it.
+        changes: what to add to the command line.
+        plan: of that recipe; None where the method does not fit the model.
+        fault: what stands in its way then.
+    """
+
+    name: str
+    changes: tuple[str, ...] = ()
+    plan: Plan | None = None
+    fault: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipePlan:
+    """All that `gradselect plan` shows.
+
+    Args:
+        own: the recipe as it is.
+        methods: other methods in the same recipe.
+        levers: other settings with the same method.
+        best: what fits the size that was asked for.
+    """
+
+    own: Setting
+    methods: tuple[Setting, ...]
+    levers: tuple[Setting, ...]
+    best: Setting | None = None
+
+
+def plan_recipe(recipe: Recipe, *, fractions: Sequence[float] = FRACTIONS, fit: int | None = None) -> RecipePlan:
+    """Bytes and time of the recipe, of other methods in its place, and of its levers one by one.
+
+    Args:
+        recipe: as it would be trained. Of the model its configuration alone is read, of the data nothing.
+        fractions: of AdaGradSelect, in the grid.
+        fit: bytes that the best setting may hold on the device at its peak; None: none is looked for.
+
+    Raises:
+        UsageError: the recipe cannot be planned, a fraction is out of its range, or nothing fits: says the smallest
+            size in which something would.
+    """
+    planner = RecipePlanner()
+    own = Setting(name=f"{recipe.method.name}, as written", plan=planner.plan(recipe))
+    methods = tuple(_try(planner, recipe, name, changes) for name, changes in grid(recipe, fractions))
+    levers = tuple(_try(planner, recipe, name, changes) for name, changes in levers_of(recipe))
+    best = None if fit is None else find_best(planner, recipe, fractions=fractions, limit=fit)
+    return RecipePlan(own=own, methods=methods, levers=levers, best=best)
+
+
+def grid(recipe: Recipe, fractions: Sequence[float]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The methods of the table: a name and what to add to the command line."""
+    yield from trained_methods(recipe, fractions)
+    for name, options in (
+        ("id3", "density: 0.01"),
+        ("static", "density: 0.01"),
+        ("lift", "density: 0.01"),
+        ("gmt", "fraction: 0.2"),
+        ("meprop", "density: 0.01"),
+        ("bitfit", ""),
+    ):
+        words = f", {options}" if options else ""
+        yield f"{name} {options.partition(': ')[2]}".strip(), (f"method={{name: {name}{words}}}",)
+
+
+def trained_methods(recipe: Recipe, fractions: Sequence[float]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Full fine-tuning, AdaGradSelect and LoRA, in the order in which `fit` prefers them."""
+    rank = getattr(recipe.method, "rank", None) or DEFAULT_RANK
+    yield "full", ("method={name: full}",)
+    for always in (", always: [embedding]", ""):
+        for fraction in sorted(fractions, reverse=True):
+            text = f"method={{name: adagradselect, fraction: {fraction:g}{always}}}"
+            yield f"adagradselect {fraction:.0%}{' + embedding' if always else ''}", (text,)
+    yield f"lora rank {rank}", (f"method={{name: lora, rank: {rank}}}",)
+
+
+def levers_of(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Settings that differ in one lever."""
+    checkpointing = not recipe.model.gradient_checkpointing
+    yield f"gradient checkpointing {'on' if checkpointing else 'off'}", (_checkpointing(checkpointing),)
+    if isinstance(recipe.method, AbstractBlockMethod):
+        for residency in ("keep", "offload", "drop"):
+            if residency != recipe.method.residency:
+                yield f"residency {residency}", (f"method.residency={residency}",)
+        if recipe.method.moment_bits == 32:
+            yield "moments of 8 bits", ("method.moment_bits=8",)
+        if not recipe.method.update_in_backward and recipe.run.accumulation == 1:
+            changes = ("optimizer.max_grad_norm=0", "method.update_in_backward=true")
+            yield "update in the backward pass, no clipping", changes
+    if recipe.run.batch_size > 1:
+        yield "forward passes of one row", _passes(recipe, size=1)
+    if isinstance(recipe.data, TokenData):
+        yield f"packing {'off' if recipe.data.packing else 'on'}", (f"data.packing={_yes(not recipe.data.packing)}",)
+    length = recipe.data.max_length or 1024
+    if length > 2:
+        key = "data.length" if isinstance(recipe.data, RandomData) else "data.max_length"
+        yield f"rows of {length // 2} tokens", (f"{key}={length // 2}",)
+    other = "float32" if recipe.model.dtype == "bfloat16" else "bfloat16"
+    yield f"weights in {other}", (f"model.dtype={other}",)
+
+
+def find_best(planner: RecipePlanner, recipe: Recipe, *, fractions: Sequence[float], limit: int) -> Setting:
+    """The best setting by `RULE` whose peak is at most `limit` bytes.
+
+    Raises:
+        UsageError: nothing fits.
+    """
+    smallest: Setting | None = None
+    for name, changes in _candidates(recipe, fractions):
+        settings = [
+            _try(planner, recipe, name, (*changes, *sparing)) for sparing in sparing_levers(changed(recipe, changes))
+        ]
+        planned = [setting for setting in settings if setting.plan is not None]
+        fitting = [setting for setting in planned if _peak(setting) <= limit]
+        if fitting:
+            return min(fitting, key=lambda setting: _cost(setting, recipe))
+        smallest = min([*planned, *([smallest] if smallest else [])], key=_peak, default=None)
+    assert smallest is not None
+    raise UsageError(
+        f"nothing fits {write_size(limit)}; the smallest is {smallest.name} with {' '.join(smallest.changes)}, which "
+        f"peaks at {write_size(_peak(smallest))}: write --fit {smallest_text(_peak(smallest))}, or shorter rows, "
+        f"e.g. data.max_length={(recipe.data.max_length or 1024) // 2}"
+    )
+
+
+def _candidates(recipe: Recipe, fractions: Sequence[float]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    methods = [(f"{recipe.method.name}, as written", ()), *trained_methods(recipe, fractions)]
+    dtypes = ((),) if recipe.model.dtype == "bfloat16" else ((), ("model.dtype=bfloat16",))
+    for dtype in dtypes:
+        for name, changes in methods:
+            yield name, (*changes, *dtype)
+
+
+def sparing_levers(recipe: Recipe) -> Iterator[tuple[str, ...]]:
+    """What saves memory and leaves the training as it is; `()` is nothing of it."""
+    method = recipe.method
+    keeps = isinstance(method, AbstractBlockMethod) and method.residency == "keep"
+    places = ((), ("method.residency=offload",)) if keeps else ((),)
+    again = ((),) if recipe.model.gradient_checkpointing else ((), (_checkpointing(True),))
+    # A mask that is chosen by one backward pass would be another one with smaller passes.
+    may_split = not isinstance(method, AbstractMaskMethod) or not method.lean_accumulation
+    size = recipe.run.batch_size
+    passes = [
+        () if part == size else _passes(recipe, size=part)
+        for part in range(size, 0, -1)
+        if size % part == 0 and (may_split or part == size)
+    ]
+    for place, checkpointing, batch in product(places, again, passes):
+        yield (*place, *checkpointing, *batch)
+
+
+def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
+    """The recipe with these overrides on top; another method replaces the whole section.
+
+    Raises:
+        UsageError: they do not fit.
+    """
+    values: dict[str, Any] = recipe.model_dump(mode="json")
+    for change in changes:
+        override = parse_override(change)
+        if change.startswith("method={"):
+            values["method"] = override["method"]
+        else:
+            values = merge(values, override)
+    return parse_recipe(values, source="the recipe")
+
+
+def _try(planner: RecipePlanner, recipe: Recipe, name: str, changes: tuple[str, ...]) -> Setting:
+    """The setting's plan, or what stands in its way: not every method fits every model."""
+    variant = changed(recipe, changes)
+    try:
+        return Setting(name=name, changes=changes, plan=planner.plan(variant))
+    except UsageError as error:
+        return Setting(name=name, changes=changes, fault=str(error).splitlines()[0])
+
+
+def _peak(setting: Setting) -> int:
+    assert setting.plan is not None
+    return setting.plan.peak_bytes
+
+
+def _cost(setting: Setting, recipe: Recipe) -> tuple[float, int, int, int]:
+    assert setting.plan is not None
+    num_passes = changed(recipe, setting.changes).run.accumulation
+    return setting.plan.relative_time, num_passes, len(setting.changes), setting.plan.peak_bytes
+
+
+def _passes(recipe: Recipe, *, size: int) -> tuple[str, ...]:
+    """The same batch in forward passes of `size` rows."""
+    number = recipe.run.batch_size // size * recipe.run.accumulation
+    return f"run.batch_size={size}", f"run.accumulation={number}"
+
+
+def _checkpointing(wanted: bool) -> str:
+    return f"model.gradient_checkpointing={_yes(wanted)}"
+
+
+def _yes(value: bool) -> str:
+    return "true" if value else "false"

@@ -1,0 +1,126 @@
+"""How the charts look: one mark a method everywhere, told apart by shape and dash, not by colour alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import matplotlib.style
+import numpy as np
+from markupsafe import Markup
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
+from matplotlib.path import Path as Outline
+from matplotlib.patheffects import AbstractPathEffect, withStroke
+
+from .methods import Method
+
+WIDTH = 5.6
+"""Inches. Narrow with large letters: on a telephone's screen they are still read."""
+
+DPI = 180
+INK, GREY, PALE = "#1a1a1a", "#6b6b6b", "#d4d4d4"
+SHAPES = ("s", "^", "D", "v", "P", "X", "*", "p", ">", "h", "<", "d")
+COLOURS = ("#0b559f", "#b3480f", "#0a6e4f", "#8b2a6b", "#6b5b00", "#4b3b8f")
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 3)))
+HATCHES = ("", "////", "....", "xxxx", "----")
+FILLS = ("#3b5b7a", "#dfe7ee", "#9bb3c8", "#f6f1e4", "#c9b98a")
+
+FAR = 16
+"""Points between a mark and its name beyond which a line joins them."""
+
+HALO: list[AbstractPathEffect] = [withStroke(linewidth=2.5, foreground="white")]
+"""A white edge, so that letters are read on lines."""
+
+SETTINGS: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "axes.labelsize": 11,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "lines.linewidth": 1.8,
+    "hatch.linewidth": 0.7,
+    "axes.unicode_minus": True,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """What a method is drawn with in every chart."""
+
+    shape: str
+    colour: str
+    dash: Any
+    is_hollow: bool
+
+    @property
+    def face(self) -> str:
+        return "white" if self.is_hollow else self.colour
+
+    def svg(self) -> Markup:
+        """The shape beside a name in the page."""
+        style = MarkerStyle(self.shape)
+        outline = style.get_path().transformed(style.get_transform())
+        segments = outline.iter_segments(simplify=False)
+        return Markup(
+            '<svg class="mark" viewBox="-.75 -.75 1.5 1.5" aria-hidden="true"><path transform="scale(1,-1)" d="{}" '
+            'fill="{}" stroke="{}" stroke-width=".16"/></svg>'
+        ).format("".join(_command(vertices, int(code)) for vertices, code in segments), self.face, self.colour)
+
+
+_COMMANDS = {Outline.MOVETO: "M", Outline.LINETO: "L", Outline.CURVE3: "Q", Outline.CURVE4: "C"}
+
+
+def _command(vertices: Any, code: int) -> str:
+    """A piece of an outline in the language of SVG paths."""
+    if code == Outline.CLOSEPOLY:
+        return "Z"
+    return _COMMANDS[np.uint8(code)] + " ".join(f"{value:.3f}" for value in vertices)
+
+
+def choose_marks(methods: Sequence[Method]) -> dict[str, Mark]:
+    """Full fine-tuning a black disc; the others by the order of their names, hollow when the shapes run out."""
+    marks = {
+        method.name: Mark(shape="o", colour=INK, dash="-", is_hollow=False) for method in methods if method.is_full
+    }
+    others = sorted({method.name for method in methods} - marks.keys())
+    for place, name in enumerate(others):
+        marks[name] = Mark(
+            shape=SHAPES[place % len(SHAPES)],
+            colour=COLOURS[place % len(COLOURS)],
+            dash=DASHES[(place + 1) % len(DASHES)],
+            is_hollow=place // len(SHAPES) % 2 == 1,
+        )
+    return marks
+
+
+@contextmanager
+def chart_settings() -> Iterator[None]:
+    """matplotlib's own defaults and ours, whatever the user's are."""
+    with matplotlib.style.context("default"), matplotlib.rc_context(SETTINGS):
+        yield
+
+
+def new_figure(*, height: float, width: float = WIDTH) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """The picture; the same bytes for the same figure, as no version or date is written into it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()

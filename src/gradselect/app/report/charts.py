@@ -1,0 +1,260 @@
+"""Charts of what the methods cost and what they reach."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from matplotlib.axes import Axes
+
+from gradselect.app.stats import Interval
+
+from . import number_format as words
+from .chart_labels import label_points
+from .chart_style import GREY, INK, PALE, Mark, new_figure, to_png
+from .methods import Method
+from .scores import Difference, Measure, Scores
+
+MOST_LINES = 6
+"""Curves in one frame; more get a frame each."""
+
+MOST_LETTERS = 45
+"""Of the names in a legend's line."""
+
+LONGEST_LINE = 22
+"""Letters of a name beside bars."""
+
+Marks = Mapping[str, Mark]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A picture with what it shows in words.
+
+    Args:
+        name: of its file, without the ending.
+        title: what it is.
+        caption: how to read it.
+        alt: its content for those who cannot see it.
+        png: the file.
+    """
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    png: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """A quantity, in the unit that suits the values at hand."""
+
+    title: str
+    unit: str
+    size: float
+    show: Callable[[float], str]
+    lower_is_better: bool | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A method in a plane."""
+
+    name: str
+    x: float
+    y: float
+    interval: Interval | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A method along an axis."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def time_axis(values: Sequence[float], title: str = "training time") -> Axis:
+    most = max(values, default=0.0)
+    unit, size = next(((u, s) for u, s in (("hours", 3600.0), ("minutes", 60.0)) if most >= 2 * s), ("seconds", 1.0))
+    return Axis(title=title, unit=unit, size=size, show=words.seconds, lower_is_better=True)
+
+
+def byte_axis(values: Sequence[float], title: str) -> Axis:
+    most = max(values, default=0.0)
+    unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if most >= s), ("kB", 1e3))
+    return Axis(title=title, unit=unit, size=size, show=words.num_bytes, lower_is_better=True)
+
+
+def score_axis(measure: Measure) -> Axis:
+    unit = "%" if measure.is_share else measure.unit
+    return Axis(
+        title=measure.title,
+        unit=unit,
+        size=1 / measure.scale,
+        show=measure.show,
+        lower_is_better=not measure.higher_is_better,
+    )
+
+
+def score_points(methods: Sequence[Method], scores: Scores, cost: Callable[[Method], float | None]) -> list[Point]:
+    """Methods that have both a cost and a score."""
+    return [
+        Point(
+            name=method.name,
+            x=x,
+            y=scores.estimates[method.name].value,
+            interval=scores.estimates[method.name].interval,
+        )
+        for method in methods
+        if method.name in scores.estimates and (x := cost(method)) is not None
+    ]
+
+
+def draw_plane(
+    points: Sequence[Point],
+    *,
+    x: Axis,
+    y: Axis,
+    marks: Marks,
+    name: str,
+    title: str,
+    caption: str,
+    reference: str | None = None,
+    with_front: bool = False,
+) -> Chart:
+    """Methods as points, each with its name.
+
+    Args:
+        reference: the method whose place is drawn as two thin lines.
+        with_front: join the points that no other beats in both directions.
+    """
+    figure = new_figure(height=4.1 + 0.12 * max(0, len(points) - 8))
+    axes = figure.subplots()
+    for point in points:
+        if point.name == reference:
+            axes.axvline(point.x / x.size, color=PALE, linewidth=1, zorder=0)
+            axes.axhline(point.y / y.size, color=PALE, linewidth=1, zorder=0)
+        _draw_point(axes, point, marks[point.name], x.size, y.size)
+    front = pareto_front(points, higher_is_better=not y.lower_is_better) if with_front else []
+    if len(front) > 1:
+        where = [point.x / x.size for point in front], [point.y / y.size for point in front]
+        axes.plot(*where, drawstyle="steps-post", color=GREY, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
+    axes.set_xlabel(_with_direction(x))
+    axes.set_ylabel(_with_direction(y))
+    axes.margins(x=0.16, y=0.14)
+    axes.locator_params(nbins=6)
+    label_points(
+        axes,
+        [(point.x / x.size, point.y / y.size, point.name) for point in points],
+        obstacles=[*_interval_lines(points, x, y), *_front_lines(front, x, y)],
+    )
+    listed = "; ".join(f"{point.name}: {x.show(point.x)}, {y.show(point.y)}" for point in points)
+    on_front = f" On the front: {words.joined([point.name for point in front])}." if with_front else ""
+    return Chart(
+        name=name,
+        title=title,
+        caption=caption + on_front,
+        alt=f"{title}. {x.title}, {y.title} of each method. {listed}.{on_front}",
+        png=to_png(figure),
+    )
+
+
+def pareto_front(points: Sequence[Point], *, higher_is_better: bool) -> list[Point]:
+    """Points that no other beats at no more cost (x), the cheapest first."""
+    sign = 1 if higher_is_better else -1
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.x, -sign * point.y, point.name)):
+        if not front or sign * point.y > sign * front[-1].y:
+            front.append(point)
+    return front
+
+
+def draw_differences(differences: Sequence[Difference], *, measure: Measure, reference: str, marks: Marks) -> Chart:
+    """What each method is ahead or behind of the reference, with its interval."""
+    figure = new_figure(height=1.3 + 0.34 * len(differences))
+    axes = figure.subplots()
+    axes.axvline(0, color=GREY, linewidth=1)
+    for place, difference in enumerate(differences):
+        low, high = (limit * measure.scale for limit in difference.interval)
+        axes.plot([low, high], [place, place], color=INK, linewidth=2.2 if difference.is_significant else 1)
+        mark = marks[difference.first]
+        value = difference.value * measure.scale
+        axes.plot(value, place, mark.shape, color=mark.colour, markerfacecolor=mark.face, markersize=8)
+    names = [_in_lines(f"{one.first}{' *' if one.is_significant else ''}") for one in differences]
+    axes.set_yticks(range(len(differences)), names, fontsize=9.5)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(differences) - 0.4, -0.6)
+    axes.locator_params(axis="x", nbins=6)
+    better = "right" if measure.higher_is_better else "left"
+    axes.set_xlabel(f"difference{measure.unit and ', '}{measure.unit}")
+    axes.spines["left"].set_visible(False)
+    listed = "; ".join(
+        f"{difference.first}: {measure.show_difference(difference.value)} "
+        f"({measure.show_interval(difference.interval)}){' significant' if difference.is_significant else ''}"
+        for difference in differences
+    )
+    return Chart(
+        name=f"difference-{slug(measure.name)}-{slug(measure.metric)}",
+        title=words.upper_first(f"{measure.title}: difference to {reference}"),
+        caption=f"Bars are 95 % intervals over items and seeds; {better} of zero is better than {reference}. "
+        "A star and a thick bar: more than chance.",
+        alt=f"{measure.title} of each method minus that of {reference}. {listed}.",
+        png=to_png(figure),
+    )
+
+
+def slug(name: str) -> str:
+    """A name as a part of a file's name."""
+    kept = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.lower())
+    return "-".join(part for part in kept.split("-") if part) or "method"
+
+
+def _in_lines(name: str) -> str:
+    """A long name in two lines or more: beside bars it would take their place."""
+    return "\n".join(textwrap.wrap(name, LONGEST_LINE))
+
+
+def _draw_point(axes: Axes, point: Point, mark: Mark, x_size: float, y_size: float) -> None:
+    if point.interval is not None:
+        low, high = (limit / y_size for limit in point.interval)
+        axes.plot([point.x / x_size] * 2, [low, high], color=GREY, linewidth=1, zorder=2)
+    axes.plot(
+        point.x / x_size,
+        point.y / y_size,
+        mark.shape,
+        color=mark.colour,
+        markerfacecolor=mark.face,
+        markersize=9,
+        markeredgewidth=1.4,
+        zorder=3,
+    )
+
+
+def _interval_lines(points: Sequence[Point], x: Axis, y: Axis) -> list[tuple[float, float, float, float]]:
+    return [
+        (point.x / x.size, point.interval[0] / y.size, point.x / x.size, point.interval[1] / y.size)
+        for point in points
+        if point.interval is not None
+    ]
+
+
+def _front_lines(front: Sequence[Point], x: Axis, y: Axis) -> list[tuple[float, float, float, float]]:
+    """The level parts of the stairs."""
+    return [
+        (first.x / x.size, first.y / y.size, second.x / x.size, first.y / y.size) for first, second in pairwise(front)
+    ]
+
+
+def _with_direction(axis: Axis) -> str:
+    if axis.lower_is_better is None:
+        return axis.label
+    return f"← better    {axis.label}" if axis.lower_is_better else f"{axis.label}    better →"

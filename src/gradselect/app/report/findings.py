@@ -1,0 +1,112 @@
+"""The results in a few sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from . import number_format as words
+from .comparison import Comparison
+from .methods import Method, ratio
+
+FEW = 6
+"""Names in a sentence; more are counted."""
+
+
+def facts(comparison: Comparison) -> Iterator[str]:
+    """What was compared: counts, protocol, commits."""
+    results = comparison.results
+    yield words.plural(len(comparison.methods), "method")
+    yield words.plural(sum(len(method.runs) for method in comparison.methods), "scored run")
+    searched = sum(run.record.role == "rate" for run in results.runs)
+    if searched:
+        yield f"{words.plural(searched, 'run')} of the rate search"
+    yield f"protocol {results.runs[0].record.protocol[:12]}"
+    commits = sorted({(run.record.commit or "no commit")[:12] for run in results.runs})
+    yield f"{'commit' if len(commits) == 1 else 'commits'} {', '.join(commits)}"
+    num_dirty = sum(run.record.dirty for run in results.runs)
+    if num_dirty:
+        yield f"{words.plural(num_dirty, 'run')} of a tree with uncommitted changes"
+
+
+def findings(comparison: Comparison) -> Iterator[str]:
+    """What is ahead, what is cheap among what cannot be told from full fine-tuning, and what the table cannot say."""
+    if comparison.scores:
+        yield _best(comparison)
+    yield from _cheap(comparison, "fastest to train", "training time", lambda method: method.training_seconds)
+    yield from _cheap(comparison, "smallest on average", "bytes held", lambda method: method.average_bytes)
+    yield from _edges(comparison)
+    yield from _left_out(comparison)
+
+
+def _best(comparison: Comparison) -> str:
+    scores = comparison.scores[0]
+    best = scores.best()
+    estimate = scores.estimates[best]
+    interval = scores.measure.show_interval(estimate.interval)
+    known = f" (95 % interval {interval})" if interval else ""
+    start = f"Best {scores.measure.title}: {best}, {scores.measure.show(estimate.value)}{known}."
+    tested = [pairs for of, pairs in comparison.pairs if of is scores]
+    if not tested:
+        return f"{start} Differences are not tested: the runs share no items."
+    level = [pair.second for pair in tested[0] if pair.first == best and not pair.is_significant]
+    if not level:
+        return f"{start} It is ahead of every other method by more than chance."
+    return f"{start} Not told apart from it: {_few(level)}."
+
+
+def _cheap(comparison: Comparison, what: str, cost_name: str, cost: Callable[[Method], float | None]) -> Iterator[str]:
+    """The cheapest of the methods that these runs do not show to be worse than full fine-tuning."""
+    full = comparison.full
+    if full is None or cost(full) is None or not comparison.differences:
+        return
+    scores, reference, tested = comparison.differences[0]
+    if reference != full.name:
+        return
+    sign = 1 if scores.measure.higher_is_better else -1
+    worse = {one.first for one in tested if one.is_significant and sign * one.value < 0}
+    values = {one.first: one for one in tested}
+    candidates = {
+        method.name: price
+        for method in comparison.methods
+        if method.name in values and method.name not in worse and (price := cost(method)) is not None
+    }
+    if not candidates:
+        yield f"Every other method's {scores.measure.title} is worse than that of full fine-tuning by more than chance."
+        return
+    name = min(candidates, key=lambda candidate: (candidates[candidate], candidate))
+    difference = f"{scores.measure.show_difference(values[name].value)} {scores.measure.unit}".strip()
+    yield (
+        f"Of the methods that these runs do not show to be worse than full fine-tuning, {what}: {name}, "
+        f"{words.share(ratio(candidates[name], cost(full)))} of its {cost_name}; {difference} (95 % interval "
+        f"{scores.measure.show_interval(values[name].interval)})."
+    )
+
+
+def _edges(comparison: Comparison) -> Iterator[str]:
+    on_edge = [method.name for method in comparison.methods if method.edge in ("lowest", "highest")]
+    if on_edge:
+        yield f"Best rate at an edge of the grid, so a better one may lie beyond it: {_few(on_edge)}."
+
+
+def _left_out(comparison: Comparison) -> Iterator[str]:
+    results = comparison.results
+    left = (
+        (len(results.failed), "failed run"),
+        (len(results.skipped), "unusable file"),
+        (len(results.dirty), "run of a tree with uncommitted changes"),
+        (len(comparison.others), "scored run at another than its method's best rate"),
+    )
+    named = [f"{count} {one if count == 1 else _plural(one)}" for count, one in left if count]
+    if named:
+        yield f"Left out: {words.joined(named)}."
+
+
+def _plural(words_of_one: str) -> str:
+    head, *rest = words_of_one.split(" ")
+    if head in ("failed", "unusable", "scored"):
+        return " ".join([head, f"{rest[0]}s", *rest[1:]])
+    return " ".join([f"{head}s", *rest])
+
+
+def _few(names: list[str]) -> str:
+    return words.joined(names if len(names) <= FEW else [*names[: FEW - 1], f"{len(names) - FEW + 1} more"])

@@ -1,0 +1,244 @@
+"""Runs -> methods: each at its best learning rate, its figures over the seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from .read_results import Run
+from .result_schema import BlockSelection, MaskSelection, StepSeconds
+
+CATEGORIES = ("weights", "gradients", "masters", "state_on_device", "state_on_host")
+"""What is counted in bytes exactly; "together" is their sum at one moment."""
+
+PARTS = ("forward", "backward", "optimizer", "selection")
+"""What a step's seconds go to."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """The scored runs of one method at one learning rate, one a seed, in the order of the seeds.
+
+    Attributes:
+        rates: the grids of all its runs together, ascending: what a search was to try, earlier or later.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+    rates: tuple[float, ...]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether this is full fine-tuning, which speed and memory are relative to."""
+        return self.runs[0].record.method_settings.get("name", self.name) == "full"
+
+    @property
+    def lr(self) -> float:
+        return self.runs[0].record.lr
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(run.record.seed for run in self.runs)
+
+    @property
+    def edge(self) -> str | None:
+        """ "lowest" or "highest" if the best rate is the last that was tried on that side, "only" if there was one."""
+        if len(self.rates) < 2:
+            return "only" if self.rates else None
+        return {self.rates[0]: "lowest", self.rates[-1]: "highest"}.get(self.lr)
+
+    @cached_property
+    def validation_loss(self) -> float | None:
+        return self._mean(lambda run: run.record.validation_loss)
+
+    @cached_property
+    def forgetting(self) -> float | None:
+        """Nats per token that text which the base knew has become harder by."""
+        return self._mean(
+            lambda run: None if (lost := run.record.forgetting) is None else lost.after - lost.before,
+        )
+
+    @cached_property
+    def step_seconds(self) -> float | None:
+        """Median seconds of a step, kinds of steps weighted by how many there were."""
+        return self.part_seconds("median")
+
+    def part_seconds(self, part: str) -> float | None:
+        """The same of a part of a step, or of the whole, "median"."""
+        return self._median(
+            lambda run: None if run.record.seconds is None else _typical(run.record.seconds.by_kind, part)
+        )
+
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of steps there were: "explore" before "exploit", or "step"."""
+        found = {kind for run in self.runs if run.record.seconds for kind in run.record.seconds.by_kind}
+        return tuple(sorted(found, key=lambda kind: (kind != "explore", kind)))
+
+    def kind_seconds(self, kind: str, part: str = "median") -> float | None:
+        """Median seconds of a step of this kind, or of a part of it."""
+        return self._median(lambda run: getattr(_kind(run, kind), part, None))
+
+    def kind_steps(self, kind: str) -> int:
+        """How many steps of this kind the first seed took."""
+        found = _kind(self.runs[0], kind)
+        return 0 if found is None else found.steps
+
+    @cached_property
+    def training_seconds(self) -> float | None:
+        return self._mean(
+            lambda run: (run.record.seconds and run.record.seconds.training) or run.result.train_info.train_time
+        )
+
+    @cached_property
+    def tokens_per_second(self) -> float | None:
+        return self._median(_tokens_per_second)
+
+    @cached_property
+    def flop_limit(self) -> float | None:
+        """What the speed-up over full fine-tuning cannot exceed; of full fine-tuning itself 1."""
+        limit = self._mean(lambda run: None if run.record.flop is None else run.record.flop.limit)
+        return 1.0 if limit is None and self.is_full else limit
+
+    def peak_bytes(self, category: str = "together") -> float | None:
+        return self._most(lambda run: None if run.record.bytes is None else run.record.bytes.peak.get(category))
+
+    @cached_property
+    def average_bytes(self) -> float | None:
+        return self._mean(lambda run: None if run.record.bytes is None else run.record.bytes.average.get("together"))
+
+    @cached_property
+    def reserved_average(self) -> float | None:
+        """Device memory that torch had reserved on average; None without a device."""
+        return self._mean(lambda run: run.result.train_info.accelerator_memory_reserved_avg or None)
+
+    def most_held(self, kind: str) -> float | None:
+        """Bytes of "process", "allocated" or "reserved" at their highest."""
+        return self._most(lambda run: None if run.record.bytes is None else getattr(run.record.bytes, kind) or None)
+
+    @cached_property
+    def file_size(self) -> float | None:
+        return self._mean(lambda run: run.result.train_info.file_size)
+
+    @cached_property
+    def block_share(self) -> float | None:
+        """Share of the blocks that a step trains, on average; 1 for full fine-tuning, None for what has no blocks."""
+        if self.is_full:
+            return 1.0
+        return self._mean(lambda run: _block_share(run.record.selection))
+
+    @property
+    def blocks(self) -> BlockSelection | None:
+        """What the first seed selected."""
+        selection = self.runs[0].record.selection
+        return selection if isinstance(selection, BlockSelection) else None
+
+    @property
+    def mask(self) -> MaskSelection | None:
+        selection = self.runs[0].record.selection
+        return selection if isinstance(selection, MaskSelection) else None
+
+    def curve(self, name: str) -> list[tuple[float, float, float]]:
+        """Step, seconds and loss, the mean over the seeds at the steps that all of them have."""
+        curves = [run.record.curves[name] for run in self.runs if run.record.curves and name in run.record.curves]
+        tables = [
+            {
+                step: (seconds, loss)
+                for step, seconds, loss in zip(curve.step, curve.seconds, curve.loss, strict=True)
+                if loss is not None and math.isfinite(loss)
+            }
+            for curve in curves
+        ]
+        shared = sorted(set(tables[0]).intersection(*tables[1:])) if tables else []
+        return [
+            (step, _mean(table[step][0] for table in tables), _mean(table[step][1] for table in tables))
+            for step in shared
+        ]
+
+    def _known(self, figure: Callable[[Run], float | None]) -> list[float]:
+        values = [figure(run) for run in self.runs]
+        return [value for value in values if value is not None and math.isfinite(value)]
+
+    def _mean(self, figure: Callable[[Run], float | None]) -> float | None:
+        known = self._known(figure)
+        return _mean(known) if known else None
+
+    def _median(self, figure: Callable[[Run], float | None]) -> float | None:
+        known = self._known(figure)
+        return statistics.median(known) if known else None
+
+    def _most(self, figure: Callable[[Run], float | None]) -> float | None:
+        return max(self._known(figure), default=None)
+
+
+def collect_methods(runs: Sequence[Run]) -> tuple[list[Method], list[Run]]:
+    """All methods by name, and the scored runs that stand at another rate than their method's best."""
+    methods, others = [], []
+    scored = [run for run in runs if run.record.role == "score"]
+    for name in sorted({run.record.method for run in scored}):
+        of_method = [run for run in scored if run.record.method == name]
+        best = _best_rate(of_method)
+        chosen = sorted((run for run in of_method if run.record.lr == best), key=lambda run: run.record.seed)
+        methods.append(Method(name=name, runs=tuple(chosen), rates=_rates(name, runs)))
+        others += [run for run in of_method if run.record.lr != best]
+    return methods, others
+
+
+def find_full(methods: Sequence[Method]) -> Method | None:
+    """Full fine-tuning; of several the one that is named so, else the first by name."""
+    full = sorted(
+        (method for method in methods if method.is_full), key=lambda method: (method.name != "full", method.name)
+    )
+    return full[0] if full else None
+
+
+def ratio(value: float | None, reference: float | None) -> float | None:
+    """`value / reference` where both are known."""
+    return None if value is None or not reference else value / reference
+
+
+def _rates(method: str, runs: Sequence[Run]) -> tuple[float, ...]:
+    tried = {rate for run in runs if run.record.method == method for rate in (*run.record.rates, run.record.lr)}
+    return tuple(sorted(tried))
+
+
+def _best_rate(runs: Sequence[Run]) -> float:
+    """The rate with the lowest mean validation loss; where none is known, the one with most seeds, then the lowest."""
+
+    def order(lr: float) -> tuple[float, int, float]:
+        losses = [run.record.validation_loss for run in runs if run.record.lr == lr]
+        known = [loss for loss in losses if loss is not None and math.isfinite(loss)]
+        return (_mean(known) if known else math.inf, -len(losses), lr)
+
+    return min({run.record.lr for run in runs}, key=order)
+
+
+def _typical(by_kind: Mapping[str, StepSeconds], part: str) -> float | None:
+    steps = sum(kind.steps for kind in by_kind.values())
+    values = [(kind.steps, getattr(kind, part)) for kind in by_kind.values()]
+    if not steps or any(value is None for _, value in values):
+        return None
+    return sum(count * value for count, value in values) / steps
+
+
+def _kind(run: Run, kind: str) -> StepSeconds | None:
+    return None if run.record.seconds is None else run.record.seconds.by_kind.get(kind)
+
+
+def _tokens_per_second(run: Run) -> float | None:
+    rows = [row.get("tokens / sec") for row in run.result.train_info.metrics]
+    known = [float(value) for value in rows if isinstance(value, int | float) and math.isfinite(value)]
+    return statistics.median(known) if known else None
+
+
+def _block_share(selection: BlockSelection | MaskSelection | None) -> float | None:
+    if not isinstance(selection, BlockSelection) or not selection.selected:
+        return None
+    return _mean(len(step) for step in selection.selected) / len(selection.blocks)
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return math.fsum(listed) / len(listed)

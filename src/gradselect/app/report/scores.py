@@ -1,0 +1,276 @@
+"""What the methods' models are worth: scores with intervals, and which differences are more than chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from gradselect.app.stats import (
+    Interval,
+    Outcomes,
+    draw_means,
+    holm_adjusted,
+    mcnemar,
+    percentile_interval,
+    student_interval,
+    two_sided_p,
+)
+
+from . import number_format as words
+from .methods import Method
+from .read_results import Run
+from .result_schema import Item
+
+LEVEL = 0.05
+VALIDATION = "validation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One figure by which models are compared.
+
+    Args:
+        name: of the evaluation in the suite, or "validation" for the loss that picks the rate.
+        metric: "accuracy", "loss", or what a classification has beside them.
+    """
+
+    name: str
+    metric: str
+
+    @property
+    def title(self) -> str:
+        return self.name if self.name == self.metric else f"{self.name} {self.metric}"
+
+    @property
+    def is_share(self) -> bool:
+        return self.metric == "accuracy"
+
+    @property
+    def higher_is_better(self) -> bool:
+        return "loss" not in self.metric
+
+    @property
+    def unit(self) -> str:
+        """Of a difference."""
+        if self.is_share:
+            return "points"
+        return "" if self.higher_is_better else "nats per token"
+
+    @property
+    def scale(self) -> float:
+        """What a value is multiplied by to be shown."""
+        return 100.0 if self.is_share else 1.0
+
+    def show(self, value: float | None) -> str:
+        return words.share(value, digits=1) if self.is_share else words.number(value)
+
+    def show_interval(self, interval: Interval | None) -> str:
+        if interval is None:
+            return ""
+        low, high = (words.number(self.scale * limit, digits=1 if self.is_share else 3) for limit in interval)
+        return f"{low} to {high}"
+
+    def show_difference(self, value: float) -> str:
+        return words.number(self.scale * value, digits=1 if self.is_share else 3, sign=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A method's score.
+
+    Args:
+        value: mean over the seeds.
+        interval: 95 %; None where nothing tells how sure the value is.
+        source: what the interval is drawn over.
+    """
+
+    value: float
+    interval: Interval | None
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """First method minus second, on the same items with the same seeds.
+
+    Args:
+        value: difference of the scores.
+        interval: 95 % of the bootstrap over items and seeds.
+        p_value: McNemar for right and wrong, bootstrap for a loss.
+        adjusted: the same by Holm, for all the differences of the table that it stands in.
+    """
+
+    first: str
+    second: str
+    value: float
+    interval: Interval
+    p_value: float
+    adjusted: float
+
+    @property
+    def is_significant(self) -> bool:
+        """The adjusted test says so, and zero is outside of the interval, which knows of the spread over seeds too."""
+        low, high = self.interval
+        return self.adjusted < LEVEL and not low <= 0 <= high
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """All methods by one measure."""
+
+    measure: Measure
+    estimates: dict[str, Estimate]
+    table: ItemTable | None
+
+    def order(self, name: str) -> tuple[float, str]:
+        """Sorts the best method first, those without a score last."""
+        if name not in self.estimates:
+            return math.inf, name
+        value = self.estimates[name].value
+        return (-value if self.measure.higher_is_better else value), name
+
+    def best(self) -> str:
+        return min(self.estimates, key=self.order)
+
+    def against(self, reference: str) -> list[Difference]:
+        """Every method minus `reference`, the best method first."""
+        others = sorted((name for name in self.estimates if name != reference), key=self.order)
+        return self._test([(name, reference) for name in others])
+
+    def pairs(self) -> list[Difference]:
+        """Every pair, the better method first."""
+        return self._test(list(combinations(sorted(self.estimates, key=self.order), 2)))
+
+    def _test(self, pairs: Sequence[tuple[str, str]]) -> list[Difference]:
+        if self.table is None:
+            return []
+        found = [(pair, self.table.compare(*pair)) for pair in pairs if self.table.shared_seeds(*pair)]
+        adjusted = holm_adjusted([p_value for _, (_, _, p_value) in found])
+        return [
+            Difference(first=first, second=second, value=value, interval=interval, p_value=p_value, adjusted=holm)
+            for ((first, second), (value, interval, p_value)), holm in zip(found, adjusted, strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemTable:
+    """Outcomes of all runs that have items, on the items that all of them have.
+
+    Args:
+        rows: place of each run in the outcomes, by method and seed.
+        outcomes: of the runs.
+        drawn: shape (draws, runs); the bootstrap over items.
+        is_share: the items are right or wrong.
+    """
+
+    rows: dict[tuple[str, int], int]
+    outcomes: Outcomes
+    drawn: np.ndarray
+    is_share: bool
+
+    def seeds(self, method: str) -> list[int]:
+        return sorted(seed for name, seed in self.rows if name == method)
+
+    def shared_seeds(self, first: str, second: str) -> list[int]:
+        return sorted(set(self.seeds(first)) & set(self.seeds(second)))
+
+    def interval(self, method: str) -> Interval:
+        return percentile_interval(draw_means(self.drawn[:, self._places(method, self.seeds(method))]))
+
+    def compare(self, first: str, second: str) -> tuple[float, Interval, float]:
+        """Difference, its interval and p-value, over the seeds that both have."""
+        seeds = self.shared_seeds(first, second)
+        ours, theirs = self._places(first, seeds), self._places(second, seeds)
+        values = self.outcomes.values()
+        draws = draw_means(self.drawn[:, ours] - self.drawn[:, theirs])
+        gains = self.outcomes.gains
+        value = float(values[ours].mean() - values[theirs].mean())
+        p_value = mcnemar(gains[ours], gains[theirs]) if self.is_share else two_sided_p(value, draws)
+        return value, percentile_interval(draws), p_value
+
+    def _places(self, method: str, seeds: Iterable[int]) -> list[int]:
+        return [self.rows[method, seed] for seed in seeds]
+
+
+def collect_scores(methods: Sequence[Method]) -> list[Scores]:
+    """One for every evaluation, accuracies first; without evaluations the validation loss, if there is one."""
+    measures = {
+        Measure(name=name, metric=score.metric)
+        for method in methods
+        for run in method.runs
+        for name, score in (run.record.scores or {}).items()
+    }
+    ordered = sorted(measures, key=lambda measure: (not measure.is_share, measure.name, measure.metric))
+    found = [_collect(measure, methods) for measure in ordered]
+    if not found:
+        found = [_collect(Measure(name=VALIDATION, metric="loss"), methods)]
+    return [scores for scores in found if scores.estimates]
+
+
+def _collect(measure: Measure, methods: Sequence[Method]) -> Scores:
+    table = _item_table(measure, methods)
+    estimates = {method.name: _estimate(measure, method, table) for method in methods}
+    known = {name: estimate for name, estimate in estimates.items() if estimate is not None}
+    return Scores(measure=measure, estimates=known, table=table)
+
+
+def _estimate(measure: Measure, method: Method, table: ItemTable | None) -> Estimate | None:
+    values = [value for run in method.runs if (value := _value(measure, run)) is not None]
+    if not values:
+        return None
+    mean = math.fsum(values) / len(values)
+    if table is not None and table.seeds(method.name):
+        source = "items and seeds" if len(table.seeds(method.name)) > 1 else "items"
+        return Estimate(value=mean, interval=table.interval(method.name), source=source)
+    if len(values) > 1:
+        return Estimate(value=mean, interval=student_interval(values), source="seeds")
+    score = (method.runs[0].record.scores or {}).get(measure.name)
+    return Estimate(value=mean, interval=None if score is None else score.interval, source="items")
+
+
+def _value(measure: Measure, run: Run) -> float | None:
+    if measure.name in (run.record.scores or {}):
+        score = (run.record.scores or {})[measure.name]
+        value = score.value if score.metric == measure.metric else None
+    else:
+        value = run.record.validation_loss if measure.name == VALIDATION else None
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _item_table(measure: Measure, methods: Sequence[Method]) -> ItemTable | None:
+    """None where runs share no items, or the measure is no mean over items."""
+    gains = {
+        (method.name, run.record.seed): found
+        for method in methods
+        for run in method.runs
+        if _value(measure, run) is not None and (found := _gains(measure, run))
+    }
+    shared = sorted(set.intersection(*map(set, gains.values()))) if gains else []
+    if not shared:
+        return None
+    first = next(iter(gains.values()))
+    outcomes = Outcomes(
+        gains=np.array([[found[index][0] for index in shared] for found in gains.values()]),
+        weights=np.array([first[index][1] for index in shared]),
+    )
+    rows = {key: place for place, key in enumerate(gains)}
+    return ItemTable(rows=rows, outcomes=outcomes, drawn=outcomes.draw(), is_share=measure.is_share)
+
+
+def _gains(measure: Measure, run: Run) -> dict[int, tuple[float, float]]:
+    """Gain and weight of each item by its index."""
+    items = (run.record.items or {}).get(measure.name, [])
+    pairs = ((item.index, _gain(measure, item)) for item in items)
+    return {index: gain for index, gain in pairs if gain is not None}
+
+
+def _gain(measure: Measure, item: Item) -> tuple[float, float] | None:
+    if measure.is_share and item.correct is not None:
+        return float(item.correct), 1.0
+    if measure.metric == "loss" and item.loss is not None and item.num_tokens:
+        return item.loss, float(item.num_tokens)
+    return None

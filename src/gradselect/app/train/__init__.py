@@ -1,0 +1,22 @@
+"""Training runs: a recipe in, a plain Hugging Face checkpoint out."""
+
+from gradselect.app.recipe import Recipe, dump_recipe, load_recipe
+from gradselect.app.runtime import Preempted
+
+from .method_setup import mask_optimizer, method_parts
+from .run import train
+from .run_record import describe_start, differences
+from .setup import build_trainer
+
+__all__ = [
+    "Preempted",
+    "Recipe",
+    "build_trainer",
+    "describe_start",
+    "differences",
+    "dump_recipe",
+    "load_recipe",
+    "mask_optimizer",
+    "method_parts",
+    "train",
+]

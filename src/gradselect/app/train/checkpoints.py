@@ -1,0 +1,122 @@
+"""Checkpoints of a run: written by all processes, found again, thrown away."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from gradselect import MaskRecord, StepRecord, UsageError
+from gradselect.app.runtime import RunFolder, is_first, wait_for_all
+from gradselect.files import aside_of, newest_whole, remove, write_manifest, writing_aside
+
+
+@contextmanager
+def writing_checkpoint(folder: RunFolder, *, step: int) -> Iterator[Path]:
+    """A folder to write the checkpoint of this step into, in a folder of its own; every process writes to the same.
+
+    When the block ends, the first process adds the records so far and the manifest, and gives it its name.
+    """
+    target = folder.checkpoint(step)
+    with writing_aside(target) if is_first() else nullcontext(aside_of(target)) as aside:
+        wait_for_all()
+        yield aside
+        wait_for_all()
+        if is_first():
+            _lift(aside)
+            if folder.records_file.exists():
+                shutil.copyfile(folder.records_file, aside / folder.records_file.name)
+            write_manifest(aside, step=step)
+    wait_for_all()
+
+
+def find_checkpoint(folder: RunFolder) -> tuple[Path | None, dict[Path, str]]:
+    """The newest whole checkpoint, None if none has been written; and what is wrong with newer ones.
+
+    Raises:
+        UsageError: there are checkpoints, and each is damaged.
+    """
+    found, damaged = newest_whole(folder.complete_checkpoints())
+    if damaged and found is None:
+        faults = [f"{path.name}: {fault}" for path, fault in damaged.items()]
+        heading = (
+            f"no checkpoint in {folder.checkpoints} is whole. Put back a copy of one, or begin again from the first "
+            f"step: move {folder.checkpoints} away and repeat this command. Nothing has been changed. Found were"
+        )
+        raise UsageError("\n  ".join([heading, *faults]))
+    return found, damaged
+
+
+def return_to(folder: RunFolder, checkpoint: Path | None, *, damaged: Mapping[Path, str], keep: int) -> None:
+    """Make the folder what it was when `checkpoint` was written, or, without one, before the first step.
+
+    Records after it are cut, half-written checkpoints deleted, damaged ones renamed: they may hold what is of use. Of
+    the others the last `keep` stay: a run that was killed between writing one and deleting another has one too many.
+
+    Raises:
+        UsageError: the folder cannot be written to.
+    """
+    try:
+        for half_written in folder.checkpoints.glob(aside_of(Path("step-*")).name):
+            remove(half_written)
+        for path in damaged:
+            path.rename(_free_name(path.with_name(f"damaged-{path.name}")))
+        _return_records(folder, checkpoint)
+        delete_old_checkpoints(folder, keep=keep)
+    except OSError as error:
+        raise UsageError(f"run.output={folder.root} cannot be written to: {error}") from error
+
+
+def _return_records(folder: RunFolder, checkpoint: Path | None) -> None:
+    kept = None if checkpoint is None else checkpoint / folder.records_file.name
+    if kept is None or not kept.exists():
+        folder.records_file.unlink(missing_ok=True)
+        return
+    with writing_aside(folder.records_file) as aside:
+        shutil.copyfile(kept, aside)
+
+
+def delete_old_checkpoints(folder: RunFolder, *, keep: int) -> None:
+    """All but the last few. One that is being deleted has no name of a checkpoint any more."""
+    for old in folder.complete_checkpoints()[:-keep]:
+        os.replace(old, aside_of(old))
+        remove(aside_of(old))
+
+
+def _lift(folder: Path) -> None:
+    """Move what stands in the only folder inside `folder` one level up."""
+    (inner,) = folder.iterdir()
+    for entry in list(inner.iterdir()):
+        entry.rename(folder / entry.name)
+    inner.rmdir()
+
+
+def _free_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}{suffix}") for suffix in ("", *(f"-{number}" for number in range(2, 1000))))
+    return next(name for name in names if not name.exists())
+
+
+def write_window(folder: Path, window: Mapping[str, Any], *, process: int) -> None:
+    """Keep what process number `process` has not logged yet, as JSON."""
+    _file(folder, process).write_text(json.dumps(window), "utf-8")
+
+
+def read_window(folder: Path, *, process: int) -> dict[str, Any]:
+    """What `write_window` was given."""
+    return json.loads(_file(folder, process).read_text("utf-8"))
+
+
+def last_records(file: Path, count: int) -> list[StepRecord | MaskRecord]:
+    """The last `count` records in a file that `JsonlWriter` wrote; none if there is no file."""
+    if not file.exists() or count == 0:
+        return []
+    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()[-count:]]
+    return [StepRecord(**line) if "selected" in line else MaskRecord(**line) for line in lines]
+
+
+def _file(folder: Path, process: int) -> Path:
+    return folder / f"log_window_{process}.json"

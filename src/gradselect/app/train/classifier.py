@@ -1,0 +1,72 @@
+"""Training a model with a classification head: its tokens, its loss and what an evaluation counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import DataCollatorWithPadding, EvalPrediction
+
+from gradselect.app.inputs import Inputs
+from gradselect.app.models import encode_texts
+from gradselect.app.stats import class_metrics, score_metrics
+
+
+def classifier_options(inputs: Inputs) -> dict[str, Any]:
+    """What `RunTrainer` is given for the examples: tokens, padded batch by batch, loss and metrics."""
+    examples = inputs.examples
+    return {
+        "train_dataset": _encode(examples.train, inputs),
+        "eval_dataset": None if examples.validation is None else _encode(examples.validation, inputs),
+        "data_collator": DataCollatorWithPadding(inputs.tokenizer),
+        "compute_loss_func": label_loss,
+        "compute_metrics": validation_metrics,
+    }
+
+
+def label_loss(outputs: Any, labels: Tensor, *, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """The cross entropy of labels or the squared error of scores, in float32.
+
+    Args:
+        outputs: with `logits`, (examples, labels).
+        labels: int64 numbers of labels, or scores, (examples,).
+        num_items_in_batch: of all micro-batches of the step: what their sum is divided by, so that accumulation gives
+            the mean over the whole step. By default the mean over these.
+    """
+    logits = outputs.logits.float()
+    if labels.is_floating_point():
+        loss = functional.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
+    else:
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
+    return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def batch_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The mean `label_loss` of a batch."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return label_loss(model(**inputs), batch["labels"])
+
+
+def validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy and the like, or correlations, of the whole validation set; one that is not defined is left out."""
+    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+    if labels.is_floating_point():
+        metrics = score_metrics(labels.tolist(), logits.squeeze(-1).tolist())
+    else:
+        metrics = class_metrics(labels.tolist(), logits.argmax(-1).tolist(), num_labels=logits.shape[-1])
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def _encode(dataset: Dataset, inputs: Inputs) -> Dataset:
+    rows = [
+        {
+            **encode_texts(inputs.tokenizer, row["text"], row["text_pair"], max_length=inputs.max_length),
+            "labels": row["labels"],
+        }
+        for row in dataset.to_list()
+    ]
+    return Dataset.from_list(rows)

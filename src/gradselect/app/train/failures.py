@@ -1,0 +1,65 @@
+"""What can go wrong in a step, in words: losses and gradients that are no numbers, memory that is not there."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from enum import IntEnum
+
+import torch
+
+from gradselect.app.recipe import Recipe
+from gradselect.app.runtime import RunFolder
+
+
+class Fault(IntEnum):
+    """Why a step does not count; of several processes the worst is that of all."""
+
+    NONE = 0
+    GRADIENT = 1
+    LOSS = 2
+
+    @property
+    def what(self) -> str:
+        return {Fault.NONE: "nothing", Fault.GRADIENT: "gradient norm", Fault.LOSS: "loss"}[self]
+
+
+def is_dead_worker(error: BaseException) -> bool:
+    """Whether a process that reads the data has died; torch has no class for that either."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was asked for that is not there, on the device or on the host."""
+    # On the host torch raises a RuntimeError without a class of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def describe_kept(folder: RunFolder) -> str:
+    """What a run that ends here has kept."""
+    newest = folder.newest_checkpoint()
+    return "no checkpoint had been written" if newest is None else f"the last checkpoint, {newest}, is whole"
+
+
+def describe_out_of_memory(error: BaseException, *, recipe: Recipe, folder: RunFolder) -> str:
+    """What to type to find a setting that fits."""
+    # Before the first step there is no copy of the recipe yet.
+    file = str(folder.recipe_file) if folder.recipe_file.exists() else "RECIPE"
+    command = ["gradselect", "plan", file, "--fit", f"{_memory_mebibytes(recipe)}MiB"]
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        f"out of memory ({reason}); {describe_kept(folder)}. To find the best setting that fits, type: "
+        f"{shlex.join(command)}\n"
+        "What helps first: model.gradient_checkpointing=true, with which --resume goes on as it was; a smaller "
+        f"run.batch_size (it is {recipe.run.batch_size}) with a larger run.accumulation; a smaller data.max_length; "
+        "another method or fraction. With those it is another run: give it another run.output"
+    )
+
+
+def _memory_mebibytes(recipe: Recipe) -> int:
+    """Of the device that the recipe trains on, all of it."""
+    if recipe.run.device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory // 2**20
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20

@@ -1,0 +1,248 @@
+"""What a run used: seconds and bytes."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from gradselect import BlockOptimizer, SparseOptimizer
+from gradselect.app.recipe import witness_bytes
+
+from .stopwatch import DeviceClock, HostClock, Stopwatch
+from .trainer import RunTrainer
+
+PHASES = ("forward", "backward", "optimizer", "selection")
+"""What the time of a step is divided into.
+
+"optimizer" is all that follows the backward pass (clipping, update, moves of state, schedule) without "selection": the
+decisions of a policy or mask, gradient norms (also those taken during the backward pass), freezing, records.
+"""
+
+MEASURING = "measuring"
+"""What the meter itself takes; it is not counted."""
+
+CATEGORIES = ("weights", "gradients", "masters", "state_on_device", "state_on_host")
+
+# Private methods, by name: the optimizers know nothing of the meter, and cost nothing without it.
+_SELECTING_BLOCKS = ("_decide", "_release", "_commit", "_propose", "_report")
+_SELECTING_ENTRIES = ("_mask_dense", "_describe", "_propose", "_report")
+
+
+class Meter(TrainerCallback):
+    """Measures every step of this session; a resumed run starts anew.
+
+    On a GPU times are those of the GPU's own clock, read one step late: training never waits for the meter.
+
+    Args:
+        trainer: whose steps are measured.
+
+    Attributes:
+        step_seconds: of each step from its first forward pass to the end of its update, by the kind of step: "explore"
+            and "exploit" where blocks are selected, else "step".
+        held_bytes: what was held at the moment before the last update, by category.
+        peak_bytes: the most that was held at the moment before an update, by category and "together".
+    """
+
+    def __init__(self, trainer: RunTrainer) -> None:
+        self.step_seconds: dict[str, list[float]] = defaultdict(list)
+        self.held_bytes: dict[str, int] = {}
+        self.peak_bytes: dict[str, int] = {}
+        self._trainer = trainer
+        self._phase_seconds: dict[str, list[dict[str, float]]] = defaultdict(list)
+        self._sums: dict[str, int] = defaultdict(int)
+        self._num_samples = 0
+        self._gpu = _GpuMemory() if trainer.args.device.type == "cuda" else None
+        self._watch = Stopwatch(HostClock() if self._gpu is None else DeviceClock())
+        self._unread: tuple[str, Any] | None = None
+
+    @property
+    def total_seconds(self) -> float:
+        """All steps together, without evaluation, checkpoints and logs."""
+        self._read()
+        return sum(map(sum, self.step_seconds.values()))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        self._watch.wrap(self._trainer, "training_step", phase="forward")
+        self._watch.wrap(self._trainer.accelerator, "backward", phase="backward")
+        self._watch_selection(parts["optimizer"].optimizer)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._watch.start("optimizer")
+        if self._gpu is not None:
+            self._gpu.begin_step()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        with self._watch.phase(MEASURING):
+            self._count_bytes(training_bytes(parts["model"], parts["optimizer"].optimizer))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        marks = self._watch.stop()
+        kind = kind_of_step(parts["optimizer"].optimizer)
+        self._read()
+        self._unread = kind, marks
+        if self._gpu is not None:
+            self._gpu.end_step(kind)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the stopwatch away, also after an error."""
+        self._watch.unwrap()
+
+    def describe(self) -> dict[str, Any]:
+        """What `run.json` keeps."""
+        self._read()
+        peak = {"together": 0, **self.peak_bytes}
+        process = _peak_process_bytes()
+        return {
+            "steps_by_kind": {kind: len(seconds) for kind, seconds in self.step_seconds.items()},
+            "median_step_seconds": {kind: statistics.median(seconds) for kind, seconds in self.step_seconds.items()},
+            "training_seconds": self.total_seconds,
+            "peak_bytes": {**peak, "process": process, "device": 0 if self._gpu is None else self._gpu.peak_allocated},
+            "seconds": {
+                "training": self.total_seconds,
+                "by_kind": {kind: medians(steps) for kind, steps in self._phase_seconds.items()},
+            },
+            "bytes": {
+                "peak": peak,
+                "average": {name: total / self._num_samples for name, total in self._sums.items()},
+                "process": process,
+                **({"allocated": None, "reserved": None} if self._gpu is None else self._gpu.describe()),
+            },
+        }
+
+    def _watch_selection(self, optimizer: torch.optim.Optimizer) -> None:
+        match optimizer:
+            case BlockOptimizer():
+                # With its state: what leaves the selection is moved in `_propose`, and a move is no decision.
+                self._watch.wrap(optimizer._states, "prefetch", phase="optimizer")
+                for method in ("_complete", "norms"):
+                    self._watch.wrap(optimizer._observer, method, phase="selection")
+                names = _SELECTING_BLOCKS
+            case SparseOptimizer():
+                for method in ("offer", "choose_by_gradient"):
+                    self._watch.wrap(optimizer._chooser, method, phase="selection")
+                names = _SELECTING_ENTRIES
+            case _:
+                names = ()
+        for name in names:
+            self._watch.wrap(optimizer, name, phase="selection")
+
+    def _count_bytes(self, held: dict[str, int]) -> None:
+        self.held_bytes = held
+        counted = {**held, "together": sum(held.values())}
+        self.peak_bytes = {name: max(count, self.peak_bytes.get(name, 0)) for name, count in counted.items()}
+        for name, count in counted.items():
+            self._sums[name] += count
+        self._num_samples += 1
+        if self._gpu is not None:
+            self._gpu.sample()
+
+    def _read(self) -> None:
+        """The seconds of the last step but the meter's own, now that a GPU has finished it."""
+        if self._unread is not None:
+            (kind, marks), self._unread = self._unread, None
+            seconds = self._watch.read(marks)
+            phases = {name: seconds.get(name, 0.0) for name in PHASES}
+            self._phase_seconds[kind].append(phases)
+            self.step_seconds[kind].append(sum(phases.values()))
+
+
+class _GpuMemory:
+    """What torch's allocator holds: allocated to tensors, and reserved of the device for them.
+
+    Peaks are of the whole of each step; averages are over the moments before the updates.
+    """
+
+    def __init__(self) -> None:
+        self.peak_allocated = torch.cuda.max_memory_allocated()
+        self._peak_reserved = torch.cuda.max_memory_reserved()
+        self._peak_by_kind: dict[str, int] = {}
+        self._allocated: list[int] = []
+        self._reserved: list[int] = []
+
+    def begin_step(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+    def sample(self) -> None:
+        self._allocated.append(torch.cuda.memory_allocated())
+        self._reserved.append(torch.cuda.memory_reserved())
+
+    def end_step(self, kind: str) -> None:
+        peak = torch.cuda.max_memory_allocated()
+        self._peak_by_kind[kind] = max(peak, self._peak_by_kind.get(kind, 0))
+        self.peak_allocated = max(peak, self.peak_allocated)
+        self._peak_reserved = max(torch.cuda.max_memory_reserved(), self._peak_reserved)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "allocated": {
+                "peak": self.peak_allocated,
+                "average": _mean(self._allocated),
+                "peak_by_kind": self._peak_by_kind,
+            },
+            "reserved": {
+                "peak": self._peak_reserved,
+                "average": _mean(self._reserved),
+                "99th": percentile(self._reserved, 99),
+            },
+        }
+
+
+def kind_of_step(optimizer: torch.optim.Optimizer) -> str:
+    """Of the last step: "explore" or "exploit" where blocks are selected, else "step"."""
+    if isinstance(optimizer, BlockOptimizer) and optimizer.last_record is not None:
+        return "explore" if optimizer.last_record.explored else "exploit"
+    return "step"
+
+
+def medians(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """How many steps there are, and the medians of their whole time and of each phase, which need not add up."""
+    whole = {"steps": len(steps), "median": statistics.median(sum(phases.values()) for phases in steps)}
+    return whole | {name: statistics.median(phases[name] for phases in steps) for name in PHASES}
+
+
+def percentile(values: Sequence[int], share: float) -> float | None:
+    """The value that `share` percent of `values` do not exceed, interpolated; None without any."""
+    if not values:
+        return None
+    return float(torch.quantile(torch.tensor(values, dtype=torch.float64), share / 100))
+
+
+def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes held now, in the categories of `BlockOptimizer.memory`, for any optimizer."""
+    if isinstance(optimizer, BlockOptimizer | SparseOptimizer):
+        held = optimizer.memory()
+        return {name: held[name] for name in CATEGORIES}
+    parameters = list(model.parameters())
+    masters, gradients, state = witness_bytes(optimizer)
+    return {
+        "weights": sum(map(_num_bytes, parameters)),
+        "gradients": gradients + sum(_num_bytes(p.grad) for p in parameters if p.grad is not None),
+        "masters": masters,
+        "state_on_device": state,
+        "state_on_host": 0,
+    }
+
+
+def _mean(values: Sequence[int]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _peak_process_bytes() -> int:
+    """The most main memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

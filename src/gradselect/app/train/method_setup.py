@@ -1,0 +1,205 @@
+"""What a method changes about a trainer: the model that it is given, and the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import TrainerCallback, set_seed
+
+from gradselect import UsageError, partition
+from gradselect.app.inputs import Inputs
+from gradselect.app.recipe import (
+    AbstractAdapterMethod,
+    AbstractBlockMethod,
+    AbstractFreeMaskMethod,
+    AbstractMaskMethod,
+    AbstractWitnessMethod,
+    AdaLoraMethod,
+    AllMethod,
+    FullMethod,
+    Recipe,
+    RunFacts,
+    WitnessFactory,
+)
+from gradselect.app.runtime import RunFolder
+from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
+
+from .adalora import OrthogonalityPenalty, RankCallback
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodParts:
+    """What a method changes about a trainer.
+
+    Args:
+        model: what is trained.
+        optimizer: factory and arguments; None is the trainer's own AdamW, or that of a mask, which is made when the
+            trainer is there: it may need batches and the number of steps.
+        callbacks: beside the trainer's own.
+        penalty: what the method adds to the loss of each step.
+        can_resume: whether a checkpoint holds all that decides the next step.
+    """
+
+    model: nn.Module
+    optimizer: tuple[Any, dict[str, Any]] | None
+    callbacks: list[TrainerCallback]
+    penalty: Callable[[], Tensor] | None = None
+    can_resume: bool = True
+
+
+def method_parts(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> MethodParts:
+    """What the recipe's method makes of the model. A classification head trains with every method.
+
+    Raises:
+        UsageError: the method does not fit the model.
+    """
+    method, model = recipe.method, inputs.model
+    if isinstance(method, FullMethod) and recipe.model.dtype != "float32":
+        method = method.with_masters()
+    match method:
+        case AbstractBlockMethod():
+            return MethodParts(
+                model=model,
+                optimizer=(SelectiveOptimizerFactory, _block_options(method, recipe, model, head=inputs.head)),
+                callbacks=[SelectionCallback(jsonl=folder.records_file)],
+            )
+        case AbstractMaskMethod():
+            model = _adapt(inputs, adapter, seed=recipe.run.seed) if (adapter := _adapter_of(method)) else model
+            return MethodParts(model=model, optimizer=None, callbacks=[SelectionCallback(jsonl=folder.records_file)])
+        case AdaLoraMethod():
+            _check_saves_nothing(recipe)
+            return _adalora_parts(method, recipe, inputs)
+        case AbstractWitnessMethod():
+            _check_saves_nothing(recipe)
+            return MethodParts(model=model, optimizer=_witness(method, recipe, inputs), callbacks=[], can_resume=False)
+        case AbstractAdapterMethod():
+            return _adapter_parts(method, recipe, inputs)
+        case FullMethod():
+            return MethodParts(model=model, optimizer=None, callbacks=[])
+
+
+def mask_optimizer(
+    method: AbstractMaskMethod, recipe: Recipe, inputs: Inputs, model: nn.Module, facts: RunFacts
+) -> tuple[Any, dict[str, Any]]:
+    """Factory and arguments of a mask's `gradselect.SparseOptimizer`. It clips: the trainer sees no gradients.
+
+    Raises:
+        UsageError: the mask does not fit the model.
+    """
+    # Beside an adapter the head trains as PEFT's copy of it.
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    head = [name for name in names if name in inputs.head or ".modules_to_save." in name]
+    mask = method.make_mask(model, facts)
+    return SelectiveOptimizerFactory, {
+        "mask": mask,
+        "always": (*method.trained_beside(model, mask), *head),
+        "lean_accumulation": method.lean_accumulation,
+        "max_grad_norm": recipe.optimizer.max_grad_norm or None,
+        "master_dtype": torch.float32,
+        **_adamw_options(recipe),
+    }
+
+
+def _adapter_of(method: AbstractMaskMethod) -> AbstractAdapterMethod | None:
+    return method.adapter if isinstance(method, AbstractFreeMaskMethod) else None
+
+
+def _adapter_parts(method: AbstractAdapterMethod, recipe: Recipe, inputs: Inputs) -> MethodParts:
+    adapted = _adapt(inputs, method, seed=recipe.run.seed)
+    if all(parameter.dtype == torch.float32 for parameter in adapted.parameters() if parameter.requires_grad):
+        return MethodParts(model=adapted, optimizer=None, callbacks=[])
+    # PEFT keeps a copied embedding or head in the model's type: it needs master weights as full fine-tuning does.
+    options = _block_options(AllMethod(), recipe, adapted, head=())
+    return MethodParts(model=adapted, optimizer=(SelectiveOptimizerFactory, options), callbacks=[SelectionCallback()])
+
+
+def _adalora_parts(method: AdaLoraMethod, recipe: Recipe, inputs: Inputs) -> MethodParts:
+    parts = _adapter_parts(method, recipe, inputs)
+    assert isinstance(parts.model, PeftModel)
+    if recipe.run.steps is not None:
+        # Now rather than at the first step; of epochs the trainer counts the steps.
+        method.schedule(parts.model.active_peft_config, num_steps=recipe.run.steps)
+    return replace(
+        parts,
+        can_resume=False,
+        callbacks=[*parts.callbacks, RankCallback(method, parts.model)],
+        penalty=OrthogonalityPenalty(parts.model, weight=method.orthogonality) if method.orthogonality else None,
+    )
+
+
+def _witness(method: AbstractWitnessMethod, recipe: Recipe, inputs: Inputs) -> tuple[Any, dict[str, Any]]:
+    adamw = _adamw_options(recipe)
+    del adamw["accumulation_steps"]
+    return WitnessFactory, {"method": method, "head": tuple(inputs.head), "adamw": adamw}
+
+
+def _check_saves_nothing(recipe: Recipe) -> None:
+    """Of some methods what decides the next step is in no checkpoint."""
+    if recipe.run.save_every is not None:
+        raise UsageError(
+            f"method.name={recipe.method.name} cannot go on from a checkpoint, which would lack what its package keeps "
+            f"to itself; write run.save_every=null (it was {recipe.run.save_every})"
+        )
+
+
+def _block_options(
+    method: AbstractBlockMethod, recipe: Recipe, model: nn.Module, *, head: Collection[str]
+) -> dict[str, Any]:
+    """Arguments of `gradselect.BlockOptimizer`; `head` are names of parameters that train at every step."""
+    blocks = partition(model, by=method.units)
+    heads = [block.name for block in blocks if not set(head).isdisjoint(block.parameter_names)]
+    return {
+        "policy": method.policy(seed=recipe.run.seed, blocks=[block.name for block in blocks]),
+        "always": (*method.always, *heads),
+        "residency": method.place(),
+        "rule": method.rule(),
+        "update_in_backward": method.update_in_backward,
+        "blocks": blocks,
+        "master_dtype": torch.float32,
+        **_adamw_options(recipe),
+    }
+
+
+def _adamw_options(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "lr": recipe.optimizer.lr,
+        "weight_decay": recipe.optimizer.weight_decay,
+        "betas": recipe.optimizer.betas,
+        "eps": recipe.optimizer.eps,
+        "accumulation_steps": recipe.run.accumulation,
+    }
+
+
+def _adapt(inputs: Inputs, method: AbstractAdapterMethod, *, seed: int) -> PeftModel:
+    """The model with an adapter, drawn with `seed`, that is all that trains beside a classification head."""
+    model, head = inputs.model, _modules_of_head(inputs)
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding).rpartition(".")[2]
+    set_seed(seed)
+    try:
+        config = method.peft_config(embedding=name, head=head)
+        adapted = get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"method: PEFT refuses this adapter: {error}") from error
+    if config.is_prompt_learning:
+        raise UsageError(f"method.type={config.peft_type} cannot be merged into a plain model; take another adapter")
+    assert isinstance(adapted, PeftModel)
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    for module in head:
+        if not any(f".{module}.modules_to_save." in name for name in trained):
+            raise UsageError(
+                f"method.type={config.peft_type} leaves {module!r} of the classification head as it is; "
+                f"add method.options.modules_to_save={head}"
+            )
+    return adapted
+
+
+def _modules_of_head(inputs: Inputs) -> list[str]:
+    """The modules that hold the classification head, by the names that PEFT knows them by: "classifier", "pooler"."""
+    base = f"{inputs.model.base_model_prefix}."
+    return list(dict.fromkeys(name.removeprefix(base).split(".")[0] for name in inputs.head))

@@ -1,0 +1,142 @@
+"""One training run, from a recipe to a plain Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gradselect import UsageError
+from gradselect.app.inputs import read_inputs
+from gradselect.app.recipe import RandomData, Recipe
+from gradselect.app.recipe import dump_recipe as dump_recipe
+from gradselect.app.recipe import load_recipe as load_recipe
+from gradselect.app.runtime import Preempted as Preempted
+from gradselect.app.runtime import (
+    RunFolder,
+    claimed,
+    collected_messages,
+    is_first,
+    said_by_first,
+    take_device,
+    wait_for_all,
+    watched_signals,
+)
+
+from .checkpoints import find_checkpoint, return_to
+from .failures import describe_kept, describe_out_of_memory, is_dead_worker, is_out_of_memory
+from .meter import Meter
+from .progress import ProgressDisplay, show_start, show_summary
+from .run_record import check_same_run, describe_end, describe_start, save_model, write_run, write_start
+from .setup import build_trainer, length_notes
+from .trainer import RunTrainer
+
+
+def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Console, messages: Sequence[str]) -> Path:
+    """Carry out a recipe; see `train`. `messages` are those of the libraries, a list that grows."""
+    take_device(recipe.run.device)
+    folder = RunFolder(Path(recipe.run.output))
+    if not is_first():
+        console = Console(quiet=True)
+    with claimed(folder, resume=resume, messages=messages) if is_first() else nullcontext():
+        # 1 read what the recipe names
+        inputs = read_inputs(recipe)
+        start = describe_start(recipe, inputs, command=command)
+        if is_first() and folder.run_file.exists():
+            check_same_run(folder, start)
+        checkpoint, damaged = find_checkpoint(folder) if resume and is_first() else (None, {})
+        start["resumed_from"] = None if checkpoint is None else checkpoint.name
+
+        # 2 set up
+        with _explained(recipe, folder):
+            trainer = build_trainer(recipe, inputs, folder=folder)
+        notes = length_notes(trainer, inputs, recipe.data)
+        wait_for_all()  # until the first has found the folder usable
+        if is_first():
+            return_to(folder, checkpoint, damaged=damaged, keep=recipe.run.keep_checkpoints)
+            write_start(folder, start, recipe)
+        found = said_by_first(None if checkpoint is None else str(checkpoint))
+        show_start(console, start, notes=notes, checkpoint=checkpoint, damaged=damaged, resume=resume)
+
+        # 3 train, and measure what came of it
+        with watched_signals() as trainer.signals, _explained(recipe, folder):
+            meter = _train(trainer, checkpoint=found, console=console)
+            trainer.stop_if_told()
+            _evaluate(trainer)
+            trainer.stop_if_told()
+
+            # 4 keep it; run.json says "finished" when all else is there
+            trainer.check_weights()
+            trainer.count_tokens_of_all()
+            if is_first():
+                if not isinstance(recipe.data, RandomData):
+                    save_model(trainer, inputs.tokenizer, folder=folder)
+                end = describe_end(trainer, meter, folder=folder, notes=notes)
+                write_run(folder, start | end)
+                show_summary(console, end, recipe=recipe, folder=folder, num_messages=len(messages))
+            wait_for_all()
+    return folder.root
+
+
+@contextmanager
+def _explained(recipe: Recipe, folder: RunFolder) -> Iterator[None]:
+    """What the machine lacks while a run is under way is said in words that help."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"training has stopped: {error}; {describe_kept(folder)}") from error
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise UsageError(describe_out_of_memory(error, recipe=recipe, folder=folder)) from error
+        if is_dead_worker(error):
+            raise UsageError(f"training has stopped: {error}; {describe_kept(folder)}") from error
+        raise
+
+
+def _train(trainer: RunTrainer, *, checkpoint: str | None, console: Console) -> Meter:
+    meter = Meter(trainer)
+    display = ProgressDisplay(console, meter=meter, count_tokens=lambda: trainer.num_tokens)
+    trainer.add_callback(meter)
+    trainer.add_callback(display)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        display.close()
+        meter.close()
+    return meter
+
+
+def _evaluate(trainer: RunTrainer) -> None:
+    """The loss on the validation examples after the last step, unless it is known already."""
+    evaluated: list[Any] = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
+
+
+def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None, command: Sequence[str] = ()) -> Path:
+    """Fine-tune a model as the recipe says.
+
+    Args:
+        recipe: what to train, on what and how, e.g. from `load_recipe`.
+        resume: go on from the newest whole checkpoint in `recipe.run.output`; without one, from the beginning.
+        console: where progress is shown; by default the standard output.
+        command: what the user typed, kept in `run.json`.
+
+    Returns:
+        The output folder: a plain Hugging Face checkpoint with `run.json` beside it.
+
+    Raises:
+        UsageError: something in the recipe, the data or the model cannot be used, or training came to nothing; what had
+            been written before is whole.
+        Preempted: SIGTERM or SIGINT has come, which are watched while it trains; a checkpoint is kept. It is a
+            `SystemExit` with code 143 or 130.
+
+    Example:
+        >>> train(load_recipe("recipes/gsm8k.yaml", ["run.steps=100"]))  # doctest: +SKIP
+    """
+    console = console or Console()
+    with collected_messages(console) as messages:
+        return run(recipe, resume=resume, command=command, console=console, messages=messages)

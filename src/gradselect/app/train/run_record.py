@@ -1,0 +1,231 @@
+"""What a run leaves behind: the model, and `run.json` with all that is needed to repeat it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from gradselect import BlockOptimizer, SparseOptimizer, UsageError, __version__, sparsegrad
+from gradselect.app.inputs import Inputs, fingerprint
+from gradselect.app.recipe import Recipe, dump_recipe
+from gradselect.app.runtime import RunFolder, num_processes
+from gradselect.files import flush_names, read_sealed, sealed, write_manifest, writing_aside
+
+from .meter import Meter
+from .progress import validation_figures
+from .trainer import RunTrainer
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
+
+# No string of JSON holds a line end.
+_LIST_OF_NUMBERS = re.compile(r"\[\n([-+.,eE\d\s]*)\]")
+
+FREE_TO_CHANGE = {
+    *(f"recipe.run.{key}" for key in ("output", "device", "log_every", "evaluate_every", "save_every", "report_to")),
+    *("recipe.run.keep_checkpoints", "recipe.run.max_skipped_steps", "recipe.model.gradient_checkpointing"),
+    # What stands at these places is compared, not where it stands.
+    *("recipe.model.path", "recipe.model.revision", "recipe.model.trust_pickle"),
+    *("recipe.data.path", "data.train.path", "data.validation.path"),
+}
+"""Keys in which a resumed run may differ from the one that it continues."""
+
+
+def describe_start(recipe: Recipe, inputs: Inputs, *, command: Sequence[str]) -> dict[str, Any]:
+    """What is known before the first step."""
+    model = inputs.model
+    return {
+        "status": "started",
+        # A file's name may be no text.
+        "command": [word.encode("utf-8", "backslashreplace").decode("utf-8") for word in command],
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processes": num_processes(),
+        "resumed_from": None,
+        "recipe": recipe.model_dump(mode="json"),
+        "model": {
+            "class": type(model).__name__,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "fingerprint": fingerprint(model),
+        },
+        "data": {name: source.describe() for name, source in inputs.examples.sources.items()},
+        "versions": {"gradselect": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in PACKAGES},
+        "machine": {
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def describe_end(trainer: RunTrainer, meter: Meter, *, folder: RunFolder, notes: Sequence[str]) -> dict[str, Any]:
+    """What is known after the last step. Tokens, seconds and bytes are of this session, all else of the whole run."""
+    history = trainer.state.log_history
+    optimizer: Any = trainer.optimizer
+    return {
+        "status": "finished",
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "steps": trainer.state.global_step,
+        "skipped_steps": sum("skipped" in entry for entry in history),
+        "training_loss": _last(history, "loss"),
+        "validation_loss": _last(history, "eval_loss"),
+        "validation": validation_figures(next((log for log in reversed(history) if "eval_loss" in log), {})),
+        "tokens": trainer.num_tokens,
+        "tokens_per_second": trainer.num_tokens / meter.total_seconds if meter.total_seconds else None,
+        "notes": list(notes),
+        **meter.describe(),
+        "flop": describe_flop(optimizer.optimizer, folder.records_file),
+        "selection": describe_selection(optimizer.optimizer, folder.records_file),
+        "history": history,
+    }
+
+
+def check_same_run(folder: RunFolder, start: Mapping[str, Any]) -> None:
+    """The run in `folder` is the one that `start` describes, and it is not finished.
+
+    Raises:
+        UsageError: names what differs.
+    """
+    before = read_sealed(folder.run_file, needed=("status", "recipe", "model", "data"))
+    if before["status"] == "finished":
+        raise UsageError(
+            f"the run in {folder.root} has finished after {before['steps']} steps; nothing is left to resume"
+        )
+    processes = before.get("processes", 1)
+    if processes != start["processes"]:
+        raise UsageError(
+            f"the run in {folder.root} began on {processes} processes, this is one of {start['processes']}; resume on "
+            "as many as before: its batches would change"
+        )
+    different = list(differences(before, start))
+    if different:
+        heading = (
+            f"the run in {folder.root} is another one; resume it with its own recipe, or choose another run.output:"
+        )
+        raise UsageError("\n  ".join([heading, *different]))
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What of recipe, model and data is not as it was, one line each."""
+    old, new = (dict(_flatten({key: side[key] for key in ("recipe", "model", "data")})) for side in (before, now))
+    for key in sorted(old.keys() | new.keys()):
+        if key not in FREE_TO_CHANGE and old.get(key) != new.get(key):
+            yield f"{key.removeprefix('recipe.')}: {old.get(key)!r} then, {new.get(key)!r} now"
+
+
+def write_start(folder: RunFolder, start: Mapping[str, Any], recipe: Recipe) -> None:
+    # run.json first: a folder that has it can be resumed, whatever else is missing.
+    write_run(folder, start)
+    with writing_aside(folder.recipe_file) as aside:
+        aside.write_text(dump_recipe(recipe), "utf-8")
+
+
+def write_run(folder: RunFolder, description: Mapping[str, Any]) -> None:
+    with writing_aside(folder.run_file) as aside:
+        aside.write_text(as_json(sealed(description)) + "\n", "utf-8")
+
+
+def as_json(value: Any) -> str:
+    """Indented, but a list of numbers in one line: a run has thousands of steps."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return _LIST_OF_NUMBERS.sub(lambda found: "[" + " ".join(found.group(1).split()) + "]", text)
+
+
+def save_model(trainer: RunTrainer, tokenizer: PreTrainedTokenizerBase, *, folder: RunFolder) -> None:
+    """A plain checkpoint in the folder itself; an adapter is kept beside it and merged into its weights.
+
+    What `sparsegrad` had rotated is turned back, so nothing can be trained after this.
+    """
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if any(isinstance(module, sparsegrad.RotatedLinear) for module in model.modules()):
+        cast(Any, trainer.optimizer).optimizer.close()
+        sparsegrad.fold(model)
+    if isinstance(model, PeftModel):
+        with writing_aside(folder.adapter) as aside:
+            model.save_pretrained(str(aside))
+        model = model.merge_and_unload()
+    ready = folder.root / "model"
+    with writing_aside(ready) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        write_manifest(aside, step=trainer.state.global_step)
+    # What a model is read by comes last: a folder without it holds no model, so there is a whole one or none.
+    for file in sorted(ready.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, folder.root / file.name)
+    flush_names(folder.root)
+    ready.rmdir()
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _last(history: Sequence[Mapping[str, float]], key: str) -> float | None:
+    return next((entry[key] for entry in reversed(history) if key in entry), None)
+
+
+def describe_selection(optimizer: torch.optim.Optimizer, records_file: Path) -> dict[str, Any] | None:
+    """Which blocks were updated when, or which mask chose how much; None where nothing is selected.
+
+    Of blocks: their names; `updates` by block; and by step, of the whole run, the indices of the blocks `selected`,
+    whether all gradients were looked at (`explored`), and the `entropy` of all updates so far.
+    """
+    if isinstance(optimizer, SparseOptimizer):
+        return _describe_mask(optimizer)
+    if not isinstance(optimizer, BlockOptimizer) or not records_file.exists():
+        return None
+    records = read_records(records_file)
+    places = {name: place for place, name in enumerate(optimizer.blocks)}
+    return {
+        "blocks": list(optimizer.blocks),
+        "updates": list(optimizer.update_counts.values()),
+        "entropy": [record["selection_entropy"] for record in records],
+        "selected": [[places[name] for name in record["selected"]] for record in records],
+        "explored": [int(record["explored"]) for record in records],
+    }
+
+
+def describe_flop(optimizer: torch.optim.Optimizer, records_file: Path) -> dict[str, Any]:
+    """The limit of the speed-up over full fine-tuning; None where no blocks are selected."""
+    # Here rather than above: the comparison imports the training that it compares.
+    from gradselect.blocks import speed_up_limit
+
+    if not isinstance(optimizer, BlockOptimizer) or not records_file.exists():
+        return {"limit": None, "speed_up": None}
+    # Where all were looked at, all have a norm.
+    steps = [{*record["selected"], *record["norms"]} for record in read_records(records_file)]
+    sizes = {name: sum(map(torch.Tensor.numel, optimizer._table.of(name))) for name in optimizer.blocks}
+    return {"limit": speed_up_limit(steps, sizes), "speed_up": None}
+
+
+def read_records(path: Path) -> Sequence[Mapping[str, Any]]:
+    """The records of all steps, in order."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def _describe_mask(optimizer: SparseOptimizer) -> dict[str, Any]:
+    record = optimizer.last_record
+    by_tensor = {} if record is None else dict(record.num_entries)
+    return {
+        "mask": type(optimizer.mask).__name__,
+        "settings": optimizer.mask.settings(),
+        "entries": sum(by_tensor.values()),
+        "entries_to_choose_from": sum(tensor.numel for tensor in optimizer.mask.tensors),
+        "entries_by_tensor": by_tensor,
+        "overlap": None if record is None else record.overlap,
+    }

@@ -1,0 +1,194 @@
+"""From a recipe and what it names to a trainer that is ready to run."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.trainer.sft_config import SFTConfig
+
+from gradselect import UsageError
+from gradselect.app.inputs import Inputs
+from gradselect.app.recipe import (
+    AbstractMaskMethod,
+    ChatData,
+    ClassificationData,
+    Data,
+    PromptCompletionData,
+    RandomData,
+    Recipe,
+    RunFacts,
+    TokenData,
+    is_packed,
+)
+from gradselect.app.runtime import RunFolder, num_processes
+
+from .classifier import batch_loss, classifier_options
+from .method_setup import mask_optimizer, method_parts
+from .trackers import trackers
+from .trainer import RunTrainer, TokenTrainer
+
+
+def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> RunTrainer:
+    """A trainer for the recipe's method, without displays.
+
+    Raises:
+        UsageError: the method does not fit the model, or no example fits the length.
+    """
+    parts = method_parts(recipe, inputs, folder=folder)
+    arguments = _arguments(recipe, folder=folder)
+    if isinstance(recipe.method, AbstractMaskMethod):
+        arguments["max_grad_norm"] = 0.0
+    shared = {
+        "folder": folder,
+        "keep_checkpoints": recipe.run.keep_checkpoints,
+        "max_skipped_steps": recipe.run.max_skipped_steps,
+        "can_resume": parts.can_resume,
+        "model": parts.model,
+        "processing_class": inputs.tokenizer,
+        "optimizer_cls_and_kwargs": parts.optimizer,
+        "penalty": parts.penalty,
+        "callbacks": [*parts.callbacks, *trackers(recipe, folder)],
+    }
+    if isinstance(recipe.data, ClassificationData):
+        trainer = RunTrainer(args=TrainingArguments(**arguments), **classifier_options(inputs), **shared)
+    else:
+        trainer = TokenTrainer(
+            args=SFTConfig(**arguments, **_token_arguments(recipe.data, inputs)),
+            train_dataset=inputs.examples.train,
+            eval_dataset=inputs.examples.validation,
+            **shared,
+        )
+    trainer.remove_callback(PrinterCallback)
+    for name, dataset in (("data.path", trainer.train_dataset), ("data.validation", trainer.eval_dataset)):
+        if dataset is not None and len(_as_dataset(dataset)) == 0:
+            raise UsageError(
+                f"data.max_length={inputs.max_length} leaves nothing of {name}: every prompt alone is longer; raise it"
+            )
+    if isinstance(recipe.method, AbstractMaskMethod):
+        facts = _facts(trainer, recipe, num_batches=recipe.method.num_batches)
+        trainer.optimizer_cls_and_kwargs = mask_optimizer(recipe.method, recipe, inputs, parts.model, facts)
+    # Now rather than at the first step, so that what does not fit the model is said before anything is written.
+    trainer.create_optimizer()
+    return trainer
+
+
+def length_notes(trainer: RunTrainer, inputs: Inputs, data: Data) -> list[str]:
+    """What the limit on the length did to the training examples, in words."""
+    prepared = _as_dataset(trainer.train_dataset)
+    if isinstance(data, RandomData):
+        return []
+    if is_packed(data):
+        return [f"{len(inputs.examples.train):,} examples were packed into {len(prepared):,} rows"]
+    limit = inputs.max_length
+    num_cut = sum(len(tokens) >= limit for tokens in prepared["input_ids"])
+    num_dropped = len(inputs.examples.train) - len(prepared)
+    notes = {
+        f"{num_cut:,} of {len(prepared):,} examples reach data.max_length={limit} and may have lost their end": num_cut,
+        f"{num_dropped:,} examples were left out: their prompts alone reach data.max_length={limit}": num_dropped,
+    }
+    return [note for note, count in notes.items() if count]
+
+
+def _facts(trainer: RunTrainer, recipe: Recipe, *, num_batches: int) -> RunFacts:
+    """What a mask may want to know. The batches are of rows drawn with the seed, and disturb no other draw.
+
+    Every process sees the batches of all, or they would choose differently.
+    """
+    dataset, run, processes = _as_dataset(trainer.train_dataset), recipe.run, num_processes()
+    per_epoch = -(-len(dataset) // (run.batch_size * processes * run.accumulation))
+    count = min(len(dataset), num_batches * run.batch_size * processes)
+    rows = random.Random(f"calibration/{run.seed}").sample(range(len(dataset)), count)
+    drawn: Any = dataset.select(
+        for_every_process(rows, batch_size=run.batch_size, processes=processes) if processes > 1 else rows
+    )
+    batches = list(trainer.get_eval_dataloader(drawn)) if rows else []
+    return RunFacts(
+        seed=run.seed,
+        num_steps=run.steps or math.ceil((run.epochs or 1) * per_epoch),
+        batches=batches,
+        loss=batch_loss if isinstance(recipe.data, ClassificationData) else None,
+    )
+
+
+def for_every_process(rows: Sequence[int], *, batch_size: int, processes: int) -> list[int]:
+    """Whole batches of the rows, each as often as there are processes: the loader deals them out in turn."""
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows) - batch_size + 1, batch_size)]
+    return [row for batch in batches for _ in range(processes) for row in batch]
+
+
+def _arguments(recipe: Recipe, *, folder: RunFolder) -> dict[str, Any]:
+    """Of `TrainingArguments`."""
+    optimizer, run = recipe.optimizer, recipe.run
+    schedule = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[optimizer.schedule]
+    return {
+        "output_dir": str(folder.checkpoints),
+        "max_steps": run.steps or -1,
+        "num_train_epochs": run.epochs or 1,
+        "per_device_train_batch_size": run.batch_size,
+        "per_device_eval_batch_size": run.batch_size,
+        "gradient_accumulation_steps": run.accumulation,
+        "learning_rate": optimizer.lr,
+        "weight_decay": optimizer.weight_decay,
+        "adam_beta1": optimizer.betas[0],
+        "adam_beta2": optimizer.betas[1],
+        "adam_epsilon": optimizer.eps,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "lr_scheduler_type": schedule,
+        "warmup_steps": optimizer.warmup,
+        "optim": "adamw_torch_fused",
+        "seed": run.seed,
+        "use_cpu": run.device == "cpu",
+        "dataloader_pin_memory": run.device != "cpu" and torch.accelerator.is_available(),
+        # The model's own type decides; automatic mixed precision would upcast only what trains at the moment.
+        "bf16": False,
+        # Else the Trainer leaves it out with checkpointing, and gradients of changing blocks are not averaged.
+        "ddp_find_unused_parameters": True,
+        "gradient_checkpointing": recipe.model.gradient_checkpointing,
+        "logging_steps": run.log_every,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if run.evaluate_every else "no",
+        "eval_steps": run.evaluate_every,
+        "save_strategy": "steps" if run.save_every else "no",
+        "save_steps": run.save_every or 0,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+def _token_arguments(data: TokenData | RandomData, inputs: Inputs) -> dict[str, Any]:
+    """What `SFTConfig` has beside them."""
+    if isinstance(data, ChatData) and data.loss_on == "answers":
+        _check_marks_answers(inputs.tokenizer)
+    return {
+        "max_length": inputs.max_length,
+        "packing": is_packed(data),
+        "eval_packing": False,
+        "assistant_only_loss": isinstance(data, ChatData) and data.loss_on == "answers",
+        "completion_only_loss": False if isinstance(data, PromptCompletionData) and data.loss_on == "all" else None,
+    }
+
+
+def _check_marks_answers(tokenizer: PreTrainedTokenizerBase) -> None:
+    if isinstance(tokenizer.chat_template, str) and has_generation_markers(tokenizer.chat_template):
+        return
+    try:
+        # TRL has templates with marks for the common families.
+        get_training_chat_template(tokenizer)
+    except ValueError:
+        raise UsageError(
+            "data.loss_on=answers: the model's chat template does not mark the assistant's turns "
+            "({% generation %}); write data.loss_on=last-answer"
+        ) from None
+
+
+def _as_dataset(dataset: Any) -> Dataset:
+    assert isinstance(dataset, Dataset)
+    return dataset

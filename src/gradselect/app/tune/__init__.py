@@ -1,0 +1,8 @@
+"""Search for the values of a recipe that give the smallest validation loss, with Optuna.
+
+Importing it loads neither Optuna nor a training framework.
+"""
+
+from .tuning import tune
+
+__all__ = ["tune"]

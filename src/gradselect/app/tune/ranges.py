@@ -1,0 +1,147 @@
+"""What is searched: a key of the recipe and the values that it may take."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gradselect import UsageError
+from gradselect.app.recipe import Recipe, parse_recipe
+
+Number = int | float
+
+FORM = "write KEY=LOW:HIGH or KEY=LOW:HIGH:log, e.g. optimizer.lr=1e-5:1e-3:log"
+JUDGES = ("data", "run.seed", "run.evaluate_every")
+"""Keys that decide what a trial is measured on, or when: with another value losses could not be compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRange:
+    """Values from `low` to `high`.
+
+    Args:
+        key: of the recipe: "optimizer.lr".
+        low: the smallest value.
+        high: the largest one, itself included.
+        log: even in the logarithm, for what is known by its order of magnitude.
+        whole: whole numbers only.
+
+    Raises:
+        UsageError: the range is empty, or goes down to 0 with `log`.
+    """
+
+    key: str
+    low: Number
+    high: Number
+    log: bool = False
+    whole: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise UsageError(f"--search {self}: LOW must be a number below HIGH; {FORM}")
+        if self.log and self.low <= 0:
+            raise UsageError(f"--search {self}: a logarithm needs LOW above 0; {FORM}")
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.low!r}:{self.high!r}{':log' if self.log else ''}"
+
+    def has(self, value: Any) -> bool:
+        """Whether `value` is a number in it."""
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+    def position(self, value: Number) -> float:
+        """Where `value` lies, from 0.0 (`low`) to 1.0 (`high`)."""
+        low, high, at = (map(math.log, (self.low, self.high, value))) if self.log else (self.low, self.high, value)
+        return (at - low) / (high - low)
+
+
+def read_ranges(texts: Sequence[str], recipe: Recipe) -> tuple[SearchRange, ...]:
+    """The ranges that the user wrote, or, without any, the usual ones of the recipe.
+
+    Raises:
+        UsageError: a text of another form, a key that the recipe does not have or whose value is no number, a key that
+            stands twice or decides what is measured, an end of the range that the recipe refuses.
+    """
+    ranges = tuple(_read_range(text, recipe) for text in texts) or tuple(usual_ranges(recipe))
+    keys = [searched.key for searched in ranges]
+    for searched in ranges:
+        if keys.count(searched.key) > 1:
+            raise UsageError(f"--search {searched}: the key stands twice; give one range for it")
+        for value in (searched.low, searched.high):
+            with_values(recipe, {searched.key: value}, source=f"{searched.key}={value} of --search {searched}")
+    return ranges
+
+
+def usual_ranges(recipe: Recipe) -> Iterator[SearchRange]:
+    """A range around the recipe's learning rate and, where the method has them, its fraction and its delta."""
+    lr, method = recipe.optimizer.lr, recipe.method.model_dump()
+    yield SearchRange(key="optimizer.lr", low=lr / 10, high=lr * 10, log=True)
+    if "fraction" in method and method.get("count") is None:
+        fraction = method["fraction"] or 0.2  # AdaGradSelect's own default
+        yield SearchRange(key="method.fraction", low=fraction / 2, high=min(1.0, 2 * fraction))
+    if "delta" in method:
+        # Top-k of a Dirichlet draw is close to winner-takes-all: it takes a delta of hundreds to loosen it.
+        yield SearchRange(key="method.delta", low=method["delta"] / 10, high=method["delta"] * 1000, log=True)
+
+
+def with_values(recipe: Recipe, values: Mapping[str, Any], *, source: str) -> Recipe:
+    """The recipe with other values at some keys; `source` names them in errors.
+
+    Raises:
+        UsageError: one of them does not fit.
+    """
+    tree = recipe.model_dump(mode="json")
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        section = tree
+        for name in sections:
+            section = section[name]
+        section[last] = value
+    return parse_recipe(tree, source=source)
+
+
+def numbers_of(recipe: Recipe) -> dict[str, Any]:
+    """Every key of the recipe that may hold a number, with its value; None where nothing is set."""
+    return dict(_numbers(recipe.model_dump(mode="json"), ""))
+
+
+def _numbers(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+            yield f"{prefix}{name}", value
+
+
+def _read_range(text: str, recipe: Recipe) -> SearchRange:
+    key, equals, rest = text.partition("=")
+    parts = rest.split(":")
+    if not (key and equals) or len(parts) not in (2, 3) or parts[2:] not in ([], ["log"]):
+        raise UsageError(f"--search {text!r} is no range; {FORM}")
+    known = numbers_of(recipe)
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        raise UsageError(
+            f"--search {text!r}: the recipe has no number at {key!r}"
+            + (f", did you mean {close[0]!r}?" if close else f" (it has: {', '.join(known)})")
+        )
+    if key.startswith(f"{JUDGES[0]}.") or key in JUDGES:
+        raise UsageError(f"--search {text!r}: {key} decides what a trial is measured on; leave it as it is")
+    low, high = (_read_number(part, text) for part in parts[:2])
+    are_whole = isinstance(low, int) and isinstance(high, int)
+    whole = are_whole and (known[key] is None or isinstance(known[key], int))
+    return SearchRange(key=key, low=low, high=high, log=len(parts) == 3, whole=whole)
+
+
+def _read_number(word: str, text: str) -> Number:
+    try:
+        return int(word)
+    except ValueError:
+        pass
+    try:
+        return float(word)
+    except ValueError:
+        raise UsageError(f"--search {text!r}: {word!r} is no number; {FORM}") from None

@@ -1,0 +1,179 @@
+"""The trials of a search, kept in a folder, and the choice of the next one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from gradselect import UsageError
+from gradselect.app.train import differences
+from gradselect.files import writing_aside
+
+from .ranges import SearchRange
+
+STARTUP_TRIALS = 5
+"""So many are drawn at random before the sampler has an opinion, and so many must have come to their end before one is
+pruned."""
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """Where a search keeps what.
+
+    study.json   the recipe, the ranges, the seed, and what model and data were
+    trials.db    every trial with its curve, as Optuna stores it
+    trials/N/    recipe.yaml of trial N and, for methods that select, its records
+    best.yaml    the recipe with the best values
+    messages.log what the libraries had to say
+    """
+
+    root: Path
+
+    @property
+    def description(self) -> Path:
+        return self.root / "study.json"
+
+    @property
+    def storage(self) -> Path:
+        return self.root / "trials.db"
+
+    @property
+    def best_recipe(self) -> Path:
+        return self.root / "best.yaml"
+
+    @property
+    def best_output(self) -> Path:
+        return self.root / "best"
+
+    @property
+    def messages(self) -> Path:
+        return self.root / "messages.log"
+
+    def trial(self, number: int) -> Path:
+        return self.root / "trials" / str(number)
+
+    def keep_messages(self, messages: Sequence[str]) -> None:
+        """Append what the libraries had to say, where there is a study."""
+        if messages and self.description.exists():
+            with self.messages.open("a", encoding="utf-8") as file:
+                file.writelines(f"{message}\n" for message in messages)
+
+
+@contextmanager
+def opened(folder: StudyFolder, description: Mapping[str, Any]) -> Iterator[optuna.Study]:
+    """The study in the folder, a new one where there is none.
+
+    Raises:
+        UsageError: there is something else in it, another study, or another process at work on it.
+    """
+    _check_folder(folder, description)
+    folder.root.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if not folder.description.exists():
+            with writing_aside(folder.description) as aside:
+                aside.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        with _quiet_optuna():
+            storage = optuna.storages.RDBStorage(f"sqlite:///{folder.storage}")
+            try:
+                yield _load(storage)
+            finally:
+                storage.remove_session()
+                storage.engine.dispose()
+
+
+def next_trial(
+    study: optuna.Study, ranges: Sequence[SearchRange], *, own: Mapping[str, Any], seed: int
+) -> optuna.Trial:
+    """A trial with its values: first the recipe's `own`, where they lie in the ranges, then what TPE proposes.
+
+    Bergstra, Bardenet, Bengio, Kégl, "Algorithms for Hyper-Parameter Optimization", NeurIPS 2011. Each draw has its own
+    seed, of the number of trials that have ended, so that a search that was interrupted proposes what it would have.
+    """
+    num_ended = len(ended(study))
+    seed_of_draw = random.Random(f"gradselect/tune/{seed}/{num_ended}").randrange(2**32)
+    study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=seed_of_draw)
+    is_queued = bool(study.get_trials(states=(TrialState.WAITING,)))
+    if num_ended == 0 and not is_queued and all(searched.has(own[searched.key]) for searched in ranges):
+        study.enqueue_trial(dict(own))
+    return study.ask({searched.key: _distribution(searched) for searched in ranges})
+
+
+def ended(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that came to their end or were stopped, oldest first; not those that were interrupted."""
+    return study.get_trials(states=ENDED)
+
+
+def _load(storage: optuna.storages.RDBStorage) -> optuna.Study:
+    study = optuna.create_study(
+        storage=storage,
+        study_name="gradselect",
+        load_if_exists=True,
+        direction="minimize",
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS),
+    )
+    # Nobody else is at work here: what is said to run was interrupted. Its values will be proposed again.
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+    return study
+
+
+def _distribution(searched: SearchRange) -> BaseDistribution:
+    if searched.whole:
+        return IntDistribution(int(searched.low), int(searched.high), log=searched.log)
+    return FloatDistribution(searched.low, searched.high, log=searched.log)
+
+
+def _check_folder(folder: StudyFolder, description: Mapping[str, Any]) -> None:
+    if not folder.root.exists():
+        return
+    if not folder.description.is_file():
+        if not folder.root.is_dir() or any(folder.root.iterdir()):
+            raise UsageError(f"--study {folder.root} exists and holds no study; choose another folder")
+        return
+    before = json.loads(folder.description.read_text("utf-8"))
+    different = list(differences(before, description))
+    # A run may be evaluated at other steps; trials may not, for they are compared step by step.
+    different += [
+        f"{name}: {old!r} then, {new!r} now"
+        for name, old, new in (
+            ("--search", before["search"], description["search"]),
+            ("--seed", before["seed"], description["seed"]),
+            ("run.evaluate_every", *(side["recipe"]["run"]["evaluate_every"] for side in (before, description))),
+        )
+        if old != new
+    ]
+    if different:
+        heading = f"the study in {folder.root} is another one; go on with its own settings, or choose another --study:"
+        raise UsageError("\n  ".join([heading, *different]))
+
+
+@contextmanager
+def _locked(folder: StudyFolder) -> Iterator[None]:
+    with (folder.root / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"another process is at work on the study in {folder.root}; wait for its end") from None
+        yield
+
+
+@contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    optuna.logging.disable_default_handler()
+    optuna.logging.enable_propagation()
+    try:
+        yield
+    finally:
+        optuna.logging.disable_propagation()
+        optuna.logging.enable_default_handler()

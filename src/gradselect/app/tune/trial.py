@@ -1,0 +1,113 @@
+"""One trial: a training run of which only the validation loss is kept."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+import torch
+from rich.status import Status
+from transformers import TrainerCallback
+
+from gradselect import UsageError
+from gradselect.app.inputs import read_inputs
+from gradselect.app.recipe import Recipe, dump_recipe
+from gradselect.app.runtime import RunFolder
+from gradselect.app.train import build_trainer
+from gradselect.usage import first_line
+
+PRUNE_FROM = 0.25
+"""No trial is pruned before this share of its steps: warm-up and the first steps say little."""
+
+End = Literal["finished", "pruned", "stopped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a trial ended.
+
+    Args:
+        end: "finished"; "pruned" for being worse than the median of the trials before it at the same step; "stopped"
+            by a loss that is no number, or by too little memory.
+        loss: validation loss at the end; None unless it finished.
+        reason: of "stopped", in words.
+    """
+
+    end: End
+    loss: float | None = None
+    reason: str = ""
+
+
+class TrialWatch(TrainerCallback):
+    """Reports every validation loss to the study, and stops the training where the study has seen enough.
+
+    Attributes:
+        loss: the last validation loss, of the step `evaluated_at`.
+        is_pruned: whether the study stopped it.
+    """
+
+    def __init__(self, trial: optuna.Trial, *, status: Status) -> None:
+        self._trial = trial
+        self._status = status
+        self.loss = math.nan
+        self.evaluated_at = -1
+        self.is_pruned = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._status.update(f"trial {self._trial.number}  step {state.global_step}/{state.max_steps}")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: Mapping[str, float], **_: Any) -> None:
+        self.loss, self.evaluated_at = metrics["eval_loss"], state.global_step
+        if not math.isfinite(self.loss):
+            raise UsageError(f"the validation loss of step {state.global_step} is {self.loss}")
+        self._trial.report(self.loss, state.global_step)
+        is_time = PRUNE_FROM * state.max_steps <= state.global_step < state.max_steps
+        if is_time and self._trial.should_prune():
+            self.is_pruned = control.should_training_stop = True
+
+
+def carry_out(recipe: Recipe, trial: optuna.Trial, *, folder: Path, status: Status) -> Outcome:
+    """Train as the recipe says and tell the study the validation losses; nothing stays in memory afterwards.
+
+    Raises:
+        UsageError: the recipe fits neither model nor data, which no other value may put right.
+    """
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(dump_recipe(_with_run(recipe, output=str(folder / "model"))), "utf-8")
+    watch = TrialWatch(trial, status=status)
+    try:
+        return _train(_with_run(recipe, save_every=None, report_to=()), watch, folder=RunFolder(folder))
+    finally:
+        _free_memory()
+
+
+def _with_run(recipe: Recipe, **changes: Any) -> Recipe:
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update=changes)})
+
+
+def _train(recipe: Recipe, watch: TrialWatch, *, folder: RunFolder) -> Outcome:
+    # A rate at which steps come to no number is no rate to be had.
+    recipe = _with_run(recipe, max_skipped_steps=0)
+    trainer = build_trainer(recipe, read_inputs(recipe), folder=folder)
+    trainer.add_callback(watch)
+    try:
+        trainer.train()
+        if not watch.is_pruned and watch.evaluated_at != trainer.state.global_step:
+            trainer.evaluate()
+    except torch.OutOfMemoryError:
+        return Outcome(end="stopped", reason="out of memory")
+    except UsageError as error:
+        return Outcome(end="stopped", reason=first_line(error))
+    return Outcome(end="pruned") if watch.is_pruned else Outcome(end="finished", loss=watch.loss)
+
+
+def _free_memory() -> None:
+    """The trainer and its parts refer to one another in circles, and the next trial needs their memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,125 @@
+"""What the user sees of a search, and the recipe that comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.trial import FrozenTrial
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from gradselect.app.recipe import Recipe, dump_recipe
+from gradselect.files import writing_aside
+
+from .ranges import SearchRange, with_values
+from .study import StudyFolder
+
+EDGE = 0.05
+"""A value within this share of an end of its range lies at the edge."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSummary:
+    """One trial of a search.
+
+    Args:
+        number: as Optuna counts; a trial that was interrupted has a number and is left out.
+        values: the values tried, by key of the recipe.
+        end: "finished", "pruned" or "stopped".
+        loss: the last validation loss that is known; None if there was none.
+        step: the step of that loss.
+        seconds: from its beginning to its end.
+        reason: why it was stopped.
+    """
+
+    number: int
+    values: dict[str, Any]
+    end: str
+    loss: float | None
+    step: int | None
+    seconds: float
+    reason: str
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> TrialSummary:
+        """From what the study keeps."""
+        step = trial.last_step
+        assert trial.duration is not None
+        return cls(
+            number=trial.number,
+            values=dict(trial.params),
+            end=trial.user_attrs["end"],
+            loss=None if step is None else trial.intermediate_values[step],
+            step=step,
+            seconds=trial.duration.total_seconds(),
+            reason=trial.user_attrs["reason"],
+        )
+
+    def line(self) -> str:
+        """The trial in one line."""
+        values = "  ".join(f"{key} {_short(value)}" for key, value in self.values.items())
+        loss = "" if self.loss is None else f"  validation loss {self.loss:.4f} at step {self.step}"
+        end = "" if self.end == "finished" else f"  {self.end}{': ' if self.reason else ''}{self.reason}"
+        return f"trial {self.number}  {values}{loss}{end}"
+
+
+def best_of(trials: Sequence[TrialSummary]) -> TrialSummary | None:
+    """The finished trial of smallest validation loss; the earlier one of two alike."""
+    finished = [trial for trial in trials if trial.end == "finished"]
+    return min(finished, key=lambda trial: (trial.loss, trial.number), default=None)
+
+
+def write_best(recipe: Recipe, best: TrialSummary, *, num_trials: int, folder: StudyFolder) -> Recipe:
+    """The recipe with the best values, also as `best.yaml`."""
+    values = {**best.values, "run.output": str(folder.best_output)}
+    tuned = with_values(recipe, values, source=str(folder.best_recipe))
+    heading = f"# Trial {best.number}, the best of {num_trials}: validation loss {best.loss:.4f} at step {best.step}.\n"
+    with writing_aside(folder.best_recipe) as aside:
+        aside.write_text(heading + dump_recipe(tuned), "utf-8")
+    return tuned
+
+
+def show_table(console: Console, trials: Sequence[TrialSummary], best: TrialSummary) -> None:
+    """Every trial, the best one marked; by loss those that finished, then the others."""
+    table = Table(box=box.SIMPLE)
+    for heading in ("", "trial", *_headings(list(best.values)), "loss", "step", "seconds"):
+        table.add_column(heading, justify="right", overflow="fold")
+    table.add_column("end")
+    for trial in sorted(trials, key=_rank):
+        table.add_row(
+            "*" if trial is best else "",
+            str(trial.number),
+            *map(_short, trial.values.values()),
+            "" if trial.loss is None else f"{trial.loss:.4f}",
+            "" if trial.step is None else str(trial.step),
+            f"{trial.seconds:.0f}",
+            trial.end,
+        )
+    console.print(table)
+
+
+def edge_notes(best: TrialSummary, ranges: Sequence[SearchRange]) -> Iterator[str]:
+    """Where the best value may lie outside of its range, in words."""
+    for searched in ranges:
+        value = best.values[searched.key]
+        position = searched.position(value)
+        end = "lower" if position < EDGE else "upper" if position > 1 - EDGE else None
+        if end is not None:
+            yield f"the best {searched.key}, {_short(value)}, lies at the {end} edge of --search {searched}: widen it"
+
+
+def _headings(keys: Sequence[str]) -> list[str]:
+    """The last words of the keys, or the keys themselves where that would not tell them apart."""
+    words = [key.rpartition(".")[2] for key in keys]
+    return words if len(set(words)) == len(words) else list(keys)
+
+
+def _rank(trial: TrialSummary) -> tuple[bool, float, int]:
+    return trial.end != "finished", float("inf") if trial.loss is None else trial.loss, trial.number
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,223 @@
+"""Gradient norms of blocks, seen during the backward pass; gradients that cannot matter any more go at once."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
+
+from gradselect.core import _at_end_of_pass, _norm_of, gradient_norm
+from gradselect.parallel import SquareSums
+from gradselect.usage import UsageError
+
+Score = Callable[[str, float], float]
+
+
+class GradientObserver:
+    """Measures ||g_b||_2 of each watched block b when the last of its gradients has arrived.
+
+    With `stream`, only the blocks of the `keep` largest scores so far hold gradients: when a block completes, the worst
+    of the best `keep + 1` loses its own at once. The backward pass visits one block after the other, so at most
+    `keep + 1` watched blocks hold gradients at any moment. A block whose norm is not finite keeps its gradients, and
+    counts for nothing: a gradient scaler, or whoever clips, has to see that it overflowed.
+
+    A block of which a parameter gets no gradient (an expert without tokens, say) is never complete during the backward
+    pass; it is measured when the pass ends. Hooks are registered once, while everything is trainable: torch refuses
+    one on a frozen parameter, but an early one survives being frozen. Each parameter is marked with its newest
+    observer (`gradselect_owner`), so an older one falls silent.
+
+    On several processes a gradient is final when the backward pass has ended and the wrapper has averaged it: blocks
+    are measured then, nothing is released before, and `norms` adds up over the shards.
+
+    Args:
+        blocks: the parameters of each block, by block name, in model order.
+        accumulation_steps: backward passes before an optimizer step; gradients are read in the last.
+        grad_scaler: what multiplies the loss, if anything does; norms are divided by its scale.
+        is_one_of_many: whether there are several processes.
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[str, Sequence[Parameter]],
+        *,
+        accumulation_steps: int = 1,
+        grad_scaler: GradScaler | None = None,
+        is_one_of_many: bool = False,
+    ) -> None:
+        self.accumulation_steps = accumulation_steps
+        self.grad_scaler = grad_scaler
+        self._rank = {name: position for position, name in enumerate(blocks)}
+        self._watched: frozenset[str] = frozenset()
+        self._score: Score | None = None
+        self._keep = 0
+        self._sums = SquareSums(gradient_norm) if is_one_of_many else None
+        self._handles: list[RemovableHandle] = []
+        self.follow(blocks)
+
+    def follow(self, blocks: Mapping[str, Sequence[Parameter]]) -> None:
+        """Observe these parameters of the same blocks: at first, and when a wrapper has put others in their place."""
+        self.close()
+        self._blocks = {name: tuple(parameters) for name, parameters in blocks.items()}
+        self.restart()
+        for parameter in self._parameters():
+            parameter.gradselect_owner = id(self)  # pyright: ignore[reportAttributeAccessIssue]
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(_weak_hook(self, name))
+            for name, parameters in self._blocks.items()
+            for parameter in parameters
+        ]
+
+    def watch(self, names: Sequence[str]) -> None:
+        """Measure these blocks in the backward passes to come."""
+        self._watched = frozenset(names)
+        self._score = None
+        self.restart()
+
+    def stream(self, *, keep: int, score: Score) -> None:
+        """After `watch`: keep the gradients of the `keep` watched blocks of largest `score(name, norm)` only."""
+        self._keep = keep
+        self._score = score
+
+    def restart(self) -> None:
+        """A new window: nothing has arrived yet."""
+        self._norms: dict[str, Tensor | float] = {}
+        self._parts: dict[Parameter, Tensor] = {}
+        self._leaders: dict[str, float] = {}
+        self._incomplete = {name: len(self._blocks[name]) for name in self._watched}
+        self._num_passes = 0
+        self._in_pass = False
+        self._known_scale: float | None = None
+        if self._sums is not None:
+            self._sums.clear()
+
+    @property
+    def saw_gradients(self) -> bool:
+        """Whether a backward pass has reached a watched block in this window."""
+        return bool(self._norms) or self._num_passes > 0
+
+    def norms(self) -> dict[str, float]:
+        """Norm of every watched block, in model order.
+
+        Blocks of a window that ended before its last announced backward pass are measured now, from the gradients as
+        they are: unscaled, and clipped if they were clipped.
+        """
+        if self._sums is not None and not self._norms:
+            self._norms.update(self._shared_norms())
+        for name in self._blocks:
+            if name in self._watched and name not in self._norms:
+                self._complete(name, scale=1.0)
+        return {name: float(self._norms[name]) for name in self._blocks if name in self._norms}
+
+    def owns(self, parameter: Tensor) -> bool:
+        """Whether no newer observer has been put on the same model."""
+        return getattr(parameter, "gradselect_owner", None) == id(self)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def arrived(self, name: str, parameter: Parameter) -> None:
+        """The hook: a backward pass has added to the gradient of `parameter` of block `name`."""
+        if name not in self._watched or not self.owns(parameter):
+            return
+        if self._num_passes >= self.accumulation_steps:
+            raise UsageError(
+                f"backward pass {self._num_passes + 1} before optimizer.step(), but accumulation_steps="
+                f"{self.accumulation_steps}: gradients were read, and some released, after that many; for gradient "
+                "accumulation write BlockOptimizer(..., accumulation_steps=<backward passes per step>), in a Trainer "
+                "callbacks=[SelectionCallback()]; where a step was skipped call optimizer.zero_grad(); checkpoint "
+                "activations with use_reentrant=False"
+            )
+        if not self._in_pass:
+            self._in_pass = True
+            # Data parallel wrappers finish at the end of the pass too: what is queued only there runs after them.
+            _at_end_of_pass(self._end_pass if self._sums is None else partial(_at_end_of_pass, self._end_shared_pass))
+        if self._num_passes == self.accumulation_steps - 1 and self._sums is None:
+            # Now: whoever updates inside the backward pass frees the gradient next.
+            self._parts[parameter] = _norm_of(parameter)
+            self._incomplete[name] -= 1
+            if self._incomplete[name] == 0:
+                self._complete(name, scale=self._scale())
+
+    def _end_pass(self) -> None:
+        self._in_pass = False
+        self._num_passes += 1
+        if self._num_passes == self.accumulation_steps:
+            for name in self._blocks:
+                if name in self._watched and name not in self._norms:
+                    self._complete(name, scale=self._scale())
+
+    def _end_shared_pass(self) -> None:
+        """Measure what this process holds, after every pass: only the wrapper knows which pass averages."""
+        self._in_pass = False
+        self._num_passes += 1
+        self._measure_shared(self._watched, scale=self._scale())
+        if self._num_passes == self.accumulation_steps and self._score is not None:
+            self._norms.update(self._shared_norms())
+            for name in self._norms:
+                self._consider(name)
+
+    def _measure_shared(self, names: Collection[str], *, scale: float) -> None:
+        assert self._sums is not None
+        for name in names:
+            self._sums.measure(name, self._blocks[name], scale=scale)
+
+    def _shared_norms(self) -> dict[str, float]:
+        """Norms of the whole gradients of the watched blocks: adds up over the processes."""
+        assert self._sums is not None
+        watched = [name for name in self._blocks if name in self._watched]
+        self._measure_shared([name for name in watched if name not in self._sums], scale=1.0)
+        return self._sums.norms(watched)
+
+    def _parameters(self) -> list[Parameter]:
+        return [parameter for parameters in self._blocks.values() for parameter in parameters]
+
+    def _scale(self) -> float:
+        if self._known_scale is None:
+            self._known_scale = 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
+        return self._known_scale
+
+    def _complete(self, name: str, *, scale: float) -> None:
+        self._norms[name] = gradient_norm(self._blocks[name], known=self._parts) / scale
+        if self._score is not None:  # else nobody waits for the number: it stays on the device
+            self._consider(name)
+
+    def _consider(self, name: str) -> None:
+        """Is its score among the largest so far? Then another block may lose its gradients."""
+        assert self._score is not None
+        self._norms[name] = number = float(self._norms[name])
+        if math.isfinite(number):
+            self._leaders[name] = self._score(name, number)
+            # A scaler that finds no gradient at all takes it for a mistake.
+            if len(self._leaders) > (self._keep if self.grad_scaler is None else max(1, self._keep)):
+                self._release_worst()
+
+    def _release_worst(self) -> None:
+        worst = min(self._leaders, key=lambda name: (_ordered(self._leaders[name]), -self._rank[name]))
+        del self._leaders[worst]
+        for parameter in self._blocks[worst]:
+            parameter.grad = None
+
+
+def _ordered(score: float) -> float:
+    return -math.inf if math.isnan(score) else score  # as the policy's own decision ranks
+
+
+def _weak_hook(observer: GradientObserver, name: str) -> Callable[[Tensor], None]:
+    """A hook that does not keep the observer, and with it a discarded optimizer, alive."""
+    reference = weakref.ref(observer)
+
+    def hook(parameter: Tensor) -> None:
+        alive = reference()
+        if alive is not None:
+            assert isinstance(parameter, Parameter)
+            alive.arrived(name, parameter)
+
+    return hook

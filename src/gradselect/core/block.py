@@ -1,0 +1,29 @@
+"""A block: a named group of parameters that is selected as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.nn import Parameter
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Block:
+    """A set of parameters that is trained or frozen as one.
+
+    Args:
+        name: unique in its model: "embedding", "layer.0", "layer.1", ..., "norm", "head".
+        parameters: the tensors, in the order of `model.named_parameters()`; a tied tensor stands in one block only.
+        parameter_names: their names in `model.named_parameters()`, in the same order.
+        aliases: further names by which the user may mean this block; a tied head is `("head",)` of the embedding.
+    """
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    parameter_names: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def num_elements(self) -> int:
+        """How many weights the block holds."""
+        return sum(parameter.numel() for parameter in self.parameters)

@@ -1,0 +1,91 @@
+"""The two parameter groups, decay and no decay; where a block's parameters are found in them; hyper-parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch.nn import Parameter
+
+from gradselect.usage import UsageError
+
+from .block import Block
+
+Group = dict[str, Any]
+
+
+class ParameterTable:
+    """Finds the parameters of a block, always through the optimizer's groups: a wrapper may have put others there.
+
+    Args:
+        groups: the optimizer's `param_groups`, with the names that torch keeps of named parameters.
+        members: the names of each block's parameters, by block, in model order.
+    """
+
+    def __init__(self, groups: Sequence[Group], members: Mapping[str, Sequence[str]]) -> None:
+        self.members = {block: tuple(names) for block, names in members.items()}
+        self._groups = groups
+        self._places = {
+            name: (index, position)
+            for index, group in enumerate(groups)
+            for position, name in enumerate(group["param_names"])
+        }
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of all blocks in model order."""
+        return tuple(self.members)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all parameters in the order of the groups, which is that of torch's state_dict."""
+        return tuple(self._places)
+
+    def all(self) -> list[Parameter]:
+        """Every parameter, in the order of `names`."""
+        return self._find(self._places)
+
+    def named(self) -> list[tuple[str, Parameter]]:
+        """Every parameter with its name."""
+        return list(zip(self.names, self.all(), strict=True))
+
+    def of(self, block: str) -> list[Parameter]:
+        """The parameters of one block."""
+        return self._find(self.members[block])
+
+    def by_group(self, block: str) -> list[tuple[Group, list[Parameter]]]:
+        """The parameters of one block, apart by group."""
+        apart: dict[int, list[str]] = {}
+        for name in self.members[block]:
+            apart.setdefault(self._places[name][0], []).append(name)
+        return [(self._groups[index], self._find(names)) for index, names in apart.items()]
+
+    def _find(self, names: Iterable[str]) -> list[Parameter]:
+        places = (self._places[name] for name in names)
+        return [self._groups[index]["params"][position] for index, position in places]
+
+
+def decay_groups(
+    blocks: Sequence[Block], *, no_decay: str | Sequence[str] | None, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Named parameters in a decayed and an undecayed group, in model order; an empty group is left out.
+
+    Raises:
+        UsageError: a pattern of `no_decay` matches nothing.
+    """
+    patterns = (no_decay,) if isinstance(no_decay, str) else no_decay
+    named = [pair for block in blocks for pair in zip(block.parameter_names, block.parameters, strict=True)]
+    for pattern in patterns or ():
+        if not any(fnmatchcase(name, pattern) for name, _ in named):
+            raise UsageError(f"no_decay pattern {pattern!r} matches no parameter; a parameter is named {named[0][0]!r}")
+
+    def is_decayed(name: str, parameter: Parameter) -> bool:
+        if patterns is None:
+            return parameter.ndim >= 2
+        return not any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    decayed = [(name, parameter) for name, parameter in named if is_decayed(name, parameter)]
+    others = [(name, parameter) for name, parameter in named if not is_decayed(name, parameter)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,202 @@
+"""Delta files: what a tuned checkpoint changed of its base, as one safetensors file.
+
+    gs.delta.diff(base, tuned, "d.safetensors")      # what changed, tensor by tensor: nothing, everything, or entries
+    gs.delta.apply(base, "d.safetensors", "out")     # bitwise the tuned model
+    gs.delta.revert(tuned, "d.safetensors", "out")   # bitwise the base
+    gs.delta.merge(base, ["a.safetensors", "b.safetensors"], "ab.safetensors")
+
+A change is the XOR of the bit patterns of base and tuned model, stored where it is not zero. XOR undoes itself, so that
+applying and reverting are one operation, exact for every dtype, NaN payloads and -0.0 included. The file names the base
+it belongs to by the SHA-256 of each tensor. `docs/delta.md` describes the format.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias, get_args
+
+from gradselect.usage import UsageError, check_one_of
+
+from .checkpoint import CheckpointFolder
+from .difference import write_delta
+from .file import DeltaFile, OtherSide, Side
+from .merging import MergedCheckpoint, Overlap, Whole
+from .write import free_file, free_folder, write_checkpoint, written_aside
+
+__all__ = ["DeltaSummary", "apply", "diff", "fingerprint", "merge", "revert", "summary"]
+
+PathLike: TypeAlias = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaSummary:
+    """What a delta holds, in numbers.
+
+    num_tensors, num_entries: of the tuned model.
+    num_dense, num_sparse: tensors of which most entries, or some, changed.
+    num_whole: tensors that are new, gone, or of another shape or dtype.
+    num_changed_entries: entries that differ; of new tensors and those of another shape or dtype, all.
+    num_changed_files: small files, such as config.json, that are new, gone or different.
+    delta_bytes, tuned_bytes: size of the file, and of the tuned model's tensors.
+    fingerprints: of the base and of the tuned model.
+    """
+
+    num_tensors: int
+    num_entries: int
+    num_dense: int
+    num_sparse: int
+    num_whole: int
+    num_changed_entries: int
+    num_changed_files: int
+    delta_bytes: int
+    tuned_bytes: int
+    fingerprints: dict[Side, str]
+
+    def __str__(self) -> str:
+        changed = self.num_dense + self.num_sparse + self.num_whole
+        lines = [
+            f"{changed:,} of {self.num_tensors:,} tensors changed "
+            f"({self.num_dense:,} dense, {self.num_sparse:,} by index and value, {self.num_whole:,} whole), "
+            f"{self.num_changed_files:,} small files",
+            f"{self.num_changed_entries:,} of {self.num_entries:,} entries changed "
+            f"({_percent(self.num_changed_entries, self.num_entries)})",
+            f"{self.delta_bytes:,} bytes, {_percent(self.delta_bytes, self.tuned_bytes)} "
+            f"of the tuned checkpoint's {self.tuned_bytes:,}",
+        ]
+        if self.num_whole:
+            lines.append(
+                f"{self.num_whole:,} tensors are new, gone, or of another shape or dtype: both models' are in the file"
+            )
+        return "\n".join(lines)
+
+
+def diff(base_dir: PathLike, tuned_dir: PathLike, path: PathLike) -> DeltaSummary:
+    """Write what changed from `base_dir` to `tuned_dir` into the file `path`.
+
+    Args:
+        base_dir: a Hugging Face checkpoint folder, one file or sharded, in safetensors.
+        tuned_dir: another; it may be sharded differently, and have other tensors and small files.
+        path: the delta; a new file.
+
+    Raises:
+        UsageError: a folder holds no such weights, `path` is taken, or the disk is full.
+    """
+    target = free_file(Path(path))
+    base, tuned = CheckpointFolder(Path(base_dir)), CheckpointFolder(Path(tuned_dir))
+    with written_aside(target) as aside:
+        write_delta(aside, base, tuned)
+    return summary(target)
+
+
+def apply(base_dir: PathLike, path: PathLike, out_dir: PathLike) -> DeltaSummary:
+    """Write the tuned model, bitwise, into the new folder `out_dir`: base and delta give the model it was made of.
+
+    Raises:
+        UsageError: the delta was made with another base (the message names the first tensor that differs) or is
+            damaged, `out_dir` is taken, or the disk is full.
+    """
+    return _cross(base_dir, path, out_dir, source="base", target="tuned")
+
+
+def revert(tuned_dir: PathLike, path: PathLike, out_dir: PathLike) -> DeltaSummary:
+    """Write the base, bitwise, into the new folder `out_dir`; what `apply` does, backwards.
+
+    Raises:
+        UsageError: as `apply` does.
+    """
+    return _cross(tuned_dir, path, out_dir, source="tuned", target="base")
+
+
+def merge(
+    base_dir: PathLike,
+    paths: Sequence[PathLike],
+    path: PathLike,
+    *,
+    overlap: Overlap = "error",
+    whole: Whole = "error",
+) -> DeltaSummary:
+    """Write one delta with the changes of several deltas of the same base.
+
+    An entry that one delta changes becomes what that delta makes of it, to the bit. For an entry that several change,
+    with the base's w and the values w_i of those deltas: "error" refuses, "last" takes the w_i of the last in `paths`,
+    "sum" is w + Σ(w_i − w) and "mean" w + mean(w_i − w), in fp32 and rounded once.
+
+    Args:
+        base_dir: the base of all of them; its values are needed to add changes, and to fingerprint the result.
+        paths: the deltas, in order.
+        path: the merged delta; a new file that `apply` and `revert` take.
+        overlap: rule for entries that several deltas change: "error", "last", "sum" or "mean".
+        whole: rule for what several deltas change differently and has no entries to choose from or no sum: small files,
+            tensors new, gone or of another shape or dtype, whole numbers under "sum" and "mean". "error", or "last";
+            overlap="last" means both.
+
+    Raises:
+        UsageError: a delta is of another base or damaged, changes overlap where the rule is "error", `path` is taken.
+    """
+    check_one_of("overlap", overlap, get_args(Overlap))
+    check_one_of("whole", whole, get_args(Whole))
+    paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not paths:
+        raise UsageError('paths=[] names no delta to merge; write e.g. paths=["a.safetensors", "b.safetensors"]')
+    target = free_file(Path(path))
+    base = CheckpointFolder(Path(base_dir))
+    tuned = [_other_side(base, delta, source="base", target="tuned") for delta in paths]
+    merged = MergedCheckpoint(base, tuned, overlap=overlap, whole=whole)
+    with written_aside(target) as aside:
+        write_delta(aside, base, merged)
+    return summary(target)
+
+
+def summary(path: PathLike) -> DeltaSummary:
+    """What the delta at `path` holds.
+
+    Raises:
+        UsageError: it is missing, damaged or no delta.
+    """
+    delta = DeltaFile(Path(path))
+    stored = [change.stored for change in delta.changes.values()]
+    tensors = delta.contents["tuned"].tensors.values()
+    base_files, tuned_files = delta.file_digests["base"], delta.file_digests["tuned"]
+    return DeltaSummary(
+        num_tensors=len(tensors),
+        num_entries=sum(spec.num_entries for spec in tensors),
+        num_dense=stored.count("dense"),
+        num_sparse=stored.count("sparse"),
+        num_whole=stored.count("whole"),
+        num_changed_entries=sum(change.num_entries for change in delta.changes.values()),
+        num_changed_files=len({name for name, _ in base_files.items() ^ tuned_files.items()}),
+        delta_bytes=delta.path.stat().st_size,
+        tuned_bytes=sum(spec.num_bytes for spec in tensors),
+        fingerprints=dict(delta.fingerprints),
+    )
+
+
+def fingerprint(folder: PathLike) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a checkpoint's tensors; sharding and order do not matter.
+
+    Raises:
+        UsageError: the folder holds no weights in safetensors.
+    """
+    return CheckpointFolder(Path(folder)).fingerprint()
+
+
+def _cross(source_dir: PathLike, path: PathLike, out_dir: PathLike, *, source: Side, target: Side) -> DeltaSummary:
+    """From one side of a delta to the other."""
+    folder = free_folder(Path(out_dir))
+    other = _other_side(CheckpointFolder(Path(source_dir)), path, source=source, target=target)
+    with written_aside(folder) as aside:
+        write_checkpoint(aside, other)
+    return summary(path)
+
+
+def _other_side(checkpoint: CheckpointFolder, path: PathLike, *, source: Side, target: Side) -> OtherSide:
+    delta = DeltaFile(Path(path))
+    delta.check_is(checkpoint, side=source, where=checkpoint.folder)
+    return OtherSide(checkpoint, delta, side=target)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.2%}" if whole else "none"

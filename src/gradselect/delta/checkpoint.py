@@ -1,0 +1,262 @@
+"""A checkpoint as a delta sees it: tensors as bit patterns, the small files beside them, and a digest of each."""
+
+from __future__ import annotations
+
+import abc
+import ctypes
+import fnmatch
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gradselect.usage import UsageError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# What transformers reads besides the weights; records of a run and optimizer states are no part of a model.
+FILES = (
+    "*config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "chat_template*",
+    "*.py",
+)
+TEMPLATES = "additional_chat_templates"
+# An integer of the same width holds every bit pattern: NaN payloads and -0.0 are compared and kept exactly.
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """What a checkpoint says of one tensor."""
+
+    dtype: str  # as safetensors writes it, e.g. "BF16"
+    shape: tuple[int, ...]
+    shard: str  # name of the file it is in
+
+    @property
+    def num_entries(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return num_bytes(self.dtype, self.shape)
+
+    def is_like(self, other: TensorSpec) -> bool:
+        """Equal shape and dtype, in whichever files."""
+        return (self.dtype, self.shape) == (other.dtype, other.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What there is in a checkpoint, without the bytes."""
+
+    tensors: Mapping[str, TensorSpec]
+    shards: Mapping[str, Mapping[str, str]]  # the metadata of each weight file, e.g. {"format": "pt"}
+    index: Mapping[str, Any] | None  # the metadata of the index; None: all weights are in one file
+    files: tuple[str, ...]
+
+
+class AbstractCheckpoint(abc.ABC):
+    """A model on disk, or one that a delta makes of it; its tensors are read one at a time."""
+
+    contents: Contents
+
+    @abc.abstractmethod
+    def bits(self, name: str) -> Tensor:
+        """The tensor's bit patterns as integers, flat; not to be written to."""
+
+    @abc.abstractmethod
+    def file(self, name: str) -> bytes:
+        """A small file."""
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return {}
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of the tensor's dtype, shape and bytes."""
+        if name not in self._digests:
+            self._digests[name] = digest(self.contents.tensors[name], self.bits(name))
+        return self._digests[name]
+
+    def fingerprint(self) -> str:
+        """One digest of all tensors: the same for every sharding and order of files."""
+        return fingerprint({name: self.digest(name) for name in self.contents.tensors})
+
+
+class CheckpointFolder(AbstractCheckpoint):
+    """A Hugging Face folder with `model.safetensors`, or with shards and their index.
+
+    Raises:
+        UsageError: there is no such folder, it holds no weights in safetensors, or they are damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is no folder; name one with a {WEIGHTS} and a config.json")
+        self._shard_of, index = _weight_map(folder)
+        if not self._shard_of:
+            raise UsageError(f"the weights in {folder} have no tensor")
+        self._shards = {shard: SafetensorsFile(folder / shard) for shard in sorted(set(self._shard_of.values()))}
+        self.contents = Contents(
+            tensors={name: self._spec(name) for name in sorted(self._shard_of)},
+            shards={name: shard.metadata for name, shard in self._shards.items()},
+            index=index,
+            files=tuple(sorted(_small_files(folder))),
+        )
+
+    def tensor(self, name: str) -> Tensor:
+        return self._shards[self._shard_of[name]].tensor(name)
+
+    def bits(self, name: str) -> Tensor:
+        return as_bits(self.tensor(name))
+
+    def file(self, name: str) -> bytes:
+        try:
+            return (self.folder / name).read_bytes()
+        except OSError as error:
+            raise UsageError(f"{self.folder / name} cannot be read: {error}") from None
+
+    def _spec(self, name: str) -> TensorSpec:
+        shard = self._shard_of[name]
+        dtype, shape = self._shards[shard].layout(name)
+        return TensorSpec(dtype=dtype, shape=shape, shard=shard)
+
+
+class SafetensorsFile:
+    """A safetensors file, mapped into memory: what is not asked for is not read.
+
+    Raises:
+        UsageError: it is missing, cut off or something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{path} is no whole safetensors file ({error}); copy or save it again") from None
+        self.names = frozenset(self._file.keys())
+        self.metadata: dict[str, str] = self._file.metadata() or {}
+
+    def layout(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """dtype and shape of a tensor, without its bytes."""
+        if name not in self.names:
+            raise UsageError(f"{self.path} is damaged or not the file it should be: it has no tensor {name}")
+        view = self._file.get_slice(name)
+        return view.get_dtype(), tuple(view.get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        try:
+            return self._file.get_tensor(name)
+        except SafetensorError as error:
+            raise UsageError(f"tensor {name} of {self.path} cannot be read: {error}") from None
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """The bit patterns as integers of the same width, flat, in the same memory."""
+    return tensor.reshape(-1).view(BITS[tensor.element_size()])
+
+
+def memory(bits: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor where they are; valid as long as the tensor lives."""
+    size = bits.numel() * bits.element_size()
+    # Not through numpy, which torch can do without.
+    return memoryview((ctypes.c_char * size).from_address(bits.data_ptr()))
+
+
+def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor; safetensors' codes name the width, e.g. "F8_E4M3" has 8 bits."""
+    return math.prod(shape) * width(dtype) // 8
+
+
+def width(dtype: str) -> int:
+    """Bits of one entry."""
+    return 8 if dtype == "BOOL" else int(re.sub(r"[A-Z]+(\d+).*", r"\1", dtype))
+
+
+def is_dtype(dtype: str) -> bool:
+    """Whether this reads like one of safetensors' codes."""
+    return re.fullmatch(r"BOOL|[A-Z]+\d+(_\w+)?", dtype) is not None
+
+
+def digest(spec: TensorSpec, bits: Tensor) -> str:
+    """SHA-256 of dtype, shape and bytes."""
+    result = hashlib.sha256(json.dumps([spec.dtype, spec.shape]).encode())
+    result.update(memory(bits))
+    return result.hexdigest()
+
+
+def fingerprint(digests: Mapping[str, str]) -> str:
+    """SHA-256 of the names and digests of all tensors."""
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+
+
+def is_small_file(name: str) -> bool:
+    """Whether the name, relative to a checkpoint, is one of a file that belongs to the model."""
+    if name in (WEIGHTS, INDEX) or "\\" in name or not name.isprintable():
+        return False
+    *folders, last = name.split("/")
+    if folders:
+        return folders == [TEMPLATES] and last.endswith(".jinja")
+    return any(fnmatch.fnmatchcase(last, pattern) for pattern in FILES)
+
+
+def is_weight_file(name: str) -> bool:
+    """A plain name of a safetensors file: neither a path nor hidden."""
+    return re.fullmatch(r"\w[\w.-]*\.safetensors", name) is not None
+
+
+def _small_files(folder: Path) -> list[str]:
+    paths = [*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")]
+    names = [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
+    return [name for name in names if is_small_file(name)]
+
+
+def _weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any] | None]:
+    """File of every tensor, and the metadata of the index; transformers, too, takes the single file first."""
+    if (folder / WEIGHTS).is_file():
+        return dict.fromkeys(SafetensorsFile(folder / WEIGHTS).names, WEIGHTS), None
+    if not (folder / INDEX).is_file():
+        raise UsageError(_without_weights(folder))
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        shard_of = {str(name): str(shard) for name, shard in index["weight_map"].items()}
+        metadata = dict(index.get("metadata") or {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{folder / INDEX} is no index of shards ({error!r}); save the model again") from None
+    strange = sorted(shard for shard in set(shard_of.values()) if not is_weight_file(shard))
+    if strange:
+        raise UsageError(f"{folder / INDEX} names {strange[0]!r}, which is no safetensors file beside it")
+    return shard_of, metadata
+
+
+def _without_weights(folder: Path) -> str:
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        return (
+            f"{folder} holds its weights as a torch pickle; convert it first: "
+            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained(new_folder)"
+        )
+    if (folder / "adapter_model.safetensors").is_file():
+        return (
+            f"{folder} holds an adapter, no model; merge it first: model.merge_and_unload().save_pretrained(new_folder)"
+        )
+    return f"{folder} holds no weights: neither {WEIGHTS} nor {INDEX} is there"

@@ -1,0 +1,151 @@
+"""Writing safetensors files and checkpoints one tensor at a time, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from torch import Tensor
+
+from gradselect.usage import UsageError
+
+from .checkpoint import INDEX, AbstractCheckpoint, memory, num_bytes, width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A tensor to be written; it is read, or computed, when its turn comes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+def write_safetensors(path: Path, parts: Mapping[str, Part], metadata: Mapping[str, str]) -> None:
+    """A safetensors file of `parts`.
+
+    The library's own writer wants all tensors in memory at once. The format: length of the header as 8 bytes, the
+    header as JSON, and the bytes of all tensors without holes; wide dtypes first, so that each stands aligned.
+    """
+    order = sorted(parts, key=lambda name: (-width(parts[name].dtype), name))
+    with path.open("wb") as file:
+        file.write(_header({name: parts[name] for name in order}, metadata))
+        for name in order:
+            bits = parts[name].read()
+            assert bits.numel() * bits.element_size() == num_bytes(parts[name].dtype, parts[name].shape), name
+            file.write(memory(bits))
+        _flush(file)
+
+
+def write_checkpoint(folder: Path, checkpoint: AbstractCheckpoint) -> None:
+    """A folder that loads like `checkpoint`, with the same shards and the same small files."""
+    contents = checkpoint.contents
+    folder.mkdir()
+    for shard, metadata in contents.shards.items():
+        parts = {
+            name: Part(dtype=spec.dtype, shape=spec.shape, read=lambda name=name: checkpoint.bits(name))
+            for name, spec in contents.tensors.items()
+            if spec.shard == shard
+        }
+        write_safetensors(folder / shard, parts, metadata)
+    if contents.index is not None:
+        weight_map = {name: spec.shard for name, spec in contents.tensors.items()}
+        index = json.dumps({"metadata": contents.index, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+        _write_file(folder / INDEX, index.encode())
+    for name in contents.files:
+        _write_file(folder / name, checkpoint.file(name))
+
+
+def free_file(path: Path) -> Path:
+    """`path`, absolute; nothing is there, or an empty file.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    path = Path(os.path.abspath(path))
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file, e.g. {path / 'delta.safetensors'}")
+    if path.exists() and not (path.is_file() and path.stat().st_size == 0):
+        raise UsageError(_taken(path))
+    return path
+
+
+def free_folder(path: Path) -> Path:
+    """`path`, absolute; nothing is there, or an empty folder.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    path = Path(os.path.abspath(path))
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UsageError(_taken(path))
+    return path
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A path to write a file or folder to; it takes the name `target` when the block ends without an error.
+
+    Raises:
+        UsageError: the disk is full or cannot be written to.
+    """
+    aside = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(aside)
+        yield aside
+        if target.is_dir():
+            target.rmdir()
+        os.replace(aside, target)
+    except OSError as error:
+        there = next(parent for parent in target.parents if parent.exists())
+        free = shutil.disk_usage(there).free / 2**20
+        reason = error.strerror or str(error)
+        raise UsageError(
+            f"could not write {target}: {reason} ({free:,.0f} MiB free on the disk); nothing was changed"
+        ) from error
+    finally:
+        with suppress(OSError):
+            _remove(aside)
+
+
+def _taken(path: Path) -> str:
+    return f"{path} exists already and is not empty; choose another name, or remove it first"
+
+
+def _header(parts: Mapping[str, Part], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for name, part in parts.items():
+        end = start + num_bytes(part.dtype, part.shape)
+        header[name] = {"dtype": part.dtype, "shape": part.shape, "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
+        _flush(file)
+
+
+def _flush(file: BinaryIO) -> None:
+    """Make the bytes reach the disk before the name does: a power cut must leave no torn file of that name."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

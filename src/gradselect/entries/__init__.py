@@ -1,0 +1,45 @@
+"""Entry-wise selection: the optimizer, the contract of a mask, compact state, top-k over gradients."""
+
+from .global_top_k import Contest
+from .mask import (
+    AbstractCompactMask,
+    AbstractDenseMask,
+    AbstractMask,
+    Choice,
+    FromWeights,
+    Indices,
+    MaskTensor,
+    TopOfGradient,
+    check_size,
+    generator_of,
+    matching,
+    resolve_budget,
+    share_out,
+)
+from .optimizer import SparseOptimizer
+from .shards import Shards
+from .store import RUN, index_dtype
+from .top_k import TopEntries, chunk_length
+
+__all__ = [
+    "RUN",
+    "AbstractCompactMask",
+    "AbstractDenseMask",
+    "AbstractMask",
+    "Choice",
+    "Contest",
+    "FromWeights",
+    "Indices",
+    "MaskTensor",
+    "Shards",
+    "SparseOptimizer",
+    "TopEntries",
+    "TopOfGradient",
+    "check_size",
+    "chunk_length",
+    "generator_of",
+    "index_dtype",
+    "matching",
+    "resolve_budget",
+    "share_out",
+]

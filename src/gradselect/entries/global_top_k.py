@@ -1,0 +1,73 @@
+"""Who has the best entries: of all tensors together or of each, among all processes that hold a part of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .shards import Shards
+from .top_k import Best, TopEntries, in_order
+
+Winners = Mapping[str, tuple[Tensor, Tensor]]
+"""By tensor name places in what this process holds of it (flat, int64, ascending), and values there."""
+
+
+class Contest:
+    """Keeps the entries of largest score while tensors are offered one after the other.
+
+    Ties go to the earlier tensor, then to the lower index in it. See `TopEntries`.
+
+    Args:
+        names: of all tensors, in model order.
+        shards: where their entries lie.
+        counts: how many win: an int over all tensors together, a mapping by tensor name in each.
+        above: entries whose score is not above this never count.
+    """
+
+    def __init__(
+        self, names: tuple[str, ...], shards: Shards, counts: int | Mapping[str, int], *, above: float = -math.inf
+    ) -> None:
+        self._names = names
+        self._shards = shards
+        self._counts: dict[str | None, int] = {None: counts} if isinstance(counts, int) else {**counts}
+        self._above = above
+        self._tops: dict[str | None, TopEntries] = {}
+        self._offered: set[str] = set()
+
+    def top(self, name: str) -> TopEntries:
+        """What the entries of the tensor are to be offered to."""
+        self._offered.add(name)
+        key = self._key(name)
+        if key not in self._tops:
+            self._tops[key] = self._empty(key)
+        return self._tops[key]
+
+    def result(self) -> Winners:
+        """What won, of the tensors that were offered; of all where the best of all together were asked for."""
+        won: dict[str, tuple[Tensor, Tensor]] = {}
+        for key, (_, keys, values) in self._winners().items():
+            ranks, indices, values = in_order(keys, values)
+            present, sizes = ranks.unique_consecutive(return_counts=True)
+            parts = zip(present.tolist(), indices.split(sizes.tolist()), values.split(sizes.tolist()), strict=True)
+            found = {self._names[rank]: (part, its_values) for rank, part, its_values in parts}
+            nothing = (indices[:0], values[:0])
+            won.update({name: found.get(name, nothing) for name in (self._names if key is None else [key])})
+        return won
+
+    def _winners(self) -> dict[str | None, Best]:
+        if not self._shards.is_split:
+            return {key: top.best() for key, top in self._tops.items()}
+        offered = self._shards.total({name: name in self._offered for name in self._names})
+        # Every process takes part in every contest, or the others would wait.
+        keys = list(dict.fromkeys(self._key(name) for name in self._names if offered[name]))
+        offers = [self._tops.get(key, self._empty(key)).best() for key in keys]
+        winners = self._shards.best_of_all(offers, [self._counts.get(key, 0) for key in keys]) if keys else []
+        return dict(zip(keys, winners, strict=True))
+
+    def _key(self, name: str) -> str | None:
+        return None if None in self._counts else name
+
+    def _empty(self, key: str | None) -> TopEntries:
+        return TopEntries(self._counts.get(key, 0), above=self._above)

@@ -1,0 +1,75 @@
+"""JSON files that know when they are damaged: each top-level key has the SHA-256 of its value beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gradselect.usage import UsageError
+
+KEY = "sha256"
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` as JSON holds them, and under "sha256" the digest of each; what JSON does not know becomes text.
+
+    The digest is of the value, not of its text: a file that is indented anew still fits its seal.
+    """
+    plain = json.loads(json.dumps({name: value for name, value in values.items() if name != KEY}, default=str))
+    return {**plain, KEY: _digests(plain)}
+
+
+def read_sealed(path: Path, *, needed: Sequence[str] = (), name: str | None = None) -> dict[str, Any]:
+    """The values in a file, without their seal. A file without one is from before there were seals, and is believed.
+
+    Args:
+        path: of the file.
+        needed: keys that it must have.
+        name: what errors call it; by default its path.
+
+    Raises:
+        UsageError: names the file, and the key whose value is damaged.
+    """
+    name = name or str(path)
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    # A UnicodeDecodeError is a ValueError.
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{name}: damaged or half-written ({error}); put a copy back, or make it again") from None
+    if not isinstance(values, dict):
+        raise _damaged(name, f"it holds no object but {str(values)[:40]!r}")
+    if KEY in values:
+        seal = values.pop(KEY)
+        _check_seal(name, values, seal if isinstance(seal, dict) else {})
+    if missing := [key for key in needed if key not in values]:
+        raise _damaged(name, f"it has no {missing[0]!r}")
+    return values
+
+
+def _check_seal(file: str, values: Mapping[str, Any], seal: Mapping[str, Any]) -> None:
+    here = _digests(values)
+    for name in sorted({*here, *seal}):
+        if name not in here:
+            raise _damaged(file, f"it has lost {name!r}")
+        if here[name] != seal.get(name):
+            raise _damaged(file, f"the value of {name!r} is not the one that was written")
+
+
+def _digests(values: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        for name, value in values.items()
+    }
+
+
+def _damaged(name: str, what: str) -> UsageError:
+    return UsageError(f"{name}: damaged: {what}; put a copy back, or make it again")
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,240 @@
+"""Several processes: what an optimizer must know of shards and replicas. On one process nothing of this runs.
+
+A *shard* is the part of a tensor that this process holds (FSDP2's DTensor); a *replica* is a copy of the whole tensor
+that the processes keep alike (`replicate`, DistributedDataParallel). Three rules make selection right on both:
+
+* **Rules see what this process holds.** Weights, gradients and states are taken apart by `held` and put together again
+  by `spread` for a checkpoint.
+* **Every process decides alike.** Sums of squares are added up over the shards once a decision; where there are
+  replicas, which might round differently, rank 0's numbers count. `check_alike` compares what decides.
+* **Nothing is frozen before the model is wrapped.** Data parallel wrappers look at `requires_grad` when they wrap
+  (DDP), or in the first forward pass (FSDP2): what is frozen then is never synchronised, or of the wrong dtype. So the
+  first selection comes into force within the first forward pass.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import sha256
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from gradselect.usage import UsageError
+
+from .tensors import collective_device, held, is_spread, shard_groups, speaking
+from .wrappers import check_data_parallel
+
+RELATIVE_TOLERANCE = 1e-5
+"""Averaged gradients are the same bits everywhere; their sums may differ by rounding between unlike devices."""
+
+Owner = TypeVar("Owner")
+
+
+# One run of several processes ------------------------------------------------------------------------------------
+
+
+class Together:
+    """Keeps the processes of a run together, for one optimizer on each of them.
+
+    Args:
+        model: what the optimizer trains; it may be wrapped until its first forward pass that trains.
+        owner: the optimizer; it may be dropped before.
+        begin: called with `owner` within that pass: after FSDP2's own initialisation, inside DDP's forward pass,
+            before the pass records anything. It calls `check_start`.
+
+    Attributes:
+        has_begun: whether that pass has come.
+        agreement_steps: how often `check_step` compares everything, >= 1.
+    """
+
+    def __init__(self, model: nn.Module, owner: Owner, begin: Callable[[Owner], None]) -> None:
+        self.has_begun = False
+        self.agreement_steps = 100
+        self._is_due = True
+        self._compared: set[str] = set()
+        self._model = model
+        reference = weakref.ref(owner)
+
+        def before_forward(module: nn.Module, _: Any) -> None:
+            alive = reference()
+            if alive is None or self.has_begun:
+                handle.remove()
+            elif module.training and torch.is_grad_enabled():
+                handle.remove()
+                begin(alive)
+
+        hook: Any = torch.compiler.disable(before_forward)
+        handle = model.register_forward_pre_hook(hook)
+
+    def check_start(
+        self, parameters: Mapping[str, Sequence[Parameter]], facts: Mapping[str, Any], *, trains_everything: bool
+    ) -> None:
+        """Before the first step: the same run on every process, on a model that is wrapped as it has to be.
+
+        Args:
+            parameters: the optimizer's, by block.
+            facts: plain values that decide what is trained.
+            trains_everything: whether every parameter of `parameters` gets a gradient in every step.
+
+        Raises:
+            UsageError: what differs, and what to write instead.
+        """
+        self.has_begun = True
+        check_alike(facts, moment="before the first step")
+        check_data_parallel(trains_everything=trains_everything)
+        replicas = {
+            name: [held(parameter) for parameter in several if not shard_groups(parameter)]
+            for name, several in parameters.items()
+        }
+        check_same_weights({name: several for name, several in replicas.items() if several})
+
+    def check_step(
+        self, step: int, parameters: Mapping[str, Sequence[Parameter]], facts: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        """Before an update: every so many steps all of `facts`; of a block that has come new, that it was averaged.
+
+        Args:
+            step: number of the step.
+            parameters: those that are about to be updated, by block.
+            facts: gives plain values that decide what is trained, e.g. the selection.
+
+        Raises:
+            UsageError: what differs, and what to write instead.
+        """
+        if self._is_due or step % self.agreement_steps == 0:
+            self._is_due = False
+            self._compared.clear()
+            check_alike({"step": step, **facts()}, moment=f"at step {step}")
+        new = {
+            # An engine that shards or replicates DTensors also averages what it gives.
+            name: [parameter for parameter in several if not is_spread(parameter)]
+            for name, several in parameters.items()
+            if name not in self._compared
+        }
+        self._compared.update(new)
+        check_averaged({name: several for name, several in new.items() if several}, step=step)
+
+    def check_soon(self) -> None:
+        """Compare everything at the next step: a checkpoint was loaded."""
+        self._is_due = True
+
+    def carry_over(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """What FSDP2 has gathered already in this forward pass is frozen as its shard is.
+
+        Raises:
+            UsageError: the model was wrapped after the optimizer was built, which does not hold its parameters.
+        """
+        current = dict(self._model.named_parameters(remove_duplicate=False))
+        for name, parameter in named:
+            stand_in = current.get(name, parameter)
+            if stand_in is not parameter and not is_spread(parameter):
+                raise UsageError(
+                    f"the model computes with another tensor than the optimizer holds for {name!r}: it was wrapped "
+                    "afterwards; write fully_shard(model) or replicate(model) first, then build the optimizer"
+                )
+            stand_in.requires_grad_(parameter.requires_grad)
+
+
+# Agreement -------------------------------------------------------------------------------------------------------
+
+
+def check_alike(facts: Mapping[str, Any], *, moment: str) -> None:
+    """Every process holds the same plain values.
+
+    Raises:
+        UsageError: on all processes; names the first rank that differs from rank 0, and what differs.
+    """
+    digests = {name: sha256(repr(value).encode()).hexdigest() for name, value in facts.items()}
+    everyone = _gather(digests, moment=moment)
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            values = _gather(dict(facts), moment=moment)
+            what, ours, other = _first_difference("", values[0], values[rank])
+            raise UsageError(
+                f"the processes do not agree {moment}: {what} is {ours} on rank 0 and {other} on rank {rank}; start "
+                "every rank with the same recipe, seed and checkpoint"
+            )
+
+
+def _first_difference(what: str, one: Any, other: Any) -> tuple[str, str, str]:
+    """The path to the first plain values that differ within two nested ones, and both in words."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in (*one, *other):
+            if repr(one.get(key)) != repr(other.get(key)):
+                return _first_difference(f"{what}.{key}" if what else str(key), one.get(key), other.get(key))
+    return what, _short(one), _short(other)
+
+
+def check_averaged(parameters: Mapping[str, Sequence[Parameter]], *, step: int) -> None:
+    """Gradients of replicas, by block, are the same on every process: something has averaged them.
+
+    Raises:
+        UsageError: on all processes; names the first block of which they differ.
+    """
+    gradients = {name: [each.grad for each in several if each.grad is not None] for name, several in parameters.items()}
+    if not parameters:
+        return
+    device = next(iter(parameters.values()))[0].device
+    for name in _unlike(gradients, moment=f"at step {step}", device=device):
+        raise UsageError(
+            f"gradients of block {name!r} differ between the processes at step {step}: nothing has averaged them. "
+            "Wrap the model before its first training step and while all of it is trainable: fully_shard or replicate "
+            "of torch.distributed before the optimizer is built, or "
+            "DistributedDataParallel(model, find_unused_parameters=True); the last backward pass of a step must not "
+            "stand in no_sync()"
+        )
+
+
+def check_same_weights(weights: Mapping[str, Sequence[Tensor]]) -> None:
+    """Replicas start alike. Shards cannot be compared: each process holds another part.
+
+    Raises:
+        UsageError: on all processes; names the first block that differs.
+    """
+    if not weights:
+        return
+    device = collective_device(next(iter(weights.values()))[0])
+    for name in _unlike(weights, moment="before the first step", device=device):
+        raise UsageError(
+            f"weights of block {name!r} differ between the processes before the first step; load the same checkpoint "
+            "on every rank, or call torch.manual_seed(0) on every rank before the model is built"
+        )
+
+
+def _unlike(tensors: Mapping[str, Sequence[Tensor]], *, moment: str, device: torch.device) -> list[str]:
+    """The names of which the processes hold different tensors."""
+    marks = torch.stack([_mark(several, device=device) for several in tensors.values()])
+    others = [torch.empty_like(marks) for _ in range(dist.get_world_size())]
+    with speaking(f"comparing the processes {moment}"):
+        dist.all_gather(others, marks)
+    everyone = torch.stack(others)  # (2, 30, 2) - ranks, blocks, marks
+    difference = (everyone - everyone[0]).abs().amax(dim=(0, 2))
+    # False for NaN, which is no matter of averaging.
+    differs = difference > RELATIVE_TOLERANCE * everyone[:, :, 0].amax(0)
+    return [name for name, differs in zip(tensors, differs.tolist(), strict=True) if differs]
+
+
+def _mark(tensors: Sequence[Tensor], *, device: torch.device) -> Tensor:
+    """(L1 norm, sum) of the tensors: clipping can make L2 norms alike, not these. Shape (2,)."""
+    mark = torch.zeros(2, device=device)
+    for tensor in tensors:
+        mark[0] += tensor.abs().sum(dtype=torch.float32)
+        mark[1] += tensor.sum(dtype=torch.float32)
+    return mark
+
+
+def _gather(value: Any, *, moment: str) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    with speaking(f"comparing the processes {moment}"):
+        dist.all_gather_object(values, value)
+    return values
+
+
+def _short(value: Any, *, limit: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."

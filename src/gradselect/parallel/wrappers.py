@@ -1,0 +1,85 @@
+"""Data-parallel wrappers: looking through them, and refusing set-ups that cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from gradselect.usage import UsageError
+
+# The model -------------------------------------------------------------------------------------------------------
+
+
+def unwrapping(model: nn.Module) -> Iterator[nn.Module]:
+    """The module and, one after the other, what is inside DistributedDataParallel, DataParallel and torch.compile."""
+    yield model
+    inner = model._modules.get("_orig_mod")  # of torch.compile, whose own class is slow to import
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        inner = model.module
+    if inner is not None:
+        yield from unwrapping(inner)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The innermost of them."""
+    *_, innermost = unwrapping(model)
+    return innermost
+
+
+def check_placement(model: nn.Module) -> None:
+    """The model's parameters are materialised, on one device, and not in the hands of a wrapper that hides them.
+
+    Raises:
+        UsageError: they are not.
+    """
+    if any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__):
+        raise UsageError(
+            "a DeepSpeed engine steps an optimizer of its own and hides gradients from others; train the model itself, "
+            "wrapped in DistributedDataParallel(model, find_unused_parameters=True), or sharded with "
+            "torch.distributed.fsdp.fully_shard(model) (in Accelerate: fsdp_version: 2)"
+        )
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if getattr(parameter, "ds_id", None) is not None:
+            raise UsageError(
+                f"{name!r} belongs to DeepSpeed ZeRO-3, which hides weights and gradients from other optimizers; shard "
+                "with torch.distributed.fsdp.fully_shard(model) instead (in Accelerate: fsdp_version: 2)"
+            )
+        if parameter.is_meta:
+            raise UsageError(
+                f"{name!r} is on the meta device and has no values; materialise the model first: "
+                "model.to_empty(device=...), then load its weights, then build the optimizer"
+            )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise UsageError(
+            "FullyShardedDataParallel flattens parameters across blocks; shard with FSDP2 instead: "
+            "torch.distributed.fsdp.fully_shard(model) (in Accelerate: fsdp_version: 2)"
+        )
+    trained = {name: parameter.device for name, parameter in parameters.items() if parameter.requires_grad}
+    first = next(iter(trained.items()), None)
+    for name, device in trained.items():
+        if first is not None and device != first[1]:
+            raise UsageError(
+                f"the model is on two devices: {first[0]!r} on {first[1]}, {name!r} on {device}; load it onto one, "
+                'without device_map="auto", and use fully_shard to spread it over several'
+            )
+
+
+def check_data_parallel(*, trains_everything: bool) -> None:
+    """Within a forward pass: DistributedDataParallel, if it is what runs, can bear parameters without a gradient.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    if wrapper is None or trains_everything:
+        return
+    if not wrapper.find_unused_parameters or wrapper.static_graph:
+        raise UsageError(
+            f"DistributedDataParallel(find_unused_parameters={wrapper.find_unused_parameters}, "
+            f"static_graph={wrapper.static_graph}) does not average the gradients of blocks that change; write "
+            "DistributedDataParallel(model, find_unused_parameters=True), in TrainingArguments "
+            "ddp_find_unused_parameters=True"
+        )

@@ -1,0 +1,75 @@
+"""Checks of single settings, with one wording for all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from .errors import UsageError
+
+
+def check_whole(name: str, value: object, *, least: int = 1) -> None:
+    """Setting `name` is an int of at least `least`.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{name}={value!r} is not a whole number from {least} on; write e.g. {name}={least}")
+
+
+def check_positive(name: str, value: object, *, at_most: float = math.inf, example: float) -> None:
+    """Setting `name` is a finite number in (0, at_most].
+
+    Raises:
+        UsageError: otherwise.
+    """
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not (0 < number <= at_most and math.isfinite(number)):
+        interval = "(0, inf)" if at_most == math.inf else f"(0, {at_most}]"
+        raise UsageError(f"{name}={value!r} is outside {interval}; write e.g. {name}={example}")
+
+
+def check_one_of(name: str, value: object, options: Sequence[str]) -> None:
+    """Setting `name` is one of `options`.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    if value not in options:
+        choices = " or ".join(f'{name}="{option}"' for option in options)
+        raise UsageError(f"{name}={value!r} is unknown; write {choices}")
+
+
+def check_patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Block names and globs as a tuple; a single one may stand alone.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not patterns:
+        raise UsageError(f'{name}={patterns!r} names no block; write e.g. {name}=("layer.*",)')
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def check_hyper_parameters(*, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Every number is in its range.
+
+    Raises:
+        UsageError: names the first that is not.
+    """
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not value >= 0 or math.isinf(value):
+            raise UsageError(f"{name}={value} must be a finite number >= 0; the default of {name} is a good start")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UsageError(f"betas={betas} must be two numbers in [0, 1); write betas=(0.9, 0.999)")
+
+
+def check_is(value: object, kind: type, *, name: str, example: str) -> None:
+    """The argument is an object of the right kind, not its class or its name.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not isinstance(value, kind):
+        raise UsageError(f"{name}={value!r} is no {kind.__name__.removeprefix('Abstract')} object; write {example}")
