@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradselect as gs
 from gradselect.entries.shards import Shards, ordered_bits
-from gradselect.entries.top_k import TopEntries
+from gradselect.entries.top_k import StreamingTopK
 from gradselect.integrations import distributed
 
 STEPS = 8
@@ -238,7 +238,7 @@ def contest(rank):
     shards = Shards({name: distribute_tensor(values, mesh, [Shard(0)]) for name, values in scores.items()})
     found = []
     for count in (1, 4, 9, 15, 30):
-        expected, mine = TopEntries(count), TopEntries(count)
+        expected, mine = StreamingTopK(count), StreamingTopK(count)
         for position, values in enumerate(scores.values()):
             part = distribute_tensor(values, mesh, [Shard(0)]).to_local().reshape(-1)
             expected.offer(values.reshape(-1), rank=position)

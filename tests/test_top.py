@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from gradselect.entries import top_k as _top
-from gradselect.entries.top_k import TopEntries
+from gradselect.entries.top_k import StreamingTopK
 from gradselect.masks import ID3
 from gradselect.reference import top_entries
 
@@ -27,7 +27,7 @@ def pairs(top):
 def test_equals_sorting_everything_whatever_the_order(tensors, count, random):
     """Ties, infinities and NaN; -inf scores never count, as nothing beats a threshold that is -inf itself."""
     scores = [torch.tensor(values) for values in tensors]
-    top = TopEntries(count)
+    top = StreamingTopK(count)
     order = list(range(len(scores)))
     random.shuffle(order)
     for rank in order:
@@ -41,7 +41,7 @@ def test_equals_sorting_when_it_forgets_on_the_way(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     scores = [torch.randint(0, 50, (length,), generator=generator).float() for length in (300, 7, 1000, 64)]
     for count in (1, 5, 60, 900, 2000):
-        top = TopEntries(count)
+        top = StreamingTopK(count)
         for rank in (2, 0, 3, 1):
             for start in range(0, scores[rank].numel(), 100):
                 top.offer(scores[rank][start : start + 100], rank=rank, offset=start)
@@ -68,7 +68,7 @@ def test_scanning_equals_scoring_everything(monkeypatch, count, dtype, exponent)
     gradients[1][::3] = 0.0
     for gradient in gradients:
         gradient[::50] = math.nan
-    top = TopEntries(count, above=0.0)
+    top = StreamingTopK(count, above=0.0)
     for rank in (3, 1, 0, 2):
         top.scan(weights[rank], gradients[rank], rank=rank, score=mask.score, least=mask.least_gradient)
     scores = [mask.score(w.float(), g.float()) for w, g in zip(weights, gradients, strict=True)]
@@ -81,13 +81,13 @@ def test_scanning_equals_scoring_everything(monkeypatch, count, dtype, exponent)
 
 def test_a_tensor_without_entries_offers_none():
     mask = ID3(budget=1, steps=1)
-    top = TopEntries(2)
+    top = StreamingTopK(2)
     top.scan(torch.empty(0), torch.empty(0), rank=0, score=mask.score, least=mask.least_gradient)
     assert pairs(top) == []
 
 
 def test_holds_about_the_wanted_number_of_entries():
-    top = TopEntries(100)
+    top = StreamingTopK(100)
     generator = torch.Generator().manual_seed(2)
     for rank in range(50):
         top.offer(torch.rand(10_000, generator=generator), rank=rank)

@@ -91,7 +91,7 @@ class SelectiveAdamW:
 
 
 def top_entries(scores: Sequence[Tensor], count: int) -> set[tuple[int, int]]:
-    """(tensor, index) of the `count` largest scores, by sorting them all; twin of the streaming `TopEntries`."""
+    """(tensor, index) of the `count` largest scores, by sorting them all; twin of the streaming `StreamingTopK`."""
     ranked = sorted(
         (-score, rank, index)
         for rank, tensor in enumerate(scores)

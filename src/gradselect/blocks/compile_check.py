@@ -18,7 +18,7 @@ MAX_MISSES = 3
 """An expert without tokens gets no gradient now and then; a block that the graph leaves out never does."""
 
 
-class ReachCheck:
+class UnreachedBlocks:
     """Counts in how many steps in a row a block took part without a gradient, where anything was compiled.
 
     torch 2.9.1 and others before it did not compile anew when `requires_grad` changed after the first pass, so that a

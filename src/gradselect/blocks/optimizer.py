@@ -34,11 +34,11 @@ from gradselect.core import (
     selection_of,
     states_by_name,
 )
-from gradselect.parallel import Together, check_placement, is_running, is_spread, unwrapped
+from gradselect.parallel import RankAgreement, check_placement, is_dtensor, is_running, unwrapped
 from gradselect.usage import UsageError, check_hyper_parameters, check_is
 
 from .backward_updates import BackwardUpdates, check_update_in_backward
-from .compile_check import ReachCheck, has_compiled, warn_of_whole
+from .compile_check import UnreachedBlocks, has_compiled, warn_of_whole
 from .observer import GradientObserver
 from .partitioning import check_partition, partition, resolve_names
 from .policy import AbstractPolicy
@@ -171,7 +171,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self._other_weight_bytes = sum(map(num_bytes, model.parameters())) - sum(map(num_bytes, self._table.all()))
         self._update_counts = dict.fromkeys(self.blocks, 0)
 
-        self._together = Together(model, self, BlockOptimizer._begin_together) if is_running() else None
+        self._together = RankAgreement(model, self, BlockOptimizer._begin_together) if is_running() else None
         self._set_trainable(self.blocks)
         self._observer = GradientObserver(
             self._parameters_by_block(),
@@ -180,7 +180,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             is_one_of_many=self._together is not None,
         )
         self._in_backward = BackwardUpdates(self._states, self._table, self._observer) if update_in_backward else None
-        self._reach = ReachCheck()
+        self._reach = UnreachedBlocks()
         self._give_back = self._give_back_at_end()
         self._propose()
 
@@ -372,7 +372,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             )
         self._states.wait()
         state_dict = super().state_dict()
-        state_dict["state"] = self._states.spread(state_dict["state"])
+        state_dict["state"] = self._states.as_dtensors(state_dict["state"])
         state_dict["selection"] = selection = {
             **self._identity(),
             "step": self._step,
@@ -381,7 +381,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             "resident": [name for name in self.blocks if name in self._states.resident],
             "moved_bytes": self._states.moved_bytes,
         }
-        if any(map(is_spread, self._table.all())):
+        if any(map(is_dtensor, self._table.all())):
             selection["with_state"] = [
                 self._table.names[number] for number, state in state_dict["state"].items() if state
             ]
@@ -442,7 +442,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         return self._in_backward is not None and self._in_backward.has_moved
 
     def _check_reached(self, selected: Sequence[str], norms: Mapping[str, float]) -> None:
-        """Where anything was compiled: what took part got a gradient; see `ReachCheck`."""
+        """Where anything was compiled: what took part got a gradient; see `UnreachedBlocks`."""
         if has_compiled():
             reached = {name for name, norm in norms.items() if norm != 0.0}
             reached.update(name for name in selected if any(map(self._has_gradient, self._table.of(name))))
@@ -476,8 +476,8 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self._set_trainable(self.trainable)
         self._together.carry_over(self._table.named())
 
-    def _check_together(self, together: Together, selected: Sequence[str]) -> None:
-        """Every process is about to do the same; see `Together`."""
+    def _check_together(self, together: RankAgreement, selected: Sequence[str]) -> None:
+        """Every process is about to do the same; see `RankAgreement`."""
         if not together.has_begun:
             self._begin_together()  # a loop that never calls the model as a whole
         parameters = {name: self._table.of(name) for name in selected}
@@ -515,7 +515,7 @@ def _check_window(accumulation_steps: int, grad_scaler: GradScaler | None, *, up
 
 
 def _check_shards(parameters: Iterable[Parameter], rule: AbstractRule) -> None:
-    if not rule.works_on_shards and any(map(is_spread, parameters)):
+    if not rule.works_on_shards and any(map(is_dtensor, parameters)):
         raise UsageError(
             f"{type(rule).__name__} keeps what belongs to several weights, which shards would cut apart; write "
             "rule=gs.AdamWRule(), or train replicas with DistributedDataParallel"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradselect.parallel import held
+from gradselect.parallel import local_part
 from gradselect.usage import UsageError
 
 
@@ -41,7 +41,7 @@ def _norm_of(parameter: Parameter) -> Tensor:
     """L2 norm, in fp32, of the one gradient, which exists. Shape ()."""
     assert parameter.grad is not None
     dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return torch.linalg.vector_norm(dense(held(parameter.grad)), dtype=dtype).float()
+    return torch.linalg.vector_norm(dense(local_part(parameter.grad)), dtype=dtype).float()
 
 
 def dense(gradient: Tensor) -> Tensor:

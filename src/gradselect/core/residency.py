@@ -16,7 +16,7 @@ from .transfer import Transfer, open_lanes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parcel:
+class StateCopy:
     """The states of one block, which move together.
 
     Args:
@@ -33,7 +33,7 @@ class AbstractMover(ABC):
     """Moves states during one run. What does not move has nothing to do but in `switch`."""
 
     @abstractmethod
-    def switch(self, leaving: Sequence[Parcel], coming: Sequence[Parcel], *, held_bytes: int) -> None:
+    def switch(self, leaving: Sequence[StateCopy], coming: Sequence[StateCopy], *, held_bytes: int) -> None:
         """The update is over, and the next selection is known. `held_bytes` are on the device now."""
 
     def adopt(self, state: State, names: Sequence[str]) -> None:
@@ -127,12 +127,12 @@ class Offload(AbstractResidency):
 
 
 class _Keeping(AbstractMover):
-    def switch(self, leaving: Sequence[Parcel], coming: Sequence[Parcel], *, held_bytes: int) -> None:
+    def switch(self, leaving: Sequence[StateCopy], coming: Sequence[StateCopy], *, held_bytes: int) -> None:
         pass
 
 
 class _Dropping(AbstractMover):
-    def switch(self, leaving: Sequence[Parcel], coming: Sequence[Parcel], *, held_bytes: int) -> None:
+    def switch(self, leaving: Sequence[StateCopy], coming: Sequence[StateCopy], *, held_bytes: int) -> None:
         for parcel in leaving:
             for state, _ in parcel.states:
                 state.clear()
@@ -143,7 +143,7 @@ class _Offloading(AbstractMover):
         self._transfer = transfer
         self._max_device_bytes = max_device_bytes
 
-    def switch(self, leaving: Sequence[Parcel], coming: Sequence[Parcel], *, held_bytes: int) -> None:
+    def switch(self, leaving: Sequence[StateCopy], coming: Sequence[StateCopy], *, held_bytes: int) -> None:
         """One block out, one back, by turns: both ways are busy, and the device holds no more than it has to."""
         limit = self._max_device_bytes
         if limit is None:
@@ -160,7 +160,7 @@ class _Offloading(AbstractMover):
         for parcel in waiting:
             self._send(parcel)
 
-    def _send(self, parcel: Parcel) -> None:
+    def _send(self, parcel: StateCopy) -> None:
         for state, names in parcel.states:
             self._transfer.send(state, names)
 
@@ -177,5 +177,5 @@ class _Offloading(AbstractMover):
         self._transfer.forget()
 
 
-def _sum(parcels: Sequence[Parcel]) -> int:
+def _sum(parcels: Sequence[StateCopy]) -> int:
     return sum(parcel.num_bytes for parcel in parcels)

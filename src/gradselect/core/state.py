@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradselect.parallel import held, share, spread
+from gradselect.parallel import as_dtensor, local_part, local_part_of
 from gradselect.usage import UsageError
 
 from .gradients import dense
 from .parameter_groups import ParameterTable
-from .residency import AbstractMover, AbstractResidency, Parcel
+from .residency import AbstractMover, AbstractResidency, StateCopy
 from .rules import AbstractRule, State
 
 MASTER = "master"
@@ -103,7 +103,7 @@ class BlockStates:
         """The parameter's state, made at its first update."""
         # Reading optimizer.state[parameter], as loops that log do, leaves an empty one.
         if not self._store.get(parameter):
-            self._store[parameter] = state = self._make(held(parameter))
+            self._store[parameter] = state = self._make(local_part(parameter))
             self._mover.adopt(state, self._large(state))
         return self._store[parameter]
 
@@ -119,9 +119,9 @@ class BlockStates:
         if not moving:
             return
         states = [self.of(parameter) for parameter, _ in moving]
-        targets = [held(parameter) for parameter, _ in moving]
+        targets = [local_part(parameter) for parameter, _ in moving]
         weights = [state.get(MASTER, target) for state, target in zip(states, targets, strict=True)]
-        grads = [dense(held(grad)).to(weight.dtype) for weight, (_, grad) in zip(weights, moving, strict=True)]
+        grads = [dense(local_part(grad)).to(weight.dtype) for weight, (_, grad) in zip(weights, moving, strict=True)]
         self._rule.update(weights, grads, states, group)
         for weight, target in zip(weights, targets, strict=True):
             if weight is not target:
@@ -144,14 +144,14 @@ class BlockStates:
         self.wait()
         for parameter, state in self._store.items():
             if MASTER in state:
-                state[MASTER].copy_(held(parameter))
+                state[MASTER].copy_(local_part(parameter))
 
-    def spread(self, states: Mapping[int, State]) -> dict[int, State]:
+    def as_dtensors(self, states: Mapping[int, State]) -> dict[int, State]:
         """States by the number of the parameter, for a checkpoint: sharded as their weight is."""
         parameters = self._table.all()
         return {
             number: {
-                key: spread(value, like=parameters[number]) if key in self._large(state) else value
+                key: as_dtensor(value, like=parameters[number]) if key in self._large(state) else value
                 for key, value in state.items()
             }
             for number, state in states.items()
@@ -161,7 +161,7 @@ class BlockStates:
         """`states`, and one of zeros for every parameter that has none.
 
         Args:
-            states: by the number of the parameter, as `spread` returns them.
+            states: by the number of the parameter, as `as_dtensors` returns them.
             is_to_load: whether the zeros will be written to; else they take no memory.
         """
         missing = {
@@ -169,7 +169,7 @@ class BlockStates:
             for number, parameter in enumerate(self._table.all())
             if not states.get(number)
         }
-        return {**states, **self.spread(missing)}
+        return {**states, **self.as_dtensors(missing)}
 
     def load(self, saved: Mapping[str, State], *, resident: Collection[str]) -> None:
         """Take copies of the saved states, by parameter name, to where they were.
@@ -210,13 +210,15 @@ class BlockStates:
         large = self._large(state)
         counter_device = self._rule.counter_device(parameter)
         return {
-            key: share(value, like=parameter).to(parameter.device if key in large else counter_device, copy=True)
+            key: local_part_of(value, like=parameter).to(
+                parameter.device if key in large else counter_device, copy=True
+            )
             for key, value in state.items()
         }
 
     def _zeros(self, parameter: Parameter, *, is_to_load: bool) -> State:
         """What the parameter's state would be, of zeros."""
-        state = self._make(held(parameter).to("meta"))
+        state = self._make(local_part(parameter).to("meta"))
         for key, value in state.items():
             is_large = key in self._large(state)
             device = parameter.device if is_large else self._rule.counter_device(parameter)
@@ -253,12 +255,12 @@ class BlockStates:
             )
 
     def _needed_bytes(self, parameter: Parameter) -> int:
-        state = self._store.get(parameter) or self._make(held(parameter).to("meta"))
+        state = self._store.get(parameter) or self._make(local_part(parameter).to("meta"))
         return sum(num_bytes(state[name]) for name in self._large(state))
 
-    def _parcel(self, name: str) -> Parcel:
+    def _parcel(self, name: str) -> StateCopy:
         states = [(state, self._large(state)) for _, state in self._existing(name)]
-        return Parcel(states=states, num_bytes=self.num_bytes(name))
+        return StateCopy(states=states, num_bytes=self.num_bytes(name))
 
     def _existing(self, name: str) -> list[tuple[Parameter, State]]:
         return [(parameter, self._store[parameter]) for parameter in self._table.of(name) if parameter in self._store]
@@ -269,4 +271,4 @@ class BlockStates:
 
 def num_bytes(tensor: Tensor) -> int:
     """Bytes of the elements that this process holds."""
-    return held(tensor).numel() * tensor.element_size()
+    return local_part(tensor).numel() * tensor.element_size()

@@ -1,7 +1,7 @@
 """Copies between a device and the host that run beside the computation, and the order that keeps them right.
 
-A device works on three *lanes*, each in the order in which it is told: the computation, the way out to the host and the
-way back. Lanes know nothing of one another but what `after` tells them, and the host waits for none of them. With t the
+A device works on three *streams*, each in the order in which it is told: the computation, the way out to the host and
+the way back. Streams know nothing of one another but what `after` tells them; the host waits for none. With t the
 switch from one selection to the next, a -> b for "b starts when a is complete":
 
     compute_t -> out_t, back_t     the update is in what leaves; memory that is written to is used no more

@@ -1,6 +1,6 @@
 """Entry-wise selection: the optimizer, the contract of a mask, compact state, top-k over gradients."""
 
-from .global_top_k import Contest
+from .global_top_k import GlobalTopK
 from .mask import (
     AbstractCompactMask,
     AbstractDenseMask,
@@ -19,7 +19,7 @@ from .mask import (
 from .optimizer import SparseOptimizer
 from .shards import Shards
 from .store import RUN, index_dtype
-from .top_k import TopEntries, chunk_length
+from .top_k import StreamingTopK, chunk_length
 
 __all__ = [
     "RUN",
@@ -27,13 +27,13 @@ __all__ = [
     "AbstractDenseMask",
     "AbstractMask",
     "Choice",
-    "Contest",
     "FromWeights",
+    "GlobalTopK",
     "Indices",
     "MaskTensor",
     "Shards",
     "SparseOptimizer",
-    "TopEntries",
+    "StreamingTopK",
     "TopOfGradient",
     "check_size",
     "chunk_length",

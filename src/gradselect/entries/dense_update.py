@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradselect.core import MASTER, BlockStates, Group
-from gradselect.parallel import held
+from gradselect.parallel import local_part
 
 
 def masked_update(
@@ -22,7 +22,7 @@ def masked_update(
         on: "gradient": the gradient is zero outside the mask already; moments and the weights they move go on
             everywhere. "update": moments see the whole gradient, weights outside the mask stay.
     """
-    mine = held(parameter)
+    mine = local_part(parameter)
     weight = states.of(parameter).get(MASTER, mine)
     if on == "update":
         before = weight.clone()

@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .shards import Shards
-from .top_k import Best, TopEntries, in_order
+from .top_k import Best, StreamingTopK, in_order
 
 Winners = Mapping[str, tuple[Tensor, Tensor]]
 """By tensor name places in what this process holds of it (flat, int64, ascending), and values there."""
 
 
-class Contest:
+class GlobalTopK:
     """Keeps the entries of largest score while tensors are offered one after the other.
 
-    Ties go to the earlier tensor, then to the lower index in it. See `TopEntries`.
+    Ties go to the earlier tensor, then to the lower index in it. See `StreamingTopK`.
 
     Args:
         names: of all tensors, in model order.
@@ -33,10 +33,10 @@ class Contest:
         self._shards = shards
         self._counts: dict[str | None, int] = {None: counts} if isinstance(counts, int) else {**counts}
         self._above = above
-        self._tops: dict[str | None, TopEntries] = {}
+        self._tops: dict[str | None, StreamingTopK] = {}
         self._offered: set[str] = set()
 
-    def top(self, name: str) -> TopEntries:
+    def top(self, name: str) -> StreamingTopK:
         """What the entries of the tensor are to be offered to."""
         self._offered.add(name)
         key = self._key(name)
@@ -69,5 +69,5 @@ class Contest:
     def _key(self, name: str) -> str | None:
         return None if None in self._counts else name
 
-    def _empty(self, key: str | None) -> TopEntries:
-        return TopEntries(self._counts.get(key, 0), above=self._above)
+    def _empty(self, key: str | None) -> StreamingTopK:
+        return StreamingTopK(self._counts.get(key, 0), above=self._above)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradselect.core import dense
-from gradselect.parallel import held, is_averaged_in_hooks, is_one_of_many
+from gradselect.parallel import is_averaged_in_hooks, is_one_of_many, local_part
 from gradselect.usage import UsageError
 
 WAITING = 1 << 20
@@ -52,7 +52,7 @@ class GradientReader:
         self._active: frozenset[str] = frozenset()
         is_late = is_one_of_many()
         self.late = frozenset(name for name, each in parameters.items() if is_late and not is_averaged_in_hooks(each))
-        self._capacity = min(WAITING, max(held(parameter).numel() for parameter in parameters.values()) // 4)
+        self._capacity = min(WAITING, max(local_part(parameter).numel() for parameter in parameters.values()) // 4)
         self.restart()
         for parameter in self.parameters.values():
             parameter.gradselect_owner = id(self)  # pyright: ignore[reportAttributeAccessIssue]
@@ -119,7 +119,7 @@ class GradientReader:
         self._taken.add(name)
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        self._waiting.append((name, dense(held(gradient)).detach().reshape(-1), decisive))
+        self._waiting.append((name, dense(local_part(gradient)).detach().reshape(-1), decisive))
         if sum(waiting.numel() for _, waiting, _ in self._waiting) >= self._capacity:
             self._read_waiting()
 

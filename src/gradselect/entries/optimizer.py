@@ -29,13 +29,22 @@ from gradselect.core import (
     is_frozen_for_now,
     num_bytes,
 )
-from gradselect.parallel import Together, check_alike, check_placement, held, is_running, shard_groups, total, unwrapped
+from gradselect.parallel import (
+    RankAgreement,
+    check_alike,
+    check_placement,
+    is_running,
+    local_part,
+    shard_groups,
+    total,
+    unwrapped,
+)
 from gradselect.usage import UsageError, check_hyper_parameters, check_is, check_whole, nearest
 
 from .dense_update import masked_update
 from .gradient_reader import GradientReader
 from .mask import AbstractDenseMask, AbstractMask, MaskTensor
-from .selector import Change, EntryChooser
+from .selector import Change, EntrySelector
 from .shards import Shards
 from .store import EntryStore
 
@@ -152,7 +161,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         self._store_of = {name: store for store, _ in self._stores for name in store.names}
         masked = {tensor.name: tensor.parameter for tensor in self.mask.tensors}
         self._shards = Shards(masked)
-        self._chooser = EntryChooser(self.mask, [store for store, _ in self._stores], masked, self._shards)
+        self._chooser = EntrySelector(self.mask, [store for store, _ in self._stores], masked, self._shards)
         self._states.admit(self._dense)
 
         parameters = {tensor.name: tensor.parameter for tensor in tensors}
@@ -209,7 +218,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
     def _mask_and_clip(self) -> float:
         """Zero what a dense mask leaves out, scale all gradients down to `max_grad_norm`; their norm before that."""
         self._dense_masks = self._mask_dense()
-        gradients = [held(grad) for name in self._dense if (grad := self._parameter(name).grad) is not None]
+        gradients = [local_part(grad) for name in self._dense if (grad := self._parameter(name).grad) is not None]
         norm = self._norm()
         if self.max_grad_norm is not None:
             # As torch's clip_grad_norm_ has it.
@@ -226,7 +235,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         for name in self._dense:
             parameter = self._parameter(name)
             if parameter.grad is not None:
-                squares.append((parameter, _squared_norm(dense(held(parameter.grad)))))
+                squares.append((parameter, _squared_norm(dense(local_part(parameter.grad)))))
         return total(squares).sqrt()
 
     def _update(self) -> None:
@@ -321,7 +330,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         tensor; dense state holds DTensors where the weights are DTensors.
         """
         state_dict = super().state_dict()
-        state_dict["state"] = self._states.spread(state_dict["state"])
+        state_dict["state"] = self._states.as_dtensors(state_dict["state"])
         for index, name in enumerate(self._table.names):
             if name in self._store_of:
                 state_dict["state"][index] = self._shards.gather(name, self._store_of[name].state(name))
@@ -404,7 +413,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         there = {name: grad for name in self._masked if (grad := self._parameter(name).grad) is not None}
         masks = self.mask.masks([dense(gradient) for gradient in there.values()])
         if self.mask.mask == "gradient":
-            for gradient, mask in zip(map(held, there.values()), masks, strict=True):
+            for gradient, mask in zip(map(local_part, there.values()), masks, strict=True):
                 gradient.masked_fill_(~mask, 0.0)
         return dict(zip(there, masks, strict=True))
 
@@ -433,7 +442,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         (parameter,) = self._table.of(name)
         return parameter
 
-    def _meet(self, lean_accumulation: bool) -> Together:
+    def _meet(self, lean_accumulation: bool) -> RankAgreement:
         """Several processes: what must be alike before they talk of entries."""
         if lean_accumulation and self._reader.late:
             raise UsageError(
@@ -441,7 +450,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
                 "leave it out: under DistributedDataParallel gradients stay until step()"
             )
         check_alike(self._decisive(), moment="when the optimizer is built")
-        return Together(self._model, self, SparseOptimizer._begin_together)
+        return RankAgreement(self._model, self, SparseOptimizer._begin_together)
 
     @torch.no_grad()
     def _begin_together(self) -> None:
@@ -460,8 +469,8 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         self._prepare()
         self._together.carry_over(self._reader.parameters.items())
 
-    def _check_together(self, together: Together) -> None:
-        """Every process is about to do the same; see `Together`."""
+    def _check_together(self, together: RankAgreement) -> None:
+        """Every process is about to do the same; see `RankAgreement`."""
         if not together.has_begun:
             self._begin_together()  # a loop that never calls the model as a whole
         parameters = {name: [parameter] for name, parameter in self._table.named() if parameter.requires_grad}
@@ -507,7 +516,7 @@ def _trainable(model: nn.Module) -> list[MaskTensor]:
     if not tensors:
         raise UsageError(f"no parameter of {type(model).__name__} requires a gradient; call model.requires_grad_(True)")
     for tensor in tensors:
-        if not held(tensor.parameter).is_contiguous():
+        if not local_part(tensor.parameter).is_contiguous():
             raise UsageError(
                 f"{tensor.name} is not contiguous in memory; write parameter.data = parameter.contiguous()"
             )

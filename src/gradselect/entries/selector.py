@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from gradselect.parallel import held
+from gradselect.parallel import local_part
 
-from .global_top_k import Contest
+from .global_top_k import GlobalTopK
 from .mask import AbstractCompactMask, AbstractMask, FromWeights, TopOfGradient
 from .shards import Shards
 from .store import EntryStore
@@ -29,7 +29,7 @@ class Change(NamedTuple):
     num_kept: int
 
 
-class EntryChooser:
+class EntrySelector:
     """Carries out the choices of a mask on the stores of entries. A dense mask has none, so nothing ever changes.
 
     Attributes:
@@ -72,10 +72,10 @@ class EntryChooser:
 
     def restart(self) -> None:
         """Forget what was offered."""
-        self._contest: Contest | None = None
+        self._contest: GlobalTopK | None = None
         if isinstance(self._choice, TopOfGradient):
             above = -math.inf if self._choice.replace else 0.0
-            self._contest = Contest(self._names, self._shards, self._choice.counts, above=above)
+            self._contest = GlobalTopK(self._names, self._shards, self._choice.counts, above=above)
 
     def can_choose(self, name: str) -> bool:
         """Whether the gradient of the coming step may add entries of the tensor."""
@@ -95,7 +95,7 @@ class EntryChooser:
             return
         assert isinstance(self._mask, AbstractCompactMask)
         self._contest.top(name).scan(
-            held(self._parameters[name]).detach().view(-1),
+            local_part(self._parameters[name]).detach().view(-1),
             gradient,
             rank=self._rank[name],
             score=self._mask.score,

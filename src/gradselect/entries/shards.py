@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradselect.parallel import add_up, collective_device, first_index, held, shard_groups, speaking
+from gradselect.parallel import add_up, collective_device, first_index, local_part, naming_the_collective, shard_groups
 
 from .top_k import INDEX_BITS, Best
 
@@ -30,7 +30,7 @@ class Shards:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._groups = {name: shard_groups(tensor) for name, tensor in tensors.items()}
         self._first = {name: first_index(tensor, name=name) for name, tensor in tensors.items()}
-        self._sizes = {name: held(tensor).numel() for name, tensor in tensors.items()}
+        self._sizes = {name: local_part(tensor).numel() for name, tensor in tensors.items()}
         self._kinds = tuple(dict.fromkeys(self._groups.values()))
         self._device = next((collective_device(t) for t in tensors.values() if shard_groups(t)), torch.device("cpu"))
         self.is_split = any(self._groups.values())
@@ -73,7 +73,7 @@ class Shards:
             part["indices"] = self.in_whole(name, part["indices"])
         for group in self._groups[name]:
             everyone: list[list[dict[str, Tensor]]] = [[] for _ in range(group.size())]
-            with speaking(f"gathering the state of {name}"):
+            with naming_the_collective(f"gathering the state of {name}"):
                 dist.all_gather_object(everyone, parts, group=group)
             parts = [part for several in everyone for part in several]
         return _joined(parts) if parts else state

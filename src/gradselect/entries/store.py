@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradselect.parallel import held
+from gradselect.parallel import local_part
 
 Group = Mapping[str, Any]
 
@@ -51,7 +51,7 @@ class EntryStore:
         self._parameters = dict(parameters)
         self._position = {name: position for position, name in enumerate(self.names)}
         first = next(iter(parameters.values()))
-        self._index_dtype = index_dtype(max(held(parameter).numel() for parameter in parameters.values()))
+        self._index_dtype = index_dtype(max(local_part(parameter).numel() for parameter in parameters.values()))
         self._sign_bit = torch.iinfo(self._index_dtype).min
         moment_dtype = master_dtype or torch.promote_types(first.dtype, torch.float32)
         empty = torch.empty(0, dtype=moment_dtype, device=first.device)
@@ -305,7 +305,7 @@ class EntryStore:
 
     def _flat(self, name: str) -> Tensor:
         # Looked up at every use: a wrapper may move a shard to other memory.
-        return held(self._parameters[name]).detach().view(-1)
+        return local_part(self._parameters[name]).detach().view(-1)
 
     def _plain_indices(self) -> Tensor:
         """All indices without their flags, kept until the set or the step changes."""

@@ -27,7 +27,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 """Elementwise score of (weights, gradients)."""
 
 
-class TopEntries:
+class StreamingTopK:
     r"""Keeps the `count` entries of largest score among all that were offered.
 
     Entries are ordered by (score descending, rank ascending, index ascending), so the result does not depend on the
@@ -41,7 +41,7 @@ class TopEntries:
         above: entries whose score is not above this never count. Default -inf: those of -inf alone do not.
 
     Example:
-        >>> top = TopEntries(2)
+        >>> top = StreamingTopK(2)
         >>> top.offer(torch.tensor([0.5, 3.0]), rank=0)
         >>> top.offer(torch.tensor([1.0]), rank=1)
         >>> ranks, indices, _ = top.result()

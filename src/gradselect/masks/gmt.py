@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradselect.entries import AbstractDenseMask, chunk_length
-from gradselect.parallel import Groups, add_up, collective_device, held, shard_groups
+from gradselect.parallel import Groups, add_up, collective_device, local_part, shard_groups
 from gradselect.usage import check_one_of, check_positive
 
 DIGIT_BITS = 16
@@ -68,7 +68,7 @@ class GMT(AbstractDenseMask):
         count = max(1, round(self.fraction * sum(gradient.numel() for gradient in gradients)))
         threshold = kth_largest_magnitude(gradients, count)
         # Two comparisons and no |g|: bytes are made, not a copy of the gradients.
-        return [(gradient >= threshold) | (gradient <= -threshold) for gradient in map(held, gradients)]
+        return [(gradient >= threshold) | (gradient <= -threshold) for gradient in map(local_part, gradients)]
 
 
 def kth_largest_magnitude(tensors: Sequence[Tensor], count: int) -> float:
@@ -126,7 +126,7 @@ def kth_largest_by_digits(tensors: Sequence[Tensor], count: int) -> float:
         of_kinds: dict[Groups, Tensor] = {}
         for tensor in tensors:
             counts = of_kinds.setdefault(shard_groups(tensor), torch.zeros(1 << DIGIT_BITS, dtype=torch.int64))
-            for chunk in magnitudes([held(tensor)]):
+            for chunk in magnitudes([local_part(tensor)]):
                 bits = chunk.to(dtype).view(integer)
                 candidates = bits if shift == leading else bits[bits >> (shift + DIGIT_BITS) == known]
                 digits = candidates >> shift & ((1 << DIGIT_BITS) - 1)

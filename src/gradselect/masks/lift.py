@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradselect.entries import AbstractCompactMask, FromWeights, Indices, MaskTensor, TopEntries, generator_of
+from gradselect.entries import AbstractCompactMask, FromWeights, Indices, MaskTensor, StreamingTopK, generator_of
 from gradselect.parallel import whole
 from gradselect.usage import UsageError, check_positive, check_whole
 
@@ -144,7 +144,7 @@ def low_rank(matrix: Tensor, rank: int, *, generator: torch.Generator) -> tuple[
 
 def best_entries(scores: Tensor, count: int) -> Tensor:
     """Flat indices of the `count` largest, ascending; ties to the lower index."""
-    top = TopEntries(count)
+    top = StreamingTopK(count)
     top.offer(scores.reshape(-1), rank=0)
     return top.result()[1]
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from gradselect.entries import (
     AbstractCompactMask,
     Choice,
-    Contest,
     FromWeights,
+    GlobalTopK,
     Indices,
     MaskTensor,
     Shards,
@@ -24,7 +24,7 @@ from gradselect.entries import (
     resolve_budget,
     share_out,
 )
-from gradselect.parallel import first_index, held, is_spread
+from gradselect.parallel import first_index, is_dtensor, local_part
 from gradselect.usage import UsageError, check_one_of, check_whole
 
 from . import salience as saliences
@@ -94,7 +94,7 @@ class StaticMask(AbstractCompactMask):
         check_batches(self.salience, batches=self.batches, loss=self.loss)
 
     def start(self) -> None:
-        if any(is_spread(tensor.parameter) for tensor in self.tensors) and self._needs_model():
+        if any(is_dtensor(tensor.parameter) for tensor in self.tensors) and self._needs_model():
             raise UsageError(
                 f"{self.salience.name} from batches runs the model by itself, which fully_shard and replicate do not "
                 "let it; leave batches out and take a salience of weights or of the step's own gradient, e.g. "
@@ -142,7 +142,7 @@ class StaticMask(AbstractCompactMask):
 
 def weight_scores(salience: WeightSalience, tensor: MaskTensor, *, seed: int, step: int) -> Iterator[Tensor]:
     """Scores of the entries that this process holds, chunk by chunk, from a generator of the tensor's own."""
-    weight = held(tensor.parameter).detach().reshape(-1)
+    weight = local_part(tensor.parameter).detach().reshape(-1)
     generator = generator_of(seed=seed, step=step, name=tensor.name, device=weight.device)
     length = chunk_length(weight)
     if not salience.draws or weight.numel() == tensor.numel:
@@ -163,7 +163,7 @@ def best_entries(tensors: Sequence[MaskTensor], counts: int | Mapping[str, int],
     """
     parameters = {tensor.name: tensor.parameter for tensor in tensors}
     shards = Shards(parameters)
-    contest = Contest(tuple(parameters), shards, counts)
+    contest = GlobalTopK(tuple(parameters), shards, counts)
     for rank, tensor in enumerate(tensors):
         offset = 0
         for chunk in scores(tensor):

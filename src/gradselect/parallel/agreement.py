@@ -3,8 +3,8 @@
 A *shard* is the part of a tensor that this process holds (FSDP2's DTensor); a *replica* is a copy of the whole tensor
 that the processes keep alike (`replicate`, DistributedDataParallel). Three rules make selection right on both:
 
-* **Rules see what this process holds.** Weights, gradients and states are taken apart by `held` and put together again
-  by `spread` for a checkpoint.
+* **Rules see what this process holds.** Weights, gradients and states are taken apart by `local_part` and put together
+  again by `as_dtensor` for a checkpoint.
 * **Every process decides alike.** Sums of squares are added up over the shards once a decision; where there are
   replicas, which might round differently, rank 0's numbers count. `check_alike` compares what decides.
 * **Nothing is frozen before the model is wrapped.** Data parallel wrappers look at `requires_grad` when they wrap
@@ -26,7 +26,7 @@ from torch.nn import Parameter
 
 from gradselect.usage import UsageError
 
-from .tensors import collective_device, held, is_spread, shard_groups, speaking
+from .tensors import collective_device, is_dtensor, local_part, naming_the_collective, shard_groups
 from .wrappers import check_data_parallel
 
 RELATIVE_TOLERANCE = 1e-5
@@ -38,7 +38,7 @@ Owner = TypeVar("Owner")
 # One run of several processes ------------------------------------------------------------------------------------
 
 
-class Together:
+class RankAgreement:
     """Keeps the processes of a run together, for one optimizer on each of them.
 
     Args:
@@ -88,7 +88,7 @@ class Together:
         check_alike(facts, moment="before the first step")
         check_data_parallel(trains_everything=trains_everything)
         replicas = {
-            name: [held(parameter) for parameter in several if not shard_groups(parameter)]
+            name: [local_part(parameter) for parameter in several if not shard_groups(parameter)]
             for name, several in parameters.items()
         }
         check_same_weights({name: several for name, several in replicas.items() if several})
@@ -112,7 +112,7 @@ class Together:
             check_alike({"step": step, **facts()}, moment=f"at step {step}")
         new = {
             # An engine that shards or replicates DTensors also averages what it gives.
-            name: [parameter for parameter in several if not is_spread(parameter)]
+            name: [parameter for parameter in several if not is_dtensor(parameter)]
             for name, several in parameters.items()
             if name not in self._compared
         }
@@ -132,7 +132,7 @@ class Together:
         current = dict(self._model.named_parameters(remove_duplicate=False))
         for name, parameter in named:
             stand_in = current.get(name, parameter)
-            if stand_in is not parameter and not is_spread(parameter):
+            if stand_in is not parameter and not is_dtensor(parameter):
                 raise UsageError(
                     f"the model computes with another tensor than the optimizer holds for {name!r}: it was wrapped "
                     "afterwards; write fully_shard(model) or replicate(model) first, then build the optimizer"
@@ -210,7 +210,7 @@ def _unlike(tensors: Mapping[str, Sequence[Tensor]], *, moment: str, device: tor
     """The names of which the processes hold different tensors."""
     marks = torch.stack([_mark(several, device=device) for several in tensors.values()])
     others = [torch.empty_like(marks) for _ in range(dist.get_world_size())]
-    with speaking(f"comparing the processes {moment}"):
+    with naming_the_collective(f"comparing the processes {moment}"):
         dist.all_gather(others, marks)
     everyone = torch.stack(others)  # (2, 30, 2) - ranks, blocks, marks
     difference = (everyone - everyone[0]).abs().amax(dim=(0, 2))
@@ -230,7 +230,7 @@ def _mark(tensors: Sequence[Tensor], *, device: torch.device) -> Tensor:
 
 def _gather(value: Any, *, moment: str) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
-    with speaking(f"comparing the processes {moment}"):
+    with naming_the_collective(f"comparing the processes {moment}"):
         dist.all_gather_object(values, value)
     return values
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from .tensors import Groups, collective_device, shard_groups, speaking
+from .tensors import Groups, collective_device, naming_the_collective, shard_groups
 
 # Decisions -------------------------------------------------------------------------------------------------------
 
@@ -50,7 +50,7 @@ class SquareSums:
         kinds = dict.fromkeys(groups for name in names for groups in self._sums[name])
         some = next(iter(self._sums[names[0]].values()))
         totals = torch.zeros(len(names), dtype=torch.float64, device=some.device)
-        with speaking("adding up gradient norms"):
+        with naming_the_collective("adding up gradient norms"):
             for groups in kinds:
                 zero = torch.zeros_like(some)
                 sums = torch.stack([self._sums[name].get(groups, zero) for name in names])
@@ -73,7 +73,7 @@ def add_up(parts: Mapping[Groups, Tensor], *, device: torch.device) -> Tensor:
     totals = []
     for groups, part in parts.items():
         total = part.to(device, copy=True) if groups else part
-        with speaking("adding up"):
+        with naming_the_collective("adding up"):
             for group in groups:
                 dist.all_reduce(total, group=group)
         totals.append(total.cpu())

@@ -31,7 +31,7 @@ def is_one_of_many() -> bool:
 # Shards ----------------------------------------------------------------------------------------------------------
 
 
-def is_spread(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     """Whether the tensor is a DTensor: this process may hold a part of it only."""
     if type(tensor) in (Tensor, Parameter):
         return False
@@ -40,17 +40,17 @@ def is_spread(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def held(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of the tensor, without a copy and without a gradient: its shard, or all of it."""
-    if not is_spread(tensor):
+    if not is_dtensor(tensor):
         return tensor
     with torch.no_grad():
         return tensor.to_local()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def spread(part: Tensor, *, like: Tensor) -> Tensor:
+def as_dtensor(part: Tensor, *, like: Tensor) -> Tensor:
     """The DTensor of which every process holds a `part`, laid out as `like`; plain tensors stay as they are."""
-    if not is_spread(like):
+    if not is_dtensor(like):
         return part
     from torch.distributed.tensor import DTensor
 
@@ -62,32 +62,32 @@ def spread(part: Tensor, *, like: Tensor) -> Tensor:
     return whole.to(device)
 
 
-def share(value: Tensor, *, like: Tensor) -> Tensor:
+def local_part_of(value: Tensor, *, like: Tensor) -> Tensor:
     """This process' part of a saved tensor, which is whole or laid out as `like`.
 
     Raises:
         UsageError: it is spread over other processes than `like`.
     """
-    if not is_spread(value):
-        if not is_spread(like) or value.shape != like.shape:
+    if not is_dtensor(value):
+        if not is_dtensor(like) or value.shape != like.shape:
             return value
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         assert isinstance(like, DTensor)
         mesh = like.device_mesh
         # None: every process has the whole value and takes its own part, without a word to the others.
-        return held(distribute_tensor(value.to(mesh.device_type), mesh, like.placements, src_data_rank=None))
-    if not is_spread(like) or value.placements != like.placements:  # pyright: ignore[reportAttributeAccessIssue]
+        return local_part(distribute_tensor(value.to(mesh.device_type), mesh, like.placements, src_data_rank=None))
+    if not is_dtensor(like) or value.placements != like.placements:  # pyright: ignore[reportAttributeAccessIssue]
         raise UsageError(
             "the saved state is sharded otherwise than the model; save and load it with "
             "gradselect.integrations.distributed.save and .load, which reshard"
         )
-    return held(value)
+    return local_part(value)
 
 
 def shard_groups(tensor: Tensor) -> Groups:
     """The process groups over which the tensor is sharded, one per dimension of its mesh that shards it."""
-    if not is_spread(tensor):
+    if not is_dtensor(tensor):
         return ()
     mesh, placements = tensor.device_mesh, tensor.placements  # pyright: ignore[reportAttributeAccessIssue]
     return tuple(mesh.get_group(axis) for axis, placement in enumerate(placements) if not placement.is_replicate())
@@ -117,9 +117,9 @@ def first_index(tensor: Tensor, *, name: str) -> int:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor, without a gradient; every process calls it."""
-    if not is_spread(tensor):
+    if not is_dtensor(tensor):
         return tensor.detach()
-    with torch.no_grad(), speaking("gathering a weight"):
+    with torch.no_grad(), naming_the_collective("gathering a weight"):
         return tensor.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -128,18 +128,18 @@ def is_averaged_in_hooks(parameter: Tensor) -> bool:
 
     DistributedDataParallel averages later; what FSDP2 offloads may still be on its way.
     """
-    return is_spread(parameter) and collective_device(parameter).type == parameter.device.type
+    return is_dtensor(parameter) and collective_device(parameter).type == parameter.device.type
 
 
 def collective_device(tensor: Tensor) -> torch.device:
     """Where the backend of the tensor's processes works; FSDP2 can offload shards elsewhere."""
-    kind = tensor.device_mesh.device_type if is_spread(tensor) else tensor.device.type  # pyright: ignore
+    kind = tensor.device_mesh.device_type if is_dtensor(tensor) else tensor.device.type  # pyright: ignore
     here = tensor.device.type == kind
     return tensor.device if here else torch.device(kind, torch.accelerator.current_device_index())
 
 
 @contextmanager
-def speaking(doing: str) -> Iterator[None]:
+def naming_the_collective(doing: str) -> Iterator[None]:
     """Around a collective: says what it was when another process has ended, or does not answer in time."""
     try:
         yield

@@ -5,7 +5,7 @@ from .block_methods import AbstractBlockMethod, AllMethod, FullMethod, Method
 from .evaluation_settings import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
 from .load import dump_recipe, explain, load_recipe, merge, parse_override, parse_recipe, read_values
 from .mask_methods import AbstractFreeMaskMethod, AbstractMaskMethod, RunFacts, SparseGradMethod
-from .peer_methods import AbstractWitnessMethod, WitnessFactory, witness_bytes
+from .peer_methods import AbstractPeerMethod, PeerFactory, peer_bytes
 from .schema import (
     ChatData,
     ClassificationData,
@@ -29,7 +29,7 @@ __all__ = [
     "AbstractBlockMethod",
     "AbstractFreeMaskMethod",
     "AbstractMaskMethod",
-    "AbstractWitnessMethod",
+    "AbstractPeerMethod",
     "AdaLoraMethod",
     "AllMethod",
     "ChatData",
@@ -40,6 +40,7 @@ __all__ = [
     "FullMethod",
     "Method",
     "ModelSettings",
+    "PeerFactory",
     "Place",
     "PromptCompletionData",
     "RandomData",
@@ -49,7 +50,6 @@ __all__ = [
     "SparseGradMethod",
     "TextData",
     "TokenData",
-    "WitnessFactory",
     "dump_recipe",
     "explain",
     "is_packed",
@@ -57,6 +57,6 @@ __all__ = [
     "merge",
     "parse_override",
     "parse_recipe",
+    "peer_bytes",
     "read_values",
-    "witness_bytes",
 ]

@@ -17,7 +17,7 @@ from gradselect import UsageError, partition
 from .settings import Settings
 
 
-class AbstractWitnessMethod(Settings, ABC):
+class AbstractPeerMethod(Settings, ABC):
     """Trains with an optimizer of another package. It cannot resume, and without master weights if it knows none."""
 
     @abstractmethod
@@ -36,7 +36,7 @@ class AbstractWitnessMethod(Settings, ABC):
         """
 
 
-class BAdamPackageMethod(AbstractWitnessMethod):
+class BAdamPackageMethod(AbstractPeerMethod):
     """BAdam as its authors' package `badam` has it (Luo, Yu, Li, arXiv 2404.02827).
 
     Attributes:
@@ -68,7 +68,7 @@ class BAdamPackageMethod(AbstractWitnessMethod):
         )
 
 
-class GaLoreMethod(AbstractWitnessMethod):
+class GaLoreMethod(AbstractPeerMethod):
     """GaLore as its authors' package `galore-torch` has it (Zhao et al., arXiv 2403.03507).
 
     The gradients of the matrices in the layers are projected; everything else trains with the package's plain AdamW.
@@ -103,14 +103,14 @@ class GaLoreMethod(AbstractWitnessMethod):
 
 
 @final
-class WitnessFactory:
+class PeerFactory:
     """Builds a witness's optimizer where a trainer asks for one."""
 
-    def __call__(self, model: nn.Module, *, method: AbstractWitnessMethod, **options: Any) -> torch.optim.Optimizer:
+    def __call__(self, model: nn.Module, *, method: AbstractPeerMethod, **options: Any) -> torch.optim.Optimizer:
         return method.make_optimizer(model, **options)
 
 
-def witness_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
+def peer_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
     """Bytes of masters, of the masters' gradients and of other state of an optimizer that is none of ours."""
     masters: list[Tensor] = []
     inner: Any = optimizer

@@ -18,7 +18,7 @@ from gradselect.app.models import draw_weights, load_configuration
 from gradselect.app.recipe import (
     AbstractBlockMethod,
     AbstractMaskMethod,
-    AbstractWitnessMethod,
+    AbstractPeerMethod,
     ClassificationData,
     Recipe,
     RunFacts,
@@ -169,7 +169,7 @@ def meta_model(recipe: Recipe) -> Any:
 
 
 def _check_method(recipe: Recipe) -> None:
-    if isinstance(recipe.method, SparseGradMethod | AbstractWitnessMethod):
+    if isinstance(recipe.method, SparseGradMethod | AbstractPeerMethod):
         raise UsageError(
             f"method.name={recipe.method.name} cannot be planned: what it holds is known only once it has seen batches "
             "or runs in its own package; plan e.g. method.name=meprop or method.name=badam"

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from gradselect import BlockOptimizer, SparseOptimizer
-from gradselect.app.recipe import witness_bytes
+from gradselect.app.recipe import peer_bytes
 
 from .stopwatch import DeviceClock, HostClock, Stopwatch
 from .trainer import RunTrainer
@@ -224,7 +224,7 @@ def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
         held = optimizer.memory()
         return {name: held[name] for name in CATEGORIES}
     parameters = list(model.parameters())
-    masters, gradients, state = witness_bytes(optimizer)
+    masters, gradients, state = peer_bytes(optimizer)
     return {
         "weights": sum(map(_num_bytes, parameters)),
         "gradients": gradients + sum(_num_bytes(p.grad) for p in parameters if p.grad is not None),

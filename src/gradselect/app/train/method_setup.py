@@ -18,13 +18,13 @@ from gradselect.app.recipe import (
     AbstractBlockMethod,
     AbstractFreeMaskMethod,
     AbstractMaskMethod,
-    AbstractWitnessMethod,
+    AbstractPeerMethod,
     AdaLoraMethod,
     AllMethod,
     FullMethod,
+    PeerFactory,
     Recipe,
     RunFacts,
-    WitnessFactory,
 )
 from gradselect.app.runtime import RunFolder
 from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
@@ -74,7 +74,7 @@ def method_parts(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> Method
         case AdaLoraMethod():
             _check_saves_nothing(recipe)
             return _adalora_parts(method, recipe, inputs)
-        case AbstractWitnessMethod():
+        case AbstractPeerMethod():
             _check_saves_nothing(recipe)
             return MethodParts(model=model, optimizer=_witness(method, recipe, inputs), callbacks=[], can_resume=False)
         case AbstractAdapterMethod():
@@ -132,10 +132,10 @@ def _adalora_parts(method: AdaLoraMethod, recipe: Recipe, inputs: Inputs) -> Met
     )
 
 
-def _witness(method: AbstractWitnessMethod, recipe: Recipe, inputs: Inputs) -> tuple[Any, dict[str, Any]]:
+def _witness(method: AbstractPeerMethod, recipe: Recipe, inputs: Inputs) -> tuple[Any, dict[str, Any]]:
     adamw = _adamw_options(recipe)
     del adamw["accumulation_steps"]
-    return WitnessFactory, {"method": method, "head": tuple(inputs.head), "adamw": adamw}
+    return PeerFactory, {"method": method, "head": tuple(inputs.head), "adamw": adamw}
 
 
 def _check_saves_nothing(recipe: Recipe) -> None:
