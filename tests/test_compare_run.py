@@ -384,7 +384,7 @@ def test_an_unknown_method_on_the_command_line_is_an_error(
     with pytest.raises(SystemExit) as raised:
         main(["compare", str(suite), "--only", "ful"])
     assert raised.value.code == 2
-    assert "did you mean 'full'" in capsys.readouterr().err
+    assert "--only='ful' matches no method; nearest: 'full'" in capsys.readouterr().err
 
 
 def test_a_signal_goes_on_to_the_run_and_waits_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

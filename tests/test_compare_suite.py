@@ -96,7 +96,7 @@ def test_methods_are_chosen_by_name_slug_and_glob(tmp_path: Path) -> None:
     assert suite.chosen(["lora r=4"]) == ["LoRA r=4"]
     assert suite.chosen(["lora-r-2", "full"]) == ["full", "LoRA r=2"]
     assert suite.chosen(["LoRA*"]) == ["LoRA r=2", "LoRA r=4"]
-    with pytest.raises(UsageError, match="did you mean 'full'"):
+    with pytest.raises(UsageError, match="--only='ful' matches no method; nearest: 'full'"):
         suite.chosen(["ful"])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import ctypes
-import fnmatch
 import hashlib
 import json
 import math
@@ -19,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gradselect.usage import UsageError
+from gradselect.usage import UsageError, matches_any
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -217,7 +216,7 @@ def is_small_file(name: str) -> bool:
     *folders, last = name.split("/")
     if folders:
         return folders == [TEMPLATES] and last.endswith(".jinja")
-    return any(fnmatch.fnmatchcase(last, pattern) for pattern in FILES)
+    return matches_any(last, FILES)
 
 
 def is_weight_file(name: str) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from gradselect.blocks import Layout
-from gradselect.usage import UsageError, as_tuple, beginnings, nearest
+from gradselect.usage import UsageError, as_tuple, beginnings, matching
 
 from .rotated import RotatedLinear
 
@@ -139,13 +138,8 @@ def _named(known: Sequence[LinearLayer], patterns: Sequence[str]) -> list[Linear
     """Those that the user named, each of which can be rotated."""
     if not patterns:
         raise UsageError('layers=() names no linear; write layers=None, or e.g. layers=("*.up_proj", "*.down_proj")')
-    names = [layer.name for layer in known]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UsageError(
-                f"layers: {pattern!r} matches no linear in the repeated layers; nearest: {nearest(pattern, names)}"
-            )
-    chosen = [layer for layer in known if any(fnmatchcase(layer.name, pattern) for pattern in patterns)]
+    names = matching([layer.name for layer in known], patterns, key="layers", kind="linear in the repeated layers")
+    chosen = [layer for layer in known if layer.name in names]
     for layer in chosen:
         if (fault := _fault(layer)) is not None:
             raise UsageError(f"layers: {layer.name!r} {fault}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
+import glob
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
@@ -25,6 +24,7 @@ from gradselect.app.recipe import (
     parse_override,
     read_values,
 )
+from gradselect.usage import matching
 
 NOT_SHARED = {
     "method": "write each method below methods",
@@ -186,12 +186,11 @@ class Suite(Settings):
         Raises:
             UsageError: one that fits no method.
         """
-        for pattern in only:
-            if not any(_fits(name, pattern) for name in self.methods):
-                near = difflib.get_close_matches(pattern, self.methods, n=1)
-                meant = f", did you mean {near[0]!r}?" if near else ""
-                raise UsageError(f"--only {pattern!r}: no such method{meant} (known: {', '.join(self.methods)})")
-        return [name for name in self.methods if not only or any(_fits(name, pattern) for pattern in only)]
+        if not only:
+            return list(self.methods)
+        by_slug = {slug(name): glob.escape(name) for name in self.methods}
+        patterns = [by_slug.get(pattern, pattern) for pattern in only]
+        return list(matching(self.methods, patterns, key="--only", kind="method", ignore_case=True))
 
 
 def slug(name: str) -> str:
@@ -228,7 +227,3 @@ def parse_suite(values: Mapping[str, Any], *, source: str) -> Suite:
     except ValidationError as error:
         lines = (f"  {line}" for line in explain(error, root=Suite))
         raise UsageError("\n".join([f"{source} is no valid suite:", *lines])) from None
-
-
-def _fits(name: str, pattern: str) -> bool:
-    return fnmatchcase(name.lower(), pattern.lower()) or slug(name) == pattern

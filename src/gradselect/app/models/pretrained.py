@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any
 
 from gradselect.app.runtime import machine_bytes
 from gradselect.files import MANIFEST_NAME, digests_of_model, sha256
-from gradselect.usage import UsageError, first_line
+from gradselect.usage import UsageError, first_line, matches_any
 
 from .size_limits import MOST_WEIGHTS, check_sizes
 
@@ -156,7 +155,7 @@ def _check_manifest(folder: Path, *patterns: str) -> None:
         UsageError: names the first that is missing or damaged.
     """
     digests = digests_of_model(folder)
-    for name in sorted(name for pattern in patterns for name in fnmatch.filter(digests, pattern)):
+    for name in sorted(name for name in digests if matches_any(name, patterns)):
         path = folder / name
         problem = None if path.is_file() else "is missing"
         if problem is None and sha256(path) != digests[name]:
