@@ -30,7 +30,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,10 @@ class AbstractMask(ABC):
     Attributes:
         among: names or globs of parameters that the mask chooses from, e.g. `("*.mlp.*",)`; None: all that it can use.
         tensors: those parameters, in model order; empty until bound.
+        method_name: `method.name` of the recipes that use it. None: no method is just this mask.
     """
+
+    method_name: ClassVar[str | None] = None
 
     among: Sequence[str] | None = None
     tensors: tuple[MaskTensor, ...] = field(default=(), init=False, repr=False)
