@@ -50,8 +50,17 @@ def test_links_lead_somewhere(page: Path):
 
 @each_page
 def test_files_exist(page: Path):
-    for path in re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]*\w", page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]*\w", text):
         assert (ROOT / path).exists(), path
+    for path in re.findall(r"(?<![\w/.-])app/[\w./-]*\w", text):
+        assert (ROOT / "src" / "gradselect" / path).exists(), path
+
+
+@each_page
+def test_files_hold_the_functions_that_a_page_finds_there(page: Path):
+    for path, name in re.findall(r"`(src/[\w./]+\.py)`: `(?:\w+\.)?(\w+)`", page.read_text(encoding="utf-8")):
+        assert re.search(rf"(def|class) {name}\b", (ROOT / path).read_text(encoding="utf-8")), f"{path}: {name}"
 
 
 @each_page
