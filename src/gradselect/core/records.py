@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
+
+from gradselect.files import write_atomically
 
 
 class MemoryBytes(TypedDict):
@@ -111,9 +112,7 @@ class JsonlWriter:
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         # A killed writer can leave a last line without its end: it is of a step that is about to be repeated.
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
-        aside = self.path.with_name(self.path.name + ".new")
-        aside.write_text("".join(kept), encoding="utf-8")
-        os.replace(aside, self.path)
+        write_atomically(self.path, "".join(kept))
 
 
 def _as_json(record: StepRecord | MaskRecord) -> dict[str, Any]:

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, get_args
 
+from gradselect.files import writing_aside
 from gradselect.usage import UsageError, check_one_of
 
 from .checkpoint import CheckpointFolder
 from .difference import write_delta
 from .file import DeltaFile, OtherSide, Side
 from .merging import MergedCheckpoint, Overlap, Whole
-from .write import free_file, free_folder, write_checkpoint, written_aside
+from .write import free_file, free_folder, write_checkpoint
 
 __all__ = ["DeltaSummary", "apply", "diff", "fingerprint", "merge", "revert", "summary"]
 
@@ -86,7 +87,7 @@ def diff(base_dir: PathLike, tuned_dir: PathLike, path: PathLike) -> DeltaSummar
     """
     target = free_file(Path(path))
     base, tuned = CheckpointFolder(Path(base_dir)), CheckpointFolder(Path(tuned_dir))
-    with written_aside(target) as aside:
+    with writing_aside(target) as aside:
         write_delta(aside, base, tuned)
     return summary(target)
 
@@ -145,7 +146,7 @@ def merge(
     base = CheckpointFolder(Path(base_dir))
     tuned = [_other_side(base, delta, source="base", target="tuned") for delta in paths]
     merged = MergedCheckpoint(base, tuned, overlap=overlap, whole=whole)
-    with written_aside(target) as aside:
+    with writing_aside(target) as aside:
         write_delta(aside, base, merged)
     return summary(target)
 
@@ -187,8 +188,9 @@ def _cross(source_dir: PathLike, path: PathLike, out_dir: PathLike, *, source: S
     """From one side of a delta to the other."""
     folder = free_folder(Path(out_dir))
     other = _other_side(CheckpointFolder(Path(source_dir)), path, source=source, target=target)
-    with written_aside(folder) as aside:
+    with writing_aside(folder) as aside:
         write_checkpoint(aside, other)
+        free_folder(folder)  # minutes have passed, and the rename deletes what is there
     return summary(path)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import AbstractCheckpoint, TensorSpec, width
-from .file import FORMAT, VERSION, Change, Side, index_dtype, sha256
+from .file import FORMAT, VERSION, Change, Side, digest_of, index_dtype
 from .write import Part, write_safetensors
 
 BIT_DTYPES = {1: "U8", 2: "I16", 4: "I32", 8: "I64"}
@@ -26,7 +26,7 @@ def write_delta(path: Path, base: AbstractCheckpoint, tuned: AbstractCheckpoint)
         parts |= _parts(base, tuned, name, change)
     models: dict[Side, AbstractCheckpoint] = {"base": base, "tuned": tuned}
     file_digests = {
-        side: {name: sha256(model.file(name)) for name in model.contents.files} for side, model in models.items()
+        side: {name: digest_of(model.file(name)) for name in model.contents.files} for side, model in models.items()
     }
     for side, name in _changed_files(file_digests["base"], file_digests["tuned"]):
         parts[f"{side}_file:{name}"] = _file_part(models[side].file(name))
@@ -36,7 +36,7 @@ def write_delta(path: Path, base: AbstractCheckpoint, tuned: AbstractCheckpoint)
     }
     text = json.dumps(manifest, separators=(",", ":"), sort_keys=True)
     write_safetensors(
-        path, parts, {"format": FORMAT, "version": VERSION, "manifest": text, "sha256": sha256(text.encode())}
+        path, parts, {"format": FORMAT, "version": VERSION, "manifest": text, "sha256": digest_of(text.encode())}
     )
 
 

@@ -70,7 +70,7 @@ class DeltaFile:
                 f"{UNSEALED_VERSION!r} and {VERSION!r}; update gradselect, or make the delta again"
             )
         text = metadata.get("manifest", "")
-        if metadata.get("version") == VERSION and metadata.get("sha256") != sha256(text.encode()):
+        if metadata.get("version") == VERSION and metadata.get("sha256") != digest_of(text.encode()):
             raise self.damaged("its manifest is not the one that was written: it has another SHA-256")
         try:
             self._read_manifest(json.loads(text))
@@ -127,7 +127,7 @@ class DeltaFile:
         """A small file that differs between the sides."""
         stored = self._file.tensor(f"{side}_file:{name}")
         content = bytes(memory(stored))
-        if sha256(content) != self.file_digests[side][name]:
+        if digest_of(content) != self.file_digests[side][name]:
             raise self.damaged(f"its copy of {name} is not the one of the {side}")
         return content
 
@@ -168,7 +168,7 @@ class DeltaFile:
 
     def _check_file(self, checkpoint: AbstractCheckpoint, name: str, *, side: Side, where: Path) -> None:
         has_it = name in checkpoint.contents.files
-        if not has_it or sha256(checkpoint.file(name)) != self.file_digests[side][name]:
+        if not has_it or digest_of(checkpoint.file(name)) != self.file_digests[side][name]:
             raise UsageError(
                 f"{name} of {where} is {'another one' if has_it else 'missing; it is there'} in the {side} model that "
                 f"{self.path} was made with; put that model's {name} there"
@@ -251,5 +251,5 @@ def _check_contents(contents: Contents) -> None:
         raise ValueError(f"{strange[0]!r} is no file, dtype or header of a checkpoint")
 
 
-def sha256(content: bytes) -> str:
+def digest_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from torch import Tensor
 
@@ -40,7 +37,6 @@ def write_safetensors(path: Path, parts: Mapping[str, Part], metadata: Mapping[s
             bits = parts[name].read()
             assert bits.numel() * bits.element_size() == num_bytes(parts[name].dtype, parts[name].shape), name
             file.write(memory(bits))
-        _flush(file)
 
 
 def write_checkpoint(folder: Path, checkpoint: AbstractCheckpoint) -> None:
@@ -88,33 +84,6 @@ def free_folder(path: Path) -> Path:
     return path
 
 
-@contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
-    """A path to write a file or folder to; it takes the name `target` when the block ends without an error.
-
-    Raises:
-        UsageError: the disk is full or cannot be written to.
-    """
-    aside = target.with_name(f".{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(aside)
-        yield aside
-        if target.is_dir():
-            target.rmdir()
-        os.replace(aside, target)
-    except OSError as error:
-        there = next(parent for parent in target.parents if parent.exists())
-        free = shutil.disk_usage(there).free / 2**20
-        reason = error.strerror or str(error)
-        raise UsageError(
-            f"could not write {target}: {reason} ({free:,.0f} MiB free on the disk); nothing was changed"
-        ) from error
-    finally:
-        with suppress(OSError):
-            _remove(aside)
-
-
 def _taken(path: Path) -> str:
     return f"{path} exists already and is not empty; choose another name, or remove it first"
 
@@ -133,19 +102,4 @@ def _header(parts: Mapping[str, Part], metadata: Mapping[str, str]) -> bytes:
 
 def _write_file(path: Path, content: bytes) -> None:
     path.parent.mkdir(exist_ok=True)
-    with path.open("wb") as file:
-        file.write(content)
-        _flush(file)
-
-
-def _flush(file: BinaryIO) -> None:
-    """Make the bytes reach the disk before the name does: a power cut must leave no torn file of that name."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    path.write_bytes(content)

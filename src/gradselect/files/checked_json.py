@@ -67,9 +67,3 @@ def _digests(values: Mapping[str, Any]) -> dict[str, str]:
 
 def _damaged(name: str, what: str) -> UsageError:
     return UsageError(f"{name}: damaged: {what}; put a copy back, or make it again")
-
-
-def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -11,7 +12,7 @@ from typing import Any
 
 from gradselect.usage import UsageError
 
-from .checked_json import KEY, read_sealed, sealed, sha256
+from .checked_json import KEY, read_sealed, sealed
 
 MANIFEST_NAME = "gradselect-manifest.json"
 """Of no other program: a model may come with a `manifest.json` of its own."""
@@ -25,6 +26,12 @@ def write_manifest(folder: Path, *, step: int) -> None:
     }
     text = json.dumps(sealed({"version": VERSION, "step": step, "files": files}), indent=1)
     (folder / MANIFEST_NAME).write_text(text + "\n", "utf-8")
+
+
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(folder: Path) -> str | None:

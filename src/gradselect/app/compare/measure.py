@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from gradselect.app.evaluate import EvaluationResult, evaluate
 from gradselect.app.recipe import EvaluationSettings, RandomData
 from gradselect.app.runtime import RunFolder
 from gradselect.delta import DeltaFile
-from gradselect.files import read_sealed, sealed
+from gradselect.files import read_sealed, sealed, write_atomically
 
 from .job import Job
 from .protocol import local_folder
@@ -141,10 +140,7 @@ def _loss_of_base(job: Job) -> float:
         model = job.recipe.model
         settings = job.forgetting.settings(local_folder(model.path, revision=model.revision))
         known[key] = _loss(replace(settings, dtype=model.dtype) if settings.dtype == "auto" else settings)
-        # Calls that run beside one another must not write into the same file.
-        aside = file.with_name(f".{file.name}.{os.getpid()}")
-        aside.write_text(json.dumps(sealed(known), indent=1) + "\n", "utf-8")
-        os.replace(aside, file)
+        write_atomically(file, json.dumps(sealed(known), indent=1) + "\n")
     return known[key]
 
 

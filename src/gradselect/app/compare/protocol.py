@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from gradselect import UsageError
 from gradselect.app.recipe import HUB_DATA, RandomData, Recipe
 from gradselect.files import sha256
+from gradselect.usage import find_differences, first_line
 
 from .suite import Evaluation, Suite
 
@@ -57,12 +58,7 @@ def protocol_hash(settings: Mapping[str, Any]) -> str:
 
 def protocol_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """What differs, one line each, e.g. "recipe.run.steps: 300 there, 100 here"."""
-    old, new = dict(_flat(there)), dict(_flat(here))
-    return [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
+    return [f"{key}: {old!r} there, {new!r} here" for key, old, new in find_differences(there, here)]
 
 
 def place_fingerprint(place: str | Path, *, kind: Literal["model", "dataset"], revision: str | None = None) -> str:
@@ -115,24 +111,12 @@ def _hub_commit(name: str, *, kind: Literal["model", "dataset"], revision: str |
     try:
         return str(HfApi().repo_info(name, repo_type=kind, revision=revision).sha)
     except (OSError, ValueError) as error:
-        looked_for.append(_first_line(error))
+        looked_for.append(first_line(error))
     try:
         folder = snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{name!r} is neither a file or folder here (paths are relative to the folder the command runs in) nor a "
-            f"{kind} on the hub ({looked_for[0]}) nor in its cache ({_first_line(error)})"
+            f"{kind} on the hub ({looked_for[0]}) nor in its cache ({first_line(error)})"
         ) from None
     return Path(folder).name
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

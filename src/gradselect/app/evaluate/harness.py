@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from gradselect.app.recipe import EvaluationSettings
-from gradselect.files import sealed
+from gradselect.files import sealed, write_atomically
 from gradselect.usage import UsageError
 
 from .language_model import check_folder, resolve_device
-from .results import check_new_folder, plain_settings, to_json, versions, write_aside
+from .results import check_new_folder, plain_settings, to_json, versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +117,6 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 def _write(folder: Path, report: Mapping[str, Any], result: HarnessResult) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for task, samples in report["samples"].items():
-        write_aside(folder / f"samples_{task}.jsonl", "".join(json.dumps(s, default=str) + "\n" for s in samples))
+        write_atomically(folder / f"samples_{task}.jsonl", "".join(json.dumps(s, default=str) + "\n" for s in samples))
     rest = {name: value for name, value in report.items() if name != "samples"}
-    write_aside(folder / "harness.json", to_json(sealed({**asdict(result), "report": rest})))
+    write_atomically(folder / "harness.json", to_json(sealed({**asdict(result), "report": rest})))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -15,7 +13,7 @@ from typing import IO, Any, Self
 
 from gradselect import __version__
 from gradselect.app.stats import Interval
-from gradselect.files import read_sealed, sealed
+from gradselect.files import read_sealed, sealed, sha256, write_atomically
 from gradselect.usage import UsageError
 
 Item = dict[str, Any]
@@ -140,15 +138,15 @@ class ItemWriter:
         """All items in the order of the data; the file is written anew in that order."""
         self._items.sort(key=lambda item: item["index"])
         if self._folder is not None:
-            write_aside(self._folder / "items.jsonl", "".join(map(_line, self._items)))
+            write_atomically(self._folder / "items.jsonl", "".join(map(_line, self._items)))
         return self._items
 
     def write_result(self, result: EvaluationResult) -> EvaluationResult:
         """The result itself; it is in `result.json` now."""
         if self._folder is not None:
-            digest = hashlib.sha256((self._folder / "items.jsonl").read_bytes()).hexdigest()
+            digest = sha256(self._folder / "items.jsonl")
             values = sealed({**result.to_dict(), "items_sha256": digest})
-            write_aside(self._folder / "result.json", to_json(values))
+            write_atomically(self._folder / "result.json", to_json(values))
         return result
 
 
@@ -161,12 +159,12 @@ def read_evaluation(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "items.jsonl"
     values = read_sealed(Path(folder) / "result.json", needed=("task", "num_items"))
     try:
-        content = path.read_bytes()
-        items = [json.loads(line) for line in content.decode().splitlines()]
+        digest = sha256(path)
+        items = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: damaged or half-written ({error}); evaluate again") from None
     # What was written before there were digests is believed.
-    if values.pop("items_sha256", None) not in (None, hashlib.sha256(content).hexdigest()):
+    if values.pop("items_sha256", None) not in (None, digest):
         raise UsageError(
             f"{path}: damaged, or not the one of result.json, which has another items_sha256; evaluate again"
         )
@@ -182,13 +180,6 @@ def check_new_folder(folder: str | Path) -> None:
     path = Path(folder)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise UsageError(f"output={str(folder)!r} exists already; name a new folder, or remove it first")
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside its place first, then into it."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def to_json(values: Mapping[str, Any]) -> str:

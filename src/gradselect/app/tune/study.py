@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gradselect import UsageError
 from gradselect.app.train import differences
-from gradselect.files import writing_aside
+from gradselect.files import locked, write_atomically
+from gradselect.usage import find_differences
 
 from .ranges import SearchRange
 
@@ -78,11 +78,9 @@ def opened(folder: StudyFolder, description: Mapping[str, Any]) -> Iterator[optu
         UsageError: there is something else in it, another study, or another process at work on it.
     """
     _check_folder(folder, description)
-    folder.root.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder.root, name="--study"):
         if not folder.description.exists():
-            with writing_aside(folder.description) as aside:
-                aside.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            write_atomically(folder.description, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
         with _quiet_optuna():
             storage = optuna.storages.RDBStorage(f"sqlite:///{folder.storage}")
             try:
@@ -134,7 +132,7 @@ def _distribution(searched: SearchRange) -> BaseDistribution:
     return FloatDistribution(searched.low, searched.high, log=searched.log)
 
 
-def _check_folder(folder: StudyFolder, description: Mapping[str, Any]) -> None:
+def _check_folder(folder: StudyFolder, now: Mapping[str, Any]) -> None:
     if not folder.root.exists():
         return
     if not folder.description.is_file():
@@ -142,30 +140,23 @@ def _check_folder(folder: StudyFolder, description: Mapping[str, Any]) -> None:
             raise UsageError(f"--study {folder.root} exists and holds no study; choose another folder")
         return
     before = json.loads(folder.description.read_text("utf-8"))
-    different = list(differences(before, description))
-    # A run may be evaluated at other steps; trials may not, for they are compared step by step.
-    different += [
-        f"{name}: {old!r} then, {new!r} now"
-        for name, old, new in (
-            ("--search", before["search"], description["search"]),
-            ("--seed", before["seed"], description["seed"]),
-            ("run.evaluate_every", *(side["recipe"]["run"]["evaluate_every"] for side in (before, description))),
-        )
-        if old != new
-    ]
+    different = list(differences(before, now))
+    different += [f"{key}: {old!r} then, {new!r} now" for key, old, new in find_differences(_own(before), _own(now))]
     if different:
-        heading = f"the study in {folder.root} is another one; go on with its own settings, or choose another --study:"
+        heading = (
+            f"the study in {folder.root} is another one; continue it with its own settings, or choose another --study:"
+        )
         raise UsageError("\n  ".join([heading, *different]))
 
 
-@contextmanager
-def _locked(folder: StudyFolder) -> Iterator[None]:
-    with (folder.root / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"another process is at work on the study in {folder.root}; wait for its end") from None
-        yield
+def _own(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a resumed run may change and a study may not: its trials are compared step by step."""
+    run = description["recipe"]["run"]
+    return {
+        "--search": description["search"],
+        "--seed": description["seed"],
+        "run.evaluate_every": run["evaluate_every"],
+    }
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradselect.app.recipe import Recipe, dump_recipe
-from gradselect.files import writing_aside
+from gradselect.files import write_atomically
 
 from .ranges import SearchRange, with_values
 from .study import StudyFolder
@@ -77,8 +77,7 @@ def write_best(recipe: Recipe, best: TrialSummary, *, num_trials: int, folder: S
     values = {**best.values, "run.output": str(folder.best_output)}
     tuned = with_values(recipe, values, source=str(folder.best_recipe))
     heading = f"# Trial {best.number}, the best of {num_trials}: validation loss {best.loss:.4f} at step {best.step}.\n"
-    with writing_aside(folder.best_recipe) as aside:
-        aside.write_text(heading + dump_recipe(tuned), "utf-8")
+    write_atomically(folder.best_recipe, heading + dump_recipe(tuned))
     return tuned
 
 
