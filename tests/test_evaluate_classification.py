@@ -189,7 +189,7 @@ WRONG = {
     "text of another task": ({"task": "loss", "text": "{sentence}"}, "is not for the task loss"),
     "text without a column": ({"text": "always the same"}, "names no column"),
     "no such column": ({"label": "mark"}, "has no column 'mark'"),
-    "too many labels": ({"labels": ("good", "bad", "fair")}, "are 3, the model has 2 outputs"),
+    "too many labels": ({"labels": ("good", "bad", "fair")}, "names 3, but the model has 2 outputs"),
     "other labels": ({"labels": ("yes", "no")}, "row 1: the label 'bad' is none of yes, no"),
     "labels of scores": ({"model": "scores", "labels": ("a", "b")}, "the model has one output"),
     "no head": ({"model": "bert"}, "a model with a classification head"),

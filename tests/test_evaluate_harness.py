@@ -150,7 +150,7 @@ def test_without_the_harness_the_message_says_what_to_install(monkeypatch: pytes
 
 
 def test_the_harness_and_the_own_tasks_are_not_mixed_up(model: Path) -> None:
-    with pytest.raises(UsageError, match="no task for lm-eval"):
+    with pytest.raises(UsageError, match="harness names no task"):
         run_harness(EvaluationSettings(model=model, task="gsm8k"))
     with pytest.raises(UsageError, match="call run_harness"):
         evaluate(EvaluationSettings(model=model, harness=("gsm8k",)))

@@ -461,7 +461,7 @@ def test_a_folder_that_is_no_model_is_explained(folder: Path, data: Path, tmp_pa
         return str(error.value)
 
     assert "it has no config.json; it holds problems.jsonl" in complaint(tmp_path)
-    assert "is a file; give the folder" in complaint(data)
+    assert "is a file; give its folder" in complaint(data)
     assert "no such folder" in complaint(tmp_path / "nowhere")
     assert "cannot be used" in complaint("nobody/no-model")
     broken = copy_of(folder, tmp_path / "broken")
@@ -474,7 +474,7 @@ def test_a_folder_that_is_no_model_is_explained(folder: Path, data: Path, tmp_pa
     (encoder / "config.json").write_text('{"model_type": "t5"}')
     assert "cannot be used" in complaint(encoder)
     assert "device='cuda:77': this machine has" in complaint(folder, device="cuda:77")
-    assert "device='abacus' is no device" in complaint(folder, device="abacus")
+    assert "device='abacus' is not a device" in complaint(folder, device="abacus")
 
 
 def test_a_checkpoint_without_all_weights_is_refused(folder: Path, data: Path, tmp_path: Path) -> None:

@@ -358,7 +358,7 @@ def test_damage_is_said_by_file_and_key(tmp_path: Path) -> None:
 def test_items_of_another_evaluation_are_refused(tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_text('{"index": 0}\n')
     (tmp_path / "result.json").write_text(json.dumps(sealed({"task": "loss", "num_items": 1, "items_sha256": "0"})))
-    with pytest.raises(UsageError, match=r"items\.jsonl: damaged, or not the one of result\.json"):
+    with pytest.raises(UsageError, match=r"items\.jsonl: damaged, or not the items of result\.json"):
         read_evaluation(tmp_path)
 
 

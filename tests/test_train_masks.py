@@ -207,11 +207,11 @@ BAD_METHODS = {
     "grasp without batches": ({"name": "static", "density": 0.1, "salience": "grasp"}, "needs batches"),
     "random with batches": (
         {"name": "static", "density": 0.1, "salience": "random", "calibration_batches": 1},
-        "looks at weights only",
+        "reads weights only",
     ),
     "unknown scope": ({"name": "gmt", "scope": "layer"}, "method.scope = 'layer'"),
     "rank and density": ({"name": "lift", "rank": 2, "density": 0.1}, "give one of them"),
-    "no biases": ({"name": "bitfit"}, "none of the parameters that train is one"),
+    "no biases": ({"name": "bitfit"}, "no trainable parameter is a bias"),
     "density above one": ({"name": "sparsegrad", "density": 2}, "method.density = 2"),
     "no such layer": ({"name": "meprop", "layers": ["nix"]}, "nix"),
     "unknown key of the adapter": (

@@ -194,7 +194,7 @@ def test_the_command_line_says_how_to_go_on_and_exits_with_the_signals_code(
     with pytest.raises(SystemExit) as ended:
         main(["train", str(recipe), "run.seed=1"])
     assert ended.value.code == 128 + signal.SIGTERM
-    assert f"go on with: gradselect train {recipe} run.seed=1 --resume" in capsys.readouterr().err
+    assert f"resume with: gradselect train {recipe} run.seed=1 --resume" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
