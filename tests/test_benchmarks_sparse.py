@@ -1,93 +1,24 @@
-"""What the benchmarks of the sparse methods read, count and print; no training."""
+"""The benchmarks: their tables, counted bytes, and text; no training."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_llama
+from tiny_models import VOCABULARY, tiny_llama
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-glue = pytest.importorskip("glue", reason="needs peft and scipy", exc_type=ImportError)
+common = pytest.importorskip("common")
+glue = pytest.importorskip("glue")
 gsm8k_masks = pytest.importorskip("gsm8k_masks")
 pretrain_encoder = pytest.importorskip("pretrain_encoder")
 sparse_step = pytest.importorskip("sparse_step")
 
 
-# GLUE ----------------------------------------------------------------------------------------------------------------
-
-
-LINES = {
-    "CoLA": (None, 'gj04\t0\t*\tHe said "no', (('He said "no',), 0.0)),
-    "RTE": ("index\tsentence1\tsentence2\tlabel", "0\tA man.\tA cat.\tnot_entailment", (("A man.", "A cat."), 1.0)),
-    "MRPC": (
-        "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
-        "1\t7\t8\tHe ran.\tRan he.",
-        (("He ran.", "Ran he."), 1.0),
-    ),
-    "STS-B": (None, "0\tg\tf\ty\t0001\tnone\tnone\tA plane.\tA jet.\t3.750", (("A plane.", "A jet."), 0.5)),
-}
-
-
-@pytest.mark.parametrize("name", glue.TASKS)
-def test_a_line_of_each_task_is_its_texts_and_its_label(name: str, tmp_path: Path):
-    header, line, (texts, label) = LINES[name]
-    lines = ([header] if header else []) + [line, line]
-    (tmp_path / "dev.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert glue.TASKS[name].read(tmp_path / "dev.tsv") == [glue.Example(texts, label)] * 2
-
-
-def test_matthews_is_the_correlation_of_two_binary_variables():
-    generator = torch.Generator().manual_seed(0)
-    predicted, labels = torch.randint(0, 2, (2, 50), generator=generator).float()
-    expected = torch.corrcoef(torch.stack([predicted, labels]))[0, 1].item()
-    assert glue.matthews(predicted, labels) == pytest.approx(expected, abs=1e-6)
-
-
-def test_f1_is_the_harmonic_mean_of_precision_and_recall():
-    predicted, labels = torch.tensor([1.0, 1, 1, 0, 0]), torch.tensor([1.0, 0, 1, 1, 0])
-    assert glue.f1(predicted, labels) == pytest.approx(2 / 3)
-    assert glue.f1(torch.zeros(5), labels) == 0.0
-
-
-def test_a_constant_answer_has_no_correlation_and_the_share_of_the_majority():
-    labels = torch.tensor([1.0, 1, 0, 1])
-    assert glue.constant(glue.TASKS["CoLA"], labels) == {"matthews": 0.0}
-    assert glue.constant(glue.TASKS["RTE"], labels) == {"accuracy": 0.75}
-    assert glue.constant(glue.TASKS["STS-B"], torch.linspace(-1, 1, 4)) == {"spearman": 0.0}
-
-
-def part(size: int) -> Any:
-    lengths = torch.arange(size) % 5 + 1
-    mask = (torch.arange(8) < lengths[:, None]).long()
-    return glue.Part({"input_ids": torch.arange(size)[:, None] * mask, "attention_mask": mask}, torch.arange(size))
-
-
-def test_an_epoch_visits_every_example_once_and_epochs_differ():
-    seen = torch.cat([labels for _, labels in glue.batches(part(12), size=4, steps=6, seed=0)])
-    assert seen[:12].sort().values.tolist() == seen[12:].sort().values.tolist() == list(range(12))
-    assert seen[:12].tolist() != seen[12:].tolist()
-
-
-def test_a_batch_has_no_column_of_padding_alone():
-    inputs, _ = part(5).take(torch.tensor([0, 2]))
-    assert inputs["input_ids"].shape == (2, 3)
-
-
-def test_held_out_examples_are_no_training_examples():
-    rest, unseen = glue.held_out(part(glue.NUM_HELD_OUT + 20))
-    assert len(rest.labels) == 20
-    assert sorted(rest.labels.tolist() + unseen.labels.tolist()) == list(range(glue.NUM_HELD_OUT + 20))
-
-
-def test_the_rate_rises_and_falls_to_nothing():
-    shares = [glue.rate_share(step, 100) for step in range(101)]
-    assert max(shares) == pytest.approx(1.0, abs=0.02)
-    assert 0 < shares[0] < shares[4] > shares[50] > shares[99] > shares[100] == 0
+# Tables and bytes ---------------------------------------------------------------------------------------------------
 
 
 def test_the_table_of_glue_has_means_over_seeds_and_over_tasks():
@@ -137,11 +68,11 @@ def test_word_vectors_of_words_in_the_same_company_are_alike():
     assert vectors[5] @ vectors[6] > 0.9 > abs(vectors[5] @ vectors[7])
 
 
-# Steps and bytes -----------------------------------------------------------------------------------------------------
+# Steps -----------------------------------------------------------------------------------------------------
 
 
 def test_live_bytes_counts_what_exists_and_remembers_the_most():
-    with sparse_step.LiveBytes() as live:
+    with common.LiveBytes() as live:
         kept = torch.zeros(100)
         gone = torch.zeros(1000) + 1  # two tensors for a moment
         del gone
@@ -174,3 +105,22 @@ def test_entries_of_layers_are_counted_apart(tmp_path: Path):
     total, linears = gsm8k_masks.num_entries(tmp_path)
     assert total == sum(p.numel() for p in model.parameters())
     assert linears == sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2)
+
+
+def test_methods_take_turns_and_warmup_is_not_counted():
+    visited: list[str] = []
+    model = tiny_llama()
+    optimizer = common.fused_adamw(model, lr=1e-3)
+    methods = [
+        common.Method(name, model, optimizer, after_backward=lambda name=name: visited.append(name)) for name in "ab"
+    ]
+    batches = common.random_batches(VOCABULARY, batch=1, length=4)
+    common.take_turns(methods, batches, warmup=1, rounds=2)
+    assert visited == ["a", "b"] * 3
+    assert [len(method.seconds) for method in methods] == [2, 2]
+
+
+def test_a_section_without_markers_is_refused():
+    assert common.fill_section("<!-- x: begin -->old<!-- x: end -->", "x", "new \\1").count("new \\1") == 1
+    with pytest.raises(SystemExit, match="no markers <!-- y: begin -->"):
+        common.fill_section("text", "y", "new")
