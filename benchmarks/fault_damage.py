@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from gradselect import UsageError, delta
-from gradselect.app.compare.results import read_result, write_result
 from gradselect.app.evaluate import EvaluationSettings, evaluate, read_evaluation
 from gradselect.app.evaluate.language_model import load
+from gradselect.app.results import read_result, write_result
 from gradselect.files.checked_json import read_sealed
 from gradselect.files.manifest import MANIFEST_NAME, verify
 
@@ -70,8 +70,8 @@ def subjects(place: Path, run: Path, *, result: Path) -> Iterator[Subject]:
     evaluate(settings)
     yield _subject("evaluation", place / "scores", read_evaluation)
 
-    write_result(place / "compared" / result.name, json.loads(result.read_text("utf-8")))
-    yield _subject("comparison", place / "compared", lambda folder: read_result(folder / result.name).values)
+    write_result(place / "compared" / result.name, read_result(result).content)
+    yield _subject("comparison", place / "compared", lambda folder: read_result(folder / result.name).content.values())
 
 
 def _subject(name: str, folder: Path, read: Callable[[Path], Any], *, but: tuple[str, ...] = ()) -> Subject:

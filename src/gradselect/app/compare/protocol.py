@@ -1,4 +1,4 @@
-"""The protocol: what runs must share so that their results may stand in one table, and its fingerprint."""
+"""Protocol: the settings that runs must share for one table, and their fingerprint."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ FREE = {
         "max_skipped_steps",
     },
 }
-"""Keys of a recipe in which runs of one protocol may differ; of places it is compared what stands there."""
+"""Keys of a recipe in which runs of one protocol may differ. Of paths the contents are compared."""
 
 MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.model", "vocab*", "merges.txt", "*.jinja")
-"""What decides how a model computes."""
+"""Files that decide what a model computes."""
 
 
 def protocol_settings(suite: Suite) -> dict[str, Any]:
-    """Plain values of all that the suite's methods share, with fingerprints instead of places.
+    """Return plain values of everything that the suite's methods share, with fingerprints in place of paths.
 
     Raises:
-        UsageError: a model or data set is neither on the disk nor to be had from the hub.
+        UsageError: a model or data set is neither on the disk nor on the hub.
     """
     forgetting = None if suite.forgetting is None else _evaluation_settings(suite.forgetting)
     return {
@@ -52,12 +52,12 @@ def protocol_settings(suite: Suite) -> dict[str, Any]:
 
 
 def protocol_hash(settings: Mapping[str, Any]) -> str:
-    """SHA-256 of the settings, whatever the order of their keys."""
+    """SHA-256 of the settings; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def protocol_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What differs, one line each, e.g. "recipe.run.steps: 300 there, 100 here"."""
+    """Return one line for each difference, e.g. "recipe.run.steps: 300 there, 100 here"."""
     return [f"{key}: {old!r} there, {new!r} here" for key, old, new in find_differences(there, here)]
 
 
@@ -65,7 +65,7 @@ def place_fingerprint(place: str | Path, *, kind: Literal["model", "dataset"], r
     """SHA-256 of a file or of the files of a model; for an id on the hub, the id and its commit.
 
     Raises:
-        UsageError: neither is there.
+        UsageError: there is neither.
     """
     path = Path(place)
     if path.is_file():
@@ -78,7 +78,7 @@ def place_fingerprint(place: str | Path, *, kind: Literal["model", "dataset"], r
 
 
 def local_folder(place: str, *, revision: str | None) -> Path:
-    """The folder of a model that has been loaded before, on the disk or in the hub's cache."""
+    """Return the folder of a model that was loaded before, on the disk or in the cache of the hub."""
     from huggingface_hub import snapshot_download
 
     path = Path(place)
@@ -104,7 +104,7 @@ def _evaluation_settings(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _hub_commit(name: str, *, kind: Literal["model", "dataset"], revision: str | None) -> str:
-    """The commit that `revision` stands for: on the hub, or without a network in the cache."""
+    """Return the commit of `revision`: from the hub, or without a network from its cache."""
     from huggingface_hub import HfApi, snapshot_download
 
     looked_for = []

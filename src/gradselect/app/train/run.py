@@ -48,7 +48,7 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         if is_first() and folder.run_file.exists():
             check_same_run(folder, start)
         checkpoint, damaged = find_checkpoint(folder) if resume and is_first() else (None, {})
-        start["resumed_from"] = None if checkpoint is None else checkpoint.name
+        start = start.model_copy(update={"resumed_from": None if checkpoint is None else checkpoint.name})
 
         # 2 set up
         with _explained(recipe, folder):
@@ -74,8 +74,8 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
             if is_first():
                 if not isinstance(recipe.data, RandomData):
                     save_model(trainer, inputs.tokenizer, folder=folder)
-                end = describe_end(trainer, meter, folder=folder, notes=notes)
-                write_run(folder, start | end)
+                end = describe_end(start, trainer, meter, folder=folder, notes=notes)
+                write_run(folder, end)
                 show_summary(console, end, recipe=recipe, folder=folder, num_messages=len(messages))
             wait_for_all()
     return folder.root

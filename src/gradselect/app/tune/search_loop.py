@@ -68,7 +68,7 @@ def _check(recipe: Recipe, *, num_trials: int) -> None:
 
 def _describe(recipe: Recipe, ranges: Sequence[SearchRange], *, seed: int) -> dict[str, Any]:
     """What decides the trials, the contents of model and data among them."""
-    start = describe_start(recipe, read_inputs(recipe), command=())
+    start = describe_start(recipe, read_inputs(recipe), command=()).values()
     kept = ("started_at", "recipe", "model", "data", "versions", "machine")
     return {**{key: start[key] for key in kept}, "search": list(map(str, ranges)), "seed": seed}
 
