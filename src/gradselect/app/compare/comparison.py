@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from gradselect import UsageError
+from gradselect.app.recipe import todays_method
 from gradselect.app.results import Result, write_result
 
 from .git_state import SourceState, source_state
@@ -224,7 +225,7 @@ class Comparison:
         """True if a result's settings equal those of the suite. Keys of newer versions count with their defaults."""
         here = self._suite.methods[method].method
         try:
-            return type(here).model_validate(there) == here
+            return type(here).model_validate(todays_method(there)) == here
         except ValidationError:
             return False
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gradselect import BlockOptimizer, SparseOptimizer, UsageError, __version__, sparsegrad
 from gradselect.app.inputs import Inputs, fingerprint
-from gradselect.app.recipe import Recipe, dump_recipe
+from gradselect.app.recipe import Recipe, dump_recipe, todays_recipe
 from gradselect.app.results import FinishedRun, RunRecord, read_finished_run, read_run
 from gradselect.app.runtime import RunFolder, num_processes
 from gradselect.files import flush_names, sealed, write_manifest, writing_aside
@@ -124,7 +124,7 @@ def check_same_run(folder: RunFolder, start: RunRecord) -> None:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """Yield one line for each difference of recipe, model and data."""
     old, new = ({key: side[key] for key in ("recipe", "model", "data")} for side in (before, now))
-    for key, then, here in find_differences(old, new):
+    for key, then, here in find_differences(old | {"recipe": todays_recipe(old["recipe"])}, new):
         if key not in FREE_TO_CHANGE:
             yield f"{key.removeprefix('recipe.')}: {then!r} then, {here!r} now"
 
