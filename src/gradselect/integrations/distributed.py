@@ -39,6 +39,13 @@ def save(folder: str | Path, *, model: nn.Module, optimizer: BlockOptimizer | Sp
         folder: created if missing, on storage that all ranks share.
         model: plain, sharded by `fully_shard`, or replicated by `replicate` or DistributedDataParallel.
         optimizer: optimizer of that model.
+
+    Example:
+        >>> import gradselect as gs
+        >>> model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+        >>> optimizer = gs.BlockOptimizer(model, gs.All(), lr=1e-3)
+        >>> save("checkpoint-0", model=model, optimizer=optimizer)
+        >>> load("checkpoint-0", model=model, optimizer=optimizer)
     """
     saved = optimizer.state_dict()
     names = _names(optimizer)
@@ -60,6 +67,17 @@ def load(folder: str | Path, *, model: nn.Module, optimizer: BlockOptimizer | Sp
 
     Raises:
         UsageError: the folder holds no such checkpoint, or one of another model, partition or policy.
+
+    Example:
+        >>> import gradselect as gs
+        >>> model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+        >>> optimizer = gs.BlockOptimizer(model, gs.All(), lr=1e-3)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> save("checkpoint-1", model=model, optimizer=optimizer)
+        >>> load("checkpoint-1", model=model, optimizer=optimizer)
+        >>> optimizer.num_steps
+        1
     """
     stored = _stored_tensors(Path(folder))
     parameters = {

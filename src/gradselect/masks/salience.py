@@ -10,6 +10,10 @@ In the formulas w is the value of an entry, g = dL/dw its gradient, L the mean l
 
 Reference: Liu et al., "Refining Salience-Aware Sparse Fine-Tuning Strategies for Language Models", arXiv 2412.13488,
 compares all of these except `random` and `smallest_magnitude`.
+
+Example:
+    >>> import gradselect as gs
+    >>> mask = gs.StaticMask(density=0.01, salience=gs.salience.snip)
 """
 
 from __future__ import annotations
@@ -98,7 +102,12 @@ class ModelSalience(AbstractSalience):
 @final
 @dataclass(frozen=True)
 class Gradient(GradientSalience):
-    """|E g|: the steepest descent of the loss. The best in the comparison of arXiv 2412.13488, with a static mask."""
+    """|E g|: the steepest descent of the loss. The best in the comparison of arXiv 2412.13488, with a static mask.
+
+    Example:
+        >>> Gradient().score(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])).tolist()
+        [0.5, 3.0]
+    """
 
     name = "gradient"
 
@@ -113,6 +122,10 @@ class Snip(GradientSalience):
 
     Reference: Lee, Ajanthan, Torr, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", arXiv
     1810.02340.
+
+    Example:
+        >>> Snip().score(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])).tolist()
+        [1.0, 3.0]
     """
 
     name = "snip"
@@ -128,6 +141,10 @@ class Force(GradientSalience):
 
     Reference: de Jorge et al., "Progressive Skeletonization: Trimming more fat from a network at initialization",
     arXiv 2006.09081.
+
+    Example:
+        >>> Force().score(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])).tolist()
+        [-1.0, 3.0]
     """
 
     name = "force"
@@ -142,6 +159,10 @@ class Taylor(GradientSalience):
     """E (w g)^2: squared first-order change of the loss. On one batch it ranks like `snip`.
 
     Reference: Molchanov et al., "Importance Estimation for Neural Network Pruning", arXiv 1906.10771.
+
+    Example:
+        >>> Taylor().score(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])).tolist()
+        [1.0, 9.0]
     """
 
     name = "taylor"
@@ -158,6 +179,10 @@ class Fisher(GradientSalience):
 
     Reference: Sung, Nair, Raffel, "Training Neural Networks with Fixed Sparse Masks", arXiv 2111.09839, where g is the
     gradient of a single example: give batches of one example for that.
+
+    Example:
+        >>> Fisher().score(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])).tolist()
+        [0.25, 9.0]
     """
 
     name = "fisher"
@@ -170,7 +195,12 @@ class Fisher(GradientSalience):
 @final
 @dataclass(frozen=True)
 class Magnitude(WeightSalience):
-    """|w|: the largest weights first."""
+    """|w|: the largest weights first.
+
+    Example:
+        >>> Magnitude().score(torch.tensor([2.0, -1.0]), torch.Generator()).tolist()
+        [2.0, 1.0]
+    """
 
     name = "magnitude"
 
@@ -184,6 +214,10 @@ class SmallestMagnitude(WeightSalience):
     """-|w|: the smallest weights first, as in PaFI.
 
     Reference: Liao, Meng, Monz, "Parameter-Efficient Fine-Tuning without Introducing New Latency", arXiv 2305.16742.
+
+    Example:
+        >>> SmallestMagnitude().score(torch.tensor([2.0, -1.0]), torch.Generator()).tolist()
+        [-2.0, -1.0]
     """
 
     name = "smallest_magnitude"
@@ -201,6 +235,11 @@ class Random(WeightSalience):
     entries varies; ours is exact.
 
     Reference: Rios et al., "Sparsity May Be All You Need: Sparse Random Parameter Adaptation", arXiv 2502.15975.
+
+    Example:
+        >>> scores = Random().score(torch.zeros(3), torch.Generator().manual_seed(0))
+        >>> bool((scores >= 0).all() and (scores < 1).all())
+        True
     """
 
     name = "random"
@@ -221,6 +260,14 @@ class SynFlow(ModelSalience):
 
     Reference: Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic flow", arXiv
     2006.05467.
+
+    Example:
+        >>> from gradselect.entries import MaskTensor
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> layer.weight.data = torch.tensor([[3.0, -4.0]])
+        >>> tensors = [MaskTensor(name="weight", parameter=layer.weight, module=layer)]
+        >>> SynFlow().estimate(Probe(model=layer, tensors=tensors, batches=[{"input": torch.ones(1, 2)}]))
+        {'weight': tensor([[3., 4.]])}
     """
 
     name = "synflow"
@@ -246,6 +293,15 @@ class Grasp(ModelSalience):
 
     Reference: Wang, Zhang, Grosse, "Picking Winning Tickets Before Training by Preserving Gradient Flow", arXiv
     2002.07376.
+
+    Example:
+        >>> from gradselect.entries import MaskTensor
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> layer.weight.data = torch.tensor([[3.0, -4.0]])
+        >>> tensors = [MaskTensor(name="weight", parameter=layer.weight, module=layer)]
+        >>> loss = lambda model, batch: model.weight.square().sum() / 2  # g = w, H = 1
+        >>> Grasp().estimate(Probe(model=layer, tensors=tensors, batches=[{}], loss=loss))
+        {'weight': tensor([[ 9., 16.]])}
     """
 
     name = "grasp"
