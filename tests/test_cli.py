@@ -63,7 +63,7 @@ BAD_TRAINING = {
     "fraction of zero": (["method.name=uniform", "method.fraction=0"], "outside (0, 1]"),
     "fraction above one": (["method.name=adagradselect", "method.fraction=1.2"], "outside (0, 1]"),
     "more blocks than there are": (["method.name=uniform", "method.count=99"], "count=99 is more than the 6 blocks"),
-    "no such block": (["method.name=fixed", "method.blocks=[layer.9]"], "layer.9"),
+    "no such block": (["method.name=fixed", "method.names=[layer.9]"], "layer.9"),
     "no such block always": (["method.name=lisa", "method.always=[emedding]"], "emedding"),
     "no override": (["run.steps"], "write key=value"),
     "no such model": (["model.path=./nix"], "no such folder"),

@@ -1,4 +1,4 @@
-"""Methods that train single weights, in gradselect train."""
+"""Methods that train entries, in gradselect train."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def optimizer_of(trainer: RunTrainer) -> SparseOptimizer:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_mask_moves_what_it_chose_and_leaves_a_plain_checkpoint(place: Path, tmp_path: Path, name: str) -> None:
+def test_a_mask_moves_what_it_selected_and_leaves_a_plain_checkpoint(place: Path, tmp_path: Path, name: str) -> None:
     recipe = parse(
         place,
         method=METHODS[name],
@@ -153,7 +153,7 @@ def test_the_rest_trains_whole_by_choice(place: Path, tmp_path: Path) -> None:
     assert {key for key in after if "attention" in key and "key.bias" not in key} <= moved
 
 
-# What the mask is told -------------------------------------------------------------------------------------------
+# Facts of the run ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
