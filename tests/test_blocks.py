@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradselect import Block, UsageError, partition
-from gradselect.blocks.structure import find_stacks
 from gradselect.blocks.partitioning import resolve_names
+from gradselect.blocks.structure import find_stacks
 
 
 def layers(count: int, side: str = "") -> list[str]:
