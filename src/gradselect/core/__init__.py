@@ -7,7 +7,7 @@ from .freezing import freeze, give_back, is_frozen_for_now
 from .gradients import _at_end_of_pass, _norm_of, dense, gradient_norm
 from .optimizer import SelectiveOptimizer
 from .parameter_groups import Group, ParameterTable, decay_groups
-from .records import JsonlWriter, MaskRecord, MemoryBytes, StepRecord, selection_entropy
+from .records import MEMORY_CATEGORIES, JsonlWriter, MaskRecord, MemoryBytes, StepRecord, selection_entropy
 from .residency import AbstractResidency, Drop, Keep, Offload
 from .rules import AbstractRule, AdamWRule
 from .state import HALF, MASTER, BlockStates, StateStore, num_bytes
@@ -15,6 +15,7 @@ from .state import HALF, MASTER, BlockStates, StateStore, num_bytes
 __all__ = [
     "HALF",
     "MASTER",
+    "MEMORY_CATEGORIES",
     "AbstractResidency",
     "AbstractRule",
     "AdamW8bitRule",

@@ -25,6 +25,9 @@ class MemoryBytes(TypedDict):
     state_on_host: int
 
 
+MEMORY_CATEGORIES = tuple(MemoryBytes.__annotations__)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """What one optimizer step did.
