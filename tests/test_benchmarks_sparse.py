@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 common = pytest.importorskip("common")
 glue = pytest.importorskip("glue")
 gsm8k_masks = pytest.importorskip("gsm8k_masks")
+encoder_text = pytest.importorskip("encoder_text")
 pretrain_encoder = pytest.importorskip("pretrain_encoder")
 sparse_step = pytest.importorskip("sparse_step")
 
@@ -38,23 +39,23 @@ def test_the_table_of_glue_has_means_over_seeds_and_over_tasks():
 
 
 def test_masked_places_are_fifteen_per_cent_of_the_words_and_targets_are_what_stood_there():
-    recipe = pretrain_encoder.Recipe()
+    recipe = encoder_text.Recipe()
     stream = torch.randint(5, 4096, (1000,), generator=torch.Generator().manual_seed(0)).to(torch.int16)
-    batch = pretrain_encoder.make_batch(stream, recipe, torch.Generator().manual_seed(1), repeat_share=1.0)
+    batch = encoder_text.make_batch(stream, recipe, torch.Generator().manual_seed(1), repeat_share=1.0)
     assert batch.input_ids.shape == (32, 63)
     assert len(batch.positions) == 32 * 9
     shown = batch.input_ids.flatten()[batch.positions]
-    assert 0.6 < (shown == pretrain_encoder.MASK).float().mean() < 0.95
+    assert 0.6 < (shown == encoder_text.MASK).float().mean() < 0.95
     # B repeats A: a word that is shown in both halves is the same in both
     first, second = batch.input_ids[:, 1:31], batch.input_ids[:, 32:62]
     assert (first == second).float().mean() > 0.6
-    assert (batch.input_ids[:, [31, 62]] == pretrain_encoder.SEP).all()
+    assert (batch.input_ids[:, [31, 62]] == encoder_text.SEP).all()
 
 
 def test_a_mixed_text_is_the_first_moved_or_the_second_by_the_share_that_is_kept():
-    recipe, generator = pretrain_encoder.Recipe(), torch.Generator().manual_seed(0)
+    recipe, generator = encoder_text.Recipe(), torch.Generator().manual_seed(0)
     first, second = torch.arange(30).repeat(3, 1), torch.arange(100, 130).repeat(3, 1)
-    whole, none, half = pretrain_encoder.mixed(first, second, torch.tensor([1.0, 0.0, 0.5]), recipe, generator)
+    whole, none, half = encoder_text.mixed(first, second, torch.tensor([1.0, 0.0, 0.5]), recipe, generator)
     assert whole.tolist() == first[0].roll(-int(whole[0])).tolist()
     assert none.tolist() == second[0].tolist()
     assert 5 < (half < 100).sum() < 25
@@ -62,7 +63,7 @@ def test_a_mixed_text_is_the_first_moved_or_the_second_by_the_share_that_is_kept
 
 def test_word_vectors_of_words_in_the_same_company_are_alike():
     """Words 5 and 6 stand between the same neighbours, 7 and 8 between others."""
-    recipe = pretrain_encoder.Recipe(vocab_size=12, hidden_size=4, neighbours=1)
+    recipe = encoder_text.Recipe(vocab_size=12, hidden_size=4, neighbours=1)
     words = torch.tensor([9, 5, 9, 6, 9] * 20 + [10, 7, 11, 8, 10] * 20)
     vectors = torch.nn.functional.normalize(pretrain_encoder.word_vectors(words, recipe), dim=1)
     assert vectors[5] @ vectors[6] > 0.9 > abs(vectors[5] @ vectors[7])
