@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gradselect.blocks import ask
 from gradselect.entries import MaskTensor
 from gradselect.usage import UsageError
 
@@ -139,3 +140,25 @@ def untouched(model: nn.Module) -> Iterator[None]:
 def widened(tensor: Tensor) -> Tensor:
     """Return the tensor in float32 or wider, so that products are not rounded to half precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def sum_of_outputs(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the sum of the output, or of the first output if there are several."""
+    outputs = model(**batch)
+    return widened(outputs if isinstance(outputs, Tensor) else outputs[0]).sum()
+
+
+def batch_of_ones(model: nn.Module) -> Batch:
+    """Return a batch of input embeddings of ones.
+
+    Raises:
+        UsageError: the model has no `get_input_embeddings`, or not an `nn.Embedding` there.
+    """
+    embedding = ask(model, "get_input_embeddings")
+    if not isinstance(embedding, nn.Embedding):
+        raise UsageError(
+            f"{type(model).__name__} does not name its input embedding, so synflow cannot build an input; "
+            "write batches=[{...}] with an input for model(**batch)"
+        )
+    weight = embedding.weight
+    return {"inputs_embeds": torch.ones(1, 2, embedding.embedding_dim, dtype=weight.dtype, device=weight.device)}

@@ -23,13 +23,10 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradselect.blocks import ask
-from gradselect.usage import UsageError
-
-from .calibration import Batch, Probe, Scores, widened
+from .calibration import Batch, Probe, Scores, sum_of_outputs, widened
 
 
 @dataclass(frozen=True)
@@ -263,7 +260,7 @@ class SynFlow(ModelSalience):
 
     Example:
         >>> from gradselect.entries import MaskTensor
-        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
         >>> layer.weight.data = torch.tensor([[3.0, -4.0]])
         >>> tensors = [MaskTensor(name="weight", parameter=layer.weight, module=layer)]
         >>> SynFlow().estimate(Probe(model=layer, tensors=tensors, batches=[{"input": torch.ones(1, 2)}]))
@@ -296,7 +293,7 @@ class Grasp(ModelSalience):
 
     Example:
         >>> from gradselect.entries import MaskTensor
-        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
         >>> layer.weight.data = torch.tensor([[3.0, -4.0]])
         >>> tensors = [MaskTensor(name="weight", parameter=layer.weight, module=layer)]
         >>> loss = lambda model, batch: model.weight.square().sum() / 2  # g = w, H = 1
@@ -326,24 +323,3 @@ smallest_magnitude = SmallestMagnitude()
 random = Random()
 synflow = SynFlow()
 grasp = Grasp()
-
-
-def sum_of_outputs(model: nn.Module, batch: Batch) -> Tensor:
-    outputs = model(**batch)
-    return widened(outputs if isinstance(outputs, Tensor) else outputs[0]).sum()
-
-
-def batch_of_ones(model: nn.Module) -> Batch:
-    """Return a batch of input embeddings of ones.
-
-    Raises:
-        UsageError: the model has no `get_input_embeddings`, or not an `nn.Embedding` there.
-    """
-    embedding = ask(model, "get_input_embeddings")
-    if not isinstance(embedding, nn.Embedding):
-        raise UsageError(
-            f"{type(model).__name__} does not name its input embedding, so synflow cannot build an input; "
-            "write batches=[{...}] with an input for model(**batch)"
-        )
-    weight = embedding.weight
-    return {"inputs_embeds": torch.ones(1, 2, embedding.embedding_dim, dtype=weight.dtype, device=weight.device)}

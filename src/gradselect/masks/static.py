@@ -28,7 +28,7 @@ from gradselect.parallel import first_index, is_dtensor, local_part
 from gradselect.usage import UsageError, check_one_of, check_whole
 
 from . import salience as saliences
-from .calibration import Batch, Loss, Probe, model_loss, widened
+from .calibration import Batch, Loss, Probe, batch_of_ones, model_loss, widened
 from .salience import AbstractSalience, GradientSalience, WeightSalience
 
 ChunkScores = Callable[[MaskTensor], Iterator[Tensor]]
@@ -134,7 +134,7 @@ class StaticMask(AbstractCompactMask):
             salience = self.salience
             return lambda tensor: weight_scores(salience, tensor, seed=self.seed, step=step)
         assert isinstance(self.salience, GradientSalience | saliences.ModelSalience)
-        batches = [saliences.batch_of_ones(model)] if self.batches is None else self.batches
+        batches = [batch_of_ones(model)] if self.batches is None else self.batches
         probe = Probe(model=model, tensors=self.tensors, batches=batches, loss=self.loss or model_loss)
         scores = self.salience.estimate(probe)
         return lambda tensor: iter(scores[tensor.name].reshape(-1).split(chunk_length(tensor.parameter)))

@@ -103,11 +103,7 @@ def _measure_accuracy(
     assert settings.task is not None
     started, context = time.perf_counter(), language_model.context
     limit = resolve_max_new_tokens(settings.max_new_tokens, default=MAX_NEW_TOKENS[settings.task], context=context)
-    room = None if context is None else context - limit
-    prompts = [
-        encode_prompt(problem.prompt, language_model=language_model, as_chat=settings.as_chat, room=room)
-        for problem in asked
-    ]
+    prompts = _prompts(asked, language_model, settings, room=None if context is None else context - limit)
     config = greedy_config(language_model, max_new_tokens=limit, stop=settings.stop)
     answers = answer_all(prompts, language_model=language_model, config=config, batch_size=settings.batch_size)
     judged = _judged_batches(answers, asked, prompts, judge=judge, extract=EXTRACT[settings.task])
@@ -133,6 +129,15 @@ def _measure_accuracy(
                 items=items,
             )
         )
+
+
+def _prompts(
+    asked: Sequence[Problem], language_model: LanguageModel, settings: EvaluationSettings, *, room: int | None
+) -> list[Prompt]:
+    return [
+        encode_prompt(problem.prompt, language_model=language_model, as_chat=settings.as_chat, room=room)
+        for problem in asked
+    ]
 
 
 def _measure_loss(
