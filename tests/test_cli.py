@@ -1,4 +1,4 @@
-"""The command line: what a user can get wrong is one message and exit code 2, and nothing on the disk is harmed."""
+"""The command line: a user's mistake gives one message and exit code 2, and no file on the disk is harmed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, data, a recipe and all that can be wrong with them."""
+    """Folder with a model, data, a recipe and broken variants of each."""
     folder = tmp_path_factory.mktemp("place")
     write_model(folder / "model")
     write_sums(folder / "sums.jsonl")
@@ -47,7 +47,7 @@ def write_broken(folder: Path) -> None:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the command line says on the error stream when it exits with code 2."""
+    """Return the text on stderr of a command that exits with code 2."""
     with pytest.raises(SystemExit) as raised:
         main(arguments)
     said = capsys.readouterr()

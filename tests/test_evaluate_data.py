@@ -1,4 +1,4 @@
-"""Rows to problems and passages, and every way in which data can be wrong."""
+"""Problems and passages from rows, and errors in data."""
 
 from __future__ import annotations
 

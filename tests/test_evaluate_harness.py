@@ -1,4 +1,4 @@
-"""Handing over to lm-eval, played by a module of the same shape."""
+"""The call of lm-eval, which a fake module replaces."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class FakeTaskManager:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The calls that the fake `lm_eval.simple_evaluate` got."""
+    """Arguments of the calls of the fake `lm_eval.simple_evaluate`."""
     received: list[dict[str, Any]] = []
 
     def simple_evaluate(**arguments: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What every mask promises, from one table: a new mask is one row."""
+"""The contract of every mask, from one table: a new mask is one row."""
 
 import copy
 import functools

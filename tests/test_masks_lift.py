@@ -1,4 +1,4 @@
-"""LIFT: the approximation, the choice of entries and blocks, and the matrices that it takes."""
+"""LIFT: the approximation, the selection of entries and tiles, and the candidate matrices."""
 
 import pytest
 import torch

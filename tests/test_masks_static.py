@@ -1,4 +1,4 @@
-"""StaticMask: every salience against its formula written out, and that estimating one leaves no trace."""
+"""StaticMask: every salience against its formula, and estimates without side effects."""
 
 from __future__ import annotations
 

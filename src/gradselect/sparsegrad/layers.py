@@ -147,11 +147,11 @@ def _named(known: Sequence[LinearLayer], patterns: Sequence[str]) -> list[Linear
     if not patterns:
         raise UsageError('layers=() names no layer; write layers=None, or e.g. layers=("*.up_proj", "*.down_proj")')
     names = matching([layer.name for layer in known], patterns, key="layers", kind="linear in the repeated layers")
-    chosen = [layer for layer in known if layer.name in names]
-    for layer in chosen:
+    selected = [layer for layer in known if layer.name in names]
+    for layer in selected:
         if (fault := _fault(layer)) is not None:
             raise UsageError(f"layers: {layer.name!r} {fault}")
-    return chosen
+    return selected
 
 
 def _fault(layer: LinearLayer) -> str | None:

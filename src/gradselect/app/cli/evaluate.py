@@ -87,7 +87,7 @@ def _evaluate_task(settings: EvaluationSettings) -> None:
         task = bar.add_task("evaluate", total=None)
         result = measure(settings, on_progress=lambda done, total: bar.update(task, completed=done, total=total))
     typer.echo(result.summary())
-    _say_where(settings)
+    _print_output(settings)
 
 
 def _evaluate_published(settings: EvaluationSettings) -> None:
@@ -96,10 +96,10 @@ def _evaluate_published(settings: EvaluationSettings) -> None:
     for name, metrics in run_harness(settings).scores.items():
         for metric, value in metrics.items():
             typer.echo(f"{name}  {metric}  {value:.4f}")
-    _say_where(settings)
+    _print_output(settings)
 
 
-def _say_where(settings: EvaluationSettings) -> None:
+def _print_output(settings: EvaluationSettings) -> None:
     if settings.output is not None:
         typer.echo(f"items and settings in {settings.output}")
 

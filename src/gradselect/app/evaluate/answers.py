@@ -20,7 +20,7 @@ _NUMBER = re.compile(rf"{_SIGN}{_CURRENCY}(?:{_MIXED}|{_FRACTION})(?P<percent>\s
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _TOKEN = re.compile(r"[^\s$.,;]+")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-_SAID = re.compile(r"answer\s+is\s*:?\s*", re.IGNORECASE)
+_STATED = re.compile(r"answer\s+is\s*:?\s*", re.IGNORECASE)
 _MATHS = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _SENTENCE_END = re.compile(r"\.(?:\s|$)|\n")
 
@@ -49,12 +49,12 @@ def math_answer(text: str) -> str | None:
         >>> math_answer(r"Half of it, so $\boxed{\frac{1}{2}}$.")
         '\\frac{1}{2}'
     """
-    return boxed_or_said(text) or last_number(text)
+    return boxed_or_stated(text) or last_number(text)
 
 
-def boxed_or_said(text: str) -> str | None:
+def boxed_or_stated(text: str) -> str | None:
     r"""Return the last `\boxed{...}` of the text, else the text after its last "answer is"."""
-    return last_boxed(text) or last_said(text)
+    return last_boxed(text) or last_stated(text)
 
 
 def last_boxed(text: str) -> str | None:
@@ -66,9 +66,9 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def last_said(text: str) -> str | None:
+def last_stated(text: str) -> str | None:
     """Return the formula after the last "answer is", else the rest of that sentence."""
-    ends = [match.end() for match in _SAID.finditer(text)]
+    ends = [match.end() for match in _STATED.finditer(text)]
     if not ends:
         return None
     line = text[ends[-1] :].partition("\n\n")[0]

@@ -33,17 +33,17 @@ def main() -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     are_equal("1", "2")
-    _say("ready")
+    _write("ready")
     for line in sys.stdin:
         reference, prediction, seconds = json.loads(line)
         # A watchdog thread in C ends the process, whatever the interpreter is doing.
         faulthandler.dump_traceback_later(seconds, exit=True)
         verdict = are_equal(reference, prediction)
         faulthandler.cancel_dump_traceback_later()
-        _say(verdict)
+        _write(verdict)
 
 
-def _say(message: object) -> None:
+def _write(message: object) -> None:
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 

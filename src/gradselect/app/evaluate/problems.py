@@ -12,7 +12,7 @@ from gradselect.app.recipe import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
 from gradselect.files import sha256
 from gradselect.usage import UsageError
 
-from .answers import boxed_or_said, gsm8k_answer, trimmed
+from .answers import boxed_or_stated, gsm8k_answer, trimmed
 
 QUESTION_COLUMNS = ("question", "query", "problem", "instruction", "input", "prompt")
 ANSWER_COLUMNS = {
@@ -171,7 +171,7 @@ def _gsm8k_reference(text: str) -> str:
 
 def _math_reference(text: str) -> str:
     """Return the boxed or announced answer, else the whole text if it is one line: a bare answer."""
-    reference = boxed_or_said(text) or ("" if "\n" in text.strip() else trimmed(text))
+    reference = boxed_or_stated(text) or ("" if "\n" in text.strip() else trimmed(text))
     if not reference:
         raise UsageError(f"the answer {text[-60:]!r} holds no \\boxed{{...}}")
     return reference
