@@ -47,6 +47,21 @@ class AbstractPolicy(ABC):
             does not stand here is never selected and never observed.
         num_elements: how many weights each block holds, by block name.
         method_name: `method.name` of the recipes that use it. None: no method is just this policy.
+
+    Example:
+        A policy that trains the last block only:
+
+        >>> import torch
+        >>> import gradselect as gs
+        >>> class Last(gs.AbstractPolicy):
+        ...     def start(self):
+        ...         pass
+        ...
+        ...     def propose(self, step):
+        ...         return self.names[-1:]
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+        >>> Last().bind(gs.partition(model)).propose(step=0)
+        ('layer.2',)
     """
 
     method_name: ClassVar[str | None] = None

@@ -42,6 +42,11 @@ class AdamW8bitRule(AbstractRule):
     Args:
         fused: as of `AdamWRule`.
 
+    Example:
+        >>> state = AdamW8bitRule().make_state(torch.zeros(64, 64))
+        >>> state["exp_avg"].dtype, state["exp_avg_scale"].numel()
+        (torch.uint8, 16)
+
     Reference:
         Dettmers, Lewis, Shleifer, Zettlemoyer: 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861,
         sections 1.3 and 2.1 to 2.2.

@@ -40,6 +40,16 @@ class StepRecord:
         moved_bytes: state and masters that changed between device and host for this step, both directions.
         selection_entropy: evenness of the updates so far over the blocks the policy chooses from.
         norms: L2 norms of the gradients of the blocks that were observed in this step, by block; empty if none was.
+
+    Example:
+        >>> import torch
+        >>> import gradselect as gs
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+        >>> optimizer = gs.BlockOptimizer(model, gs.Fixed(("layer.1",)), lr=1e-3)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.last_record.selected
+        ('layer.1',)
     """
 
     step: int
@@ -63,6 +73,16 @@ class MaskRecord:
         overlap: share of the last step's set that is in this step's; 1.0 at the first step.
         grad_norm: L2 norm of the gradients that were applied, before clipping.
         state_bytes: indices, moments and master weights on the model's device during the update.
+
+    Example:
+        >>> import torch
+        >>> import gradselect as gs
+        >>> model = torch.nn.Linear(4, 4, bias=False)
+        >>> optimizer = gs.SparseOptimizer(model, gs.TopGradient(density=0.25), lr=1e-3)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.last_record.num_entries
+        {'weight': 4}
     """
 
     step: int
@@ -95,7 +115,10 @@ class JsonlWriter:
         path: the file; its folder must exist.
 
     Example:
-        >>> optimizer.add_record_hook(JsonlWriter("records.jsonl"))  # doctest: +SKIP
+        >>> writer = JsonlWriter("records.jsonl")
+        >>> writer(StepRecord(step=0, selected=(), explored=True, state_bytes=0, moved_bytes=0, selection_entropy=0.0))
+        >>> writer.path.read_text()
+        '{"step": 0, "selected": [], "explored": true, ...}\\n'
     """
 
     def __init__(self, path: str | Path) -> None:

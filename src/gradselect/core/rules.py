@@ -16,7 +16,23 @@ State = dict[str, Tensor]
 
 
 class AbstractRule(ABC):
-    """One update formula. It knows nothing of blocks or policies: the tensors it is given are the ones that move."""
+    """One update formula. It knows nothing of blocks or policies: the tensors it is given are the ones that move.
+
+    Example:
+        >>> class SignSGD(AbstractRule):
+        ...     state_names = ()
+        ...
+        ...     def make_state(self, weight):
+        ...         return {}
+        ...
+        ...     def update(self, weights, grads, states, group):
+        ...         for weight, grad in zip(weights, grads):
+        ...             weight.sub_(grad.sign(), alpha=group["lr"])
+        >>> weight = torch.tensor([1.0, 2.0])
+        >>> SignSGD().update([weight], [torch.tensor([3.0, -3.0])], [{}], {"lr": 0.5})
+        >>> weight
+        tensor([0.5000, 2.5000])
+    """
 
     state_names: tuple[str, ...]
     """The large entries of the state (moments and what belongs to them); they follow the residency."""
@@ -51,6 +67,13 @@ class AdamWRule(AbstractRule):
     Args:
         fused: one kernel for all tensors of a block instead of torch's loop over them: faster, equal to rounding only.
             Default False: bitwise what `torch.optim.AdamW(foreach=False)` computes.
+
+    Example:
+        >>> weight, grad, rule = torch.ones(2), torch.ones(2), AdamWRule()
+        >>> group = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 0.0, "weight_decay": 0.0}
+        >>> rule.update([weight], [grad], [rule.make_state(weight)], group)
+        >>> weight
+        tensor([0.9000, 0.9000])
 
     Reference:
         Loshchilov, Hutter: Decoupled Weight Decay Regularization, arXiv 1711.05101, algorithm 2.
