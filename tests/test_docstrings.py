@@ -38,11 +38,7 @@ def sources(package: Path, prefix: str) -> Iterator[tuple[str, Path]]:
 
 
 SOURCES = dict(sources(Path(gs.__file__).parent, "gradselect"))
-WITH_EXAMPLES = [
-    name
-    for name, path in SOURCES.items()
-    if ">>>" in path.read_text("utf-8") and name != "gradselect.integrations.transformers"
-]
+WITH_EXAMPLES = [name for name, path in SOURCES.items() if ">>>" in path.read_text("utf-8")]
 
 
 @pytest.fixture(autouse=True)
