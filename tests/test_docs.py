@@ -25,10 +25,11 @@ def blocks_of_code() -> list[tuple[str, str]]:
     """Each Python block of the page and the heading above it."""
     text = (ROOT / "docs" / "training-loops.md").read_text(encoding="utf-8")
     found, heading = [], ""
-    for match in re.finditer(r"^#+ (?P<heading>.+)$|^```python\n(?P<code>.*?)^```", text, re.MULTILINE | re.DOTALL):
+    for match in re.finditer(r"^#+ (?P<heading>[^\n]+)$|^```python\n(?P<code>.*?)^```", text, re.MULTILINE | re.DOTALL):
         heading = match["heading"] or heading
         if match["code"]:
             found.append((heading, match["code"]))
+    assert found
     return found
 
 
