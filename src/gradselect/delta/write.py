@@ -1,4 +1,4 @@
-"""Writing safetensors files and checkpoints one tensor at a time, whole or not at all."""
+"""Writing safetensors files and checkpoints one tensor at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .checkpoint import INDEX, AbstractCheckpoint, memory, num_bytes, width
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A tensor to be written; it is read, or computed, when its turn comes."""
+    """A tensor to write; it is read or computed when its turn comes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -25,10 +25,10 @@ class Part:
 
 
 def write_safetensors(path: Path, parts: Mapping[str, Part], metadata: Mapping[str, str]) -> None:
-    """A safetensors file of `parts`.
+    """Write the parts as a safetensors file.
 
-    The library's own writer wants all tensors in memory at once. The format: length of the header as 8 bytes, the
-    header as JSON, and the bytes of all tensors without holes; wide dtypes first, so that each stands aligned.
+    The library's own writer needs all tensors in memory at once. The format: length of the header as 8 bytes, the
+    header as JSON, and the bytes of all tensors without gaps; wide dtypes first, so that each is aligned.
     """
     order = sorted(parts, key=lambda name: (-width(parts[name].dtype), name))
     with path.open("wb") as file:
@@ -40,7 +40,7 @@ def write_safetensors(path: Path, parts: Mapping[str, Part], metadata: Mapping[s
 
 
 def write_checkpoint(folder: Path, checkpoint: AbstractCheckpoint) -> None:
-    """A folder that loads like `checkpoint`, with the same shards and the same small files."""
+    """Write a folder that loads like `checkpoint`, with the same shards and small files."""
     contents = checkpoint.contents
     folder.mkdir()
     for shard, metadata in contents.shards.items():
@@ -59,10 +59,10 @@ def write_checkpoint(folder: Path, checkpoint: AbstractCheckpoint) -> None:
 
 
 def free_file(path: Path) -> Path:
-    """`path`, absolute; nothing is there, or an empty file.
+    """Return the absolute path, where there is no file or an empty one.
 
     Raises:
-        UsageError: otherwise.
+        UsageError: something else is there.
     """
     path = Path(os.path.abspath(path))
     if path.is_dir():
@@ -73,10 +73,10 @@ def free_file(path: Path) -> Path:
 
 
 def free_folder(path: Path) -> Path:
-    """`path`, absolute; nothing is there, or an empty folder.
+    """Return the absolute path, where there is no folder or an empty one.
 
     Raises:
-        UsageError: otherwise.
+        UsageError: something else is there.
     """
     path = Path(os.path.abspath(path))
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
