@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gradselect import delta
+from gradselect import UsageError, delta
 from gradselect.app.evaluate import EvaluationResult, evaluate
 from gradselect.app.recipe import EvaluationSettings, RandomData
 from gradselect.app.results import FinishedRun, Forgetting, Item, Score
@@ -72,13 +72,20 @@ def measure_shipment(job: Job, run: FinishedRun) -> Shipment:
         return _delta_shipment(Path(aside), folder.root, whole=whole)
 
 
-def score_of(result: EvaluationResult) -> Score:
-    """Return the main figure of an evaluation: accuracy, else loss, else the first metric."""
-    named = {"accuracy": result.accuracy, "loss": result.loss, **(result.metrics or {})}
-    metric = next(name for name, value in named.items() if value is not None or name in (result.metrics or {}))
-    return Score(
-        task=result.task, metric=metric, value=named[metric], interval=result.interval, num_items=result.num_items
-    )
+def score_of(result: EvaluationResult, metric: str | None = None) -> Score:
+    """Return a figure of an evaluation. Default: the main one, accuracy, else loss, else the first metric.
+
+    Raises:
+        UsageError: the evaluation has no such metric.
+    """
+    figures = {"accuracy": result.accuracy, "loss": result.loss}
+    named = {name: value for name, value in figures.items() if value is not None} | (result.metrics or {})
+    main = next(iter(named))
+    metric = metric or main
+    if metric not in named:
+        raise UsageError(f"metric={metric}: this evaluation has {', '.join(named)}; write one of them")
+    interval = result.interval if metric == main else None
+    return Score(task=result.task, metric=metric, value=named[metric], interval=interval, num_items=result.num_items)
 
 
 def items_of(result: EvaluationResult) -> list[Item]:

@@ -98,7 +98,9 @@ def _recipe_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _evaluation_settings(evaluation: Evaluation) -> dict[str, Any]:
-    values = evaluation.model_dump(mode="json", exclude={"data", "device", "batch_size"})
+    # Results without the key `metric` stay of the same protocol.
+    free = {"data", "device", "batch_size"} | ({"metric"} if evaluation.metric is None else set())
+    values = evaluation.model_dump(mode="json", exclude=free)
     data = HUB_DATA[evaluation.task][0] if evaluation.data is None else evaluation.data
     return {**values, "fingerprint": place_fingerprint(data, kind="dataset")}
 

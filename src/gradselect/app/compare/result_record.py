@@ -67,7 +67,7 @@ def describe_success(job: Job, outcome: Outcome) -> ResultFile:
             bytes=_held_bytes(run),
             flop=run.flop,
             validation_loss=run.validation_loss,
-            scores={name: score_of(result) for name, result in outcome.scores.items()},
+            scores={name: score_of(result, job.evaluations[name].metric) for name, result in outcome.scores.items()},
             forgetting=outcome.forgetting,
             items={name: items_of(result) for name, result in outcome.scores.items()},
             curves={"train": _curve(run, "loss"), "validation": _curve(run, "eval_loss")},

@@ -81,19 +81,26 @@ _EvaluationKeys: Any = create_model(
 
 
 class Evaluation(_EvaluationKeys):
-    """Settings of `gradselect evaluate`, without the model; the keys are those of `EvaluationSettings`."""
+    """Settings of `gradselect evaluate`, without the model; the keys are those of `EvaluationSettings`.
+
+    Attributes:
+        metric: the score of a classification. Default: accuracy, or for scores the Pearson correlation.
+    """
 
     task: str
+    metric: Literal["accuracy", "matthews", "f1", "pearson", "spearman"] | None = None
 
     @model_validator(mode="after")
     def check_settings(self) -> Self:
         """Check the settings by making them once."""
         self.settings("-")
+        if self.metric is not None and self.task != "classification":
+            raise ValueError(f"metric={self.metric} is for task: classification, not {self.task}; leave metric out")
         return self
 
     def settings(self, model: str | Path) -> EvaluationSettings:
         """Return the settings for `model`."""
-        return EvaluationSettings(model=model, **self.model_dump())
+        return EvaluationSettings(model=model, **self.model_dump(exclude={"metric"}))
 
 
 class MethodEntry(Settings):
