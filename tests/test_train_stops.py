@@ -432,6 +432,19 @@ def test_one_process_at_a_time_has_the_folder(place: Path, tmp_path: Path) -> No
     assert folder.run_file.stat().st_size
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    def without_locks(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", without_locks)
+    with locked(tmp_path / "out"):
+        assert "without locks: start no second process" in caplog.text
+    assert not any((tmp_path / "out").iterdir())
+
+
 def test_an_old_checkpoint_that_was_moved_and_linked_goes_with_the_others(tmp_path: Path) -> None:
     """Deleting what the link leads to had failed, in this save and at the beginning of each resumed run."""
     folder, moved = RunFolder(tmp_path / "out"), tmp_path / "moved"
