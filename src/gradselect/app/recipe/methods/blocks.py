@@ -96,7 +96,7 @@ class FixedMethod(AbstractBlockMethod):
     @field_validator("blocks", mode="before")
     @classmethod
     def refuse_names(cls, value: Any) -> Any:
-        """The names of blocks stood under this key in earlier versions."""
+        """Refuse a list: earlier versions kept the names of blocks under this key."""
         if isinstance(value, list | tuple):
             listed = ", ".join(map(str, value))
             raise ValueError(f"the names of blocks are now method.names: write method.names=[{listed}]")
