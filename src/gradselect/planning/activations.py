@@ -109,10 +109,11 @@ class _LayerPass:
 
     def in_flight(self, itemsize: int) -> int:
         """Three gradients of the widest tensor and two of the input, or four of the input in float32 in a norm."""
-        stream = self.stream.numel()
-        # Four axes have masks and what belongs to attention heads.
-        widest = max((tensor.numel() for tensor in self.saved.values() if tensor.ndim < 4), default=0)
-        return max((3 * widest + 2 * stream) * itemsize, 4 * stream * 4)
+        width = self.stream.shape[-1]
+        tokens = self.stream.numel() // width
+        # Masks have four axes; scores of attention have more rows than there are tokens.
+        widths = [x.shape[-1] for x in self.saved.values() if x.ndim in (2, 3) and x.numel() == tokens * x.shape[-1]]
+        return tokens * max((3 * max(widths, default=0) + 2 * width) * itemsize, 4 * width * 4)
 
 
 class _SavedTensors:

@@ -81,7 +81,7 @@ class RecipePlanner:
         training = Training(
             model=prepared.model,
             always=tuple(options.get("always", ())),
-            # Variants with another residency share what is prepared, so the recipe is asked.
+            # Variants that differ in residency share one prepared model, so this comes from the recipe.
             residency=recipe.method.place() if isinstance(recipe.method, AbstractBlockMethod) else Keep(),
             blocks=options.get("blocks"),
             accumulation_steps=recipe.run.accumulation,
