@@ -79,7 +79,7 @@ def score_of(result: EvaluationResult, metric: str | None = None) -> Score:
         UsageError: the evaluation has no such metric.
     """
     figures = {"accuracy": result.accuracy, "loss": result.loss}
-    named = {name: value for name, value in figures.items() if value is not None} | (result.metrics or {})
+    named = {**{name: value for name, value in figures.items() if value is not None}, **(result.metrics or {})}
     main = next(iter(named))
     metric = metric or main
     if metric not in named:
