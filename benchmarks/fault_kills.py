@@ -88,7 +88,7 @@ def ended(child: int, *, within: float = 120.0) -> int:
 
 
 def on_writes(root: Path, call: Callable[[int], None]) -> None:
-    """Call `call(n)` before the n-th time that this process opens for writing, renames, removes or syncs below `root`."""
+    """Call `call(n)` before the n-th write of this process below `root`: open, rename, removal or sync."""
     count = 0
 
     def happened() -> None:

@@ -1,11 +1,11 @@
 """Break it on purpose: kills, damaged files, hostile input, a long run, a lost process.
 
-    python benchmarks/faults.py kill --kills 200        # SIGKILL at random moments and inside every phase of a save
-    python benchmarks/faults.py damage --files 1000     # files flipped, cut, swapped, emptied, zeroed, replaced, removed
+    python benchmarks/faults.py kill --kills 200      # SIGKILL at random moments and inside every phase of a save
+    python benchmarks/faults.py damage --files 1000   # files flipped, cut, swapped, emptied, zeroed, replaced, removed
     python benchmarks/faults.py fuzz --recipes 10000 --data 2000
     python benchmarks/faults.py soak --steps 2000
     python benchmarks/faults.py ranks
-    python benchmarks/faults.py table                   # docs/reliability.md, from benchmarks/results/faults.json
+    python benchmarks/faults.py table                 # docs/reliability.md, from benchmarks/results/faults.json
 
 Each adds its outcome to benchmarks/results/faults.json, and exits with 1 where it is not the expected one. A run is a
 fork of a process that has imported everything already, so a kill costs a second.
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
 import random
 import re
