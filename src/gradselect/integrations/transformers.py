@@ -228,7 +228,7 @@ def checkpoint_selected(model: PreTrainedModel) -> None:
 
 
 def summarise(records: Sequence[StepRecord] | Sequence[MaskRecord]) -> dict[str, float]:
-    """What one or more steps did, as the numbers that `SelectionCallback` logs.
+    """Summarise one or more steps as the numbers that `SelectionCallback` logs.
 
     Example:
         >>> record = MaskRecord(step=0, num_entries={"w": 4}, num_new=4, overlap=1.0, grad_norm=2.0, state_bytes=64)
@@ -377,7 +377,7 @@ def _leave_inputs_alone(model: nn.Module) -> None:
 
 
 def _is_reentrant(args: TrainingArguments) -> bool:
-    """Whether there are checkpoints that have no gradient for their weights unless their input requires one."""
+    """Return True if activation checkpoints are reentrant: their input must require a gradient."""
     settings = args.gradient_checkpointing_kwargs
     return bool(args.gradient_checkpointing) and isinstance(settings, dict) and bool(settings.get("use_reentrant"))
 
