@@ -10,8 +10,8 @@ from .activations import ActivationCounter
 from .meta_forward import Rows
 
 Loss = Literal["whole", "chunked", "none"]
-"""How the loss is computed. "whole": from all logits in float32, as models of transformers do; "chunked": in tiles of
-tokens and vocabulary, as TRL does; "none": from one number a class, which takes next to nothing."""
+"""Computation of the loss. "whole": from all logits in float32, as in models of transformers; "chunked": in tiles of
+tokens and vocabulary, as in TRL; "none": from one number a class, which takes next to nothing."""
 
 TILE_TOKENS, TILE_WORDS = 4096, 32768
 """Tile of TRL's chunked loss."""
@@ -35,7 +35,7 @@ class Kept:
 
 
 class ForwardPass:
-    """What a forward pass keeps, for any set of trained parameters.
+    """Bytes that a forward pass keeps, for any set of trained parameters.
 
     Args:
         counter: of the model.

@@ -183,7 +183,7 @@ def _check_method(recipe: Recipe) -> None:
 
 
 def _loss(recipe: Recipe) -> Loss:
-    """How the installed trainer computes the loss."""
+    """Return the way in which the installed trainer computes the loss."""
     if isinstance(recipe.data, ClassificationData):
         return "none"
     return "chunked" if _trainer_has_chunks() else "whole"

@@ -28,7 +28,7 @@ DEFAULT_RANK = 16
 RULE = (
     "the fastest of the settings that fit, then fewest micro-batches a step, fewest changes, lowest peak. Methods are "
     "tried in this order: the recipe's own, full, AdaGradSelect with the embedding from the largest fraction down, "
-    "AdaGradSelect without it, LoRA. Each is tried with levers that keep the training the same: gradient checkpointing, "
+    "AdaGradSelect without it, LoRA. Each is tried with levers that keep the training as is: gradient checkpointing, "
     "state on the host, smaller micro-batches. If none fits, all are tried again in bfloat16. The length of rows stays"
 )
 """Meaning of "best" for `--fit`."""
