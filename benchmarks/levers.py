@@ -31,30 +31,13 @@ from importlib.metadata import version
 from itertools import islice
 from typing import Any
 
+import common
 import torch
-from common import (
-    GPU_WORKLOADS,
-    RESULTS,
-    Batch,
-    GradientPeak,
-    LiveBytes,
-    Workload,
-    decoder_shape,
-    machine,
-    make_parser,
-    markdown_table,
-    megabytes,
-    parse,
-    ratio_columns,
-    read_result,
-    with_lora,
-    write_result,
-)
 from torch import nn
 
 import gradselect as gs
 
-RESULT = RESULTS / "levers.json"
+RESULT = common.RESULTS / "levers.json"
 LR = 1e-5
 FULL = "full AdamW"
 
@@ -62,7 +45,7 @@ FULL = "full AdamW"
 TILES = {"cpu": 1024, "cuda": 32_768}
 """Words of the vocabulary in one tile of the chunked loss, by device; TRL has 32,768."""
 
-SMALL = decoder_shape(
+SMALL = common.decoder_shape(
     "llama",
     layers=12,
     width=384,
@@ -74,8 +57,8 @@ SMALL = decoder_shape(
     use_cache=False,
 )
 PRESETS = {
-    "cpu": Workload(config=SMALL, batch=8, length=128, dtype=torch.float32, device="cpu"),
-    **{f"gpu-{name}": workload for name, workload in GPU_WORKLOADS.items()},
+    "cpu": common.Workload(config=SMALL, batch=8, length=128, dtype=torch.float32, device="cpu"),
+    **{f"gpu-{name}": workload for name, workload in common.GPU_WORKLOADS.items()},
 }
 
 
@@ -142,12 +125,12 @@ class Run:
     setting: Setting
     model: nn.Module
     optimizer: WatchedBlocks
-    gradients: GradientPeak
-    live: LiveBytes | None
+    gradients: common.GradientPeak
+    live: common.LiveBytes | None
     most: dict[str, int] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
 
-    def observed_step(self, batch: Batch) -> None:
+    def observed_step(self, batch: common.Batch) -> None:
         """Train a step and note its bytes."""
         before = self.optimizer.memory()
         self._reset_peak()
@@ -170,7 +153,7 @@ class Run:
         }
         self.most |= {name: max(self.most.get(name, 0), num_bytes) for name, num_bytes in found.items()}
 
-    def timed_step(self, batch: Batch) -> None:
+    def timed_step(self, batch: common.Batch) -> None:
         """Train a step and note its time."""
         # The time of a single-threaded process does not change with what others compute beside it.
         clock = time.process_time if self.live and torch.get_num_threads() == 1 else time.perf_counter
@@ -183,7 +166,7 @@ class Run:
     def row(self, name: str) -> dict[str, Any]:
         return {"name": name, "levers": asdict(self.setting), "bytes": self.most, "seconds": self.seconds}
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: common.Batch) -> None:
         fused = {"fused_lm_head": True} if self.setting.chunked else {}
         self.model(**batch, **fused).loss.backward()
         self.optimizer.step()
@@ -201,7 +184,7 @@ class Run:
         return self.live.peak + sum(p.nbytes for p in self.model.parameters())
 
 
-def start(preset: Workload, setting: Setting) -> Run:
+def start(preset: common.Workload, setting: Setting) -> Run:
     """Set up a fresh model as the setting says."""
     model = preset.model()
     if setting.chunked:
@@ -211,8 +194,8 @@ def start(preset: Workload, setting: Setting) -> Run:
 
         checkpoint_selected(model)
     if setting.rank:
-        model = with_lora(model, rank=setting.rank)
-    gradients = GradientPeak(model)
+        model = common.with_lora(model, rank=setting.rank)
+    gradients = common.GradientPeak(model)
     optimizer = WatchedBlocks(
         model,
         policy_of(setting, preset),
@@ -221,10 +204,10 @@ def start(preset: Workload, setting: Setting) -> Run:
         residency=gs.Offload() if setting.offload else gs.Keep(),
         update_in_backward=setting.in_backward,
     )
-    return Run(setting, model, optimizer, gradients, LiveBytes() if preset.device == "cpu" else None)
+    return Run(setting, model, optimizer, gradients, common.LiveBytes() if preset.device == "cpu" else None)
 
 
-def policy_of(setting: Setting, preset: Workload) -> gs.AbstractPolicy:
+def policy_of(setting: Setting, preset: common.Workload) -> gs.AbstractPolicy:
     """Return the policy; it looks at all gradients in its first step alone."""
     if setting.policy == "all":
         return gs.All()
@@ -246,7 +229,9 @@ def chunk_loss(model: nn.Module, *, tile: int) -> None:
 # All settings --------------------------------------------------------------------------------------------------------
 
 
-def measure_together(preset: Workload, names: Sequence[str], *, rounds: int, observed: int) -> list[dict[str, Any]]:
+def measure_together(
+    preset: common.Workload, names: Sequence[str], *, rounds: int, observed: int
+) -> list[dict[str, Any]]:
     """Train all settings in this process, in turn. Returns a row a setting."""
     runs = {name: start(preset, SETTINGS[name]) for name in names}
     for number, batch in enumerate(islice(preset.batches(), observed + rounds)):
@@ -275,7 +260,7 @@ def with_speeds(rows: list[dict[str, Any]], *, in_turns: bool) -> list[dict[str,
     for row in rows:
         own = row["seconds"]
         apart = statistics.median(full) / statistics.median(own)
-        row["speed"] = ratio_columns("speed", full, own)["speed"] if in_turns else apart
+        row["speed"] = common.ratio_columns("speed", full, own)["speed"] if in_turns else apart
     return rows
 
 
@@ -283,12 +268,12 @@ def markdown(result: dict[str, Any]) -> str:
     """Return the table; MB are 10^6 bytes."""
     kinds = ("weights", "gradients", "masters", "moments", "host", "peak", "explore")
     headings = [f"{kind} MB" for kind in kinds[:4]]
-    return markdown_table(
+    return common.markdown_table(
         ["setting", *headings, "on host MB", "peak MB", "explore step MB", "speed"],
         [
             [
                 row["name"],
-                *(megabytes(row["bytes"][kind]) if kind in row["bytes"] else "" for kind in kinds),
+                *(common.megabytes(row["bytes"][kind]) if kind in row["bytes"] else "" for kind in kinds),
                 f"{row['speed']:.2f}",
             ]
             for row in result["rows"]
@@ -313,17 +298,17 @@ def measure(arguments: argparse.Namespace, sizes: dict[str, int]) -> dict[str, A
             "dtype": str(preset.dtype).removeprefix("torch."),
             "tile": TILES[preset.device],
         },
-        "machine": {**machine(preset.device), "trl": version("trl")},
+        "machine": {**common.machine(preset.device), "trl": version("trl")},
         "rows": with_speeds(rows, in_turns=is_cpu),
     }
 
 
 def main() -> None:
-    parser = make_parser(__doc__, out=RESULT, rounds=5, observed=3, threads=1)
+    parser = common.make_parser(__doc__, out=RESULT, rounds=5, observed=3, threads=1)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--only", choices=SETTINGS, help="measure one setting and print it as JSON")
-    arguments = parse(parser)
+    arguments = common.parse(parser)
     if not arguments.table:
         if PRESETS[arguments.preset].device == "cuda" and not torch.cuda.is_available():
             sys.exit(f"--preset {arguments.preset} needs a GPU, and there is none; write --preset cpu")
@@ -332,8 +317,8 @@ def main() -> None:
         if arguments.only:
             print(json.dumps(measure_together(PRESETS[arguments.preset], [arguments.only], **sizes)[0]))
             return
-        write_result(arguments.out, measure(arguments, sizes))
-    print(markdown(read_result(arguments.out)))
+        common.write_result(arguments.out, measure(arguments, sizes))
+    print(markdown(common.read_result(arguments.out)))
 
 
 if __name__ == "__main__":

@@ -30,29 +30,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import common
 import torch
-from common import (
-    RESULTS,
-    LiveBytes,
-    Method,
-    decoder_shape,
-    fused_adamw,
-    machine,
-    make_parser,
-    markdown_table,
-    megabytes,
-    parse,
-    random_batches,
-    random_model,
-    read_result,
-    take_turns,
-    write_result,
-)
 from torch import Tensor, nn
 
 import gradselect as gs
 
-RESULT = RESULTS / "sparse_step.json"
+RESULT = common.RESULTS / "sparse_step.json"
 LR = 1e-5
 DENSITY = 0.01
 STEPS = 1000
@@ -61,8 +45,8 @@ BASELINE = "AdamW fused, full"
 PACKAGE = "ID3, package selective-optimizers"
 
 SIZES = {
-    "9M": decoder_shape("llama", layers=8, width=256, mlp_width=683, heads=4, vocabulary=10_000, length=512),
-    "55M": decoder_shape("qwen2", layers=24, width=384, mlp_width=1024, heads=6, vocabulary=32_000, length=512),
+    "9M": common.decoder_shape("llama", layers=8, width=256, mlp_width=683, heads=4, vocabulary=10_000, length=512),
+    "55M": common.decoder_shape("qwen2", layers=24, width=384, mlp_width=1024, heads=6, vocabulary=32_000, length=512),
 }
 
 
@@ -82,7 +66,7 @@ class NoOptimizer:
 
 
 def adamw(model: nn.Module, num_steps: int) -> torch.optim.Optimizer:
-    return fused_adamw(model, lr=LR)
+    return common.fused_adamw(model, lr=LR)
 
 
 def sparse(model: nn.Module, mask: gs.AbstractMask) -> gs.SparseOptimizer:
@@ -195,18 +179,18 @@ class HookTimer:
             torch.Tensor.register_post_accumulate_grad_hook = original
 
 
-def make(size: str, name: str, num_steps: int) -> tuple[Method, HookTimer]:
-    model, hooks = random_model(SIZES[size]), HookTimer()
+def make(size: str, name: str, num_steps: int) -> tuple[common.Method, HookTimer]:
+    model, hooks = common.random_model(SIZES[size]), HookTimer()
     with hooks.watching():
-        return Method(name, model, METHODS[name](model, num_steps), after_backward=hooks.lap), hooks
+        return common.Method(name, model, METHODS[name](model, num_steps), after_backward=hooks.lap), hooks
 
 
 def measure_time(size: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Time all methods in turn. Returns a row a method."""
     names = dict.fromkeys([NOTHING, *arguments.methods])
     made = [make(size, name, arguments.warmup + arguments.rounds) for name in names]
-    batches = random_batches(SIZES[size].vocab_size, batch=arguments.batch, length=arguments.length)
-    take_turns([method for method, _ in made], batches, warmup=arguments.warmup, rounds=arguments.rounds)
+    batches = common.random_batches(SIZES[size].vocab_size, batch=arguments.batch, length=arguments.length)
+    common.take_turns([method for method, _ in made], batches, warmup=arguments.warmup, rounds=arguments.rounds)
     bare = made[0][0].seconds
     return [
         {
@@ -220,7 +204,7 @@ def measure_time(size: str, arguments: argparse.Namespace) -> list[dict[str, Any
     ]
 
 
-def direct_seconds(method: Method, hooks: HookTimer) -> list[float]:
+def direct_seconds(method: common.Method, hooks: HookTimer) -> list[float]:
     counted = hooks.laps[-len(method.seconds) :]
     return [step + in_hooks for step, in_hooks in zip(method.optimizer_seconds, counted, strict=True)]
 
@@ -236,11 +220,11 @@ def measure_bytes(size: str, name: str) -> dict[str, int]:
 
 def bytes_of(size: str, name: str) -> dict[str, int]:
     """Train three steps on eight tokens; `live_peak` is of the third, `resident_beyond_model` of all."""
-    model = random_model(SIZES[size])
+    model = common.random_model(SIZES[size])
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     weights = sum(parameter.nbytes for parameter in model.parameters())
     tokens = torch.arange(8).view(1, 8)
-    live = LiveBytes()
+    live = common.LiveBytes()
     with live:
         optimizer = METHODS[name](model, 3)
         for _ in range(3):
@@ -274,7 +258,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     by_name = {row["method"]: row for row in rows}
     headings = ["method", "direct ms", "difference ms", "direct / AdamW's", "package's direct / own"]
     headings += ["state, bytes per budgeted entry", "peak live MB", "peak resident beyond the model MB"]
-    return markdown_table(
+    return common.markdown_table(
         headings,
         [
             [
@@ -293,7 +277,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def bytes_cells(row: dict[str, Any]) -> list[str]:
     if "state" not in row:
         return [""] * 3
-    peaks = (megabytes(row[key]) for key in ("live_peak", "resident_beyond_model"))
+    peaks = (common.megabytes(row[key]) for key in ("live_peak", "resident_beyond_model"))
     return [f"{row['state'] / row['budget']:.1f}", *peaks]
 
 
@@ -310,23 +294,23 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         sizes = {name: measure_bytes(size, name) for name in arguments.methods} if arguments.bytes else {}
         rows += [row | sizes.get(row["method"], {}) for row in measure_time(size, arguments)]
     settings = {key: getattr(arguments, key) for key in ("rounds", "warmup", "batch", "length")}
-    return {"settings": settings | {"density": DENSITY, "steps": STEPS}, "machine": machine(), "rows": rows}
+    return {"settings": settings | {"density": DENSITY, "steps": STEPS}, "machine": common.machine(), "rows": rows}
 
 
 def main() -> None:
-    parser = make_parser(__doc__, out=RESULT, rounds=20, warmup=3, batch=2, length=64, threads=2)
+    parser = common.make_parser(__doc__, out=RESULT, rounds=20, warmup=3, batch=2, length=64, threads=2)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--no-bytes", dest="bytes", action="store_false", help="time only")
     parser.add_argument("--bytes-of", nargs=2, metavar=("SIZE", "METHOD"), help="print the bytes of one method as JSON")
-    arguments = parse(parser)
+    arguments = common.parse(parser)
     torch.set_num_threads(arguments.threads)
     if arguments.bytes_of:
         print(json.dumps(bytes_of(*arguments.bytes_of)))
         return
     if not arguments.table:
-        write_result(arguments.out, measure(arguments))
-    print(markdown(read_result(arguments.out)))
+        common.write_result(arguments.out, measure(arguments))
+    print(markdown(common.read_result(arguments.out)))
 
 
 if __name__ == "__main__":

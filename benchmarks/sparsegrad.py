@@ -26,32 +26,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import transformers
-from common import (
-    RESULTS,
-    Batch,
-    GradientPeak,
-    Method,
-    fused_adamw,
-    machine,
-    make_parser,
-    markdown_table,
-    megabytes,
-    parse,
-    ratio_columns,
-    read_result,
-    settings_of,
-    state_bytes,
-    take_turns,
-    write_result,
-)
 from torch import nn
 
 import gradselect as gs
 from gradselect import sparsegrad
 
-RESULT = RESULTS / "sparsegrad.json"
+RESULT = common.RESULTS / "sparsegrad.json"
 DENSITIES = (0.005, 0.01, 0.05)
 LR = 1e-4
 
@@ -69,10 +52,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     energy = sparsegrad.energy(rotated, batches[first:second], densities=DENSITIES)
     competitors = build_all(model, rotated, mask)
     methods = [method for method, _ in competitors]
-    take_turns(methods, batches[second:], warmup=arguments.warmup, rounds=arguments.rounds)
+    common.take_turns(methods, batches[second:], warmup=arguments.warmup, rounds=arguments.rounds)
     return {
-        "settings": settings_of(arguments),
-        "machine": machine(),
+        "settings": common.settings_of(arguments),
+        "machine": common.machine(),
         "model": {"type": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())},
         "convert": {"seconds": seconds, **bytes_of_conversion(rotated)},
         "energy": energy_table(energy),
@@ -80,7 +63,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def read_batches(arguments: argparse.Namespace, *, count: int) -> list[Batch]:
+def read_batches(arguments: argparse.Namespace, *, count: int) -> list[common.Batch]:
     """Return `count` batches of running text, all different."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
     needed = count * arguments.batch * arguments.length
@@ -101,17 +84,19 @@ def read_texts(path: Path) -> Sequence[str]:
     return ["\n".join(map(str, json.loads(line).values())) + "\n" for line in lines]
 
 
-def build_all(model: nn.Module, rotated: nn.Module, mask: gs.TopGradient) -> list[tuple[Method, GradientPeak]]:
+def build_all(
+    model: nn.Module, rotated: nn.Module, mask: gs.TopGradient
+) -> list[tuple[common.Method, common.GradientPeak]]:
     """Return the methods, the baseline first, each with the counter of its gradients."""
     assert mask.among is not None
     plain_names = tuple(name.replace(".rotated_weight", ".weight") for name in mask.among)
     plain_mask = gs.TopGradient(density=mask.density, among=plain_names)
     unrotated = copy.deepcopy(model)
-    peaks = [GradientPeak(each) for each in (model, rotated, unrotated)]
+    peaks = [common.GradientPeak(each) for each in (model, rotated, unrotated)]
     methods = [
-        Method("full, torch AdamW fused", model, fused_adamw(model, lr=LR)),
-        Method("SparseGrad", rotated, gs.SparseOptimizer(rotated, mask=mask, lr=LR)),
-        Method("MeProp", unrotated, gs.SparseOptimizer(unrotated, mask=plain_mask, lr=LR)),
+        common.Method("full, torch AdamW fused", model, common.fused_adamw(model, lr=LR)),
+        common.Method("SparseGrad", rotated, gs.SparseOptimizer(rotated, mask=mask, lr=LR)),
+        common.Method("MeProp", unrotated, gs.SparseOptimizer(unrotated, mask=plain_mask, lr=LR)),
     ]
     return list(zip(methods, peaks, strict=True))
 
@@ -146,18 +131,20 @@ def energy_table(rows: Sequence[sparsegrad.EnergyShare]) -> list[dict[str, Any]]
     return found
 
 
-def row_of(method: Method, peak: GradientPeak, baseline: Method, batch: Batch) -> dict[str, Any]:
+def row_of(
+    method: common.Method, peak: common.GradientPeak, baseline: common.Method, batch: common.Batch
+) -> dict[str, Any]:
     """Return the figures of a method, after one more step that counts gradients."""
     peak.is_on = True
     method.step(batch, count=False)
     return {
         "method": method.name,
-        **ratio_columns("step_ratio", method.seconds, baseline.seconds),
+        **common.ratio_columns("step_ratio", method.seconds, baseline.seconds),
         "seconds": statistics.median(method.seconds),
         "optimizer_seconds": statistics.median(method.optimizer_seconds),
         "weights_bytes": sum(parameter.nbytes for parameter in method.model.parameters()),
         "buffers_bytes": sum(buffer.nbytes for buffer in method.model.buffers()),
-        "state_bytes": state_bytes(method.optimizer)["device"],
+        "state_bytes": common.state_bytes(method.optimizer)["device"],
         "peak_gradients_bytes": peak.bytes,
     }
 
@@ -165,14 +152,14 @@ def row_of(method: Method, peak: GradientPeak, baseline: Method, batch: Batch) -
 def markdown(result: dict[str, Any]) -> str:
     convert = result["convert"]
     conversion = (
-        f"{convert['num_linears']} linears of {megabytes(convert['rotated_weights_bytes'], digits=2)} MB; bases "
-        f"{megabytes(convert['bases_bytes'], digits=2)} MB; {convert['seconds']:.1f} s to convert"
+        f"{convert['num_linears']} linears of {common.megabytes(convert['rotated_weights_bytes'], digits=2)} MB; bases "
+        f"{common.megabytes(convert['bases_bytes'], digits=2)} MB; {convert['seconds']:.1f} s to convert"
     )
     return "\n\n".join([energy_markdown(result["energy"]), conversion, steps_markdown(result["methods"])])
 
 
 def energy_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    return markdown_table(
+    return common.markdown_table(
         ["top", "linears", "rotated", "original", "smallest ratio"],
         [
             [
@@ -189,7 +176,7 @@ def energy_markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def steps_markdown(rows: Sequence[dict[str, Any]]) -> str:
     headings = ["method", "step against full", "min-max", "optimizer s"]
-    return markdown_table(
+    return common.markdown_table(
         [*headings, "state MB", "peak gradients MB", "buffers MB"],
         [
             [
@@ -197,7 +184,7 @@ def steps_markdown(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['step_ratio']:.2f}",
                 f"{row['step_ratio_min']:.2f}-{row['step_ratio_max']:.2f}",
                 f"{row['optimizer_seconds']:.4f}",
-                *(megabytes(row[f"{key}_bytes"], digits=2) for key in ("state", "peak_gradients", "buffers")),
+                *(common.megabytes(row[f"{key}_bytes"], digits=2) for key in ("state", "peak_gradients", "buffers")),
             ]
             for row in rows
         ],
@@ -206,17 +193,17 @@ def steps_markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     sizes = {"rounds": 20, "warmup": 3, "batch": 8, "length": 128, "threads": 1}
-    parser = make_parser(__doc__, out=RESULT, **sizes)
+    parser = common.make_parser(__doc__, out=RESULT, **sizes)
     parser.add_argument("--model", type=Path, help="a folder with a causal language model")
     parser.add_argument("--data", type=Path, help=".txt, or .jsonl whose columns are joined")
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--basis-batches", type=int, default=16)
     parser.add_argument("--held-out-batches", type=int, default=8)
-    arguments = parse(parser, "model", "data")
+    arguments = common.parse(parser, "model", "data")
     if not arguments.table:
-        write_result(arguments.out, measure(arguments))
-    print(markdown(read_result(arguments.out)))
+        common.write_result(arguments.out, measure(arguments))
+    print(markdown(common.read_result(arguments.out)))
 
 
 if __name__ == "__main__":

@@ -19,33 +19,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import common
 import torch
-from common import (
-    RESULTS,
-    Method,
-    decoder_shape,
-    fused_adamw,
-    gradient_bytes,
-    machine,
-    make_parser,
-    markdown_table,
-    megabytes,
-    parse,
-    random_batches,
-    random_model,
-    ratio_columns,
-    read_result,
-    settings_of,
-    state_bytes,
-    take_turns,
-    with_lora,
-    write_result,
-)
 from torch import nn
 
 import gradselect as gs
 
-RESULT = RESULTS / "step_time.json"
+RESULT = common.RESULTS / "step_time.json"
 LR = 1e-5
 LORA_RANKS = (16, 128, 256)
 
@@ -83,7 +63,7 @@ def badam_package(model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-FULL = partial(fused_adamw, lr=LR)
+FULL = partial(common.fused_adamw, lr=LR)
 OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "full, torch AdamW fused": FULL,
     "full, All()": lambda model: TimedBlocks(model, gs.All()),
@@ -108,16 +88,16 @@ class Competitor:
 
     def __init__(self, name: str, model: nn.Module, make_optimizer: Callable[[nn.Module], Any]) -> None:
         self.gradient_bytes = 0
-        self.method = Method(name, model, make_optimizer(model), after_backward=self._count_gradients)
+        self.method = common.Method(name, model, make_optimizer(model), after_backward=self._count_gradients)
 
     def _count_gradients(self) -> None:
-        self.gradient_bytes = max(self.gradient_bytes, gradient_bytes(self.method.model.parameters()))
+        self.gradient_bytes = max(self.gradient_bytes, common.gradient_bytes(self.method.model.parameters()))
 
-    def row(self, baseline: Method) -> dict[str, Any]:
-        own, state = self.method, state_bytes(self.method.optimizer)
+    def row(self, baseline: common.Method) -> dict[str, Any]:
+        own, state = self.method, common.state_bytes(self.method.optimizer)
         return {
             "method": own.name,
-            **ratio_columns("speed_up", baseline.seconds, own.seconds),
+            **common.ratio_columns("speed_up", baseline.seconds, own.seconds),
             "flop_limit": self._flop_limit(),
             "seconds": statistics.median(own.seconds),
             "optimizer_seconds": statistics.median(own.optimizer_seconds),
@@ -145,7 +125,7 @@ class Competitor:
 
 def competitors(arguments: argparse.Namespace) -> Iterator[Competitor]:
     """Yield the baseline first: ratios are taken against it."""
-    config = decoder_shape(
+    config = common.decoder_shape(
         "qwen2",
         layers=arguments.layers,
         width=arguments.hidden,
@@ -155,11 +135,13 @@ def competitors(arguments: argparse.Namespace) -> Iterator[Competitor]:
         length=arguments.length,
     )
     for name, make_optimizer in OPTIMIZERS.items():
-        yield Competitor(name, random_model(config), make_optimizer)
+        yield Competitor(name, common.random_model(config), make_optimizer)
     for rank in LORA_RANKS:
-        yield Competitor(f"LoRA r={rank}, all linears (PEFT)", with_lora(random_model(config), rank=rank), FULL)
+        yield Competitor(
+            f"LoRA r={rank}, all linears (PEFT)", common.with_lora(common.random_model(config), rank=rank), FULL
+        )
     try:
-        yield Competitor("BAdam, package `badam`", random_model(config), badam_package)
+        yield Competitor("BAdam, package `badam`", common.random_model(config), badam_package)
     except ImportError:
         print("the package `badam` is not installed (extra `peers`): left out")
 
@@ -176,7 +158,7 @@ def flop_limit(model: nn.Module, selected: tuple[str, ...]) -> float:
 
 def markdown(result: dict[str, Any]) -> str:
     headings = ["method", "speed-up", "min-max", "limit", "optimizer s", "bookkeeping"]
-    return markdown_table(
+    return common.markdown_table(
         [*headings, "state MB", "on host MB", "gradients MB"],
         [
             [
@@ -186,9 +168,9 @@ def markdown(result: dict[str, Any]) -> str:
                 "" if row["flop_limit"] is None else f"{row['flop_limit']:.2f}",
                 f"{row['optimizer_seconds']:.3f}",
                 "" if row["bookkeeping_share"] is None else f"{100 * row['bookkeeping_share']:.2f} %",
-                megabytes(row["state_on_device_bytes"], digits=0),
-                megabytes(row["state_on_host_bytes"], digits=0),
-                megabytes(row["gradient_bytes_after_backward"], digits=0),
+                common.megabytes(row["state_on_device_bytes"], digits=0),
+                common.megabytes(row["state_on_host_bytes"], digits=0),
+                common.megabytes(row["gradient_bytes_after_backward"], digits=0),
             ]
             for row in result["methods"]
         ],
@@ -199,18 +181,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
     found = list(competitors(arguments))
     methods = [each.method for each in found]
-    batches = random_batches(arguments.vocabulary, batch=arguments.batch, length=arguments.length)
-    take_turns(methods, batches, warmup=arguments.warmup, rounds=arguments.rounds)
+    batches = common.random_batches(arguments.vocabulary, batch=arguments.batch, length=arguments.length)
+    common.take_turns(methods, batches, warmup=arguments.warmup, rounds=arguments.rounds)
     rows = [each.row(methods[0]) for each in found]
-    return {"settings": settings_of(arguments), "machine": machine(), "methods": rows}
+    return {"settings": common.settings_of(arguments), "machine": common.machine(), "methods": rows}
 
 
 def main() -> None:
     sizes = {"layers": 24, "hidden": 384, "vocabulary": 32_000, "batch": 8, "length": 128}
-    arguments = parse(make_parser(__doc__, out=RESULT, rounds=10, warmup=2, **sizes, threads=2))
+    arguments = common.parse(common.make_parser(__doc__, out=RESULT, rounds=10, warmup=2, **sizes, threads=2))
     if not arguments.table:
-        write_result(arguments.out, measure(arguments))
-    print(markdown(read_result(arguments.out)))
+        common.write_result(arguments.out, measure(arguments))
+    print(markdown(common.read_result(arguments.out)))
 
 
 if __name__ == "__main__":
