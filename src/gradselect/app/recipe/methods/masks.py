@@ -156,9 +156,9 @@ class StaticMethod(_StaticKeys):
     def mask_settings(self, facts: RunFacts) -> dict[str, Any]:
         settings = super().mask_settings(facts)
         del settings["calibration_batches"]
-        chosen, batches = SALIENCES[self.salience], facts.batches or None
+        criterion, batches = SALIENCES[self.salience], facts.batches or None
         return settings | {
-            "salience": chosen,
+            "salience": criterion,
             "batches": batches,
-            "loss": facts.loss if batches and chosen.has_loss else None,
+            "loss": facts.loss if batches and criterion.has_loss else None,
         }

@@ -62,5 +62,5 @@ class MePropMethod(AbstractMLPMethod):
     name: Literal["meprop"]
 
     def make_mask(self, model: nn.Module, facts: RunFacts) -> AbstractMask:
-        chosen = choose_layers(model, layers=self.layers, every=self.every)
-        return TopGradient(density=self.density, among=tuple(layer.weight_name for layer in chosen))
+        linears = choose_layers(model, layers=self.layers, every=self.every)
+        return TopGradient(density=self.density, among=tuple(linear.weight_name for linear in linears))
