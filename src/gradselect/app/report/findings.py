@@ -32,8 +32,8 @@ def findings(comparison: Comparison) -> Iterator[str]:
     """Yield the best method, the cheapest ones that are not shown to be worse than full fine-tuning, and limits."""
     if comparison.scores:
         yield _best(comparison)
-    yield from _cheap(comparison, "fastest to train", "training time", lambda method: method.training_seconds)
-    yield from _cheap(comparison, "smallest on average", "bytes held", lambda method: method.average_bytes)
+    yield from _cheap(comparison, "Fastest to train", "training time", lambda method: method.training_seconds)
+    yield from _cheap(comparison, "Smallest on average", "average bytes", lambda method: method.average_bytes)
     yield from _edges(comparison)
     yield from _left_out(comparison)
 
@@ -51,7 +51,7 @@ def _best(comparison: Comparison) -> str:
     level = [pair.second for pair in tested[0] if pair.first == best and not pair.is_significant]
     if not level:
         return f"{start} It is significantly better than every other method."
-    return f"{start} Not significantly worse: {_few(level)}."
+    return f"{start} Not shown to be worse: {_few(level)}."
 
 
 def _cheap(comparison: Comparison, what: str, cost_name: str, cost: Callable[[Method], float | None]) -> Iterator[str]:
@@ -76,8 +76,8 @@ def _cheap(comparison: Comparison, what: str, cost_name: str, cost: Callable[[Me
     name = min(candidates, key=lambda candidate: (candidates[candidate], candidate))
     difference = f"{scores.measure.show_difference(values[name].value)} {scores.measure.unit}".strip()
     yield (
-        f"Not significantly worse than full fine-tuning, and {what}: {name}, "
-        f"{words.share(ratio(candidates[name], cost(full)))} of its {cost_name}; {difference} (95 % interval "
+        f"{what} of the methods that are not shown to be worse than full fine-tuning: {name}, "
+        f"{words.share(ratio(candidates[name], cost(full)))} of the {cost_name} of full; {difference} (95 % interval "
         f"{scores.measure.show_interval(values[name].interval)})."
     )
 

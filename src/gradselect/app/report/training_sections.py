@@ -34,7 +34,7 @@ def convergence_parts(comparison: Comparison) -> Iterator[Part]:
             name=f"loss-{key}",
             title=f"{words.upper_first(curve)} loss against {word}",
             caption="Mean over seeds"
-            + ("." if curve == VALIDATION else ", and over the steps just before (a 25th of the run)."),
+            + ("." if curve == VALIDATION else " and over the steps just before, a 25th of the run."),
             reference=comparison.full and comparison.full.name,
         )
         for key, label, word, along in kinds
