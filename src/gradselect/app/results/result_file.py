@@ -24,7 +24,7 @@ NullAsEmpty = BeforeValidator(lambda value: {} if value is None else value)
 
 
 class RunInfo(Record):
-    """What was run."""
+    """Identity of the run, in the keys of PEFT."""
 
     created_at: str = ""
     total_time: Number | None = None
