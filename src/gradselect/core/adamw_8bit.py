@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rules import AbstractRule, AdamWRule, State
+from .adamw import AdamWRule
+from .rules import AbstractRule, State
 
 BLOCK = 256
 """Numbers that share one scale."""
@@ -50,6 +51,7 @@ class AdamW8bitRule(AbstractRule):
     fused: bool = False
     state_names = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
     works_on_shards = False
+    works_on_entries = False
 
     def make_state(self, weight: Tensor) -> State:
         if not _is_quantised(weight):
