@@ -448,7 +448,7 @@ def test_survivors_keep_moments_and_age_through_any_changes():
             assert dict(zip(state["indices"].tolist(), age, strict=True)) == ages[name]
             for index, mean in zip(state["indices"].tolist(), state["exp_avg"].tolist(), strict=True):
                 assert mean == pytest.approx(means[name][index], abs=1e-6)
-        again = EntryStore(parameters, master_dtype=None)
+        again = EntryStore(parameters, rule=gs.AdamWRule(), master_dtype=None)
         again.load({name: store.state(name) for name in sizes})
         assert all(same(again.state(name), store.state(name)) for name in sizes)
 
