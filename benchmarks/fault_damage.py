@@ -1,4 +1,4 @@
-"""Files damaged in every way that a disk, a copy or a hand can, and whether whoever reads them says so."""
+"""Damage files as a disk, a copy or a hand can, and check that their readers notice."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from gradselect import UsageError, delta
-from gradselect.app.compare.results import read_result, write_result
 from gradselect.app.evaluate import EvaluationSettings, evaluate, read_evaluation
 from gradselect.app.evaluate.language_model import load
+from gradselect.app.results import read_result, write_result
 from gradselect.files.checked_json import read_sealed
 from gradselect.files.manifest import MANIFEST_NAME, verify
 
@@ -25,13 +25,13 @@ PAGE = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """Files that belong together, and how they are read.
+    """Files that belong together, and their reader.
 
     Args:
-        name: what they are.
-        folder: where they are whole.
-        read: what they say, of the copy in a folder; raises `UsageError` where it will not be believed.
-        files: names of those that are damaged.
+        name: name of the kind of files.
+        folder: holds them intact.
+        read: reads the copy in a folder; raises `UsageError` where it notices damage.
+        files: names of the files to damage.
     """
 
     name: str
@@ -41,10 +41,10 @@ class Subject:
 
 
 def subjects(place: Path, run: Path, *, result: Path) -> Iterator[Subject]:
-    """What a run and its evaluation left, below `place`.
+    """Yield the files of a run and its evaluation, copied below `place`.
 
     Args:
-        place: a folder to write to; `place/model` is the base of the run.
+        place: folder to write to; `place/model` is the base of the run.
         run: output of a finished run with checkpoints.
         result: a result file of `gradselect compare`.
     """
@@ -70,8 +70,8 @@ def subjects(place: Path, run: Path, *, result: Path) -> Iterator[Subject]:
     evaluate(settings)
     yield _subject("evaluation", place / "scores", read_evaluation)
 
-    write_result(place / "compared" / result.name, json.loads(result.read_text("utf-8")))
-    yield _subject("comparison", place / "compared", lambda folder: read_result(folder / result.name).values)
+    write_result(place / "compared" / result.name, read_result(result).content)
+    yield _subject("comparison", place / "compared", lambda folder: read_result(folder / result.name).content.values())
 
 
 def _subject(name: str, folder: Path, read: Callable[[Path], Any], *, but: tuple[str, ...] = ()) -> Subject:
@@ -86,11 +86,11 @@ def _read_checkpoint(folder: Path) -> Any:
 
 
 def _read_delta(base: Path, folder: Path) -> Any:
-    """All that the delta makes: every file of the tuned model, and the numbers that it tells."""
+    """Apply the delta. Returns digests of every file that it makes, and its own figures."""
     out = folder / "applied"
-    told = delta.apply(base, folder / "d.safetensors", out)
+    figures = delta.apply(base, folder / "d.safetensors", out)
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir())}
-    return {"told": str(told), **files}
+    return {"figures": str(figures), **files}
 
 
 def _read_model(folder: Path) -> Any:
@@ -101,7 +101,7 @@ def _read_model(folder: Path) -> Any:
     return {"config": config, "generation": loaded.model.generation_config.to_dict(), "tokenizer": tokenizer, **weights}
 
 
-# The ways ------------------------------------------------------------------------------------------------------------
+# Damage --------------------------------------------------------------------------------------------------------------
 
 
 def flip(path: Path, draw: random.Random, _: Path) -> None:
@@ -132,7 +132,7 @@ def zero_page(path: Path, draw: random.Random, _: Path) -> None:
 
 
 def other_type(path: Path, draw: random.Random, _: Path) -> None:
-    """A folder, or as many bytes of something else, where the file was."""
+    """Replace the file by a folder, or by as many random bytes."""
     size = path.stat().st_size
     path.unlink()
     if draw.random() < 0.5:
@@ -155,15 +155,15 @@ WAYS = {
     "remove": remove,
 }
 SHARES = (4, 2, 1, 1, 2, 1, 1)
-"""A flipped bit is the hardest to see."""
+"""Weights of the draw: a flipped bit is the hardest to notice."""
 
 
 def damage_files(subject: Subject, *, count: int, scratch: Path, seed: int) -> tuple[Counter[str], list[str]]:
     """Damage one file of a copy, `count` times.
 
     Returns:
-        How many were "detected" (a message that names the file), "harmless" (what is read is what was written),
-        "silent" or "crashed"; and what happened in each case of the last two.
+        Counts of "detected" (a message names the file), "harmless" (the content reads as it was written), "silent" and
+        "crashed"; and a line for each of the last two.
     """
     draw = random.Random(f"{subject.name}/{seed}")
     expected = subject.read(_copy(subject, scratch))
@@ -197,7 +197,7 @@ def _outcome(subject: Subject, copy: Path, expected: Any, *, names: set[str]) ->
 
 
 def _copy(subject: Subject, scratch: Path) -> Path:
-    # A checkpoint is known by its name.
+    # The reader knows a checkpoint by its folder's name.
     copy = scratch / subject.folder.name
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(subject.folder, copy)

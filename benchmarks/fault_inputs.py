@@ -1,4 +1,4 @@
-"""Recipes and data files as nobody should write them, made by the thousand."""
+"""Recipes and data files with random errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TAG = "!!python/object/apply:os.system ['exit 1']"
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{below}'] * 9)}]\n" for below, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
-"""Three hundred bytes that stand for a billion values."""
+"""A YAML bomb: 300 bytes that expand to a billion values."""
 
 VALUES: tuple[Any, ...] = (
     *(None, True, -1, 0, 1, 10**9, 10**12, 10**400, -(10**30), 1e308, 1e-320, float("inf"), float("nan"), 0.5),
@@ -39,7 +39,7 @@ SNIPPETS = (
 
 
 def fuzzed_recipe(values: dict[str, Any], draw: random.Random) -> bytes:
-    """The YAML of `values`, wrong in some ways or, now and then, in none."""
+    """Return the YAML of `values` with some errors, now and then with none."""
     changed = copy.deepcopy(values)
     for _ in range(draw.choice((0, 1, 1, 2, 3))):
         draw.choice((_replace, _replace, _drop, _add, _nest))(changed, draw)
@@ -50,7 +50,7 @@ def fuzzed_recipe(values: dict[str, Any], draw: random.Random) -> bytes:
 
 
 def _places(values: Any) -> list[tuple[Any, Any]]:
-    """Every container and key in it."""
+    """Return every container and key of nested values."""
     if not isinstance(values, dict):
         return []
     return [place for key, value in values.items() for place in ((values, key), *_places(value))]
@@ -98,7 +98,7 @@ def _insert_bytes(content: bytes, draw: random.Random) -> bytes:
 
 
 def _insert_snippet(content: bytes, draw: random.Random) -> bytes:
-    """Instead of a value, or as a line."""
+    """Insert a snippet in place of a value, or as a line."""
     snippet = draw.choice(SNIPPETS).encode("utf-8", "backslashreplace")
     lines = content.split(b"\n")
     place = draw.randrange(len(lines))
@@ -132,7 +132,7 @@ ENDINGS = ("jsonl", "json", "csv", "tsv", "txt", "parquet")
 
 
 def fuzzed_data(ending: str, draw: random.Random) -> bytes:
-    """A data file of this ending, wrong in some ways or, now and then, in none."""
+    """Return a data file of this ending with some errors, now and then with none."""
     content = _WRITERS[ending](draw)
     for _ in range(draw.choice((0, 0, 1, 2))):
         content = draw.choice((_flip, _cut, _insert_bytes, _repeat_line, _encode, _line_ends))(content, draw)
@@ -205,4 +205,4 @@ SECTIONS: tuple[dict[str, Any], ...] = (
     {"format": "classification", "text": "{question}"},
     {"format": "classification", "text": "{question}", "text_pair": "{answer}", "regression": True},
 )
-"""What a recipe may ask of such a file."""
+"""Sections `data` of recipes that may read such files."""

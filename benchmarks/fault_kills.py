@@ -1,4 +1,4 @@
-"""Runs that are killed, alone at any moment or one of two processes, and what becomes of them when they are resumed."""
+"""Kill runs, alone at any moment or one of two ranks, resume them, and compare with runs that nothing disturbed."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from gradselect.files.manifest import MANIFEST_NAME, verify
 
 RUN = {"steps": 6, "save_every": 2, "accumulation": 2, "keep_checkpoints": 2}
 OF_A_SESSION = re.compile(r"_runtime$|_per_second$|_seconds$|^train_loss$")
-"""Keys of a history that are of the process that wrote them; `train_loss` is transformers' mean over its own steps."""
+"""Keys of a history that differ from process to process; `train_loss` is transformers' mean over its own steps."""
 
 
 def make_place(folder: Path) -> Path:
-    """A base model, data and text so small that a run takes a second."""
+    """Write a base model, data and text so small that a run takes a second."""
     write_model(folder / "model")
     write_sums(folder / "sums.jsonl")
     (folder / "known.txt").write_text("one and one is two, and two and two is four.", "utf-8")
@@ -41,7 +41,7 @@ def make_place(folder: Path) -> Path:
 
 
 def train_once(place: Path, output: Path, *, resume: bool = False) -> None:
-    """AdaGradSelect, exploring and exploiting, with two micro-batches a step and a checkpoint every second step."""
+    """Train with AdaGradSelect: explore and exploit steps, two micro-batches each, a checkpoint every second step."""
     recipe = parse(place, method=ADAGRADSELECT, run={"output": str(output), **RUN})
     train(recipe, console=quiet(), resume=resume)
 
@@ -50,7 +50,7 @@ def train_once(place: Path, output: Path, *, resume: bool = False) -> None:
 
 
 def start(work: Callable[[], None], *, log: Path) -> int:
-    """A fork that does `work`; its number."""
+    """Fork a process that does `work`. Returns its id."""
     child = os.fork()
     if child:
         return child
@@ -71,7 +71,11 @@ def start(work: Callable[[], None], *, log: Path) -> int:
 
 
 def ended(child: int, *, within: float = 120.0) -> int:
-    """Exit code of a fork; minus the signal's number where one has ended it. One that hangs is killed."""
+    """Wait for a fork. Returns its exit code, or minus the number of the signal that ended it.
+
+    Raises:
+        TimeoutError: it hung, and was killed.
+    """
     until = time.monotonic() + within
     while time.monotonic() < until:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -84,7 +88,7 @@ def ended(child: int, *, within: float = 120.0) -> int:
 
 
 def on_writes(root: Path, call: Callable[[int], None]) -> None:
-    """`call(n)` before the n-th time that this process opens for writing, renames, removes or syncs below `root`."""
+    """Call `call(n)` before the n-th write of this process below `root`: open, rename, removal or sync."""
     count = 0
 
     def happened() -> None:
@@ -136,7 +140,7 @@ def kill(place: Path, scratch: Path, *, count: int, seed: int) -> dict[str, Any]
 
 
 def _measure(place: Path, output: Path, *, log: Path) -> tuple[int, float]:
-    """Writes and seconds of a run that nothing disturbs, which is left in `output`; it is bitwise the same twice."""
+    """Return writes and seconds of an undisturbed run, which stays in `output`. Checks that two are bitwise equal."""
     seen, first = output.with_name("writes.txt"), output.with_name("first")
 
     def counted() -> None:
@@ -148,12 +152,12 @@ def _measure(place: Path, output: Path, *, log: Path) -> tuple[int, float]:
     codes.append(ended(start(lambda: train_once(place, output), log=log)))
     seconds = time.monotonic() - began
     if codes != [0, 0] or contents(first) != contents(output):
-        raise SystemExit(f"two runs that nothing disturbs ended with {codes}, or differ:\n{log.read_text()[-2000:]}")
+        raise SystemExit(f"two undisturbed runs ended with {codes}, or differ:\n{log.read_text()[-2000:]}")
     return int(seen.read_text()), seconds
 
 
 def _kill_once(place: Path, output: Path, *, log: Path, at: int | None, after: float, expected: dict[str, Any]) -> str:
-    """Kill before write `at` or `after` seconds: "killed" or "too late" where all is well; else what is not."""
+    """Kill a run before write `at`, or `after` seconds. Returns "killed", "too late", or else the problem."""
     done = output.with_name(f"{output.name}.saved")
 
     def doomed() -> None:
@@ -165,7 +169,7 @@ def _kill_once(place: Path, output: Path, *, log: Path, at: int | None, after: f
     child = start(doomed, log=log)
     if at is None:
         time.sleep(after)
-        os.kill(child, signal.SIGKILL)  # it waits to be asked for its end, so that the number is its own
+        os.kill(child, signal.SIGKILL)  # not waited for yet, so the id is still its own
     code = ended(child)
     if code not in (0, -signal.SIGKILL):
         return f"it ended with {code}, not by the signal; see {log}"
@@ -179,7 +183,7 @@ def _kill_once(place: Path, output: Path, *, log: Path, at: int | None, after: f
 
 
 def _note_checkpoints(done: Path) -> None:
-    """Write down which checkpoints have been saved to their end."""
+    """Note in `done` the checkpoints that were saved completely."""
     from gradselect.app.train.trainer import RunTrainer
 
     save = RunTrainer._save_checkpoint
@@ -193,7 +197,7 @@ def _note_checkpoints(done: Path) -> None:
 
 
 def _lost(output: Path, done: Path) -> str | None:
-    """A checkpoint that had been saved and is not there any more, or one that is there and is not whole."""
+    """Return the problem if a saved checkpoint is missing, or one that is there is damaged."""
     there = {int(path.name.removeprefix("step-")): path for path in (output / "checkpoints").glob("step-*")}
     for path in there.values():
         if problem := verify(path):
@@ -204,7 +208,7 @@ def _lost(output: Path, done: Path) -> str | None:
 
 
 def contents(output: Path) -> dict[str, Any]:
-    """What a run left that must not depend on how it came there: every file to the byte, but for times."""
+    """Return what must be equal however often a run was killed: every file to the byte, without times."""
     files: dict[str, Any] = {}
     for path in sorted(path for path in output.rglob("*") if path.is_file()):
         name = path.relative_to(output).as_posix()
@@ -223,7 +227,7 @@ def contents(output: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Tensors as their bytes: NaN equals itself, 0.0 is not -0.0."""
+    """Replace tensors by their bytes: NaN equals itself, 0.0 differs from -0.0."""
     match value:
         case torch.Tensor():
             return (str(value.dtype), tuple(value.shape), value.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -240,7 +244,7 @@ def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
 
 
 def _first_entry(found: Any, expected: Any) -> str:
-    """Of two histories the first logs that are not alike, with what is in one only."""
+    """Describe the first logs of two histories that differ."""
     if not (isinstance(found, list) and isinstance(expected, list)):
         return ""
     if len(found) != len(expected):
@@ -254,11 +258,11 @@ def _first_entry(found: Any, expected: Any) -> str:
 
 
 def ranks(place: Path, scratch: Path, *, seed: int) -> dict[str, Any]:
-    """Kill one of two processes after the first checkpoint: the other ends too, and both go on from there."""
+    """Kill one of two ranks after the first checkpoint: the other must end too, and both must resume from there."""
     log, failures = scratch / "log.txt", []
     codes = [ended(child) for child in _start_ranks(place, scratch / "whole", log=log)]
     if codes != [0, 0]:
-        raise SystemExit(f"two processes that nothing disturbs ended with {codes}:\n{log.read_text()[-2000:]}")
+        raise SystemExit(f"two undisturbed ranks ended with {codes}:\n{log.read_text()[-2000:]}")
     expected = contents(scratch / "whole")
     for victim in (0, 1):
         output = scratch / f"victim-{victim}"

@@ -1,14 +1,14 @@
-"""Break it on purpose: kills, damaged files, hostile input, a long run, a lost process; and what became of each.
+"""Break it on purpose: kills, damaged files, hostile input, a long run, a lost process.
 
-python benchmarks/faults.py kill --kills 200        # SIGKILL at random moments and inside every phase of a save
-python benchmarks/faults.py damage --files 1000     # files flipped, cut, swapped, emptied, zeroed, replaced, removed
-python benchmarks/faults.py fuzz --recipes 10000 --data 2000
-python benchmarks/faults.py soak --steps 2000
-python benchmarks/faults.py ranks
-python benchmarks/faults.py table                   # docs/reliability.md, from benchmarks/results/faults.json
+    python benchmarks/faults.py kill --kills 200      # SIGKILL at random moments and inside every phase of a save
+    python benchmarks/faults.py damage --files 1000   # files flipped, cut, swapped, emptied, zeroed, replaced, removed
+    python benchmarks/faults.py fuzz --recipes 10000 --data 2000
+    python benchmarks/faults.py soak --steps 2000
+    python benchmarks/faults.py ranks
+    python benchmarks/faults.py table                 # docs/reliability.md, from benchmarks/results/faults.json
 
-Each adds what it saw to benchmarks/results/faults.json and exits with 1 where that is not what is expected. A run is a
-fork of a process that has imported everything already: a kill costs a second.
+Each adds its outcome to benchmarks/results/faults.json, and exits with 1 where it is not the expected one. A run is a
+fork of a process that has imported everything already, so a kill costs a second.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
 import random
 import re
@@ -39,15 +38,16 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import fault_damage  # noqa: E402  # needs the path
 import fault_inputs  # noqa: E402
+from common import RESULTS, fill_section, markdown_table, read_result, write_result  # noqa: E402
 from fault_kills import kill, make_place, ranks, train_once  # noqa: E402
 from train_fixtures import ADAGRADSELECT, recipe_values  # noqa: E402
 
 from gradselect import AdaGradSelect, BlockOptimizer, JsonlWriter, Offload, UsageError  # noqa: E402
 from gradselect.app.recipe import load_recipe  # noqa: E402
 
-RESULT = ROOT / "benchmarks" / "results" / "faults.json"
+RESULT = RESULTS / "faults.json"
 PAGE = ROOT / "docs" / "reliability.md"
-COMPARED = ROOT / "benchmarks" / "results" / "small" / "full.lr-0.006.seed-0.score.json"
+COMPARED = RESULTS / "small" / "full.lr-0.006.seed-0.score.json"
 
 
 # Damage --------------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def damage(place: Path, scratch: Path, *, count: int, seed: int) -> dict[str, An
 
 
 def fuzz(place: Path, scratch: Path, *, recipes: int, data: int, seed: int) -> dict[str, Any]:
-    """Read recipes and data files that are wrong in every way, in this process and in bounded memory."""
+    """Read recipes and data files with random errors, in this process and in bounded memory."""
     os.chdir(scratch)
     before = _peak_bytes()
     limit = _virtual_bytes() + 4 * 2**30
@@ -92,7 +92,7 @@ def _fuzz_recipes(place: Path, *, count: int, seed: int, failures: list[str]) ->
         content = fault_inputs.fuzzed_recipe(values, random.Random(f"recipe/{seed}/{number}"))
         path = Path("recipe.yaml")
         path.write_bytes(content)
-        # The command itself now and then: what is valid then ends at the data, which are nowhere.
+        # The command itself now and then: a valid recipe ends at its data, which do not exist.
         read = _command if number % 20 == 0 else load_recipe
         _judge(lambda read=read, path=path: read(path), f"recipe {number} of seed {seed}", outcomes, failures)
     return dict(outcomes)
@@ -130,7 +130,7 @@ def _judge(read: Callable[[], Any], what: str, outcomes: Counter[str], failures:
 
 
 def _unclear(message: str) -> str | None:
-    """What keeps a person from reading it."""
+    """Return why a person cannot read the message, or None."""
     lines = message.splitlines()
     if not message.strip() or "Traceback" in message:
         return "no message for a person"
@@ -140,7 +140,7 @@ def _unclear(message: str) -> str | None:
 
 
 def _command(path: Path) -> None:
-    """`gradselect train`; its message as an error where the exit code is 2."""
+    """Run `gradselect train`. Its message becomes an error where the exit code is 2."""
     from gradselect.app.cli import main
 
     shown = io.StringIO()
@@ -151,7 +151,7 @@ def _command(path: Path) -> None:
         if end.code != 2:
             raise RuntimeError(f"exit code {end.code}: {shown.getvalue()[:200]}") from None
         raise UsageError(re.sub(r"\x1b\[[\d;]*m", "", shown.getvalue())) from None
-    raise RuntimeError("a recipe whose data are nowhere was carried out")
+    raise RuntimeError("a recipe without data has run")
 
 
 def _peak_bytes() -> int:
@@ -166,7 +166,7 @@ def _virtual_bytes() -> int:
 
 
 def soak(place: Path, scratch: Path, *, steps: int) -> dict[str, Any]:
-    """Switch blocks at every step; what the process holds after a fifth of them is what it holds at the end."""
+    """Switch blocks at every step: from a fifth of the steps on, bytes, open files and threads must not grow."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
@@ -228,14 +228,20 @@ ROWS: dict[str, tuple[str, str]] = {
 
 
 def table(results: dict[str, Any]) -> str:
-    """Each fault: what is expected and what was seen."""
-    lines = ["| fault | expected | tried | seen |", "|---|---|---|---|"]
-    for name, (fault, expected) in ROWS.items():
-        if name in results:
-            result = results[name]
-            seen = f"{len(result['failures'])} failures" if result["failures"] else "as expected"
-            lines.append(f"| {fault} | {expected} | {result['count']:,} | {seen}{_details(name, result)} |")
-    return "\n".join(lines)
+    """Return a line for each fault: what is expected, and the outcome."""
+    return markdown_table(
+        ["fault", "expected", "tried", "seen"],
+        [
+            [fault, expected, f"{results[name]['count']:,}", _seen(name, results[name])]
+            for name, (fault, expected) in ROWS.items()
+            if name in results
+        ],
+    )
+
+
+def _seen(name: str, result: dict[str, Any]) -> str:
+    outcome = f"{len(result['failures'])} failures" if result["failures"] else "as expected"
+    return f"{outcome}{_details(name, result)}"
 
 
 def _details(name: str, result: dict[str, Any]) -> str:
@@ -255,16 +261,12 @@ def _details(name: str, result: dict[str, Any]) -> str:
 
 
 def put_table(results: dict[str, Any]) -> None:
-    """Write it between its markers in docs/reliability.md."""
-    text = PAGE.read_text("utf-8")
-    pattern = re.compile(r"(<!-- faults: begin -->\n).*?(<!-- faults: end -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"{PAGE} has no markers <!-- faults: begin --> and <!-- faults: end -->")
-    PAGE.write_text(pattern.sub(lambda found: f"{found[1]}{table(results)}\n{found[2]}", text), "utf-8")
+    """Write the table between its markers in docs/reliability.md."""
+    PAGE.write_text(fill_section(PAGE.read_text("utf-8"), "faults", table(results)), "utf-8")
 
 
-def carry_out(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One of the ways to break it, in a folder of its own that is kept where something failed."""
+def run_fault(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run one fault in a folder of its own, which stays where something failed."""
     scratch = Path(tempfile.mkdtemp(prefix="faults-"))
     place = make_place(scratch / "place")
     options = {
@@ -292,21 +294,21 @@ def main() -> None:
     parser.add_argument("--data", type=int, default=2_000)
     parser.add_argument("--steps", type=int, default=2_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--result", type=Path, default=RESULT, help="the file that what was seen is added to")
+    parser.add_argument("--result", type=Path, default=RESULT, help="the file to add the outcome to")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    import gradselect.app.train.run  # noqa: F401  # before the forks, which then have it
+    import gradselect.app.train.run  # noqa: F401  # before the forks, which share it
 
     is_good = True
-    results = json.loads(arguments.result.read_text("utf-8")) if arguments.result.exists() else {}
-    # A fork should find nothing that a training has left behind.
+    results = read_result(arguments.result) if arguments.result.exists() else {}
+    # Forks come first: a training in this process would leave state behind.
     for name in sorted(arguments.names, key=lambda name: name not in ("kill", "ranks")):
         if name == "table":
             put_table(results)
             continue
-        results[name] = carry_out(name, arguments)
+        results[name] = run_fault(name, arguments)
         is_good = is_good and not results[name]["failures"]
-        arguments.result.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        write_result(arguments.result, results)
         print(
             f"{name}: {results[name]['count']:,} in {results[name]['seconds']} s, {results[name].get('outcomes', '')}"
         )

@@ -1,27 +1,26 @@
-"""Held-out loss on GSM8K of methods that train single weights, at one budget and equal steps, each at its best rate.
+"""Held-out loss on GSM8K of methods that train single entries, at one budget and equal steps, each at its best rate.
 
     python benchmarks/gsm8k_masks.py --model MODEL --train TRAIN.jsonl --test TEST.jsonl
     python benchmarks/gsm8k_masks.py --table    # from benchmarks/results/gsm8k_masks.jsonl
 
-As benchmarks/gsm8k_loss.py and with its recipe: every run is `gradselect train`, then `gradselect evaluate --task
-loss`; the rate is chosen with the first seed, further seeds run at that rate only, and a row that stands in the result
-file is not made again; nor is one of full fine-tuning that stands in gsm8k_loss.jsonl. Compact masks train 5 % of the
-model's entries (LIFT as many, all of them in the linears of the layers); GMT moves a fifth of them at each step.
+The work is that of benchmarks/gsm8k_loss.py. A run of full fine-tuning that is in its result file is taken from there.
+Compact masks train 5 % of the model's entries (LIFT as many, all of them in the linears of the layers); GMT moves a
+fifth of the entries at each step.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 import gsm8k_loss
+from common import RESULTS, read_rows
+from gsm8k_loss import Row
 from safetensors import safe_open
 
-RESULTS = Path(__file__).parent / "results" / "gsm8k_masks.jsonl"
+RESULT = RESULTS / "gsm8k_masks.jsonl"
 DENSITY = 0.05
-RATES = {
+RATES: dict[str, tuple[float, ...]] = {
     "full": (1e-3, 3e-3),
     "GMT 20 %": (3e-4, 1e-3, 3e-3),
     "StaticMask(gradient)": (1e-3, 3e-3, 1e-2),
@@ -32,7 +31,7 @@ RATES = {
 
 
 def settings(model: Path) -> dict[str, str]:
-    """What each method is in a recipe."""
+    """Return each method as an override of a recipe."""
     total, linears = num_entries(model)
     budget = round(DENSITY * total)
     return {
@@ -46,7 +45,7 @@ def settings(model: Path) -> dict[str, str]:
 
 
 def num_entries(model: Path) -> tuple[int, int]:
-    """Of the whole model, and of the matrices of its layers."""
+    """Count the entries of the whole model, and of the matrices of its layers."""
     total, linears = 0, 0
     with safe_open(model / "model.safetensors", framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - no mapping
@@ -56,62 +55,23 @@ def num_entries(model: Path) -> tuple[int, int]:
     return total, linears
 
 
-def main() -> None:
-    arguments = parse()
-    if not arguments.table:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        for seed in range(arguments.seeds):
-            for method in arguments.only or RATES:
-                for lr in RATES[method] if seed == 0 else [best_rate(method)]:
-                    once(method, arguments, lr=lr, seed=seed)
-    print(gsm8k_loss.table(read()))
-
-
-def once(method: str, arguments: argparse.Namespace, *, lr: float, seed: int) -> None:
-    """Make a row unless it is there."""
-    key = {"method": method, "lr": lr, "seed": seed}
-    if not any(key.items() <= row.items() for row in read()):
-        row = borrowed(key, arguments) or key | gsm8k_loss.run(
-            arguments, settings(arguments.model)[method], lr=lr, seed=seed
-        )
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-
-
-def borrowed(key: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """The same run of the other benchmark."""
-    wanted = key | {"steps": arguments.steps, "num_items": int(arguments.limit)}
-    rows = [row for row in gsm8k_loss.read() if "before_clipping_fix" not in row]
+def borrowed(key: Row, arguments: argparse.Namespace) -> Row | None:
+    """Return the same run of the other benchmark."""
+    wanted = key | {"steps": arguments.steps, "num_items": arguments.limit}
+    rows = [row for row in read_rows(gsm8k_loss.RESULT) if "before_clipping_fix" not in row]
     return next((row for row in rows if wanted.items() <= row.items()), None)
 
 
-def best_rate(method: str) -> float:
-    """The learning rate of the lowest loss with the first seed."""
-    return min((row["loss"], row["lr"]) for row in read() if row["method"] == method and row["seed"] == 0)[1]
+def main() -> None:
+    arguments = gsm8k_loss.parse_search(__doc__, out=RESULT, methods=list(RATES), limit=1319)
 
+    def run(key: Row) -> Row:
+        setting = settings(arguments.model)[key["method"]]
+        return borrowed(key, arguments) or gsm8k_loss.train_and_evaluate(arguments, setting, key)
 
-def read() -> list[dict[str, Any]]:
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--train", type=Path)
-    parser.add_argument("--test", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("runs/gsm8k_masks"))
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--limit", default="1319", help="the first so many test problems only")
-    parser.add_argument("--only", nargs="+", choices=RATES, help="these methods, e.g. to run two halves side by side")
-    parser.add_argument("--table", action="store_true")
-    arguments = parser.parse_args()
-    if not arguments.table and None in (arguments.model, arguments.train, arguments.test):
-        parser.error("give --model, --train and --test, or --table")
-    return arguments
+    if not arguments.table:
+        gsm8k_loss.search(arguments, RATES, run)
+    print(gsm8k_loss.table(read_rows(arguments.out)))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,16 @@
-"""Put the measured tables into README.md, each between its markers, from the committed result files.
+"""Put the tables of the committed result files into README.md, each between its markers.
 
 python benchmarks/readme.py            # rewrites README.md
-python benchmarks/readme.py --check    # exits 1 where the README says something else than the results
+python benchmarks/readme.py --check    # exits with 1 where README.md and the results differ
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import glue
 import gsm8k_loss
@@ -22,29 +19,32 @@ import levers
 import sparse_step
 import sparsegrad
 import step_time
+from common import RESULTS, ROOT, fill_section, markdown_table, megabytes, read_result, read_rows
 
-README = Path(__file__).parent.parent / "README.md"
-RESULTS = Path(__file__).parent / "results"
+README = ROOT / "README.md"
 
 
 def quickstart() -> str:
-    """What `make quickstart` gave, from the file that it writes, kept as benchmarks/results/quickstart.json."""
-    result = json.loads((RESULTS / "quickstart.json").read_text(encoding="utf-8"))
-    state = {name: num_bytes / 1e6 for name, num_bytes in result["state_bytes"].items()}
+    """The result of `make quickstart`, kept as benchmarks/results/quickstart.json."""
+    result = read_result(RESULTS / "quickstart.json")
+    state = {name: megabytes(num_bytes) for name, num_bytes in result["state_bytes"].items()}
+    right = f"right answers on {result['num_test']} unseen problems"
+    before, after = (f"{100 * result[f'accuracy_{when}']:.1f} %" for when in ("before", "after"))
     return (
         f"`make quickstart` took {result['total_seconds']:.0f} s on {result['threads']} cores after installation "
         f"({result['training_seconds']:.0f} s of it training) and gave:\n\n"
-        "| | base | AdaGradSelect, 3 of 8 layers + embedding | full fine-tuning |\n"
-        "|---|---|---|---|\n"
-        f"| right answers on {result['num_test']} unseen problems | {100 * result['accuracy_before']:.1f} % "
-        f"| {100 * result['accuracy_after']:.1f} % | |\n"
-        f"| speed of an exploit step, median of pairs | | {result['speed_up']:.2f} | 1 |\n"
-        f"| optimizer state on the device, peak MB | | {state['ours']:.1f} | {state['full']:.1f} |"
+    ) + markdown_table(
+        ["", "base", "AdaGradSelect, 3 of 8 layers + embedding", "full fine-tuning"],
+        [
+            [right, before, after, ""],
+            ["speed of an exploit step, median of pairs", "", f"{result['speed_up']:.2f}", "1"],
+            ["optimizer state on the device, peak MB", "", state["ours"], state["full"]],
+        ],
     )
 
 
 def speed() -> str:
-    result = json.loads(step_time.RESULT.read_text(encoding="utf-8"))
+    result = read_result(step_time.RESULT)
     settings, machine = result["settings"], result["machine"]
     size = f"{settings['layers']} layers of width {settings['hidden']}, vocabulary {settings['vocabulary']:,}"
     turns = f"--rounds {settings['rounds']} --warmup {settings['warmup']}"
@@ -57,7 +57,7 @@ def speed() -> str:
 
 
 def memory() -> str:
-    result = json.loads(levers.RESULT.read_text(encoding="utf-8"))
+    result = read_result(levers.RESULT)
     settings, model, machine = result["settings"], result["model"], result["machine"]
     return (
         f"`python benchmarks/levers.py --rounds {settings['rounds']} --observed {settings['observed']}`: a "
@@ -73,7 +73,7 @@ def memory() -> str:
 
 
 def learning() -> str:
-    rows = gsm8k_loss.read()
+    rows = read_rows(gsm8k_loss.RESULT)
     steps, items = rows[0]["steps"], rows[0]["num_items"]
     return (
         "`python benchmarks/gsm8k_loss.py`: a Llama of 3.4 M parameters pretrained on stories, GSM8K's training file, "
@@ -84,36 +84,32 @@ def learning() -> str:
 
 
 def accuracy() -> str:
-    """The comparison `small`, and AdaGradSelect again with more steps, from their result files."""
-    head = (
+    """The comparison `small`, and AdaGradSelect again with more steps."""
+    return (
         "`gradselect compare suites/small.yaml`, and for the row of more steps the same with `recipe.run.steps` set: "
         "the quickstart's base and problems, 1,000 unseen problems, three to five seeds, each method at the rate of "
         "lowest held-out loss of three or four.\n\n"
-        "| method | steps | rate | solved %, mean (each seed) | loss | peak MB of weights, gradients, state |\n"
-        "|---|---|---|---|---|---|\n"
-    )
-    return head + score_rows("small", "small-325-steps")
+    ) + score_table("method", "small", "small-325-steps")
 
 
 def variants() -> str:
     """AdaGradSelect with one setting changed at a time, on the same work."""
-    head = (
+    return (
         "`gradselect compare suites/small-variants.yaml`: the same work; AdaGradSelect's 3 of 8 layers and the "
         "embedding with one setting changed, or what stands in its place, all at the rate 0.006.\n\n"
-        "| variant | steps | rate | solved %, mean (each seed) | loss | peak MB of weights, gradients, state |\n"
-        "|---|---|---|---|---|---|\n"
-    )
-    return head + score_rows("small-variants", "small-variants-290-steps", "small-variants-325-steps")
+    ) + score_table("variant", "small-variants", "small-variants-290-steps", "small-variants-325-steps")
 
 
-def score_rows(*folders: str) -> str:
+def score_table(what: str, *folders: str) -> str:
+    """Return the methods of the folders of results, the best first."""
     rows = [row for folder in folders for row in scored(RESULTS / folder)]
-    return "\n".join(f"| {' | '.join(cells)} |" for _, cells in sorted(rows, reverse=True))
+    headings = [what, "steps", "rate", "solved %, mean (each seed)", "loss", "peak MB of weights, gradients, state"]
+    return markdown_table(headings, [cells for _, cells in sorted(rows, reverse=True)])
 
 
 def scored(folder: Path) -> list[tuple[float, list[str]]]:
-    """Mean accuracy and the cells of the table of each method in a folder of results."""
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.score.json"))]
+    """Return mean accuracy and cells of each method in a folder of results."""
+    results = [read_result(file) for file in sorted(folder.glob("*.score.json"))]
     rows = []
     for method in dict.fromkeys(result["gradselect"]["method"] for result in results):
         runs = [result for result in results if result["gradselect"]["method"] == method]
@@ -121,16 +117,19 @@ def scored(folder: Path) -> list[tuple[float, list[str]]]:
         solved = [100 * one["scores"]["solved"]["value"] for one in own]
         loss = statistics.mean(one["scores"]["loss"]["value"] for one in own)
         cells = [
-            *(method, str(runs[0]["run_info"]["train_config"]["run"]["steps"]), f"{own[0]['lr']:g}"),
+            method,
+            str(runs[0]["run_info"]["train_config"]["run"]["steps"]),
+            f"{own[0]['lr']:g}",
             f"{statistics.mean(solved):.1f} ({', '.join(f'{value:.1f}' for value in solved)})",
-            *(f"{loss:.3f}", f"{max(one['bytes']['peak']['together'] for one in own) / 1e6:.1f}"),
+            f"{loss:.3f}",
+            megabytes(max(one["bytes"]["peak"]["together"] for one in own)),
         ]
         rows.append((statistics.mean(solved), cells))
     return rows
 
 
 def sparse_speed() -> str:
-    result = json.loads(sparse_step.RESULT.read_text(encoding="utf-8"))
+    result = read_result(sparse_step.RESULT)
     settings, machine = result["settings"], result["machine"]
     return (
         f"`python benchmarks/sparse_step.py --rounds {settings['rounds']} --warmup {settings['warmup']} --threads "
@@ -143,7 +142,7 @@ def sparse_speed() -> str:
 
 
 def rotated() -> str:
-    result = json.loads(sparsegrad.RESULT.read_text(encoding="utf-8"))
+    result = read_result(sparsegrad.RESULT)
     return (
         "`python benchmarks/sparsegrad.py`: the Llama of 3.4 M parameters on GSM8K's training file; share of the "
         "squared gradient that the largest entries hold, on batches that the bases never saw, and whole training "
@@ -152,10 +151,12 @@ def rotated() -> str:
 
 
 def encoder() -> str:
-    rows = glue.read()
+    rows = read_rows(glue.RESULT)
     steps, batch = rows[0]["steps"], rows[0]["batch"]
     return (
-        "`python benchmarks/glue.py`: a BERT of 1.4 M parameters that `benchmarks/pretrain_encoder.py` made in 17 "
+        "Measured by the training loop that `benchmarks/glue.py` had at commit 4332dbb; `gradselect compare "
+        "suites/glue/stsb.yaml` (and its siblings) does this work now. A BERT of 1.4 M parameters that "
+        "`benchmarks/pretrain_encoder.py` made in 17 "
         f"minutes of one core, {steps} steps of {batch}; scores of the dev files times 100, mean of the seeds (each "
         "seed). The rate of each method is chosen on held-out pairs of STS-B. Pooler and classifier train whole in "
         "every method and are not counted.\n\n" + glue.table(rows)
@@ -163,7 +164,7 @@ def encoder() -> str:
 
 
 def masks() -> str:
-    rows = gsm8k_masks.read()
+    rows = read_rows(gsm8k_masks.RESULT)
     steps, items = rows[0]["steps"], rows[0]["num_items"]
     return (
         "`python benchmarks/gsm8k_masks.py`: the same model and data as above, "
@@ -187,19 +188,15 @@ SECTIONS: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """The README's text with every section as the results have it."""
+    """Return the README's text with the tables of the results."""
     for name, section in SECTIONS.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        assert pattern.search(text), name
-        replacement: Any = f"{begin}\n{section()}\n{end}"
-        text = pattern.sub(lambda _, new=replacement: new, text)
+        text = fill_section(text, name, section())
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the README differs")
     check = parser.parse_args().check
     before = README.read_text(encoding="utf-8")
     after = filled(before)

@@ -1,16 +1,17 @@
-"""SparseGrad: what share of the gradient few entries hold in the rotated basis, and what a step costs.
+"""SparseGrad: the share of the gradient that few entries hold in the rotated basis, and the cost of a step.
 
     python benchmarks/sparsegrad.py --model <folder> --data <text.txt | rows.jsonl>
+    python benchmarks/sparsegrad.py --table
 
-It writes benchmarks/results/sparsegrad.json and prints tables.
+The first command writes benchmarks/results/sparsegrad.json and prints the tables.
 
-**Energy.** Bases from the first batches of the text; then, for each rotated linear and each held-out batch, the share
-of Σ g² in the largest 0.5, 1 and 5 % of the entries, in the rotated and in the original basis.
+**Energy.** Bases come from the first batches of the text. For each rotated linear and each held-out batch: the share of
+Σ g² in the largest 0.5, 1 and 5 % of the entries, in the rotated and in the original basis.
 
 **Steps.** Whole training steps (forward, backward, optimizer) of full fine-tuning with torch's fused AdamW, of
-SparseGrad and of MeProp, the same mask without rotation. Each method holds its own copy of the model; they take turns,
-one step each a round, so that a machine that slows down slows all of them. A ratio is taken inside a round, and its
-median is reported. The peak of gradients is counted in a step of its own, when each gradient arrives.
+SparseGrad, and of MeProp, the same mask without rotation. Each method holds its own copy of the model; they take turns,
+one step each a round. A ratio is taken inside a round, and the table has its median. One more step of each method,
+without timing, counts the peak of gradients.
 """
 
 from __future__ import annotations
@@ -19,101 +20,51 @@ import argparse
 import copy
 import gc
 import json
-import platform
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 import gradselect as gs
 from gradselect import sparsegrad
 
-RESULT = Path(__file__).parent / "results" / "sparsegrad.json"
+RESULT = common.RESULTS / "sparsegrad.json"
 DENSITIES = (0.005, 0.01, 0.05)
 LR = 1e-4
 
-Batch = dict[str, Tensor]
 
-
-@dataclass
-class Method:
-    """One competitor: its model, its optimizer and what was measured of it."""
-
-    name: str
-    model: nn.Module
-    optimizer: Any
-    peak: PeakOfGradients
-    seconds: list[float] = field(default_factory=list)
-    optimizer_seconds: list[float] = field(default_factory=list)
-
-    def step(self, batch: Batch, *, count: bool) -> None:
-        """One training step; timed if it counts."""
-        start = time.perf_counter()
-        self.model(**batch).loss.backward()
-        middle = time.perf_counter()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        end = time.perf_counter()
-        if count:
-            self.seconds.append(end - start)
-            self.optimizer_seconds.append(end - middle)
-
-
-class PeakOfGradients:
-    """Most bytes of gradients alive at once; hooks of its own, which come before those of the optimizer."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.bytes = 0
-        self.watching = False
-        self._parameters = list(model.parameters())
-        for parameter in self._parameters:
-            parameter.register_post_accumulate_grad_hook(self._arrived)
-
-    def _arrived(self, _: Tensor) -> None:
-        if self.watching:
-            self.bytes = max(self.bytes, sum(num_bytes(p.grad) for p in self._parameters if p.grad is not None))
-
-
-def main() -> None:
-    arguments = parse()
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).train()
-    needed = arguments.basis_batches + arguments.held_out_batches + arguments.warmup + arguments.rounds
-    batches = read_batches(arguments, count=needed)
-    for_bases, rest = batches[: arguments.basis_batches], batches[arguments.basis_batches :]
-    held_out, for_steps = rest[: arguments.held_out_batches], rest[arguments.held_out_batches :]
+    first, second = arguments.basis_batches, arguments.basis_batches + arguments.held_out_batches
+    batches = read_batches(arguments, count=second + arguments.warmup + arguments.rounds)
 
     rotated = copy.deepcopy(model)
     start = time.perf_counter()
-    mask = sparsegrad.convert(rotated, for_bases, arguments.density, every=arguments.every)
-    result: dict[str, Any] = {
-        "settings": vars(arguments) | {"model": arguments.model.name, "data": arguments.data.name, "out": None},
-        "machine": machine(),
+    mask = sparsegrad.convert(rotated, batches[:first], arguments.density, every=arguments.every)
+    seconds = time.perf_counter() - start
+    energy = sparsegrad.energy(rotated, batches[first:second], densities=DENSITIES)
+    competitors = build_all(model, rotated, mask)
+    methods = [method for method, _ in competitors]
+    common.take_turns(methods, batches[second:], warmup=arguments.warmup, rounds=arguments.rounds)
+    return {
+        "settings": common.settings_of(arguments),
+        "machine": common.machine(),
         "model": {"type": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())},
-        "convert": {"seconds": time.perf_counter() - start} | bytes_of_conversion(rotated),
-        "energy": energy_table(sparsegrad.energy(rotated, held_out, densities=DENSITIES)),
+        "convert": {"seconds": seconds, **bytes_of_conversion(rotated)},
+        "energy": energy_table(energy),
+        "methods": [row_of(method, peak, methods[0], batches[-1]) for method, peak in competitors],
     }
-    methods = build_all(model, rotated, mask)
-    for number, batch in enumerate(for_steps, start=-arguments.warmup):
-        for method in methods:
-            method.step(batch, count=number >= 0)
-    for method in methods:
-        method.peak.watching = True
-        method.step(for_steps[-1], count=False)
-    result["methods"] = table(methods)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(markdown(result))
 
 
-def read_batches(arguments: argparse.Namespace, *, count: int) -> list[Batch]:
-    """`count` batches of running text, none of which is used twice."""
+def read_batches(arguments: argparse.Namespace, *, count: int) -> list[common.Batch]:
+    """Return `count` batches of running text, all different."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
     needed = count * arguments.batch * arguments.length
     tokens: list[int] = []
@@ -126,145 +77,133 @@ def read_batches(arguments: argparse.Namespace, *, count: int) -> list[Batch]:
 
 
 def read_texts(path: Path) -> Sequence[str]:
-    """The paragraphs of a text file, or the rows of a jsonl file, whose columns are joined."""
+    """Return the paragraphs of a text file, or the rows of a JSONL file with their columns joined."""
     lines = path.read_text("utf-8").splitlines()
     if path.suffix == ".txt":
         return [f"{line}\n" for line in lines]
     return ["\n".join(map(str, json.loads(line).values())) + "\n" for line in lines]
 
 
-def build_all(model: nn.Module, rotated: nn.Module, mask: gs.TopGradient) -> list[Method]:
-    """The baseline first: ratios are taken against it."""
+def build_all(
+    model: nn.Module, rotated: nn.Module, mask: gs.TopGradient
+) -> list[tuple[common.Method, common.GradientPeak]]:
+    """Return the methods, the baseline first, each with the counter of its gradients."""
     assert mask.among is not None
     plain_names = tuple(name.replace(".rotated_weight", ".weight") for name in mask.among)
+    plain_mask = gs.TopGradient(density=mask.density, among=plain_names)
     unrotated = copy.deepcopy(model)
-    peaks = [PeakOfGradients(each) for each in (model, rotated, unrotated)]
-    return [
-        Method("full, torch AdamW fused", model, torch.optim.AdamW(model.parameters(), lr=LR, fused=True), peaks[0]),
-        Method("SparseGrad", rotated, gs.SparseOptimizer(rotated, mask=mask, lr=LR), peaks[1]),
-        Method(
-            "MeProp",
-            unrotated,
-            gs.SparseOptimizer(unrotated, mask=gs.TopGradient(density=mask.density, among=plain_names), lr=LR),
-            peaks[2],
-        ),
+    peaks = [common.GradientPeak(each) for each in (model, rotated, unrotated)]
+    methods = [
+        common.Method("full, torch AdamW fused", model, common.fused_adamw(model, lr=LR)),
+        common.Method("SparseGrad", rotated, gs.SparseOptimizer(rotated, mask=mask, lr=LR)),
+        common.Method("MeProp", unrotated, gs.SparseOptimizer(unrotated, mask=plain_mask, lr=LR)),
     ]
+    return list(zip(methods, peaks, strict=True))
 
 
 def bytes_of_conversion(model: nn.Module) -> dict[str, int]:
-    """What the conversion adds, and what it applies to."""
+    """Return how many linears were rotated, and the bytes of rotated weights and bases."""
     rotated = [module for module in model.modules() if isinstance(module, sparsegrad.RotatedLinear)]
     bases = {module.bases for module in rotated}
     return {
         "num_linears": len(rotated),
-        "rotated_weights_bytes": sum(num_bytes(module.rotated_weight) for module in rotated),
-        "bases_bytes": sum(num_bytes(basis) for pair in bases for basis in pair.buffers()),
+        "rotated_weights_bytes": sum(module.rotated_weight.nbytes for module in rotated),
+        "bases_bytes": sum(basis.nbytes for pair in bases for basis in pair.buffers()),
     }
 
 
 def energy_table(rows: Sequence[sparsegrad.EnergyShare]) -> list[dict[str, Any]]:
-    """Means over layers, for all of them and by the linear's own name."""
+    """Return means over layers: of all linears, and of each kind of linear."""
     names = sorted({row.layer.rpartition(".")[2] for row in rows})
     found = []
     for density in DENSITIES:
         for name in (None, *names):
-            chosen = [row for row in rows if row.density == density and name in (None, row.layer.rpartition(".")[2])]
+            selected = [row for row in rows if row.density == density and name in (None, row.layer.rpartition(".")[2])]
             found.append(
                 {
                     "density": density,
                     "linears": name or "all",
-                    "rotated": statistics.fmean(row.rotated for row in chosen),
-                    "original": statistics.fmean(row.original for row in chosen),
-                    "smallest_ratio": min(row.rotated / row.original for row in chosen),
+                    "rotated": statistics.fmean(row.rotated for row in selected),
+                    "original": statistics.fmean(row.original for row in selected),
+                    "smallest_ratio": min(row.rotated / row.original for row in selected),
                 }
             )
     return found
 
 
-def table(methods: Sequence[Method]) -> list[dict[str, Any]]:
-    baseline = methods[0]
-    rows = []
-    for method in methods:
-        ratios = [own / full for full, own in zip(baseline.seconds, method.seconds, strict=True)]
-        rows.append(
-            {
-                "method": method.name,
-                "step_ratio": statistics.median(ratios),
-                "step_ratio_min": min(ratios),
-                "step_ratio_max": max(ratios),
-                "seconds": statistics.median(method.seconds),
-                "optimizer_seconds": statistics.median(method.optimizer_seconds),
-                "weights_bytes": sum(map(num_bytes, method.model.parameters())),
-                "buffers_bytes": sum(map(num_bytes, method.model.buffers())),
-                "state_bytes": state_bytes(method.optimizer),
-                "peak_gradients_bytes": method.peak.bytes,
-            }
-        )
-    return rows
-
-
-def state_bytes(optimizer: Any) -> int:
-    """Of moments, indices and masters."""
-    if isinstance(optimizer, gs.SparseOptimizer):
-        memory = optimizer.memory()
-        return memory["masters"] + memory["state_on_device"]
-    return sum(num_bytes(tensor) for state in optimizer.state.values() for tensor in state.values() if tensor.ndim)
-
-
-def num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def markdown(result: dict[str, Any]) -> str:
-    lines = ["| top | linears | rotated | original | smallest ratio |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {100 * row['density']:g} % | {row['linears']} | {row['rotated']:.3f} | {row['original']:.3f} "
-        f"| {row['smallest_ratio']:.2f} |"
-        for row in result["energy"]
-    ]
-    convert = result["convert"]
-    lines += [
-        "",
-        f"{convert['num_linears']} linears of {convert['rotated_weights_bytes'] / 1e6:.2f} MB; bases "
-        f"{convert['bases_bytes'] / 1e6:.2f} MB; {convert['seconds']:.1f} s to convert",
-        "",
-        "| method | step against full | min-max | optimizer s | state MB | peak gradients MB | buffers MB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['method']} | {row['step_ratio']:.2f} | {row['step_ratio_min']:.2f}-{row['step_ratio_max']:.2f} "
-        f"| {row['optimizer_seconds']:.4f} | {row['state_bytes'] / 1e6:.2f} | {row['peak_gradients_bytes'] / 1e6:.2f} "
-        f"| {row['buffers_bytes'] / 1e6:.2f} |"
-        for row in result["methods"]
-    ]
-    return "\n".join(lines)
-
-
-def machine() -> dict[str, Any]:
+def row_of(
+    method: common.Method, peak: common.GradientPeak, baseline: common.Method, batch: common.Batch
+) -> dict[str, Any]:
+    """Return the figures of a method, after one more step that counts gradients."""
+    peak.is_on = True
+    method.step(batch, count=False)
     return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-        "processor": platform.machine(),
+        "method": method.name,
+        **common.ratio_columns("step_ratio", method.seconds, baseline.seconds),
+        "seconds": statistics.median(method.seconds),
+        "optimizer_seconds": statistics.median(method.optimizer_seconds),
+        "weights_bytes": sum(parameter.nbytes for parameter in method.model.parameters()),
+        "buffers_bytes": sum(buffer.nbytes for buffer in method.model.buffers()),
+        "state_bytes": common.state_bytes(method.optimizer)["device"],
+        "peak_gradients_bytes": peak.bytes,
     }
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a folder with a causal language model")
-    parser.add_argument("--data", type=Path, required=True, help=".txt, or .jsonl whose columns are joined")
+def markdown(result: dict[str, Any]) -> str:
+    convert = result["convert"]
+    conversion = (
+        f"{convert['num_linears']} linears of {common.megabytes(convert['rotated_weights_bytes'], digits=2)} MB; bases "
+        f"{common.megabytes(convert['bases_bytes'], digits=2)} MB; {convert['seconds']:.1f} s to convert"
+    )
+    return "\n\n".join([energy_markdown(result["energy"]), conversion, steps_markdown(result["methods"])])
+
+
+def energy_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    return common.markdown_table(
+        ["top", "linears", "rotated", "original", "smallest ratio"],
+        [
+            [
+                f"{100 * row['density']:g} %",
+                row["linears"],
+                f"{row['rotated']:.3f}",
+                f"{row['original']:.3f}",
+                f"{row['smallest_ratio']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def steps_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    headings = ["method", "step against full", "min-max", "optimizer s"]
+    return common.markdown_table(
+        [*headings, "state MB", "peak gradients MB", "buffers MB"],
+        [
+            [
+                row["method"],
+                f"{row['step_ratio']:.2f}",
+                f"{row['step_ratio_min']:.2f}-{row['step_ratio_max']:.2f}",
+                f"{row['optimizer_seconds']:.4f}",
+                *(common.megabytes(row[f"{key}_bytes"], digits=2) for key in ("state", "peak_gradients", "buffers")),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def main() -> None:
+    sizes = {"rounds": 20, "warmup": 3, "batch": 8, "length": 128, "threads": 1}
+    parser = common.make_parser(__doc__, out=RESULT, **sizes)
+    parser.add_argument("--model", type=Path, help="a folder with a causal language model")
+    parser.add_argument("--data", type=Path, help=".txt, or .jsonl whose columns are joined")
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--basis-batches", type=int, default=16)
     parser.add_argument("--held-out-batches", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULT)
-    return parser.parse_args()
+    arguments = common.parse(parser, "model", "data")
+    if not arguments.table:
+        common.write_result(arguments.out, measure(arguments))
+    print(markdown(common.read_result(arguments.out)))
 
 
 if __name__ == "__main__":

@@ -3,178 +3,151 @@
     python benchmarks/step_time.py                      # writes benchmarks/results/step_time.json and prints the table
     python benchmarks/step_time.py --rounds 3 --layers 4 --hidden 64 --vocabulary 500 --out /tmp/small.json
 
-Every method holds its own copy of one randomly initialised Qwen2-type model. The methods take turns, one step each a
-round, so that a machine that slows down slows all of them; a ratio is taken inside a round, and its median is reported.
-`limit` is the speed-up that the FLOPs allow for the blocks that were selected, 6 / (2 + 2 d + 2 (1 - s)): s is the
-frozen share of the parameters, d the share of the layers that the backward pass visits.
+Every method trains its own copy of one Qwen2-type model with random weights. The methods take turns, one step each a
+round. A ratio is taken inside a round, and the table has its median. `limit` is the speed-up that the FLOPs allow for
+the selected blocks, 6 / (2 + 2 d + 2 (1 - s)): s is the frozen share of the parameters, d the share of the layers that
+the backward pass visits.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import common
 import torch
-import transformers
 from torch import nn
 
 import gradselect as gs
 
-RESULT = Path(__file__).parent / "results" / "step_time.json"
+RESULT = common.RESULTS / "step_time.json"
 LR = 1e-5
+LORA_RANKS = (16, 128, 256)
 
 
-@dataclass
-class Method:
-    """One competitor: its model, its optimizer and what was measured of it."""
+class TimedBlocks(gs.BlockOptimizer):
+    """BlockOptimizer that times its updates, and keeps its records. The rest of `step` is bookkeeping."""
 
-    name: str
-    model: nn.Module
-    optimizer: Any
-    seconds: list[float] = field(default_factory=list)
-    optimizer_seconds: list[float] = field(default_factory=list)
-    bookkeeping_seconds: list[float] = field(default_factory=list)
-    limits: list[float] = field(default_factory=list)
-    peak_gradient_bytes: int = 0
-
-    def step(self, batch: dict[str, torch.Tensor], *, count: bool) -> None:
-        """One training step; timed if it counts."""
-        start = time.perf_counter()
-        self.model(**batch).loss.backward()
-        self.peak_gradient_bytes = max(self.peak_gradient_bytes, gradient_bytes(self.model))
-        middle = time.perf_counter()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        end = time.perf_counter()
-        if count:
-            self.seconds.append(end - start)
-            self.optimizer_seconds.append(end - middle)
-            if isinstance(self.optimizer, Stopwatch):
-                self.bookkeeping_seconds.append(end - middle - self.optimizer.update_seconds)
-                record = self.optimizer.last_record
-                self.limits.append(1.0 if record.explored else flop_limit(self.model, record.selected))
-
-
-class Stopwatch(gs.BlockOptimizer):
-    """BlockOptimizer that knows how long the update itself took; the rest of `step` is bookkeeping."""
-
-    update_seconds = 0.0
+    def __init__(self, model: nn.Module, policy: gs.AbstractPolicy, **settings: Any) -> None:
+        self.update_seconds: list[float] = []
+        self.records: list[gs.StepRecord] = []
+        super().__init__(model, policy, lr=LR, rule=gs.AdamWRule(fused=True), **settings)
+        self.add_record_hook(self.records.append)
 
     def _update(self, selected: Any) -> None:
         start = time.perf_counter()
         super()._update(selected)
-        self.update_seconds = time.perf_counter() - start
+        self.update_seconds.append(time.perf_counter() - start)
 
 
-def main() -> None:
-    arguments = parse()
-    torch.set_num_threads(arguments.threads)
-    methods = build_all(arguments)
-    generator = torch.Generator().manual_seed(0)
-    for round_number in range(-arguments.warmup, arguments.rounds):
-        shape = (arguments.batch, arguments.length)
-        tokens = torch.randint(0, arguments.vocabulary, shape, generator=generator)
-        for method in methods:
-            method.step({"input_ids": tokens, "labels": tokens}, count=round_number >= 0)
-    result = {"settings": vars(arguments) | {"out": None}, "machine": machine(), "methods": table(methods)}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(markdown(result))
+def exploiting(share: float, **settings: Any) -> Callable[[nn.Module], TimedBlocks]:
+    """AdaGradSelect that explores in the first step alone."""
+    return lambda model: TimedBlocks(model, gs.AdaGradSelect(fraction=share, explore_steps=1), **settings)
 
 
-def build_all(arguments: argparse.Namespace) -> list[Method]:
-    """The baseline first: ratios are taken against it."""
+def badam_package(model: nn.Module) -> torch.optim.Optimizer:
+    """BAdam by its authors' package, an outside reference."""
+    import badam
 
-    def fresh() -> nn.Module:
-        torch.manual_seed(0)
-        return transformers.AutoModelForCausalLM.from_config(config(arguments)).train()
-
-    def plain(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, fused=True)
-
-    def blocks(policy: gs.AbstractPolicy, **settings: Any) -> Callable[[nn.Module], Stopwatch]:
-        return lambda model: Stopwatch(model, policy, lr=LR, rule=gs.AdamWRule(fused=True), **settings)
-
-    always_exploring = gs.AdaGradSelect(fraction=0.2, explore_steps=10**9)
-    makers: dict[str, Callable[[nn.Module], Any]] = {
-        "full, torch AdamW fused": plain,
-        "full, All()": blocks(gs.All()),
-        "AdaGradSelect 10 %, exploit": blocks(gs.AdaGradSelect(fraction=0.1, explore_steps=1)),
-        "AdaGradSelect 20 %, exploit": blocks(gs.AdaGradSelect(fraction=0.2, explore_steps=1)),
-        "AdaGradSelect 20 %, exploit, Offload()": blocks(
-            gs.AdaGradSelect(fraction=0.2, explore_steps=1), residency=gs.Offload()
-        ),
-        "AdaGradSelect 20 %, exploit, Drop()": blocks(
-            gs.AdaGradSelect(fraction=0.2, explore_steps=1), residency=gs.Drop()
-        ),
-        "AdaGradSelect 20 %, exploit, embedding always": blocks(
-            gs.AdaGradSelect(fraction=0.2, explore_steps=1), always=("embedding",)
-        ),
-        "AdaGradSelect 30 %, exploit": blocks(gs.AdaGradSelect(fraction=0.3, explore_steps=1)),
-        "AdaGradSelect 20 %, explore": blocks(always_exploring),
-        "LISA, 2 layers + embedding, norm, head": blocks(
-            gs.Uniform(count=2, every=20), always=("embedding", "norm", "head")
-        ),
-        "BAdam, 1 block": blocks(gs.Cyclic(every=2), residency=gs.Drop()),
-    }
-    methods = []
-    for name, make in makers.items():
-        model = fresh()
-        methods.append(Method(name, model, make(model)))
-    for rank in (16, 128, 256):
-        model = with_lora(fresh(), rank=rank)
-        methods.append(Method(f"LoRA r={rank}, all linears (PEFT)", model, plain(model)))
-    return methods + public_badam(fresh)
-
-
-def with_lora(model: nn.Module, *, rank: int) -> nn.Module:
-    import peft
-
-    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, settings)
-
-
-def public_badam(fresh: Callable[[], nn.Module]) -> list[Method]:
-    """The authors' package, an outside witness; left out, aloud, where it is not installed."""
-    try:
-        import badam
-    except ImportError:
-        print("the package `badam` is not installed (extra `peers`): left out")
-        return []
-    model = fresh()
-    optimizer = badam.BlockOptimizer(
+    return badam.BlockOptimizer(
         base_optimizer=torch.optim.AdamW(model.parameters(), lr=LR),
         named_parameters_list=list(model.named_parameters()),
         switch_block_every=2,
         switch_mode="random",
         verbose=0,
     )
-    return [Method("BAdam, package `badam`", model, optimizer)]
 
 
-def config(arguments: argparse.Namespace) -> transformers.Qwen2Config:
-    return transformers.Qwen2Config(
-        num_hidden_layers=arguments.layers,
-        hidden_size=arguments.hidden,
-        intermediate_size=8 * arguments.hidden // 3,
-        num_attention_heads=max(1, arguments.hidden // 64),
-        num_key_value_heads=max(1, arguments.hidden // 64),
-        vocab_size=arguments.vocabulary,
-        max_position_embeddings=arguments.length,
-        tie_word_embeddings=True,
+FULL = partial(common.fused_adamw, lr=LR)
+OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
+    "full, torch AdamW fused": FULL,
+    "full, All()": lambda model: TimedBlocks(model, gs.All()),
+    "AdaGradSelect 10 %, exploit": exploiting(0.1),
+    "AdaGradSelect 20 %, exploit": exploiting(0.2),
+    "AdaGradSelect 20 %, exploit, Offload()": exploiting(0.2, residency=gs.Offload()),
+    "AdaGradSelect 20 %, exploit, Drop()": exploiting(0.2, residency=gs.Drop()),
+    "AdaGradSelect 20 %, exploit, embedding always": exploiting(0.2, always=("embedding",)),
+    "AdaGradSelect 30 %, exploit": exploiting(0.3),
+    "AdaGradSelect 20 %, explore": lambda model: TimedBlocks(
+        model, gs.AdaGradSelect(fraction=0.2, explore_steps=10**9)
+    ),
+    "LISA, 2 layers + embedding, norm, head": lambda model: TimedBlocks(
+        model, gs.Uniform(count=2, every=20), always=("embedding", "norm", "head")
+    ),
+    "BAdam, 1 block": lambda model: TimedBlocks(model, gs.Cyclic(every=2), residency=gs.Drop()),
+}
+
+
+class Competitor:
+    """A method, and the bytes of its gradients after the backward pass at their most."""
+
+    def __init__(self, name: str, model: nn.Module, make_optimizer: Callable[[nn.Module], Any]) -> None:
+        self.gradient_bytes = 0
+        self.method = common.Method(name, model, make_optimizer(model), after_backward=self._count_gradients)
+
+    def _count_gradients(self) -> None:
+        self.gradient_bytes = max(self.gradient_bytes, common.gradient_bytes(self.method.model.parameters()))
+
+    def row(self, baseline: common.Method) -> dict[str, Any]:
+        own, state = self.method, common.state_bytes(self.method.optimizer)
+        return {
+            "method": own.name,
+            **common.ratio_columns("speed_up", baseline.seconds, own.seconds),
+            "flop_limit": self._flop_limit(),
+            "seconds": statistics.median(own.seconds),
+            "optimizer_seconds": statistics.median(own.optimizer_seconds),
+            "bookkeeping_share": self._bookkeeping_share(),
+            "state_on_device_bytes": state["device"],
+            "state_on_host_bytes": state["host"],
+            "gradient_bytes_after_backward": self.gradient_bytes,
+        }
+
+    def _flop_limit(self) -> float | None:
+        own = self.method
+        if not isinstance(own.optimizer, TimedBlocks):
+            return None
+        records = own.optimizer.records[-len(own.seconds) :]
+        return statistics.mean(1.0 if r.explored else flop_limit(own.model, r.selected) for r in records)
+
+    def _bookkeeping_share(self) -> float | None:
+        own = self.method
+        if not isinstance(own.optimizer, TimedBlocks):
+            return None
+        updates = own.optimizer.update_seconds[-len(own.seconds) :]
+        rest = [step - update for step, update in zip(own.optimizer_seconds, updates, strict=True)]
+        return statistics.median(rest) / statistics.median(own.seconds)
+
+
+def competitors(arguments: argparse.Namespace) -> Iterator[Competitor]:
+    """Yield the baseline first: ratios are taken against it."""
+    config = common.decoder_shape(
+        "qwen2",
+        layers=arguments.layers,
+        width=arguments.hidden,
+        mlp_width=8 * arguments.hidden // 3,
+        heads=max(1, arguments.hidden // 64),
+        vocabulary=arguments.vocabulary,
+        length=arguments.length,
     )
+    for name, make_optimizer in OPTIMIZERS.items():
+        yield Competitor(name, common.random_model(config), make_optimizer)
+    for rank in LORA_RANKS:
+        yield Competitor(
+            f"LoRA r={rank}, all linears (PEFT)", common.with_lora(common.random_model(config), rank=rank), FULL
+        )
+    try:
+        yield Competitor("BAdam, package `badam`", common.random_model(config), badam_package)
+    except ImportError:
+        print("the package `badam` is not installed (extra `peers`): left out")
 
 
 def flop_limit(model: nn.Module, selected: tuple[str, ...]) -> float:
-    """6 / (2 + 2 d + 2 (1 - s)) for this selection; see the module docstring."""
+    """Return 6 / (2 + 2 d + 2 (1 - s)) of this selection; see the top of this file."""
     blocks = gs.partition(model)
     trained = sum(block.num_elements for block in blocks if block.name in selected)
     layers = [block.name for block in blocks if block.name.startswith("layer.")]
@@ -183,86 +156,43 @@ def flop_limit(model: nn.Module, selected: tuple[str, ...]) -> float:
     return 6 / (2 + 2 * depth + 2 * trained / sum(block.num_elements for block in blocks))
 
 
-def gradient_bytes(model: nn.Module) -> int:
-    return sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
-
-
-def state_bytes(optimizer: Any) -> dict[str, int]:
-    """Optimizer state and masters that exist at the end; of a foreign optimizer all on the device."""
-    if isinstance(optimizer, gs.BlockOptimizer):
-        memory = optimizer.memory()
-        return {"device": memory["masters"] + memory["state_on_device"], "host": memory["state_on_host"]}
-    base = getattr(optimizer, "base_optimizer", optimizer)
-    tensors = [t for state in base.state.values() for t in state.values() if torch.is_tensor(t) and t.ndim]
-    return {"device": sum(t.numel() * t.element_size() for t in tensors), "host": 0}
-
-
-def table(methods: list[Method]) -> list[dict[str, Any]]:
-    baseline = methods[0]
-    rows = []
-    for method in methods:
-        ratios = [full / own for full, own in zip(baseline.seconds, method.seconds, strict=True)]
-        state = state_bytes(method.optimizer)
-        rows.append(
-            {
-                "method": method.name,
-                "speed_up": statistics.median(ratios),
-                "speed_up_min": min(ratios),
-                "speed_up_max": max(ratios),
-                "flop_limit": statistics.mean(method.limits) if method.limits else None,
-                "seconds": statistics.median(method.seconds),
-                "optimizer_seconds": statistics.median(method.optimizer_seconds),
-                "bookkeeping_share": (
-                    statistics.median(method.bookkeeping_seconds) / statistics.median(method.seconds)
-                    if method.bookkeeping_seconds
-                    else None
-                ),
-                "state_on_device_bytes": state["device"],
-                "state_on_host_bytes": state["host"],
-                "gradient_bytes_after_backward": method.peak_gradient_bytes,
-            }
-        )
-    return rows
-
-
 def markdown(result: dict[str, Any]) -> str:
-    lines = [
-        "| method | speed-up | min-max | limit | optimizer s | bookkeeping | state MB | on host MB | gradients MB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in result["methods"]:
-        limit = "" if row["flop_limit"] is None else f"{row['flop_limit']:.2f}"
-        share = "" if row["bookkeeping_share"] is None else f"{100 * row['bookkeeping_share']:.2f} %"
-        lines.append(
-            f"| {row['method']} | {row['speed_up']:.2f} | {row['speed_up_min']:.2f}-{row['speed_up_max']:.2f} "
-            f"| {limit} | {row['optimizer_seconds']:.3f} | {share} | {row['state_on_device_bytes'] / 1e6:.0f} "
-            f"| {row['state_on_host_bytes'] / 1e6:.0f} | {row['gradient_bytes_after_backward'] / 1e6:.0f} |"
-        )
-    return "\n".join(lines)
+    headings = ["method", "speed-up", "min-max", "limit", "optimizer s", "bookkeeping"]
+    return common.markdown_table(
+        [*headings, "state MB", "on host MB", "gradients MB"],
+        [
+            [
+                row["method"],
+                f"{row['speed_up']:.2f}",
+                f"{row['speed_up_min']:.2f}-{row['speed_up_max']:.2f}",
+                "" if row["flop_limit"] is None else f"{row['flop_limit']:.2f}",
+                f"{row['optimizer_seconds']:.3f}",
+                "" if row["bookkeeping_share"] is None else f"{100 * row['bookkeeping_share']:.2f} %",
+                common.megabytes(row["state_on_device_bytes"], digits=0),
+                common.megabytes(row["state_on_host_bytes"], digits=0),
+                common.megabytes(row["gradient_bytes_after_backward"], digits=0),
+            ]
+            for row in result["methods"]
+        ],
+    )
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-        "processor": platform.machine(),
-    }
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(arguments.threads)
+    found = list(competitors(arguments))
+    methods = [each.method for each in found]
+    batches = common.random_batches(arguments.vocabulary, batch=arguments.batch, length=arguments.length)
+    common.take_turns(methods, batches, warmup=arguments.warmup, rounds=arguments.rounds)
+    rows = [each.row(methods[0]) for each in found]
+    return {"settings": common.settings_of(arguments), "machine": common.machine(), "methods": rows}
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULT)
-    return parser.parse_args()
+def main() -> None:
+    sizes = {"layers": 24, "hidden": 384, "vocabulary": 32_000, "batch": 8, "length": 128}
+    arguments = common.parse(common.make_parser(__doc__, out=RESULT, rounds=10, warmup=2, **sizes, threads=2))
+    if not arguments.table:
+        common.write_result(arguments.out, measure(arguments))
+    print(markdown(common.read_result(arguments.out)))
 
 
 if __name__ == "__main__":

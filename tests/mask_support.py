@@ -1,4 +1,4 @@
-"""What an optimizer does with a mask, in the plainest way: dense gradients, everything sorted, nothing freed."""
+"""A mask in the simplest way: dense gradients, everything sorted, nothing freed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Entries = dict[str, list[int]]
 
 
 def offered(model: nn.Module) -> list[MaskTensor]:
-    """Every parameter of the model, as an optimizer offers it."""
+    """Return every parameter of the model as the `MaskTensor` that an optimizer passes to `bind`."""
     modules = dict(model.named_modules())
     return [
         MaskTensor(name=name, parameter=parameter, module=modules[name.rpartition(".")[0]])
@@ -21,7 +21,7 @@ def offered(model: nn.Module) -> list[MaskTensor]:
 
 
 def gradients(model: nn.Module, *, seed: int) -> dict[str, Tensor]:
-    """Gradients of a random batch; the model is left without any."""
+    """Return the gradients of a random batch; clear them in the model."""
     model(**tiny_batch(model, seed=seed)).loss.backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     for parameter in model.parameters():

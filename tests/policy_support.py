@@ -26,7 +26,7 @@ def make_blocks(names: tuple[str, ...] = BLOCK_NAMES) -> tuple[Block, ...]:
 
 
 def norms_at(step: int) -> dict[str, float]:
-    """Gradient norms of a step; every ninth step one of them is broken."""
+    """Return gradient norms of a step; in every ninth step one is not finite."""
     generator = random.Random(f"norms {step}")
     norms = {name: generator.lognormvariate(0.0, 1.0) for name in BLOCK_NAMES}
     if step % 9 == 4:
@@ -35,7 +35,7 @@ def norms_at(step: int) -> dict[str, float]:
 
 
 def choose(policy: AbstractPolicy, step: int) -> tuple[tuple[str, ...], dict[str, float]]:
-    """Selection and observed norms of a step, as the optimizer asks for them."""
+    """Return selection and observed norms of a step, in the order of calls of the optimizer."""
     proposal = policy.propose(step)
     seen = {name: norm for name, norm in norms_at(step).items() if name in policy.names}
     if proposal is None:
@@ -58,7 +58,7 @@ def through_torch(state: object) -> dict[str, object]:
 
 
 def take_step(policy: AbstractPolicy, step: int, norms: dict[str, float]) -> tuple[str, ...]:
-    """One step under given gradient norms; returns what was selected."""
+    """Take one step with the given gradient norms; return the selection."""
     proposal = policy.propose(step)
     selected = policy.decide(step, norms) if proposal is None else proposal
     wanted = selected if policy.observes_selected(step) else ()

@@ -1,4 +1,4 @@
-"""What AdaGradSelect alone promises; what every policy promises is in test_policy_contract.py."""
+"""Properties of AdaGradSelect only; those of every policy are in test_policy_contract.py."""
 
 import math
 import random
@@ -31,13 +31,13 @@ def bound(names: tuple[str, ...] = FOUR, counts: Mapping[str, float] | None = No
 
 
 def exploit_draws(num_draws: int, **options: object) -> Counter[tuple[str, ...]]:
-    """Selections of the same exploit step under many seeds."""
+    """Return the selections of the same exploit step under many seeds."""
     proposals = (bound(**options, seed=seed).propose(5) for seed in range(num_draws))  # type: ignore[arg-type]
     return Counter(proposal for proposal in proposals if proposal is not None)
 
 
 def p_value(drawn: Counter[tuple[str, ...]], expected: Counter[tuple[str, ...]]) -> float:
-    """Chi-square test that two samples of selections come from one law."""
+    """Chi-square test that two samples of selections have the same distribution."""
     keys = sorted(drawn.keys() | expected.keys())
     return float(stats.chi2_contingency([[drawn[key] for key in keys], [expected[key] for key in keys]]).pvalue)
 
@@ -130,7 +130,7 @@ def test_exploit_draws_do_not_depend_on_why_the_step_exploits(draw: str) -> None
 
 
 def test_the_two_draws_are_two_laws() -> None:
-    """Or the test above could not tell them apart."""
+    """Otherwise the test above could not tell them apart."""
     draws = [exploit_draws(4000, count=2, counts=COUNTS, draw=draw) for draw in ("top-k", "multinomial")]
     assert p_value(*draws) < NOISE_LEVEL
 
@@ -208,7 +208,7 @@ def test_every_block_can_come_in_an_exploit_step(draw: str) -> None:
 
 
 def num_selections(**options: object) -> Counter[str]:
-    """How often each block is trained in 300 steps whose gradients always favour the same blocks."""
+    """Count the updates of each block in 300 steps whose gradients always favour the same blocks."""
     policy = bound(BLOCK_NAMES, count=2, explore_steps=50, **options)  # type: ignore[arg-type]
     norms = {name: 1.0 / position for position, name in enumerate(BLOCK_NAMES, start=1)}
     return Counter(name for step in range(300) for name in take_step(policy, step, norms))
@@ -262,7 +262,7 @@ def test_a_due_block_comes_first_in_explore_steps_even_with_a_broken_gradient() 
 
 
 def test_coverage_leaves_all_freedom_that_the_promise_allows() -> None:
-    """With a floor far away the first choices are the ones without a floor."""
+    """With a large coverage the first selections equal those without coverage."""
     with_floor, without = bound(BLOCK_NAMES, count=2, coverage=40), bound(BLOCK_NAMES, count=2)
     norms = dict.fromkeys(BLOCK_NAMES, 1.0)
     first = [[take_step(policy, step, norms) for step in range(30)] for policy in (with_floor, without)]
@@ -293,7 +293,7 @@ def test_coverage_holds_whatever_the_free_places_go_to(data: st.DataObject) -> N
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(slacks=st.lists(st.integers(0, 6), min_size=1, max_size=10), count=st.integers(1, 4))
 def test_due_is_the_smallest_prefix_of_deadlines_that_leaves_the_rest_feasible(slacks: list[int], count: int) -> None:
-    """Against the definition: after this choice, d further choices must have places for all with slack <= d."""
+    """Against the definition: after this selection, d more selections must have places for all with slack <= d."""
     named = {f"layer.{number}": slack for number, slack in enumerate(slacks)}
     chosen = due(named, count)
 
@@ -370,7 +370,7 @@ def test_an_epoch_without_steps_is_refused() -> None:
 
 
 def test_the_least_coverage_is_in_the_message() -> None:
-    """Seven blocks, two at a time, every three steps: the last of them comes at the fourth choice, step 9."""
+    """Seven blocks, two at a time, every three steps: the last of them comes at the fourth selection, step 9."""
     with pytest.raises(UsageError, match="write coverage=10 or more"):
         AdaGradSelect(count=2, every=3, coverage=9).bind(make_blocks())
     AdaGradSelect(count=2, every=3, coverage=10).bind(make_blocks())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -14,9 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradselect import Block, UsageError, partition
-from gradselect.blocks import partitioning as _blocks
-from gradselect.blocks import structure as _structure
 from gradselect.blocks.partitioning import resolve_names
+from gradselect.blocks.structure import find_stacks
 
 
 def layers(count: int, side: str = "") -> list[str]:
@@ -527,7 +525,7 @@ def test_any_tree_with_layers_is_divided_and_any_other_is_refused(tree, tie, by)
     linears = [module for module in tree.modules() if isinstance(module, nn.Linear)]
     if tie and linears:
         linears[-1].weight = linears[0].weight
-    if not _structure.find_stacks(tree):
+    if not find_stacks(tree):
         with pytest.raises(UsageError):
             partition(tree, by=by)
         return
@@ -558,10 +556,3 @@ def test_tiny_models_leave_the_random_state_alone():
     one, two = tiny_models.tiny_llama(), tiny_models.tiny_llama()
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(*pair) for pair in zip(one.parameters(), two.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("module", [_blocks, _structure], ids=lambda module: module.__name__)
-def test_examples_of_the_docstrings_run(module):
-    results = doctest.testmod(module)
-    assert results.attempted > 0
-    assert results.failed == 0

@@ -1,4 +1,4 @@
-"""The command line: what a user can get wrong is one message and exit code 2, and nothing on the disk is harmed."""
+"""The command line: a user's mistake gives one message and exit code 2, and no file on the disk is harmed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, data, a recipe and all that can be wrong with them."""
+    """Folder with a model, data, a recipe and broken variants of each."""
     folder = tmp_path_factory.mktemp("place")
     write_model(folder / "model")
     write_sums(folder / "sums.jsonl")
@@ -47,7 +47,7 @@ def write_broken(folder: Path) -> None:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the command line says on the error stream when it exits with code 2."""
+    """Return the text on stderr of a command that exits with code 2."""
     with pytest.raises(SystemExit) as raised:
         main(arguments)
     said = capsys.readouterr()
@@ -63,7 +63,7 @@ BAD_TRAINING = {
     "fraction of zero": (["method.name=uniform", "method.fraction=0"], "outside (0, 1]"),
     "fraction above one": (["method.name=adagradselect", "method.fraction=1.2"], "outside (0, 1]"),
     "more blocks than there are": (["method.name=uniform", "method.count=99"], "count=99 is more than the 6 blocks"),
-    "no such block": (["method.name=fixed", "method.blocks=[layer.9]"], "layer.9"),
+    "no such block": (["method.name=fixed", "method.names=[layer.9]"], "layer.9"),
     "no such block always": (["method.name=lisa", "method.always=[emedding]"], "emedding"),
     "no override": (["run.steps"], "write key=value"),
     "no such model": (["model.path=./nix"], "no such folder"),

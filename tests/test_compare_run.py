@@ -14,9 +14,9 @@ from train_fixtures import weights
 from gradselect import UsageError
 from gradselect.app.cli import main
 from gradselect.app.compare import subprocesses as _process
-from gradselect.app.compare.results import read_result
 from gradselect.app.compare.subprocesses import failure_in
 from gradselect.app.compare.suite import parse_suite
+from gradselect.app.results import read_result
 from gradselect.app.runtime import Preempted
 from gradselect.files.checked_json import read_sealed, sealed
 
@@ -272,7 +272,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(place: Path, tmp_path: P
 
     def keep(job: Any, run: Any) -> Any:
         kept[job.result.parent.name] = weights(job.training)
-        kept["resumed_from"] = run["resumed_from"]
+        kept["resumed_from"] = run.resumed_from
         return measure(job, run)
 
     measure = _child.measure_shipment
@@ -305,8 +305,8 @@ def test_speed_and_memory_alone_need_no_data(place: Path, tmp_path: Path, runner
     values["recipe"]["data"] = {"format": "random", "length": 8, "rows": 16}
     (summary,) = runner(parse_suite(values, source="suite"), tmp_path / "results")
     (result,) = summary.results
-    assert result.values["train_info"]["file_size"] is None
-    assert result.own["validation_loss"] is None
+    assert result.content.train_info.file_size is None
+    assert result.record.validation_loss is None
     assert summary.step_seconds > 0
     with pytest.raises(UsageError, match="trained on random data is not kept"):
         parse_suite({**values, "evaluations": {"a": {"task": "loss", "data": "x.jsonl"}}}, source="suite")
@@ -350,7 +350,7 @@ def test_the_command_runs_each_run_in_a_process_of_its_own(
     assert "results in" in capsys.readouterr().out
     result = read_result(tmp_path / "results" / "b.lr-0.01.seed-0.score.json")
     assert result.succeeded
-    assert result.own["command"] == ["gradselect", "compare", str(suite), "--results", str(tmp_path / "results")]
+    assert result.record.command == ["gradselect", "compare", str(suite), "--results", str(tmp_path / "results")]
     assert "finished 2 steps" in (tmp_path / "results" / "work" / "b.lr-0.01.seed-0.score.log").read_text()
 
 

@@ -1,4 +1,4 @@
-"""Compiled layers: frozen and thawed they train as uncompiled ones, and soon nothing compiles; or the step raises."""
+"""Compiled layers: frozen and unfrozen, they train as uncompiled ones and stop compiling soon; else the step raises."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POLICY = gs.AdaGradSelect(count=2, delta=9.0, explore_steps=4)
 
 @pytest.fixture
 def limits():
-    """torch's limits on compiled variants as they are by default; they are put back."""
+    """Set torch's default limits on compiled variants; restore them afterwards."""
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=8):
         torch._dynamo.reset()
         yield torch._dynamo.config

@@ -387,7 +387,7 @@ WRONG = {
     sharded_afterwards: r"write fully_shard\(model\) or replicate\(model\) first",
     swapped: r"shard first, with fully_shard\(model\), then build SparseOptimizer",
     other_dimension: "sharded by rows; leave shard_placement_fn",
-    from_batches: "gradient from batches runs the model by itself",
+    from_batches: "gradient from batches runs the model outside training",
     other_batches: "do not agree before the first step: num_entries",
     silent: "nothing has averaged them",
 }

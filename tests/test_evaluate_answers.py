@@ -1,4 +1,4 @@
-"""Finding the answer in a text."""
+"""Extraction of the answer from a text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows to problems and passages, and every way in which data can be wrong."""
+"""Problems and passages from rows, and errors in data."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_an_unreadable_text_is_explained(tmp_path: Path, content: bytes | None, 
 
 
 def test_a_data_set_that_is_nowhere_is_explained() -> None:
-    with pytest.raises(UsageError, match=r"neither a file .* nor a data set that can be had from the hub"):
+    with pytest.raises(UsageError, match=r"neither a file .* nor a data set on the hub"):
         read_source(settings("gsm8k", "nobody/nothing-of-the-kind"))
 
 

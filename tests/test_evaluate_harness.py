@@ -1,4 +1,4 @@
-"""Handing over to lm-eval, played by a module of the same shape."""
+"""The call of lm-eval, which a fake module replaces."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class FakeTaskManager:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The calls that the fake `lm_eval.simple_evaluate` got."""
+    """Arguments of the calls of the fake `lm_eval.simple_evaluate`."""
     received: list[dict[str, Any]] = []
 
     def simple_evaluate(**arguments: Any) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def test_without_the_harness_the_message_says_what_to_install(monkeypatch: pytes
 
 
 def test_the_harness_and_the_own_tasks_are_not_mixed_up(model: Path) -> None:
-    with pytest.raises(UsageError, match="no task for lm-eval"):
+    with pytest.raises(UsageError, match="harness names no task"):
         run_harness(EvaluationSettings(model=model, task="gsm8k"))
     with pytest.raises(UsageError, match="call run_harness"):
         evaluate(EvaluationSettings(model=model, harness=("gsm8k",)))

@@ -1,4 +1,4 @@
-"""Comparing answers through math-verify, hostile ones included."""
+"""Comparison of answers by math-verify, including hostile ones."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_an_endless_comparison_is_undecided_and_the_next_one_is_not(
 
 
 def test_the_time_between_two_comparisons_does_not_count(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch of answers may take longer to generate than one comparison is given."""
+    """Generating a batch may take longer than the time limit of one comparison."""
     with monkeypatch.context() as impatient:
         impatient.setattr(judge, "_timeout_seconds", 1)
         judge.equal("5", "5.0")

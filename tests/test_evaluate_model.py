@@ -1,4 +1,4 @@
-"""Whole evaluations of a tiny model that has learnt a few problems by heart."""
+"""Whole evaluations of a tiny model that has memorised a few problems."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def language_model(model: Any, tokenizer: Any) -> LanguageModel:
 
 @pytest.fixture(autouse=True)
 def unchanged(model: Any) -> Iterator[None]:
-    """No evaluation changes the model's settings or the global random state."""
+    """Check that no evaluation changes the model's settings or the global random state."""
     config, state = copy.deepcopy(model.generation_config), torch.get_rng_state()
     yield
     assert model.generation_config.to_dict() == config.to_dict()
@@ -226,7 +226,7 @@ def test_items_survive_an_evaluation_that_breaks(model: Any, tokenizer: Any, dat
 
 
 def test_a_folder_with_results_is_not_overwritten(data: Path, tmp_path: Path) -> None:
-    """It is said before a model is looked for."""
+    """The error comes before the model is loaded."""
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "result.json").write_text("{}")
     with pytest.raises(UsageError, match=r"output='.*old' exists already; name a new folder"):
@@ -251,7 +251,7 @@ def test_an_answer_ends_before_a_stop_string(model: Any, tokenizer: Any, data: P
 
 
 def test_generation_ends_at_a_stop_string(model: Any, tokenizer: Any, data: Path) -> None:
-    """Not only the text is cut: no more forward passes are made."""
+    """Generation itself stops: there are no more forward passes."""
     passes = []
     hook = model.register_forward_hook(lambda *_: passes.append(None))
     evaluate_model(model, tokenizer, settings(data, limit=1))
@@ -461,7 +461,7 @@ def test_a_folder_that_is_no_model_is_explained(folder: Path, data: Path, tmp_pa
         return str(error.value)
 
     assert "it has no config.json; it holds problems.jsonl" in complaint(tmp_path)
-    assert "is a file; give the folder" in complaint(data)
+    assert "is a file; give its folder" in complaint(data)
     assert "no such folder" in complaint(tmp_path / "nowhere")
     assert "cannot be used" in complaint("nobody/no-model")
     broken = copy_of(folder, tmp_path / "broken")
@@ -474,7 +474,7 @@ def test_a_folder_that_is_no_model_is_explained(folder: Path, data: Path, tmp_pa
     (encoder / "config.json").write_text('{"model_type": "t5"}')
     assert "cannot be used" in complaint(encoder)
     assert "device='cuda:77': this machine has" in complaint(folder, device="cuda:77")
-    assert "device='abacus' is no device" in complaint(folder, device="abacus")
+    assert "device='abacus' is not a device" in complaint(folder, device="abacus")
 
 
 def test_a_checkpoint_without_all_weights_is_refused(folder: Path, data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Real models and data, where a folder with them is at hand."""
+"""Real models and data; skipped without the folder that holds them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_story_teller_solves_no_problem_but_writes_an_answer_to_each(tmp_path:
 
 @needs(MODEL, GSM8K)
 def test_a_story_teller_finds_problems_strange_but_not_beyond_measure() -> None:
-    """Its vocabulary has 512 tokens: knowing nothing would cost ln 512 = 6.2 nats, and being sure of stories more."""
+    """Its vocabulary has 512 tokens: a uniform guess costs ln 512 = 6.2 nats, a model sure of stories more."""
     settings = EvaluationSettings(model=MODEL, task="loss", data=GSM8K, limit=8, dtype="float32", device="cpu")
     result = evaluate(settings)
     assert result.loss is not None
@@ -84,7 +84,7 @@ def test_the_box_of_every_solution_is_the_answer_beside_it() -> None:
 
 @needs(MATH500)
 def test_math_verify_finds_real_answers_equal_to_themselves_and_not_to_others() -> None:
-    """A thin space hides from the judge that the two are written alike."""
+    """A thin space keeps the judge from comparing strings, so math-verify must decide."""
     answers = [json.loads(line)["answer"] for line in MATH500.read_text("utf-8").splitlines()[:20]]
     with Judge(timeout_seconds=60) as judge:
         assert all(judge.equal(answer, rf"{answer}\,") for answer in answers)

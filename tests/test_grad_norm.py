@@ -1,4 +1,4 @@
-"""What GradNormTopK alone promises; what every policy promises is in test_policy_contract.py."""
+"""Properties of GradNormTopK only; those of every policy are in test_policy_contract.py."""
 
 import math
 from collections import Counter

@@ -27,8 +27,7 @@ from gradselect.app.evaluate import EvaluationSettings, read_evaluation
 from gradselect.app.evaluate.language_model import load
 from gradselect.app.inputs.examples import load_examples
 from gradselect.app.inputs.model import load_model
-from gradselect.app.recipe import Recipe, load_recipe
-from gradselect.app.recipe.schema import ModelSettings, TextData
+from gradselect.app.recipe import ModelSettings, Recipe, TextData, load_recipe
 from gradselect.files.checked_json import read_sealed, sealed
 from gradselect.files.manifest import MANIFEST_NAME, write_manifest
 
@@ -206,7 +205,7 @@ NO_RECIPES: dict[str, tuple[str, str]] = {
     "timestamp": ("run: !!timestamp soon", "no valid YAML"),
     "zero byte": ('run: "a\\0b"', "cannot be written"),
     "half a character": ('run: "\\ud800"', "cannot be written"),
-    "large": ("# " + "x" * 2**18, "of the largest sensible one"),
+    "large": ("# " + "x" * 2**18, "larger than the limit of 262,144 bytes"),
     "many problems": ("\n".join(f"k{n}: 1" for n in range(100)), "and 85 more"),
     "its own base by another name": ("base: ././recipe.yaml", "is its own base"),
     "a base without end": ("base: /dev/zero", "no such recipe"),
@@ -358,7 +357,7 @@ def test_damage_is_said_by_file_and_key(tmp_path: Path) -> None:
 def test_items_of_another_evaluation_are_refused(tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_text('{"index": 0}\n')
     (tmp_path / "result.json").write_text(json.dumps(sealed({"task": "loss", "num_items": 1, "items_sha256": "0"})))
-    with pytest.raises(UsageError, match=r"items\.jsonl: damaged, or not the one of result\.json"):
+    with pytest.raises(UsageError, match=r"items\.jsonl: damaged, or not the items of result\.json"):
         read_evaluation(tmp_path)
 
 

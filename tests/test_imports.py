@@ -21,6 +21,16 @@ LIGHT_PARTS = {
 }
 
 
+def test_the_application_can_be_imported_without_modules_of_unix() -> None:
+    """Windows has neither `fcntl` nor `resource`; filelock and psutil do without them there, and only there."""
+    code = (
+        "import filelock, psutil, sys; sys.modules.update(fcntl=None, resource=None); "
+        "import gradselect.app.cli, gradselect.app.compare, gradselect.app.evaluate, gradselect.app.train"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_public_list_is_what_the_module_offers():
     public = {name for name, value in vars(gradselect).items() if not name.startswith("_")}
     modules = {name for name in public if isinstance(getattr(gradselect, name), ModuleType)}

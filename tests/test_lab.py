@@ -21,7 +21,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "quickstart")]
 
 import lab_base  # noqa: E402
+import lab_presets  # noqa: E402
 import lab_problems  # noqa: E402
+import lab_text  # noqa: E402
 import problems as short_problems  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -119,7 +121,7 @@ def test_the_problems_follow_from_the_seed_alone():
 
 
 def test_the_base_reads_no_question_and_no_worked_answer():
-    for text in islice(lab_base.documents(seed="x", largest=999), 1500):
+    for text in islice(lab_text.documents(seed="x", largest=999), 1500):
         assert not re.search(r"\?|Question|Answer|How ", text), text
         assert "####" not in text.lstrip("#"), text
 
@@ -128,7 +130,7 @@ def test_the_base_reads_no_question_and_no_worked_answer():
 
 
 def make(out, files=None, **changes):
-    preset = lab_base.changed(lab_base.PRESETS["cpu"], {**TINY, **changes})
+    preset = lab_presets.changed(lab_presets.PRESETS["cpu"], {**TINY, **changes})
     torch.set_num_threads(1)
     lab_base.make("cpu", preset, files=files or lab_base.Files(), out=out, device=torch.device("cpu"), workers=1)
 
@@ -178,13 +180,13 @@ def test_files_are_half_of_what_is_read_and_held_out_files_are_not_read(tmp_path
     for name, word in (("read", "ocean"), ("held", "desert")):
         (tmp_path / f"{name}.txt").write_text(f"The {word} is wide and nobody counts it.\n" * 400)
     files = lab_base.Files(text=[tmp_path / "read.txt"], known=[tmp_path / "held.txt"])
-    preset = lab_base.changed(lab_base.PRESETS["cpu"], TINY)
-    tokenizer, tokens = lab_base.load_text(preset, files.text, tmp_path, workers=1)
+    preset = lab_presets.changed(lab_presets.PRESETS["cpu"], TINY)
+    tokenizer, tokens = lab_text.load_text(preset, files.text, tmp_path, workers=1)
     text = tokenizer.decode(tokens.tolist())
     assert tokens.numel() == 3000
     assert "ocean" in text[len(text) // 2 :]
     assert "desert" not in text
-    lab_base.write_known(preset, tmp_path, files.known)
+    lab_text.write_known(preset, tmp_path, files.known)
     known = (tmp_path / "known.jsonl").read_text().splitlines()
     assert (len(known), sum("desert" in line for line in known)) == (8, 4)
 
@@ -201,7 +203,7 @@ def test_both_sizes_compare_the_same_methods():
 
 @pytest.mark.parametrize(("name", "preset"), [("lab", "gpu"), ("lab-cpu", "cpu")])
 def test_the_suite_reads_what_the_preset_makes_and_an_example_fits(name, preset):
-    suite, made = SUITES[name], lab_base.PRESETS[preset]
+    suite, made = SUITES[name], lab_presets.PRESETS[preset]
     (preparation,) = suite.prepare
     folder = f"runs/lab/{preset}"
     assert preparation.command == f"python benchmarks/lab_base.py --preset {preset} --out {folder}"
@@ -209,7 +211,7 @@ def test_the_suite_reads_what_the_preset_makes_and_an_example_fits(name, preset)
     assert suite.recipe.data.limit <= made.num_train
     assert suite.recipe.data.max_length <= made.base.max_length
     longest = {"question": 0, "answer": 0}
-    tokenizer = lab_base.build_tokenizer(lab_base.changed(made, {"tokenizer_texts": 300}), ())
+    tokenizer = lab_text.build_tokenizer(lab_presets.changed(made, {"tokenizer_texts": 300}), ())
     for problem in SAMPLES[made.largest]:
         if problem["num_steps"] in made.num_steps:
             for key, length in longest.items():

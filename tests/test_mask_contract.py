@@ -1,4 +1,4 @@
-"""What every mask promises, from one table: a new mask is one row."""
+"""The contract of every mask, from one table: a new mask is one row."""
 
 import copy
 import functools
@@ -339,7 +339,7 @@ BAD_SETTINGS: list[tuple[Callable[[], AbstractMask], str]] = [
     (lambda: gs.StaticMask(salience="gradient", budget=1), "salience=gradselect.salience.gradient"),  # type: ignore[arg-type]
     (lambda: gs.StaticMask(salience=salience.Snip, budget=1), "or another of fisher"),  # type: ignore[arg-type]
     (lambda: gs.StaticMask(salience=salience.grasp, budget=1), "grasp needs batches"),
-    (lambda: gs.StaticMask(salience=salience.random, budget=1, batches=BATCHES), "looks at weights only"),
+    (lambda: gs.StaticMask(salience=salience.random, budget=1, batches=BATCHES), "reads weights only"),
     (lambda: gs.StaticMask(budget=1, batches=iter(BATCHES)), r"write batches=list\(...\)"),
     (lambda: gs.StaticMask(budget=1, loss=lambda model, batch: model(**batch).loss), "leave loss out"),
 ]

@@ -1,4 +1,4 @@
-"""BitFit: which tensors are biases."""
+"""BitFit: the tensors that count as biases."""
 
 import pytest
 import torch
@@ -29,8 +29,8 @@ def test_biases_that_torch_names_otherwise_count() -> None:
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_t5])
 def test_a_model_without_biases_is_refused_with_the_norms_to_train_instead(build) -> None:
-    """T5 has a matrix that is called relative_attention_bias."""
-    with pytest.raises(UsageError, match=r'none of the parameters .* BitFit\(among=\("\*norm\*",\)\)'):
+    """T5 has a matrix with the name relative_attention_bias."""
+    with pytest.raises(UsageError, match=r'no trainable parameter is a bias; .* BitFit\(among=\("\*norm\*",\)\)'):
         BitFit().bind(offered(build(layers=1)))
 
 

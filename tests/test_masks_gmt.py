@@ -1,4 +1,4 @@
-"""GMT: which gradients count."""
+"""GMT: the entries that it selects."""
 
 import math
 
@@ -48,7 +48,7 @@ def test_the_threshold_is_that_of_a_full_sort(dtype: torch.dtype) -> None:
 def test_a_threshold_guessed_from_a_sample_is_exact_and_so_is_one_made_of_digits(
     monkeypatch: pytest.MonkeyPatch, ties: bool
 ) -> None:
-    """With ties most entries lie on the edge of what the sample says."""
+    """With ties most entries are at the edge of the estimate from the sample."""
     monkeypatch.setattr(gmt, "SAMPLE", 256)
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(length, generator=generator) for length in (3000, 17, 9000)]

@@ -1,4 +1,4 @@
-"""LIFT: the approximation, the choice of entries and blocks, and the matrices that it takes."""
+"""LIFT: the approximation, the selection of entries and tiles, and the candidate matrices."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tiny_models import tiny_batch, tiny_bert_classifier, tiny_gpt2, tiny_llama,
 from torch import Tensor, nn
 
 from gradselect import LIFT, SparseOptimizer, UsageError
-from gradselect.masks.lift import best_blocks, best_entries, low_rank
+from gradselect.masks.lift import largest_entries, largest_tiles, low_rank
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 
@@ -53,7 +53,7 @@ def test_the_entries_are_those_of_an_exact_decomposition() -> None:
     """Some at the margin may differ: the approximation is not exact."""
     matrix = decaying(64, 48, rate=0.7)
     count = 300
-    found = best_entries(approximation(matrix, 4).abs(), count)
+    found = largest_entries(approximation(matrix, 4).abs(), count)
     expected = set(exact(matrix, 4).abs().view(-1).topk(count).indices.tolist())
     unreduced = set(matrix.abs().view(-1).topk(count).indices.tolist())
     assert found.tolist() == sorted(found.tolist())
@@ -90,7 +90,7 @@ def test_blocks_are_those_of_a_plain_loop(shape: tuple[int, int]) -> None:
         for _, inside in blocks:
             if len(expected) < count:
                 expected += inside
-        found = best_blocks(scores, count).tolist()
+        found = largest_tiles(scores, count).tolist()
         assert found == sorted(expected)
         assert count <= len(found) < count + 16
 

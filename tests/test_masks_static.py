@@ -1,4 +1,4 @@
-"""StaticMask: every salience against its formula written out, and that estimating one leaves no trace."""
+"""StaticMask: every salience against its formula, and estimates without side effects."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_synflow_is_the_flow_through_the_absolute_weights() -> None:
 
 def test_synflow_takes_an_input_of_the_users() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    with pytest.raises(UsageError, match="Sequential does not say how wide its input is"):
+    with pytest.raises(UsageError, match="Sequential does not name its input embedding"):
         SparseOptimizer(model, StaticMask(salience=salience.synflow, budget=5))
     batches = [{"input": torch.ones(1, 3)}]
     optimizer = SparseOptimizer(model, StaticMask(salience=salience.synflow, budget=5, batches=batches))
@@ -253,14 +253,18 @@ def test_estimating_leaves_the_model_and_the_random_state_as_they_were(each: sal
     [
         ([], None, "batches is empty"),
         ([{"input_ids": torch.ones(1, 4, dtype=torch.long)}], None, "put labels into batches"),
-        ([{"input_ids": torch.ones(1, 4, dtype=torch.long)}], lambda model, batch: model(**batch).logits, "no scalar"),
+        (
+            [{"input_ids": torch.ones(1, 4, dtype=torch.long)}],
+            lambda model, batch: model(**batch).logits,
+            "not a scalar",
+        ),
         (
             [dict.fromkeys(("input_ids", "labels"), torch.ones(1, 1, dtype=torch.long))],
             lambda model, batch: model(**batch).logits.sum() * math.nan,
-            "a batch gives nan",
+            "the loss of a batch is nan",
         ),
     ],
-    ids=["no batch", "no labels", "no scalar", "nan"],
+    ids=["no batch", "no labels", "not a scalar", "nan"],
 )
 def test_batches_that_give_no_loss_are_refused(batches: list[dict[str, Tensor]], loss, message: str) -> None:
     model = tiny_llama(layers=1)

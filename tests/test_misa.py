@@ -1,4 +1,4 @@
-"""MISA: what it draws, what it learns, and that it trains matrices."""
+"""MISA: its draws, its importance, and training of matrices."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_gradient_that_is_not_finite_teaches_nothing() -> None:
 
 
 def test_the_draw_follows_the_published_probabilities() -> None:
-    """The first of the draw alone: softmax(eta G / mean G)."""
+    """Only the first block of the draw: softmax(eta G / mean G)."""
     policy = MISA(share=0.01, every=1, eta=0.5, seed=1).bind(make_blocks(BLOCK_NAMES[:3]))
     policy.importance = dict(zip(policy.names, (0.0, 1.0, 5.0), strict=True))
     counts = Counter(policy.propose(step)[0] for step in range(4000))

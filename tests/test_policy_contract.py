@@ -1,4 +1,4 @@
-"""What every policy promises, from one table: a new policy is one row."""
+"""The contract of every policy, from one table: a new policy is one row."""
 
 import copy
 import inspect
@@ -111,7 +111,7 @@ def test_a_selection_has_exactly_the_size_asked_for(make: Callable[[int], Abstra
 
 @each_policy
 def test_a_decision_is_the_keep_blocks_of_largest_score(make: Callable[[int], AbstractPolicy]) -> None:
-    """The observer releases gradients by score alone; the decision must agree with what is left."""
+    """The observer frees gradients by score only; the decision must agree with the gradients that remain."""
     policy = make(0).bind(make_blocks())
     for step in range(NUM_STEPS):
         selected, norms = choose(policy, step)

@@ -1,4 +1,4 @@
-"""SparseGrad: the same function in another basis, and a gradient that few entries hold."""
+"""SparseGrad: the same function in another basis, and a gradient concentrated in few entries."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_the_plain_layer_comes_back_as_itself() -> None:
 
 
 def test_in_bf16_converting_and_folding_costs_one_rounding_of_the_weight() -> None:
-    """Bases in bf16 are orthogonal to three digits only: W̃ is made with their inverse, not with their transpose.
+    """Bases in bf16 are orthogonal to three digits only: W̃ needs their inverse, not their transpose.
 
     Rounding to bf16 changes a weight by 2⁻⁹ to 2⁻¹⁰ of itself; without the inverse the error would be twice that.
     """
@@ -319,7 +319,7 @@ def test_batches_are_read_once() -> None:
 
 
 class Noisy(nn.Module):
-    """Draws random numbers and counts its calls, whatever its mode is."""
+    """Draws random numbers and counts its calls, in every mode."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -402,7 +402,7 @@ def bases_in(model: nn.Module) -> list[Bases]:
 
 @pytest.mark.parametrize("change", [lambda model: model, lambda model: model.double(), copy.deepcopy])
 def test_layers_of_one_kind_share_one_pair_of_bases_wherever_the_model_goes(change) -> None:
-    """As buffers of each layer they would be multiplied by every `.to(...)`."""
+    """As buffers of each layer, every `.to(...)` would copy them per layer."""
     model, _ = converted()
     moved = change(model)
     assert len(bases_in(moved)) == 6
@@ -433,7 +433,7 @@ def test_a_checkpoint_of_a_converted_model_goes_on_bit_by_bit(tmp_path: Path) ->
 
 
 def test_a_plain_model_that_loads_the_checkpoint_of_a_converted_one_is_right(tmp_path: Path) -> None:
-    """Whoever forgets to fold must not get a model with weights of another basis, or random ones."""
+    """A user who forgets `fold` must not get a model with rotated or random weights."""
     for make in (tiny_llama, tiny_gpt2):
         model, _ = converted(make)
         model.save_pretrained(tmp_path / make.__name__)
@@ -527,11 +527,11 @@ MISTAKES = [
     (tiny_llama, {"every": 0}, r"every=0"),
     (tiny_llama, {"layers": ("*.up_prj",)}, r"'\*.up_prj' matches no linear.*nearest: .*up_proj"),
     (tiny_llama, {"layers": ("lm_head",)}, r"'lm_head' matches no linear in the repeated layers"),
-    (tiny_llama, {"layers": ()}, r"layers=\(\) names no linear"),
-    (tiny_llama, {"layers": ("*layers.1.*proj",), "every": 2}, r"every=2 leaves none .* blocks \[1\]"),
-    (tiny_mixtral, {}, r"no linear of an MLP in its repeated layers"),
-    (tiny_lora, {}, r"none of the \d+ linears of MLPs can be rotated; the first is frozen"),
-    (lambda: nn.Linear(3, 3), {}, r"no linear of an MLP"),
+    (tiny_llama, {"layers": ()}, r"layers=\(\) names no layer"),
+    (tiny_llama, {"layers": ("*layers.1.*proj",), "every": 2}, r"every=2 leaves no linear layer.* blocks \[1\]"),
+    (tiny_mixtral, {}, r"no linear layer of an MLP in its repeated layers"),
+    (tiny_lora, {}, r"none of the \d+ linear layers of MLPs can be rotated; the first is frozen"),
+    (lambda: nn.Linear(3, 3), {}, r"no linear layer of an MLP"),
     (partly_frozen, {"layers": ("*.up_proj",)}, r"'model.layers.1.mlp.up_proj' is frozen"),
     (quantised, {"layers": ("*.up",)}, r"'blocks.1.up' is quantised"),
     (tied, {}, r"blocks.0.up.weight and blocks.1.up.weight are one tensor"),
@@ -583,7 +583,7 @@ def test_a_model_that_an_optimizer_holds_is_refused_until_it_is_closed() -> None
 
 
 def real_batches(*, count: int) -> list[dict[str, Tensor]]:
-    """Worked problems as a running text, 8 × 64 tokens a batch."""
+    """Return worked problems as a running text, 8 × 64 tokens per batch."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(REAL_MODEL)
     rows = [json.loads(line) for line in REAL_TEXT.read_text("utf-8").splitlines()[: 10 * count]]
     texts = [f"{row['question']}\n{row['answer']}\n" for row in rows]

@@ -131,7 +131,7 @@ def test_of_a_checkpoint_without_pooler_the_pooler_belongs_to_the_head(place: Pa
 
 
 METHODS: dict[str, dict[str, Any]] = {
-    "fixed": {"blocks": ["layer.0"]},
+    "fixed": {"names": ["layer.0"]},
     "adagradselect": {"count": 1, "among": ["layer.*"]},
     "badam": {"every": 1},
     "last": {"count": 1},

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from gradselect import UsageError
 from gradselect.app.data.template import columns_of, render
 from gradselect.app.inputs.examples import Examples, load_examples
-from gradselect.app.recipe.schema import Data
+from gradselect.app.recipe import Data
 
 ROWS = [{"question": f"q{n}", "answer": n} for n in range(10)]
 

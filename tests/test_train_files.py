@@ -11,7 +11,7 @@ import pytest
 
 from gradselect import UsageError
 from gradselect.app.data.rows import read_rows, require_columns
-from gradselect.files.checked_json import sha256
+from gradselect.files.manifest import sha256
 
 ROWS = [{"question": "2+2?", "answer": 'the "sum"\nis 4'}, {"question": "ü → ?", "answer": ""}]
 AS_TEXT = {

@@ -1,4 +1,4 @@
-"""Methods that train single weights, in gradselect train."""
+"""Methods that train entries, in gradselect train."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def optimizer_of(trainer: RunTrainer) -> SparseOptimizer:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_mask_moves_what_it_chose_and_leaves_a_plain_checkpoint(place: Path, tmp_path: Path, name: str) -> None:
+def test_a_mask_moves_what_it_selected_and_leaves_a_plain_checkpoint(place: Path, tmp_path: Path, name: str) -> None:
     recipe = parse(
         place,
         method=METHODS[name],
@@ -153,7 +153,7 @@ def test_the_rest_trains_whole_by_choice(place: Path, tmp_path: Path) -> None:
     assert {key for key in after if "attention" in key and "key.bias" not in key} <= moved
 
 
-# What the mask is told -------------------------------------------------------------------------------------------
+# Facts of the run ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -207,11 +207,11 @@ BAD_METHODS = {
     "grasp without batches": ({"name": "static", "density": 0.1, "salience": "grasp"}, "needs batches"),
     "random with batches": (
         {"name": "static", "density": 0.1, "salience": "random", "calibration_batches": 1},
-        "looks at weights only",
+        "reads weights only",
     ),
     "unknown scope": ({"name": "gmt", "scope": "layer"}, "method.scope = 'layer'"),
     "rank and density": ({"name": "lift", "rank": 2, "density": 0.1}, "give one of them"),
-    "no biases": ({"name": "bitfit"}, "none of the parameters that train is one"),
+    "no biases": ({"name": "bitfit"}, "no trainable parameter is a bias"),
     "density above one": ({"name": "sparsegrad", "density": 2}, "method.density = 2"),
     "no such layer": ({"name": "meprop", "layers": ["nix"]}, "nix"),
     "unknown key of the adapter": (

@@ -1,19 +1,31 @@
-"""From YAML and overrides to a checked recipe; what is wrong is said in one line each."""
+"""YAML and overrides become a checked recipe; each problem gets one line."""
 
 from __future__ import annotations
 
+import copy
+import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pytest
 import yaml
 
 import gradselect
-from gradselect import UsageError
-from gradselect.app.recipe import dump_recipe, load_recipe
-from gradselect.app.recipe.block_methods import AbstractBlockMethod, AdaGradSelectMethod, GradNormMethod, UniformMethod
-from gradselect.app.recipe.load import parse_recipe
+from gradselect import AbstractMask, AbstractPolicy, UsageError, masks, policies
+from gradselect.app.compare import load_suite
+from gradselect.app.recipe import (
+    AbstractBlockMethod,
+    AbstractFreeMaskMethod,
+    dataclass_keys,
+    dump_recipe,
+    load_recipe,
+    parse_recipe,
+    todays_method,
+    todays_recipe,
+)
+from gradselect.app.recipe.methods.union import METHODS
+from gradselect.app.train import differences
 
 VALUES: dict[str, Any] = {
     "model": {"path": "m"},
@@ -153,20 +165,96 @@ def test_an_override_without_key_or_value_is_refused(tmp_path: Path, override: s
     assert repr(override) in complaint(write(tmp_path), override)
 
 
+NAMED = {
+    value.method_name: value
+    for value in (*vars(policies).values(), *vars(masks).values())
+    if isinstance(value, type) and issubclass(value, AbstractPolicy | AbstractMask) and value.method_name is not None
+}
+
+
+def method_class(name: str) -> Any:
+    return next(method for method in METHODS if name in get_args(method.model_fields["name"].annotation))
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_method_has_every_setting_of_its_policy_or_mask_with_the_same_default(name: str) -> None:
+    settings = {field.name: field.default for field in fields(NAMED[name]) if field.init and field.name != "seed"}
+    keys = {key: info.default for key, info in method_class(name).model_fields.items()}
+    shared = {*AbstractBlockMethod.model_fields, *AbstractFreeMaskMethod.model_fields, "name"} - {"among"}
+    own = {key: default for key, default in keys.items() if key in settings or key not in shared}
+    # `steps` is by default the number of steps of the run.
+    assert own == {key: None if key == "steps" else default for key, default in settings.items()}
+
+
+def test_methods_have_different_names() -> None:
+    names = [name for method in METHODS for name in get_args(method.model_fields["name"].annotation)]
+    assert len(names) == len(set(names))
+
+
+def test_keys_of_a_dataclass_have_its_types_with_tuples_for_sequences() -> None:
+    keys = dataclass_keys(gradselect.GradNormTopK, without=["seed"])
+    assert keys["among"] == (tuple[str, ...] | None, None)
+    assert keys["norm"] == (Literal["l2", "rms"], "l2")
+    assert dataclass_keys(gradselect.Fixed) == {"blocks": (tuple[str, ...], ...)}
+    assert list(dataclass_keys(gradselect.GMT)) == ["fraction", "scope", "among", "mask"]
+
+
+# Old keys --------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("method", "policy"),
+    ("overrides", "said"),
     [
-        (AdaGradSelectMethod, gradselect.AdaGradSelect),
-        (GradNormMethod, gradselect.GradNormTopK),
-        (UniformMethod, gradselect.Uniform),
+        (["method.units=matrix"], "method.units is now method.blocks: write method.blocks=matrix"),
+        (
+            ["method={name: fixed, blocks: [layer.0, norm]}"],
+            "method.blocks: the names of blocks are now method.names: write method.names=[layer.0, norm]",
+        ),
     ],
 )
-def test_a_method_has_every_option_of_its_policy_with_the_same_default(
-    method: type[AbstractBlockMethod], policy: type[gradselect.AbstractPolicy]
-) -> None:
-    options = {field.name: field.default for field in fields(policy) if field.init and field.name != "seed"}
-    own = {name: field.default for name, field in method.model_fields.items() if name != "name"}
-    assert options == {name: default for name, default in own.items() if name not in AbstractBlockMethod.model_fields}
+def test_an_old_key_is_refused_and_the_new_one_named(tmp_path: Path, overrides: list[str], said: str) -> None:
+    assert said in complaint(write(tmp_path), *overrides)
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ({"name": "uniform", "units": "matrix"}, {"name": "uniform", "blocks": "matrix"}),
+        ({"name": "fixed", "blocks": ["a"], "units": "layer"}, {"name": "fixed", "names": ["a"], "blocks": "layer"}),
+        # A file from before `units` existed.
+        ({"name": "fixed", "blocks": ["a"]}, {"name": "fixed", "names": ["a"]}),
+        ({"name": "lora", "rank": 8}, {"name": "lora", "rank": 8}),
+    ],
+)
+def test_a_method_in_an_old_file_gets_todays_keys(then: dict[str, Any], now: dict[str, Any]) -> None:
+    assert todays_method(then) == now
+    assert todays_method(now) == now
+    assert todays_recipe({"method": then, "run": 1}) == {"method": now, "run": 1}
+
+
+SUITES = Path(__file__).parents[1] / "suites"
+RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("small*/*.json"))
+
+
+def test_methods_of_all_committed_results_are_those_of_their_suites() -> None:
+    suites = {name: load_suite(SUITES / f"{name}.yaml") for name in ("small", "small-variants")}
+    assert len(RESULTS) > 60
+    for path in RESULTS:
+        own = json.loads(path.read_text("utf-8"))["gradselect"]
+        recipe = parse_recipe({**VALUES, "method": todays_method(own["method_settings"])}, source=path.name)
+        assert recipe.method == suites[own["suite"]].methods[own["method"]].method
+
+
+def test_a_run_that_was_begun_with_old_keys_is_the_same_run(tmp_path: Path) -> None:
+    now = {"recipe": load_recipe(write(tmp_path)).model_dump(mode="json"), "model": {}, "data": {}}
+    then = copy.deepcopy(now)
+    then["recipe"]["method"]["units"] = then["recipe"]["method"].pop("blocks")
+    assert list(differences(then, now)) == []
+    then["recipe"]["method"]["units"] = "matrix"
+    assert list(differences(then, now)) == ["method.blocks: 'matrix' then, 'layer' now"]
+
+
+# Policies --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -178,13 +266,13 @@ def test_a_method_has_every_option_of_its_policy_with_the_same_default(
         ({"name": "lisa"}, gradselect.Uniform(count=2, every=20, seed=5)),
         ({"name": "badam", "every": 7}, gradselect.Cyclic(every=7, among=("layer.*",), seed=5)),
         ({"name": "last", "count": 1}, gradselect.Fixed(("layer.1",))),
-        ({"name": "fixed", "blocks": ["norm"]}, gradselect.Fixed(("norm",))),
+        ({"name": "fixed", "names": ["norm"]}, gradselect.Fixed(("norm",))),
     ],
 )
 def test_a_method_stands_for_a_policy(method: dict[str, Any], policy: gradselect.AbstractPolicy) -> None:
     parsed = parse_recipe({**VALUES, "method": method}, source="recipe").method
     assert isinstance(parsed, AbstractBlockMethod)
-    made = parsed.policy(seed=5, blocks=["embedding", "layer.0", "layer.1", "norm"])
+    made = parsed.policy(seed=5, block_names=["embedding", "layer.0", "layer.1", "norm"])
     assert (type(made), made.settings()) == (type(policy), policy.settings())
 
 

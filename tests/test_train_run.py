@@ -143,7 +143,7 @@ def test_progress_names_loss_speed_memory_and_blocks(finished: Path) -> None:
 
 def test_a_terminal_gets_a_bar_and_the_same_lines(place: Path, tmp_path: Path) -> None:
     shown = io.StringIO()
-    method = {"name": "fixed", "blocks": ["norm"]}
+    method = {"name": "fixed", "names": ["norm"]}
     recipe = parse(place, method=method, run={"output": str(tmp_path / "out"), "steps": 2})
     train(recipe, console=Console(file=shown, force_terminal=True, width=200))
     lines = shown.getvalue().splitlines()
@@ -261,7 +261,7 @@ def test_every_method_gets_the_optimizer_of_the_recipe(place: Path, tmp_path: Pa
 
 def test_full_fine_tuning_is_every_block_selected(place: Path, tmp_path: Path) -> None:
     """Fused AdamW and ours sum in another order: equal to rounding."""
-    everything = {"name": "fixed", "blocks": ["*"]}
+    everything = {"name": "fixed", "names": ["*"]}
     full = train(parse(place, run={"output": str(tmp_path / "full")}), console=quiet())
     fixed = train(parse(place, method=everything, run={"output": str(tmp_path / "fixed")}), console=quiet())
     for name, value in weights(full).items():
@@ -276,7 +276,7 @@ REACH: dict[str, tuple[dict[str, Any], set[str]]] = {
     "lisa": ({"count": 1}, {*LAYERS, "embed_tokens", "norm"}),
     "badam": ({"every": 1}, LAYERS),
     "last": ({"count": 2}, {"layers.2", "layers.3"}),
-    "fixed": ({"blocks": ["norm"]}, {"norm"}),
+    "fixed": ({"names": ["norm"]}, {"norm"}),
     "rslora": ({}, LAYERS),
     "dora": ({"rank": 2}, LAYERS),
 }

@@ -194,7 +194,7 @@ def test_the_command_line_says_how_to_go_on_and_exits_with_the_signals_code(
     with pytest.raises(SystemExit) as ended:
         main(["train", str(recipe), "run.seed=1"])
     assert ended.value.code == 128 + signal.SIGTERM
-    assert f"go on with: gradselect train {recipe} run.seed=1 --resume" in capsys.readouterr().err
+    assert f"resume with: gradselect train {recipe} run.seed=1 --resume" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -430,6 +430,19 @@ def test_one_process_at_a_time_has_the_folder(place: Path, tmp_path: Path) -> No
     with pytest.raises(UsageError, match="cannot be written to"), locked(folder.root):
         pass
     assert folder.run_file.stat().st_size
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    def without_locks(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", without_locks)
+    with locked(tmp_path / "out"):
+        assert "without locks: start no second process" in caplog.text
+    assert not any((tmp_path / "out").iterdir())
 
 
 def test_an_old_checkpoint_that_was_moved_and_linked_goes_with_the_others(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_two_processes_do_not_work_on_one_study(recipe, tmp_path, monkeypatch):
         tune(recipe, study=tmp_path / "study", num_trials=1, search=RATES, console=quiet())
 
     monkeypatch.setattr(_tune, "carry_out", second)
-    with pytest.raises(UsageError, match="another process is at work"):
+    with pytest.raises(UsageError, match=r"--study=.*study is in use by process \d+ on "):
         tune(recipe, study=tmp_path / "study", num_trials=1, search=RATES, console=quiet())
 
 

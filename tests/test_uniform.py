@@ -1,4 +1,4 @@
-"""What Uniform alone promises; what every policy promises is in test_policy_contract.py."""
+"""Properties of Uniform only; those of every policy are in test_policy_contract.py."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""The slow, readable twin of every fast path. Nothing here is used in training; the tests compare against it."""
+"""Slow, readable twins of every fast path. Training uses none of them; tests compare against them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradselect.core import Block
 
 
 def block_norms(blocks: Sequence[Block]) -> dict[str, float]:
-    """||g_b||_2 of every block from gradients that are all there; twin of the norms taken in backward hooks."""
+    """Return ||g_b||_2 of every block, from complete gradients; twin of the norms taken in backward hooks."""
     norms = {}
     for block in blocks:
         squares = [p.grad.double().square().sum().item() for p in block.parameters if p.grad is not None]
@@ -23,14 +23,14 @@ def block_norms(blocks: Sequence[Block]) -> dict[str, float]:
 
 
 def top_blocks(scores: Mapping[str, float], count: int) -> set[str]:
-    """The `count` best blocks of a finished backward pass; twin of streaming top-k, which forgets on the way."""
+    """Return the `count` blocks of largest score; twin of the streaming top-k, which drops gradients early."""
     ranked = sorted(scores, key=lambda name: scores[name], reverse=True)
     return set(ranked[:count])
 
 
 @dataclass
 class Moments:
-    """AdamW's state of one weight tensor."""
+    """AdamW state of one weight tensor."""
 
     mean: Tensor
     square: Tensor
@@ -39,12 +39,12 @@ class Moments:
 
 @dataclass
 class SelectiveAdamW:
-    """Twin of `BlockOptimizer` with `Keep()` in fp32: all gradients are there, the formula is written out.
+    """Twin of `BlockOptimizer` with `Keep()` in fp32: complete gradients, and the formula written out.
 
     Args:
-        blocks: every block of the model, each parameter trainable at all times.
+        blocks: every block of the model; all parameters stay trainable.
         policy: bound to these blocks.
-        lr, beta1, beta2, eps, weight_decay: of AdamW; tensors of fewer than two dimensions are not decayed.
+        lr, beta1, beta2, eps, weight_decay: AdamW's; tensors of fewer than two dimensions do not decay.
 
     Reference: Loshchilov, Hutter, arXiv 1711.05101, algorithm 2.
     """
@@ -61,7 +61,7 @@ class SelectiveAdamW:
 
     @torch.no_grad()
     def step(self) -> tuple[str, ...]:
-        """One step from the gradients of all blocks; returns the selection."""
+        """Take one step from the gradients of all blocks; return the selection."""
         selected = self.policy.propose(self.num_steps)
         norms = {}
         if selected is None:
@@ -71,12 +71,12 @@ class SelectiveAdamW:
             if block.name in selected:
                 for name, weight in zip(block.parameter_names, block.parameters, strict=True):
                     if weight.grad is not None:
-                        self._move(name, weight, weight.grad)
+                        self._update(name, weight, weight.grad)
         self.policy.commit(self.num_steps, selected, norms)
         self.num_steps += 1
         return selected
 
-    def _move(self, name: str, weight: Tensor, gradient: Tensor) -> None:
+    def _update(self, name: str, weight: Tensor, gradient: Tensor) -> None:
         if name not in self.moments:
             self.moments[name] = Moments(torch.zeros_like(weight), torch.zeros_like(weight))
         moments = self.moments[name]
@@ -91,7 +91,7 @@ class SelectiveAdamW:
 
 
 def top_entries(scores: Sequence[Tensor], count: int) -> set[tuple[int, int]]:
-    """(tensor, index) of the `count` largest scores, by sorting them all; twin of the streaming `StreamingTopK`."""
+    """Return (tensor, index) of the `count` largest scores by sorting all of them; twin of `StreamingTopK`."""
     ranked = sorted(
         (-score, rank, index)
         for rank, tensor in enumerate(scores)
@@ -103,12 +103,12 @@ def top_entries(scores: Sequence[Tensor], count: int) -> set[tuple[int, int]]:
 
 @dataclass
 class DenseID3:
-    """Twin of `SparseOptimizer` with `ID3` in fp32: dense masks, dense moments and dense step counts, written out.
+    """Twin of `SparseOptimizer` with `ID3` in fp32: dense masks, moments and step counts, and the formula written out.
 
     Args:
-        parameters: by name, in model order, with gradients that are all there.
-        budget, steps, exponent, eps: of `ID3`.
-        lr, beta1, beta2, adam_eps, weight_decay: of AdamW; tensors of fewer than two dimensions are not decayed.
+        parameters: by name, in model order, with complete gradients.
+        budget, steps, exponent, eps: ID3's.
+        lr, beta1, beta2, adam_eps, weight_decay: AdamW's; tensors of fewer than two dimensions do not decay.
 
     Reference: Agarwal et al., arXiv 2408.14470; Loshchilov, Hutter, arXiv 1711.05101, algorithm 2.
     """

@@ -170,7 +170,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             rule: update formula: `AdamWRule()` (default, bitwise `torch.optim.AdamW(foreach=False)`),
                 `AdamWRule(fused=True)` (faster on a GPU), `AdamW8bitRule()`, `SGDRule()`.
             residency: where the state of unselected blocks lives: `Keep()` (default), `Offload()` or `Drop()`.
-            master_dtype: of master weights and moments of a bf16 or fp16 model. None: no masters, as `torch.optim.AdamW`.
+            master_dtype: of masters and moments of a bf16 or fp16 model. None: no masters, as `torch.optim.AdamW`.
             blocks: the partition, e.g. `partition(model, by="matrix")`. Default `partition(model)`.
             accumulation_steps: backward passes per step, >= 1.
             grad_scaler: the `torch.amp.GradScaler` of the loop, if there is one; it needs fp32 weights under autocast.

@@ -24,7 +24,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from gradselect.core import Block
 from gradselect.usage import UsageError, check_positive, check_whole
@@ -46,7 +46,25 @@ class AbstractPolicy(ABC):
         candidates: the blocks to choose from, in model order; empty until bound. `start` may narrow them: a block that
             does not stand here is never selected and never observed.
         num_elements: how many weights each block holds, by block name.
+        method_name: `method.name` of the recipes that use it. None: no method is just this policy.
+
+    Example:
+        A policy that trains the last block only:
+
+        >>> import torch
+        >>> import gradselect as gs
+        >>> class Last(gs.AbstractPolicy):
+        ...     def start(self):
+        ...         pass
+        ...
+        ...     def propose(self, step):
+        ...         return self.names[-1:]
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+        >>> Last().bind(gs.partition(model)).propose(step=0)
+        ('layer.2',)
     """
+
+    method_name: ClassVar[str | None] = None
 
     candidates: tuple[Block, ...] = field(default=(), init=False, repr=False)
     num_elements: Mapping[str, int] = field(default_factory=dict, init=False, repr=False)

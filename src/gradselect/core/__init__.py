@@ -9,16 +9,17 @@ from .gradients import AbstractGradientHooks, at_end_of_pass, dense, gradient_no
 from .optimizer import SelectiveOptimizer
 from .parameter_groups import Group, ParameterTable
 from .phases import SELECTION, Phases, in_phase
-from .records import JsonlWriter, MaskRecord, MemoryBytes, StepRecord, selection_entropy
+from .records import MEMORY_CATEGORIES, JsonlWriter, MaskRecord, MemoryBytes, StepRecord, selection_entropy
 from .residency import AbstractResidency, Drop, Keep, Offload
 from .rules import AbstractRule, Ages
 from .settings import UpdateSettings
 from .sgd import SGDRule
-from .state import HALF, MASTER, BlockStates
+from .state import HALF, MASTER, BlockStates, num_bytes
 
 __all__ = [
     "HALF",
     "MASTER",
+    "MEMORY_CATEGORIES",
     "SELECTION",
     "AbstractGradientHooks",
     "AbstractResidency",
@@ -51,6 +52,7 @@ __all__ = [
     "in_phase",
     "is_frozen_for_now",
     "norm_of",
+    "num_bytes",
     "selection_entropy",
     "selection_of",
     "squared_norm",

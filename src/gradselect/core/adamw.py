@@ -28,9 +28,11 @@ class AdamWRule(AbstractRule):
             Default False: bitwise what `torch.optim.AdamW(foreach=False)` computes.
 
     Example:
-        >>> import torch, gradselect as gs
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-        >>> optimizer = gs.BlockOptimizer(model, gs.All(), rule=gs.AdamWRule(fused=True), betas=(0.9, 0.95))
+        >>> weight, grad, rule = torch.ones(2), torch.ones(2), AdamWRule()
+        >>> group = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 0.0, "weight_decay": 0.0}
+        >>> rule.update([weight], [grad], [rule.make_state(weight)], group)
+        >>> weight
+        tensor([0.9000, 0.9000])
 
     Reference:
         Loshchilov, Hutter: Decoupled Weight Decay Regularization, arXiv 1711.05101, algorithm 2.

@@ -43,6 +43,11 @@ class AdamW8bitRule(AbstractRule):
     Args:
         fused: as of `AdamWRule`.
 
+    Example:
+        >>> state = AdamW8bitRule().make_state(torch.zeros(64, 64))
+        >>> state["exp_avg"].dtype, state["exp_avg_scale"].numel()
+        (torch.uint8, 16)
+
     Reference:
         Dettmers, Lewis, Shleifer, Zettlemoyer: 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861,
         sections 1.3 and 2.1 to 2.2.
@@ -51,7 +56,6 @@ class AdamW8bitRule(AbstractRule):
     fused: bool = False
     state_names = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
     works_on_shards = False
-    works_on_entries = False
 
     def make_state(self, weight: Tensor) -> State:
         if not _is_quantised(weight):

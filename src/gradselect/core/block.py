@@ -16,6 +16,12 @@ class Block:
         parameters: the tensors, in the order of `model.named_parameters()`; a tied tensor stands in one block only.
         parameter_names: their names in `model.named_parameters()`, in the same order.
         aliases: further names by which the user may mean this block; a tied head is `("head",)` of the embedding.
+
+    Example:
+        >>> import torch
+        >>> head = Block(name="head", parameters=(Parameter(torch.zeros(2, 3)),), parameter_names=("head.weight",))
+        >>> head.num_elements
+        6
     """
 
     name: str

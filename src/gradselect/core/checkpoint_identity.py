@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradselect.usage import UsageError
+from gradselect.usage import UsageError, find_differences
 
 
 def check_same(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -68,10 +68,10 @@ def _plain(value: Any) -> Any:
 
 
 def _difference(theirs: Any, ours: Any) -> str:
-    """In one line, what the first difference between two plain values is."""
+    """Describe the first difference between two plain values in one line."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        key = next(key for key in (*theirs, *ours) if theirs.get(key) != ours.get(key))
-        return f"have {key}={_short(theirs.get(key))}, this run's {key}={_short(ours.get(key))}"
+        for key, old, new in find_differences(theirs, ours):
+            return f"have {key}={_short(old)}, this run's {key}={_short(new)}"
     return f"are {_short(theirs)}, this run's {_short(ours)}"
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
+
+from gradselect.files import write_atomically
 
 
 class MemoryBytes(TypedDict):
@@ -24,6 +25,9 @@ class MemoryBytes(TypedDict):
     state_on_host: int
 
 
+MEMORY_CATEGORIES = tuple(MemoryBytes.__annotations__)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """What one optimizer step did.
@@ -36,6 +40,16 @@ class StepRecord:
         moved_bytes: state and masters that changed between device and host for this step, both directions.
         selection_entropy: evenness of the updates so far over the blocks the policy chooses from.
         norms: L2 norms of the gradients of the blocks that were observed in this step, by block; empty if none was.
+
+    Example:
+        >>> import torch
+        >>> import gradselect as gs
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+        >>> optimizer = gs.BlockOptimizer(model, gs.Fixed(("layer.1",)), lr=1e-3)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.last_record.selected
+        ('layer.1',)
     """
 
     step: int
@@ -59,6 +73,16 @@ class MaskRecord:
         overlap: share of the last step's set that is in this step's; 1.0 at the first step.
         grad_norm: L2 norm of the gradients that were applied, before clipping.
         state_bytes: indices, moments and master weights on the model's device during the update.
+
+    Example:
+        >>> import torch
+        >>> import gradselect as gs
+        >>> model = torch.nn.Linear(4, 4, bias=False)
+        >>> optimizer = gs.SparseOptimizer(model, gs.TopGradient(density=0.25), lr=1e-3)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.last_record.num_entries
+        {'weight': 4}
     """
 
     step: int
@@ -91,7 +115,10 @@ class JsonlWriter:
         path: the file; its folder must exist.
 
     Example:
-        >>> optimizer.add_record_hook(JsonlWriter("records.jsonl"))  # doctest: +SKIP
+        >>> writer = JsonlWriter("records.jsonl")
+        >>> writer(StepRecord(step=0, selected=(), explored=True, state_bytes=0, moved_bytes=0, selection_entropy=0.0))
+        >>> writer.path.read_text()
+        '{"step": 0, "selected": [], "explored": true, ...}\\n'
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -111,9 +138,7 @@ class JsonlWriter:
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         # A killed writer can leave a last line without its end: it is of a step that is about to be repeated.
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
-        aside = self.path.with_name(self.path.name + ".new")
-        aside.write_text("".join(kept), encoding="utf-8")
-        os.replace(aside, self.path)
+        write_atomically(self.path, "".join(kept))
 
 
 def _as_json(record: StepRecord | MaskRecord) -> dict[str, Any]:

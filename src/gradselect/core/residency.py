@@ -50,7 +50,12 @@ class AbstractMover(ABC):
 
 
 class AbstractResidency(ABC):
-    """Where state of unselected blocks lives: the user's choice. `open` makes what moves the states of a run."""
+    """Where state of unselected blocks lives: the user's choice. `open` makes what moves the states of a run.
+
+    Example:
+        >>> [kind().frees_device for kind in (Keep, Offload, Drop)]
+        [False, True, True]
+    """
 
     frees_device: bool
     """Whether state of a block that is not selected leaves the device."""
@@ -65,7 +70,15 @@ class AbstractResidency(ABC):
 
 @dataclass(frozen=True)
 class Keep(AbstractResidency):
-    """State stays on the device once it exists. Memory grows to AdamW's as more blocks have had a turn."""
+    """State stays on the device once it exists. Memory grows to AdamW's as more blocks have had a turn.
+
+    Example:
+        >>> import gradselect as gs
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+        >>> optimizer = gs.BlockOptimizer(model, gs.Uniform(count=1), lr=1e-3, residency=Keep())
+        >>> optimizer.memory()["state_on_host"]
+        0
+    """
 
     frees_device = False
 
@@ -78,6 +91,13 @@ class Drop(AbstractResidency):
     """State is forgotten when its block is no longer selected; moments, step count and master weights start anew.
 
     Least memory on host and device. A master weight's digits below the model's precision are lost at each switch.
+
+    Example:
+        >>> import gradselect as gs
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+        >>> optimizer = gs.BlockOptimizer(model, gs.Cyclic(every=50), lr=1e-3, residency=Drop())
+        >>> optimizer.memory()["state_on_host"]
+        0
     """
 
     frees_device = True
@@ -109,6 +129,13 @@ class Offload(AbstractResidency):
 
     Raises:
         UsageError: a number below its range; within a step: a selection whose state exceeds `max_device_bytes`.
+
+    Example:
+        >>> import gradselect as gs
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+        >>> optimizer = gs.BlockOptimizer(model, gs.AdaGradSelect(explore_steps=100), lr=1e-3, residency=Offload())
+        >>> optimizer.memory()["state_on_host"]
+        0
     """
 
     max_device_bytes: int | None = None

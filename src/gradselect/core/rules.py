@@ -35,6 +35,24 @@ class AbstractRule(ABC):
 
     Blocks and entries use the same rule. `update` moves whole tensors, each with a state of its own; `update_entries`
     moves the selected entries of many tensors, gathered into one flat array, each with an age of its own.
+
+    Example:
+        >>> class SignSGD(AbstractRule):
+        ...     state_names = ()
+        ...     hyper_parameters = ("lr", "weight_decay")
+        ...
+        ...     def make_state(self, weight):
+        ...         return {}
+        ...
+        ...     def update(self, weights, grads, states, group):
+        ...         for weight, grad in zip(weights, grads):
+        ...             weight.sub_(grad.sign(), alpha=group["lr"])
+        >>> weight = torch.tensor([1.0, 2.0])
+        >>> SignSGD().update([weight], [torch.tensor([3.0, -3.0])], [{}], {"lr": 0.5})
+        >>> weight
+        tensor([0.5000, 2.5000])
+        >>> SignSGD().works_on_entries
+        False
     """
 
     hyper_parameters: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay")
@@ -46,11 +64,13 @@ class AbstractRule(ABC):
     decouples_decay: ClassVar[bool] = True
     """True if weight decay acts on the weight (AdamW), False if it is added to the gradient (SGD)."""
 
-    works_on_entries: ClassVar[bool] = True
-    """True if `update_entries` exists."""
-
     state_names: tuple[str, ...]
     """Names of the large state tensors (moments and what belongs to them); they follow the residency."""
+
+    @property
+    def works_on_entries(self) -> bool:
+        """True if the rule has `update_entries`."""
+        return type(self).update_entries is not AbstractRule.update_entries
 
     def group_options(self) -> dict[str, Any]:
         """Return the rule's own hyper-parameters, which stand in every parameter group beside `hyper_parameters`."""

@@ -1,6 +1,6 @@
-"""Delta files: what a tuned checkpoint changed of its base, as one safetensors file.
+"""Delta files: the difference between a tuned checkpoint and its base, as one safetensors file.
 
-    gs.delta.diff(base, tuned, "d.safetensors")      # what changed, tensor by tensor: nothing, everything, or entries
+    gs.delta.diff(base, tuned, "d.safetensors")      # per tensor: nothing, all of it, or single entries
     gs.delta.apply(base, "d.safetensors", "out")     # bitwise the tuned model
     gs.delta.revert(tuned, "d.safetensors", "out")   # bitwise the base
     gs.delta.merge(base, ["a.safetensors", "b.safetensors"], "ab.safetensors")
@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, get_args
 
+from gradselect.files import writing_aside
 from gradselect.usage import UsageError, check_one_of
 
 from .checkpoint import CheckpointFolder
 from .difference import write_delta
 from .file import DeltaFile, OtherSide, Side
 from .merging import MergedCheckpoint, Overlap, Whole
-from .write import free_file, free_folder, write_checkpoint, written_aside
+from .write import free_file, free_folder, write_checkpoint
 
 __all__ = ["DeltaSummary", "apply", "diff", "fingerprint", "merge", "revert", "summary"]
 
@@ -33,15 +34,20 @@ PathLike: TypeAlias = str | os.PathLike[str]
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaSummary:
-    """What a delta holds, in numbers.
+    """Counts and sizes of a delta.
 
     num_tensors, num_entries: of the tuned model.
     num_dense, num_sparse: tensors of which most entries, or some, changed.
     num_whole: tensors that are new, gone, or of another shape or dtype.
-    num_changed_entries: entries that differ; of new tensors and those of another shape or dtype, all.
+    num_changed_entries: entries that differ; all entries of new tensors and those of another shape or dtype.
     num_changed_files: small files, such as config.json, that are new, gone or different.
     delta_bytes, tuned_bytes: size of the file, and of the tuned model's tensors.
     fingerprints: of the base and of the tuned model.
+
+    Example:
+        >>> found = diff("base", "tuned", "printed.safetensors")
+        >>> found.num_tensors, found.num_changed_entries
+        (1, 1)
     """
 
     num_tensors: int
@@ -74,7 +80,7 @@ class DeltaSummary:
 
 
 def diff(base_dir: PathLike, tuned_dir: PathLike, path: PathLike) -> DeltaSummary:
-    """Write what changed from `base_dir` to `tuned_dir` into the file `path`.
+    """Write the changes from `base_dir` to `tuned_dir` into the file `path`.
 
     Args:
         base_dir: a Hugging Face checkpoint folder, one file or sharded, in safetensors.
@@ -83,29 +89,45 @@ def diff(base_dir: PathLike, tuned_dir: PathLike, path: PathLike) -> DeltaSummar
 
     Raises:
         UsageError: a folder holds no such weights, `path` is taken, or the disk is full.
+
+    Example:
+        >>> diff("base", "tuned", "d.safetensors").num_changed_entries
+        1
     """
     target = free_file(Path(path))
     base, tuned = CheckpointFolder(Path(base_dir)), CheckpointFolder(Path(tuned_dir))
-    with written_aside(target) as aside:
+    with writing_aside(target) as aside:
         write_delta(aside, base, tuned)
     return summary(target)
 
 
 def apply(base_dir: PathLike, path: PathLike, out_dir: PathLike) -> DeltaSummary:
-    """Write the tuned model, bitwise, into the new folder `out_dir`: base and delta give the model it was made of.
+    """Write the tuned model, exact to the bit, into the new folder `out_dir`, from base and delta.
 
     Raises:
         UsageError: the delta was made with another base (the message names the first tensor that differs) or is
             damaged, `out_dir` is taken, or the disk is full.
+
+    Example:
+        >>> _ = diff("base", "tuned", "forth.safetensors")
+        >>> _ = apply("base", "forth.safetensors", "tuned-again")
+        >>> fingerprint("tuned-again") == fingerprint("tuned")
+        True
     """
     return _cross(base_dir, path, out_dir, source="base", target="tuned")
 
 
 def revert(tuned_dir: PathLike, path: PathLike, out_dir: PathLike) -> DeltaSummary:
-    """Write the base, bitwise, into the new folder `out_dir`; what `apply` does, backwards.
+    """Write the base, exact to the bit, into the new folder `out_dir`: `apply` backwards.
 
     Raises:
         UsageError: as `apply` does.
+
+    Example:
+        >>> _ = diff("base", "tuned", "back.safetensors")
+        >>> _ = revert("tuned", "back.safetensors", "base-again")
+        >>> fingerprint("base-again") == fingerprint("base")
+        True
     """
     return _cross(tuned_dir, path, out_dir, source="tuned", target="base")
 
@@ -120,7 +142,7 @@ def merge(
 ) -> DeltaSummary:
     """Write one delta with the changes of several deltas of the same base.
 
-    An entry that one delta changes becomes what that delta makes of it, to the bit. For an entry that several change,
+    An entry that one delta changes gets the value of that delta, to the bit. For an entry that several change,
     with the base's w and the values w_i of those deltas: "error" refuses, "last" takes the w_i of the last in `paths`,
     "sum" is w + Σ(w_i − w) and "mean" w + mean(w_i − w), in fp32 and rounded once.
 
@@ -129,12 +151,18 @@ def merge(
         paths: the deltas, in order.
         path: the merged delta; a new file that `apply` and `revert` take.
         overlap: rule for entries that several deltas change: "error", "last", "sum" or "mean".
-        whole: rule for what several deltas change differently and has no entries to choose from or no sum: small files,
-            tensors new, gone or of another shape or dtype, whole numbers under "sum" and "mean". "error", or "last";
-            overlap="last" means both.
+        whole: "error" or "last", the rule where several deltas differ and entries cannot be combined: small files,
+            tensors new, gone or of another shape or dtype, integers under "sum" and "mean". overlap="last" implies it.
 
     Raises:
         UsageError: a delta is of another base or damaged, changes overlap where the rule is "error", `path` is taken.
+
+    Example:
+        >>> deltas = ["a.safetensors", "b.safetensors"]
+        >>> for path in deltas:
+        ...     _ = diff("base", "tuned", path)
+        >>> merge("base", deltas, "ab.safetensors", overlap="mean").num_changed_entries
+        1
     """
     check_one_of("overlap", overlap, get_args(Overlap))
     check_one_of("whole", whole, get_args(Whole))
@@ -145,16 +173,21 @@ def merge(
     base = CheckpointFolder(Path(base_dir))
     tuned = [_other_side(base, delta, source="base", target="tuned") for delta in paths]
     merged = MergedCheckpoint(base, tuned, overlap=overlap, whole=whole)
-    with written_aside(target) as aside:
+    with writing_aside(target) as aside:
         write_delta(aside, base, merged)
     return summary(target)
 
 
 def summary(path: PathLike) -> DeltaSummary:
-    """What the delta at `path` holds.
+    """Return counts and sizes of the delta at `path`.
 
     Raises:
         UsageError: it is missing, damaged or no delta.
+
+    Example:
+        >>> _ = diff("base", "tuned", "counted.safetensors")
+        >>> summary("counted.safetensors").num_tensors
+        1
     """
     delta = DeltaFile(Path(path))
     stored = [change.stored for change in delta.changes.values()]
@@ -175,20 +208,25 @@ def summary(path: PathLike) -> DeltaSummary:
 
 
 def fingerprint(folder: PathLike) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a checkpoint's tensors; sharding and order do not matter.
+    """Return the SHA-256 over names, dtypes, shapes and bytes of all tensors; sharding and order do not matter.
 
     Raises:
         UsageError: the folder holds no weights in safetensors.
+
+    Example:
+        >>> fingerprint("base") == fingerprint("tuned")
+        False
     """
     return CheckpointFolder(Path(folder)).fingerprint()
 
 
 def _cross(source_dir: PathLike, path: PathLike, out_dir: PathLike, *, source: Side, target: Side) -> DeltaSummary:
-    """From one side of a delta to the other."""
+    """Write the other side of a delta."""
     folder = free_folder(Path(out_dir))
     other = _other_side(CheckpointFolder(Path(source_dir)), path, source=source, target=target)
-    with written_aside(folder) as aside:
+    with writing_aside(folder) as aside:
         write_checkpoint(aside, other)
+        free_folder(folder)  # minutes have passed, and the rename deletes what is there
     return summary(path)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint as a delta sees it: tensors as bit patterns, the small files beside them, and a digest of each."""
+"""A checkpoint for a delta: tensors as bit patterns, small files, and a digest of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gradselect.usage import UsageError, matches_any
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# What transformers reads besides the weights; records of a run and optimizer states are no part of a model.
+# Files that transformers reads besides the weights. Records of a run and optimizer state do not belong to a model.
 FILES = (
     "*config.json",
     "tokenizer*",
@@ -43,7 +43,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """What a checkpoint says of one tensor."""
+    """dtype, shape and file of one tensor."""
 
     dtype: str  # as safetensors writes it, e.g. "BF16"
     shape: tuple[int, ...]
@@ -58,13 +58,13 @@ class TensorSpec:
         return num_bytes(self.dtype, self.shape)
 
     def is_like(self, other: TensorSpec) -> bool:
-        """Equal shape and dtype, in whichever files."""
+        """Return True if shape and dtype are equal; the files may differ."""
         return (self.dtype, self.shape) == (other.dtype, other.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What there is in a checkpoint, without the bytes."""
+    """Contents of a checkpoint, without the bytes."""
 
     tensors: Mapping[str, TensorSpec]
     shards: Mapping[str, Mapping[str, str]]  # the metadata of each weight file, e.g. {"format": "pt"}
@@ -73,30 +73,30 @@ class Contents:
 
 
 class AbstractCheckpoint(abc.ABC):
-    """A model on disk, or one that a delta makes of it; its tensors are read one at a time."""
+    """A model on disk, or made from one by a delta. Its tensors are read one at a time."""
 
     contents: Contents
 
     @abc.abstractmethod
     def bits(self, name: str) -> Tensor:
-        """The tensor's bit patterns as integers, flat; not to be written to."""
+        """Return the tensor's bit patterns as integers, flat. Do not write to them."""
 
     @abc.abstractmethod
     def file(self, name: str) -> bytes:
-        """A small file."""
+        """Return the bytes of a small file."""
 
     @cached_property
     def _digests(self) -> dict[str, str]:
         return {}
 
     def digest(self, name: str) -> str:
-        """SHA-256 of the tensor's dtype, shape and bytes."""
+        """Return the SHA-256 of the tensor's dtype, shape and bytes."""
         if name not in self._digests:
             self._digests[name] = digest(self.contents.tensors[name], self.bits(name))
         return self._digests[name]
 
     def fingerprint(self) -> str:
-        """One digest of all tensors: the same for every sharding and order of files."""
+        """Return one digest of all tensors: the same for every sharding and order of files."""
         return fingerprint({name: self.digest(name) for name in self.contents.tensors})
 
 
@@ -141,7 +141,7 @@ class CheckpointFolder(AbstractCheckpoint):
 
 
 class SafetensorsFile:
-    """A safetensors file, mapped into memory: what is not asked for is not read.
+    """A safetensors file, mapped into memory: only requested tensors are read.
 
     Raises:
         UsageError: it is missing, cut off or something else.
@@ -157,7 +157,7 @@ class SafetensorsFile:
         self.metadata: dict[str, str] = self._file.metadata() or {}
 
     def layout(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """dtype and shape of a tensor, without its bytes."""
+        """Return dtype and shape of a tensor, without reading its bytes."""
         if name not in self.names:
             raise UsageError(f"{self.path} is damaged or not the file it should be: it has no tensor {name}")
         view = self._file.get_slice(name)
@@ -171,46 +171,46 @@ class SafetensorsFile:
 
 
 def as_bits(tensor: Tensor) -> Tensor:
-    """The bit patterns as integers of the same width, flat, in the same memory."""
+    """Return the bit patterns as integers of the same width, flat, in the same memory."""
     return tensor.reshape(-1).view(BITS[tensor.element_size()])
 
 
 def memory(bits: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor where they are; valid as long as the tensor lives."""
+    """Return the bytes of a contiguous CPU tensor without a copy; valid as long as the tensor lives."""
     size = bits.numel() * bits.element_size()
-    # Not through numpy, which torch can do without.
+    # Without numpy, which torch does not require.
     return memoryview((ctypes.c_char * size).from_address(bits.data_ptr()))
 
 
 def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor; safetensors' codes name the width, e.g. "F8_E4M3" has 8 bits."""
+    """Return the bytes of a tensor. safetensors' codes name the width: "F8_E4M3" has 8 bits."""
     return math.prod(shape) * width(dtype) // 8
 
 
 def width(dtype: str) -> int:
-    """Bits of one entry."""
+    """Return the bits of one entry."""
     return 8 if dtype == "BOOL" else int(re.sub(r"[A-Z]+(\d+).*", r"\1", dtype))
 
 
 def is_dtype(dtype: str) -> bool:
-    """Whether this reads like one of safetensors' codes."""
+    """Return True if the text has the form of a safetensors code."""
     return re.fullmatch(r"BOOL|[A-Z]+\d+(_\w+)?", dtype) is not None
 
 
 def digest(spec: TensorSpec, bits: Tensor) -> str:
-    """SHA-256 of dtype, shape and bytes."""
+    """Return the SHA-256 of dtype, shape and bytes."""
     result = hashlib.sha256(json.dumps([spec.dtype, spec.shape]).encode())
     result.update(memory(bits))
     return result.hexdigest()
 
 
 def fingerprint(digests: Mapping[str, str]) -> str:
-    """SHA-256 of the names and digests of all tensors."""
+    """Return the SHA-256 of the names and digests of all tensors."""
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
 
 
 def is_small_file(name: str) -> bool:
-    """Whether the name, relative to a checkpoint, is one of a file that belongs to the model."""
+    """Return True if a file of this name, relative to a checkpoint, belongs to the model."""
     if name in (WEIGHTS, INDEX) or "\\" in name or not name.isprintable():
         return False
     *folders, last = name.split("/")
@@ -220,7 +220,7 @@ def is_small_file(name: str) -> bool:
 
 
 def is_weight_file(name: str) -> bool:
-    """A plain name of a safetensors file: neither a path nor hidden."""
+    """Return True for a plain name of a safetensors file: neither a path nor hidden."""
     return re.fullmatch(r"\w[\w.-]*\.safetensors", name) is not None
 
 
@@ -231,7 +231,7 @@ def _small_files(folder: Path) -> list[str]:
 
 
 def _weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any] | None]:
-    """File of every tensor, and the metadata of the index; transformers, too, takes the single file first."""
+    """Return the file of every tensor and the metadata of the index. Like transformers, prefer the single file."""
     if (folder / WEIGHTS).is_file():
         return dict.fromkeys(SafetensorsFile(folder / WEIGHTS).names, WEIGHTS), None
     if not (folder / INDEX).is_file():

@@ -1,4 +1,4 @@
-"""Making a delta of two checkpoints."""
+"""Making a delta from two checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import AbstractCheckpoint, TensorSpec, width
-from .file import FORMAT, VERSION, Change, Side, index_dtype, sha256
+from .file import FORMAT, VERSION, Change, Side, digest_of, index_dtype
 from .write import Part, write_safetensors
 
 BIT_DTYPES = {1: "U8", 2: "I16", 4: "I32", 8: "I64"}
@@ -19,14 +19,14 @@ INDEX_DTYPES = {torch.int32: "I32", torch.int64: "I64"}
 
 
 def write_delta(path: Path, base: AbstractCheckpoint, tuned: AbstractCheckpoint) -> None:
-    """The delta between two checkpoints; both are read several times, tensor by tensor."""
+    """Write the delta between two checkpoints. Reads both several times, tensor by tensor."""
     changes = {name: change for name in _names(base, tuned) if (change := change_of(base, tuned, name))}
     parts: dict[str, Part] = {}
     for name, change in changes.items():
         parts |= _parts(base, tuned, name, change)
     models: dict[Side, AbstractCheckpoint] = {"base": base, "tuned": tuned}
     file_digests = {
-        side: {name: sha256(model.file(name)) for name in model.contents.files} for side, model in models.items()
+        side: {name: digest_of(model.file(name)) for name in model.contents.files} for side, model in models.items()
     }
     for side, name in _changed_files(file_digests["base"], file_digests["tuned"]):
         parts[f"{side}_file:{name}"] = _file_part(models[side].file(name))
@@ -36,12 +36,12 @@ def write_delta(path: Path, base: AbstractCheckpoint, tuned: AbstractCheckpoint)
     }
     text = json.dumps(manifest, separators=(",", ":"), sort_keys=True)
     write_safetensors(
-        path, parts, {"format": FORMAT, "version": VERSION, "manifest": text, "sha256": sha256(text.encode())}
+        path, parts, {"format": FORMAT, "version": VERSION, "manifest": text, "sha256": digest_of(text.encode())}
     )
 
 
 def change_of(base: AbstractCheckpoint, tuned: AbstractCheckpoint, name: str) -> Change | None:
-    """What became of one tensor, stored as is smaller; None: it is the same to the bit."""
+    """Return how one tensor changed and the smaller way to store it; None if it is the same to the bit."""
     before, after = base.contents.tensors.get(name), tuned.contents.tensors.get(name)
     if before is None or after is None or not before.is_like(after):
         return Change(stored="whole", num_entries=after.num_entries if after else 0)
@@ -60,7 +60,7 @@ def _names(base: AbstractCheckpoint, tuned: AbstractCheckpoint) -> list[str]:
 
 
 def _parts(base: AbstractCheckpoint, tuned: AbstractCheckpoint, name: str, change: Change) -> dict[str, Part]:
-    """The stored tensors of one change."""
+    """Return the tensors that the delta stores for one change."""
     if change.stored == "whole":
         return {
             f"{side}:{name}": Part(dtype=spec.dtype, shape=spec.shape, read=lambda model=model: model.bits(name))
@@ -72,11 +72,11 @@ def _parts(base: AbstractCheckpoint, tuned: AbstractCheckpoint, name: str, chang
         return base.bits(name) ^ tuned.bits(name)
 
     spec = base.contents.tensors[name]
-    num_units = spec.num_bytes // _unit(spec)
-    bit_dtype = BIT_DTYPES[_unit(spec)]
+    num_words = spec.num_bytes // _word_bytes(spec)
+    bit_dtype = BIT_DTYPES[_word_bytes(spec)]
     if change.stored == "dense":
-        return {f"xor:{name}": Part(dtype=bit_dtype, shape=(num_units,), read=flips)}
-    narrow, shape = index_dtype(num_units), (change.num_entries,)
+        return {f"xor:{name}": Part(dtype=bit_dtype, shape=(num_words,), read=flips)}
+    narrow, shape = index_dtype(num_words), (change.num_entries,)
 
     def changed_flips() -> Tensor:
         values = flips()
@@ -91,13 +91,13 @@ def _parts(base: AbstractCheckpoint, tuned: AbstractCheckpoint, name: str, chang
     }
 
 
-def _unit(spec: TensorSpec) -> int:
-    """Bytes of the integers that hold the bits; entries narrower than a byte are packed, several to one."""
+def _word_bytes(spec: TensorSpec) -> int:
+    """Return the bytes of the integers that hold the bits. Entries narrower than a byte are packed into bytes."""
     return max(1, width(spec.dtype) // 8)
 
 
 def _changed_files(base: Mapping[str, str], tuned: Mapping[str, str]) -> list[tuple[Side, str]]:
-    """The files, and the side they are of, that the other side does not have alike."""
+    """Return side and name of each file that the other side lacks or has with other bytes."""
     changed: list[tuple[Side, str]] = [("base", name) for name in base if tuned.get(name) != base[name]]
     return changed + [("tuned", name) for name in tuned if base.get(name) != tuned[name]]
 

@@ -1,4 +1,4 @@
-"""Reading a delta: its manifest, what is stored of each change, and the checkpoint on its other side."""
+"""Reading a delta: its manifest, the stored changes, and the checkpoint on its other side."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Change:
 
 
 class DeltaFile:
-    """A delta on disk; what it says of itself is checked when it is opened, its tensors when they are read.
+    """A delta on disk. Its manifest is checked when it is opened, its tensors when they are read.
 
     Raises:
         UsageError: it is missing, damaged, no delta, or of another version of the format.
@@ -70,7 +70,7 @@ class DeltaFile:
                 f"{UNSEALED_VERSION!r} and {VERSION!r}; update gradselect, or make the delta again"
             )
         text = metadata.get("manifest", "")
-        if metadata.get("version") == VERSION and metadata.get("sha256") != sha256(text.encode()):
+        if metadata.get("version") == VERSION and metadata.get("sha256") != digest_of(text.encode()):
             raise self.damaged("its manifest is not the one that was written: it has another SHA-256")
         try:
             self._read_manifest(json.loads(text))
@@ -96,7 +96,7 @@ class DeltaFile:
             self._check_change(name)
 
     def _check_change(self, name: str) -> None:
-        """What is stored of a tensor can make each side from the other."""
+        """Check that the stored change can make each side from the other."""
         before, after = (self.contents[side].tensors.get(name) for side in SIDES)
         stored = self.changes[name].stored if name in self.changes else None
         is_alike = before is not None and after is not None and before.is_like(after)
@@ -104,7 +104,7 @@ class DeltaFile:
             raise ValueError(f"change of {name}: {stored}")
 
     def flip(self, name: str, bits: Tensor) -> Tensor:
-        """The bits of the other side: XOR undoes itself, so base and tuned are each other's."""
+        """Return the bits of the other side. XOR undoes itself, so this works in both directions."""
         change = self.changes[name]
         if change.stored == "dense":
             return bits ^ self._read(f"xor:{name}", dtype=bits.dtype, size=bits.numel())
@@ -117,17 +117,17 @@ class DeltaFile:
         return result
 
     def whole(self, side: Side, name: str) -> Tensor:
-        """The bits of a tensor that is stored as it is."""
+        """Return the bits of a tensor that is stored whole."""
         spec = self.contents[side].tensors[name]
         if self._file.layout(f"{side}:{name}") != (spec.dtype, spec.shape):
             raise self.damaged(f"the stored tensor {name} has another shape or dtype than its manifest says")
         return as_bits(self._file.tensor(f"{side}:{name}"))
 
     def file(self, side: Side, name: str) -> bytes:
-        """A small file that differs between the sides."""
+        """Return a small file that differs between the sides."""
         stored = self._file.tensor(f"{side}_file:{name}")
         content = bytes(memory(stored))
-        if sha256(content) != self.file_digests[side][name]:
+        if digest_of(content) != self.file_digests[side][name]:
             raise self.damaged(f"its copy of {name} is not the one of the {side}")
         return content
 
@@ -138,7 +138,7 @@ class DeltaFile:
         return UsageError(f"the delta {self.path} is damaged: {what}; copy or make it again")
 
     def check_is(self, checkpoint: AbstractCheckpoint, *, side: Side, where: Path) -> None:
-        """`checkpoint` is the one this delta was made with.
+        """Check that `checkpoint` is the one this delta was made with.
 
         Raises:
             UsageError: names the first tensor, or small file, that differs.
@@ -168,7 +168,7 @@ class DeltaFile:
 
     def _check_file(self, checkpoint: AbstractCheckpoint, name: str, *, side: Side, where: Path) -> None:
         has_it = name in checkpoint.contents.files
-        if not has_it or sha256(checkpoint.file(name)) != self.file_digests[side][name]:
+        if not has_it or digest_of(checkpoint.file(name)) != self.file_digests[side][name]:
             raise UsageError(
                 f"{name} of {where} is {'another one' if has_it else 'missing; it is there'} in the {side} model that "
                 f"{self.path} was made with; put that model's {name} there"
@@ -186,7 +186,7 @@ class DeltaFile:
 class OtherSide(AbstractCheckpoint):
     """The tuned model, read from the base through a delta; or the base, from the tuned one.
 
-    Every tensor is compared with the delta's digest of it: what leaves here is right to the bit.
+    Every tensor is compared with its digest in the delta, so a wrong one is never returned.
     """
 
     def __init__(self, source: AbstractCheckpoint, delta: DeltaFile, *, side: Side) -> None:
@@ -219,7 +219,7 @@ class OtherSide(AbstractCheckpoint):
 
 
 def index_dtype(num_entries: int) -> torch.dtype:
-    """The narrowest dtype of flat indices into so many entries."""
+    """Return the narrowest dtype of flat indices into `num_entries` entries."""
     return torch.int32 if num_entries <= 2**31 else torch.int64
 
 
@@ -238,12 +238,12 @@ def _contents(described: Mapping[str, Any]) -> Contents:
 
 
 def _check_contents(contents: Contents) -> None:
-    """A delta may come from anywhere: what it makes apply write must be well formed and stay within the folder."""
+    """Check names, dtypes and headers. A delta may come from anywhere, and must not write outside of the folder."""
     strange = [name for name in contents.shards if not is_weight_file(name)]
     strange += [name for name in contents.files if not is_small_file(name)]
     strange += [spec.shard for spec in contents.tensors.values() if spec.shard not in contents.shards]
     strange += [spec.dtype for spec in contents.tensors.values() if not is_dtype(spec.dtype)]
-    # What else stood in a header would be written, and make a file that nobody can read.
+    # Other types in a header would be written into a file that nobody can read.
     strange += [
         part for shard in contents.shards.values() for part in (*shard, *shard.values()) if type(part) is not str
     ]
@@ -251,5 +251,6 @@ def _check_contents(contents: Contents) -> None:
         raise ValueError(f"{strange[0]!r} is no file, dtype or header of a checkpoint")
 
 
-def sha256(content: bytes) -> str:
+def digest_of(content: bytes) -> str:
+    """Return the SHA-256 in hexadecimal."""
     return hashlib.sha256(content).hexdigest()

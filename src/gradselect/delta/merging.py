@@ -1,4 +1,4 @@
-"""Several changes of one base as one checkpoint."""
+"""Merging: several changes of one base as one checkpoint."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ NUM_NAMED = 5  # tensors that an error names
 class MergedCheckpoint(AbstractCheckpoint):
     """The base with the changes of several tuned models, entry by entry.
 
-    An entry that one model changed is that model's, to the bit; for one that several changed, the rule `overlap` says.
-    What cannot be taken entry by entry (a tensor that is new, gone, or of another shape or dtype; a small file) is
-    that of the one model, or of the several alike, that changed it; else the rule `whole` says.
+    An entry that one model changed has that model's value, to the bit; the rule `overlap` decides where several did.
+    Some things cannot be taken entry by entry: small files, and tensors that are new, gone, or of another shape or
+    dtype. They come from the model that changed them; the rule `whole` decides where several changed them differently.
 
     Raises:
         UsageError: there is an overlap that a rule does not allow.
@@ -56,7 +56,7 @@ class MergedCheckpoint(AbstractCheckpoint):
         return [model for model in self._tuned if name in model.delta.changes]
 
     def _taker(self, name: str) -> AbstractCheckpoint | None:
-        """The model whose tensor is taken as it is, be it that it has none; None: entries of several are combined."""
+        """Return the model whose tensor, or lack of one, is taken whole; None where entries of several are combined."""
         changing = self._changing(name)
         if len(changing) < 2:
             return changing[0] if changing else self._base
@@ -106,7 +106,7 @@ class MergedCheckpoint(AbstractCheckpoint):
         return int((count > 1).sum())
 
     def _merged_contents(self) -> Contents:
-        """In the base's shards; what is new comes into the last of them."""
+        """Return the contents in the base's shards; new tensors go into the last one."""
         base = self._base.contents
         last_shard = max(base.shards)
         tensors: dict[str, TensorSpec] = {}
@@ -126,14 +126,14 @@ class MergedCheckpoint(AbstractCheckpoint):
 
 
 def combined_bits(before: Tensor, changed: Iterable[Tensor], *, overlap: Overlap) -> Tensor:
-    """Bit patterns of the merged tensor, flat.
+    """Return the bit patterns of the merged tensor, flat.
 
     With the base's w, the models' w_i and the set C of models that changed the entry:
 
         sum   w + Σ_{i in C} (w_i − w)          mean   w + Σ_{i in C} (w_i − w) / |C|
 
     in fp32, rounded once to the tensor's dtype; fp64 and complex tensors in their own. An entry that one model changed
-    is that model's to the bit.
+    has that model's value, to the bit.
 
     Args:
         before: the base's tensor.
@@ -159,7 +159,7 @@ def combined_bits(before: Tensor, changed: Iterable[Tensor], *, overlap: Overlap
 
 
 def _has_sum(tensor: Tensor) -> bool:
-    """Whole numbers and flags have no sum of changes that could be rounded; four bits are packed in pairs."""
+    """Return True for floats. Sums of integers and flags cannot be rounded; 4-bit floats are packed in pairs."""
     return (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != torch.float4_e2m1fn_x2
 
 
@@ -168,5 +168,5 @@ def _overlap_message(counts: Mapping[str, int], *, overlap: Overlap) -> str:
     more = f" and others in {len(counts) - NUM_NAMED} more tensors" if len(counts) > NUM_NAMED else ""
     what = f"{sum(counts.values()):,} entries are changed by more than one delta: {named}{more}"
     if overlap == "error":
-        return f'{what}; say what is to become of them: overlap="last", "sum" or "mean" (--overlap last)'
+        return f'{what}; choose a rule for them: overlap="last", "sum" or "mean" (--overlap last)'
     return f'{what}; their dtype has no {overlap}; whole="last" (--whole last) takes the last one\'s'

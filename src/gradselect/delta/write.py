@@ -1,15 +1,12 @@
-"""Writing safetensors files and checkpoints one tensor at a time, whole or not at all."""
+"""Writing safetensors files and checkpoints one tensor at a time."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from torch import Tensor
 
@@ -20,7 +17,7 @@ from .checkpoint import INDEX, AbstractCheckpoint, memory, num_bytes, width
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A tensor to be written; it is read, or computed, when its turn comes."""
+    """A tensor to write; it is read or computed when its turn comes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -28,10 +25,10 @@ class Part:
 
 
 def write_safetensors(path: Path, parts: Mapping[str, Part], metadata: Mapping[str, str]) -> None:
-    """A safetensors file of `parts`.
+    """Write the parts as a safetensors file.
 
-    The library's own writer wants all tensors in memory at once. The format: length of the header as 8 bytes, the
-    header as JSON, and the bytes of all tensors without holes; wide dtypes first, so that each stands aligned.
+    The library's own writer needs all tensors in memory at once. The format: length of the header as 8 bytes, the
+    header as JSON, and the bytes of all tensors without gaps; wide dtypes first, so that each is aligned.
     """
     order = sorted(parts, key=lambda name: (-width(parts[name].dtype), name))
     with path.open("wb") as file:
@@ -40,11 +37,10 @@ def write_safetensors(path: Path, parts: Mapping[str, Part], metadata: Mapping[s
             bits = parts[name].read()
             assert bits.numel() * bits.element_size() == num_bytes(parts[name].dtype, parts[name].shape), name
             file.write(memory(bits))
-        _flush(file)
 
 
 def write_checkpoint(folder: Path, checkpoint: AbstractCheckpoint) -> None:
-    """A folder that loads like `checkpoint`, with the same shards and the same small files."""
+    """Write a folder that loads like `checkpoint`, with the same shards and small files."""
     contents = checkpoint.contents
     folder.mkdir()
     for shard, metadata in contents.shards.items():
@@ -63,10 +59,10 @@ def write_checkpoint(folder: Path, checkpoint: AbstractCheckpoint) -> None:
 
 
 def free_file(path: Path) -> Path:
-    """`path`, absolute; nothing is there, or an empty file.
+    """Return the absolute path, where there is no file or an empty one.
 
     Raises:
-        UsageError: otherwise.
+        UsageError: something else is there.
     """
     path = Path(os.path.abspath(path))
     if path.is_dir():
@@ -77,42 +73,15 @@ def free_file(path: Path) -> Path:
 
 
 def free_folder(path: Path) -> Path:
-    """`path`, absolute; nothing is there, or an empty folder.
+    """Return the absolute path, where there is no folder or an empty one.
 
     Raises:
-        UsageError: otherwise.
+        UsageError: something else is there.
     """
     path = Path(os.path.abspath(path))
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UsageError(_taken(path))
     return path
-
-
-@contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
-    """A path to write a file or folder to; it takes the name `target` when the block ends without an error.
-
-    Raises:
-        UsageError: the disk is full or cannot be written to.
-    """
-    aside = target.with_name(f".{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(aside)
-        yield aside
-        if target.is_dir():
-            target.rmdir()
-        os.replace(aside, target)
-    except OSError as error:
-        there = next(parent for parent in target.parents if parent.exists())
-        free = shutil.disk_usage(there).free / 2**20
-        reason = error.strerror or str(error)
-        raise UsageError(
-            f"could not write {target}: {reason} ({free:,.0f} MiB free on the disk); nothing was changed"
-        ) from error
-    finally:
-        with suppress(OSError):
-            _remove(aside)
 
 
 def _taken(path: Path) -> str:
@@ -133,19 +102,4 @@ def _header(parts: Mapping[str, Part], metadata: Mapping[str, str]) -> bytes:
 
 def _write_file(path: Path, content: bytes) -> None:
     path.parent.mkdir(exist_ok=True)
-    with path.open("wb") as file:
-        file.write(content)
-        _flush(file)
-
-
-def _flush(file: BinaryIO) -> None:
-    """Make the bytes reach the disk before the name does: a power cut must leave no torn file of that name."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    path.write_bytes(content)

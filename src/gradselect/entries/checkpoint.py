@@ -30,8 +30,8 @@ def identity_of(optimizer: SparseOptimizer) -> dict[str, Any]:
 def write_state_dict(optimizer: SparseOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Complete torch's state_dict by the entries, and by `selection`: the step, and the mask's kind and settings.
 
-    The `state` of a masked tensor holds `indices`, `joined_at`, `num_updates`, the rule's state and, of a half-precision
-    tensor, `master`, in the order in which entries joined. Every rank gathers the entries of all, by their indices in
+    The `state` of a masked tensor holds `indices`, `joined_at`, `num_updates`, the rule's state and, if it is of half
+    precision, `master`, in the order in which entries joined. Every rank gathers the entries of all, by their indices in
     the whole tensor; dense state holds DTensors where the weights are DTensors.
     """
     state_dict["state"] = optimizer._states.as_dtensors(state_dict["state"])

@@ -30,7 +30,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,16 @@ class AbstractMask(ABC):
     Attributes:
         among: names or globs of parameters that the mask chooses from, e.g. `("*.mlp.*",)`; None: all that it can use.
         tensors: those parameters, in model order; empty until bound.
+        method_name: `method.name` of the recipes that use it. None: no method is just this mask.
+
+    Example:
+        >>> import gradselect as gs
+        >>> tensor = MaskTensor(name="weight", parameter=Parameter(torch.zeros(2, 3)), module=nn.Linear(3, 2))
+        >>> gs.ID3(budget=4, steps=2, among=("w*",)).bind([tensor]).names
+        ('weight',)
     """
+
+    method_name: ClassVar[str | None] = None
 
     among: Sequence[str] | None = None
     tensors: tuple[MaskTensor, ...] = field(default=(), init=False, repr=False)
@@ -129,7 +138,24 @@ class AbstractMask(ABC):
 
 @dataclass(eq=False, kw_only=True)
 class AbstractCompactMask(AbstractMask):
-    """A set of entries; see the module docstring."""
+    """A set of entries; see the module docstring.
+
+    Example:
+        A mask that trains the largest entry of each tensor:
+
+        >>> class Largest(AbstractCompactMask):
+        ...     def start(self):
+        ...         pass
+        ...
+        ...     def choice(self, step, num_chosen):
+        ...         return FromWeights() if step == 0 else None
+        ...
+        ...     def choose(self, step, model):
+        ...         return {tensor.name: tensor.parameter.abs().argmax().view(1) for tensor in self.tensors}
+        >>> tensor = MaskTensor(name="weight", parameter=Parameter(torch.tensor([1.0, -3.0])), module=nn.Identity())
+        >>> Largest().bind([tensor]).choose(step=0, model=nn.Identity())
+        {'weight': tensor([1])}
+    """
 
     @abstractmethod
     def choice(self, step: int, num_chosen: int) -> Choice | None:
@@ -158,6 +184,18 @@ class AbstractDenseMask(AbstractMask):
     Attributes:
         mask: what it is put on: "gradient": other entries count as zero, and the moments of all entries go on;
             "update": the moments see the whole gradient, and other entries do not move.
+
+    Example:
+        A mask that selects the entries of positive gradient:
+
+        >>> class Positive(AbstractDenseMask):
+        ...     def start(self):
+        ...         pass
+        ...
+        ...     def masks(self, gradients):
+        ...         return [gradient > 0 for gradient in gradients]
+        >>> Positive().masks([torch.tensor([1.0, -2.0])])
+        [tensor([ True, False])]
     """
 
     mask: Literal["gradient", "update"] = "gradient"

@@ -1,9 +1,9 @@
 """Files that are whole or not there: atomic writes, checked JSON, locks, manifests."""
 
-from .atomic import aside_of, flush_names, remove, writing_aside
-from .checked_json import read_sealed, sealed, sha256
+from .atomic import aside_of, flush_names, remove, write_atomically, writing_aside
+from .checked_json import read_sealed, sealed
 from .lock import LOCK_NAME, locked
-from .manifest import MANIFEST_NAME, digests_of_model, newest_whole, write_manifest
+from .manifest import MANIFEST_NAME, digests_of_model, newest_whole, sha256, write_manifest
 
 __all__ = [
     "LOCK_NAME",
@@ -17,6 +17,7 @@ __all__ = [
     "remove",
     "sealed",
     "sha256",
+    "write_atomically",
     "write_manifest",
     "writing_aside",
 ]

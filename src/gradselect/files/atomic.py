@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,17 +13,35 @@ from safetensors import SafetensorError
 from gradselect.usage import UsageError
 
 
-@contextmanager
-def writing_aside(target: Path) -> Iterator[Path]:
-    """A path to write a file or a folder to; it takes the name `target` when the block ends without an error.
+def writing_aside(target: Path) -> AbstractContextManager[Path]:
+    """Give a path to write a file or a folder to. It is renamed to `target` when the block ends without an error.
 
     Raises:
-        UsageError: the disk is full or cannot be written to; what had the name before is untouched.
+        UsageError: the disk is full or cannot be written to. Whatever had the name before is untouched.
     """
-    aside = aside_of(target)
-    remove(aside)
+    return _replacing(target, aside_of(target))
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a small file, text as UTF-8. If several processes write it at once, the last one wins.
+
+    Raises:
+        UsageError: as `writing_aside` does.
+    """
+    with _replacing(path, path.with_name(f".{path.name}.{os.getpid()}.partial")) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def aside_of(target: Path) -> Path:
+    """Return the path that `writing_aside` writes to: the same in every process."""
+    return target.with_name(f".{target.name}.partial")
+
+
+@contextmanager
+def _replacing(target: Path, aside: Path) -> Iterator[Path]:
     try:
-        aside.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove(aside)
         yield aside
         _flush(aside)
         if target.is_dir():
@@ -34,23 +52,19 @@ def writing_aside(target: Path) -> Iterator[Path]:
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UsageError(_unwritable(target, error)) from error
     finally:
-        remove(aside)
-
-
-def aside_of(target: Path) -> Path:
-    """Where `writing_aside` writes."""
-    return target.with_name(f".{target.name}.partial")
+        with suppress(OSError):
+            remove(aside)
 
 
 def _unwritable(target: Path, error: Exception) -> str:
     there = next(parent for parent in target.absolute().parents if parent.exists())
     free = shutil.disk_usage(there).free / 2**20
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"could not write {target}: {reason} ({free:,.0f} MiB free on the disk); what was saved before it is whole"
+    return f"could not write {target}: {reason} ({free:,.0f} MiB free on the disk); what was saved before is intact"
 
 
 def flush_names(folder: Path) -> None:
-    """Make what is named and renamed in `folder` reach the disk: a power cut undoes a rename whose folder has not."""
+    """Flush names and renames in `folder` to the disk; a power cut undoes a rename whose folder was not flushed."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,7 +73,7 @@ def flush_names(folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Make the bytes reach the disk before the name does, so that a power cut leaves no empty file of that name."""
+    """Flush the bytes before the rename, so that a power cut leaves no empty file of that name."""
     for entry in [path, *path.rglob("*")]:
         if entry.is_dir():
             flush_names(entry)
@@ -69,7 +83,7 @@ def _flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, a link or a folder, whether it is there or not."""
+    """Delete a file, a link (not its target) or a folder; do nothing if there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -14,21 +14,21 @@ KEY = "sha256"
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` as JSON holds them, and under "sha256" the digest of each; what JSON does not know becomes text.
+    """Return the values as JSON holds them, with the digest of each under "sha256". Unknown types become text.
 
-    The digest is of the value, not of its text: a file that is indented anew still fits its seal.
+    The digest covers the value, not its text: a file that is indented anew still matches.
     """
     plain = json.loads(json.dumps({name: value for name, value in values.items() if name != KEY}, default=str))
     return {**plain, KEY: _digests(plain)}
 
 
 def read_sealed(path: Path, *, needed: Sequence[str] = (), name: str | None = None) -> dict[str, Any]:
-    """The values in a file, without their seal. A file without one is from before there were seals, and is believed.
+    """Return the values in a file, without their digests. A file from before there were digests is not checked.
 
     Args:
         path: of the file.
         needed: keys that it must have.
-        name: what errors call it; by default its path.
+        name: name of the file in errors; by default its path.
 
     Raises:
         UsageError: names the file, and the key whose value is damaged.
@@ -67,9 +67,3 @@ def _digests(values: Mapping[str, Any]) -> dict[str, str]:
 
 def _damaged(name: str, what: str) -> UsageError:
     return UsageError(f"{name}: damaged: {what}; put a copy back, or make it again")
-
-
-def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

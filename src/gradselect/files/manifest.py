@@ -1,7 +1,8 @@
-"""The manifest of a checkpoint: the size and the SHA-256 of each of its files, by which it is known to be whole."""
+"""Manifest of a checkpoint: size and SHA-256 of each file, by which a whole checkpoint is told from a damaged one."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -11,15 +12,15 @@ from typing import Any
 
 from gradselect.usage import UsageError
 
-from .checked_json import KEY, read_sealed, sealed, sha256
+from .checked_json import KEY, read_sealed, sealed
 
 MANIFEST_NAME = "gradselect-manifest.json"
-"""Of no other program: a model may come with a `manifest.json` of its own."""
+"""Not `manifest.json`: a model may bring a file of that name."""
 VERSION = 1
 
 
 def write_manifest(folder: Path, *, step: int) -> None:
-    """Describe all that stands in `folder`, a checkpoint after `step` steps that is otherwise complete."""
+    """Write the manifest of `folder`, a checkpoint after `step` steps that is otherwise complete."""
     files = {
         name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in sorted(_files(folder).items())
     }
@@ -27,13 +28,19 @@ def write_manifest(folder: Path, *, step: int) -> None:
     (folder / MANIFEST_NAME).write_text(text + "\n", "utf-8")
 
 
-def verify(folder: Path) -> str | None:
-    """What is wrong with the checkpoint in `folder`, `step-N` by name: the file and its fault.
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    Every byte is read; nothing is loaded and nothing changed.
+
+def verify(folder: Path) -> str | None:
+    """Return the first fault of the checkpoint in `folder`, whose name is `step-N`: the file and what is wrong.
+
+    Reads every byte; loads and changes nothing.
 
     Returns:
-        None if all files are there, no others, and each is as it was written.
+        None if exactly the files of the manifest are there, each as it was written.
 
     Example:
         >>> verify(Path("run/checkpoints/step-200"))  # doctest: +SKIP
@@ -46,7 +53,7 @@ def verify(folder: Path) -> str | None:
 
 
 def digests_of_model(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of a model, by the manifest that its run wrote; nothing for a model from elsewhere.
+    """Return the SHA-256 of each file of a model from its manifest; empty for a model that has none.
 
     Raises:
         UsageError: the manifest is damaged.
@@ -62,7 +69,7 @@ def digests_of_model(folder: Path) -> dict[str, str]:
 
 
 def newest_whole(checkpoints: Sequence[Path]) -> tuple[Path | None, dict[Path, str]]:
-    """The last of `checkpoints` that verifies, None without one; and what is wrong with each that comes after it."""
+    """Return the last checkpoint that verifies, or None, and the fault of each one after it."""
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(checkpoints):
         problem = verify(checkpoint)
@@ -87,7 +94,7 @@ def _problems(folder: Path) -> Iterator[str]:
 
 
 def _differences(expected: Mapping[str, Mapping[str, Any]], there: Mapping[str, Path]) -> Iterator[str]:
-    """Faults that cost nothing to find come first."""
+    """Yield faults, the cheap ones to find first."""
     for name in expected:
         if name not in there:
             yield f"{name}: missing"
@@ -106,7 +113,7 @@ def _differences(expected: Mapping[str, Mapping[str, Any]], there: Mapping[str, 
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """The manifest, whose values have the types that `write_manifest` gives them.
+    """Return the manifest.
 
     Raises:
         UsageError: it is missing, damaged, or of another version.
@@ -128,6 +135,6 @@ def _read_with_seal(path: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Everything inside but folders, by its path from there. Links are not followed."""
+    """Return all files and links below a folder, by relative path. Links are not followed."""
     found = (Path(root) / name for root, folders, names in os.walk(folder) for name in (*names, *folders))
     return {path.relative_to(folder).as_posix(): path for path in found if path.is_symlink() or not path.is_dir()}

@@ -1,12 +1,12 @@
-"""torch.compile for models of which blocks are frozen and thawed while they train.
+"""torch.compile for models whose blocks are frozen and unfrozen during training.
 
     from gradselect.integrations.compile import compile_blocks
 
     compile_blocks(model)
     optimizer = gs.BlockOptimizer(model, policy=gs.AdaGradSelect(fraction=0.2, explore_steps=len(loader)), lr=1e-5)
 
-A compiled graph holds for one pattern of `requires_grad`. Of a whole model there are as many patterns as selections; of
-a layer there are four: whether it trains, and whether anything below it does. Layers of one class share their graphs.
+A compiled graph is valid for one pattern of `requires_grad`. A whole model has as many patterns as there are
+selections. A layer has four: it trains or not, and something below it trains or not. Layers of one class share graphs.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from torch import nn
 from gradselect import partition
 
 NUM_VARIANTS = 16
-"""Of a layer: trains or not, a gradient passes through it or not, fixed or varying length, training or evaluation."""
+"""Graphs per layer: trains or not, passes a gradient on or not, fixed or varying length, training or evaluation."""
 
 logger = logging.getLogger(__name__)
 
 
 def compile_blocks(model: nn.Module, **settings: Any) -> tuple[str, ...]:
-    """Compile each layer of the model by itself, in place: names of parameters stay as they are.
+    """Compile each layer of the model separately, in place. Names of parameters do not change.
 
-    Call it before the first forward pass. Nothing compiles any more once each of a layer's variants was seen, mostly
-    within the first selections. `torch._dynamo.config.recompile_limit` counts the variants of all layers together, and
-    beyond it torch goes on uncompiled: it is raised for the whole process where it is too low.
+    Call it before the first forward pass. Compilation ends when every variant of a layer has occurred, mostly within
+    the first selections. `torch._dynamo.config.recompile_limit` counts the variants of all layers together; above it
+    torch continues uncompiled. A limit that is too low is raised for the whole process.
 
     Args:
         model: its layers are those that `partition(model)` finds.
-        settings: of `torch.compile`, e.g. `backend`, `mode`. By default the second length of a batch makes graphs for
-            all lengths; with `dynamic=True` the first does.
+        settings: arguments of `torch.compile`, e.g. `backend`, `mode`. By default the second batch length compiles
+            graphs for all lengths; with `dynamic=True` the first does.
 
     Returns:
-        The names of the modules that were compiled.
+        Names of the compiled modules.
 
     Raises:
         UsageError: the model has no repeated layers.
@@ -54,7 +54,7 @@ def compile_blocks(model: nn.Module, **settings: Any) -> tuple[str, ...]:
     _raise_limit(NUM_VARIANTS * len(names))
     if _uses_cache(model):
         logger.warning(
-            "the model keeps a key-value cache, so that each layer compiles graphs of its own; write "
+            "the model keeps a key-value cache, so each layer compiles its own graphs; write "
             "model.config.use_cache = False before training"
         )
     for name in names:
@@ -63,7 +63,7 @@ def compile_blocks(model: nn.Module, **settings: Any) -> tuple[str, ...]:
 
 
 def _module_of(parameters: tuple[str, ...]) -> str:
-    """The numbered module that holds all of these parameters: "model.layers.3", though only its attention trains."""
+    """Return the numbered module around all these parameters: "model.layers.3", even if only its attention trains."""
     apart = [name.split(".")[:-1] for name in parameters]
     common = []
     for parts in zip(*apart, strict=False):

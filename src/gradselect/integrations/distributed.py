@@ -1,12 +1,12 @@
-"""Checkpoints of several processes, through torch.distributed.checkpoint: saved on some, loaded on any other number.
+"""Checkpoints through torch.distributed.checkpoint: saved on some number of ranks, loaded on any other.
 
     from gradselect.integrations import distributed
 
-    distributed.save("checkpoint-100", model=model, optimizer=optimizer)   # on every process
-    distributed.load("checkpoint-100", model=model, optimizer=optimizer)   # on any number of processes
+    distributed.save("checkpoint-100", model=model, optimizer=optimizer)   # on every rank
+    distributed.load("checkpoint-100", model=model, optimizer=optimizer)   # on any number of ranks
 
-`torch.distributed.checkpoint.state_dict`, through which Accelerate and the Trainer save under FSDP2, works too, but
-needs a state of every parameter, where this writes only those that exist.
+Accelerate and the Trainer save under FSDP2 through `torch.distributed.checkpoint.state_dict`. That works too, but needs
+state for every parameter; this module writes only the state that exists.
 """
 
 from __future__ import annotations
@@ -33,33 +33,51 @@ STATE = "optimizer.state."
 
 
 def save(folder: str | Path, *, model: nn.Module, optimizer: BlockOptimizer | SparseOptimizer) -> None:
-    """Write weights and everything that decides the next step; every process calls it and writes what it holds.
+    """Write weights and everything that decides the next step. Every rank calls it and writes its local parts.
 
     Args:
-        folder: made if it is missing; on storage that all processes share.
+        folder: created if missing, on storage that all ranks share.
         model: plain, sharded by `fully_shard`, or replicated by `replicate` or DistributedDataParallel.
-        optimizer: of that model.
+        optimizer: optimizer of that model.
+
+    Example:
+        >>> import gradselect as gs
+        >>> model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+        >>> optimizer = gs.BlockOptimizer(model, gs.All(), lr=1e-3)
+        >>> save("checkpoint-0", model=model, optimizer=optimizer)
+        >>> load("checkpoint-0", model=model, optimizer=optimizer)
     """
     saved = optimizer.state_dict()
     names = _names(optimizer)
     with_state = saved["selection"].pop("with_state", names)
     saved["param_groups"][0].pop("selection", None)
-    entries: dict[str, Any] = {
-        f"{STATE}{names[number]}.{entry}": value
+    tensors: dict[str, Any] = {
+        f"{STATE}{names[number]}.{kind}": value
         for number, state in saved.pop("state").items()
         if names[number] in with_state
-        for entry, value in state.items()
+        for kind, value in state.items()
     }
-    entries[PLAIN] = _as_tensor(saved)
+    tensors[PLAIN] = _as_tensor(saved)
     with _quiet():
-        state_dict_saver.save({**_weights(model), **entries}, checkpoint_id=folder)
+        state_dict_saver.save({**_weights(model), **tensors}, checkpoint_id=folder)
 
 
 def load(folder: str | Path, *, model: nn.Module, optimizer: BlockOptimizer | SparseOptimizer) -> None:
-    """Continue where `save` was called; every process calls it, whatever their number.
+    """Restore model and optimizer from `save`. Every rank calls it; the number of ranks may differ.
 
     Raises:
-        UsageError: the folder holds no such checkpoint, or that of another model, partition or policy.
+        UsageError: the folder holds no such checkpoint, or one of another model, partition or policy.
+
+    Example:
+        >>> import gradselect as gs
+        >>> model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+        >>> optimizer = gs.BlockOptimizer(model, gs.All(), lr=1e-3)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> save("checkpoint-1", model=model, optimizer=optimizer)
+        >>> load("checkpoint-1", model=model, optimizer=optimizer)
+        >>> optimizer.num_steps
+        1
     """
     stored = _stored_tensors(Path(folder))
     parameters = {
@@ -74,9 +92,9 @@ def load(folder: str | Path, *, model: nn.Module, optimizer: BlockOptimizer | Sp
             name, _ = _split(key)
             if name not in parameters:
                 raise UsageError(f"{folder} holds state of {name!r}, which this optimizer does not train")
-            # Of single weights every process reads all, and keeps its own.
+            # Every rank reads the state of all entries and keeps that of its local part.
             is_of_entries = f"{STATE}{name}.indices" in stored
-            wanted[key] = _whole_room(info) if is_of_entries else _room(info, like=parameters[name])
+            wanted[key] = _empty_whole(info) if is_of_entries else _empty(info, like=parameters[name])
     with _quiet():
         state_dict_loader.load(wanted, checkpoint_id=folder)
 
@@ -85,23 +103,23 @@ def load(folder: str | Path, *, model: nn.Module, optimizer: BlockOptimizer | Sp
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in wanted.items():
         if key.startswith(STATE):
-            name, entry = _split(key)
-            state.setdefault(numbers[name], {})[entry] = value
+            name, kind = _split(key)
+            state.setdefault(numbers[name], {})[kind] = value
     optimizer.load_state_dict({**json.loads(bytes(wanted[PLAIN].tolist())), "state": state})
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """One process is a number of processes like another: nothing to warn of."""
+    """Suppress torch's warning about a single process, which is a supported case."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
 
 
 def _split(key: str) -> tuple[str, str]:
-    """The parameter's name and that of the entry of its state."""
-    name, _, entry = key.removeprefix(STATE).rpartition(".")
-    return name, entry
+    """Return the names of the parameter and of the tensor in its state."""
+    name, _, kind = key.removeprefix(STATE).rpartition(".")
+    return name, kind
 
 
 def _weights(model: nn.Module) -> dict[str, Any]:
@@ -109,12 +127,12 @@ def _weights(model: nn.Module) -> dict[str, Any]:
 
 
 def _names(optimizer: BlockOptimizer | SparseOptimizer) -> list[str]:
-    """Names of the parameters in the order in which a state_dict numbers them."""
+    """Return the names of the parameters in the order of their numbers in a state_dict."""
     return [name for group in optimizer.param_groups for name in group["param_names"]]
 
 
 def _as_tensor(plain: Any) -> Tensor:
-    """Numbers, strings, lists and dicts as bytes, those of rank 0: a file of tensors alone needs no unpickling."""
+    """Broadcast plain values from rank 0, as bytes: a checkpoint of tensors only needs no unpickling."""
     text = [json.dumps(plain)]
     if dist.is_initialized():
         dist.broadcast_object_list(text, src=0)
@@ -131,12 +149,12 @@ def _stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     return tensors
 
 
-def _room(info: TensorStorageMetadata, *, like: Tensor) -> Tensor:
-    """An empty tensor to load into: sharded as its weight where it has the weight's shape, else whole."""
+def _empty(info: TensorStorageMetadata, *, like: Tensor) -> Tensor:
+    """Return an empty tensor to load into, sharded like its weight if it has the weight's shape."""
     if info.size == like.shape:
         return torch.empty_like(like, dtype=info.properties.dtype, requires_grad=False)
-    return _whole_room(info)
+    return _empty_whole(info)
 
 
-def _whole_room(info: TensorStorageMetadata) -> Tensor:
+def _empty_whole(info: TensorStorageMetadata) -> Tensor:
     return torch.empty(info.size, dtype=info.properties.dtype)

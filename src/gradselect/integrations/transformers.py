@@ -40,6 +40,13 @@ class SelectiveOptimizerFactory:
 
     Trainer calls `SelectiveOptimizerFactory()(model, **kwargs)` with the kwargs that it was given, axolotl
     `SelectiveOptimizerFactory()(model, args, **kwargs)`.
+
+    Example:
+        >>> import gradselect as gs
+        >>> model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+        >>> optimizer = SelectiveOptimizerFactory()(model, policy=gs.Cyclic(every=50), lr=1e-5)
+        >>> optimizer.defaults["lr"]
+        1e-05
     """
 
     def __call__(
@@ -56,10 +63,6 @@ class SelectiveOptimizerFactory:
         Raises:
             UsageError: an unknown option, no policy and no mask or both, no learning rate, a mask on several processes,
                 or what the optimizer refuses.
-
-        Example:
-            >>> kwargs = {"policy": gs.AdaGradSelect(fraction=0.2), "lr": 1e-5}
-            >>> Trainer(model, args, optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, kwargs))  # doctest: +SKIP
         """
         kind = SparseOptimizer if "mask" in options else BlockOptimizer
         settings = options if args is None else {**_from_arguments(args, kind), **options}
@@ -106,6 +109,9 @@ class SelectionCallback(TrainerCallback):
     Raises:
         UsageError: when training begins, if the optimizer is none of ours, or if training resumes from a checkpoint
             without optimizer state.
+
+    Example:
+        >>> callback = SelectionCallback(jsonl="selection.jsonl")  # for Trainer(..., callbacks=[callback])
     """
 
     def __init__(self, *, jsonl: str | Path | None = None) -> None:
@@ -209,8 +215,11 @@ def checkpoint_selected(model: PreTrainedModel) -> None:
         model: of transformers; in training mode it checkpoints from now on.
 
     Example:
-        >>> checkpoint_selected(model)  # doctest: +SKIP
-        >>> optimizer = gs.BlockOptimizer(model, gs.AdaGradSelect(fraction=0.2))  # doctest: +SKIP
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=16))
+        >>> checkpoint_selected(model)
+        >>> [layer.gradient_checkpointing for layer in model.encoder.layer]
+        [True, True]
     """
     # transformers before 5.20 or so knows the old name only, and newer ones warn of it.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -219,7 +228,13 @@ def checkpoint_selected(model: PreTrainedModel) -> None:
 
 
 def summarise(records: Sequence[StepRecord] | Sequence[MaskRecord]) -> dict[str, float]:
-    """What one or more steps did, as the numbers that `SelectionCallback` logs."""
+    """Summarise one or more steps as the numbers that `SelectionCallback` logs.
+
+    Example:
+        >>> record = MaskRecord(step=0, num_entries={"w": 4}, num_new=4, overlap=1.0, grad_norm=2.0, state_bytes=64)
+        >>> summarise([record])["selection/entries"]
+        4.0
+    """
     of_blocks = [record for record in records if isinstance(record, StepRecord)]
     of_masks = [record for record in records if isinstance(record, MaskRecord)]
     return _summarise_masks(of_masks) if of_masks else _summarise_blocks(of_blocks)
@@ -362,7 +377,7 @@ def _leave_inputs_alone(model: nn.Module) -> None:
 
 
 def _is_reentrant(args: TrainingArguments) -> bool:
-    """Whether there are checkpoints that have no gradient for their weights unless their input requires one."""
+    """Return True if activation checkpoints are reentrant: their input must require a gradient."""
     settings = args.gradient_checkpointing_kwargs
     return bool(args.gradient_checkpointing) and isinstance(settings, dict) and bool(settings.get("use_reentrant"))
 

@@ -1,4 +1,4 @@
-"""WHICH weights: the masks, one final class per file, and the saliences of `StaticMask`."""
+"""Masks: rules that select entries, one final class per file, and the saliences of `StaticMask`."""
 
 from . import salience
 from .bitfit import BitFit

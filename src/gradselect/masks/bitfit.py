@@ -1,4 +1,4 @@
-"""BitFit: the biases train, whole, and nothing else."""
+"""BitFit: train the biases only."""
 
 from __future__ import annotations
 
@@ -16,29 +16,31 @@ from gradselect.usage import UsageError
 @final
 @dataclass(eq=False, kw_only=True)
 class BitFit(AbstractCompactMask):
-    """All entries of the biases, from the first step on; the set never changes.
+    """Select all entries of the biases at step 0; the set never changes.
 
-    A bias is a tensor of one dimension whose own name contains "bias". Many decoders have none; there, or beside the
-    biases, other tensors of one dimension train if `among` names them: `("*norm*",)` the norms, `("*",)` all.
+    A bias is a tensor of one dimension whose own name contains "bias". Many decoders have none. `among` names other
+    tensors of one dimension to train instead: `("*norm*",)` for the norms, `("*",)` for all.
 
     Args:
         among: names or globs of parameters; those of one dimension train. None: the biases.
 
     Raises:
-        UsageError: when bound, a model without such tensors.
+        UsageError: at `bind`, a model without such tensors.
 
     Example:
         >>> mask = BitFit()
         >>> norms_of_a_llama = BitFit(among=("*norm*",))
 
     Reference: Ben Zaken, Ravfogel, Goldberg, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based
-    Masked Language-models", arXiv 2106.10199. To train norms where there are no biases is our choice.
+    Masked Language-models", arXiv 2106.10199. Training norms in models without biases is our choice.
     """
+
+    method_name = "bitfit"
 
     def bind(self, tensors: Sequence[MaskTensor]) -> Self:
         if self.among is None and not any(map(self.can_use, tensors)):
             raise UsageError(
-                "BitFit trains biases, and none of the parameters that train is one; "
+                "BitFit trains biases, but no trainable parameter is a bias; "
                 'write e.g. BitFit(among=("*norm*",)) to train the norms instead'
             )
         return super().bind(tensors)

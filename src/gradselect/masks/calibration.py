@@ -1,4 +1,4 @@
-"""Gradients of a model on some batches, taken without leaving a trace in it."""
+"""Gradients of a model on some batches, without side effects on the model."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gradselect.blocks import ask
 from gradselect.entries import MaskTensor
 from gradselect.usage import UsageError
 
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
-"""From a model and a batch to a scalar."""
+"""(model, batch) -> the loss, a scalar."""
 Scores = dict[str, Tensor]
-"""A tensor of each parameter's shape, float32 or wider, by name."""
+"""Tensors by parameter name, in the parameter's shape, float32 or wider."""
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss that the models of transformers compute themselves, where the batch holds labels."""
+    """Return the loss that a transformers model computes itself; the batch must hold labels."""
     return model(**batch).loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A model, the tensors to score, and what to score them by.
+    """Runs a model on batches to score its tensors.
 
-    The model runs in evaluation mode (no dropout, so the answer is always the same) on leaves that share its weights'
-    memory and on copies of its buffers. So its gradients, modes, buffers, hooks on parameters, `requires_grad` and the
-    random state are left as they were, also after an error.
+    The model runs in evaluation mode (no dropout, so results repeat) on leaves that share the memory of its weights,
+    and on copies of its buffers. Its gradients, modes, buffers, hooks on parameters, `requires_grad` and the random
+    state stay unchanged, also after an error.
 
     Args:
         model: any module.
-        tensors: parameters of it.
-        batches: may be gone through several times.
+        tensors: parameters of the model.
+        batches: may be iterated several times.
         loss: mean over the batch.
     """
 
@@ -47,7 +48,7 @@ class Probe:
     loss: Loss = model_loss
 
     def mean(self, compute: Callable[[Batch], Scores]) -> Scores:
-        """Mean of what `compute` gives for each batch.
+        """Return the mean over batches of `compute(batch)`.
 
         Raises:
             UsageError: there is no batch.
@@ -64,12 +65,12 @@ class Probe:
         return {name: score.div_(num_batches) for name, score in total.items()}
 
     def gradients(self, batch: Batch) -> Scores:
-        """dL/dw of one batch."""
+        """Return dL/dw of one batch."""
         leaves = self.leaves()
         return self.derivatives(self.run(leaves, batch, self.loss), leaves)
 
     def hessian_products(self, batch: Batch, directions: Scores) -> Scores:
-        """H v of one batch, H the Hessian of the loss: the gradient of sum(dL/dw * v)."""
+        """Return H v of one batch, H the Hessian of the loss: the gradient of sum(dL/dw * v)."""
         leaves = self.leaves()
         loss = self.run(leaves, batch, self.loss)
         with torch.enable_grad():
@@ -79,32 +80,33 @@ class Probe:
         return self.derivatives(product, leaves)
 
     def leaves(self) -> dict[str, Tensor]:
-        """Stand-ins of the tensors, in their memory."""
+        """Return leaves that share the memory of the tensors."""
         return {tensor.name: tensor.parameter.detach().requires_grad_() for tensor in self.tensors}
 
-    def run(self, stand_ins: Mapping[str, Tensor], batch: Batch, function: Loss) -> Tensor:
-        """`function(model, batch)` with stand-ins for parameters, by name, and for all buffers.
+    def run(self, leaves: Mapping[str, Tensor], batch: Batch, function: Loss) -> Tensor:
+        """Return `function(model, batch)`, with `leaves` in place of parameters and copies in place of buffers.
 
         Raises:
-            UsageError: the value is no scalar, or not finite.
+            UsageError: the value is not a scalar, or not finite.
         """
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        swapped = {f"model.{name}": tensor for name, tensor in {**buffers, **stand_ins}.items()}
+        swapped = {f"model.{name}": tensor for name, tensor in {**buffers, **leaves}.items()}
         with torch.enable_grad():
             value = functional_call(_Call(self.model, function), swapped, (batch,))
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise UsageError(
-                f"a batch gave no scalar loss but {type(value).__name__}; put labels into batches, or write "
+                f"the loss of a batch is not a scalar but {type(value).__name__}; put labels into batches, or write "
                 "loss=lambda model, batch: ..."
             )
         if not torch.isfinite(value):
             raise UsageError(
-                f"a batch gives {value.item()}, so its gradients rank nothing; look for batches without any label"
+                f"the loss of a batch is {value.item()}, so its gradients rank nothing; "
+                "look for batches without any label"
             )
         return value
 
     def derivatives(self, value: Tensor, leaves: Mapping[str, Tensor]) -> Scores:
-        """d value / d leaf; zero where the value does not depend on it."""
+        """Return d value / d leaf; zero if the value does not depend on the leaf."""
         derivatives = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
         return {name: widened(derivative) for name, derivative in zip(leaves, derivatives, strict=True)}
 
@@ -123,7 +125,7 @@ class _Call(nn.Module):
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; modes and random states are put back."""
+    """Switch to evaluation mode; restore modes and random states on exit."""
     modes = {module: module.training for module in model.modules()}
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
@@ -136,5 +138,27 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """In float32 at least: what half precision stores is not multiplied in it."""
+    """Return the tensor in float32 or wider, so that products are not rounded to half precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def sum_of_outputs(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the sum of the output, or of the first output if there are several."""
+    outputs = model(**batch)
+    return widened(outputs if isinstance(outputs, Tensor) else outputs[0]).sum()
+
+
+def batch_of_ones(model: nn.Module) -> Batch:
+    """Return a batch of input embeddings of ones.
+
+    Raises:
+        UsageError: the model has no `get_input_embeddings`, or not an `nn.Embedding` there.
+    """
+    embedding = ask(model, "get_input_embeddings")
+    if not isinstance(embedding, nn.Embedding):
+        raise UsageError(
+            f"{type(model).__name__} does not name its input embedding, so synflow cannot build an input; "
+            "write batches=[{...}] with an input for model(**batch)"
+        )
+    weight = embedding.weight
+    return {"inputs_embeds": torch.ones(1, 2, embedding.embedding_dim, dtype=weight.dtype, device=weight.device)}

@@ -1,4 +1,4 @@
-"""GMT: at each step only the entries of large gradient count."""
+"""GMT: the entries of largest gradient, selected at each step."""
 
 from __future__ import annotations
 
@@ -16,38 +16,41 @@ from gradselect.usage import check_one_of, check_positive
 
 DIGIT_BITS = 16
 SAMPLE = 1 << 12
-"""Entries from which the threshold is first guessed."""
+"""Size of the sample that estimates the threshold."""
 
 
 @final
 @dataclass(eq=False, kw_only=True)
 class GMT(AbstractDenseMask):
-    r"""Keep the entries whose |g| is at least the k-th largest, k = max(1, round(fraction * entries)).
+    r"""Select the entries whose |g| is at least the k-th largest, k = max(1, round(fraction * entries)).
 
         mask_i = |g_i| >= tau,    tau the k-th largest |g|
 
-    g is the gradient of the whole step, accumulated over its micro-batches. Entries that tie with the k-th are all
-    kept, so the answer depends on no order; a few more than k are then kept, and where fewer than k gradients differ
-    from zero (an embedding) all are. NaN is never kept. The threshold is exact, and found without a copy of the
-    gradients. The state of the optimizer is that of AdamW, dense: the method saves movement of the weights, not memory.
+    g is the gradient of the whole step, accumulated over its micro-batches. All entries that tie with the k-th are
+    selected, so the result depends on no order. This can give more than k entries. If fewer than k gradients are
+    nonzero (an embedding), all entries are selected. NaN is never selected. The threshold is exact and needs no copy
+    of the gradients. The optimizer state is that of dense AdamW: the method reduces the movement of the weights, not
+    memory.
 
     Args:
-        fraction: share of the entries that is kept, in (0, 1]. Default 0.2. Third parties quote the paper with 0.2 and
-            with 0.7; the default is our choice.
-        scope: "tensor": the k largest of each tensor; "global": of all tensors together. The paper leaves this open;
-            the default "tensor" is our choice.
-        mask: "gradient": entries that are not kept have a gradient of zero, so their moments fade and they still move a
-            little; "update": their moments see the whole gradient, and they stay. The default "gradient" is our choice.
-        among: names or globs of parameters to put the mask on; None: all.
+        fraction: share of the entries to select, in (0, 1]. Default 0.2, our choice: third parties quote the paper with
+            0.2 and with 0.7.
+        scope: "tensor": the k largest of each tensor; "global": of all tensors together. The paper leaves this open.
+            Default "tensor", our choice.
+        mask: "gradient": the other entries get a gradient of zero, so their moments decay and they still move a little.
+            "update": moments see the whole gradient, and the other entries do not move. Default "gradient", our choice.
+        among: names or globs of the parameters to mask. None: all.
 
     Raises:
-        UsageError: a fraction outside (0, 1], another scope or mask.
+        UsageError: a fraction outside (0, 1], an unknown scope or mask.
 
     Example:
         >>> mask = GMT(fraction=0.2)
 
     Reference: Li et al., "Gradient-Mask Tuning Elevates the Upper Limits of LLM Performance", arXiv 2406.15330.
     """
+
+    method_name = "gmt"
 
     fraction: float = 0.2
     scope: Literal["tensor", "global"] = "tensor"
@@ -61,22 +64,21 @@ class GMT(AbstractDenseMask):
         pass
 
     def masks(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        together = [gradients] if self.scope == "global" else [[gradient] for gradient in gradients]
-        return [mask for group in together if group for mask in self._masks(group)]
+        groups = [gradients] if self.scope == "global" else [[gradient] for gradient in gradients]
+        return [mask for group in groups if group for mask in self._masks(group)]
 
     def _masks(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         count = max(1, round(self.fraction * sum(gradient.numel() for gradient in gradients)))
         threshold = kth_largest_magnitude(gradients, count)
-        # Two comparisons and no |g|: bytes are made, not a copy of the gradients.
+        # Two comparisons instead of |g|: they allocate one byte per entry, not a copy of the gradients.
         return [(gradient >= threshold) | (gradient <= -threshold) for gradient in map(local_part, gradients)]
 
 
 def kth_largest_magnitude(tensors: Sequence[Tensor], count: int) -> float:
-    """The `count`-th largest |x| among all entries of `tensors`, exactly; NaN counts as 0.
+    """Return the exact `count`-th largest |x| among all entries of `tensors`; NaN counts as 0.
 
-    A sample says between which two values it lies; then it is enough to count the entries above and to sort those
-    between. Where the sample was wrong, many entries tie or several processes hold parts of the tensors, the value is
-    found digit by digit.
+    A sample gives two values around it. Then counting the entries above and sorting those between is enough. The value
+    is found digit by digit instead if the sample was wrong, many entries tie, or ranks hold parts of the tensors.
     """
     if any(map(shard_groups, tensors)):
         return kth_largest_by_digits(tensors, count)
@@ -95,7 +97,7 @@ def kth_largest_magnitude(tensors: Sequence[Tensor], count: int) -> float:
 
 
 def bracket(tensors: Sequence[Tensor], count: int) -> tuple[float, float]:
-    """Two values between which the `count`-th largest |x| most probably lies; of few entries, all of them."""
+    """Return two values between which the `count`-th largest |x| most probably lies; for few entries, 0 and inf."""
     total = sum(tensor.numel() for tensor in tensors)
     stride = total // SAMPLE
     if stride < 2:
@@ -113,25 +115,25 @@ def bracket(tensors: Sequence[Tensor], count: int) -> tuple[float, float]:
 
 
 def kth_largest_by_digits(tensors: Sequence[Tensor], count: int) -> float:
-    """The same, from counts alone.
+    """Return the `count`-th largest |x| of all ranks, from counts only.
 
-    Non-negative floats are ordered as their bits, read as whole numbers, are. So the value is found 16 bits at a time,
-    the leading ones first: of the entries that agree in the digits known so far, how many have each value of the next.
+    Non-negative floats have the same order as their bits read as integers. So this is a radix select of 16 bits per
+    pass, leading bits first: among the entries that match the digits found so far, count each value of the next digit.
     """
     dtype = common_dtype(tensors)
     integer = torch.int64 if dtype == torch.float64 else torch.int32
     leading = 8 * dtype.itemsize - DIGIT_BITS
     known = 0
     for shift in range(leading, -1, -DIGIT_BITS):
-        of_kinds: dict[Groups, Tensor] = {}
+        by_groups: dict[Groups, Tensor] = {}
         for tensor in tensors:
-            counts = of_kinds.setdefault(shard_groups(tensor), torch.zeros(1 << DIGIT_BITS, dtype=torch.int64))
+            counts = by_groups.setdefault(shard_groups(tensor), torch.zeros(1 << DIGIT_BITS, dtype=torch.int64))
             for chunk in magnitudes([local_part(tensor)]):
                 bits = chunk.to(dtype).view(integer)
                 candidates = bits if shift == leading else bits[bits >> (shift + DIGIT_BITS) == known]
                 digits = candidates >> shift & ((1 << DIGIT_BITS) - 1)
                 counts += torch.bincount(digits, minlength=len(counts)).cpu()
-        counts = add_up(of_kinds, device=collective_device(tensors[0]))
+        counts = add_up(by_groups, device=collective_device(tensors[0]))
         at_least = counts.flip(0).cumsum(0).flip(0)  # entries whose digit is at least this one
         digit = int((at_least >= count).sum()) - 1
         count -= int(at_least[digit] - counts[digit])
@@ -140,7 +142,7 @@ def kth_largest_by_digits(tensors: Sequence[Tensor], count: int) -> float:
 
 
 def magnitudes(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """|x|, chunk by chunk, with 0 for NaN."""
+    """Yield |x| chunk by chunk, with 0 for NaN."""
     dtype = common_dtype(tensors)
     for tensor in tensors:
         for chunk in tensor.detach().reshape(-1).split(chunk_length(tensor)):
@@ -148,5 +150,5 @@ def magnitudes(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """One in which every entry is exact."""
+    """Return a dtype that represents every entry exactly."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -1,4 +1,4 @@
-"""LIFT: the entries that are largest in a low-rank approximation of their matrix."""
+"""LIFT: the largest entries of a low-rank approximation of each matrix."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ POWER_ITERATIONS = 2
 @final
 @dataclass(eq=False, kw_only=True)
 class LIFT(AbstractCompactMask):
-    r"""In each matrix of a linear layer the k entries of largest |W_r| train; every n steps they are chosen again.
+    r"""Select, every n steps, the k entries of largest |W_r| in each matrix of a linear layer.
 
         W_r = U_r S_r V_r^T,   the best approximation of rank r of W (m x n)
         k   = rank * (m + n)        as many as LoRA of that rank would train
 
     Entries that stay keep their moments. W_r comes from a randomised singular value decomposition, in float32.
 
-    Matrices of linear layers are the weights of `nn.Linear` and of transformers' `Conv1D`. Among them the method leaves
-    out the head. Where `among` says nothing, that is told by place: a linear layer counts if it stands inside a
-    repeated one, which shows in a number in its name ("model.layers.3.mlp.up_proj.weight"); so heads, classifiers and
-    poolers do not. What `among` matches counts wherever it stands. Embeddings, norms and biases never do.
+    Candidates are the weights of `nn.Linear` and of transformers' `Conv1D`; never embeddings, norms or biases. The
+    method leaves out the head. Without `among`, a linear layer counts only if it is part of a repeated layer, shown by
+    a number in its name ("model.layers.3.mlp.up_proj.weight"). This leaves out heads, classifiers and poolers. With
+    `among`, every linear layer that matches counts.
 
     Args:
-        rank: sets k; no more than all entries of a matrix.
+        rank: sets k, limited to the entries of the matrix.
         density: share of the entries of each matrix, instead of `rank`: k = max(1, round(density * m * n)).
-        approximation_rank: r, no more than min(m, n). The authors' scripts have 32 to 128, beside rank=128. None: that
-            of a LoRA of k weights, max(1, round(k / (m + n))), which is `rank` where that is given; our choice.
-        refresh_every: n; None: never again.
-        block_size: 1: single entries; 4: blocks of 4 x 4, cut off at the lower and right edges, by the sum of |W_r| in
-            them, as many of the best as hold k entries: so at least k and less than k + 16 in each matrix.
-        seed: of the decomposition's random sketch.
-        among: names or globs of parameters to choose from; None: the linear layers inside repeated ones.
+        approximation_rank: r, limited to min(m, n). The authors' scripts use 32 to 128 with rank=128. None: the rank
+            of a LoRA with k parameters, max(1, round(k / (m + n))), which equals `rank` if that is given; our choice.
+        refresh_every: n. None: select only once.
+        block_size: 1: single entries. 4: tiles of 4 x 4, cut off at the lower and right edges, ranked by their sum of
+            |W_r|; as many tiles as needed for k entries, so at least k and less than k + 16 per matrix.
+        seed: seed of the decomposition's random sketch.
+        among: names or globs of the candidate parameters. None: the linear layers inside repeated layers.
 
     Raises:
-        UsageError: a value out of its range; when bound, no such matrix, or a rank at which all of them train whole;
-            when choosing, weights that are not finite.
+        UsageError: a value out of range; at `bind`, no such matrix, or a rank that selects every entry of all of them;
+            at a selection, weights that are not finite.
 
     Example:
         >>> mask = LIFT(rank=128, approximation_rank=32)
@@ -54,6 +54,8 @@ class LIFT(AbstractCompactMask):
     Reference: Liu et al., "LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction for
     Reasoning-Focused Supervised Fine-Tuning", arXiv 2506.00772.
     """
+
+    method_name = "lift"
 
     rank: int | None = None
     density: float | None = None
@@ -109,7 +111,7 @@ class LIFT(AbstractCompactMask):
 
     def _best(self, tensor: MaskTensor, step: int) -> Tensor:
         count = self._count(tensor)
-        # Every process decomposes the whole matrix, one after the other.
+        # Every rank decomposes the whole matrix, one matrix at a time.
         weight = whole(tensor.parameter).float()
         if not torch.isfinite(weight).all():
             raise UsageError(f"{tensor.name!r} holds weights that are not finite; go back to a good checkpoint")
@@ -117,19 +119,19 @@ class LIFT(AbstractCompactMask):
         generator = generator_of(seed=self.seed, step=step, name=tensor.name, device=weight.device)
         left, right = low_rank(weight, min(rank, *weight.shape), generator=generator)
         magnitudes = (left @ right).abs_()
-        return best_entries(magnitudes, count) if self.block_size == 1 else best_blocks(magnitudes, count)
+        return largest_entries(magnitudes, count) if self.block_size == 1 else largest_tiles(magnitudes, count)
 
 
 def is_linear(module: nn.Module) -> bool:
-    # Conv1D of transformers, GPT-2's linear layer, by name: the core does not import transformers.
+    # Conv1D is GPT-2's linear layer, matched by name because the library does not import transformers.
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def low_rank(matrix: Tensor, rank: int, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Factors (m, rank) and (rank, n) of nearly the best approximation of this rank.
+    """Return factors (m, rank) and (rank, n) of a nearly optimal approximation of this rank.
 
-    The range is found from a Gaussian sketch of a few more columns, by power iterations with orthogonalisation between
-    them; what lies in it is decomposed exactly.
+    Power iterations with orthogonalisation find the range from a Gaussian sketch with a few extra columns. The
+    projection onto that range is decomposed exactly.
 
     Reference: Halko, Martinsson, Tropp, "Finding structure with randomness", arXiv 0909.4061, algorithms 4.4 and 5.1.
     """
@@ -142,26 +144,26 @@ def low_rank(matrix: Tensor, rank: int, *, generator: torch.Generator) -> tuple[
     return basis @ (left[:, :rank] * values[:rank]), right[:rank]
 
 
-def best_entries(scores: Tensor, count: int) -> Tensor:
-    """Flat indices of the `count` largest, ascending; ties to the lower index."""
+def largest_entries(scores: Tensor, count: int) -> Tensor:
+    """Return flat indices of the `count` largest scores, ascending; ties go to the lower index."""
     top = StreamingTopK(count)
     top.offer(scores.reshape(-1), rank=0)
     return top.result()[1]
 
 
-def best_blocks(scores: Tensor, count: int, *, size: int = 4) -> Tensor:
-    """Flat indices, ascending, of the entries of the best `size` x `size` blocks, as many as hold `count` entries."""
-    sums, sizes = block_sums(scores, size), block_sums(torch.ones_like(scores), size)
+def largest_tiles(scores: Tensor, count: int, *, size: int = 4) -> Tensor:
+    """Return flat indices, ascending, of the entries of the best `size` x `size` tiles that hold `count` entries."""
+    sums, sizes = tile_sums(scores, size), tile_sums(torch.ones_like(scores), size)
     order = torch.argsort(sums.view(-1), descending=True, stable=True)
     held = sizes.view(-1)[order].cumsum(0, dtype=torch.int64)
-    chosen = torch.zeros_like(sums.view(-1), dtype=torch.bool)
-    chosen[order[: int((held < count).sum()) + 1]] = True
-    entries = chosen.view_as(sums).repeat_interleave(size, 0).repeat_interleave(size, 1)
+    selected = torch.zeros_like(sums.view(-1), dtype=torch.bool)
+    selected[order[: int((held < count).sum()) + 1]] = True
+    entries = selected.view_as(sums).repeat_interleave(size, 0).repeat_interleave(size, 1)
     return entries[: scores.shape[0], : scores.shape[1]].reshape(-1).nonzero().view(-1)
 
 
-def block_sums(scores: Tensor, size: int) -> Tensor:
-    """Sum in each block; blocks at the lower and right edges may be smaller. Shape (ceil(m / size), ceil(n / size))."""
+def tile_sums(scores: Tensor, size: int) -> Tensor:
+    """Return the sum of each tile, shape (ceil(m / size), ceil(n / size)); edge tiles may be smaller."""
     rows, columns = scores.shape
     padded = functional.pad(scores, (0, -columns % size, 0, -rows % size))
     return padded.view(-1, size, padded.shape[1] // size, size).sum((1, 3))

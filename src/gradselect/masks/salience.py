@@ -1,16 +1,19 @@
-r"""Saliences: how much an entry matters; `StaticMask` trains those that matter most.
+r"""Saliences: scores of importance. `StaticMask` selects the entries of largest salience.
 
-Of three kinds, by what they look at:
+There are three kinds, by what they read:
 
     GradientSalience    weight and gradient of the entry    gradient snip force taylor fisher
     WeightSalience      the weight alone, or nothing        magnitude smallest_magnitude random
     ModelSalience       runs of the whole model             synflow grasp
 
-A larger score is better. In the formulas w is the entry's weight, g = dL/dw its gradient, L the mean loss, E the mean
-over batches.
+In the formulas w is the value of an entry, g = dL/dw its gradient, L the mean loss, E the mean over batches.
 
 Reference: Liu et al., "Refining Salience-Aware Sparse Fine-Tuning Strategies for Language Models", arXiv 2412.13488,
-compares all of these but `random` and `smallest_magnitude`.
+compares all of these except `random` and `smallest_magnitude`.
+
+Example:
+    >>> import gradselect as gs
+    >>> mask = gs.StaticMask(density=0.01, salience=gs.salience.snip)
 """
 
 from __future__ import annotations
@@ -20,23 +23,20 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradselect.blocks import ask
-from gradselect.usage import UsageError
-
-from .calibration import Batch, Probe, Scores, widened
+from .calibration import Batch, Probe, Scores, sum_of_outputs, widened
 
 
 @dataclass(frozen=True)
 class AbstractSalience(ABC):
-    """What all saliences share.
+    """Base class of all saliences.
 
     Attributes:
-        name: as in `gradselect.salience`.
-        has_loss: whether it looks at a loss at all.
-        needs_batches: whether that loss must be of batches, because the gradient of one step is not enough.
+        name: name in `gradselect.salience`.
+        has_loss: True if it needs a loss.
+        needs_batches: True if the loss must come from `batches`, because the gradient of one step is not enough.
     """
 
     name: ClassVar[str]
@@ -46,10 +46,10 @@ class AbstractSalience(ABC):
 
 @dataclass(frozen=True)
 class GradientSalience(AbstractSalience):
-    """Elementwise in weight and gradient.
+    """Salience of an entry from its weight and gradient.
 
     Attributes:
-        averages_scores: over several batches, the mean of the scores counts; else the score of the mean gradient.
+        averages_scores: True to average the scores of several batches; False to score their mean gradient.
     """
 
     has_loss = True
@@ -57,10 +57,10 @@ class GradientSalience(AbstractSalience):
 
     @abstractmethod
     def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
-        """Score of each entry, shape kept."""
+        """Return a score per entry in the shape of `weight`; larger is better."""
 
     def estimate(self, probe: Probe) -> Scores:
-        """Scores over the batches of `probe`."""
+        """Return the scores over the batches of `probe`."""
         if self.averages_scores:
             return probe.mean(lambda batch: self._scores(probe, probe.gradients(batch)))
         return self._scores(probe, probe.mean(probe.gradients))
@@ -74,32 +74,37 @@ class GradientSalience(AbstractSalience):
 
 @dataclass(frozen=True)
 class WeightSalience(AbstractSalience):
-    """Elementwise in the weight.
+    """Salience of an entry from its weight only, or from a random draw.
 
     Attributes:
-        draws: whether it draws from `generator`, as much for every entry.
+        draws: True if it draws from `generator`, equally often for every entry.
     """
 
     draws: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, weight: Tensor, generator: torch.Generator) -> Tensor:
-        """Score of each entry, shape kept; `generator` is on the weight's device."""
+        """Return a score per entry in the shape of `weight`; larger is better. `generator` is on the same device."""
 
 
 @dataclass(frozen=True)
 class ModelSalience(AbstractSalience):
-    """Of the model as a whole."""
+    """Salience from runs of the whole model."""
 
     @abstractmethod
     def estimate(self, probe: Probe) -> Scores:
-        """Scores of the tensors of `probe`."""
+        """Return the scores of the tensors of `probe`."""
 
 
 @final
 @dataclass(frozen=True)
 class Gradient(GradientSalience):
-    """|E g|: where the loss falls fastest. Best, and static, in the comparison of arXiv 2412.13488."""
+    """|E g|: the steepest descent of the loss. The best in the comparison of arXiv 2412.13488, with a static mask.
+
+    Example:
+        >>> Gradient().score(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])).tolist()
+        [0.5, 3.0]
+    """
 
     name = "gradient"
 
@@ -110,10 +115,14 @@ class Gradient(GradientSalience):
 @final
 @dataclass(frozen=True)
 class Snip(GradientSalience):
-    """|w E g|: how much the loss changes, to first order, where the weight is removed.
+    """|w E g|: first-order change of the loss when the weight is removed.
 
     Reference: Lee, Ajanthan, Torr, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", arXiv
     1810.02340.
+
+    Example:
+        >>> Snip().score(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])).tolist()
+        [1.0, 3.0]
     """
 
     name = "snip"
@@ -125,10 +134,14 @@ class Snip(GradientSalience):
 @final
 @dataclass(frozen=True)
 class Force(GradientSalience):
-    """-w E g: how much the loss grows, to first order, where the weight is removed; the sign counts.
+    """-w E g: first-order increase of the loss when the weight is removed; the sign counts.
 
     Reference: de Jorge et al., "Progressive Skeletonization: Trimming more fat from a network at initialization",
     arXiv 2006.09081.
+
+    Example:
+        >>> Force().score(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])).tolist()
+        [-1.0, 3.0]
     """
 
     name = "force"
@@ -140,9 +153,13 @@ class Force(GradientSalience):
 @final
 @dataclass(frozen=True)
 class Taylor(GradientSalience):
-    """E (w g)^2: the squared first-order change of the loss. On one batch it ranks as SNIP does.
+    """E (w g)^2: squared first-order change of the loss. On one batch it ranks like `snip`.
 
     Reference: Molchanov et al., "Importance Estimation for Neural Network Pruning", arXiv 1906.10771.
+
+    Example:
+        >>> Taylor().score(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])).tolist()
+        [1.0, 9.0]
     """
 
     name = "taylor"
@@ -155,10 +172,14 @@ class Taylor(GradientSalience):
 @final
 @dataclass(frozen=True)
 class Fisher(GradientSalience):
-    """E g^2: the diagonal of the empirical Fisher information, by batch. On one batch it ranks as the gradient does.
+    """E g^2: diagonal of the empirical Fisher information, by batch. On one batch it ranks like `gradient`.
 
     Reference: Sung, Nair, Raffel, "Training Neural Networks with Fixed Sparse Masks", arXiv 2111.09839, where g is the
-    gradient of a single example; for that give batches of one.
+    gradient of a single example: give batches of one example for that.
+
+    Example:
+        >>> Fisher().score(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])).tolist()
+        [0.25, 9.0]
     """
 
     name = "fisher"
@@ -171,7 +192,12 @@ class Fisher(GradientSalience):
 @final
 @dataclass(frozen=True)
 class Magnitude(WeightSalience):
-    """|w|: the largest weights."""
+    """|w|: the largest weights first.
+
+    Example:
+        >>> Magnitude().score(torch.tensor([2.0, -1.0]), torch.Generator()).tolist()
+        [2.0, 1.0]
+    """
 
     name = "magnitude"
 
@@ -182,9 +208,13 @@ class Magnitude(WeightSalience):
 @final
 @dataclass(frozen=True)
 class SmallestMagnitude(WeightSalience):
-    """-|w|: the smallest weights, PaFI.
+    """-|w|: the smallest weights first, as in PaFI.
 
     Reference: Liao, Meng, Monz, "Parameter-Efficient Fine-Tuning without Introducing New Latency", arXiv 2305.16742.
+
+    Example:
+        >>> SmallestMagnitude().score(torch.tensor([2.0, -1.0]), torch.Generator()).tolist()
+        [-2.0, -1.0]
     """
 
     name = "smallest_magnitude"
@@ -196,12 +226,17 @@ class SmallestMagnitude(WeightSalience):
 @final
 @dataclass(frozen=True)
 class Random(WeightSalience):
-    """u ~ U(0, 1), of its own for each entry: all sets of the given size are equally likely.
+    """u ~ U(0, 1), drawn per entry: all sets of the given size are equally likely.
 
-    In float64, so that two draws practically never tie. SpaRTA draws each entry by itself, so that the number of
+    The draws are float64, so that they practically never tie. SpaRTA draws each entry independently, so its number of
     entries varies; ours is exact.
 
     Reference: Rios et al., "Sparsity May Be All You Need: Sparse Random Parameter Adaptation", arXiv 2502.15975.
+
+    Example:
+        >>> scores = Random().score(torch.zeros(3), torch.Generator().manual_seed(0))
+        >>> bool((scores >= 0).all() and (scores < 1).all())
+        True
     """
 
     name = "random"
@@ -214,14 +249,22 @@ class Random(WeightSalience):
 @final
 @dataclass(frozen=True)
 class SynFlow(ModelSalience):
-    """|w dR/dw|, R the sum of the outputs of the model with |w| in the place of every weight: the flow through w.
+    """|w dR/dw|, R the sum of the model's outputs with |w| in place of every weight: the flow through w.
 
     The input is `inputs_embeds` of ones, shape (1, 2, width of the embedding), or the user's batches without labels. R
-    is the sum over the output where that is a tensor, else over the first of the outputs. Length and treatment of
-    language models are our choice: the paper is about images.
+    sums the output if it is a tensor, else the first of the outputs. The length and the use on language models are our
+    choice: the paper is about images.
 
     Reference: Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic flow", arXiv
     2006.05467.
+
+    Example:
+        >>> from gradselect.entries import MaskTensor
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> layer.weight.data = torch.tensor([[3.0, -4.0]])
+        >>> tensors = [MaskTensor(name="weight", parameter=layer.weight, module=layer)]
+        >>> SynFlow().estimate(Probe(model=layer, tensors=tensors, batches=[{"input": torch.ones(1, 2)}]))
+        {'weight': tensor([[3., 4.]])}
     """
 
     name = "synflow"
@@ -240,14 +283,22 @@ class SynFlow(ModelSalience):
 @final
 @dataclass(frozen=True)
 class Grasp(ModelSalience):
-    """w (H E g), H the Hessian of the mean loss: removing such a weight lowers the gradient's norm most.
+    """w (H E g), H the Hessian of the mean loss: removing such a weight lowers the norm of the gradient most.
 
-    The paper prunes the entries where -w (H g) is largest; so the others, which we train, have the largest w (H g). To
-    carry this sign over to fine-tuning is our choice. Costs a backward pass through the backward pass, so attention
-    runs in its plain form.
+    The paper prunes the entries of largest -w (H g). We train the others, of largest w (H g); to use this sign in
+    fine-tuning is our choice. It differentiates the backward pass, so attention runs without fused kernels.
 
     Reference: Wang, Zhang, Grosse, "Picking Winning Tickets Before Training by Preserving Gradient Flow", arXiv
     2002.07376.
+
+    Example:
+        >>> from gradselect.entries import MaskTensor
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> layer.weight.data = torch.tensor([[3.0, -4.0]])
+        >>> tensors = [MaskTensor(name="weight", parameter=layer.weight, module=layer)]
+        >>> loss = lambda model, batch: model.weight.square().sum() / 2  # g = w, H = 1
+        >>> Grasp().estimate(Probe(model=layer, tensors=tensors, batches=[{}], loss=loss))
+        {'weight': tensor([[ 9., 16.]])}
     """
 
     name = "grasp"
@@ -272,24 +323,3 @@ smallest_magnitude = SmallestMagnitude()
 random = Random()
 synflow = SynFlow()
 grasp = Grasp()
-
-
-def sum_of_outputs(model: nn.Module, batch: Batch) -> Tensor:
-    outputs = model(**batch)
-    return widened(outputs if isinstance(outputs, Tensor) else outputs[0]).sum()
-
-
-def batch_of_ones(model: nn.Module) -> Batch:
-    """Input embeddings of ones, for a model that says how wide they are.
-
-    Raises:
-        UsageError: it does not.
-    """
-    embedding = ask(model, "get_input_embeddings")
-    if not isinstance(embedding, nn.Embedding):
-        raise UsageError(
-            f"{type(model).__name__} does not say how wide its input is, so synflow cannot make one; "
-            "write batches=[{...}] with an input for model(**batch)"
-        )
-    weight = embedding.weight
-    return {"inputs_embeds": torch.ones(1, 2, embedding.embedding_dim, dtype=weight.dtype, device=weight.device)}

@@ -1,4 +1,4 @@
-"""StaticMask: the most salient entries, chosen once, or anew every so many steps."""
+"""StaticMask: the entries of largest salience, selected once or every n steps."""
 
 from __future__ import annotations
 
@@ -28,43 +28,43 @@ from gradselect.parallel import first_index, is_dtensor, local_part
 from gradselect.usage import UsageError, check_one_of, check_whole
 
 from . import salience as saliences
-from .calibration import Batch, Loss, Probe, model_loss, widened
+from .calibration import Batch, Loss, Probe, batch_of_ones, model_loss, widened
 from .salience import AbstractSalience, GradientSalience, WeightSalience
 
 ChunkScores = Callable[[MaskTensor], Iterator[Tensor]]
-"""Scores of a tensor's entries, flat, in several pieces."""
+"""(tensor) -> scores of its entries, flat, in chunks."""
 
 
 @final
 @dataclass(eq=False, kw_only=True)
 class StaticMask(AbstractCompactMask):
-    r"""The B entries of largest salience. They are chosen at step 0 and, if asked for, at every n-th step again.
+    r"""Select the B entries of largest salience at step 0, and again every n steps if `refresh_every` is given.
 
-    What a salience of gradients is read from:
+    A salience of gradients reads:
 
-        batches=None    the gradient of the very step at which the entries are chosen: costs nothing
-        batches=[...]   these batches, before the step: one forward and backward pass each, with the gradients of all
-                        tensors in memory for that time; less noise than one batch has
+        batches=None    the gradient of the step that selects: no extra cost
+        batches=[...]   these batches, before the step: a forward and a backward pass each, with the gradients of all
+                        tensors in memory meanwhile; less noise than one batch
 
-    Where entries are chosen again, those that stay keep their moments and their age. Ties go to the earlier tensor,
-    then to the lower index. The salience is of the weights as they are then, except `random`, which draws again.
+    Entries that stay keep their moments and their age. Ties go to the earlier tensor, then to the lower index. A
+    refresh scores the current weights; `random` draws again.
 
     Args:
-        salience: one of `gradselect.salience`. Default `gradient`, the best of the paper's comparison.
-        budget: entries to train, B.
+        salience: one of `gradselect.salience`. Default `gradient`, the best in the paper's comparison.
+        budget: number of entries to train, B.
         density: share of the entries, instead of `budget`: B = max(1, round(density * entries)).
-        scope: "global": the B best of all tensors together; "tensor": B is dealt out by the tensors' sizes first, so
-            that a small tensor may get none. The default "global" is our choice: the paper compares both.
-        refresh_every: n, steps after which entries are chosen again; None: never, best in the paper.
-        batches: what to estimate from; an iterable that can be gone through again, of keyword arguments of the model on
-            its device. With labels, but for `synflow`, where they are optional and stand in for an input of ones.
-        loss: from model and batch to the loss; default `model(**batch).loss`.
-        seed: of `random`.
-        among: names or globs of parameters to choose from; None: all.
+        scope: "global": the B best of all tensors together. "tensor": B is split by the sizes of the tensors first, so
+            a small tensor may get none. Default "global", our choice: the paper compares both.
+        refresh_every: n, steps between two selections. None: select only once, best in the paper.
+        batches: batches to estimate from: keyword arguments of the model, on its device, in an iterable that can be
+            iterated again. They hold labels, except for `synflow`, where batches replace the input of ones.
+        loss: (model, batch) -> scalar. Default `model(**batch).loss`.
+        seed: seed of `random`.
+        among: names or globs of the candidate parameters. None: all.
 
     Raises:
-        UsageError: a value out of its range; `grasp` without batches, a salience of weights with batches; when bound, a
-            budget of more entries than there are; when choosing, no batch, or one whose loss is not finite.
+        UsageError: a value out of range; `grasp` without batches, a salience of weights with batches; at `bind`, a
+            budget of more entries than there are; at a selection, no batch, or one whose loss is not finite.
 
     Example:
         >>> import gradselect as gs
@@ -96,15 +96,15 @@ class StaticMask(AbstractCompactMask):
     def start(self) -> None:
         if any(is_dtensor(tensor.parameter) for tensor in self.tensors) and self._needs_model():
             raise UsageError(
-                f"{self.salience.name} from batches runs the model by itself, which fully_shard and replicate do not "
-                "let it; leave batches out and take a salience of weights or of the step's own gradient, e.g. "
+                f"{self.salience.name} from batches runs the model outside training, which fully_shard and replicate "
+                "do not allow; leave batches out and use a salience of weights or of the step's own gradient, e.g. "
                 "StaticMask(salience=gradselect.salience.gradient, density=0.01)"
             )
         budget = resolve_budget(self.tensors, budget=self.budget, density=self.density)
         self._counts = budget if self.scope == "global" else share_out(self.tensors, budget)
 
     def choice(self, step: int, num_chosen: int) -> Choice | None:
-        # Without a single entry step 0 saw no gradient that counts: it is made up for.
+        # An empty set means that step 0 had no usable gradient: select in a later step.
         is_due = num_chosen == 0 if self.refresh_every is None else num_chosen == 0 or step % self.refresh_every == 0
         if not is_due:
             return None
@@ -121,7 +121,7 @@ class StaticMask(AbstractCompactMask):
         return best_entries(self.tensors, self._counts, self._scores(step, model))
 
     def settings(self) -> dict[str, Any]:
-        """As of any mask; of the batches only whether there are any."""
+        """Return the settings of the mask; `batches` becomes True or False, `loss` is left out."""
         settings = super().settings() | {"salience": self.salience.name, "batches": self.batches is not None}
         del settings["loss"]
         return settings
@@ -134,76 +134,76 @@ class StaticMask(AbstractCompactMask):
             salience = self.salience
             return lambda tensor: weight_scores(salience, tensor, seed=self.seed, step=step)
         assert isinstance(self.salience, GradientSalience | saliences.ModelSalience)
-        batches = [saliences.batch_of_ones(model)] if self.batches is None else self.batches
+        batches = [batch_of_ones(model)] if self.batches is None else self.batches
         probe = Probe(model=model, tensors=self.tensors, batches=batches, loss=self.loss or model_loss)
         scores = self.salience.estimate(probe)
         return lambda tensor: iter(scores[tensor.name].reshape(-1).split(chunk_length(tensor.parameter)))
 
 
 def weight_scores(salience: WeightSalience, tensor: MaskTensor, *, seed: int, step: int) -> Iterator[Tensor]:
-    """Scores of the entries that this process holds, chunk by chunk, from a generator of the tensor's own."""
+    """Yield scores of this rank's part of the tensor, chunk by chunk. Each tensor has its own generator."""
     weight = local_part(tensor.parameter).detach().reshape(-1)
     generator = generator_of(seed=seed, step=step, name=tensor.name, device=weight.device)
     length = chunk_length(weight)
     if not salience.draws or weight.numel() == tensor.numel:
         yield from (salience.score(chunk, generator) for chunk in weight.split(length))
         return
-    # As in one process: what the others' entries draw is drawn here too.
+    # Draw for the entries of all ranks: this rank's part then gets the same numbers as in one process.
     first = first_index(tensor.parameter, name=tensor.name)
     for start in range(0, tensor.numel, length):
-        drawn = salience.score(weight.new_zeros(min(length, tensor.numel - start)), generator)
-        yield drawn[max(0, first - start) : max(0, first + weight.numel() - start)]
+        scores = salience.score(weight.new_zeros(min(length, tensor.numel - start)), generator)
+        yield scores[max(0, first - start) : max(0, first + weight.numel() - start)]
 
 
 def best_entries(tensors: Sequence[MaskTensor], counts: int | Mapping[str, int], scores: ChunkScores) -> Indices:
-    """Indices of the entries of largest score: `counts` over all tensors together, or in each.
+    """Return the entries of largest score: `counts` over all tensors together, or in each.
 
     Returns:
-        By name indices in the whole tensor, of entries that this process holds; int64, ascending, on its device.
+        By name the entries that this rank holds, as indices in the whole tensor: int64, ascending, on its device.
     """
     parameters = {tensor.name: tensor.parameter for tensor in tensors}
     shards = Shards(parameters)
-    contest = GlobalTopK(tuple(parameters), shards, counts)
+    top_k = GlobalTopK(tuple(parameters), shards, counts)
     for rank, tensor in enumerate(tensors):
         offset = 0
         for chunk in scores(tensor):
-            contest.top(tensor.name).offer(chunk, rank=rank, offset=offset)
+            top_k.top(tensor.name).offer(chunk, rank=rank, offset=offset)
             offset += chunk.numel()
     return {
-        name: shards.in_whole(name, chosen).to(parameters[name].device)
-        for name, (chosen, _) in contest.result().items()
-        if chosen.numel()
+        name: shards.in_whole(name, indices).to(parameters[name].device)
+        for name, (indices, _) in top_k.result().items()
+        if indices.numel()
     }
 
 
 def check_salience(salience: object) -> None:
-    """It is one of the module's.
+    """Refuse a salience that is not one of `gradselect.salience`.
 
     Raises:
-        UsageError: otherwise.
+        UsageError: names the saliences.
     """
     if not isinstance(salience, AbstractSalience):
         known = sorted(value.name for value in vars(saliences).values() if isinstance(value, AbstractSalience))
         raise UsageError(
-            f"salience={salience!r} is none; write e.g. salience=gradselect.salience.gradient, or another of "
+            f"salience={salience!r} is not a salience; write e.g. salience=gradselect.salience.gradient, or another of "
             f"{', '.join(known)}"
         )
 
 
 def check_batches(salience: AbstractSalience, *, batches: Iterable[Batch] | None, loss: Loss | None) -> None:
-    """The salience can use what is given, and is given what it needs.
+    """Refuse batches or a loss that the salience does not use, and missing ones that it needs.
 
     Raises:
-        UsageError: otherwise.
+        UsageError: says what to change.
     """
     if batches is None and salience.needs_batches:
         raise UsageError(f"{salience.name} needs batches; write e.g. batches=[next(iter(loader))]")
     if batches is not None and isinstance(salience, WeightSalience):
-        raise UsageError(f"{salience.name} looks at weights only; leave batches out")
+        raise UsageError(f"{salience.name} reads weights only; leave batches out")
     if loss is not None and (batches is None or not salience.has_loss):
-        raise UsageError(f"loss is of batches, and {salience.name} looks at none here; leave loss out")
+        raise UsageError(f"loss needs batches, and {salience.name} uses none here; leave loss out")
     if batches is not None and isinstance(batches, Iterator):
         raise UsageError(
-            f"batches={batches!r} can be gone through only once, but entries are chosen again on refreshing and on "
-            "resuming; write batches=list(...)"
+            f"batches={batches!r} can be iterated only once, but a refresh and a resumed run select again; "
+            "write batches=list(...)"
         )

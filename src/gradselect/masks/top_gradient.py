@@ -1,4 +1,4 @@
-"""TopGradient: at every step the entries of largest gradient; the mask of SparseGrad and of MeProp."""
+"""TopGradient: the entries of largest gradient of each step. The mask of SparseGrad and of MeProp."""
 
 from __future__ import annotations
 
@@ -14,28 +14,27 @@ from gradselect.usage import check_positive
 @final
 @dataclass(eq=False, kw_only=True)
 class TopGradient(AbstractCompactMask):
-    r"""In each tensor the k entries of largest |g| of this very step take the place of the set.
+    r"""Select, at each step, the k entries of largest |g| in each tensor.
 
         k = max(1, round(density * entries of the tensor))
 
-    An entry that stays keeps its moments and its age; one that comes back after a pause begins anew.
+    An entry that stays keeps its moments and its age. An entry that returns later starts with zero moments.
 
     Args:
         density: share of the entries of each tensor, in (0, 1].
-        among: names or globs of parameters to choose from; None: all.
+        among: names or globs of the candidate parameters. None: all.
 
     Raises:
         UsageError: a density outside (0, 1].
 
     Example:
-        MeProp with 1 % of the entries of every matrix of the feed-forward parts of a Llama:
+        MeProp with 1 % of the entries of every MLP matrix of a Llama:
 
         >>> mask = TopGradient(density=0.01, among=("*.mlp.*",))
 
     Reference: Chekalina et al., "SparseGrad: A Selective Method for Efficient Fine-tuning of MLP Layers", arXiv
-    2410.07383, where it is applied in a rotated basis; unrotated it is the baseline that the paper calls MeProp, after
-    Sun et al., "meProp: Sparsified Back Propagation for Accelerated Deep Learning with Reduced Overfitting", arXiv
-    1706.06197.
+    2410.07383, which applies it in a rotated basis. Without rotation it is the paper's baseline MeProp. Sun et al.,
+    "meProp: Sparsified Back Propagation for Accelerated Deep Learning with Reduced Overfitting", arXiv 1706.06197.
     """
 
     density: float

@@ -1,23 +1,26 @@
-"""What a training run will hold and how long its steps take, before it begins. Importing it needs torch alone."""
+"""Bytes and time of a training run before it starts. Needs torch only."""
 
-from .blocks_plan import choices_of
+from .activations import ActivationCounter
 from .bytes import CATEGORIES, Bytes
 from .forward_pass import ForwardPass, Loss
-from .policy_survey import Choices
+from .meta_forward import Rows
+from .policy_survey import Survey, survey_policy
 from .steps import Step
-from .tape import Rows
+from .training import Training
 from .training_plan import Plan, plan, plan_steps
 
 __all__ = [
     "CATEGORIES",
+    "ActivationCounter",
     "Bytes",
-    "Choices",
     "ForwardPass",
     "Loss",
     "Plan",
     "Rows",
     "Step",
-    "choices_of",
+    "Survey",
+    "Training",
     "plan",
     "plan_steps",
+    "survey_policy",
 ]

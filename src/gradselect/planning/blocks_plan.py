@@ -1,172 +1,136 @@
-"""The steps of `BlockOptimizer`, before there is one."""
+"""Steps of a `BlockOptimizer`, planned without one."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import nn
+from gradselect.blocks import AbstractPolicy, partition, resolve_names, visited_share
+from gradselect.core import Drop, num_bytes
 
-from gradselect.blocks import AbstractPolicy, resolve_names, visited_share
-from gradselect.core import AbstractResidency, AbstractRule, Block, Drop
-
-from .bytes import Bytes, Tensors, cost, together, upper
+from .bytes import Bytes, Cost, cost_of, largest_cost, total_cost
 from .forward_pass import ForwardPass
-from .policy_survey import Choices, ask, mean_depth, mean_elements, worst
-from .steps import Gradients, Step, Work, moments
+from .policy_survey import mean_depth, mean_entries, survey_policy, worst
+from .steps import Gradients, Step, StepKind, Work, make_step
+from .training import Training
+
+
+def block_steps(training: Training, policy: AbstractPolicy, forward: ForwardPass) -> tuple[Step, ...]:
+    """Return the kinds of steps that the policy takes, explore before exploit."""
+    planner = _BlockPlanner(training, policy, forward)
+    steps = [planner.explore(keep) for keep in planner.survey.explored[-1:]]
+    return (*steps, planner.exploit()) if planner.survey.proposed else tuple(steps)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockTraining:
-    """What decides the bytes of a run with blocks; fields are the arguments of `BlockOptimizer`.
+class _Case:
+    """One selection: its blocks that have gradients, the cost of those that are updated, and bytes of gradients."""
 
-    Args:
-        choices: of the policy, where they are known already.
-    """
-
-    model: nn.Module
-    blocks: Sequence[Block]
-    policy: AbstractPolicy
-    always: Collection[str]
-    residency: AbstractResidency
-    master_dtype: torch.dtype | None
-    accumulation_steps: int = 1
-    rule: AbstractRule | None = None
-    update_in_backward: bool = False
-    choices: Choices | None = None
-
-
-def choices_of(policy: AbstractPolicy, blocks: Sequence[Block], always: Collection[str]) -> Choices:
-    """What the policy may choose of these blocks, where some train at every step.
-
-    Raises:
-        UsageError: it does not fit them.
-    """
-    fixed = resolve_names(blocks, tuple(always))
-    return ask(policy.bind([block for block in blocks if block.name not in fixed]))
-
-
-def block_steps(training: BlockTraining, forward: ForwardPass) -> list[Step]:
-    """The kinds of steps that the policy takes."""
-    always = resolve_names(training.blocks, tuple(training.always))
-    choices = training.choices or choices_of(training.policy, training.blocks, always)
-    planner = _BlockPlanner(training, forward, always=always, choices=choices)
-    steps = [planner.explore(keep) for keep in planner.choices.explored[-1:]]
-    return [*steps, planner.exploit()] if planner.choices.proposed else steps
+    trained: Collection[str]
+    updated: Cost
+    gradients: Gradients
 
 
 class _BlockPlanner:
-    def __init__(
-        self, training: BlockTraining, forward: ForwardPass, *, always: Sequence[str], choices: Choices
-    ) -> None:
-        self.choices = choices
+    def __init__(self, training: Training, policy: AbstractPolicy, forward: ForwardPass) -> None:
         self._training = training
         self._forward = forward
-        self._always = tuple(always)
-        self._names = {block.name: block.parameter_names for block in training.blocks}
+        blocks = partition(training.model) if training.blocks is None else training.blocks
+        self._always = resolve_names(blocks, training.always)
+        self.survey = training.survey or survey_policy(policy, blocks, self._always)
+        self._names = {block.name: block.parameter_names for block in blocks}
         self._costs = {
-            block.name: cost(block.parameters, master_dtype=training.master_dtype, rule=training.rule)
-            for block in training.blocks
+            block.name: cost_of(block.parameters, master_dtype=training.master_dtype, rule=training.rule)
+            for block in blocks
         }
-        self._sizes = {name: part.elements for name, part in self._costs.items()}
-        self._weights = sum(parameter.nbytes for parameter in training.model.parameters())
-        self._elements = sum(parameter.numel() for parameter in training.model.parameters())
+        self._sizes = {name: part.num_entries for name, part in self._costs.items()}
+        self._weights = sum(map(num_bytes, training.model.parameters()))
+        self._num_entries = sum(parameter.numel() for parameter in training.model.parameters())
 
     def explore(self, keep: int) -> Step:
         """All candidates have gradients; during the backward pass the best `keep` and one more hold theirs."""
-        candidates = self._of(self.choices.candidates)
-        chosen = upper(candidates, keep) + self._sum(self._always)
-        everything = self._sum({*self.choices.candidates, *self._always})
-        streamed = upper(candidates, keep + 1) + self._sum(self._always)
-        adds_up = self._training.accumulation_steps > 1
+        candidates = self._costs_of(self.survey.candidates)
+        everything = {*self.survey.candidates, *self._always}
+        updated = largest_cost(candidates, keep) + self._sum(self._always)
+        whole = self._sum(everything)
+        streamed = largest_cost(candidates, keep + 1) + self._sum(self._always)
+        accumulates = self._training.accumulation_steps > 1
         gradients = Gradients(
-            before=everything.gradients if adds_up else 0,
-            most=everything.gradients if adds_up else streamed.gradients,
-            after=chosen.gradients,
+            before=whole.gradients if accumulates else 0,
+            most=whole.gradients if accumulates else streamed.gradients,
+            after=updated.gradients,
         )
-        return self._step(
-            "explore",
-            [({*self.choices.candidates, *self._always}, chosen, gradients)],
-            depth=self._depth({*self.choices.candidates, *self._always}),
-            elements=everything.elements,
-        )
+        case = _Case(trained=everything, updated=updated, gradients=gradients)
+        return self._step("explore", [case], depth=self._depth(everything), num_entries=whole.num_entries)
 
     def exploit(self) -> Step:
-        """The chosen blocks alone have gradients."""
-        cases = []
-        for selection in worst(self.choices, self._sizes):
-            chosen = self._sum({*selection, *self._always})
-            before = chosen.gradients if self._training.accumulation_steps > 1 else 0
-            most = self._largest_gradient(chosen) if self._training.update_in_backward else chosen.gradients
-            gradients = Gradients(before=before, most=most, after=most)
-            cases.append(({*selection, *self._always}, chosen, gradients))
-        visited = {name: self._depth({name, *self._always}) for name in self.choices.candidates}
-        elements = mean_elements(self.choices, self._sizes) + self._sum(self._always).elements
-        depth = mean_depth(self.choices, visited) if visited else self._depth(self._always)
-        return self._step("exploit", cases, depth=depth, elements=elements)
+        """Only selected blocks have gradients."""
+        visited = {name: self._depth({name, *self._always}) for name in self.survey.candidates}
+        return self._step(
+            "exploit",
+            [self._exploit_case(selection) for selection in worst(self.survey, self._sizes)],
+            depth=mean_depth(self.survey, visited) if visited else self._depth(self._always),
+            num_entries=mean_entries(self.survey, self._sizes) + self._sum(self._always).num_entries,
+        )
 
-    def _step(
-        self,
-        kind: str,
-        cases: Sequence[tuple[Collection[str], Tensors, Gradients]],
-        *,
-        depth: float,
-        elements: float,
-    ) -> Step:
-        """The dearest of some cases: blocks that have gradients, those that are updated, bytes of gradients."""
-        steps = []
-        work = Work(depth=depth, frozen=1 - elements / self._elements, checkpointing=self._forward.checkpointing)
-        for trained, chosen, gradients in cases:
-            kept = self._forward.kept([name for block in trained for name in self._names[block]])
-            steps.append(
-                Step(
-                    kind="explore" if kind == "explore" else "exploit",
-                    moments=moments(self._held(chosen), kept, gradients, workspace=self._workspace()),
-                    relative_time=work.relative_time,
-                    backward_skipped=work.backward_skipped,
-                )
+    def _exploit_case(self, selection: Collection[str]) -> _Case:
+        trained = {*selection, *self._always}
+        updated = self._sum(trained)
+        before = updated.gradients if self._training.accumulation_steps > 1 else 0
+        most = updated.largest * self._itemsize if self._training.update_in_backward else updated.gradients
+        return _Case(trained=trained, updated=updated, gradients=Gradients(before=before, most=most, after=most))
+
+    def _step(self, kind: StepKind, cases: Sequence[_Case], *, depth: float, num_entries: float) -> Step:
+        """The case with the highest peak."""
+        work = Work(depth=depth, frozen=1 - num_entries / self._num_entries, checkpointing=self._forward.checkpointing)
+        steps = [
+            make_step(
+                kind,
+                work,
+                self._forward.kept([name for block in case.trained for name in self._names[block]]),
+                held=self._held(case.updated),
+                gradients=case.gradients,
+                workspace=self._workspace(),
             )
+            for case in cases
+        ]
         return max(steps, key=lambda step: step.peak_bytes)
 
-    def _held(self, chosen: Tensors) -> Bytes:
-        """What stays through a step in which `chosen` are updated, when every block has had a turn."""
-        reached = self._sum({*self.choices.reached, *self._always})
+    def _held(self, updated: Cost) -> Bytes:
+        """Bytes that stay through a step in which `updated` is updated, after every block has had a turn."""
+        reached = self._sum({*self.survey.reached, *self._always})
         if not self._training.residency.frees_device:
             return Bytes(weights=self._weights, masters=reached.masters, state_on_device=reached.moments)
-        # Just before an update all that was ever chosen may be on the host but one selection: the new one has come, or,
-        # where it is not known yet, the last one is still there.
-        stays = isinstance(self._training.residency, Drop) or self.choices.is_fixed
-        on_host = 0 if stays else self._sum(self.choices.reached).state - self._least_state()
+        # Just before an update the host may hold all state but that of one selection: the new one, which has come, or
+        # the last one, which is still on the device while the new one is unknown.
+        stays = isinstance(self._training.residency, Drop) or self.survey.is_fixed
+        on_host = 0 if stays else self._sum(self.survey.reached).state - self._least_state()
         return Bytes(
-            weights=self._weights,
-            masters=chosen.masters,
-            state_on_device=chosen.moments,
-            state_on_host=on_host,
+            weights=self._weights, masters=updated.masters, state_on_device=updated.moments, state_on_host=on_host
         )
 
     def _least_state(self) -> int:
-        """Of the selection that holds the least."""
-        counts = {*self.choices.explored, *([] if self.choices.count is None else [self.choices.count])}
-        states = sorted(part.state for part in self._of(self.choices.reached).values())
-        cases = [self._sum(selection).state for selection in self.choices.proposed]
+        """State of the selection that has least."""
+        counts = {*self.survey.explored, *([] if self.survey.count is None else [self.survey.count])}
+        states = sorted(part.state for part in self._costs_of(self.survey.reached).values())
+        cases = [self._sum(selection).state for selection in self.survey.proposed]
         return min([*cases, *(sum(states[:count]) for count in counts)])
 
-    def _largest_gradient(self, chosen: Tensors) -> int:
-        return chosen.largest * next(self._training.model.parameters()).element_size()
-
     def _workspace(self) -> int:
-        """Of AdamW on one block: its gradients in the masters' type, and two tensors for the denominator."""
-        parts = self._of({*self.choices.reached, *self._always}).values()
+        """AdamW on one block: its gradients in the masters' dtype, and two tensors for the denominator."""
+        parts = self._costs_of({*self.survey.reached, *self._always}).values()
         copied = max((part.masters for part in parts), default=0)
-        itemsize = 4 if copied else next(self._training.model.parameters()).element_size()
-        return copied + 2 * itemsize * max((part.largest for part in parts), default=0)
+        return copied + 2 * (4 if copied else self._itemsize) * max((part.largest for part in parts), default=0)
+
+    @property
+    def _itemsize(self) -> int:
+        return next(self._training.model.parameters()).element_size()
 
     def _depth(self, trained: Collection[str]) -> float:
         return visited_share(trained, list(self._names))
 
-    def _of(self, names: Collection[str]) -> Mapping[str, Tensors]:
+    def _costs_of(self, names: Collection[str]) -> Mapping[str, Cost]:
         return {name: part for name, part in self._costs.items() if name in names}
 
-    def _sum(self, names: Collection[str]) -> Tensors:
-        return together(self._of(names).values())
+    def _sum(self, names: Collection[str]) -> Cost:
+        return total_cost(self._costs_of(names).values())

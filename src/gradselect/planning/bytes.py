@@ -1,13 +1,13 @@
-"""Bytes by category at the moments of a step."""
+"""Bytes by category, at one moment of a step and for sets of parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 
-from gradselect.core import HALF, AbstractRule, AdamWRule
+from gradselect.core import HALF, MEMORY_CATEGORIES, AbstractRule, AdamWRule, num_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,14 +15,14 @@ class Bytes:
     """Bytes held at one moment.
 
     Args:
-        weights: all of the model's parameters.
-        gradients: of weights, those that exist.
-        masters: master weights on the device.
-        state_on_device: moments, and the indices of chosen entries.
-        state_on_host: moments and masters that are offloaded; no part of the device's total.
-        activations: what waits for the backward pass, without logits.
+        weights: all parameters of the model.
+        gradients: of weights, those that exist at this moment.
+        masters: fp32 copies of half-precision weights, on the device.
+        state_on_device: moments, and the indices of a mask's entries.
+        state_on_host: offloaded moments and masters; not part of the device's total.
+        activations: saved for the backward pass, without logits.
         logits: logits and what the loss makes of them.
-        workspace: what lives within one operation; an estimate.
+        workspace: temporaries of one operation; an estimate.
     """
 
     weights: int = 0
@@ -36,35 +36,36 @@ class Bytes:
 
     @property
     def device(self) -> int:
-        """All of it on the device."""
+        """Sum of all categories on the device."""
         return sum(asdict(self).values()) - self.state_on_host
 
     def __add__(self, other: Bytes) -> Bytes:
         return Bytes(**{name: getattr(self, name) + getattr(other, name) for name in CATEGORIES})
 
 
-CATEGORIES = tuple(field.name for field in fields(Bytes))
+CATEGORIES = (*MEMORY_CATEGORIES, "activations", "logits", "workspace")
+"""Categories of `optimizer.memory()`, and those that it cannot see."""
 
 
 def largest(moments: Iterable[Bytes]) -> Bytes:
-    """Of each category the most that one of the moments holds; together more than any of them may hold."""
+    """Return the maximum of each category. Its sum can exceed every single moment."""
     moments = list(moments)
     return Bytes(**{name: max(getattr(moment, name) for moment in moments) for name in CATEGORIES})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tensors:
-    """What some parameters cost, all of them or those of a block.
+class Cost:
+    """Cost of training some parameters, in bytes unless it says otherwise.
 
     Args:
-        elements: how many there are.
-        gradients: bytes of their gradients.
-        masters: bytes of their master weights.
-        moments: bytes of the rule's state, AdamW's two moments say.
-        largest: elements of the largest tensor.
+        num_entries: numbers in all their tensors.
+        gradients: their gradients.
+        masters: their master weights.
+        moments: state of the rule, for AdamW two moments.
+        largest: entries of the largest tensor.
     """
 
-    elements: int = 0
+    num_entries: int = 0
     gradients: int = 0
     masters: int = 0
     moments: int = 0
@@ -75,9 +76,9 @@ class Tensors:
         """Masters and moments, which move together."""
         return self.masters + self.moments
 
-    def __add__(self, other: Tensors) -> Tensors:
-        return Tensors(
-            elements=self.elements + other.elements,
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            num_entries=self.num_entries + other.num_entries,
             gradients=self.gradients + other.gradients,
             masters=self.masters + other.masters,
             moments=self.moments + other.moments,
@@ -85,38 +86,36 @@ class Tensors:
         )
 
 
-def cost(
+def cost_of(
     parameters: Iterable[torch.Tensor], *, master_dtype: torch.dtype | None, rule: AbstractRule | None = None
-) -> Tensors:
-    """Sizes of a rule's state, exactly: what it makes of the weight, or of the master that a half one has.
+) -> Cost:
+    """Return the exact cost: the rule makes its state on the meta device, from the master where there is one.
 
     Args:
         parameters: tensors, also on the meta device.
-        master_dtype: of master weights of half-precision tensors; None: none.
+        master_dtype: dtype of masters of half-precision tensors; None: no masters.
         rule: default `AdamWRule()`.
     """
-    total, rule = Tensors(), AdamWRule() if rule is None else rule
+    total, rule = Cost(), AdamWRule() if rule is None else rule
     for parameter in parameters:
-        number, itemsize = parameter.numel(), parameter.element_size()
         has_master = master_dtype is not None and parameter.dtype in HALF
-        master_itemsize = master_dtype.itemsize if has_master and master_dtype is not None else 0
-        moving = torch.empty_like(parameter, dtype=master_dtype if has_master else None, device="meta")
-        state = rule.make_state(moving)
-        total += Tensors(
-            elements=number,
-            gradients=number * itemsize,
-            masters=number * master_itemsize,
-            moments=sum(state[name].nbytes for name in rule.state_names if name in state),
-            largest=number,
+        updated = torch.empty_like(parameter, dtype=master_dtype if has_master else None, device="meta")
+        state = rule.make_state(updated)
+        total += Cost(
+            num_entries=parameter.numel(),
+            gradients=num_bytes(parameter),
+            masters=num_bytes(updated) if has_master else 0,
+            moments=sum(num_bytes(state[name]) for name in rule.state_names if name in state),
+            largest=parameter.numel(),
         )
     return total
 
 
-def together(parts: Iterable[Tensors]) -> Tensors:
-    """The sum."""
-    return sum(parts, start=Tensors())
+def total_cost(parts: Iterable[Cost]) -> Cost:
+    """Return the sum."""
+    return sum(parts, start=Cost())
 
 
-def upper(parts: Mapping[str, Tensors], count: int) -> Tensors:
-    """The `count` largest of some blocks: no choice of so many costs more."""
-    return together(sorted(parts.values(), key=lambda part: part.elements, reverse=True)[:count])
+def largest_cost(parts: Mapping[str, Cost], count: int) -> Cost:
+    """Return the cost of the `count` largest blocks: no selection of that size costs more."""
+    return total_cost(sorted(parts.values(), key=lambda part: part.num_entries, reverse=True)[:count])

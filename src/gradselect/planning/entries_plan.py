@@ -1,15 +1,14 @@
-"""The step of `SparseOptimizer`, and that of an optimizer that trains all it is given, before there is one."""
+"""Steps of a `SparseOptimizer`, and of torch's AdamW on all trainable parameters, planned without them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from gradselect.blocks import partition, visited_share
-from gradselect.core import HALF
+from gradselect.core import HALF, num_bytes
 from gradselect.entries import (
     RUN,
     AbstractDenseMask,
@@ -23,89 +22,71 @@ from gradselect.entries import (
 from gradselect.masks import GMT, ID3, LIFT, BitFit, StaticMask, TopGradient
 from gradselect.usage import UsageError
 
-from .bytes import Bytes, cost
+from .bytes import Bytes, cost_of
 from .forward_pass import ForwardPass
-from .steps import Gradients, Step, Work, moments
+from .steps import Gradients, Step, Work, make_step
+from .training import Training
 
 INDEX_AND_VALUE = 20
-"""Bytes of an entry while the best ones are sought: score, gradient, index, rank."""
+"""Bytes of an entry during the top-k: score, gradient, index, rank."""
+
+Budgets = Mapping[tuple[MaskTensor, ...], int]
+"""Number of entries by the tensors that share them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class MaskTraining:
-    """What decides the bytes of a run with a mask; fields are the arguments of `SparseOptimizer`.
-
-    Args:
-        always: names or globs of parameters that train whole.
-        num_steps: of the run; each may add a byte of bookkeeping for eight steps and tensor.
-    """
-
-    model: nn.Module
-    mask: AbstractMask
-    always: Sequence[str]
-    master_dtype: torch.dtype | None
-    accumulation_steps: int = 1
-    num_steps: int = 1000
-
-
-def mask_step(training: MaskTraining, forward: ForwardPass) -> Step:
-    """The one kind of step that a mask has, when its set is full.
+def mask_step(training: Training, mask: AbstractMask, forward: ForwardPass) -> Step:
+    """Return the one kind of step of a mask, with all its entries in use.
 
     Raises:
-        UsageError: the mask does not fit the model, or is of a kind whose entries nobody can foresee.
+        UsageError: the mask does not fit the model, or its number of entries cannot be known in advance.
     """
-    named = {name: parameter for name, parameter in training.model.named_parameters() if parameter.requires_grad}
-    tensors = [
-        MaskTensor(name=name, parameter=parameter, module=training.model.get_submodule(name.rpartition(".")[0]))
-        for name, parameter in named.items()
-    ]
-    always = [tensor.name for tensor in matching(tensors, training.always)] if training.always else []
-    mask = training.mask.bind([tensor for tensor in tensors if tensor.name not in always])
+    named = dict(training.model.named_parameters())
+    mask, always = _bind(mask, training)
     is_dense = isinstance(mask, AbstractDenseMask)
     whole = [named[name] for name in (*always, *(mask.names if is_dense else ()))]
-    dense = cost(whole, master_dtype=training.master_dtype)
-    entries = {} if is_dense else entry_counts(mask)
-    held, in_use = _entry_bytes(mask, entries, training)
+    dense = cost_of(whole, master_dtype=training.master_dtype)
+    budgets = {} if is_dense else entry_counts(mask)
+    held, in_use = _entry_bytes(mask, budgets, training)
     held += Bytes(
-        weights=sum(parameter.nbytes for parameter in training.model.parameters()),
+        weights=sum(map(num_bytes, training.model.parameters())),
         masters=dense.masters,
         state_on_device=dense.moments,
     )
     trained = [*mask.names, *always]
-    window = sum(named[name].nbytes for name in trained)
-    largest_gradient = max(named[name].nbytes for name in trained)
+    sizes = [num_bytes(named[name]) for name in trained]
+    accumulates = training.accumulation_steps > 1
     gradients = Gradients(
-        before=window if training.accumulation_steps > 1 else 0,
-        most=window if training.accumulation_steps > 1 else dense.gradients + in_use + largest_gradient,
+        before=sum(sizes) if accumulates else 0,
+        most=sum(sizes) if accumulates else dense.gradients + in_use + max(sizes),
         after=dense.gradients + in_use,
     )
-    work = work_of(training.model, trained, forward)
-    return Step(
-        kind="step",
-        moments=moments(held, forward.kept(trained), gradients, workspace=_workspace(entries, dense.largest)),
-        relative_time=work.relative_time,
-        backward_skipped=work.backward_skipped,
+    return make_step(
+        "step",
+        work_of(training.model, trained, forward),
+        forward.kept(trained),
+        held=held,
+        gradients=gradients,
+        workspace=_workspace(budgets, dense.largest),
     )
 
 
-def whole_step(model: nn.Module, forward: ForwardPass, *, accumulation_steps: int) -> Step:
-    """A step of torch's fused AdamW on all that requires a gradient."""
+def adamw_step(training: Training, forward: ForwardPass) -> Step:
+    """Return the step of torch's fused AdamW on all that requires a gradient."""
+    model = training.model
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    part = cost(trained.values(), master_dtype=None)
-    held = Bytes(weights=sum(parameter.nbytes for parameter in model.parameters()), state_on_device=part.moments)
-    before = part.gradients if accumulation_steps > 1 else 0
-    gradients = Gradients(before=before, most=part.gradients, after=part.gradients)
-    work = work_of(model, list(trained), forward)
-    return Step(
-        kind="step",
-        moments=moments(held, forward.kept(list(trained)), gradients, workspace=0),
-        relative_time=work.relative_time,
-        backward_skipped=work.backward_skipped,
+    cost = cost_of(trained.values(), master_dtype=None)
+    before = cost.gradients if training.accumulation_steps > 1 else 0
+    return make_step(
+        "step",
+        work_of(model, list(trained), forward),
+        forward.kept(list(trained)),
+        held=Bytes(weights=sum(map(num_bytes, model.parameters())), state_on_device=cost.moments),
+        gradients=Gradients(before=before, most=cost.gradients, after=cost.gradients),
     )
 
 
 def work_of(model: nn.Module, trained: Sequence[str], forward: ForwardPass) -> Work:
-    """What a step computes in which these parameters have gradients, and the same ones always."""
+    """Return the operations of a step in which always the same parameters have gradients."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     adapters = sum(size for name, size in sizes.items() if ".lora_" in name)
     blocks = partition_all(model)
@@ -121,7 +102,7 @@ def work_of(model: nn.Module, trained: Sequence[str], forward: ForwardPass) -> W
 
 
 def partition_all(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Names of the parameters of each block, frozen ones among them, in model order."""
+    """Return the parameter names of each block in model order, frozen parameters included."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         model.requires_grad_(True)
@@ -131,11 +112,11 @@ def partition_all(model: nn.Module) -> dict[str, tuple[str, ...]]:
             parameter.requires_grad_(required)
 
 
-def entry_counts(mask: AbstractMask) -> dict[tuple[MaskTensor, ...], int]:
-    """How many entries each group of tensors has that shares a budget.
+def entry_counts(mask: AbstractMask) -> Budgets:
+    """Return the number of entries of each group of tensors that shares a budget.
 
     Raises:
-        UsageError: a mask that is not of this package.
+        UsageError: the mask is none of this package.
     """
     match mask:
         case ID3():
@@ -156,9 +137,20 @@ def entry_counts(mask: AbstractMask) -> dict[tuple[MaskTensor, ...], int]:
             return {}
         case _:
             raise UsageError(
-                f"nobody can foresee how many entries {type(mask).__name__} chooses; "
-                "plan with gs.StaticMask(budget=...) of as many"
+                f"the number of entries that {type(mask).__name__} selects cannot be known in advance; "
+                "plan with gs.StaticMask(budget=...) of the number that you expect"
             )
+
+
+def _bind(mask: AbstractMask, training: Training) -> tuple[AbstractMask, list[str]]:
+    """The mask on its tensors, and the names of parameters that train whole."""
+    tensors = [
+        MaskTensor(name=name, parameter=parameter, module=training.model.get_submodule(name.rpartition(".")[0]))
+        for name, parameter in training.model.named_parameters()
+        if parameter.requires_grad
+    ]
+    always = [tensor.name for tensor in matching(tensors, training.always)] if training.always else []
+    return mask.bind([tensor for tensor in tensors if tensor.name not in always]), always
 
 
 def _lift_count(mask: LIFT, tensor: MaskTensor) -> int:
@@ -168,20 +160,18 @@ def _lift_count(mask: LIFT, tensor: MaskTensor) -> int:
     return min(mask.rank * sum(tensor.parameter.shape), tensor.numel)
 
 
-def _entry_bytes(
-    mask: AbstractMask, entries: dict[tuple[MaskTensor, ...], int], training: MaskTraining
-) -> tuple[Bytes, int]:
-    """Indices, moments and masters of the entries, and their gradients from the backward pass to the update."""
+def _entry_bytes(mask: AbstractMask, budgets: Budgets, training: Training) -> tuple[Bytes, int]:
+    """Indices, moments and masters of the entries, and bytes of their gradients between backward pass and update."""
     held, gradients = Bytes(), 0
-    for tensors, count in entries.items():
-        # Of a budget that several tensors share, by the first: they are nearly always alike.
+    for tensors, count in budgets.items():
+        # Tensors that share a budget nearly always have the same dtype: the first decides.
         dtype = tensors[0].parameter.dtype
         has_master = training.master_dtype is not None and dtype in HALF
         moment = torch.promote_types(dtype, torch.float32).itemsize
         index = index_dtype(max(tensor.numel for tensor in tensors)).itemsize
         held += Bytes(masters=count * moment if has_master else 0, state_on_device=count * (2 * moment + index))
         gradients += count * moment
-    held += Bytes(state_on_device=len(mask.tensors) * _cohort_bytes(mask, training.num_steps) if entries else 0)
+    held += Bytes(state_on_device=len(mask.tensors) * _cohort_bytes(mask, training.num_steps) if budgets else 0)
     return held, gradients
 
 
@@ -199,7 +189,7 @@ def _cohort_bytes(mask: AbstractMask, num_steps: int) -> int:
     return -(-min(joins_last, num_steps) // 8)
 
 
-def _workspace(entries: dict[tuple[MaskTensor, ...], int], largest: int) -> int:
-    """Of one run of entries: weights, step sizes, roots and the denominator; or of a whole tensor's denominator."""
-    count = sum(entries.values())
+def _workspace(budgets: Budgets, largest: int) -> int:
+    """The top-k, or one run of entries (weights, step sizes, roots, denominator), or a whole tensor's denominator."""
+    count = sum(budgets.values())
     return max(count * INDEX_AND_VALUE, 4 * 4 * min(count, RUN), 2 * 4 * largest)

@@ -1,4 +1,4 @@
-"""The moments of a step, their bytes, and the time that the step takes against one of full fine-tuning."""
+"""Moments of a step, their bytes, and the step's time relative to full fine-tuning."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .forward_pass import Kept
 
 StepKind = Literal["step", "explore", "exploit"]
 BACKWARD = 4.0
-"""Units of parameters x tokens in a full backward pass: two for activations, two for weights."""
+"""Operations for each parameter and token in a full backward pass: two for activations, two for weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a step computes.
+    """Operations of a step.
 
     Args:
         depth: share of the layers that the backward pass visits.
         frozen: share of the weights without a gradient.
-        growth: weights with an adapter, relative to those without.
-        checkpointing: the layers that the backward pass visits are computed again.
+        growth: number of weights with an adapter, divided by the number without.
+        checkpointing: True if the visited layers are computed again.
     """
 
     depth: float
@@ -34,7 +34,7 @@ class Work:
 
     @property
     def relative_time(self) -> float:
-        """Operations against those of full fine-tuning, which are 6: forward 2, backward 2 and 2."""
+        """Operations divided by those of full fine-tuning, which are 6: forward 2, backward 2 and 2."""
         again = 2 * self.depth if self.checkpointing else 0.0
         return self.growth * (step_time(depth=self.depth, frozen=self.frozen) + again) / FULL_STEP
 
@@ -46,14 +46,14 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A kind of step, at its most expensive.
+    """One kind of step, at its most expensive.
 
     Args:
-        kind: "explore" looks at all gradients, "exploit" trains what was chosen before; "step" where there is no such
-            difference.
-        moments: bytes held when the loss is there ("loss"), when the backward pass comes to the layers ("layers"), when
-            it ends ("backward"), and in the update ("update").
-        relative_time: mean time against a step of full fine-tuning without checkpointing, in operations.
+        kind: "explore" computes all gradients; "exploit" trains blocks that were selected before; "step": this method
+            makes no such difference.
+        moments: bytes held at the loss ("loss"), when the backward pass reaches the layers ("layers"), at its end
+            ("backward"), and in the update ("update").
+        relative_time: mean time in operations; full fine-tuning without gradient checkpointing is 1.
         backward_skipped: mean share of a full backward pass that is not computed.
     """
 
@@ -64,21 +64,46 @@ class Step:
 
     @property
     def bytes(self) -> Bytes:
-        """Of each category the most of all moments."""
+        """Maximum of each category over all moments."""
         return largest(self.moments.values())
 
     @property
     def peak_bytes(self) -> int:
-        """The most that the device holds at one moment."""
+        """Most bytes that the device holds at one moment."""
         return max(moment.device for moment in self.moments.values())
+
+
+def make_step(kind: StepKind, work: Work, kept: Kept, *, held: Bytes, gradients: Gradients, workspace: int = 0) -> Step:
+    """Build a step from its four moments.
+
+    Args:
+        kind: of step.
+        work: operations.
+        kept: what the forward pass leaves.
+        held: weights, masters and state, which stay through the step.
+        gradients: of the weights.
+        workspace: temporaries of the update.
+    """
+    layer = kept.recomputed + kept.in_flight
+    return Step(
+        kind=kind,
+        moments={
+            "loss": held + Bytes(activations=kept.activations, logits=kept.logits, gradients=gradients.before),
+            "layers": held + Bytes(activations=kept.activations, workspace=layer, gradients=gradients.before),
+            "backward": held + Bytes(workspace=layer, gradients=gradients.most),
+            "update": held + Bytes(gradients=gradients.after, workspace=workspace),
+        },
+        relative_time=work.relative_time,
+        backward_skipped=work.backward_skipped,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gradients:
-    """Bytes of gradients in the course of a step.
+    """Bytes of gradients during a step.
 
     Args:
-        before: of earlier forward passes of the step, where they add up.
+        before: of earlier micro-batches of the step.
         most: in the backward pass.
         after: at the update.
     """
@@ -86,21 +111,3 @@ class Gradients:
     before: int
     most: int
     after: int
-
-
-def moments(held: Bytes, kept: Kept, gradients: Gradients, *, workspace: int) -> dict[str, Bytes]:
-    """The four moments of a step.
-
-    Args:
-        held: weights, masters and state, which stay.
-        kept: what the forward pass leaves.
-        gradients: of the weights.
-        workspace: of the update.
-    """
-    layer = kept.recomputed + kept.in_flight
-    return {
-        "loss": held + Bytes(activations=kept.activations, logits=kept.logits, gradients=gradients.before),
-        "layers": held + Bytes(activations=kept.activations, workspace=layer, gradients=gradients.before),
-        "backward": held + Bytes(workspace=layer, gradients=gradients.most),
-        "update": held + Bytes(gradients=gradients.after, workspace=workspace),
-    }

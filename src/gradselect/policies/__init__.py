@@ -1,4 +1,4 @@
-"""WHICH: the policies, one final class per file."""
+"""Policies: rules that select blocks. One final class per file."""
 
 from .adagradselect import AdaGradSelect
 from .all import All

@@ -1,4 +1,4 @@
-"""AdaGradSelect: look at gradients often at first, then draw the blocks from what was learnt."""
+"""AdaGradSelect: epsilon-greedy selection of blocks with a Dirichlet draw."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ from gradselect.usage import UsageError, check_one_of, check_patterns, check_pos
 @final
 @dataclass(eq=False, kw_only=True)
 class AdaGradSelect(AbstractPolicy):
-    """Epsilon-greedy choice of blocks: by gradient norm while exploring, by a Dirichlet draw while exploiting.
+    """Epsilon-greedy selection of blocks: by gradient norm while exploring, by a Dirichlet draw while exploiting.
 
         eps_t = exp(-lambda t) for t < N, 0 afterwards;   lambda = ln(1 / epsilon_end) / N,   N = explore_steps
         explore (probability eps_t):  full backward;  G_b += ||g_b||;  S = the k blocks of largest G_b
         exploit (otherwise):          p ~ Dirichlet(f + delta);        S = the k blocks of largest p_b
         f_b += 1 for b in S
 
-    Step 0 always explores. With a small delta and growing f the draw locks in like a Pólya urn: `delta`,
-    `delta_growth`, `discount`, `norm="rms"` and `coverage` work against it. The paper has eps_0 = 1, eps_N near 0 and
-    exploitation only after N; fractions of 0.1, 0.2 and 0.3 are in its figure. Every other number and option here is a
-    choice of this library.
+    Step 0 always explores. With a small delta and growing f the draw locks in like a Pólya urn. `delta`,
+    `delta_growth`, `discount`, `norm="rms"` and `coverage` work against that. The paper fixes eps_0 = 1, eps_N near 0
+    and exploitation only after N. Its figure shows fractions of 0.1, 0.2 and 0.3. Every other number and option is our
+    choice.
 
     Args:
-        fraction: share of the blocks taking part that trains at a step, k = max(1, round(fraction * blocks)); 0.2 if
-            `count` is not given either.
+        fraction: share of the candidate blocks that trains in a step, k = max(1, round(fraction * blocks)). Default
+            0.2 unless `count` is given.
         count: k itself, instead of `fraction`.
         explore_steps: N, the optimizer steps of the first epoch: `len(loader)` without gradient accumulation.
             None: an integration that knows the loader calls `fill_explore_steps`.
-        epsilon_end: share of exploring steps that eps_t has come down to at t = N.
-        delta: added to every count; larger explores more after the first epoch.
-        rank_by: "cumulative" ranks by G_b, "step" by the norm of this step alone.
-        norm: "l2", or "rms" = ||g_b||_2 / sqrt(number of weights), which favours no large block.
+        epsilon_end: value of eps_t at t = N.
+        delta: added to every count. A larger one explores more after the first epoch.
+        rank_by: "cumulative" ranks by G_b, "step" by the norm of this step only.
+        norm: "l2", or "rms" = ||g_b||_2 / sqrt(number of entries), which does not favour large blocks.
         draw: "top-k" of p, or "multinomial": k draws without replacement with probabilities p.
-        among: names or globs of the blocks that take part, e.g. `("layer.*",)`; None: all.
-        every: choose anew every so many steps and keep the choice between. f counts choices, not the updates between,
-            which would multiply the lock-in.
-        discount: f and G are multiplied by it at each choice; below 1 the bandit forgets what is long ago.
-        coverage: every block trains at least once in any so many consecutive steps; None: no such floor.
+        among: names or globs of the candidate blocks, e.g. `("layer.*",)`. None: all.
+        every: steps between two selections; the blocks stay the same in between. f counts selections, not updates:
+            counting updates would multiply the lock-in.
+        discount: factor on f and G at each selection. Below 1 the bandit forgets old steps.
+        coverage: every block trains at least once in any `coverage` consecutive steps. None: no such guarantee.
         delta_growth: delta_t = delta + delta_growth * t.
-        seed: of every draw.
+        seed: seed of every draw.
 
     Example:
         >>> policy = AdaGradSelect(fraction=0.2, explore_steps=1000)
@@ -62,6 +62,8 @@ class AdaGradSelect(AbstractPolicy):
 
     Reference: Kumar, Gupta, Chawla, "AdaGradSelect", arXiv 2512.15764.
     """
+
+    method_name = "adagradselect"
 
     fraction: float | None = None
     count: int | None = None
@@ -114,19 +116,19 @@ class AdaGradSelect(AbstractPolicy):
         self.selection = []
 
     def fill_explore_steps(self, num_steps: int) -> None:
-        """Set N to `num_steps`, the optimizer steps of the first epoch, unless it was given or is filled already.
+        """Set N to `num_steps`, the optimizer steps of the first epoch, unless N is known already.
 
-        It becomes part of the state, so a resumed run has it. Binding keeps it.
+        It is part of the state, so a resumed run has it. Binding keeps it.
         """
         check_whole("explore_steps", num_steps)
         if self.explore_steps is None and self.filled_explore_steps is None:
             self.filled_explore_steps = num_steps
 
     def explore_probability(self, step: int) -> float:
-        """eps_t: how likely step `step` looks at all gradients; 0 where `every` keeps the selection.
+        """Return eps_t, the probability that step `step` explores; 0 where `every` keeps the selection.
 
         Raises:
-            UsageError: the step is not the first, and nobody has said how long the first epoch is.
+            UsageError: `step` is not 0 and the length of the first epoch is unknown.
         """
         if step % self.every:
             return 0.0
@@ -144,7 +146,7 @@ class AdaGradSelect(AbstractPolicy):
         return best(self.names, due_first, self.keep_at(step))
 
     def decide(self, step: int, norms: Norms) -> tuple[str, ...]:
-        self._known_explore_steps()  # before the first update rather than after it
+        self._known_explore_steps()  # fails before the first update rather than after it
         return super().decide(step, norms)
 
     def keep_at(self, step: int) -> int:
@@ -173,13 +175,13 @@ class AdaGradSelect(AbstractPolicy):
         num_steps = self.filled_explore_steps if self.explore_steps is None else self.explore_steps
         if num_steps is None:
             raise UsageError(
-                "explore_steps=None is still open; write AdaGradSelect(explore_steps=len(loader)), or let the "
+                "explore_steps=None was never filled in; write AdaGradSelect(explore_steps=len(loader)), or let the "
                 "Trainer's SelectionCallback fill it in"
             )
         return num_steps
 
     def _exploit_keys(self, step: int) -> dict[str, float]:
-        """A number per block; the k largest are the draw. Top-k of log p, or of log p + Gumbel noise."""
+        """Return a key per block. The k largest keys are the draw: top-k of log p, or of log p + Gumbel noise."""
         generator = stream(seed=self.seed, step=step, purpose="exploit")
         delta = self.delta + self.delta_growth * step
         log_shares = {name: log_gamma(generator, self.counts[name] + delta) for name in self.names}
@@ -188,8 +190,8 @@ class AdaGradSelect(AbstractPolicy):
         return {name: log_share + gumbel(generator) for name, log_share in log_shares.items()}
 
     def _accumulated(self, block: str, norm: float) -> float:
-        informative = self._magnitude(block, norm) if math.isfinite(norm) else 0.0
-        return self.discount * self.scores[block] + informative
+        finite = self._magnitude(block, norm) if math.isfinite(norm) else 0.0
+        return self.discount * self.scores[block] + finite
 
     def _magnitude(self, block: str, norm: float) -> float:
         return norm if self.norm == "l2" else norm / math.sqrt(self.num_elements[block])
@@ -204,17 +206,18 @@ class AdaGradSelect(AbstractPolicy):
         least = (math.ceil(num_blocks / num_selected) - 1) * self.every + 1
         if self.coverage is not None and self.coverage < least:
             raise UsageError(
-                f"coverage={self.coverage} cannot be kept: {num_selected} of {num_blocks} blocks, chosen anew every "
+                f"coverage={self.coverage} cannot be kept: {num_selected} of {num_blocks} blocks, selected anew every "
                 f"{self.every} steps, need {least} steps to reach all; write coverage={least} or more"
             )
 
 
 def due(slacks: Mapping[str, int], num_selected: int) -> tuple[str, ...]:
-    """The blocks that this choice must contain so that every deadline can be met; earliest deadline first.
+    """Return the blocks that this selection must contain so that every deadline can be met, earliest deadline first.
 
-    slacks[b] is how many choices block b may still be left out. Let N_d be the number of blocks with slack <= d: they
-    have (d + 1) k places, k = num_selected, d k of them after this choice, so at least max_d (N_d - d k) go now.
-    Slacks of at least ceil(blocks / k) - 1 after each selection keep that number at k or below for ever.
+    slacks[b] is the number of selections that may still leave out block b. Let N_d be the number of blocks with slack
+    <= d, and k = num_selected. They share (d + 1) k places, of which d k come after this selection. So at least
+    max_d (N_d - d k) must be selected now. If slacks are at least ceil(blocks / k) - 1 after each selection, that
+    number never exceeds k.
     """
     by_deadline = sorted(slacks, key=lambda name: slacks[name])
     num_now = max(position - num_selected * slacks[name] for position, name in enumerate(by_deadline, start=1))

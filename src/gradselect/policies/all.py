@@ -11,7 +11,7 @@ from gradselect.blocks import AbstractPolicy
 @final
 @dataclass(eq=False)
 class All(AbstractPolicy):
-    """Trains every block at every step: the optimizer is plain AdamW.
+    """Select every block at every step: the optimizer is plain AdamW.
 
     Example:
         >>> full = All()

@@ -14,16 +14,16 @@ from gradselect.usage import check_one_of, check_patterns, check_whole
 @final
 @dataclass(eq=False, kw_only=True)
 class Cyclic(AbstractPolicy):
-    """Visits every block once a round, `count` blocks a turn, `every` steps a turn.
+    """Select every block once per round: `count` blocks per turn, `every` steps per turn.
 
-    Where `count` does not divide the number of blocks, the last turn of a round trains the few that are left.
+    If `count` does not divide the number of blocks, the last turn of a round trains the remainder.
 
     Args:
-        every: steps of a turn.
-        order: "random" is a new permutation each round, "ascending" is model order, "descending" from the head down.
-        count: blocks that train together.
-        among: names or globs of the blocks that take part, e.g. `("layer.*",)`; None: all.
-        seed: of the permutations.
+        every: steps per turn.
+        order: "random" permutes anew each round, "ascending" is model order, "descending" starts at the head.
+        count: blocks per turn.
+        among: names or globs of the candidate blocks, e.g. `("layer.*",)`. None: all.
+        seed: seed of the permutations.
 
     Example:
         BAdam, together with `BlockOptimizer(..., residency=Drop())`:
@@ -59,7 +59,10 @@ class Cyclic(AbstractPolicy):
 
     @property
     def coverage_steps(self) -> int:
-        """A random order may visit a block first in one round and last in the next: twice the turns lie between."""
+        """Largest number of steps in which every block trains once.
+
+        A random order may visit a block first in one round and last in the next: twice the turns lie between.
+        """
         turns_between = self._num_turns() - 1
         return (2 if self.order == "random" else 1) * turns_between * self.every + 1
 

@@ -13,7 +13,7 @@ from gradselect.usage import check_patterns
 @final
 @dataclass(eq=False)
 class Fixed(AbstractPolicy):
-    """Trains the named blocks and never another.
+    """Select the named blocks at every step.
 
     Args:
         blocks: names, aliases or globs, e.g. `("layer.4", "layer.5")` or `("layer.*", "head")`.

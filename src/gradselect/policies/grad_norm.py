@@ -23,30 +23,30 @@ from gradselect.usage import check_one_of, check_patterns, check_positive, check
 @final
 @dataclass(eq=False, kw_only=True)
 class GradNormTopK(AbstractPolicy):
-    """Selects by m_b, the gradient norm of block b or a moving average of it.
+    """Select blocks by m_b, the gradient norm of block b or its moving average.
 
         m_b = ema m_b + (1 - ema) ||g_b||    where b is observed (m_b = ||g_b|| the first time); else m_b stays
         S   = the k blocks of largest m_b, or with temperature
         S   = k draws without replacement from softmax(m / temperature)
 
-    With the defaults, Algorithm 1 of AdaGradSelect's paper: every step a full backward, then the k largest norms.
+    The defaults are Algorithm 1 of AdaGradSelect's paper: a full backward pass each step, then the k largest norms.
 
-    Without probing every choice observes all blocks; with `probe_steps`, only the first steps do: they update nothing,
-    m_b is then the mean of their norms, and from there on follows the blocks that train, by their own gradients alone.
+    Without `probe_steps` every selection observes all blocks. With it only the first steps do: they update nothing and
+    set m_b to the mean of their norms. After them m_b changes only for the blocks that train.
 
     Args:
-        fraction: share of the blocks taking part that trains at a step, k = max(1, round(fraction * blocks)).
+        fraction: share of the candidate blocks that trains in a step, k = max(1, round(fraction * blocks)).
         count: k itself, instead of `fraction`.
-        refresh: choose anew every so many steps and keep the choice between.
-        temperature: of the softmax, in units of the norm; None: no draw.
-        ema: weight of the old average, in (0, 1]; None: m_b is the latest norm.
-        probe_steps: steps at the start that only look.
-        norm: "l2", or "rms" = ||g_b||_2 / sqrt(number of weights), which favours no large block.
-        among: names or globs of the blocks that take part, e.g. `("layer.*",)`; None: all.
-        seed: of the draws.
+        refresh: steps between two selections; the blocks stay the same in between.
+        temperature: temperature of the softmax, in units of the norm. None: no draw.
+        ema: weight of the old average, in (0, 1]. None: m_b is the latest norm.
+        probe_steps: first steps, which observe and update nothing.
+        norm: "l2", or "rms" = ||g_b||_2 / sqrt(number of entries), which does not favour large blocks.
+        among: names or globs of the candidate blocks, e.g. `("layer.*",)`. None: all.
+        seed: seed of the draws.
 
     Example:
-        GRASS; the numbers are examples, not the paper's:
+        GRASS. The numbers are examples, not the paper's:
 
         >>> grass = GradNormTopK(
         ...     count=2, refresh=20, temperature=1e-3, ema=0.9, probe_steps=20, norm="rms", among=("layer.*",)
@@ -55,6 +55,8 @@ class GradNormTopK(AbstractPolicy):
     Reference: Kumar, Gupta, Chawla, "AdaGradSelect", arXiv 2512.15764, Algorithm 1; Tian et al., "GRASS: Gradient-based
     Adaptive Layer-wise Importance Sampling for Memory-efficient Large Language Model Fine-tuning", arXiv 2604.07808.
     """
+
+    method_name = "gradnorm"
 
     fraction: float | None = None
     count: int | None = None

@@ -1,4 +1,4 @@
-"""MISA: matrices, drawn by importance until a share of the weights is reached."""
+"""MISA: blocks drawn by importance up to a share of the entries."""
 
 from __future__ import annotations
 
@@ -14,30 +14,29 @@ from gradselect.usage import UsageError, check_patterns, check_positive, check_w
 @final
 @dataclass(eq=False, kw_only=True)
 class MISA(AbstractPolicy):
-    """Every `every` steps a new draw of blocks, by their gradients while they trained, within a share of the weights.
+    """Draw blocks by importance every `every` steps, up to a share of the entries.
 
         G_b = ema G_b + (1 - ema) mean_t ||g_b,t||^2 / N_b    over the steps t of a period in which b trained
-        p_b ∝ exp(eta G_b / mean(G))                          the mean over blocks; at first all G_b are 0, p_b alike
-        S   = blocks drawn one by one with probabilities p without replacement, while their weights are at most
-              share * (weights of all taking part); at least one
+        p_b ∝ exp(eta G_b / mean(G))                          the mean over blocks; at first all G_b are 0, p_b equal
+        S   = blocks drawn one by one with probabilities p without replacement, while their entries are at most
+              share * (entries of all candidates); at least one block
 
-    The paper's units are the matrices of the layers (q, k, v, o, up, down), so give the optimizer
-    `blocks=partition(model, by="matrix")` and `among` the matrices. From the paper: modules as units, the importance
-    sampling by an average of squared gradient norms, the limit on the share of the weights (its 3 % is the default here
-    too), 50 steps a period, state cleared at the end of one (`residency=Drop()`).
+    N_b is the number of entries of block b. The paper's blocks are the matrices of the layers (q, k, v, o, up, down):
+    give the optimizer `blocks=partition(model, by="matrix")` and name the matrices in `among`. The paper also gives the
+    importance sampling by an average of squared gradient norms, the limit on the share (3 %), 50 steps per period, and
+    the state cleared at the end of a period (`residency=Drop()`).
 
-    Choices of this library: eta and ema, that G is scaled by the number of weights N_b and eta is in units of the mean
-    importance, that a block which is drawn twice in a row keeps its state, and that the paper's additional momentum
-    step at the end of a period is left out.
+    Our choices: eta and ema; G scaled by N_b; eta in units of the mean importance; a block drawn twice in a row keeps
+    its state; the paper's additional momentum step at the end of a period is left out.
 
     Args:
-        share: of the weights taking part that a draw may hold at most.
-        every: steps of a period.
-        eta: how strongly importance counts; towards 0 all blocks are drawn alike.
+        share: largest share of the candidates' entries that a draw may hold.
+        every: steps per period.
+        eta: strength of importance. Near 0 all blocks are equally likely.
         ema: weight of the old average, in (0, 1].
-        among: names or globs of the blocks that take part; None: all. Of a Llama cut into matrices `("layer.*.*.*",)`
-            are the matrices, without the norms ("layer.3.vectors").
-        seed: of the draws.
+        among: names or globs of the candidate blocks. None: all. For a Llama with `by="matrix"`, `("layer.*.*.*",)`
+            names the matrices without the norms ("layer.3.vectors").
+        seed: seed of the draws.
 
     Example:
         >>> misa = MISA(among=("layer.*.*.*",))
@@ -80,11 +79,11 @@ class MISA(AbstractPolicy):
         generator = stream(seed=self.seed, step=step // self.every, purpose="misa")
         keys = {name: weight + gumbel(generator) for name, weight in self.log_weights().items()}
         drawn = sorted(self.names, key=lambda name: keys[name], reverse=True)
-        chosen = within(drawn, self.num_elements, limit=self.share * sum(map(self.num_elements.__getitem__, drawn)))
-        return tuple(name for name in self.names if name in chosen)
+        selected = within(drawn, self.num_elements, limit=self.share * sum(map(self.num_elements.__getitem__, drawn)))
+        return tuple(name for name in self.names if name in selected)
 
     def log_weights(self) -> dict[str, float]:
-        """log p_b of each block, up to a constant."""
+        """Return log p_b of each block, up to a constant."""
         mean = sum(self.importance.values()) / len(self.importance)
         return {name: self.eta * value / mean if mean > 0 else 0.0 for name, value in self.importance.items()}
 
@@ -104,11 +103,11 @@ class MISA(AbstractPolicy):
 
 
 def within(drawn: Sequence[str], sizes: Mapping[str, int], *, limit: float) -> set[str]:
-    """The first of `drawn` whose sizes together stay within `limit`; at least one."""
-    chosen, total = {drawn[0]}, sizes[drawn[0]]
+    """Return the first names of `drawn` whose sizes sum to at most `limit`; at least one."""
+    selected, total = {drawn[0]}, sizes[drawn[0]]
     for name in drawn[1:]:
         total += sizes[name]
         if total > limit:
             break
-        chosen.add(name)
-    return chosen
+        selected.add(name)
+    return selected

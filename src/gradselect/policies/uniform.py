@@ -1,4 +1,4 @@
-"""Uniform: random blocks; the baseline that a learned criterion has to beat."""
+"""Uniform: random blocks, the baseline that any criterion has to beat."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gradselect.usage import check_patterns, check_whole
 @final
 @dataclass(eq=False, kw_only=True)
 class Uniform(AbstractPolicy):
-    """Every `every` steps a new set of k blocks, all sets of k equally likely.
+    """Select k random blocks every `every` steps; all sets of k are equally likely.
 
     Args:
-        fraction: share of the blocks taking part that trains at a step, k = max(1, round(fraction * blocks)).
+        fraction: share of the candidate blocks that trains in a step, k = max(1, round(fraction * blocks)).
         count: k itself, instead of `fraction`.
-        every: steps that a set is trained for.
-        among: names or globs of the blocks that take part, e.g. `("layer.*",)`; None: all.
-        seed: of the draws.
+        every: steps between two selections.
+        among: names or globs of the candidate blocks, e.g. `("layer.*",)`. None: all.
+        seed: seed of the draws.
 
     Example:
         LISA, together with `BlockOptimizer(..., always=("embedding", "norm", "head"))`:
@@ -30,6 +30,8 @@ class Uniform(AbstractPolicy):
     Reference: Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning",
     arXiv 2403.17919.
     """
+
+    method_name = "uniform"
 
     fraction: float | None = None
     count: int | None = None

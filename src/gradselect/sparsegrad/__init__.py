@@ -1,4 +1,4 @@
-"""SparseGrad: linears in a basis in which about one gradient entry in a hundred matters."""
+"""SparseGrad: linear layers in a basis that concentrates the gradient in about 1 % of its entries."""
 
 from .conversion import convert, fold
 from .gradient_energy import EnergyShare, energy

@@ -1,4 +1,4 @@
-"""The bases in which the gradients of a kind of layers are concentrated."""
+"""Bases that concentrate the gradients of layers of one kind."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .rotated import Bases
 class GramMatrices:
     r"""Σ G Gᵀ and Σ Gᵀ G over gradients G of one shape.
 
-    Their eigenvectors are the left singular vectors of the two unfoldings of the stacked gradients, which is the
-    HOSVD of the paper; but what is kept has D_out² + D_in² entries, however many gradients there are.
+    Their eigenvectors are the left singular vectors of the two unfoldings of the stacked gradients: the HOSVD of the
+    paper. Memory is D_out² + D_in² entries for any number of gradients.
 
     Args:
-        like: a weight of shape (D_out, D_in), e.g. (1066, 128); its device, and at least fp32.
+        like: a weight of shape (D_out, D_in), e.g. (1066, 128). Gives the device, and the dtype if wider than fp32.
 
     Reference: De Lathauwer, De Moor, Vandewalle, "A multilinear singular value decomposition", 2000, property 5.
     """
@@ -33,21 +33,21 @@ class GramMatrices:
         self.output, self.input = (torch.zeros(size, size, dtype=dtype, device=like.device) for size in like.shape)
 
     def add(self, gradient: Tensor) -> None:
-        """Count one more gradient, of shape (D_out, D_in)."""
+        """Add a gradient of shape (D_out, D_in)."""
         gradient = gradient.to(self.output.dtype)
         self.output.addmm_(gradient, gradient.T)
         self.input.addmm_(gradient.T, gradient)
 
     def bases(self, *, dtype: torch.dtype) -> Bases:
-        """Both bases in `dtype`, directions of most energy first."""
+        """Return both bases in `dtype`, directions of largest energy first."""
         return Bases(output=principal_axes(self.output).to(dtype), input=principal_axes(self.input).to(dtype))
 
 
 def principal_axes(gram: Tensor) -> Tensor:
-    """Eigenvectors of a symmetric matrix as rows, by falling eigenvalue; in fp64.
+    """Return the eigenvectors of a symmetric matrix as rows, by descending eigenvalue, in fp64.
 
-    In fp64, as rows that come out of it are orthogonal to the last bit of fp32, and a layer is the same function only
-    as far as they are; it is done once. That squaring has blurred the smallest axes is no loss: they hold no energy.
+    fp64 makes the rows orthogonal to the last bit of fp32; a rotated layer is only as exact as that. It runs once.
+    Squaring blurs the smallest axes, which is harmless: they hold no energy.
     """
     return torch.linalg.eigh(gram.double()).eigenvectors.flip(1).T.contiguous()
 
@@ -55,10 +55,10 @@ def principal_axes(gram: Tensor) -> Tensor:
 def estimate_bases(
     model: nn.Module, layers: Sequence[LinearLayer], batches: Iterable[Any], *, loss: Loss | None
 ) -> Mapping[str, Bases]:
-    """Bases by kind of layer, from the gradients that the batches give the model as it is.
+    """Return bases by kind of layer, from the gradients of the unchanged model on the batches.
 
     Raises:
-        UsageError: no batch, no loss, or gradients from which there is nothing to learn.
+        UsageError: no batch, no loss, or gradients that are all zero or not finite.
     """
     by_weight = {layer.weight_name: layer for layer in layers}
     grams = {layer.kind: GramMatrices(layer.matrix) for layer in layers}
@@ -73,7 +73,7 @@ def estimate_bases(
         energy = float(grams[layer.kind].input.trace())
         if not 0 < energy < float("inf"):
             raise UsageError(
-                f"the gradients of {layer.name!r} and its like have energy {energy} over these batches; "
+                f"the gradients of {layer.name!r} and layers of its kind have energy {energy} over these batches; "
                 "give batches whose loss is finite and depends on these layers, or leave them out of layers="
             )
     dtypes = {layer.kind: layer.weight.dtype for layer in layers}

@@ -1,4 +1,4 @@
-"""How much of a gradient its largest entries hold, rotated and plain."""
+"""Share of the gradient's energy in its largest entries, in the rotated and in the plain basis."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from .gradients import Loss, visit_gradients
 
 @dataclass(frozen=True, kw_only=True)
 class EnergyShare:
-    """What the top entries of one layer's gradients hold of Σ g², as a mean over batches.
+    """Share of Σ g² in the largest entries of one layer's gradients, as a mean over batches.
 
     Attributes:
-        layer: name of the linear.
-        density: share of the entries that are looked at.
+        layer: name of the linear layer.
+        density: share of the entries that count as largest.
         rotated: share of the energy in the basis of the layer's parameter.
         original: share of the energy in the basis of the plain layer.
+
+    Example:
+        >>> EnergyShare(layer="layers.0.up", density=0.01, rotated=0.9, original=0.25).rotated
+        0.9
     """
 
     layer: str
@@ -35,22 +39,32 @@ class EnergyShare:
 def energy(
     model: nn.Module, batches: Iterable[Any], *, densities: Sequence[float] = (0.01,), loss: Loss | None = None
 ) -> list[EnergyShare]:
-    r"""Measure what share of Σ g² the largest entries of the gradient hold, in both bases of each rotated linear.
+    r"""Measure the share of Σ g² in the largest entries of the gradient, for each rotated layer in both bases.
 
-    Of each gradient G̃ = V G Uᵀ of a batch, and of G = Vᵀ G̃ U: Σ of the `density` largest g² / Σ g². To know whether the
-    bases serve, take batches that they were not estimated from.
+    The share is Σ of the `density` largest g² / Σ g², for the gradient G̃ = V G Uᵀ of a batch and for G = Vᵀ G̃ U. To
+    judge the bases, use batches that they were not estimated from.
 
     Args:
-        model: a converted one; it is left as it was.
+        model: a converted model; stays unchanged.
         batches: for `model(**batch).loss`, as in `convert`.
         densities: in (0, 1].
         loss: (model, batch) -> scalar, as in `convert`.
 
     Returns:
-        A row for each layer and density, in model order. A gradient of zeros does not count.
+        A row per layer and density, in model order. Gradients of zeros are skipped.
 
     Raises:
-        UsageError: no rotated linear, no batch, no loss.
+        UsageError: no rotated layer, no batch, no loss.
+
+    Example:
+        >>> import torch
+        >>> import gradselect as gs
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+        >>> batches, loss = [torch.ones(2, 8)], lambda model, batch: model(batch).square().mean()
+        >>> mask = gs.sparsegrad.convert(model, batches, loss=loss)
+        >>> shares = gs.sparsegrad.energy(model, batches, densities=(0.1,), loss=loss)
+        >>> all(share.rotated > share.original for share in shares)
+        True
     """
     for density in densities:
         check_positive("densities", density, at_most=1, example=0.01)
@@ -82,7 +96,7 @@ def energy(
 
 
 def energy_share(gradient: Tensor, density: float) -> float:
-    """Share of Σ g² in the max(1, round(density n)) largest of n entries."""
+    """Return the share of Σ g² in the max(1, round(density n)) largest of n entries."""
     squares = gradient.flatten().double().square()
     count = max(1, round(density * squares.numel()))
     return float(squares.topk(count).values.sum() / squares.sum())

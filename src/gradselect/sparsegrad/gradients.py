@@ -1,4 +1,4 @@
-"""Gradients of chosen weights, batch by batch, of a model that is left as it was."""
+"""Gradients of some weights, batch by batch, without side effects on the model."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def visit_gradients(
     loss: Loss | None,
     visit: Callable[[str, Tensor], None],
 ) -> None:
-    """Call `visit(name, gradient)` for each of `parameters` in the backward pass of each batch; then the gradient goes.
+    """Call `visit(name, gradient)` for each of `parameters` in the backward pass of each batch, then free the gradient.
 
-    The model is in evaluation mode meanwhile, so without dropout. Afterwards its parameters and their gradients,
-    `requires_grad`, the modes of its modules, its buffers and the global random state are what they were.
+    The model runs in evaluation mode, so without dropout. Parameters, gradients, `requires_grad`, modes of modules,
+    buffers and the global random state are restored.
 
     Raises:
         UsageError: no batch, or a batch without a loss.
     """
     loss = loss or _loss_of_output
 
-    def arrived(name: str, parameter: Parameter) -> None:
+    def visit_and_free(name: str, parameter: Parameter) -> None:
         assert parameter.grad is not None
         visit(name, parameter.grad)
         parameter.grad = None
@@ -47,17 +47,17 @@ def visit_gradients(
             stack.enter_context(context)
         stack.enter_context(_only_training(model, parameters))
         for name, parameter in parameters.items():
-            hook = parameter.register_post_accumulate_grad_hook(lambda arrived_at, name=name: arrived(name, arrived_at))
+            hook = parameter.register_post_accumulate_grad_hook(lambda weight, name=name: visit_and_free(name, weight))
             stack.callback(hook.remove)
         for batch in batches:
             loss(model, batch).backward()
             num_batches += 1
     if num_batches == 0:
-        raise UsageError("batches is empty; give some batches of the training data, e.g. list(islice(loader, 16))")
+        raise UsageError("batches is empty; pass batches of the training data, e.g. list(islice(loader, 16))")
 
 
 def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that models of transformers compute themselves."""
+    """Return the loss that a transformers model computes itself."""
     if not isinstance(batch, Mapping):
         raise UsageError(
             f"a batch is a {type(batch).__name__}, not a mapping for model(**batch); "
@@ -66,20 +66,20 @@ def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
     found = getattr(model(**batch), "loss", None)
     if found is None:
         raise UsageError(
-            f"{type(model).__name__} gave no loss for a batch with {', '.join(map(repr, batch))}; "
-            'put "labels" in, or write loss=lambda model, batch: <a scalar>'
+            f"{type(model).__name__} returned no loss for a batch with {', '.join(map(repr, batch))}; "
+            'add "labels", or write loss=lambda model, batch: <a scalar>'
         )
     return found
 
 
 @contextmanager
 def _only_training(model: nn.Module, parameters: Mapping[str, Parameter]) -> Iterator[None]:
-    """Everything but `parameters` is frozen, and no parameter has a gradient; both are put back."""
+    """Freeze everything except `parameters` and take gradients away; restore both on exit."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    chosen = set(parameters.values())
+    training = set(parameters.values())
     try:
         for parameter, _, _ in before:
-            parameter.requires_grad_(parameter in chosen)
+            parameter.requires_grad_(parameter in training)
             parameter.grad = None
         yield
     finally:
@@ -90,12 +90,12 @@ def _only_training(model: nn.Module, parameters: Mapping[str, Parameter]) -> Ite
 
 @contextmanager
 def _unchanged_modules(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; each module's mode and buffers are put back."""
+    """Switch to evaluation mode; restore modes and buffers on exit."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
-        if not isinstance(module, Bases)  # large, and nothing writes to them
+        if not isinstance(module, Bases)  # large, and never written to
         for name, buffer in module.named_buffers(recurse=False)
     ]
     try:
@@ -111,7 +111,7 @@ def _unchanged_modules(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unchanged_random_state(model: nn.Module) -> Iterator[None]:
-    """The generators of the CPU and of the model's devices are put back."""
+    """Restore the generators of the CPU and of the model's devices on exit."""
     devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
     kinds = {device.type for device in devices}
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Which linears of a model are rotated."""
+"""The linear layers of a model that can be rotated."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from gradselect.usage import UsageError, as_tuple, beginnings, matching
 
 from .rotated import RotatedLinear
 
-BESIDE_THE_MLP = ("attn", "attention", "router", "lora_")
-"""What the name or the class of a module on the way to a linear holds if the linear is none of an MLP."""
+NOT_OF_MLP = ("attn", "attention", "router", "lora_")
+"""Parts of module names or classes that show, on the path to a linear layer, that it does not belong to an MLP."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """A linear inside one of the model's repeated layers.
+    """A linear layer inside one of the model's repeated layers.
 
     Attributes:
-        name: of the module, e.g. "model.layers.3.mlp.up_proj".
-        kind: what layers that share bases have in common, e.g. "mlp up_proj 1066x128".
-        number: of the repeated layer it stands in.
-        of_mlp: whether it is neither attention's nor a router's nor an adapter's.
+        name: name of the module, e.g. "model.layers.3.mlp.up_proj".
+        kind: layers of one kind share bases, e.g. "mlp up_proj 1066x128".
+        number: number of the repeated layer around it.
+        of_mlp: False if it belongs to attention, a router or an adapter.
         module: an `nn.Linear`, or transformers' `Conv1D`.
     """
 
@@ -39,7 +39,7 @@ class LinearLayer:
 
     @property
     def weight(self) -> Parameter:
-        """The module's own, in its own shape."""
+        """The weight of the module, in its own shape."""
         assert isinstance(self.module.weight, Parameter)
         return self.module.weight
 
@@ -54,31 +54,37 @@ class LinearLayer:
         return self.turned(self.weight)
 
     def turned(self, tensor: Tensor) -> Tensor:
-        """From the weight's shape to that of W; `Conv1D` keeps Wᵀ."""
+        """Return a tensor of the weight's shape in the shape of W; `Conv1D` keeps Wᵀ."""
         return tensor if isinstance(self.module, nn.Linear) else tensor.T
 
 
 def choose_layers(model: nn.Module, *, layers: str | Sequence[str] | None, every: int) -> list[LinearLayer]:
-    """The linears to rotate, in model order.
+    """Return the linear layers to rotate, in model order. `convert` explains the arguments.
 
     Raises:
-        UsageError: none is found, a pattern matches none, or one that is named cannot be rotated.
+        UsageError: there is none, a pattern matches none, or a named layer cannot be rotated.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+        >>> [layer.name for layer in choose_layers(model, layers=None, every=2)]
+        ['0', '2']
     """
     known = linears_of(model)
-    chosen = _of_mlp(model, known) if layers is None else _named(known, as_tuple(layers))
-    of_blocks = [layer for layer in chosen if layer.number % every == 0]
-    if not of_blocks:
-        numbers = sorted({layer.number for layer in chosen})
-        raise UsageError(f"every={every} leaves none of the linears, in blocks {numbers}; write every=1")
-    _refuse_tied(model, of_blocks)
-    return of_blocks
+    candidates = _of_mlp(model, known) if layers is None else _named(known, as_tuple(layers))
+    selected = [layer for layer in candidates if layer.number % every == 0]
+    if not selected:
+        numbers = sorted({layer.number for layer in candidates})
+        raise UsageError(f"every={every} leaves no linear layer, they are in blocks {numbers}; write every=1")
+    _refuse_tied(model, selected)
+    return selected
 
 
 def linears_of(model: nn.Module) -> list[LinearLayer]:
-    """All linears in the repeated layers, in model order.
+    """Return all linear layers inside the repeated layers, in model order.
 
     Raises:
-        UsageError: some of the model is rotated already.
+        UsageError: a part of the model is rotated already.
     """
     layout = Layout(model, matrices=None)
     found = []
@@ -94,65 +100,67 @@ def linears_of(model: nn.Module) -> list[LinearLayer]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """By name for `Conv1D`: transformers is not imported here."""
+    # Conv1D by name, because the library does not import transformers.
     return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and len(_shape(module)) == 2)
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
-    """Of the weight."""
+    """Return the shape of the weight."""
     assert isinstance(module.weight, Tensor)
     return tuple(module.weight.shape)
 
 
 def _kind(inside: str, module: nn.Module) -> str:
-    """From the path inside the layer: numbers, of experts say, make no difference."""
+    """Return path and shape inside the layer, without numbers: all experts are of one kind."""
     words = [word for word in inside.split(".") if not word.isdigit()]
     return " ".join([*words, "x".join(map(str, _shape(module)))])
 
 
 def _is_of_mlp(model: nn.Module, layer: str, name: str) -> bool:
-    """Whether no module on the way from the layer to the linear says otherwise, and it maps vectors to vectors."""
+    """Return True unless a module on the path is attention, router or adapter, or the layer is a gate or has size 1."""
     inside = [path for path in beginnings(name) if len(path) > len(layer)]
     names = [path.rpartition(".")[2] for path in inside]
     classes = [type(model.get_submodule(path)).__name__ for path in inside]
-    is_beside = any(mark in word.lower() for word in names + classes for mark in BESIDE_THE_MLP)
+    is_other = any(mark in word.lower() for word in names + classes for mark in NOT_OF_MLP)
     is_gate = names[-1:] == ["gate"] or 1 in _shape(model.get_submodule(name))
-    return not is_beside and not is_gate
+    return not is_other and not is_gate
 
 
 def _of_mlp(model: nn.Module, known: Sequence[LinearLayer]) -> list[LinearLayer]:
-    """Those of MLPs that can be rotated."""
+    """Return the linear layers of MLPs that can be rotated."""
     of_mlp = [layer for layer in known if layer.of_mlp]
     if not of_mlp:
         raise UsageError(
-            f"{type(model).__name__} has no linear of an MLP in its repeated layers; "
-            f"name linears with layers=(...): {', '.join(layer.name for layer in known[:5]) or 'but there is none'}"
+            f"{type(model).__name__} has no linear layer of an MLP in its repeated layers; "
+            f"name some with layers=(...): {', '.join(layer.name for layer in known[:5]) or 'but there is none'}"
         )
     usable = [layer for layer in of_mlp if _fault(layer) is None]
     if not usable:
-        raise UsageError(f"none of the {len(of_mlp)} linears of MLPs can be rotated; the first {_fault(of_mlp[0])}")
+        raise UsageError(
+            f"none of the {len(of_mlp)} linear layers of MLPs can be rotated; the first {_fault(of_mlp[0])}"
+        )
     return usable
 
 
 def _named(known: Sequence[LinearLayer], patterns: Sequence[str]) -> list[LinearLayer]:
-    """Those that the user named, each of which can be rotated."""
+    """Return the layers that match the patterns; refuse those that cannot be rotated."""
     if not patterns:
-        raise UsageError('layers=() names no linear; write layers=None, or e.g. layers=("*.up_proj", "*.down_proj")')
+        raise UsageError('layers=() names no layer; write layers=None, or e.g. layers=("*.up_proj", "*.down_proj")')
     names = matching([layer.name for layer in known], patterns, key="layers", kind="linear in the repeated layers")
-    chosen = [layer for layer in known if layer.name in names]
-    for layer in chosen:
+    selected = [layer for layer in known if layer.name in names]
+    for layer in selected:
         if (fault := _fault(layer)) is not None:
             raise UsageError(f"layers: {layer.name!r} {fault}")
-    return chosen
+    return selected
 
 
 def _fault(layer: LinearLayer) -> str | None:
-    """Why the layer cannot be rotated."""
+    """Return the reason why the layer cannot be rotated, or None."""
     weight, kind = layer.module.weight, type(layer.module)
     if type(weight) is not Parameter or weight.dtype not in DTYPES:
         return f"is quantised or sharded ({type(weight).__name__}); load the model in bf16 or fp32, unsharded"
     if getattr(weight, "gradselect_owner", None) is not None:
-        return "is trained by an optimizer; convert before making one, or close() that one"
+        return "is trained by an optimizer; convert before building one, or close() that one"
     if not weight.requires_grad:
         return "is frozen; call requires_grad_(True) on it, or leave it out"
     if isinstance(layer.module, nn.Linear) and kind.forward is not nn.Linear.forward:
@@ -167,5 +175,5 @@ def _refuse_tied(model: nn.Module, layers: Sequence[LinearLayer]) -> None:
     for layer in layers:
         if len(known := names[layer.weight]) > 1:
             raise UsageError(
-                f"{' and '.join(known)} are one tensor, and one of them cannot be rotated alone; untie them"
+                f"{' and '.join(known)} are one tensor, so one cannot be rotated without the other; untie them"
             )

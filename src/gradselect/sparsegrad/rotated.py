@@ -1,4 +1,4 @@
-"""A linear layer whose weight is kept in another basis."""
+"""A linear layer that stores its weight in another basis."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.nn import Parameter, functional
 class Bases(nn.Module):
     """Orthogonal bases of both sides of a weight, shared by all layers of one kind.
 
-    One module, a child of the first of these layers, not buffers of each: moving the model does not multiply them, and
-    a checkpoint holds them once.
+    This is one module, a child of the first of these layers, instead of buffers in each: moving the model does not
+    copy the bases, and a checkpoint holds them once.
 
     Args:
-        output: shape (D_out, D_out), e.g. (1066, 1066), the rows are the basis; V in the paper.
-        input: shape (D_in, D_in), e.g. (128, 128), the rows are the basis; U in the paper.
+        output: V in the paper, rows are basis vectors; shape (D_out, D_out), e.g. (1066, 1066).
+        input: U in the paper, rows are basis vectors; shape (D_in, D_in), e.g. (128, 128).
     """
 
     output: Tensor
@@ -29,17 +29,17 @@ class Bases(nn.Module):
         self.register_buffer("input", input)
 
     def rotate(self, weight: Tensor) -> Tensor:
-        """V W Uᵀ, that is V⁻ᵀ W U⁻¹, in at least fp32, then in W's dtype; both have shape (D_out, D_in).
+        """Return V W Uᵀ, computed as V⁻ᵀ W U⁻¹ in fp32 or wider, in W's shape (D_out, D_in) and dtype.
 
-        Computed as the latter: bases in bf16 are orthogonal to three digits only, and the layer has to be the same
-        function with them as they are.
+        The inverses matter for bf16: its bases are orthogonal to three digits only, and the layer must stay the same
+        function with those bases.
         """
         wide = _wide(weight.dtype)
         of_output = torch.linalg.solve(self.output.T.to(wide), weight.to(wide))
         return torch.linalg.solve(self.input.to(wide), of_output, left=False).to(weight.dtype)
 
     def restore(self, rotated: Tensor) -> Tensor:
-        """Vᵀ W̃ U in at least fp32, then in W̃'s dtype: what undoes `rotate`."""
+        """Return Vᵀ W̃ U, the inverse of `rotate`; computed in fp32 or wider, in W̃'s dtype."""
         wide = _wide(rotated.dtype)
         return (self.output.T.to(wide) @ rotated.to(wide) @ self.input.to(wide)).to(rotated.dtype)
 
@@ -51,19 +51,27 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 class RotatedLinear(nn.Module):
     r"""A linear layer, y = x Wᵀ + b, computed as y = (x Uᵀ) W̃ᵀ V + b with the parameter W̃ = V W Uᵀ.
 
-    The same function, as U and V are orthogonal; but an optimizer sees the gradient V (∂L/∂W) Uᵀ. The bias stays where
-    it was. Of T tokens the detour costs 2 T (D_in² + D_out²) multiplications, forward and backward; where that is more
-    than 2 D_in D_out (D_in + D_out), y = x (Vᵀ W̃ U)ᵀ + b is computed instead, and the backward pass holds on to the
-    plain weight: choice of ours.
+    The function is the same because U and V are orthogonal, but an optimizer sees the gradient V (∂L/∂W) Uᵀ. The bias
+    stays unrotated. T tokens cost 2 T (D_in² + D_out²) extra multiplications, forward and backward. If that is more
+    than 2 D_in D_out (D_in + D_out), the layer computes y = x (Vᵀ W̃ U)ᵀ + b instead, and the backward pass keeps the
+    plain weight in memory; our choice.
 
-    A state dict holds `rotated_weight`, from which training goes on bit by bit, and `weight`, the plain W. So a plain
-    model that loads the checkpoint of a converted one gets the right weights, and a converted model that loads a plain
-    checkpoint rotates them.
+    A state dict holds `rotated_weight`, from which training resumes bit by bit, and `weight`, the plain W. So a plain
+    model can load the checkpoint of a converted one, and a converted model can load a plain checkpoint, which it
+    rotates.
 
     Args:
-        plain: an `nn.Linear`, or transformers' `Conv1D`, whose weight is Wᵀ. It is emptied; `unrotated` fills it again.
-        bases: of this layer's kind.
-        owns_bases: whether they are a child of this layer; true for the first of the kind.
+        plain: an `nn.Linear`, or transformers' `Conv1D`, whose weight is Wᵀ. Emptied here; `unrotated` fills it again.
+        bases: bases of this kind of layer.
+        owns_bases: True for the first layer of the kind: the bases are its child module.
+
+    Example:
+        >>> import torch
+        >>> plain, inputs = torch.nn.Linear(2, 3), torch.ones(1, 2)
+        >>> wanted = plain(inputs)
+        >>> bases = Bases(output=torch.eye(3).flip(0), input=torch.eye(2).flip(0))
+        >>> torch.allclose(RotatedLinear(plain, bases=bases, owns_bases=True)(inputs), wanted)
+        True
 
     Reference: Chekalina et al., "SparseGrad: A Selective Method for Efficient Fine-tuning of MLP Layers",
         arXiv 2410.07383, section 3.
@@ -78,7 +86,7 @@ class RotatedLinear(nn.Module):
         assert isinstance(weight, Parameter)
         assert bias is None or isinstance(bias, Parameter)
         self.transposed = not isinstance(plain, nn.Linear)
-        # In tuples, which hide them from the module tree: another layer's bases, and a layer that holds no tensor.
+        # Tuples hide these modules from the module tree: the bases may be another layer's, and `plain` is empty.
         self._bases = (bases,)
         self._shell = (plain,)
         if owns_bases:
@@ -93,16 +101,16 @@ class RotatedLinear(nn.Module):
 
     @property
     def bases(self) -> Bases:
-        """U and V."""
+        """The bases U and V."""
         return self._bases[0]
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the plain layer, in its shape; computed at each look."""
+        """The weight of the plain layer, in its shape; computed at each access."""
         return self.turned(self.bases.restore(self.rotated_weight)).contiguous()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., D_in) to (..., D_out)."""
+        """Map hidden states (..., D_in) to (..., D_out)."""
         input, output = self.bases.input, self.bases.output
         num_outputs, num_inputs = self.rotated_weight.shape
         num_tokens = hidden.numel() // num_inputs
@@ -112,7 +120,7 @@ class RotatedLinear(nn.Module):
         return functional.linear(rotated, output.T, self.bias)
 
     def unrotated(self) -> nn.Module:
-        """The plain layer that was replaced, with the weights of now. This layer is of no use afterwards."""
+        """Return the original plain layer with the current weights. Do not use this layer afterwards."""
         (plain,) = self._shell
         weight = Parameter(self.weight.detach(), requires_grad=self.rotated_weight.requires_grad)
         plain.register_parameter("weight", weight)
@@ -120,12 +128,12 @@ class RotatedLinear(nn.Module):
         return plain.train(self.training)
 
     def extra_repr(self) -> str:
-        """Sizes, as those of `nn.Linear`."""
+        """Return the sizes, as `nn.Linear` does."""
         num_outputs, num_inputs = self.rotated_weight.shape
         return f"in_features={num_inputs}, out_features={num_outputs}, bias={self.bias is not None}"
 
     def turned(self, weight: Tensor) -> Tensor:
-        """From the plain layer's shape to (D_out, D_in), or back."""
+        """Turn a tensor from the plain layer's shape to (D_out, D_in), or back."""
         return weight.T if self.transposed else weight
 
 
@@ -135,7 +143,7 @@ def _add_plain_weight(module: nn.Module, state_dict: dict[str, Any], prefix: str
 
 
 def _take_plain_weight(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Where a state dict has the plain weight only, it is rotated."""
+    """Rotate the weight of a plain state dict while loading it."""
     assert isinstance(module, RotatedLinear)
     plain = state_dict.pop(f"{prefix}weight", None)
     if plain is not None and f"{prefix}rotated_weight" not in state_dict:

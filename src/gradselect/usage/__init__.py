@@ -1,7 +1,8 @@
-"""What a user meets: the one error, checks of arguments, patterns of names, templates, sizes in bytes."""
+"""User input and messages: the one error, argument checks, name patterns, setting differences, byte sizes."""
 
 from .byte_sizes import read_fractions, read_size, smallest_text, write_size
 from .checks import check_hyper_parameters, check_is, check_one_of, check_patterns, check_positive, check_whole
+from .differences import find_differences, flatten
 from .errors import UsageError
 from .names import as_tuple, beginnings, join, matches, matches_any, matching, nearest, parent
 from .text import first_line, printable
@@ -16,7 +17,9 @@ __all__ = [
     "check_patterns",
     "check_positive",
     "check_whole",
+    "find_differences",
     "first_line",
+    "flatten",
     "join",
     "matches",
     "matches_any",

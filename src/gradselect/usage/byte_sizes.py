@@ -21,10 +21,10 @@ UNITS = {
 
 
 def read_size(text: str) -> int:
-    """Bytes in "12GiB", "800 MB", "1.5e9".
+    """Return the bytes that "12GiB", "800 MB" or "1.5e9" stands for.
 
     Raises:
-        UsageError: it is no size above 0.
+        UsageError: the text is no size above 0.
 
     Example:
         >>> read_size("1.5 KiB")
@@ -42,7 +42,7 @@ def read_size(text: str) -> int:
 
 
 def write_size(num_bytes: int) -> str:
-    """The same in the largest binary unit of which there is at least one.
+    """Return the size as text, in the largest binary unit that it fills at least once.
 
     Example:
         >>> write_size(1536), write_size(0)
@@ -56,14 +56,14 @@ def write_size(num_bytes: int) -> str:
 
 
 def smallest_text(num_bytes: int) -> str:
-    """A size to type that is not below `num_bytes`."""
+    """Return the size as text to type, rounded up."""
     unit = "GiB" if num_bytes >= UNITS["GIB"] else "MiB" if num_bytes >= UNITS["MIB"] else "KiB"
     hundredths = -(-num_bytes * 100 // UNITS[unit.upper()])
     return f"{hundredths / 100:g}{unit}"
 
 
 def read_fractions(text: str) -> tuple[float, ...]:
-    """Shares in "0.1,0.2".
+    """Return the shares in "0.1,0.2".
 
     Raises:
         UsageError: one of them is not in (0, 1].

@@ -1,4 +1,4 @@
-"""Checks of single settings, with one wording for all of them."""
+"""Checks of single settings. Each error names the setting, the value and what to write instead."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from .errors import UsageError
 
 
 def check_whole(name: str, value: object, *, least: int = 1) -> None:
-    """Setting `name` is an int of at least `least`.
+    """Check that the setting `name` is an int of at least `least`.
 
     Raises:
-        UsageError: otherwise.
+        UsageError: it is not.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UsageError(f"{name}={value!r} is not a whole number from {least} on; write e.g. {name}={least}")
 
 
 def check_positive(name: str, value: object, *, at_most: float = math.inf, example: float) -> None:
-    """Setting `name` is a finite number in (0, at_most].
+    """Check that the setting `name` is a finite number in (0, at_most].
 
     Raises:
-        UsageError: otherwise.
+        UsageError: it is not.
     """
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if not (0 < number <= at_most and math.isfinite(number)):
@@ -31,10 +31,10 @@ def check_positive(name: str, value: object, *, at_most: float = math.inf, examp
 
 
 def check_one_of(name: str, value: object, options: Sequence[str]) -> None:
-    """Setting `name` is one of `options`.
+    """Check that the setting `name` is one of `options`.
 
     Raises:
-        UsageError: otherwise.
+        UsageError: it is not.
     """
     if value not in options:
         choices = " or ".join(f'{name}="{option}"' for option in options)
@@ -42,7 +42,7 @@ def check_one_of(name: str, value: object, options: Sequence[str]) -> None:
 
 
 def check_patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Block names and globs as a tuple; a single one may stand alone.
+    """Return block names and globs as a tuple; a single one may stand alone.
 
     Raises:
         UsageError: there is none.
@@ -53,10 +53,10 @@ def check_patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_hyper_parameters(*, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Every number is in its range.
+    """Check that every number is in its range.
 
     Raises:
-        UsageError: names the first that is not.
+        UsageError: one is not; names the first.
     """
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         if not value >= 0 or math.isinf(value):
@@ -66,7 +66,7 @@ def check_hyper_parameters(*, lr: float, betas: tuple[float, float], eps: float,
 
 
 def check_is(value: object, kind: type, *, name: str, example: str) -> None:
-    """The argument is an object of the right kind, not its class or its name.
+    """Check that an argument is an object of the right class, not the class itself or its name.
 
     Raises:
         UsageError: it is not.

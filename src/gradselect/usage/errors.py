@@ -4,7 +4,14 @@ from __future__ import annotations
 
 
 class UsageError(ValueError):
-    """Something the user can change is wrong: the message says what, the value got, and what to write instead.
+    """Something that the user can change is wrong. The message says what, the value, and what to write instead.
 
-    A `ValueError`, so a library user catches it as one; the command line turns it, and nothing else, into exit code 2.
+    The command line turns this error, and no other, into exit code 2.
+
+    Example:
+        >>> import gradselect as gs
+        >>> gs.Cyclic(every=0)
+        Traceback (most recent call last):
+        ...
+        gradselect.usage.errors.UsageError: every=0 is not a whole number ...; write e.g. every=1
     """

@@ -1,13 +1,13 @@
-"""What libraries and files say, in a form that can be shown in one line."""
+"""Text of libraries and files, made fit for one line of a message."""
 
 from __future__ import annotations
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a library's error, without what follows."""
+    """Return the first line of an error, printable."""
     return printable((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def printable(text: str) -> str:
-    """`text` with each sign that cannot be shown, or would move the cursor, written by its number."""
+    """Return the text with each character that cannot be shown, or moves the cursor, as its escape code."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)

@@ -1,4 +1,4 @@
-"""The entry point of `gradselect`: all commands, and how errors end."""
+"""Entry point of `gradselect`: all commands, and the exit code of errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .tune import tune
 
 app = typer.Typer(
     name="gradselect",
-    help="Fine-tune language models at full-parameter quality while training, at any moment, only what matters now.",
+    help="Fine-tune language models at full-parameter quality, training in each step only the part that matters.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,9 +36,9 @@ app.command()(compare)
 app.command()(tune)
 app.command()(plan)
 app.command(
-    epilog="Exit codes: 0 finished; 2 something to put right, said in one message; 143 stopped by SIGTERM and 130 by "
-    "SIGINT (Ctrl-C), after the step under way and with a checkpoint, a second signal ends at once. The same command "
-    "with --resume begins a run, goes on with one, and may be repeated until it has finished."
+    epilog="Exit codes: 0 finished; 2 usage error, explained in one message; 143 stopped by SIGTERM, 130 by SIGINT "
+    "(Ctrl-C). Both signals finish the current step and write a checkpoint; a second signal stops at once. The same "
+    "command with --resume starts or resumes a run. Repeat it until the run has finished."
 )(train)
 app.command()(evaluate)
 
@@ -46,7 +46,7 @@ USAGE_EXIT_CODE = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; what the user can put right becomes one message and exit code 2."""
+    """Run the command line. A `UsageError` prints one message and exits with code 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         app(arguments)

@@ -12,21 +12,21 @@ INCOMPLETE_EXIT_CODE = 1
 
 
 def compare(
-    suite: Annotated[str, typer.Argument(help="A YAML file; suites/ has some.", metavar="SUITE")],
+    suite: Annotated[str, typer.Argument(help="Suite, a YAML file. See suites/ for examples.", metavar="SUITE")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Values that replace the suite's, e.g. recipe.run.steps=100.", metavar="KEY=VALUE"),
     ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help="A method of the suite, by name or glob; may be repeated.")
+    only: Annotated[list[str] | None, typer.Option(help="Method of the suite, by name or glob. Repeatable.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Number of runs of each method at its best learning rate.", min=1)
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Runs of each method at its best rate.", min=1)] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with half-trained runs from a checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume unfinished runs from their checkpoints.")] = False,
     results: Annotated[
         str | None, typer.Option(help="Folder of the result files.", show_default="runs/compare/<suite>")
     ] = None,
 ) -> None:
-    """Run the methods of SUITE side by side; one result file a run. What is done is not done again."""
+    """Run the methods of SUITE side by side, with one result file per run. Finished runs are skipped."""
     from gradselect.app.compare import compare as carry_out
     from gradselect.app.compare import load_suite
 

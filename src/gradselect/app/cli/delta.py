@@ -9,32 +9,34 @@ import typer
 from gradselect import delta
 
 app = typer.Typer(
-    name="delta", help="What a fine-tuned checkpoint changed of its base, as one file.", no_args_is_help=True
+    name="delta",
+    help="Store the difference of a fine-tuned checkpoint from its base in one file.",
+    no_args_is_help=True,
 )
 
 Base = Annotated[str, typer.Argument(help="Folder of the base checkpoint, in safetensors.", metavar="BASE")]
 Tuned = Annotated[str, typer.Argument(help="Folder of the tuned checkpoint, in safetensors.", metavar="TUNED")]
-Delta = Annotated[str, typer.Argument(help="The delta file.", metavar="DELTA")]
-NewDelta = Annotated[str, typer.Argument(help="The delta file to write.", metavar="DELTA")]
-NewFolder = Annotated[str, typer.Argument(help="A new folder.", metavar="OUTPUT")]
+Delta = Annotated[str, typer.Argument(help="Delta file.", metavar="DELTA")]
+NewDelta = Annotated[str, typer.Argument(help="Delta file to write.", metavar="DELTA")]
+NewFolder = Annotated[str, typer.Argument(help="New folder to write.", metavar="OUTPUT")]
 
 
 @app.command()
 def diff(base: Base, tuned: Tuned, path: NewDelta) -> None:
-    """Write what changed from BASE to TUNED into the new file DELTA."""
+    """Write the changes from BASE to TUNED into the new file DELTA."""
     typer.echo(delta.diff(base, tuned, path))
 
 
 @app.command()
 def apply(base: Base, path: Delta, output: NewFolder) -> None:
-    """Write the tuned model, bitwise, into OUTPUT."""
+    """Write the tuned model, bit for bit, into OUTPUT."""
     summary = delta.apply(base, path, output)
     typer.echo(f"{summary}\n{output} is the tuned model, fingerprint {summary.fingerprints['tuned']}")
 
 
 @app.command()
 def revert(tuned: Tuned, path: Delta, output: NewFolder) -> None:
-    """Write the base, bitwise, into OUTPUT."""
+    """Write the base model, bit for bit, into OUTPUT."""
     summary = delta.revert(tuned, path, output)
     typer.echo(f"{summary}\n{output} is the base model, fingerprint {summary.fingerprints['base']}")
 
@@ -42,14 +44,14 @@ def revert(tuned: Tuned, path: Delta, output: NewFolder) -> None:
 @app.command()
 def merge(
     base: Base,
-    paths: Annotated[list[str], typer.Argument(help="The deltas of BASE, in order.", metavar="DELTA")],
-    output: Annotated[str, typer.Argument(help="The merged delta to write.", metavar="MERGED")],
+    paths: Annotated[list[str], typer.Argument(help="Deltas of BASE, in order.", metavar="DELTA")],
+    output: Annotated[str, typer.Argument(help="Merged delta to write.", metavar="MERGED")],
     overlap: Annotated[
-        str, typer.Option(help="Entries that several change: error, last, sum or mean (of the changes).")
+        str, typer.Option(help="For entries that several deltas change: error, last, sum or mean (of the changes).")
     ] = "error",
     whole: Annotated[
-        str, typer.Option(help="What several change and has no entries or no sum, files for one: error or last.")
+        str, typer.Option(help="For changes without entries or without a sum, such as files: error or last.")
     ] = "error",
 ) -> None:
-    """Write one delta with the changes of several of the same BASE into the new file MERGED."""
+    """Merge several deltas of the same BASE into the new file MERGED."""
     typer.echo(delta.merge(base, paths, output, overlap=overlap, whole=whole))  # type: ignore[arg-type]  # checked there

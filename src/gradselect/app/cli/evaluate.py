@@ -12,30 +12,36 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A folder with a checkpoint, or an id on the hub.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or an id on the hub.", metavar="MODEL")],
     task: Annotated[str | None, typer.Option(help="gsm8k, math, loss or classification.")] = None,
-    data: Annotated[str | None, typer.Option(help="A data file, or the id of a data set on the hub.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data file, or the id of a data set on the hub.")] = None,
     subset: Annotated[str | None, typer.Option(help="Configuration of a data set on the hub.")] = None,
     split: Annotated[str, typer.Option(help="Split of a data set on the hub.")] = "test",
-    limit: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Template with columns in braces, as in the recipe.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Number of rows to use, from the first.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Template of the prompt, with columns in braces, as in a recipe.")
+    ] = None,
     completion: Annotated[str | None, typer.Option(help="Template of the reference answer.")] = None,
     text: Annotated[str | None, typer.Option(help="Template of the text to classify.")] = None,
     text_pair: Annotated[str | None, typer.Option(help="Template of the second text to classify.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the label or score.")] = None,
-    labels: Annotated[str | None, typer.Option(help="The labels in the order of the head, with commas.")] = None,
-    columns: Annotated[str | None, typer.Option(help="Columns of a file that names none, with commas.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Labels in the order of the head, separated by commas.")] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Columns of a file without a header, separated by commas.")
+    ] = None,
     as_chat: Annotated[bool, typer.Option("--as-chat", help="Send the prompt through the chat template.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Items of a forward pass.")] = 16,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Limit of one answer.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="An answer ends before this text; may be repeated.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Items per forward pass.")] = 16,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Token limit of an answer.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer. Repeatable.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    output: Annotated[str | None, typer.Option(help="A new folder for items.jsonl and result.json.")] = None,
-    harness: Annotated[str | None, typer.Option(help="Tasks of lm-eval instead of a task, with commas.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Solved examples in the prompt of lm-eval's tasks.")] = None,
+    output: Annotated[str | None, typer.Option(help="New folder for items.jsonl and result.json.")] = None,
+    harness: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval instead of --task, separated by commas.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Solved examples in the prompts of lm-eval.")] = None,
 ) -> None:
-    """Measure MODEL: accuracy on worked problems or labels, loss on a text, or published tasks through lm-eval."""
+    """Evaluate MODEL: accuracy on worked problems or labels, loss on a text, or published tasks through lm-eval."""
     from gradselect.app.recipe import EvaluationSettings
     from gradselect.app.runtime import collected_messages
 
@@ -81,7 +87,7 @@ def _evaluate_task(settings: EvaluationSettings) -> None:
         task = bar.add_task("evaluate", total=None)
         result = measure(settings, on_progress=lambda done, total: bar.update(task, completed=done, total=total))
     typer.echo(result.summary())
-    _say_where(settings)
+    _print_output(settings)
 
 
 def _evaluate_published(settings: EvaluationSettings) -> None:
@@ -90,14 +96,14 @@ def _evaluate_published(settings: EvaluationSettings) -> None:
     for name, metrics in run_harness(settings).scores.items():
         for metric, value in metrics.items():
             typer.echo(f"{name}  {metric}  {value:.4f}")
-    _say_where(settings)
+    _print_output(settings)
 
 
-def _say_where(settings: EvaluationSettings) -> None:
+def _print_output(settings: EvaluationSettings) -> None:
     if settings.output is not None:
         typer.echo(f"items and settings in {settings.output}")
 
 
 def _with_line_ends(template: str | None) -> str | None:
-    """A shell hands on a backslash and an n where a line end is meant."""
+    """Replace the two characters \\n, which a shell passes on as typed, by line ends."""
     return None if template is None else template.replace("\\n", "\n")

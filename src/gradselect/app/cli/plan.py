@@ -8,22 +8,22 @@ from typing import Annotated
 import typer
 
 WIDTH = 190
-"""Of the tables where no terminal sets it."""
+"""Width of the tables if there is no terminal."""
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A YAML file; recipes/ has examples.", metavar="RECIPE")],
+    recipe: Annotated[str, typer.Argument(help="Recipe, a YAML file. See recipes/ for examples.", metavar="RECIPE")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Values that replace the recipe's, e.g. data.max_length=512.", metavar="KEY=VALUE"),
     ] = None,
     fit: Annotated[
-        str | None, typer.Option(help="Propose the best setting whose peak fits, e.g. 12GiB.", metavar="SIZE")
+        str | None, typer.Option(help="Propose the best setting whose peak memory fits, e.g. 12GiB.", metavar="SIZE")
     ] = None,
-    fractions: Annotated[str, typer.Option(help="Of AdaGradSelect, with commas.")] = "0.1,0.2,0.3",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables, sizes in bytes.")] = False,
+    fractions: Annotated[str, typer.Option(help="Fractions of AdaGradSelect, separated by commas.")] = "0.1,0.2,0.3",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables, with sizes in bytes.")] = False,
 ) -> None:
-    """Say what training RECIPE will hold and how long a step takes, before it; reads no weights and no data."""
+    """Estimate the memory and step time of training RECIPE. Reads no weights and no data."""
     from rich.console import Console
 
     from gradselect.app.recipe import load_recipe

@@ -1,4 +1,4 @@
-"""What a command says when a signal or Ctrl-C stops it: the line that continues the work, and the exit code."""
+"""Advice and exit code when a signal or Ctrl-C stops a command."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ INTERRUPTED_EXIT_CODE = 130
 
 
 @contextmanager
-def advice_when_stopped(words: Sequence[str], *, interrupted: str = "interrupted; go on with") -> Iterator[None]:
-    """Print the command that continues the work when the block is stopped, then let the process end.
+def advice_when_stopped(words: Sequence[str], *, interrupted: str = "interrupted; resume with") -> Iterator[None]:
+    """Print the command that resumes the work if a signal stops the block; then exit.
 
     Args:
-        words: the command that continues, word by word.
-        interrupted: what is said before that command after Ctrl-C.
+        words: words of the command that resumes.
+        interrupted: text before that command after Ctrl-C.
 
     Raises:
-        Preempted: passed on; it carries its own exit code.
+        Preempted: re-raised; it has its own exit code.
         typer.Exit: after Ctrl-C, with exit code 130.
     """
     from gradselect.app.runtime import Preempted
@@ -28,7 +28,7 @@ def advice_when_stopped(words: Sequence[str], *, interrupted: str = "interrupted
     try:
         yield
     except Preempted as stopped:
-        typer.echo(f"{stopped.message}; go on with: {shlex.join(words)}", err=True)
+        typer.echo(f"{stopped.message}; resume with: {shlex.join(words)}", err=True)
         raise
     except KeyboardInterrupt:
         typer.echo(f"{interrupted}: {shlex.join(words)}", err=True)

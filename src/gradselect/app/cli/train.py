@@ -10,23 +10,24 @@ from .resuming import advice_when_stopped
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file; recipes/ has examples.", metavar="RECIPE")],
+    recipe: Annotated[str, typer.Argument(help="Recipe, a YAML file. See recipes/ for examples.", metavar="RECIPE")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Values that replace the recipe's, e.g. optimizer.lr=1e-4.", metavar="KEY=VALUE"),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in run.output; without one, begin.")
+        bool,
+        typer.Option("--resume", help="Resume from the newest complete checkpoint in run.output; without one, start."),
     ] = False,
 ) -> None:
-    """Fine-tune a model as RECIPE says; the result is a plain Hugging Face checkpoint in run.output."""
+    """Fine-tune a model with RECIPE. The result is a plain Hugging Face checkpoint in run.output."""
     from gradselect.app.recipe import load_recipe
 
     words = ["gradselect", "train", recipe, *(overrides or [])]
-    advice = "interrupted; go on from the newest checkpoint with"
+    advice = "interrupted; resume from the newest checkpoint with"
     with advice_when_stopped([*words, "--resume"], interrupted=advice):
         loaded = load_recipe(recipe, overrides or [])
-        # Slow to import: an error in the recipe should not wait for it.
+        # Imported late because it is slow: errors in the recipe come first.
         from gradselect.app.train import train as carry_out
 
         carry_out(loaded, resume=resume, command=[*words, *(["--resume"] if resume else [])])

@@ -1,4 +1,4 @@
-"""The fair comparison: a suite in, one result file a run out. Importing it loads no training framework."""
+"""Fair comparison: a suite in, one result file per run out. Importing it loads no training framework."""
 
 from .comparison import compare
 from .suite import Suite, load_suite

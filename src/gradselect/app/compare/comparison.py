@@ -1,4 +1,4 @@
-"""The comparison: for each method the search for its rate, then the seeds; what is done is not done again."""
+"""The comparison: search the learning rate of each method, then run the seeds. Finished runs are not repeated."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from gradselect import UsageError
+from gradselect.app.recipe import todays_method
+from gradselect.app.results import Result, write_result
 
 from .git_state import SourceState, source_state
 from .job import Job
 from .protocol import protocol_differences, protocol_hash, protocol_settings
 from .result_record import describe_failure
-from .results import Result, ResultsFolder, read_result, write_result
+from .results import ResultsFolder, read_own_result
 from .schedule import PlannedRun, best_rate, is_at_edge, rate_runs, score_run
 from .subprocesses import prepare, run_job
 from .suite import Suite
@@ -29,10 +31,10 @@ class Comparison:
 
     Args:
         suite: what to compare.
-        folder: where results go, and where those of earlier calls are.
-        seeds: how many seeds each method gets.
-        resume: go on with half-trained runs from their newest checkpoint.
-        console: where progress is shown.
+        folder: for the results; may hold those of earlier calls.
+        seeds: number of seeds of each method.
+        resume: resume unfinished runs from their newest checkpoint.
+        console: for progress.
         command: what the user typed.
     """
 
@@ -56,39 +58,39 @@ class Comparison:
         self._source = SourceState(commit=None, dirty=False)
 
     def run(self, methods: Sequence[str]) -> list[MethodSummary]:
-        """Carry out what is not done yet, and sum up what there is.
+        """Run what is not done yet, and summarize all results.
 
         Raises:
-            UsageError: data or model are not there, or the folder holds results of another protocol.
+            UsageError: data or model are missing, or the folder holds results of another protocol.
         """
-        # 1 what all runs share
+        # 1 data, base model and protocol, which all runs share
         prepare(self._suite.prepare, say=self._say)
         self._protocol = protocol_settings(self._suite)
         self._folder.prepare()
         self._check_folder()
         self._look_at_source()
 
-        # 2 the rate of each method, and its first seed with what the search has trained
+        # 2 the learning rate of each method, and its first seed with the model that the search has trained
         rates = {method: self._search(method) for method in methods}
 
-        # 3 the other seeds, of all methods in turn: an early end leaves as many of each
+        # 3 the other seeds, methods in turn: stopped early, all methods have as many
         for seed in range(1, self._seeds):
             for method, lr in rates.items():
                 if lr is not None:
                     self._ensure(score_run(method, lr=lr, seed=seed))
 
-        # 4 what came of it
-        summaries = [self._sum_up(method, lr) for method, lr in rates.items()]
+        # 4 the table
+        summaries = [self._summarize(method, lr) for method, lr in rates.items()]
         self._console.print(summary_table(self._suite.name, summaries))
         self._say(f"results in {self._folder.root}; next: gradselect report {self._folder.root}")
         return summaries
 
     def _search(self, method: str) -> float | None:
-        """The best rate; on the way there, the first seed's score."""
+        """Return the best rate, and run the first seed's score with it. None if every run of the search failed."""
         entry, losses = self._suite.methods[method], {}
         for run in rate_runs(method, entry):
-            losses[run.lr] = self._ensure(run).validation_loss
-            self._keep_only(method, best_rate(entry, losses), tried=losses)
+            losses[run.lr] = self._ensure(run).record.validation_loss
+            self._delete_losers(method, best_rate(entry, losses), tried=losses)
         best = best_rate(entry, losses)
         if best is None:
             self._say(f"failed     {method}: no learning rate of {list(entry.rates)} came to an end")
@@ -102,27 +104,28 @@ class Comparison:
         return best
 
     def _ensure(self, run: PlannedRun) -> Result:
-        """The result of the run: that of an earlier call, or a new one."""
+        """Return the result of the run: of an earlier call, or a new one."""
         self._look_at_source()
         done = self._done(run)
-        return done or self._carry_out(run)
+        return done or self._run(run)
 
     def _done(self, run: PlannedRun) -> Result | None:
+        """Return the result of an earlier call, if it succeeded with these settings."""
         path = self._folder.result_file(run)
         if not path.exists():
             return None
         try:
-            result = read_result(path)
+            result = read_own_result(path)
         except UsageError:
-            # Said aloud when the folder was looked through.
+            # `_check_folder` has shown the reason.
             return None
-        own = result.own
-        is_same = own["method"] == run.method and self._has_settings(run.method, own["method_settings"])
-        # A result that tables leave out is no result once a better one can be had.
-        is_usable = self._source.dirty or not own["dirty"]
+        record = result.record
+        is_same = record.method == run.method and self._has_settings(run.method, record.method_settings)
+        # Tables omit dirty results, so a clean library repeats them.
+        is_usable = self._source.dirty or not record.dirty
         return result if result.succeeded and is_same and is_usable else None
 
-    def _carry_out(self, run: PlannedRun) -> Result:
+    def _run(self, run: PlannedRun) -> Result:
         job, started = self._job(run), time.perf_counter()
         job_file, log = self._folder.job(run), self._folder.log(run)
         job_file.write_text(job.model_dump_json(indent=1), "utf-8")
@@ -131,7 +134,7 @@ class Comparison:
         seconds = time.perf_counter() - started
         if error is not None:
             write_result(job.result, describe_failure(job, error=error, total_seconds=seconds))
-        result = read_result(job.result)
+        result = read_own_result(job.result)
         outcome = f"FAILED: {error}\n           log: {log}" if error else _figures(result)
         self._say(f"{run.role:<10} {run}  {outcome}  {seconds:.0f} s")
         return result
@@ -162,37 +165,38 @@ class Comparison:
         )
 
     def _is_trained_by_search(self, run: PlannedRun) -> bool:
-        """Whether the search has trained just this, with the library as it is."""
+        """True if the search has trained the same, with the library at the same commit."""
         if run.role == "rate":
             return False
         search = self._done(PlannedRun(method=run.method, lr=run.lr, seed=run.seed, role="rate"))
         here = (self._source.commit, self._source.dirty)
-        return search is not None and (search.own["commit"], search.own["dirty"]) == here
+        return search is not None and (search.record.commit, search.record.dirty) == here
 
-    def _keep_only(self, method: str, best: float | None, *, tried: dict[float, float | None]) -> None:
-        """Delete what was trained at rates that have lost; a half-trained run is none of them."""
+    def _delete_losers(self, method: str, best: float | None, *, tried: dict[float, float | None]) -> None:
+        """Delete the models of rates that are not the best. Unfinished runs stay."""
         for lr in tried:
             if lr != best and tried[lr] is not None:
                 shutil.rmtree(self._folder.training(score_run(method, lr=lr, seed=0)), ignore_errors=True)
 
     def _check_folder(self) -> None:
-        """What is there fits this comparison, or is put aside.
+        """Move results with other method settings out of the way.
 
         Raises:
-            UsageError: results of another protocol.
+            UsageError: the folder holds results of another protocol.
         """
         results, skipped = self._folder.read()
         for line in skipped:
             self._say(f"skipped    {line}")
         for result in results:
-            if result.own["protocol"] != protocol_hash(self._protocol):
+            record = result.record
+            if record.protocol != protocol_hash(self._protocol):
                 self._refuse(result)
-            method = result.own["method"]
-            if method in self._suite.methods and not self._has_settings(method, result.own["method_settings"]):
+            method = record.method
+            if method in self._suite.methods and not self._has_settings(method, record.method_settings):
                 self._retire(result, f"{method} had other settings")
 
     def _refuse(self, result: Result) -> None:
-        different = protocol_differences(result.own.get("protocol_settings", {}), self._protocol)
+        different = protocol_differences(result.record.protocol_settings, self._protocol)
         raise UsageError(
             "\n  ".join(
                 [
@@ -204,9 +208,9 @@ class Comparison:
         )
 
     def _retire_scores(self, method: str, best: float) -> None:
-        """A wider grid can have moved the best rate."""
+        """Move scores at another rate out of the way: a wider grid may have changed the best rate."""
         for result in self._folder.read()[0]:
-            if (result.own["method"], result.own["role"]) == (method, "score") and result.own["lr"] != best:
+            if (result.record.method, result.record.role) == (method, "score") and result.record.lr != best:
                 self._retire(result, f"the best rate is {best:g} now")
 
     def _retire(self, result: Result, reason: str) -> None:
@@ -218,14 +222,14 @@ class Comparison:
             self._say("note       the library differs from its last commit: results are marked dirty, tables omit them")
 
     def _has_settings(self, method: str, there: Mapping[str, Any]) -> bool:
-        """Whether a result's settings are those of the suite; keys that have come since had their defaults then."""
+        """True if a result's settings equal those of the suite. Keys of newer versions count with their defaults."""
         here = self._suite.methods[method].method
         try:
-            return type(here).model_validate(there) == here
+            return type(here).model_validate(todays_method(there)) == here
         except ValidationError:
             return False
 
-    def _sum_up(self, method: str, lr: float | None) -> MethodSummary:
+    def _summarize(self, method: str, lr: float | None) -> MethodSummary:
         runs = [] if lr is None else [score_run(method, lr=lr, seed=seed) for seed in range(self._seeds)]
         results = [result for run in runs if (result := self._done(run)) is not None]
         return MethodSummary(method=method, lr=lr, rates=self._suite.methods[method].rates, results=tuple(results))
@@ -235,10 +239,10 @@ class Comparison:
 
 
 def _figures(result: Result) -> str:
-    """What the line of a finished run shows."""
-    figures = {name: score["value"] for name, score in result.own["scores"].items()}
-    if result.validation_loss is not None:
-        figures = {"validation": result.validation_loss, **figures}
+    """Write the losses and scores of a finished run."""
+    figures = {name: score.value for name, score in result.record.scores.items()}
+    if result.record.validation_loss is not None:
+        figures = {"validation": result.record.validation_loss, **figures}
     return "  ".join(f"{name} {'undefined' if value is None else f'{value:.4f}'}" for name, value in figures.items())
 
 
@@ -252,30 +256,30 @@ def compare(
     console: Console | None = None,
     command: Sequence[str] = (),
 ) -> list[MethodSummary]:
-    """Run every method of a suite at its best learning rate, each run in a process of its own.
+    """Run every method of a suite at its best learning rate, each run in its own process.
 
-    The rate is searched with seed 0 by the loss on held-out training examples; then each seed runs at the best rate and
-    is evaluated. A run that fails is reported and the rest goes on; a run that is done is not done again.
+    The learning rate is searched with seed 0, by the loss on held-out training examples. Then each seed runs at the
+    best rate and is evaluated. A failed run is reported and the comparison continues. Finished runs are not repeated.
 
     Args:
         suite: what to compare, e.g. from `load_suite`.
-        results: the folder for result files, new or of an earlier call; by default `runs/compare/<suite>`.
+        results: folder for result files, new or of an earlier call; by default `runs/compare/<suite>`.
         only: names, slugs or globs of methods; by default all.
-        seeds: how many; by default what the suite says.
-        resume: go on with half-trained runs from their newest checkpoint instead of from the beginning.
-        console: where progress is shown; by default the standard output.
+        seeds: number of seeds; by default that of the suite.
+        resume: resume unfinished runs from their newest checkpoint instead of starting again.
+        console: for progress; by default the standard output.
         command: what the user typed, kept in the results.
 
     Returns:
-        A summary of each method, with the results that succeeded.
+        A summary of each method, with its successful results.
 
     Raises:
-        UsageError: an unknown method, data or a model that are not there, or results of another protocol.
+        UsageError: an unknown method, missing data or model, or results of another protocol.
 
     Example:
         >>> compare(load_suite("suites/quick.yaml"), only=["full"], seeds=1)  # doctest: +SKIP
     """
-    chosen = suite.chosen(only)
+    methods = suite.chosen(only)
     return Comparison(
         suite,
         folder=ResultsFolder(Path(results or Path("runs", "compare", suite.name))),
@@ -283,4 +287,4 @@ def compare(
         resume=resume,
         console=console or Console(),
         command=command,
-    ).run(chosen)
+    ).run(methods)

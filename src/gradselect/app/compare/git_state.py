@@ -1,4 +1,4 @@
-"""Which version of this library computes."""
+"""Git commit of the library that computes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).parents[1]
 
 @dataclass(frozen=True, kw_only=True)
 class SourceState:
-    """The state of the library's working tree.
+    """State of the library's working tree.
 
     Args:
-        commit: None where the library is installed and not a checkout.
-        dirty: whether tracked files differ from that commit.
+        commit: None if the library is installed and not a checkout.
+        dirty: True if tracked files differ from that commit.
     """
 
     commit: str | None
@@ -23,7 +23,7 @@ class SourceState:
 
 
 def source_state(package: Path = PACKAGE) -> SourceState:
-    """The state of the checkout that `package` belongs to; one that lies untracked inside another is none."""
+    """Return the state of the checkout that tracks `package`. Untracked in somebody else's checkout counts as none."""
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return SourceState(commit=None, dirty=False)
     commit = _git(package, "rev-parse", "HEAD")
@@ -32,7 +32,7 @@ def source_state(package: Path = PACKAGE) -> SourceState:
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    """What git says, or None if it says no or is not installed."""
+    """Return the output of git; None if it fails or is not installed."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
     except FileNotFoundError:

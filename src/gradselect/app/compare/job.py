@@ -1,4 +1,4 @@
-"""What the process of one run is told."""
+"""Input of the process of one run."""
 
 from __future__ import annotations
 
@@ -7,32 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from gradselect.app.recipe import Recipe, Settings
+from gradselect.app.results import Role
 
-from .schedule import Role
 from .suite import Evaluation
 
 
 class Job(Settings):
-    """One run; as JSON it is the argument of `python -m gradselect.app.compare.worker`.
+    """One run. As JSON it is the argument of `python -m gradselect.app.compare.worker`.
 
     Attributes:
-        suite: its name.
-        protocol: fingerprint of the protocol.
-        protocol_settings: what the fingerprint is of.
-        method: its name in the suite.
-        rates: the grid of the method.
-        rate_at_edge: whether the best rate is the first or the last of the grid; None without a search.
-        role: what the run is for.
-        recipe: what to train.
-        evaluations: what to ask the trained model; none where the rate is searched.
-        forgetting: the loss to measure of the base and of the trained model.
-        forgetting_file: where the loss of the base is kept.
-        keep_training: another run with the same recipe will take over the trained model.
-        may_reuse: take over a finished training of this very recipe, if it is there.
-        resume: go on from a checkpoint of this training, if there is one.
+        suite: name of the suite.
+        protocol: fingerprint of `protocol_settings`.
+        method: name of the method in the suite.
+        rates: learning rates of the method's grid.
+        rate_at_edge: True if the best rate is the first or the last of the grid; None without a search.
+        role: "rate" or "score".
+        recipe: the training.
+        evaluations: of the trained model; empty if the rate is searched.
+        forgetting: loss to measure for the base and for the trained model.
+        forgetting_file: keeps the loss of the base model.
+        keep_training: keep the trained model for another run with the same recipe.
+        may_reuse: reuse a finished training with exactly this recipe.
+        resume: resume this training from a checkpoint, if there is one.
         result: the file to write.
-        commit: of the library, None where it is no checkout.
-        dirty: whether the library's tracked files differ from the commit.
+        commit: of the library; None if it is no checkout.
+        dirty: True if tracked files of the library differ from the commit.
         command: what the user typed.
     """
 

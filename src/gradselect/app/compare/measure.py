@@ -1,44 +1,42 @@
-"""What is measured of a trained model: scores, forgetting, and the size of what must be shipped."""
+"""Measurements of a trained model: scores, forgetting, and the size of the file to ship."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gradselect import delta
+from gradselect import UsageError, delta
 from gradselect.app.evaluate import EvaluationResult, evaluate
 from gradselect.app.recipe import EvaluationSettings, RandomData
+from gradselect.app.results import FinishedRun, Forgetting, Item, Score
 from gradselect.app.runtime import RunFolder
 from gradselect.delta import DeltaFile
-from gradselect.files import read_sealed, sealed
+from gradselect.files import read_sealed, sealed, write_atomically
 
 from .job import Job
 from .protocol import local_folder
 
 ITEM_KEYS = ("index", "correct", "loss", "num_tokens")
-"""What a result keeps of each item."""
+"""Keys that a result keeps of each item."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shipment:
-    """What must be handed on for somebody who has the base to have the trained model.
+    """Files to ship to somebody who has the base model.
 
     Args:
-        num_bytes: size of the adapter, of the delta, or of the whole model where that is no larger; None for a model
-            that is not kept.
-        num_trained: weights of the adapter, or of the tensors that moved.
+        num_bytes: size of the adapter, of the delta, or of the whole model if that is no larger; None for a model that
+            is not kept.
+        num_trained: entries of the adapter, or of the tensors that changed.
     """
 
     num_bytes: int | None
@@ -46,27 +44,27 @@ class Shipment:
 
 
 def measure_scores(job: Job) -> dict[str, EvaluationResult]:
-    """The trained model's answers, by the names of the evaluations."""
+    """Evaluate the trained model; results by the name of the evaluation."""
     return {name: evaluate(entry.settings(job.training)) for name, entry in job.evaluations.items()}
 
 
-def measure_forgetting(job: Job) -> dict[str, float] | None:
-    """Loss of the base and of the trained model; that of the base is measured once and kept."""
+def measure_forgetting(job: Job) -> Forgetting | None:
+    """Measure the loss of the base model, once for all runs, and of the trained model."""
     if job.forgetting is None:
         return None
-    return {"before": _loss_of_base(job), "after": _loss(job.forgetting.settings(job.training))}
+    return Forgetting(before=_loss_of_base(job), after=_loss(job.forgetting.settings(job.training)))
 
 
-def measure_shipment(job: Job, run: Mapping[str, Any]) -> Shipment:
-    """The smallest way to hand on the trained model, `run` being its run.json."""
-    folder, total = RunFolder(job.training), run["model"]["parameters"]
+def measure_shipment(job: Job, run: FinishedRun) -> Shipment:
+    """Find the smallest files to ship the trained model with."""
+    folder = RunFolder(job.training)
     if isinstance(job.recipe.data, RandomData):
         return Shipment(num_bytes=None, num_trained=None)
     if folder.adapter.is_dir():
         return Shipment(num_bytes=weight_bytes(folder.adapter), num_trained=count_weights(folder.adapter))
     whole = weight_bytes(folder.root)
     if job.recipe.method.name == "full":
-        return Shipment(num_bytes=whole, num_trained=total)
+        return Shipment(num_bytes=whole, num_trained=run.model.parameters)
     model = job.recipe.model
     base = local_folder(model.path, revision=model.revision)
     with TemporaryDirectory(dir=folder.root) as aside:
@@ -74,32 +72,36 @@ def measure_shipment(job: Job, run: Mapping[str, Any]) -> Shipment:
         return _delta_shipment(Path(aside), folder.root, whole=whole)
 
 
-def score_of(result: EvaluationResult) -> dict[str, Any]:
-    """The figure of an evaluation, and which it is."""
-    named = {"accuracy": result.accuracy, "loss": result.loss, **(result.metrics or {})}
-    metric = next(name for name, value in named.items() if value is not None or name in (result.metrics or {}))
-    return {
-        "task": result.task,
-        "metric": metric,
-        "value": named[metric],
-        "interval": result.interval,
-        "num_items": result.num_items,
-    }
+def score_of(result: EvaluationResult, metric: str | None = None) -> Score:
+    """Return a figure of an evaluation. Default: the main one, accuracy, else loss, else the first metric.
+
+    Raises:
+        UsageError: the evaluation has no such metric.
+    """
+    figures = {"accuracy": result.accuracy, "loss": result.loss}
+    named = {**{name: value for name, value in figures.items() if value is not None}, **(result.metrics or {})}
+    main = next(iter(named))
+    metric = metric or main
+    if metric not in named:
+        raise UsageError(f"metric={metric}: this evaluation has {', '.join(named)}; write one of them")
+    interval = result.interval if metric == main else None
+    return Score(task=result.task, metric=metric, value=named[metric], interval=interval, num_items=result.num_items)
 
 
-def items_of(result: EvaluationResult) -> list[dict[str, Any]]:
-    """Each item: right or wrong, or its loss in nats, summed over its tokens."""
+def items_of(result: EvaluationResult) -> list[Item]:
+    """Return each item: right or wrong, or its loss in nats, summed over its tokens."""
     kept = [{key: item[key] for key in ITEM_KEYS if key in item} for item in result.items]
-    return [item | {"loss": item["loss"] * item["num_tokens"]} if "loss" in item else item for item in kept]
+    summed = [item | {"loss": item["loss"] * item["num_tokens"]} if "loss" in item else item for item in kept]
+    return [Item.model_validate(item) for item in summed]
 
 
 def weight_bytes(folder: Path) -> int:
-    """Of the files that hold weights."""
+    """Size of the files that hold weights."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def count_weights(folder: Path) -> int:
-    """Entries of all tensors in these files."""
+    """Number of entries of all tensors in the folder."""
     total = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
@@ -108,7 +110,7 @@ def count_weights(folder: Path) -> int:
 
 
 def _cast_checkpoint(base: Path, target: Path, *, dtype: torch.dtype) -> None:
-    """The base as the training loads it: else every tensor of another type would count as moved."""
+    """Write the base in the dtype of the training. Otherwise every tensor of another dtype would count as changed."""
     for file in base.glob("*.safetensors"):
         tensors = load_file(file)
         save_file(
@@ -123,7 +125,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _delta_shipment(base: Path, tuned: Path, *, whole: int) -> Shipment:
-    """The delta is written beside the base, and looked at."""
+    """Write the delta beside the base, and measure it."""
     path = base / "delta"
     delta.diff(base, tuned, path)
     file = DeltaFile(path)
@@ -133,7 +135,7 @@ def _delta_shipment(base: Path, tuned: Path, *, whole: int) -> Shipment:
 
 
 def _loss_of_base(job: Job) -> float:
-    """Measured in the type that the training loads the base in, and kept for the runs that follow."""
+    """Loss of the base model in the dtype of the training. Measured once, then read from `forgetting_file`."""
     assert job.forgetting is not None
     key, file = job.protocol, job.forgetting_file
     known = read_sealed(file) if file.exists() else {}
@@ -141,10 +143,7 @@ def _loss_of_base(job: Job) -> float:
         model = job.recipe.model
         settings = job.forgetting.settings(local_folder(model.path, revision=model.revision))
         known[key] = _loss(replace(settings, dtype=model.dtype) if settings.dtype == "auto" else settings)
-        # Calls that run beside one another must not write into the same file.
-        aside = file.with_name(f".{file.name}.{os.getpid()}")
-        aside.write_text(json.dumps(sealed(known), indent=1) + "\n", "utf-8")
-        os.replace(aside, file)
+        write_atomically(file, json.dumps(sealed(known), indent=1) + "\n")
     return known[key]
 
 

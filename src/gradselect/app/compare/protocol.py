@@ -1,16 +1,17 @@
-"""The protocol: what runs must share so that their results may stand in one table, and its fingerprint."""
+"""Protocol: the settings that runs must share for one table, and their fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from gradselect import UsageError
 from gradselect.app.recipe import HUB_DATA, RandomData, Recipe
 from gradselect.files import sha256
+from gradselect.usage import find_differences, first_line
 
 from .suite import Evaluation, Suite
 
@@ -29,17 +30,17 @@ FREE = {
         "max_skipped_steps",
     },
 }
-"""Keys of a recipe in which runs of one protocol may differ; of places it is compared what stands there."""
+"""Keys of a recipe in which runs of one protocol may differ. Of paths the contents are compared."""
 
 MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.model", "vocab*", "merges.txt", "*.jinja")
-"""What decides how a model computes."""
+"""Files that decide what a model computes."""
 
 
 def protocol_settings(suite: Suite) -> dict[str, Any]:
-    """Plain values of all that the suite's methods share, with fingerprints instead of places.
+    """Return plain values of everything that the suite's methods share, with fingerprints in place of paths.
 
     Raises:
-        UsageError: a model or data set is neither on the disk nor to be had from the hub.
+        UsageError: a model or data set is neither on the disk nor on the hub.
     """
     forgetting = None if suite.forgetting is None else _evaluation_settings(suite.forgetting)
     return {
@@ -51,25 +52,20 @@ def protocol_settings(suite: Suite) -> dict[str, Any]:
 
 
 def protocol_hash(settings: Mapping[str, Any]) -> str:
-    """SHA-256 of the settings, whatever the order of their keys."""
+    """SHA-256 of the settings; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def protocol_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What differs, one line each, e.g. "recipe.run.steps: 300 there, 100 here"."""
-    old, new = dict(_flat(there)), dict(_flat(here))
-    return [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
+    """Return one line for each difference, e.g. "recipe.run.steps: 300 there, 100 here"."""
+    return [f"{key}: {old!r} there, {new!r} here" for key, old, new in find_differences(there, here)]
 
 
 def place_fingerprint(place: str | Path, *, kind: Literal["model", "dataset"], revision: str | None = None) -> str:
     """SHA-256 of a file or of the files of a model; for an id on the hub, the id and its commit.
 
     Raises:
-        UsageError: neither is there.
+        UsageError: there is neither.
     """
     path = Path(place)
     if path.is_file():
@@ -82,7 +78,7 @@ def place_fingerprint(place: str | Path, *, kind: Literal["model", "dataset"], r
 
 
 def local_folder(place: str, *, revision: str | None) -> Path:
-    """The folder of a model that has been loaded before, on the disk or in the hub's cache."""
+    """Return the folder of a model that was loaded before, on the disk or in the cache of the hub."""
     from huggingface_hub import snapshot_download
 
     path = Path(place)
@@ -102,37 +98,27 @@ def _recipe_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _evaluation_settings(evaluation: Evaluation) -> dict[str, Any]:
-    values = evaluation.model_dump(mode="json", exclude={"data", "device", "batch_size"})
+    # Results without the key `metric` stay of the same protocol.
+    free = {"data", "device", "batch_size"} | ({"metric"} if evaluation.metric is None else set())
+    values = evaluation.model_dump(mode="json", exclude=free)
     data = HUB_DATA[evaluation.task][0] if evaluation.data is None else evaluation.data
     return {**values, "fingerprint": place_fingerprint(data, kind="dataset")}
 
 
 def _hub_commit(name: str, *, kind: Literal["model", "dataset"], revision: str | None) -> str:
-    """The commit that `revision` stands for: on the hub, or without a network in the cache."""
+    """Return the commit of `revision`: from the hub, or without a network from its cache."""
     from huggingface_hub import HfApi, snapshot_download
 
     looked_for = []
     try:
         return str(HfApi().repo_info(name, repo_type=kind, revision=revision).sha)
     except (OSError, ValueError) as error:
-        looked_for.append(_first_line(error))
+        looked_for.append(first_line(error))
     try:
         folder = snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{name!r} is neither a file or folder here (paths are relative to the folder the command runs in) nor a "
-            f"{kind} on the hub ({looked_for[0]}) nor in its cache ({_first_line(error)})"
+            f"{kind} on the hub ({looked_for[0]}) nor in its cache ({first_line(error)})"
         ) from None
     return Path(folder).name
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -1,14 +1,13 @@
-"""Which runs a suite asks for, in which order."""
+"""Runs of a suite, in order."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+
+from gradselect.app.results import Role
 
 from .suite import MethodEntry, slug
-
-Role = Literal["rate", "score"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +18,7 @@ class PlannedRun:
         method: its name in the suite.
         lr: learning rate.
         seed: of the run.
-        role: "rate": one of the search for the best rate, by held-out loss alone; "score": at the best rate, with
+        role: "rate" for the search of the best learning rate by the held-out loss; "score" at the best rate, with
             evaluations.
     """
 
@@ -30,12 +29,12 @@ class PlannedRun:
 
     @property
     def training_name(self) -> str:
-        """Names what is trained, whatever it is trained for."""
+        """Name of the training; both roles share it."""
         return f"{slug(self.method)}.lr-{self.lr:.12g}.seed-{self.seed}"
 
     @property
     def name(self) -> str:
-        """Names the run, and its result file."""
+        """Name of the run and of its result file."""
         return f"{self.training_name}.{self.role}"
 
     def __str__(self) -> str:
@@ -43,22 +42,22 @@ class PlannedRun:
 
 
 def rate_runs(method: str, entry: MethodEntry) -> list[PlannedRun]:
-    """The search over the grid, with seed 0; a grid of one rate needs none."""
+    """Return the runs that search the grid, with seed 0; none for a grid of one rate."""
     rates = entry.rates if len(entry.rates) > 1 else ()
     return [PlannedRun(method=method, lr=lr, seed=0, role="rate") for lr in rates]
 
 
 def score_run(method: str, *, lr: float, seed: int) -> PlannedRun:
-    """A run at the best rate."""
+    """Return the run at the best rate."""
     return PlannedRun(method=method, lr=lr, seed=seed, role="score")
 
 
 def best_rate(entry: MethodEntry, losses: Mapping[float, float | None]) -> float | None:
-    """The rate of lowest loss, of equals the smallest; that of a run that failed is None or missing.
+    """Return the rate with the lowest loss; of equal ones the smallest rate.
 
     Args:
         entry: the grid.
-        losses: held-out loss by rate.
+        losses: held-out loss by rate; None or missing for a run that failed.
 
     Returns:
         None if no run of the search succeeded.
@@ -70,5 +69,5 @@ def best_rate(entry: MethodEntry, losses: Mapping[float, float | None]) -> float
 
 
 def is_at_edge(lr: float, rates: Sequence[float]) -> bool | None:
-    """Whether a still better rate may lie outside of the grid; None for a grid of one rate."""
+    """True if a better rate may lie outside of the grid; None for a grid of one rate."""
     return lr in (min(rates), max(rates)) if len(rates) > 1 else None

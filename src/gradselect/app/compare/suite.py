@@ -5,9 +5,8 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_type_hints
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, ValidationError, create_model, model_validator
 
@@ -19,6 +18,7 @@ from gradselect.app.recipe import (
     RandomData,
     Recipe,
     Settings,
+    dataclass_keys,
     explain,
     merge,
     parse_override,
@@ -32,10 +32,10 @@ NOT_SHARED = {
     "run.output": "every run has a folder of its own",
     "run.seed": "write how many seeds there are as seeds",
 }
-"""Keys of a recipe that a suite's `recipe` must not have, and why."""
+"""Keys that a suite's `recipe` must not have, with the advice for the user."""
 
 NOT_OF_AN_EVALUATION = {"model", "output", "harness", "num_fewshot"}
-"""What `EvaluationSettings` has beside the settings of a suite."""
+"""Fields of `EvaluationSettings` that are no keys of a suite."""
 
 
 def _as_preparations(value: Any) -> Any:
@@ -45,12 +45,12 @@ def _as_preparations(value: Any) -> Any:
 
 
 def _without_dropped(value: Any) -> Any:
-    """A method that is null is one that the suite does not take over from its base."""
+    """Drop methods that are null: the suite does not want them from its base."""
     return {name: entry for name, entry in value.items() if entry is not None} if isinstance(value, Mapping) else value
 
 
 def _with_placeholders(value: Any) -> Any:
-    """The shared part of a recipe, made a whole one by values that stand for those of each run."""
+    """Complete the shared part of a recipe with placeholders for the values of each run."""
     if not isinstance(value, Mapping):
         return value
     for key, advice in NOT_SHARED.items():
@@ -67,7 +67,7 @@ class Preparation(Settings):
 
     Attributes:
         command: words as a shell splits them, run without a shell; "python" is the Python that runs the comparison.
-        makes: the file or folder that the command makes; where it exists the command is skipped. Without it, the
+        makes: file or folder that the command makes. If it exists, the command is skipped. Without this key the
             command runs each time.
     """
 
@@ -75,38 +75,40 @@ class Preparation(Settings):
     makes: Place | None = None
 
 
-def _keys_of_an_evaluation() -> dict[str, Any]:
-    """Type and default of each of them, as pydantic takes fields."""
-    types = get_type_hints(EvaluationSettings)
-    own = [part for part in fields(EvaluationSettings) if part.name not in NOT_OF_AN_EVALUATION]
-    return {part.name: (types[part.name], part.default) for part in own}
-
-
-_EvaluationKeys: Any = create_model("_EvaluationKeys", __base__=Settings, **_keys_of_an_evaluation())
+_EvaluationKeys: Any = create_model(
+    "_EvaluationKeys", __base__=Settings, **dataclass_keys(EvaluationSettings, without=NOT_OF_AN_EVALUATION)
+)
 
 
 class Evaluation(_EvaluationKeys):
-    """What `gradselect evaluate` is asked, without the model; its keys are those of `EvaluationSettings`."""
+    """Settings of `gradselect evaluate`, without the model; the keys are those of `EvaluationSettings`.
+
+    Attributes:
+        metric: the score of a classification. Default: accuracy, or for scores the Pearson correlation.
+    """
 
     task: str
+    metric: Literal["accuracy", "matthews", "f1", "pearson", "spearman"] | None = None
 
     @model_validator(mode="after")
     def check_settings(self) -> Self:
-        """The settings check themselves."""
+        """Check the settings by making them once."""
         self.settings("-")
+        if self.metric is not None and self.task != "classification":
+            raise ValueError(f"metric={self.metric} is for task: classification, not {self.task}; leave metric out")
         return self
 
     def settings(self, model: str | Path) -> EvaluationSettings:
-        """The same, asked of `model`."""
-        return EvaluationSettings(model=model, **self.model_dump())
+        """Return the settings for `model`."""
+        return EvaluationSettings(model=model, **self.model_dump(exclude={"metric"}))
 
 
 class MethodEntry(Settings):
-    """A method and the learning rates it is tried at.
+    """A method and its learning rates.
 
     Attributes:
         method: as the section `method` of a recipe.
-        rates: the grid; the best by `Suite.rank_by` is run with every seed. A single one is taken as it is.
+        rates: the grid; every seed runs at the best by `Suite.rank_by`. A single rate needs no search.
     """
 
     method: Method
@@ -124,14 +126,14 @@ class Suite(Settings):
 
     Attributes:
         name: of the suite, in results and file names.
-        about: what it is for.
+        about: purpose of the suite.
         prepare: commands that make the data or the base model.
-        recipe: the recipe that all methods share, without method, learning rate, seed and output: the protocol.
-        evaluations: what every trained model is asked, by name; none for speed and memory alone.
-        forgetting: a loss, measured of the base and of every trained model.
-        rank_by: what picks the learning rate: the loss on held-out training examples, never a test score.
-        seeds: how many seeds each method is run with, at its best rate: 0, 1, ...
-        methods: by the name they have in tables; null drops one that `base` has.
+        recipe: shared by all methods, without method, learning rate, seed and output: the protocol.
+        evaluations: of every trained model, by name; none to compare speed and memory only.
+        forgetting: a loss, measured for the base and for every trained model.
+        rank_by: selects the learning rate: the loss on held-out training examples, never a test score.
+        seeds: number of seeds of each method at its best rate: 0, 1, ...
+        methods: by their name in tables; null drops a method of `base`.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -171,7 +173,7 @@ class Suite(Settings):
         return self
 
     def training_recipe(self, method: str, *, lr: float, seed: int, output: str | Path) -> Recipe:
-        """The recipe of one run."""
+        """Return the recipe of one run."""
         return self.recipe.model_copy(
             update={
                 "method": self.methods[method].method,
@@ -181,10 +183,10 @@ class Suite(Settings):
         )
 
     def chosen(self, only: Sequence[str]) -> list[str]:
-        """Names of the methods that `only` names, by name, slug or glob, in the suite's order; all if it is empty.
+        """Return the methods that `only` names, by name, slug or glob, in the suite's order; all if it is empty.
 
         Raises:
-            UsageError: one that fits no method.
+            UsageError: one of them matches no method.
         """
         if not only:
             return list(self.methods)
@@ -194,14 +196,14 @@ class Suite(Settings):
 
 
 def slug(name: str) -> str:
-    """The name as a part of a file name: "AdaGradSelect 20 %" becomes "adagradselect-20"."""
+    """Return the name as part of a file name: "AdaGradSelect 20 %" becomes "adagradselect-20"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
-    """The suite in the YAML file at `path`, with `key=value` overrides such as "recipe.run.steps=100" on top.
+    """Read the suite in a YAML file, with `key=value` overrides such as "recipe.run.steps=100".
 
-    A suite may name another one with `base:`, relative to its own folder, and then writes only what differs.
+    A suite may extend another one: `base:` names its file, relative to its own folder.
 
     Raises:
         UsageError: no such file, broken YAML, or keys and values that do not fit, one line for each.
@@ -217,10 +219,10 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
 
 
 def parse_suite(values: Mapping[str, Any], *, source: str) -> Suite:
-    """The suite made of plain `values`; `source` names them in errors.
+    """Return the suite of plain `values`; errors call them `source`.
 
     Raises:
-        UsageError: with one line for each value that is wrong.
+        UsageError: one line for each wrong value.
     """
     try:
         return Suite.model_validate(values)

@@ -1,4 +1,4 @@
-"""The short table at the end of a comparison."""
+"""Short table at the end of a comparison."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from gradselect.app.results import Result
 from gradselect.app.stats import mean_and_deviation
 
-from .results import Result
 from .schedule import is_at_edge
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSummary:
-    """What came of a method.
+    """Results of one method.
 
     Args:
         method: its name.
-        lr: the best rate; None if no run of the search succeeded.
-        rates: those tried.
-        results: of the runs at the best rate that succeeded, by seed.
+        lr: the best learning rate; None if no run of the search succeeded.
+        rates: learning rates that were tried.
+        results: successful runs at the best rate, by seed.
     """
 
     method: str
@@ -31,32 +31,33 @@ class MethodSummary:
     results: tuple[Result, ...]
 
     def scores(self, evaluation: str) -> list[float]:
-        """One a seed, where it is defined."""
-        values = [result.own["scores"][evaluation]["value"] for result in self.results]
+        """Return one score for each seed, without undefined ones."""
+        values = [result.record.scores[evaluation].value for result in self.results]
         return [value for value in values if value is not None]
 
     @property
     def validation_losses(self) -> list[float]:
-        return [result.validation_loss for result in self.results if result.validation_loss is not None]
+        losses = [result.record.validation_loss for result in self.results]
+        return [loss for loss in losses if loss is not None]
 
     @property
     def step_seconds(self) -> float | None:
-        """Median seconds of the kind of step that was taken most, the middle one of the seeds."""
-        kinds = [result.own["seconds"]["by_kind"].values() for result in self.results]
-        medians = [max(kind, key=lambda figures: figures["steps"])["median"] for kind in kinds if kind]
+        """Median seconds of the most frequent kind of step; the median of that over the seeds."""
+        kinds = [seconds.by_kind.values() for result in self.results if (seconds := result.record.seconds) is not None]
+        medians = [max(kind, key=lambda figures: figures.steps).median for kind in kinds if kind]
         return statistics.median(medians) if medians else None
 
     @property
-    def peak_bytes(self) -> int | None:
-        """Weights, gradients, masters and optimizer state together, at their most."""
-        return max((result.own["bytes"]["peak"]["together"] for result in self.results), default=None)
+    def peak_bytes(self) -> float | None:
+        """Peak of weights, gradients, masters and optimizer state together; the largest of the seeds."""
+        held = [held for result in self.results if (held := result.record.bytes) is not None]
+        return max((one.peak["together"] for one in held), default=None)
 
 
 def summary_table(title: str, summaries: Sequence[MethodSummary]) -> Table:
-    """A row a method: best rate (with * at the edge of its grid), scores over seeds, step time, peak bytes."""
-    evaluations = list(
-        dict.fromkeys(name for summary in summaries for r in summary.results for name in r.own["scores"])
-    )
+    """One row per method: best rate (with * at the edge of its grid), scores over seeds, step time, peak bytes."""
+    results = [result for summary in summaries for result in summary.results]
+    evaluations = list(dict.fromkeys(name for result in results for name in result.record.scores))
     table = Table(title=title, title_justify="left", caption="* at the edge of the grid", caption_justify="left")
     table.add_column("method")
     for heading in ("best rate", "validation loss", *evaluations, "seconds a step", "peak MiB", "seeds"):
@@ -81,7 +82,7 @@ def _rate(summary: MethodSummary) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds."""
+    """Write mean and standard deviation over seeds."""
     if not values:
         return "-"
     mean, deviation = mean_and_deviation(values)

@@ -1,8 +1,8 @@
-"""The process of one run: train, evaluate, write the result.
+"""Process of one run: train, evaluate, write the result.
 
     python -m gradselect.app.compare.worker JOB.json
 
-Exit code 2 with a message: something that the user can put right.
+Exit code 2 with a message: an error that the user can correct.
 """
 
 from __future__ import annotations
@@ -11,22 +11,21 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from gradselect import UsageError
+from gradselect.app.recipe import todays_recipe
+from gradselect.app.results import FinishedRun, read_finished_run, read_run, write_result
 from gradselect.app.runtime import RunFolder, collected_messages
 from gradselect.app.train import train
-from gradselect.files import locked, read_sealed
+from gradselect.files import locked
 
 from .job import Job
 from .measure import measure_forgetting, measure_scores, measure_shipment
 from .result_record import Outcome, describe_success
-from .results import write_result
 
 USAGE_EXIT_CODE = 2
-RUN_KEYS = ("status", "recipe")
 
 
 def main(job_file: str) -> None:
@@ -40,10 +39,10 @@ def main(job_file: str) -> None:
 
 
 def carry_out(job: Job) -> None:
-    """From the job to its result file.
+    """Train, evaluate and write the result file.
 
     Raises:
-        UsageError: training or evaluation came to nothing.
+        UsageError: training or evaluation failed.
     """
     started = time.perf_counter()
     run = train_once(job)
@@ -60,25 +59,25 @@ def carry_out(job: Job) -> None:
         shutil.rmtree(job.training)
 
 
-def train_once(job: Job) -> dict[str, Any]:
-    """What `run.json` says of the training: of one that is there and may be taken over, or of a new one."""
+def train_once(job: Job) -> FinishedRun:
+    """Return the record of the training: of a finished one that the job may reuse, or of a new one."""
     folder = RunFolder(job.training)
     if not (job.may_reuse and _has_trained(folder, job)):
-        goes_on = job.resume and folder.newest_checkpoint() is not None
-        if not goes_on and folder.root.exists():
-            # One that a comparison before this one has left behind may still train there.
+        resumes = job.resume and folder.newest_checkpoint() is not None
+        if not resumes and folder.root.exists():
+            # A process of an earlier comparison may still train there.
             with locked(folder.root):
                 shutil.rmtree(folder.root)
-        train(job.recipe, resume=goes_on, command=job.command)
-    return read_sealed(folder.run_file, needed=RUN_KEYS)
+        train(job.recipe, resume=resumes, command=job.command)
+    return read_finished_run(folder.run_file)
 
 
 def _has_trained(folder: RunFolder, job: Job) -> bool:
-    """Whether the training in the folder has finished, and is the one that the job asks for."""
+    """True if the training in the folder has finished and used the recipe of the job."""
     if not folder.run_file.is_file():
         return False
-    run = read_sealed(folder.run_file, needed=RUN_KEYS)
-    return run["status"] == "finished" and run["recipe"] == job.recipe.model_dump(mode="json")
+    run = read_run(folder.run_file)
+    return run.status == "finished" and todays_recipe(run.recipe) == job.recipe.model_dump(mode="json")
 
 
 if __name__ == "__main__":

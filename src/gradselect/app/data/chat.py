@@ -8,10 +8,10 @@ from gradselect import UsageError
 
 
 def check_messages(messages: Any) -> list[dict[str, str]]:
-    """A conversation that ends with the assistant's answer to something.
+    """Return role and content of each message of a conversation that ends with an answer of the assistant.
 
     Raises:
-        UsageError: anything else.
+        UsageError: it is no such conversation.
     """
     well_formed = isinstance(messages, list) and all(
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)

@@ -1,4 +1,4 @@
-"""Labels of a classification, and scores: from what a file holds to what a head is trained on."""
+"""Labels and scores: from the values in a file to the targets of a head."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from gradselect import UsageError
 
 MOST_LABELS = 1000
-"""More different values than that are no classes; the largest common sets have a few hundred."""
+"""More values than this are no classes; the largest common sets have a few hundred."""
 
 
 def label_names(values: Iterable[Any], *, path: str) -> tuple[str, ...]:
-    """The labels that occur among `values`: numbers by size, else by the alphabet.
+    """Return the labels that occur: in numeric order if all are numbers, else in alphabetical order.
 
     Raises:
-        UsageError: fewer than two, or so many or such numbers that they look like scores.
+        UsageError: there are fewer than two, or they look like scores: too many, or fractions.
     """
     names = {str(value) for value in values if value is not None}
     numbers = {name: as_number(name) for name in names}
@@ -33,10 +33,10 @@ def label_names(values: Iterable[Any], *, path: str) -> tuple[str, ...]:
 
 
 def read_label(value: Any, *, labels: Sequence[str] | None) -> int | float:
-    """The number of a label, or, without `labels`, the score itself.
+    """Return the index of a label, or, without `labels`, the score itself.
 
     Raises:
-        UsageError: it is none of the labels, or no finite number.
+        UsageError: the value is none of the labels, or no finite number.
     """
     if value is None:
         raise UsageError("the label is null; fill it in, or drop the row")
@@ -51,7 +51,7 @@ def read_label(value: Any, *, labels: Sequence[str] | None) -> int | float:
 
 
 def as_number(text: str) -> float | None:
-    """The finite number that `text` stands for, if it does."""
+    """Return the finite number in `text`, or None."""
     try:
         number = float(text)
     except ValueError:

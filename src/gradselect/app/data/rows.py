@@ -1,4 +1,7 @@
-"""Rows of a local data file; every error names the file and, where there is one, the line."""
+"""Rows of a local data file. Every error names the file and, where there is one, the line.
+
+Not by `datasets`: it changes values ("007" to 7) and accepts broken files; LOG.md has the cases.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ Row = dict[str, Any]
 """One example: a value per column."""
 
 LONGEST_LINE = 2**26
-"""Bytes of a line: a book has a sixtieth of it, and what has no line ends at all should not be read to its end."""
+"""Bytes of a line. A book has a sixtieth of it; a file without line ends should not be read to its end."""
 
 LONGEST_LIST = 500
 """Characters of the column names that an error shows."""
@@ -28,7 +31,7 @@ _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def read_rows(path: str | Path, *, columns: Sequence[str] | None = None) -> list[Row]:
-    """All rows of a `.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv` or `.txt` file, in the file's order.
+    """Return all rows of a `.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv` or `.txt` file, in order.
 
     JSON holds one list of objects; JSONL one object a line; CSV and TSV name their columns in the first line; TXT gives
     one row with the column `text` per line. Empty lines of JSONL and TXT are skipped. Text is UTF-8. In a TSV file a
@@ -36,8 +39,8 @@ def read_rows(path: str | Path, *, columns: Sequence[str] | None = None) -> list
 
     Args:
         path: the file.
-        columns: names of the columns of a CSV or TSV file without a line of names; should its first line say just these
-            names, it is no row.
+        columns: names of the columns of a CSV or TSV file without a header. A first line that is just these names is
+            skipped.
 
     Raises:
         UsageError: no such file, an unknown ending, no rows, or a line that cannot be read; names file and line.
@@ -61,10 +64,10 @@ def read_rows(path: str | Path, *, columns: Sequence[str] | None = None) -> list
 
 
 def require_columns(rows: Sequence[Row], columns: Sequence[str], *, path: str | Path) -> None:
-    """Every row of the file at `path` has every one of `columns`.
+    """Check that every row of the file at `path` has all `columns`.
 
     Raises:
-        UsageError: names the file, the first row (from 1) without one of them, and the columns which that row has.
+        UsageError: names the file, the first row (from 1) that lacks one, and the columns of that row.
     """
     for number, row in enumerate(rows, start=1):
         missing = [column for column in columns if column not in row]
@@ -112,7 +115,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         _check_unpacked_size(path, parquet.read_metadata(path))
         yield from parquet.read_table(path).to_pylist()
-    # Damaged bytes also come out as text that is no UTF-8, and as sizes and dates that Python has no value for.
+    # Damaged bytes can also give invalid UTF-8, and sizes and dates outside of Python's range.
     except (ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, UsageError):
             raise
@@ -129,11 +132,11 @@ _READERS: dict[str, Callable[..., Iterator[Row]]] = {
 }
 
 ENDINGS = tuple(_READERS)
-"""What the names of readable files end in."""
+"""File name endings that `read_rows` reads."""
 
 
 def _read_table(path: Path, lines: Any, columns: Sequence[str] | None) -> Iterator[Row]:
-    """The rows of a `csv.reader`, whose columns are named by `columns` or else by its first line."""
+    """Yield the rows of a `csv.reader`. Columns are named by `columns` or by the first line."""
     try:
         header = next(lines, []) if columns is None else list(columns)
         if twice := [name for name in header if header.count(name) > 1]:
@@ -154,9 +157,9 @@ def _read_table(path: Path, lines: Any, columns: Sequence[str] | None) -> Iterat
 
 
 def _check_unpacked_size(path: Path, metadata: Any) -> None:
-    """A few bytes of Parquet can stand for any number of equal values."""
+    """Check the size before reading: a few bytes of Parquet can stand for any number of equal values."""
     unpacked = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
-    # Even an empty value is an object of Python.
+    # Even an empty value takes a pointer in Python.
     unpacked = max(unpacked, 8 * metadata.num_rows * metadata.num_columns)
     if unpacked > machine_bytes():
         raise UsageError(
@@ -166,9 +169,9 @@ def _check_unpacked_size(path: Path, metadata: Any) -> None:
 
 
 def _lines(path: Path, *, is_one_text: bool = False) -> Iterator[str]:
-    """The lines of a UTF-8 file with their ends; bytes are split first, so that a bad byte has a line number.
+    """Yield the lines of a UTF-8 file with their ends. Bytes are split first, so that a bad byte has a line number.
 
-    A file that is read as one text may be a single line.
+    With `is_one_text` the length of a line is not limited.
     """
     longest = -1 if is_one_text else LONGEST_LINE + 1
     with path.open("rb") as file:
@@ -196,10 +199,10 @@ def _lines(path: Path, *, is_one_text: bool = False) -> Iterator[str]:
 
 
 def _parse(text: str, *, path: Path, first_line: int) -> Any:
-    """JSON text that begins at line `first_line` of the file at `path`."""
+    """Parse JSON text that begins at line `first_line` of the file at `path`."""
     where = str(path) if "\n" in text.strip() else f"{path}, line {first_line}"
     try:
-        # Without the line end, else what ends too early is found on the next line.
+        # With the line end, the error of a text that ends too early would name the next line.
         return json.loads(text.rstrip("\r\n"), object_pairs_hook=_without_doubles)
     except _KeyTwiceError as error:
         raise UsageError(f"{where}: the key {error.args[0]!r:.60} stands twice in one object") from None
@@ -213,11 +216,11 @@ def _parse(text: str, *, path: Path, first_line: int) -> Any:
 
 
 class _KeyTwiceError(Exception):
-    """Its argument is the key."""
+    """A key stands twice in one object; the argument is the key."""
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> Row:
-    """An object of JSON. Python would take the last of equal keys in silence."""
+    """Return a JSON object. Python would silently take the last of equal keys."""
     item = dict(pairs)
     if len(item) < len(pairs):
         raise _KeyTwiceError(Counter(key for key, _ in pairs).most_common(1)[0][0])
@@ -225,7 +228,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> Row:
 
 
 def _object(item: Any, *, where: str, is_escaped: bool) -> Row:
-    """The item, an object; `is_escaped` where its text writes characters by number, as few files do."""
+    """Return the item if it is an object; `is_escaped`: its text has \\u escapes, and must be checked for halves."""
     if not isinstance(item, dict):
         raise UsageError(f'{where}: expected an object like {{"question": ..., "answer": ...}}, got {_kind(item)}')
     if is_escaped and _HALF_CHARACTER.search(json.dumps(item, ensure_ascii=False)):
@@ -234,9 +237,9 @@ def _object(item: Any, *, where: str, is_escaped: bool) -> Row:
 
 
 def _kind(item: Any) -> str:
-    """What `item` is called in JSON, and its beginning."""
+    """Describe a JSON value: its type and its beginning."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     text = json.dumps(item, ensure_ascii=False)
-    # What cannot be shown is written by number.
+    # Characters that cannot be shown become escape codes.
     text = text if text[:40].isprintable() else json.dumps(item)
     return f"{names.get(type(item), 'a number')}: {text[:40]}{'...' if len(text) > 40 else ''}"

@@ -10,17 +10,17 @@ from gradselect.usage import UsageError
 
 
 def check_template(template: str) -> str:
-    """The template itself.
+    """Return the template if it is well formed.
 
     Raises:
-        UsageError: a brace is left open, or a field is no plain column name; a literal brace is written twice.
+        UsageError: a brace is left open, or a field is no plain column name. A literal brace is written twice.
     """
     columns_of(template)
     return template
 
 
 def columns_of(template: str) -> tuple[str, ...]:
-    """The columns that a template reads, each once.
+    """Return the columns that a template reads, each once.
 
     Example:
         >>> columns_of("Question: {question}\\nAnswer:")
@@ -30,7 +30,7 @@ def columns_of(template: str) -> tuple[str, ...]:
 
 
 def render(template: str, row: Mapping[str, Any]) -> str:
-    """The template with each column replaced by the row's value.
+    """Return the template with each column replaced by the row's value.
 
     Raises:
         UsageError: a column that the template reads is empty (null) in this row.
@@ -41,7 +41,7 @@ def render(template: str, row: Mapping[str, Any]) -> str:
 
 
 def _parts(template: str) -> list[tuple[str, str | None]]:
-    """Literal text, and the column after it."""
+    """Return pairs of literal text and the column after it."""
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""How good is a model: accuracy on worked problems, loss on any text, published tasks through lm-eval."""
+"""Evaluation of a model: accuracy on worked problems, loss on any text, published tasks through lm-eval."""
 
 from gradselect.app.recipe import EvaluationSettings
 

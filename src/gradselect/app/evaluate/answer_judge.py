@@ -1,4 +1,4 @@
-"""Whether two answers are equal, decided by math-verify in a process that may end."""
+"""Comparison of answers by math-verify, in a process of its own that may crash."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from .answers import trimmed
 
 
 class Judge:
-    """Compares answers, one pair at a time; a context manager.
+    """Context manager that compares answers, one pair at a time.
 
-    A pair that math-verify does not decide in time is undecided: neither a hang nor a crash of the comparison reaches
-    the evaluation. Strings that are equal as they stand need no math-verify.
+    A pair stays undecided if math-verify hangs or crashes; the evaluation continues. Equal strings skip math-verify.
 
     Args:
-        timeout_seconds: for one pair.
+        timeout_seconds: limit for one pair.
 
     Raises:
         UsageError: math-verify is not installed.
@@ -48,11 +47,11 @@ class Judge:
         self._stop()
 
     def equal(self, reference: str, prediction: str) -> bool | None:
-        """Whether both are the same value; None if that could not be decided in time."""
+        """Return True if both are the same value; None if math-verify did not decide in time."""
         if trimmed(reference) == trimmed(prediction):
             return True
-        question = json.dumps([trimmed(reference), trimmed(prediction), self._timeout_seconds])
-        verdict = _exchange(self._running(), question)
+        pair = json.dumps([trimmed(reference), trimmed(prediction), self._timeout_seconds])
+        verdict = _exchange(self._running(), pair)
         if not verdict:
             self._stop()
             return None
@@ -61,7 +60,7 @@ class Judge:
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None:
             program = Path(__file__).with_name("math_verify_process.py")
-            # -P keeps this folder off the module path: its files must not stand in for the standard library's.
+            # -P keeps this folder off the module path: its files must not shadow the standard library.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(program)],
                 stdin=subprocess.PIPE,
@@ -83,7 +82,7 @@ class Judge:
 
 
 def _exchange(process: subprocess.Popen[str], line: str | None) -> str:
-    """Send a line, if any, and read one; empty when the process has ended."""
+    """Send a line, if any, and read one. Returns "" if the process has ended."""
     try:
         if line is not None:
             _pipe(process.stdin).write(line + "\n")

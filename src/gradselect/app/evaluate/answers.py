@@ -1,34 +1,34 @@
-"""The answer in a text: pure functions from a worked answer, or from what a model wrote, to the value to compare.
+"""Extraction of the answer from a worked solution or from the text of a model.
 
-An answer that was found is a string, for math-verify to read; None says that the text holds none.
+An answer is a string that math-verify can read, or None if the text holds none.
 """
 
 from __future__ import annotations
 
 import re
 
-# A minus is a sign unless an operand stands right before it: 3 in "8-3", -3 in "(-3", "is -3" and "-$3".
+# A minus is a sign unless an operand comes right before it: 3 in "8-3", -3 in "(-3", "is -3" and "-$3".
 _SIGN = r"(?P<sign>(?<![\w)\]}.%])[-\u2212])?"
 _CURRENCY = r"(?:\\?[$€£]\s?)?(?P<inner_sign>(?<=[$€£])[-\u2212])?"
 _DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+)"
-# "3 1/2": at most nine digits each, so that the one fraction it becomes is cheap to compute.
+# "3 1/2": at most nine digits each, so that the resulting fraction is cheap to compute.
 _MIXED = r"(?P<whole>(?<![\d.,])\d{1,9}) +(?P<part>\d{1,9})/(?P<parts>\d{1,9})(?![\d.,]*\d)"
 _FRACTION = rf"(?P<number>{_DECIMAL})(?:\s?/\s?(?P<denominator>\d+(?:\.\d+)?))?"
 _NUMBER = re.compile(rf"{_SIGN}{_CURRENCY}(?:{_MIXED}|{_FRACTION})(?P<percent>\s?\\?%)?", re.ASCII)
 
-# An escaped brace is a sign of the formula, as in \{1, 2\}.
+# An escaped brace belongs to the formula, as in \{1, 2\}.
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _TOKEN = re.compile(r"[^\s$.,;]+")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-_SAID = re.compile(r"answer\s+is\s*:?\s*", re.IGNORECASE)
+_STATED = re.compile(r"answer\s+is\s*:?\s*", re.IGNORECASE)
 _MATHS = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _SENTENCE_END = re.compile(r"\.(?:\s|$)|\n")
 
 
 def gsm8k_answer(text: str) -> str | None:
-    """The number that answers a grade-school problem: the first after the first `####`, else the last of the text.
+    """Return the number that answers a grade-school problem: the first after the first `####`, else the last one.
 
-    Thousands separators and currency signs are taken off, a percent sign is kept, units are left out.
+    The result has no thousands separators, currency signs or units of measurement. A percent sign stays.
 
     Example:
         >>> gsm8k_answer("She makes 9 * 2 = $<<9*2=18>>18.\\n#### 18")
@@ -42,23 +42,23 @@ def gsm8k_answer(text: str) -> str | None:
 
 
 def math_answer(text: str) -> str | None:
-    r"""The expression that answers a competition problem: the last `\boxed{...}`, else what follows the last
-    "answer is", else the last number.
+    r"""Return the answer to a competition problem: the last `\boxed{...}`, else the text after the last "answer is",
+    else the last number.
 
     Example:
         >>> math_answer(r"Half of it, so $\boxed{\frac{1}{2}}$.")
         '\\frac{1}{2}'
     """
-    return boxed_or_said(text) or last_number(text)
+    return boxed_or_stated(text) or last_number(text)
 
 
-def boxed_or_said(text: str) -> str | None:
-    r"""The last `\boxed{...}` of the text, else what follows its last "answer is"."""
-    return last_boxed(text) or last_said(text)
+def boxed_or_stated(text: str) -> str | None:
+    r"""Return the last `\boxed{...}` of the text, else the text after its last "answer is"."""
+    return last_boxed(text) or last_stated(text)
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last complete `\boxed{...}` or `\fbox{...}` holds, braces nested to any depth; `\boxed 5` holds 5."""
+    r"""Return the content of the last complete `\boxed{...}` or `\fbox{...}`, with nested braces; 5 for `\boxed 5`."""
     for box in reversed(list(_BOX.finditer(text))):
         inside = _in_braces(text, box.end()) if text.startswith("{", box.end()) else _one_token(text, box.end())
         if inside is not None and trimmed(inside):
@@ -66,9 +66,9 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def last_said(text: str) -> str | None:
-    """What the last "answer is" announces: the formula that follows it, else the rest of the sentence."""
-    ends = [match.end() for match in _SAID.finditer(text)]
+def last_stated(text: str) -> str | None:
+    """Return the formula after the last "answer is", else the rest of that sentence."""
+    ends = [match.end() for match in _STATED.finditer(text)]
     if not ends:
         return None
     line = text[ends[-1] :].partition("\n\n")[0]
@@ -79,13 +79,13 @@ def last_said(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number of the text, as `gsm8k_answer` writes it."""
+    """Return the last number of the text, in the form of `gsm8k_answer`."""
     numbers = list(_NUMBER.finditer(_plain_separators(text)))
     return _canonical(numbers[-1]) if numbers else None
 
 
 def trimmed(answer: str) -> str:
-    """The answer without what only typesets it: outer dollar signs, a final period, space, `\\left`, `\\dfrac`."""
+    """Return the answer without typesetting: outer dollar signs, a final period, space, `\\left`, `\\dfrac`."""
     answer = re.sub(r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\!", "", answer)
     answer = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer)
     answer = " ".join(answer.split()).rstrip(". ")
@@ -109,12 +109,12 @@ def _canonical(number: re.Match[str]) -> str:
 
 
 def _plain_separators(text: str) -> str:
-    r"""LaTeX writes 1{,}234 and 1,\!234 for 1,234."""
+    r"""Return the text with LaTeX's 1{,}234 and 1,\!234 written as 1,234."""
     return text.replace("{,}", ",").replace("\\!", "")
 
 
 def _in_braces(text: str, start: int) -> str | None:
-    """What stands between the brace at `start` and the one that closes it; None if nothing does."""
+    """Return the text between the brace at `start` and its closing brace; None if it is never closed."""
     depth = 0
     for token in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(token.group(), 0)

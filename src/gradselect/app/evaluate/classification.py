@@ -1,4 +1,4 @@
-"""A model with a classification head on texts whose labels or scores are known."""
+"""Evaluation of a classification head on texts with known labels or scores."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .tokens import longest_first
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledText:
-    """One row.
+    """One row of the data.
 
     Args:
-        index: row of the data, from 0.
-        text: the template filled in.
-        pair: the second text, if there is one.
-        label: as the data have it.
+        index: number of the row, from 0.
+        text: the filled template.
+        pair: the second text, if any.
+        label: label as in the data.
     """
 
     index: int
@@ -41,7 +41,7 @@ class LabelledText:
 
 
 def with_recipe(settings: EvaluationSettings) -> EvaluationSettings:
-    """The settings, with what they leave open from the recipe that the model was trained with, or the usual names."""
+    """Fill missing settings from the recipe of the training, else with the usual column names."""
     known = {"text": "{sentence}", "label": "label"} | _trained_on(settings.model)
     columns = settings.columns
     if columns is None and known.get("columns") and Path(str(settings.data)).suffix.lower() in (".csv", ".tsv"):
@@ -56,7 +56,7 @@ def with_recipe(settings: EvaluationSettings) -> EvaluationSettings:
 
 
 def labelled_texts(source: Source, settings: EvaluationSettings) -> list[LabelledText]:
-    """Every row with its label.
+    """Return every row with its label.
 
     Raises:
         UsageError: a missing column or an empty value; names the row.
@@ -80,10 +80,10 @@ def measure_classification(
     settings: EvaluationSettings,
     progress: Any,
 ) -> EvaluationResult:
-    """Labels or scores of all texts, and how they agree with those of the data.
+    """Predict labels or scores of all texts and compare them with the data.
 
     Raises:
-        UsageError: a label that the model does not know, or no classification head.
+        UsageError: a label that the model does not know, or labels that do not fit its outputs.
     """
     started = time.perf_counter()
     labels = _labels(language_model.model.config, settings)
@@ -114,21 +114,21 @@ def measure_classification(
 
 
 def _trained_on(model: str | Path) -> dict[str, Any]:
-    """The section `data` of the recipe of a model that `gradselect train` has classified with; else nothing."""
+    """Return section `data` of the recipe if `gradselect train` trained this classifier; else {}."""
     file = Path(model) / "run.json"
     data = read_sealed(file, needed=["recipe"])["recipe"]["data"] if file.is_file() else {}
     return data if data.get("format") == "classification" else {}
 
 
 def _labels(config: Any, settings: EvaluationSettings) -> tuple[str, ...] | None:
-    """What the outputs stand for; None: a single one is a score."""
+    """Return the label of each output; None if the single output is a score."""
     if config.num_labels == 1:
         if settings.labels is not None:
             raise UsageError(f"labels={list(settings.labels)}: the model has one output, a score; leave labels out")
         return None
     labels = settings.labels or tuple(config.id2label[number] for number in range(config.num_labels))
     if len(labels) != config.num_labels:
-        raise UsageError(f"labels={list(labels)} are {len(labels)}, the model has {config.num_labels} outputs")
+        raise UsageError(f"labels={list(labels)} names {len(labels)}, but the model has {config.num_labels} outputs")
     return labels
 
 
@@ -138,14 +138,14 @@ def _references(texts: Sequence[LabelledText], labels: Sequence[str] | None, *, 
 
 
 def _max_length(settings: EvaluationSettings, language_model: LanguageModel) -> int | None:
-    """What the training cut texts at, but no more than the context."""
+    """Return the `max_length` of the training, limited to the context."""
     limits = (_trained_on(settings.model).get("max_length"), language_model.context)
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 @torch.inference_mode()
 def _outputs(texts: Sequence[LabelledText], language_model: LanguageModel, *, max_length: int | None) -> torch.Tensor:
-    """float32 logits, (texts, labels)."""
+    """Return float32 logits, (texts, labels)."""
     tokenizer = language_model.tokenizer
     rows = [encode_texts(tokenizer, each.text, each.pair, max_length=max_length) for each in texts]
     batch = tokenizer.pad(rows, return_tensors="pt").to(language_model.device)

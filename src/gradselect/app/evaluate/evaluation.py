@@ -1,4 +1,4 @@
-"""The evaluation: read, ask, judge, count."""
+"""Evaluation: read the data, run the model, judge the answers, compute the figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .text_loss import SegmentLoss, score_all
 from .tokens import Prompt, Segment, encode_prompt, segments
 
 Progress = Callable[[int, int], None]
-"""Called with the number of items done, and of all."""
+"""Called with the number of finished items and of all items."""
 
 EXTRACT: dict[str, Callable[[str], str | None]] = {"gsm8k": gsm8k_answer, "math": math_answer}
 MAX_NEW_TOKENS = {"gsm8k": 512, "math": 1024}
@@ -34,18 +34,18 @@ def evaluate(settings: EvaluationSettings, *, on_progress: Progress | None = Non
     """Evaluate the model that the settings name.
 
     Args:
-        settings: what to evaluate on what.
+        settings: model, task and data.
         on_progress: called after each batch.
 
     Returns:
-        The figures; with `settings.output` they are in `result.json`, and each item is in `items.jsonl` as soon as it
-        is computed.
+        The figures. With `settings.output`, `result.json` holds them, and `items.jsonl` gets each item at once.
 
     Raises:
         UsageError: the model, the data or the settings cannot be used; says which, and what to write instead.
 
     Example:
-        >>> evaluate(EvaluationSettings(model="out/model", task="gsm8k", data="test.jsonl")).summary()
+        >>> settings = EvaluationSettings(model="out/model", task="gsm8k", data="test.jsonl")
+        >>> evaluate(settings).summary()  # doctest: +SKIP
         'gsm8k: accuracy 41.2 % (95 % interval 38.6 to 43.9), 543 of 1319'
     """
     return _evaluate(lambda: load(settings), settings, on_progress)
@@ -54,9 +54,9 @@ def evaluate(settings: EvaluationSettings, *, on_progress: Progress | None = Non
 def evaluate_model(
     model: Any, tokenizer: Any, settings: EvaluationSettings, *, on_progress: Progress | None = None
 ) -> EvaluationResult:
-    """Like `evaluate`, for a model of transformers in memory; `settings.model` is only its name in the result.
+    """Evaluate a transformers model in memory, as `evaluate` does. `settings.model` is only its name in the result.
 
-    The model is in evaluation mode meanwhile, and afterwards in the mode it came in. It keeps its dtype and device.
+    The model runs in evaluation mode and returns to its mode. Dtype and device do not change.
     """
     was_training = model.training
     model.eval()
@@ -69,7 +69,7 @@ def evaluate_model(
 def _evaluate(
     get_model: Callable[[], LanguageModel], settings: EvaluationSettings, on_progress: Progress | None
 ) -> EvaluationResult:
-    """What the user can get wrong comes first: a large model is loaded when all else is known to be in order."""
+    # All checks of settings and data come first: loading a large model takes long.
     if settings.harness:
         raise UsageError(f"harness={settings.harness} names tasks of lm-eval; call run_harness(settings)")
     if settings.output is not None:
@@ -103,11 +103,7 @@ def _measure_accuracy(
     assert settings.task is not None
     started, context = time.perf_counter(), language_model.context
     limit = resolve_max_new_tokens(settings.max_new_tokens, default=MAX_NEW_TOKENS[settings.task], context=context)
-    room = None if context is None else context - limit
-    prompts = [
-        encode_prompt(problem.prompt, language_model=language_model, as_chat=settings.as_chat, room=room)
-        for problem in asked
-    ]
+    prompts = _prompts(asked, language_model, settings, room=None if context is None else context - limit)
     config = greedy_config(language_model, max_new_tokens=limit, stop=settings.stop)
     answers = answer_all(prompts, language_model=language_model, config=config, batch_size=settings.batch_size)
     judged = _judged_batches(answers, asked, prompts, judge=judge, extract=EXTRACT[settings.task])
@@ -133,6 +129,15 @@ def _measure_accuracy(
                 items=items,
             )
         )
+
+
+def _prompts(
+    asked: Sequence[Problem], language_model: LanguageModel, settings: EvaluationSettings, *, room: int | None
+) -> list[Prompt]:
+    return [
+        encode_prompt(problem.prompt, language_model=language_model, as_chat=settings.as_chat, room=room)
+        for problem in asked
+    ]
 
 
 def _measure_loss(
@@ -166,7 +171,7 @@ def _measure_loss(
 
 
 def _collect(batches: Iterator[list[Item]], writer: ItemWriter, progress: Progress, *, total: int) -> list[Item]:
-    """Every item, each written as soon as it is there."""
+    """Write each item as soon as it is computed; return all."""
     for batch in batches:
         for item in batch:
             writer.write(item)
@@ -194,7 +199,7 @@ def _scored_batches(
 
 
 def _segments(texts: Sequence[Passage], language_model: LanguageModel, *, name: str) -> list[Segment]:
-    """Every segment in which there is something to score."""
+    """Return every segment with tokens to score."""
     cut = (segments(row, passage, language_model=language_model) for row, passage in enumerate(texts))
     scored = [segment for row in cut for segment in row if segment.num_tokens > 0]
     if not scored:
@@ -231,7 +236,7 @@ def _scored(segment: Segment, segment_loss: SegmentLoss) -> Item:
 
 
 def _warn(result: EvaluationResult) -> None:
-    """Say what a reader of the figure alone would miss."""
+    """Warn of truncated, unfinished and undecided items, which the figure does not show."""
     if result.num_truncated:
         lost = "end" if result.task == "classification" else "beginning"
         _log.warning(

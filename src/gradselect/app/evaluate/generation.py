@@ -32,7 +32,7 @@ NEUTRAL = {
     "max_length": None,
     "min_length": 0,
 }
-"""Greedy decoding, and the defaults of whatever else has no meaning for it or is said by `max_new_tokens`.
+"""Greedy decoding. Settings that it ignores, or that `max_new_tokens` replaces, have their defaults.
 
 The defaults are written out because transformers fills a None from the model's own config.
 """
@@ -40,12 +40,12 @@ The defaults are written out because transformers fills a None from the model's 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the model wrote.
+    """Text that the model wrote.
 
     Args:
-        index: of the prompt.
-        text: up to a stop string, without special tokens.
-        finished: whether the model ended it, by an end-of-text token or a stop string, before `max_new_tokens`.
+        index: number of the prompt.
+        text: text up to a stop string, without special tokens.
+        finished: True if an end-of-text token or a stop string came before `max_new_tokens`.
     """
 
     index: int
@@ -54,10 +54,10 @@ class Answer:
 
 
 def resolve_max_new_tokens(asked: int | None, *, default: int, context: int | None) -> int:
-    """`asked`, or `default` limited to half of the context.
+    """Return `asked`, else `default` limited to half of the context.
 
     Raises:
-        UsageError: nothing of the context is left for the prompt.
+        UsageError: no context is left for the prompt.
     """
     if asked is None:
         return default if context is None else min(default, context // 2)
@@ -72,7 +72,7 @@ def resolve_max_new_tokens(asked: int | None, *, default: int, context: int | No
 def answer_all(
     prompts: Sequence[Prompt], *, language_model: LanguageModel, config: Any, batch_size: int
 ) -> Iterator[list[Answer]]:
-    """Batches of answers, longest prompts first, as the `config` of `greedy_config` says.
+    """Yield batches of answers, longest prompts first. `config` comes from `greedy_config`.
 
     In exact arithmetic an answer does not depend on its batch.
     """
@@ -82,9 +82,9 @@ def answer_all(
 
 
 def greedy_config(language_model: LanguageModel, *, max_new_tokens: int, stop: Sequence[str]) -> Any:
-    """The model's own generation config, made greedy.
+    """Return the model's own generation config, made greedy.
 
-    Its end-of-text tokens, penalties on repetition, and suppressed or forced tokens stay.
+    Its end-of-text tokens, repetition penalties, and suppressed or forced tokens stay.
     """
     config = copy.deepcopy(language_model.model.generation_config)
     config.update(
@@ -98,7 +98,7 @@ def greedy_config(language_model: LanguageModel, *, max_new_tokens: int, stop: S
 
 
 def _end_tokens(language_model: LanguageModel) -> list[int]:
-    """Every end-of-text token that the generation config or the tokenizer names."""
+    """Return every end-of-text token that the generation config or the tokenizer names."""
     configured = language_model.model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in (*listed, language_model.tokenizer.eos_token_id) if token is not None})
@@ -108,7 +108,7 @@ def _end_tokens(language_model: LanguageModel) -> list[int]:
 def _answer_batch(
     rows: Sequence[Sequence[int]], *, language_model: LanguageModel, config: Any
 ) -> list[tuple[str, bool]]:
-    """Text and whether it is finished, for each prompt of a batch."""
+    """Return (text, finished) for each prompt of a batch."""
     ids, mask = pad(rows, token=language_model.pad_token, left=True)
     output = language_model.model.generate(
         input_ids=ids.to(language_model.device),
@@ -120,7 +120,7 @@ def _answer_batch(
 
 
 def _read(ids: list[int], *, config: Any, tokenizer: Any) -> tuple[str, bool]:
-    """Text before the first end-of-text token or stop string, and whether there is one."""
+    """Return the text before the first end-of-text token or stop string, and True if there is one."""
     ends, stop = config.eos_token_id or (), config.stop_strings or ()
     end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
     text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,4 +1,4 @@
-"""Published evaluations, through lm-eval (EleutherAI's language model evaluation harness)."""
+"""Published evaluations through lm-eval, EleutherAI's language model evaluation harness."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from gradselect.app.recipe import EvaluationSettings
-from gradselect.files import sealed
+from gradselect.files import sealed, write_atomically
 from gradselect.usage import UsageError
 
 from .language_model import check_folder, resolve_device
-from .results import check_new_folder, plain_settings, to_json, versions, write_aside
+from .results import check_new_folder, plain_settings, to_json, versions
 
 
 @dataclass(frozen=True, kw_only=True)
 class HarnessResult:
-    """The figures that lm-eval gives.
+    """Figures from lm-eval.
 
     Args:
-        scores: by task, then by lm-eval's name of the metric, such as "exact_match,strict-match"; a standard error
-            stands under "exact_match_stderr,strict-match".
-        seconds: wall-clock time, loading the model included.
-        settings: as given.
-        versions: of what computed it.
+        scores: by task, then by lm-eval's name of the metric, such as "exact_match,strict-match"; its standard error
+            is "exact_match_stderr,strict-match".
+        seconds: wall-clock time, including loading the model.
+        settings: settings as given.
+        versions: versions of the software.
     """
 
     scores: Mapping[str, Mapping[str, float]]
@@ -38,19 +38,20 @@ class HarnessResult:
 
 
 def run_harness(settings: EvaluationSettings) -> HarnessResult:
-    """Run the tasks `settings.harness` of lm-eval on the model. Prompts and decoding are the tasks' own.
+    """Run the lm-eval tasks of `settings.harness` on the model, with the tasks' own prompts and decoding.
 
-    With `settings.output` everything lm-eval reports is in `harness.json`, and its items in `samples_<task>.jsonl`.
+    With `settings.output`, `harness.json` holds the whole report of lm-eval, and `samples_<task>.jsonl` its items.
 
     Raises:
         UsageError: lm-eval is not installed, it knows no such task, or the settings name none.
 
     Example:
-        >>> run_harness(EvaluationSettings(model="out/model", harness=("gsm8k",))).scores["gsm8k"]
+        >>> settings = EvaluationSettings(model="out/model", harness=("gsm8k",))
+        >>> run_harness(settings).scores["gsm8k"]  # doctest: +SKIP
         {'exact_match,strict-match': 0.41, 'exact_match_stderr,strict-match': 0.013, ...}
     """
     if not settings.harness:
-        raise UsageError("no task for lm-eval; write harness=('gsm8k',), say")
+        raise UsageError("harness names no task; write e.g. harness=('gsm8k',)")
     if settings.output is not None:
         check_new_folder(settings.output)
     check_folder(settings.model)
@@ -74,7 +75,7 @@ def _simple_evaluate(settings: EvaluationSettings) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     arguments = _model_arguments(settings)
-    # A few tasks read the model's arguments, to fit their texts to its tokenizer.
+    # A few tasks read the model's arguments to fit their texts to its tokenizer.
     manager = TaskManager(metadata=arguments)
     return simple_evaluate(
         model="hf",
@@ -99,7 +100,7 @@ def _model_arguments(settings: EvaluationSettings) -> dict[str, str]:
 
 
 def _known_tasks(names: Sequence[str], manager: Any) -> list[str]:
-    """The tasks that the names, or patterns such as "mmlu_*", stand for."""
+    """Return the tasks that match the names, or patterns such as "mmlu_*"."""
     found = {name: manager.match_tasks([name]) for name in names}
     unknown = [name for name, tasks in found.items() if not tasks]
     if unknown:
@@ -110,13 +111,13 @@ def _known_tasks(names: Sequence[str], manager: Any) -> list[str]:
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics without names and counts that stand beside them; a figure without standard error has none here."""
+    """Return the metrics without the names and counts beside them; drop standard errors that are not numbers."""
     return {name: float(value) for name, value in metrics.items() if "," in name and isinstance(value, int | float)}
 
 
 def _write(folder: Path, report: Mapping[str, Any], result: HarnessResult) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for task, samples in report["samples"].items():
-        write_aside(folder / f"samples_{task}.jsonl", "".join(json.dumps(s, default=str) + "\n" for s in samples))
+        write_atomically(folder / f"samples_{task}.jsonl", "".join(json.dumps(s, default=str) + "\n" for s in samples))
     rest = {name: value for name, value in report.items() if name != "samples"}
-    write_aside(folder / "harness.json", to_json(sealed({**asdict(result), "report": rest})))
+    write_atomically(folder / "harness.json", to_json(sealed({**asdict(result), "report": rest})))

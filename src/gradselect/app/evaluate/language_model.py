@@ -1,4 +1,4 @@
-"""The model under evaluation, with its tokenizer."""
+"""The evaluated model with its tokenizer."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from gradselect.app.recipe import EvaluationSettings
 from gradselect.usage import UsageError
 
 FOLDER_MARKS = ("config.json", "adapter_config.json")
-"""One of these is in every folder that `save_pretrained` of transformers or PEFT wrote."""
+"""Every folder from `save_pretrained` of transformers or PEFT holds one of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
-    """A model of transformers, its tokenizer, and how many tokens it can look back on.
+    """A transformers model, its tokenizer and its context length.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: of the same checkpoint.
-        context: tokens of prompt and answer together; None where the architecture sets no limit.
+        model: model in evaluation mode.
+        tokenizer: tokenizer of the same checkpoint.
+        context: limit on the tokens of prompt and answer together; None if the architecture has no limit.
     """
 
     model: Any
@@ -32,20 +32,20 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs belong."""
+        """Device of the inputs."""
         return self.model.get_input_embeddings().weight.device
 
     @property
     def pad_token(self) -> int:
-        """Id that fills up a batch; it is masked, so any id will do."""
+        """Id that pads a batch; it is masked, so any id works."""
         return next((t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0)
 
 
 def load(settings: EvaluationSettings) -> LanguageModel:
-    """The model that the settings name, on its device, in evaluation mode.
+    """Load the model that the settings name onto its device, in evaluation mode.
 
     Raises:
-        UsageError: no checkpoint of a decoder-only model there, a part of it missing, or no such device.
+        UsageError: the path holds no complete checkpoint of a decoder-only model, or there is no such device.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -61,19 +61,19 @@ def load(settings: EvaluationSettings) -> LanguageModel:
 
 
 def wrap(model: Any, tokenizer: Any) -> LanguageModel:
-    """A model in memory and its tokenizer, checked to fit each other.
+    """Wrap a model in memory and its tokenizer, after a check that they fit each other.
 
     Raises:
         UsageError: an encoder-decoder model, or a tokenizer with more tokens than the model has embeddings.
     """
     if model.config.get_text_config().is_encoder_decoder:
-        raise UsageError(f"{type(model).__name__} is an encoder-decoder model; evaluate does not read those")
+        raise UsageError(f"{type(model).__name__} is an encoder-decoder model; evaluate supports decoder-only models")
     check_tokens(model, tokenizer)
     return LanguageModel(model=model, tokenizer=tokenizer, context=context_of(model, tokenizer))
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that "auto" or a name of torch stands for.
+    """Return the device for "auto" or a device name of torch.
 
     Raises:
         UsageError: torch knows no such device, or this machine has none.
@@ -84,26 +84,28 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"device={name!r} is no device; write auto, cpu, cuda or cuda:1") from None
-    there = 0 if accelerator is None or accelerator.type != device.type else torch.accelerator.device_count()
-    if device.type != "cpu" and (device.index or 0) >= there:
-        raise UsageError(f"device={name!r}: this machine has {there} devices of that type; write device=auto")
+        raise UsageError(f"device={name!r} is not a device; write auto, cpu, cuda or cuda:1") from None
+    count = 0 if accelerator is None or accelerator.type != device.type else torch.accelerator.device_count()
+    if device.type != "cpu" and (device.index or 0) >= count:
+        raise UsageError(f"device={name!r}: this machine has {count} devices of that type; write device=auto")
     return device
 
 
 def check_folder(model: str | Path) -> None:
-    """What stands at this path, if anything, is a folder with a checkpoint; else it may be an id on the hub.
+    """Refuse a path that exists and is not a folder with a checkpoint, or that looks local and does not exist.
+
+    Any other name may be an id on the hub.
 
     Raises:
-        UsageError: otherwise.
+        UsageError: says what the path is.
     """
     path = Path(model)
     if path.is_file():
-        raise UsageError(f"model={str(model)!r} is a file; give the folder it lies in")
+        raise UsageError(f"model={str(model)!r} is a file; give its folder")
     if path.is_dir() and not any((path / mark).is_file() for mark in FOLDER_MARKS):
-        there = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
+        content = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
         raise UsageError(
-            f"model={str(model)!r} is no model folder: it has no config.json; it holds {there}. "
+            f"model={str(model)!r} is not a model folder: it has no config.json; it holds {content}. "
             "Give the folder that save_pretrained wrote"
         )
     looks_local = path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1

@@ -1,8 +1,8 @@
-"""A program of its own: reads pairs of answers, one JSON list a line, and writes whether they are equal.
+"""Program that reads pairs of answers, one JSON list per line, and writes true or false for each.
 
-Answers come from a model, and `9^{9^{9^9}}` or a thousand nested roots keep a computer algebra system busy for hours or
-take all memory. Only the end of a process stops every such case, so `answer_judge.py` runs this file, which ends itself
-when a pair takes too long. It imports nothing of gradselect, so that a new one is ready within a second.
+Answers come from a model: `9^{9^{9^9}}` or a thousand nested roots can keep a computer algebra system busy for hours or
+take all memory. Only killing the process stops every such case. So `answer_judge.py` runs this file, which exits when a
+pair takes too long. It does not import gradselect, so a new process is ready within a second.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ MEMORY_BYTES = 4 << 30
 
 
 def are_equal(reference: str, prediction: str) -> bool:
-    r"""Whether both stand for the same value: 1/2, 0.5, 50\% and \frac{1}{2} do."""
-    # The clock is that of `main`: math-verify's own cannot end a long computation in C.
+    r"""Return True if both are the same value, as 1/2, 0.5, 50\% and \frac{1}{2} are."""
+    # `main` has the timeout: math-verify's own cannot stop a long computation in C.
     expected = parse(f"\\boxed{{{reference}}}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
     given = parse(f"\\boxed{{{prediction}}}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
     return verify(expected, given, timeout_seconds=None)
 
 
 def main() -> None:
-    """Answer lines `[reference, prediction, seconds]` until the input ends; "ready" says that all is imported."""
+    """Answer lines `[reference, prediction, seconds]` until the input ends. Writes "ready" after the imports."""
     logging.disable(logging.CRITICAL)
     if sys.platform == "linux":
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     are_equal("1", "2")
-    _say("ready")
+    _write("ready")
     for line in sys.stdin:
         reference, prediction, seconds = json.loads(line)
-        # A watchdog thread in C: it ends the process whatever the interpreter is busy with.
+        # A watchdog thread in C ends the process, whatever the interpreter is doing.
         faulthandler.dump_traceback_later(seconds, exit=True)
         verdict = are_equal(reference, prediction)
         faulthandler.cancel_dump_traceback_later()
-        _say(verdict)
+        _write(verdict)
 
 
-def _say(message: object) -> None:
+def _write(message: object) -> None:
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""From rows to what a task asks the model: problems with a reference answer, or passages to score."""
+"""Problems with a reference answer, and passages to score, made from rows of data."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from gradselect.app.recipe import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
 from gradselect.files import sha256
 from gradselect.usage import UsageError
 
-from .answers import boxed_or_said, gsm8k_answer, trimmed
+from .answers import boxed_or_stated, gsm8k_answer, trimmed
 
 QUESTION_COLUMNS = ("question", "query", "problem", "instruction", "input", "prompt")
 ANSWER_COLUMNS = {
     "gsm8k": ("answer", "response", "output", "target", "solution", "completion"),
     "math": ("answer", "solution", "response", "output", "target", "completion"),
-    # Where a worked answer stands beside the bare one, it is what a model was trained to write.
+    # If the data have a worked answer beside the bare one, models are trained to write the worked one.
     "loss": ("solution", "response", "output", "answer", "target"),
 }
-"""Names tried in this order when no template names a column."""
+"""Column names to try, in this order, when no template names one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Rows and where they came from.
+    """Rows and their origin.
 
     Args:
-        name: of the file or data set.
-        fingerprint: SHA-256 of the file, or what the datasets library gives.
-        rows: those that are used.
+        name: name of the file or data set.
+        fingerprint: SHA-256 of the file, or the fingerprint of the datasets library.
+        rows: the rows in use.
     """
 
     name: str
@@ -39,19 +39,19 @@ class Source:
     rows: Sequence[Row]
 
     def describe(self) -> dict[str, str | int]:
-        """What a result keeps of it."""
+        """Return the description that a result keeps."""
         return {"name": self.name, "fingerprint": self.fingerprint, "rows_used": len(self.rows)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What the model is to answer.
+    """A question with its reference answer.
 
     Args:
         index: row of the data, from 0.
-        question: as the data has it.
-        prompt: the template filled in.
-        reference: the bare answer, as `answers.py` extracts it.
+        question: question as in the data.
+        prompt: the filled template.
+        reference: the bare answer, extracted by `answers.py`.
     """
 
     index: int
@@ -65,9 +65,9 @@ class Passage:
     """Text whose loss is measured.
 
     Args:
-        prompt: what comes before it and is not scored: a text, a conversation, or None for a running text.
-        target: what is scored.
-        ends: whether the end-of-text token belongs to the target.
+        prompt: text or conversation before the target, not scored. None for a running text.
+        target: text to score.
+        ends: True if the end-of-text token belongs to the target.
     """
 
     prompt: str | Sequence[Mapping[str, str]] | None
@@ -76,7 +76,7 @@ class Passage:
 
 
 def read_source(settings: EvaluationSettings) -> Source:
-    """The first `limit` rows that the settings name; a `.txt` file is one row, with its running text.
+    """Read the first `limit` rows that the settings name. A `.txt` file is one row of running text.
 
     Raises:
         UsageError: no such file or data set, or a line that cannot be read.
@@ -94,10 +94,10 @@ def read_source(settings: EvaluationSettings) -> Source:
 
 
 def problems(source: Source, settings: EvaluationSettings) -> list[Problem]:
-    """Every row as a problem of the task gsm8k or math.
+    """Return every row as a problem of task gsm8k or math.
 
     Raises:
-        UsageError: a missing column, an empty value, or a reference in which there is no answer; names the row.
+        UsageError: a missing column, an empty value, or a reference without an answer; names the row.
     """
     assert settings.task is not None
     rows = [_with_question(row) for row in source.rows]
@@ -117,10 +117,10 @@ def problems(source: Source, settings: EvaluationSettings) -> list[Problem]:
 
 
 def passages(source: Source, settings: EvaluationSettings) -> list[Passage]:
-    """Every row as a passage of the task loss, in the format that the first row's columns show.
+    """Return every row as a passage of task loss. The columns of the first row decide the format.
 
     Raises:
-        UsageError: columns that show no format, a missing column or an empty value; names the row.
+        UsageError: columns of no known format, a missing column or an empty value; names the row.
     """
     columns = source.rows[0]
     if "messages" in columns:
@@ -151,7 +151,7 @@ def _completions(source: Source, settings: EvaluationSettings) -> list[Passage]:
 
 
 def _conversation(_: int, row: Row) -> Passage:
-    """The last answer of a conversation, given everything before it."""
+    """Return the last answer of a conversation as target, everything before it as prompt."""
     from gradselect.app.data import check_messages
 
     *before, last = check_messages(row.get("messages"))
@@ -170,8 +170,8 @@ def _gsm8k_reference(text: str) -> str:
 
 
 def _math_reference(text: str) -> str:
-    """A boxed or announced answer, or else the whole text if it is one line: then it is the bare answer."""
-    reference = boxed_or_said(text) or ("" if "\n" in text.strip() else trimmed(text))
+    """Return the boxed or announced answer, else the whole text if it is one line: a bare answer."""
+    reference = boxed_or_stated(text) or ("" if "\n" in text.strip() else trimmed(text))
     if not reference:
         raise UsageError(f"the answer {text[-60:]!r} holds no \\boxed{{...}}")
     return reference
@@ -181,7 +181,7 @@ _REFERENCES: dict[str, Callable[[str], str]] = {"gsm8k": _gsm8k_reference, "math
 
 
 def _with_question(row: Row) -> Row:
-    """The row with its question under the names that templates use, whatever its column is called."""
+    """Return the row with its question also under the names that templates use."""
     column = next((column for column in QUESTION_COLUMNS if column in row), None)
     return row if column is None else {"question": row[column], "query": row[column], **row}
 
@@ -230,8 +230,7 @@ def _read_hub(name: str, *, subset: str | None, split: str) -> tuple[list[Row], 
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"data={name!r} is neither a file ({', '.join(ENDINGS)}) nor a data set that can be had from the hub: "
-            f"{reason}"
+            f"data={name!r} is neither a file ({', '.join(ENDINGS)}) nor a data set on the hub: {reason}"
         ) from None
     assert isinstance(data, Dataset)
     rows = data.to_list()

@@ -1,11 +1,9 @@
-"""What an evaluation finds, and the files it leaves."""
+"""Result of an evaluation and its files."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -15,37 +13,36 @@ from typing import IO, Any, Self
 
 from gradselect import __version__
 from gradselect.app.stats import Interval
-from gradselect.files import read_sealed, sealed
+from gradselect.files import read_sealed, sealed, sha256, write_atomically
 from gradselect.usage import UsageError
 
 Item = dict[str, Any]
-"""One line of `items.jsonl`; its key `index` orders them."""
+"""One line of `items.jsonl`; key `index` gives the order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """The figures of one evaluation.
+    """Figures of one evaluation.
 
     Args:
         task: "gsm8k", "math", "loss" or "classification".
         num_items: problems, segments of text, or rows.
-        accuracy: share of items whose answer or label is right; None for a loss and for scores.
+        accuracy: share of items with the right answer or label; None for a loss and for scores.
         loss: mean nats per target token; None for an accuracy.
         interval: 95 % confidence interval of the accuracy (Wilson) or the loss (over items; a single item has none).
-        metrics: of a classification: "matthews" and, of two labels, "f1" of the second; of scores "pearson" and
-            "spearman". One that is not defined, as a correlation with a constant, is None.
-        num_correct: items answered right.
-        num_unanswered: problems in whose text no answer was found; they count as wrong.
+        metrics: for labels "matthews" and, with two labels, "f1" of the second; for scores "pearson" and "spearman".
+            None if undefined, such as the correlation with a constant.
+        num_correct: items with the right answer.
+        num_unanswered: problems without an answer in the model's text; they count as wrong.
         num_unfinished: answers that `max_new_tokens` cut off.
-        num_undecided: answers that math-verify could not compare in time; they count as wrong.
-        num_truncated: items that lost their beginning, or, where texts are classified, their end, for they exceed the
-            context.
+        num_undecided: answers that math-verify did not compare in time; they count as wrong.
+        num_truncated: items longer than the context. A classified text loses its end, other items their beginning.
         num_tokens: target tokens of a loss.
         seconds: wall-clock time without loading the model.
         data: name, fingerprint and number of rows.
-        settings: as given, and what defaults became.
-        generation: the generation config that was used, where it differs from the defaults of transformers.
-        versions: of what computed it.
+        settings: settings as given, with defaults resolved.
+        generation: settings of the generation config that differ from the defaults of transformers.
+        versions: versions of the software.
         items: one record per item, in the order of the data; not part of `to_dict`.
     """
 
@@ -69,12 +66,12 @@ class EvaluationResult:
     items: Sequence[Item] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without the items and without what does not apply to the task."""
+        """Return plain values for JSON, without the items and without fields that are None."""
         values = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "items"}
         return {name: value for name, value in values.items() if value is not None}
 
     def summary(self) -> str:
-        """One line for people.
+        """Return one line for people.
 
         Example: "gsm8k: accuracy 41.2 % (95 % interval 38.6 to 43.9), 543 of 1319"
         """
@@ -94,15 +91,15 @@ class EvaluationResult:
 
 
 class ItemWriter:
-    """Keeps items and appends each to `items.jsonl` of a folder at once; a context manager.
+    """Context manager that keeps items and appends each to `items.jsonl` of a folder at once.
 
-    Items come in the order of computation. When all is done `finish` puts the file into the order of the data.
+    Items arrive in the order of computation. `finish` rewrites the file in the order of the data.
 
     Args:
-        folder: a new or empty folder; None writes nothing.
+        folder: a new or empty folder. None: write nothing.
 
     Raises:
-        UsageError: the folder holds something.
+        UsageError: the folder is not empty.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
@@ -126,87 +123,80 @@ class ItemWriter:
 
     @property
     def num_items(self) -> int:
-        """How many items there are so far."""
+        """Number of items so far."""
         return len(self._items)
 
     def write(self, item: Item) -> None:
-        """Keep this item, and append it to the file."""
+        """Keep the item and append it to the file."""
         self._items.append(item)
         if self._file is not None:
             self._file.write(_line(item))
             self._file.flush()
 
     def finish(self) -> list[Item]:
-        """All items in the order of the data; the file is written anew in that order."""
+        """Return all items in the order of the data, after rewriting the file in that order."""
         self._items.sort(key=lambda item: item["index"])
         if self._folder is not None:
-            write_aside(self._folder / "items.jsonl", "".join(map(_line, self._items)))
+            write_atomically(self._folder / "items.jsonl", "".join(map(_line, self._items)))
         return self._items
 
     def write_result(self, result: EvaluationResult) -> EvaluationResult:
-        """The result itself; it is in `result.json` now."""
+        """Write the result to `result.json` and return it."""
         if self._folder is not None:
-            digest = hashlib.sha256((self._folder / "items.jsonl").read_bytes()).hexdigest()
+            digest = sha256(self._folder / "items.jsonl")
             values = sealed({**result.to_dict(), "items_sha256": digest})
-            write_aside(self._folder / "result.json", to_json(values))
+            write_atomically(self._folder / "result.json", to_json(values))
         return result
 
 
 def read_evaluation(folder: str | Path) -> dict[str, Any]:
-    """What an evaluation left in its output folder: the values of `result.json`, and under "items" the items.
+    """Return the values of `result.json` in an evaluation's output folder, with its items under "items".
 
     Raises:
-        UsageError: a file is missing or damaged, or the two are not of one evaluation; names file and value.
+        UsageError: a file is missing or damaged, or the two files belong to different evaluations; names the file.
     """
     path = Path(folder) / "items.jsonl"
     values = read_sealed(Path(folder) / "result.json", needed=("task", "num_items"))
     try:
-        content = path.read_bytes()
-        items = [json.loads(line) for line in content.decode().splitlines()]
+        digest = sha256(path)
+        items = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: damaged or half-written ({error}); evaluate again") from None
-    # What was written before there were digests is believed.
-    if values.pop("items_sha256", None) not in (None, hashlib.sha256(content).hexdigest()):
+    # Results from before the digest existed are accepted without one.
+    if values.pop("items_sha256", None) not in (None, digest):
         raise UsageError(
-            f"{path}: damaged, or not the one of result.json, which has another items_sha256; evaluate again"
+            f"{path}: damaged, or not the items of result.json, whose items_sha256 differs; evaluate again"
         )
     return {**values, "items": items}
 
 
 def check_new_folder(folder: str | Path) -> None:
-    """There is no such folder yet, or it is empty.
+    """Refuse an output folder that exists and is not empty.
 
     Raises:
-        UsageError: otherwise.
+        UsageError: names the folder.
     """
     path = Path(folder)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise UsageError(f"output={str(folder)!r} exists already; name a new folder, or remove it first")
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside its place first, then into it."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
 def to_json(values: Mapping[str, Any]) -> str:
-    """For people to read; what JSON does not know is written as text."""
+    """Return indented JSON; values that JSON does not know become text."""
     return json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
 def plain_settings(settings: Any, **resolved: Any) -> dict[str, Any]:
-    """The settings as given, with what defaults became."""
+    """Return the settings as given, with `resolved` in place of defaults."""
     return {**{name: str(v) if isinstance(v, Path) else v for name, v in asdict(settings).items()}, **resolved}
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python, gradselect and the installed `packages`."""
+    """Return the versions of Python, gradselect and the installed `packages`."""
     listed = {name: importlib.metadata.version(name) for name in packages}
     return {"python": platform.python_version(), "gradselect": __version__, **listed}
 
 
 def _line(item: Item) -> str:
-    # Only ASCII: a half of a surrogate pair, which JSON input may hold, cannot be written as UTF-8.
+    # ASCII only: JSON input may hold half of a surrogate pair, which UTF-8 cannot encode.
     return json.dumps(item) + "\n"

@@ -23,7 +23,7 @@ class SegmentLoss:
 def score_all(
     scored: Sequence[Segment], *, language_model: LanguageModel, batch_size: int
 ) -> Iterator[list[SegmentLoss]]:
-    """Batches of losses, longest segments first. In exact arithmetic a loss does not depend on its batch."""
+    """Yield batches of losses, longest segments first. In exact arithmetic a loss does not depend on its batch."""
     for batch in longest_first([len(segment.ids) for segment in scored], batch_size=batch_size):
         losses = _score_batch([scored[index] for index in batch], language_model=language_model)
         yield [SegmentLoss(index=index, loss=loss) for index, loss in zip(batch, losses, strict=True)]
@@ -37,7 +37,7 @@ def _score_batch(batch: Sequence[Segment], *, language_model: LanguageModel) -> 
     losses = []
     for row, segment in enumerate(batch):
         begin, end = segment.start, len(segment.ids)
-        # Row by row, so that no more than one row of logits is held in float32.
+        # Row by row, so that only one row of logits is in float32 at a time.
         logits = outputs.logits[row, begin - 1 : end - 1].float()  # (60, 32000)
         losses.append(functional.cross_entropy(logits, ids[row, begin:end], reduction="sum").item())
     return losses

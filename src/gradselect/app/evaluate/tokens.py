@@ -1,4 +1,4 @@
-"""From text to token ids: prompts to continue, and segments whose tokens are scored."""
+"""Token ids of prompts to continue and of segments to score."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Messages = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """Tokens to continue; `truncated` says that their beginning was cut off."""
+    """Tokens to continue; `truncated` is True if their beginning was cut off."""
 
     ids: Sequence[int]
     truncated: bool
@@ -28,13 +28,13 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Tokens that the model reads at once.
+    """Tokens of one forward pass.
 
     Args:
-        row: of the data, from 0.
-        ids: at most as many as the context.
-        start: position of the first token that is scored, at least 1: nothing predicts the first token.
-        truncated: whether the beginning was cut off.
+        row: row of the data, from 0.
+        ids: token ids, at most the context length.
+        start: position of the first scored token, at least 1: nothing predicts the first token.
+        truncated: True if the beginning was cut off.
     """
 
     row: int
@@ -44,15 +44,15 @@ class Segment:
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens are scored."""
+        """Number of scored tokens."""
         return max(0, len(self.ids) - self.start)
 
 
 def encode_prompt(text: str, *, language_model: LanguageModel, as_chat: bool, room: int | None) -> Prompt:
-    """The prompt as a user's message if `as_chat`, and at most its last `room` tokens.
+    """Encode the prompt, as a user's message if `as_chat`, and keep at most its last `room` tokens.
 
     Raises:
-        UsageError: `as_chat`, and the tokenizer has no chat template.
+        UsageError: `as_chat` without a chat template in the tokenizer.
     """
     tokenizer = language_model.tokenizer
     if as_chat:
@@ -63,17 +63,17 @@ def encode_prompt(text: str, *, language_model: LanguageModel, as_chat: bool, ro
 
 
 def segments(row: int, passage: Passage, *, language_model: LanguageModel) -> list[Segment]:
-    """What is read to score a passage: pieces of a running text, or one prompt with its target.
+    """Return the segments of a passage: pieces of a running text, or one prompt with its target.
 
-    A running text is cut into pieces of the context's length, each beginning with the last token of the one before: so
-    every token but the first is predicted exactly once. A prompt with a target that exceeds the context loses its
+    A running text is cut into pieces of the context length. Each piece begins with the last token of the previous one,
+    so every token except the first is predicted exactly once. A prompt with target that exceeds the context loses its
     beginning.
     """
     if passage.prompt is None:
         return _pieces(row, passage, language_model=language_model)
     tokenizer, context = language_model.tokenizer, language_model.context
     before, ids = _encode_pair(passage, tokenizer)
-    # A tokenizer may join the end of the prompt with the beginning of the target: the joint token is scored.
+    # A tokenizer may merge the end of the prompt with the beginning of the target; the merged token is scored.
     start = max(1, sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False))))
     kept = _last(ids, context, tokenizer)
     start = max(1, start - (len(ids) - len(kept)))
@@ -81,7 +81,7 @@ def segments(row: int, passage: Passage, *, language_model: LanguageModel) -> li
 
 
 def pad(rows: Sequence[Sequence[int]], *, token: int, left: bool) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask of a batch, int64, (rows, longest row), e.g. (16, 180)."""
+    """Return ids and attention mask of a batch, int64, (rows, longest row), e.g. (16, 180)."""
     longest = max(map(len, rows))
     fill = [[token] * (longest - len(row)) for row in rows]
     ones = [[1] * len(row) for row in rows]
@@ -91,7 +91,7 @@ def pad(rows: Sequence[Sequence[int]], *, token: int, left: bool) -> tuple[Tenso
 
 
 def longest_first(lengths: Sequence[int], *, batch_size: int) -> Iterator[list[int]]:
-    """Batches of indices of similar length, the longest first: little padding, and memory runs out at once or never."""
+    """Yield batches of indices of similar length, longest first: little padding, and memory runs out early or never."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return (order[begin : begin + batch_size] for begin in range(0, len(order), batch_size))
 
@@ -105,7 +105,7 @@ def _pieces(row: int, passage: Passage, *, language_model: LanguageModel) -> lis
 
 
 def _encode_pair(passage: Passage, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Ids of the prompt alone, and of prompt and target together."""
+    """Return the ids of the prompt, and of prompt and target together."""
     if isinstance(passage.prompt, str):
         before = _open_ended(_encode(tokenizer, passage.prompt, special=True), tokenizer)
         both = _open_ended(_encode(tokenizer, passage.prompt + passage.target, special=True), tokenizer)
@@ -128,17 +128,17 @@ def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
 
 def _open_ended(ids: list[int], tokenizer: Any) -> list[int]:
-    """Without the end-of-text token that some tokenizers append: after it a model begins something new."""
+    """Drop the end-of-text token that some tokenizers append: after it a model begins a new text."""
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
-    """With exactly one end-of-text token, if the tokenizer has one."""
+    """Append the end-of-text token unless it is there or the tokenizer has none."""
     return ids if tokenizer.eos_token_id in (None, ids[-1] if ids else None) else [*ids, tokenizer.eos_token_id]
 
 
 def _last(ids: list[int], room: int | None, tokenizer: Any) -> list[int]:
-    """The last `room` ids; a beginning-of-text token stays in front, for models attend to it."""
+    """Return the last `room` ids; a beginning-of-text token stays in front, because models attend to it."""
     if room is None or len(ids) <= room:
         return ids
     if room > 1 and ids[0] == tokenizer.bos_token_id:

@@ -1,4 +1,4 @@
-"""Models, tokenizers and data of a run, read and checked."""
+"""Model, tokenizer and data of a run: read and checked."""
 
 from .model import fingerprint
 from .run_inputs import Inputs, read_inputs

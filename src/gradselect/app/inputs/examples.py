@@ -1,4 +1,4 @@
-"""From rows of a file or a hub data set to the examples that the trainer reads."""
+"""Examples for the trainer, made from rows of a file or a hub data set."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from gradselect.files import sha256
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Rows and where they came from.
+    """Rows and their origin.
 
     Args:
-        path: of the file, or id and split of the hub data set.
-        fingerprint: SHA-256 of the file's bytes, or the fingerprint that the datasets library gives.
-        rows: the rows that are used.
+        path: path of the file, or id and split of the hub data set.
+        fingerprint: SHA-256 of the file, or the fingerprint of the datasets library.
+        rows: rows that are used.
     """
 
     path: str
@@ -47,20 +47,20 @@ class Source:
     rows: Sequence[Row]
 
     def describe(self) -> dict[str, str | int]:
-        """What `run.json` keeps."""
+        """Return the entry of `run.json`."""
         return {"path": self.path, "fingerprint": self.fingerprint, "rows_used": len(self.rows)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """What a run trains and evaluates on.
+    """Data that a run trains and evaluates on.
 
     Args:
-        train: in TRL's form (columns prompt and completion, messages, or text), or, for classification, with the
-            columns text, text_pair (or None) and labels (a number).
-        validation: the same.
-        sources: where they came from, by name.
-        labels: of a classification, in the order of their numbers; None where there are none or they are scores.
+        train: examples in TRL's form (columns prompt and completion, messages, or text). For classification: columns
+            text, text_pair (or None) and labels (a number).
+        validation: examples of the same form.
+        sources: origins of the examples, by name.
+        labels: labels of a classification, in the order of their numbers. None: no labels, or scores.
     """
 
     train: Dataset
@@ -70,10 +70,10 @@ class Examples:
 
 
 def load_examples(settings: FileData, *, seed: int) -> Examples:
-    """Read, check and render the examples that `settings` asks for; a held-out share is drawn with `seed`.
+    """Read, check and render the examples of `settings`. `seed` draws the held-out share.
 
     Raises:
-        UsageError: a file, a column or a row that cannot be used; names it.
+        UsageError: a file, column or row cannot be used; the error names it.
     """
     sources = _read_sources(settings, seed=seed)
     labels = _labels(sources["train"], settings)
@@ -82,7 +82,7 @@ def load_examples(settings: FileData, *, seed: int) -> Examples:
 
 
 def _read_sources(settings: FileData, *, seed: int) -> dict[str, Source]:
-    """The rows to train on, and those to evaluate on if there are any."""
+    """Return the rows to train on and those to evaluate on, if any."""
     train = _first(_read(settings.path, settings, split=settings.split), settings.limit)
     match settings.validation:
         case None:
@@ -104,7 +104,7 @@ def _read(path: str, settings: FileData, *, split: str) -> Source:
         dataset = load_dataset(path, settings.subset if path == settings.path else None, split=split)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
         raise UsageError(
-            f"data.path={path!r} is neither a file ({', '.join(ENDINGS)}) nor a data set that can be had from the hub: "
+            f"data.path={path!r} is neither a file ({', '.join(ENDINGS)}) nor a data set on the hub: "
             f"{str(error).splitlines()[0]}"
         ) from None
     assert isinstance(dataset, Dataset)
@@ -120,12 +120,12 @@ def _first(source: Source, limit: int | None) -> Source:
 
 
 def _hold_out(source: Source, share: float, *, seed: int) -> tuple[Source, Source]:
-    """The rows without a random share of them, and that share; both in the file's order, at least one row each."""
+    """Split off a random share of the rows. Both parts keep the file's order and have at least one row."""
     count = max(1, round(share * len(source.rows)))
     if count >= len(source.rows):
         raise UsageError(
             f"{source.path}: data.validation={share} holds out {count} of {len(source.rows)} rows and leaves none to "
-            "train on; give a file with more rows, or name a validation file"
+            "train on; use a file with more rows, or name a validation file"
         )
     held_out = set(random.Random(f"validation/{seed}").sample(range(len(source.rows)), count))
     kept = [row for place, row in enumerate(source.rows) if place not in held_out]
@@ -144,7 +144,7 @@ def _labels(train: Source, settings: FileData) -> tuple[str, ...] | None:
 
 
 def _render_rows(source: Source, settings: FileData, labels: tuple[str, ...] | None) -> list[dict[str, Any]]:
-    """Rows in the form of `Examples`."""
+    """Return the rows in the form of `Examples`."""
     require_columns(source.rows, _columns_read(settings), path=source.path)
     examples = []
     for number, row in enumerate(source.rows, start=1):
@@ -156,7 +156,7 @@ def _render_rows(source: Source, settings: FileData, labels: tuple[str, ...] | N
 
 
 def _columns_read(settings: FileData) -> tuple[str, ...]:
-    """The columns that every row must have."""
+    """Return the columns that every row must have."""
     match settings:
         case PromptCompletionData():
             return (*columns_of(settings.prompt), *columns_of(settings.completion))
@@ -196,15 +196,15 @@ _END = "<end>"
 
 
 def random_examples(settings: RandomData, *, num_embeddings: int, seed: int) -> Examples:
-    """Rows of tokens drawn alike for every seed and length, whatever the machine.
+    """Draw rows of random tokens. The same seed gives the same rows on every machine.
 
     Args:
-        settings: how many, how long, of which tokens.
-        num_embeddings: tokens that the model has.
-        seed: of the draw.
+        settings: number and length of the rows, and the vocabulary.
+        num_embeddings: number of tokens of the model.
+        seed: seed of the draw.
 
     Raises:
-        UsageError: more tokens than the model has.
+        UsageError: the vocabulary is larger than the model's.
     """
     vocabulary = num_embeddings if settings.vocabulary is None else settings.vocabulary
     if vocabulary > num_embeddings:
@@ -223,6 +223,6 @@ def random_examples(settings: RandomData, *, num_embeddings: int, seed: int) -> 
 
 
 def stand_in_tokenizer() -> PreTrainedTokenizerBase:
-    """One token, which ends and pads: what trainers ask of a tokenizer that never sees a text."""
+    """Return a tokenizer with one token, which ends and pads: trainers need one although there is no text."""
     tokenizer = Tokenizer(WordLevel({_END: 0}, unk_token=_END))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)

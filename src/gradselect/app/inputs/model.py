@@ -1,4 +1,4 @@
-"""The model and the tokenizer that a run starts from."""
+"""Model and tokenizer that a run starts from."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from gradselect.usage import first_line
 
 
 def load_model(settings: ModelSettings, *, seed: int = 0, device: str = "cpu") -> PreTrainedModel:
-    """The causal language model at `settings.path`, with all of its weights.
+    """Load the causal language model at `settings.path`, with all of its weights.
 
     Args:
-        settings: what to load.
-        seed: of random weights.
-        device: where random weights are drawn.
+        settings: section `model` of the recipe.
+        seed: seed of random weights.
+        device: device that draws random weights.
 
     Raises:
-        UsageError: it cannot be had, is damaged, lacks weights, or could not be saved again.
+        UsageError: the model is missing or damaged, lacks weights, or could not be saved again.
     """
     model, missing = _load(AutoModelForCausalLM, settings, seed=seed, device=device)
     check_complete(missing, model, settings.path, key="model.path", wanted="a causal language model")
@@ -55,19 +55,19 @@ def load_model(settings: ModelSettings, *, seed: int = 0, device: str = "cpu") -
 def load_classifier(
     settings: ModelSettings, *, labels: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The model at `settings.path` with a classification head, and the names of the head's parameters.
+    """Load the model at `settings.path` with a classification head. Return it with the head's parameter names.
 
-    The head is what stands outside the base model, and of the base model what the checkpoint lacks because only
-    classifiers use it: BERT's pooler. What the checkpoint lacks is drawn from `seed`; a head that it has goes on.
+    The head is everything outside the base model, and BERT's pooler if the checkpoint lacks it: only classifiers use
+    the pooler. `seed` draws what the checkpoint lacks. A head in the checkpoint is kept.
 
     Args:
-        settings: what to load.
-        labels: the names of the outputs; None for one output, a score.
-        tokenizer: gives the padding token, by which decoders find the last token of a text.
-        seed: of the new head.
+        settings: section `model` of the recipe.
+        labels: names of the outputs. None: one output, a score.
+        tokenizer: gives the padding token, which decoders need to find the last token of a text.
+        seed: seed of the new head.
 
     Raises:
-        UsageError: it cannot be had, is damaged, lacks weights of the base model, or has a head of another size.
+        UsageError: the model is missing or damaged, lacks weights of the base model, or has a head of another size.
     """
     names = {} if labels is None else {"id2label": dict(enumerate(labels)), "label2id": _numbered(labels)}
     problem = "regression" if labels is None else "single_label_classification"
@@ -89,7 +89,7 @@ def load_classifier(
 
 
 def load_tokenizer(settings: ModelSettings, data: FileData) -> PreTrainedTokenizerBase:
-    """The tokenizer at `settings.path`, able to do what the data need: to end or to pad a text, to render a chat.
+    """Load the tokenizer at `settings.path` and check that it can end or pad a text, or render a chat, as `data` needs.
 
     Raises:
         UsageError: it cannot.
@@ -102,23 +102,23 @@ def load_tokenizer(settings: ModelSettings, data: FileData) -> PreTrainedTokeniz
         return _able_to_pad(tokenizer, settings.path)
     if tokenizer.eos_token is None:
         raise UsageError(
-            f"the tokenizer of {settings.path!r} has no end-of-text token, so a completion would have no end; "
+            f"the tokenizer of {settings.path!r} has no end-of-text token, so a completion would never end; "
             'add "eos_token" to its tokenizer_config.json'
         )
     is_chat = isinstance(data, ChatData) or (isinstance(data, PromptCompletionData) and data.as_chat)
     if is_chat and tokenizer.chat_template is None:
         raise UsageError(
             f"the tokenizer of {settings.path!r} has no chat template; "
-            "take a chat model, or data.format=prompt-completion without as_chat"
+            "use a chat model, or data.format=prompt-completion without as_chat"
         )
     return tokenizer
 
 
 def resolve_max_length(data: Data, *, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of an example: `data.max_length`, or the model's context but no more than 1024.
+    """Return the tokens of an example: `data.max_length`, or the model's context but at most 1024.
 
     Raises:
-        UsageError: more than the model has positions for, or tokens that the model has no embedding for.
+        UsageError: the model has too few positions, or no embedding for some tokens of the tokenizer.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(data, ClassificationData):
@@ -133,7 +133,7 @@ def resolve_max_length(data: Data, *, model: PreTrainedModel, tokenizer: PreTrai
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of all names, shapes and types of parameters, and of up to 256 evenly spaced values of each."""
+    """Return the SHA-256 of the names, shapes, dtypes and up to 256 evenly spaced values of all parameters."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         values = parameter.flatten()
@@ -144,7 +144,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def num_embeddings(model: PreTrainedModel) -> int:
-    """How many tokens the model has."""
+    """Return the number of tokens that the model has embeddings for."""
     return next(iter(model.get_input_embeddings().parameters())).shape[0]
 
 
@@ -174,7 +174,7 @@ def _load(
 
 
 def _able_to_pad(tokenizer: Any, path: str) -> Any:
-    """A decoder's tokenizer pads with its end-of-text token, which the mask hides."""
+    """Let a decoder's tokenizer pad with its end-of-text token. The attention mask hides it."""
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise UsageError(f'the tokenizer of {path!r} cannot pad; add "pad_token" to its tokenizer_config.json')
     if tokenizer.pad_token is None:
@@ -187,7 +187,7 @@ def _numbered(labels: Sequence[str]) -> dict[str, int]:
 
 
 def _check_configuration(path: str) -> None:
-    """A place on the disk has a configuration; what is no place may be an id on the hub."""
+    """Check that a path on the disk has a configuration. Anything else may be an id on the hub."""
     place = Path(path)
     if place.is_dir() and not (place / "config.json").is_file():
         raise UsageError(f"model.path={path!r} has no config.json; give a folder with one, or the file itself")

@@ -1,4 +1,4 @@
-"""All that a run reads before it begins."""
+"""Everything that a run reads before it begins."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from .model import load_classifier, load_model, load_tokenizer, num_embeddings, 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """All that a run needs beside its recipe.
+    """Everything that a run needs beside its recipe.
 
     Args:
+        model: model to train.
+        tokenizer: tokenizer of the model.
+        examples: data to train and evaluate on.
         max_length: tokens of an example.
-        head: names of the parameters of a classification head, which train with every method; else none.
+        head: parameter names of a classification head, which trains with every method. Empty for language models.
     """
 
     model: PreTrainedModel
@@ -31,10 +34,10 @@ class Inputs:
 
 
 def read_inputs(recipe: Recipe) -> Inputs:
-    """What the recipe names. Data first: a broken line should not wait for a large model to load.
+    """Read model, tokenizer and data of the recipe. Data first: a broken line should not wait for a large model.
 
     Raises:
-        UsageError: something cannot be used.
+        UsageError: a file, model or tokenizer cannot be used.
     """
     match recipe.data:
         case RandomData():
@@ -63,5 +66,5 @@ def _read_random(recipe: Recipe, data: RandomData) -> Inputs:
 
 
 def _device(recipe: Recipe) -> str:
-    """Where random weights are drawn: on a GPU that is seconds for billions, on a processor minutes."""
+    """Return the device that draws random weights. Billions take seconds on a GPU and minutes on a CPU."""
     return "cuda" if recipe.run.device == "auto" and torch.cuda.is_available() else "cpu"

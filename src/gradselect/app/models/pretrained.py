@@ -1,4 +1,4 @@
-"""Checkpoints of transformers, read with all that can be wrong with one turned into the user's words."""
+"""Checkpoints of transformers, loaded with every fault turned into a `UsageError`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 def load_weights(
     kind: Any, path: str | Path, *, key: str, trust_pickle: bool = False, **options: Any
 ) -> tuple[Any, tuple[str, ...]]:
-    """A model of an auto class of transformers, and the names of its weights that the checkpoint lacks.
+    """Return a model of an auto class of transformers, and the names of weights that the checkpoint lacks.
 
     Args:
         kind: e.g. `AutoModelForCausalLM`.
         path: a folder, or an id on the hub.
-        key: what the user calls it, in errors: "model.path".
-        trust_pickle: also of a checkpoint that has its weights as a torch pickle.
-        options: of `from_pretrained`.
+        key: name of the setting in errors: "model.path".
+        trust_pickle: also load weights that are a torch pickle.
+        options: arguments of `from_pretrained`.
 
     Raises:
-        UsageError: it cannot be had, is damaged, or would run code.
+        UsageError: the model is missing or damaged, or would run code.
     """
     folder, origin = Path(path), _only_origin(options)
     if folder.is_dir():
@@ -39,7 +39,7 @@ def load_weights(
         _check_manifest(folder, "*")
     if not folder.is_dir() or (folder / "config.json").is_file():
         load_configuration(path, key=key, most_weights=machine_bytes(), **origin)
-    with _in_words(f"{key}={str(path)!r} cannot be used"):
+    with _as_usage_error(f"{key}={str(path)!r} cannot be used"):
         model, report = kind.from_pretrained(
             path, output_loading_info=True, use_safetensors=None if trust_pickle else True, **(options | origin)
         )
@@ -47,33 +47,33 @@ def load_weights(
 
 
 def load_configuration(path: str | Path, *, key: str, most_weights: int = MOST_WEIGHTS, **options: Any) -> Any:
-    """The configuration in a folder, in a file, or of an id on the hub; `options` change its values.
+    """Return the configuration in a folder, in a file, or of an id on the hub; `options` change its values.
 
-    Of a model that is to be loaded `most_weights` are `machine_bytes()`.
+    To load the model too, pass `machine_bytes()` as `most_weights`.
 
     Raises:
-        UsageError: there is none, it is damaged, or of a model that fits no machine.
+        UsageError: there is none, it is damaged, or its model fits no machine.
     """
     from transformers import AutoConfig
 
-    with _in_words(f"{key}={str(path)!r} cannot be used, there is no configuration of a model"):
+    with _as_usage_error(f"{key}={str(path)!r} cannot be used, there is no configuration of a model"):
         config = AutoConfig.from_pretrained(path, **(options | _only_origin(options)))
     check_sizes(config, name=f"{key}={str(path)!r}", most_weights=most_weights)
     return config
 
 
 def draw_weights(kind: Any, config: Any, *, dtype: str, attention: str | None, key: str) -> Any:
-    """A model of an auto class of transformers with the random weights that its training would begin from.
+    """Return a model of an auto class of transformers with random weights, as at the start of training.
 
     Raises:
         UsageError: the auto class has no model of this configuration.
     """
-    with _in_words(f"{key} cannot be used"):
+    with _as_usage_error(f"{key} cannot be used"):
         return kind.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
 def load_text_tokenizer(path: str | Path, *, key: str, **options: Any) -> Any:
-    """The tokenizer of a checkpoint.
+    """Return the tokenizer of a checkpoint.
 
     Raises:
         UsageError: there is none, or it is damaged.
@@ -81,15 +81,15 @@ def load_text_tokenizer(path: str | Path, *, key: str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     _check_manifest(Path(path), "config.json", "*token*", "vocab*", "merges.txt", "*.jinja")
-    with _in_words(f"{key}={str(path)!r} cannot be used, there is no tokenizer"):
+    with _as_usage_error(f"{key}={str(path)!r} cannot be used, there is no tokenizer"):
         return AutoTokenizer.from_pretrained(path, **(options | _only_origin(options)))
 
 
 def check_complete(missing: tuple[str, ...], model: Any, path: str | Path, *, key: str, wanted: str) -> None:
-    """The checkpoint lacks no weights.
+    """Check that the checkpoint has all weights.
 
     Raises:
-        UsageError: names the first, and says that `wanted` is what to give.
+        UsageError: it lacks some; names the first, and `wanted`, the model to give instead.
     """
     if missing:
         raise UsageError(
@@ -99,10 +99,10 @@ def check_complete(missing: tuple[str, ...], model: Any, path: str | Path, *, ke
 
 
 def check_tokens(model: Any, tokenizer: Any) -> None:
-    """The model has an embedding for every token.
+    """Check that the model has an embedding for every token.
 
     Raises:
-        UsageError: otherwise.
+        UsageError: it has not.
     """
     rows = next(model.get_input_embeddings().parameters()).shape[0]
     if len(tokenizer) > rows:
@@ -113,9 +113,9 @@ def check_tokens(model: Any, tokenizer: Any) -> None:
 
 
 def context_of(model: Any, tokenizer: Any) -> int | None:
-    """Tokens that the model can read at once; None where the architecture sets no limit.
+    """Return the number of tokens that the model can read at once; None where the architecture sets no limit.
 
-    Of RoBERTa and its kin the tokenizer knows better: two of the model's positions are never used.
+    The tokenizer's limit counts too: models like RoBERTa never use two of their positions.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     # A tokenizer without a limit stores a huge number.
@@ -124,13 +124,13 @@ def context_of(model: Any, tokenizer: Any) -> int | None:
 
 
 def _only_origin(options: dict[str, Any]) -> dict[str, Any]:
-    """Where from, and whether code is run; without a word transformers would ask at the terminal."""
+    """Return revision and trust in code. If they were left out, transformers would ask at the terminal."""
     return {"revision": options.get("revision"), "trust_remote_code": options.get("trust_remote_code", False)}
 
 
 @contextmanager
-def _in_words(what: str) -> Iterator[None]:
-    """An error of transformers becomes the user's: what is damaged comes out of it as any kind of exception."""
+def _as_usage_error(what: str) -> Iterator[None]:
+    """Turn an error of transformers into a `UsageError`: a damaged checkpoint raises any kind of exception."""
     try:
         yield
     except Exception as error:
@@ -149,10 +149,10 @@ def _hint(error: Exception) -> str:
 
 
 def _check_manifest(folder: Path, *patterns: str) -> None:
-    """The files of the patterns are as `gradselect train` wrote them; models from elsewhere have no manifest.
+    """Check files against the manifest that `gradselect train` wrote; models from elsewhere have none.
 
     Raises:
-        UsageError: names the first that is missing or damaged.
+        UsageError: a file is missing or damaged; names the first.
     """
     digests = digests_of_model(folder)
     for name in sorted(name for name in digests if matches_any(name, patterns)):
@@ -167,10 +167,10 @@ def _check_manifest(folder: Path, *patterns: str) -> None:
 
 
 def _check_weight_files(folder: Path, *, key: str, trust_pickle: bool) -> None:
-    """The weights in the folder can be read without running what is in them, and lie in it.
+    """Check that the weights lie in the folder and that reading them runs no code.
 
     Raises:
-        UsageError: otherwise.
+        UsageError: they do not, or it does.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / "model.safetensors").is_file():

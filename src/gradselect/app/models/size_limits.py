@@ -1,4 +1,4 @@
-"""Sizes in a model's configuration that no machine could hold, refused before anything is made of them."""
+"""Limits on the sizes in a model's configuration, checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from typing import Any
 from gradselect.usage import UsageError
 
 MOST_LAYERS = 10_000
-"""Every layer is a Python object before it is a weight; the deepest models that are known have a thousand."""
-
+"""Every layer is a Python object before it is a weight; the deepest known models have a thousand."""
 
 MOST_WEIGHTS = 10**14
-"""A hundred times the largest model that is known; a plan may be of a model for other machines than this."""
+"""A hundred times the largest known model. A plan may be for a larger machine than this one."""
 
 
 def check_sizes(config: Any, *, name: str, most_weights: int = MOST_WEIGHTS) -> None:
-    """The model of this configuration has so many layers, and weights of so many bytes, that there may be such a one.
+    """Check that a model of this configuration can exist.
 
-    With the width h, L layers, a vocabulary of V and MLPs of the width m a model has at least V h + L h m weights. Of
-    one that is to be loaded `most_weights` are the bytes of this machine: `machine_bytes()`.
+    With width h, L layers, a vocabulary of V and MLPs of width m, a model has at least V h + L h m weights.
+    To load one, pass `machine_bytes()` as `most_weights`.
 
     Raises:
-        UsageError: names the sizes.
+        UsageError: there are too many layers or weights; names the sizes.
     """
     sizes = _sizes(config.get_text_config())
     layers, width, inner = (sizes.get(key, 1) for key in ("num_hidden_layers", "hidden_size", "intermediate_size"))

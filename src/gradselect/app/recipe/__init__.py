@@ -1,26 +1,39 @@
-"""Recipes: the schema, the methods that they can name, reading and writing."""
+"""Recipes: the schema, the methods, reading and writing."""
 
-from .adapter_methods import AbstractAdapterMethod, AdaLoraMethod
-from .block_methods import AbstractBlockMethod, AllMethod, FullMethod, Method
-from .evaluation_settings import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
-from .load import dump_recipe, explain, load_recipe, merge, parse_override, parse_recipe, read_values
-from .mask_methods import AbstractFreeMaskMethod, AbstractMaskMethod, RunFacts, SparseGradMethod
-from .peer_methods import AbstractPeerMethod, PeerFactory, peer_bytes
-from .schema import (
+from .data_settings import (
     ChatData,
     ClassificationData,
     Data,
     FileData,
-    ModelSettings,
-    Place,
     PromptCompletionData,
     RandomData,
-    Recipe,
     TextData,
     TokenData,
     is_packed,
 )
+from .evaluation_settings import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
+from .explanations import explain
+from .load import dump_recipe, load_recipe, merge, parse_override, parse_recipe, read_values, todays_recipe
+from .methods import (
+    AbstractAdapterMethod,
+    AbstractBlockMethod,
+    AbstractFreeMaskMethod,
+    AbstractMaskMethod,
+    AbstractPeerMethod,
+    AdaLoraMethod,
+    AllMethod,
+    FullMethod,
+    Method,
+    PeerFactory,
+    RunFacts,
+    SparseGradMethod,
+    dataclass_keys,
+    peer_bytes,
+    todays_method,
+)
+from .schema import ModelSettings, Recipe
 from .settings import Settings
+from .values import Place
 
 __all__ = [
     "DEFAULT_PROMPT",
@@ -50,6 +63,7 @@ __all__ = [
     "SparseGradMethod",
     "TextData",
     "TokenData",
+    "dataclass_keys",
     "dump_recipe",
     "explain",
     "is_packed",
@@ -59,4 +73,6 @@ __all__ = [
     "parse_recipe",
     "peer_bytes",
     "read_values",
+    "todays_method",
+    "todays_recipe",
 ]

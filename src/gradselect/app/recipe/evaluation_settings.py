@@ -1,4 +1,4 @@
-"""What an evaluation is asked to do."""
+"""Settings of an evaluation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gradselect.app.data import check_template, columns_of
 from gradselect.usage import UsageError
 
 HUB_DATA = {"gsm8k": ("openai/gsm8k", "main"), "math": ("HuggingFaceH4/MATH-500", None)}
-"""Id and configuration on the hub of a task's own data."""
+"""Hub id and configuration of the data of a task."""
 
 TASKS = ("gsm8k", "math", "loss", "classification")
 CLASSIFICATION_KEYS = ("text", "text_pair", "label", "labels", "columns")
@@ -20,41 +20,40 @@ DEFAULT_STOP = ("\nQuestion:",)
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """One model on one task. Decoding is greedy, so there is no seed.
+    """Settings of one model on one task. Decoding is greedy, so there is no seed.
 
     Args:
         model: a folder with a checkpoint (or a PEFT adapter), or the id of a model on the hub.
         task: "gsm8k" (a number after `####`), "math" (a boxed expression), "loss" (nats per target token) or
             "classification" (labels or scores, by a model with a head for them).
-        data: a `.jsonl .json .csv .tsv .parquet .txt` file, or the id of a data set on the hub; by default the hub's
-            own test set of gsm8k and math.
+        data: a `.jsonl .json .csv .tsv .parquet .txt` file, or the id of a data set on the hub. Default: the hub's test
+            set of gsm8k or math.
         subset: configuration of a data set on the hub.
         split: split of a data set on the hub.
-        limit: evaluate only the first so many rows.
+        limit: evaluate only this many rows, from the first.
         prompt: template with columns in braces, as in the recipe of the training. `{question}` and `{query}` stand for
-            the question whatever its column is called. By default "Question: {question}\\nAnswer:", or, for a loss on
-            data with the columns prompt and completion, "{prompt}".
-        completion: template of the reference answer (for "loss": of the target text). By default the usual column names
-            are tried; a loss puts a space before the answer.
-        text: for "classification": template of the text. This key and the next four are by default those of the recipe
-            that the model was trained with, if it lies in the model's folder.
+            the question, whatever its column is called. Default: "Question: {question}\\nAnswer:"; for a loss on data
+            with the columns prompt and completion, "{prompt}".
+        completion: template of the reference answer (for "loss": of the target text). Default: the usual column names
+            are tried, and a loss puts a space before the answer.
+        text: for "classification": template of the text. This key and the next four default to those of the recipe
+            that the model was trained with, if it is in the model's folder.
         text_pair: template of the second text.
-        label: the column that holds the label or the score.
-        labels: the labels as that column has them, in the order of the head's outputs; by default those that the model
-            itself names.
-        columns: names of the columns of a CSV or TSV file without a line of names.
+        label: column that holds the label or the score.
+        labels: labels as in that column, in the order of the head's outputs. Default: the labels of the model.
+        columns: column names of a CSV or TSV file without a header.
         as_chat: send the prompt as a user's message through the tokenizer's chat template.
         batch_size: items per forward pass.
-        max_new_tokens: limit of one answer; by default 512 for gsm8k and 1024 for math, at most half of the context.
+        max_new_tokens: limit of one answer. Default: 512 for gsm8k and 1024 for math, at most half of the context.
         stop: an answer ends before any of these strings.
-        dtype: of the weights: "auto" (as stored), "float32", "bfloat16" or "float16".
+        dtype: dtype of the weights: "auto" (as stored), "float32", "bfloat16" or "float16".
         device: "auto" (an accelerator if there is one), "cpu", "cuda", "cuda:1", ...
-        output: a new folder for `items.jsonl` and `result.json`; by default nothing is written.
+        output: new folder for `items.jsonl` and `result.json`. None: nothing is written.
         harness: tasks of lm-eval to run instead of `task`; see `run_harness`.
-        num_fewshot: for `harness`: solved examples in the prompt; by default what each task says.
+        num_fewshot: for `harness`: solved examples in the prompt. Default: the number of each task.
 
     Raises:
-        UsageError: a value outside of what is said above.
+        UsageError: a value is not allowed.
 
     Example:
         >>> EvaluationSettings(model="out/model", task="gsm8k", data="test.jsonl", limit=100).batch_size
@@ -94,7 +93,7 @@ class EvaluationSettings:
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
         if "" in self.stop:
-            raise UsageError("an empty stop string ends every answer before it begins; leave it out")
+            raise UsageError("an empty stop string ends every answer at once; leave it out")
 
     def _check_task(self) -> None:
         if self.harness and self.task is not None:
@@ -112,7 +111,7 @@ class EvaluationSettings:
 
     def _check_keys_of_task(self) -> None:
         others = ("prompt", "completion", "max_new_tokens") if self.task == "classification" else CLASSIFICATION_KEYS
-        # A file's columns are the file's, whatever the task.
+        # `columns` describes the file, so it fits every task.
         for name in (name for name in others if name != "columns" and getattr(self, name) is not None):
             raise UsageError(f"{name}={getattr(self, name)!r} is not for the task {self.task}; leave it out")
 

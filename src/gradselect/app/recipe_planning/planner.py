@@ -1,4 +1,4 @@
-"""The model of a recipe without its weights, and what the recipe's method makes of it."""
+"""Plan of one recipe: its model on the meta device, with what its method adds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from gradselect import UsageError
+from gradselect import Keep, UsageError
 from gradselect.app.inputs import Inputs
 from gradselect.app.models import draw_weights, load_configuration
 from gradselect.app.recipe import (
@@ -27,60 +27,77 @@ from gradselect.app.recipe import (
 )
 from gradselect.app.runtime import RunFolder
 from gradselect.app.train import mask_optimizer, method_parts
-from gradselect.planning import Choices, ForwardPass, Loss, Plan, Rows, choices_of, plan_steps
+from gradselect.planning import (
+    ActivationCounter,
+    ForwardPass,
+    Loss,
+    Plan,
+    Rows,
+    Survey,
+    Training,
+    plan_steps,
+    survey_policy,
+)
 
 ASSUMED_STEPS = 1000
-"""Of a run whose length is given in epochs; it decides some bytes of bookkeeping of masks."""
+"""Steps of a run whose length is given in epochs. They decide some bytes of a mask's bookkeeping."""
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A model as a method trains it, and the arguments of the method's optimizer; none: torch's AdamW."""
+    """A model as a method trains it, and the arguments of the method's optimizer; empty for torch's AdamW."""
 
     model: nn.Module
-    options: dict[str, Any] | None
+    options: dict[str, Any]
 
     @cached_property
-    def choices(self) -> Choices | None:
-        """Of the policy, if there is one: it takes a while to ask it."""
-        if self.options is None or "policy" not in self.options:
+    def counter(self) -> ActivationCounter:
+        """Counter of the model's activations. It keeps its results, so variants of a recipe share them."""
+        return ActivationCounter(self.model)
+
+    @cached_property
+    def survey(self) -> Survey | None:
+        """Survey of the policy, if there is one. It takes a while."""
+        if "policy" not in self.options:
             return None
-        return choices_of(self.options["policy"], self.options["blocks"], self.options["always"])
+        return survey_policy(self.options["policy"], self.options["blocks"], self.options["always"])
 
 
 class RecipePlanner:
-    """Plans variants of a recipe; they share the configuration and, where they can, the model."""
+    """Plans variants of a recipe. They share the configuration and, where possible, the model."""
 
     def __init__(self) -> None:
         self._prepared: dict[str, _Prepared] = {}
-        self._forwards: dict[str, ForwardPass] = {}
 
     def plan(self, recipe: Recipe) -> Plan:
-        """Bytes and time of the recipe's run.
+        """Return the bytes and the time of the recipe's run.
 
         Raises:
-            UsageError: there is no such configuration, the method does not fit the model, or nobody can foresee it.
+            UsageError: there is no such configuration, the method does not fit the model, or it cannot be planned.
         """
         _check_method(recipe)
         prepared = self._prepare(recipe)
-        forward = self._forward(recipe, prepared.model)
-        options = prepared.options or {}
-        steps = plan_steps(
-            prepared.model,
-            options.get("policy", options.get("mask")),
-            forward,
-            always=options.get("always", ()),
-            # The residency is no part of what is shared.
-            residency=recipe.method.place() if isinstance(recipe.method, AbstractBlockMethod) else None,
-            master_dtype=torch.float32,
+        options = prepared.options
+        training = Training(
+            model=prepared.model,
+            always=tuple(options.get("always", ())),
+            # Variants that differ in residency share one prepared model, so this comes from the recipe.
+            residency=recipe.method.place() if isinstance(recipe.method, AbstractBlockMethod) else Keep(),
             blocks=options.get("blocks"),
             accumulation_steps=recipe.run.accumulation,
             num_steps=recipe.run.steps or ASSUMED_STEPS,
             rule=options.get("rule"),
             update_in_backward=options.get("update_in_backward", False),
-            choices=prepared.choices,
+            survey=prepared.survey,
         )
-        return Plan(steps=steps, notes=(*forward.notes, *_notes(recipe)))
+        forward = ForwardPass(
+            prepared.counter,
+            rows_of(recipe, prepared.model),
+            loss=_loss(recipe),
+            checkpointing=recipe.model.gradient_checkpointing,
+        )
+        steps = plan_steps(training, options.get("policy", options.get("mask")), forward)
+        return Plan(steps=steps, notes=_notes(recipe))
 
     def _prepare(self, recipe: Recipe) -> _Prepared:
         method = recipe.method.model_dump(mode="json", exclude={"residency"})
@@ -90,35 +107,21 @@ class RecipePlanner:
             self._prepared[key] = _prepare(recipe)
         return self._prepared[key]
 
-    def _forward(self, recipe: Recipe, model: nn.Module) -> ForwardPass:
-        rows, loss = rows_of(recipe, model), _loss(recipe)
-        key = f"{id(model)} {rows} {loss} {recipe.model.gradient_checkpointing}"
-        if key not in self._forwards:
-            self._forwards[key] = ForwardPass(
-                model, rows, loss=loss, checkpointing=recipe.model.gradient_checkpointing, keeps_cache=False
-            )
-        return self._forwards[key]
-
 
 def rows_of(recipe: Recipe, model: nn.Module) -> Rows:
-    """The tokens of a forward pass of which no row is shorter than `data.max_length`.
+    """Return the tokens of a forward pass in which every row has `data.max_length` tokens.
 
-    Rows of unequal length are padded, which asks for a mask; packed rows are laid behind one another and have one.
+    Padded rows need an attention mask. Packed rows form one long row, which needs one too.
 
     Raises:
         UsageError: rows longer than the model's context.
     """
     length, batch = _length(recipe, model), recipe.run.batch_size
-    shape = {"batch": batch, "length": length, "masked": recipe.data.format != "random" and batch > 1}
+    needs_mask = recipe.model.attention != "flash_attention_2"
     if is_packed(recipe.data):
-        shape = {"batch": 1, "length": batch * length, "masked": True}
-    if recipe.model.attention == "flash_attention_2":
-        shape["masked"] = False
-    return Rows(
-        **shape,
-        itemsize=2 if recipe.model.dtype == "bfloat16" else 4,
-        attention="eager" if recipe.model.attention == "eager" else "fused",
-    )
+        return Rows(batch=1, length=batch * length, masked=needs_mask)
+    is_padded = recipe.data.format != "random" and batch > 1
+    return Rows(batch=batch, length=length, masked=needs_mask and is_padded)
 
 
 def _length(recipe: Recipe, model: nn.Module) -> int:
@@ -145,14 +148,14 @@ def _prepare(recipe: Recipe) -> _Prepared:
             batches=[{}] * recipe.method.num_batches,
         )
         return _Prepared(parts.model, mask_optimizer(recipe.method, recipe, inputs, parts.model, facts)[1])
-    return _Prepared(parts.model, None if parts.optimizer is None else parts.optimizer[1])
+    return _Prepared(parts.model, {} if parts.optimizer is None else parts.optimizer[1])
 
 
 def meta_model(recipe: Recipe) -> Any:
-    """The recipe's model on the meta device, from its configuration alone.
+    """Return the recipe's model on the meta device, from its configuration alone.
 
     Raises:
-        UsageError: there is none, or transformers has no such model.
+        UsageError: there is no configuration, or transformers has no such model.
     """
     settings, data = recipe.model, recipe.data
     options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
@@ -165,19 +168,22 @@ def meta_model(recipe: Recipe) -> Any:
     with torch.device("meta"):
         model = draw_weights(kind, config, dtype=settings.dtype, attention=attention, key="model.path")
     model.config.use_cache = False
+    text = model.config.get_text_config()
+    if text.pad_token_id is None:  # training takes the tokenizer's; a classifier does not run without one
+        text.pad_token_id = 0
     return model.train()
 
 
 def _check_method(recipe: Recipe) -> None:
     if isinstance(recipe.method, SparseGradMethod | AbstractPeerMethod):
         raise UsageError(
-            f"method.name={recipe.method.name} cannot be planned: what it holds is known only once it has seen batches "
-            "or runs in its own package; plan e.g. method.name=meprop or method.name=badam"
+            f"method.name={recipe.method.name} cannot be planned: its bytes depend on batches or on another package; "
+            "plan e.g. method.name=meprop or method.name=badam"
         )
 
 
 def _loss(recipe: Recipe) -> Loss:
-    """As the installed trainer computes it."""
+    """Return the way in which the installed trainer computes the loss."""
     if isinstance(recipe.data, ClassificationData):
         return "none"
     return "chunked" if _trainer_has_chunks() else "whole"
@@ -192,7 +198,9 @@ def _trainer_has_chunks() -> bool:
 def _notes(recipe: Recipe) -> tuple[str, ...]:
     notes = []
     if recipe.data.max_length is None:
-        notes.append("data.max_length is not set: rows are taken to be as long as the model allows, at most 1024")
+        notes.append(
+            "data.max_length is not set: the plan assumes the longest rows that the model allows, at most 1024"
+        )
     if isinstance(recipe.data, ClassificationData) and recipe.data.labels is None and not recipe.data.regression:
-        notes.append("data.labels is not set: the head is taken to have two outputs")
+        notes.append("data.labels is not set: the plan assumes a head with two outputs")
     return tuple(notes)

@@ -1,4 +1,4 @@
-"""A plan of a recipe as tables and as JSON."""
+"""Plan of a recipe as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ HEADINGS = {"state_on_device": "state", "state_on_host": "on host"}
 
 
 def show(found: RecipePlan, console: Console) -> None:
-    """Two tables, what is best, and what the numbers leave out."""
+    """Print two tables, the best setting, and notes."""
     console.print(_table("Methods", [found.own, *found.methods]))
     console.print(_table(f"Levers of {found.own.name}", found.levers))
     if found.best is not None and found.best.plan is not None:
         console.print(f"best that fits: {found.best.name}, peak {write_size(found.best.plan.peak_bytes)}")
-        console.print(f"add to the command: {_quoted(found.best)}" if found.best.changes else "the recipe as it is")
-        console.print(f"best means: {RULE}.", style="dim")
+        console.print(
+            f"add to the command: {_quoted(found.best)}" if found.best.changes else "the recipe fits as written"
+        )
+        console.print(f"best: {RULE}.", style="dim")
     for note in _notes(found):
         console.print(f"note: {note}", highlight=False, markup=False)
 
 
 def as_json(found: RecipePlan) -> dict[str, Any]:
-    """The same as plain values, bytes whole."""
+    """Return the same as plain values, sizes in bytes."""
     return {
         "own": _setting_json(found.own),
         "methods": [_setting_json(setting) for setting in found.methods],

@@ -1,4 +1,4 @@
-"""`gradselect plan`: a recipe, the methods and levers beside it, and what fits."""
+"""Variants of a recipe for `gradselect plan`: other methods, levers, and the best one that fits."""
 
 from __future__ import annotations
 
@@ -26,24 +26,23 @@ from .planner import RecipePlanner
 FRACTIONS = (0.1, 0.2, 0.3)
 DEFAULT_RANK = 16
 RULE = (
-    "of the settings that fit the quickest, then the one of fewest forward passes a step, then of fewest changes, then "
-    "of the lowest peak: "
-    "first the recipe's own method, then full, then AdaGradSelect with the embedding from the largest fraction down, "
-    "without it, then LoRA; each with levers that leave the training as it is (gradient checkpointing, state on the "
-    "host, smaller forward passes of the same batch); if none fits, all again in bfloat16. The length of the rows stays"
+    "the fastest of the settings that fit, then fewest micro-batches a step, fewest changes, lowest peak. Methods are "
+    "tried in this order: the recipe's own, full, AdaGradSelect with the embedding from the largest fraction down, "
+    "AdaGradSelect without it, LoRA. Each is tried with levers that keep the training as is: gradient checkpointing, "
+    "state on the host, smaller micro-batches. If none fits, all are tried again in bfloat16. The length of rows stays"
 )
-"""What `fit` calls best."""
+"""Meaning of "best" for `--fit`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A recipe that differs from the one given.
+    """One variant of the recipe.
 
     Args:
-        name: what a table calls it.
-        changes: what to add to the command line.
-        plan: of that recipe; None where the method does not fit the model.
-        fault: what stands in its way then.
+        name: as a table shows it.
+        changes: overrides to add to the command line.
+        plan: None if the method does not fit the model.
+        fault: the reason if there is no plan.
     """
 
     name: str
@@ -54,13 +53,13 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipePlan:
-    """All that `gradselect plan` shows.
+    """Everything that `gradselect plan` shows.
 
     Args:
-        own: the recipe as it is.
+        own: the recipe as written.
         methods: other methods in the same recipe.
-        levers: other settings with the same method.
-        best: what fits the size that was asked for.
+        levers: other settings of the same method.
+        best: best setting for `--fit`; None without it.
     """
 
     own: Setting
@@ -70,16 +69,18 @@ class RecipePlan:
 
 
 def plan_recipe(recipe: Recipe, *, fractions: Sequence[float] = FRACTIONS, fit: int | None = None) -> RecipePlan:
-    """Bytes and time of the recipe, of other methods in its place, and of its levers one by one.
+    """Plan the recipe, other methods in its place, and its levers one by one.
+
+    Only the model's configuration is read, and no data.
 
     Args:
-        recipe: as it would be trained. Of the model its configuration alone is read, of the data nothing.
-        fractions: of AdaGradSelect, in the grid.
-        fit: bytes that the best setting may hold on the device at its peak; None: none is looked for.
+        recipe: as it would be trained.
+        fractions: of AdaGradSelect.
+        fit: limit for the peak of the best setting, in bytes; None: look for none.
 
     Raises:
-        UsageError: the recipe cannot be planned, a fraction is out of its range, or nothing fits: says the smallest
-            size in which something would.
+        UsageError: the recipe cannot be planned, a fraction is out of its range, or nothing fits (the message gives the
+            smallest size that would).
     """
     planner = RecipePlanner()
     own = Setting(name=f"{recipe.method.name}, as written", plan=planner.plan(recipe))
@@ -90,7 +91,7 @@ def plan_recipe(recipe: Recipe, *, fractions: Sequence[float] = FRACTIONS, fit: 
 
 
 def grid(recipe: Recipe, fractions: Sequence[float]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The methods of the table: a name and what to add to the command line."""
+    """Yield the methods of the table: a name, and overrides for the command line."""
     yield from trained_methods(recipe, fractions)
     for name, options in (
         ("id3", "density: 0.01"),
@@ -105,7 +106,7 @@ def grid(recipe: Recipe, fractions: Sequence[float]) -> Iterator[tuple[str, tupl
 
 
 def trained_methods(recipe: Recipe, fractions: Sequence[float]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Full fine-tuning, AdaGradSelect and LoRA, in the order in which `fit` prefers them."""
+    """Yield full fine-tuning, AdaGradSelect and LoRA, in the order in which `fit` prefers them."""
     rank = getattr(recipe.method, "rank", None) or DEFAULT_RANK
     yield "full", ("method={name: full}",)
     for always in (", always: [embedding]", ""):
@@ -116,7 +117,7 @@ def trained_methods(recipe: Recipe, fractions: Sequence[float]) -> Iterator[tupl
 
 
 def levers_of(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Settings that differ in one lever."""
+    """Yield the settings that differ in one lever."""
     checkpointing = not recipe.model.gradient_checkpointing
     yield f"gradient checkpointing {'on' if checkpointing else 'off'}", (_checkpointing(checkpointing),)
     if isinstance(recipe.method, AbstractBlockMethod):
@@ -124,12 +125,12 @@ def levers_of(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...]]]:
             if residency != recipe.method.residency:
                 yield f"residency {residency}", (f"method.residency={residency}",)
         if recipe.method.moment_bits == 32:
-            yield "moments of 8 bits", ("method.moment_bits=8",)
+            yield "moments in 8 bits", ("method.moment_bits=8",)
         if not recipe.method.update_in_backward and recipe.run.accumulation == 1:
             changes = ("optimizer.max_grad_norm=0", "method.update_in_backward=true")
             yield "update in the backward pass, no clipping", changes
     if recipe.run.batch_size > 1:
-        yield "forward passes of one row", _passes(recipe, size=1)
+        yield "micro-batches of one row", _passes(recipe, size=1)
     if isinstance(recipe.data, TokenData):
         yield f"packing {'off' if recipe.data.packing else 'on'}", (f"data.packing={_yes(not recipe.data.packing)}",)
     length = recipe.data.max_length or 1024
@@ -141,7 +142,7 @@ def levers_of(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def find_best(planner: RecipePlanner, recipe: Recipe, *, fractions: Sequence[float], limit: int) -> Setting:
-    """The best setting by `RULE` whose peak is at most `limit` bytes.
+    """Return the best setting by `RULE` whose peak is at most `limit` bytes.
 
     Raises:
         UsageError: nothing fits.
@@ -158,8 +159,8 @@ def find_best(planner: RecipePlanner, recipe: Recipe, *, fractions: Sequence[flo
         smallest = min([*planned, *([smallest] if smallest else [])], key=_peak, default=None)
     assert smallest is not None
     raise UsageError(
-        f"nothing fits {write_size(limit)}; the smallest is {smallest.name} with {' '.join(smallest.changes)}, which "
-        f"peaks at {write_size(_peak(smallest))}: write --fit {smallest_text(_peak(smallest))}, or shorter rows, "
+        f"nothing fits {write_size(limit)}; the smallest is {smallest.name} with {' '.join(smallest.changes)}, whose "
+        f"peak is {write_size(_peak(smallest))}: write --fit {smallest_text(_peak(smallest))}, or shorter rows, "
         f"e.g. data.max_length={(recipe.data.max_length or 1024) // 2}"
     )
 
@@ -173,12 +174,12 @@ def _candidates(recipe: Recipe, fractions: Sequence[float]) -> Iterator[tuple[st
 
 
 def sparing_levers(recipe: Recipe) -> Iterator[tuple[str, ...]]:
-    """What saves memory and leaves the training as it is; `()` is nothing of it."""
+    """Yield combinations of levers that save memory and do not change the training, `()` first."""
     method = recipe.method
     keeps = isinstance(method, AbstractBlockMethod) and method.residency == "keep"
     places = ((), ("method.residency=offload",)) if keeps else ((),)
     again = ((),) if recipe.model.gradient_checkpointing else ((), (_checkpointing(True),))
-    # A mask that is chosen by one backward pass would be another one with smaller passes.
+    # A mask that is selected from one backward pass would differ with smaller micro-batches.
     may_split = not isinstance(method, AbstractMaskMethod) or not method.lean_accumulation
     size = recipe.run.batch_size
     passes = [
@@ -191,10 +192,10 @@ def sparing_levers(recipe: Recipe) -> Iterator[tuple[str, ...]]:
 
 
 def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
-    """The recipe with these overrides on top; another method replaces the whole section.
+    """Return the recipe with these overrides. Another method replaces the whole section.
 
     Raises:
-        UsageError: they do not fit.
+        UsageError: an override does not fit.
     """
     values: dict[str, Any] = recipe.model_dump(mode="json")
     for change in changes:
@@ -207,7 +208,7 @@ def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
 
 
 def _try(planner: RecipePlanner, recipe: Recipe, name: str, changes: tuple[str, ...]) -> Setting:
-    """The setting's plan, or what stands in its way: not every method fits every model."""
+    """The setting with its plan, or with the reason why it has none: not every method fits every model."""
     variant = changed(recipe, changes)
     try:
         return Setting(name=name, changes=changes, plan=planner.plan(variant))
@@ -227,7 +228,7 @@ def _cost(setting: Setting, recipe: Recipe) -> tuple[float, int, int, int]:
 
 
 def _passes(recipe: Recipe, *, size: int) -> tuple[str, ...]:
-    """The same batch in forward passes of `size` rows."""
+    """Overrides for the same batch in micro-batches of `size` rows."""
     number = recipe.run.batch_size // size * recipe.run.accumulation
     return f"run.batch_size={size}", f"run.accumulation={number}"
 

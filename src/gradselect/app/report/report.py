@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from gradselect.files import write_atomically
 from gradselect.usage import UsageError
 
 from .page import render
@@ -68,8 +68,5 @@ def write_report(
 
 
 def _write(path: Path, content: bytes) -> Path:
-    """Whole or not at all: beside its place first, then into it."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_bytes(content)
-    os.replace(aside, path)
+    write_atomically(path, content)
     return path

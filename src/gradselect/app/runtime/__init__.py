@@ -1,32 +1,35 @@
-"""What every run has: its folder, its processes, its signals, its messages."""
+"""Surroundings of a run: folder, processes, signals, messages, memory of the machine."""
 
-from .machine import machine_bytes
+from .machine import host_bytes, machine_bytes, peak_process_bytes
 from .messages import collected_messages
 from .processes import (
+    barrier,
+    broadcast_from_rank_0,
     check_one_process,
-    is_first,
-    largest_of_all,
+    is_rank_0,
+    max_over_ranks,
     num_processes,
-    said_by_first,
     take_device,
-    wait_for_all,
 )
 from .run_folder import RunFolder, claimed
-from .signals import Preempted, SignalWatch, watched_signals
+from .signals import Preempted, SignalWatch, handled_signals, watched_signals
 
 __all__ = [
     "Preempted",
     "RunFolder",
     "SignalWatch",
+    "barrier",
+    "broadcast_from_rank_0",
     "check_one_process",
     "claimed",
     "collected_messages",
-    "is_first",
-    "largest_of_all",
+    "handled_signals",
+    "host_bytes",
+    "is_rank_0",
     "machine_bytes",
+    "max_over_ranks",
     "num_processes",
-    "said_by_first",
+    "peak_process_bytes",
     "take_device",
-    "wait_for_all",
     "watched_signals",
 ]

@@ -1,14 +1,30 @@
-"""Memory of this machine."""
+"""Memory of this machine and of this process."""
 
 from __future__ import annotations
 
-import os
+import sys
 
+import psutil
 import torch
 
 
+def host_bytes() -> int:
+    """Return the bytes of this machine's main memory."""
+    return psutil.virtual_memory().total
+
+
 def machine_bytes() -> int:
-    """Bytes of memory of this machine and of its GPUs."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Return the bytes of memory of this machine and of its GPUs."""
     devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    return memory + sum(torch.cuda.get_device_properties(device).total_memory for device in devices)
+    return host_bytes() + sum(torch.cuda.get_device_properties(device).total_memory for device in devices)
+
+
+def peak_process_bytes() -> int:
+    """Return the peak of main memory that this process has held."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    # psutil knows no peak elsewhere. Windows has no module `resource`.
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,4 +1,4 @@
-"""What the libraries log, warn and draw while a run goes on, kept out of the user's sight and kept."""
+"""Warnings and log lines of the libraries: collected for a file instead of shown."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class _Collector(logging.Handler):
             self._console.print(f"note       {record.getMessage()}", highlight=False, markup=False, soft_wrap=True)
             return
         line = f"{record.levelname} {record.name}: {' '.join(record.getMessage().split())}"
-        # The same remark on every example or step says nothing new.
+        # Libraries repeat a warning for every example or step.
         if line not in self.lines:
             self.lines.append(line)
 
 
 @contextmanager
 def collected_messages(console: Console) -> Iterator[list[str]]:
-    """Warnings and log lines of the libraries, as a list that grows; progress bars of theirs are off meanwhile.
+    """Collect warnings and log lines of the libraries in a list that grows; switch their progress bars off.
 
-    What gradselect itself has to say is shown on the console.
+    Messages of gradselect itself are shown on the console.
     """
     collector = _Collector(console)
     root = logging.getLogger()

@@ -1,4 +1,8 @@
-"""The processes of a run: started by torchrun or accelerate launch, each with a replica of the model."""
+"""The processes of a run: started by torchrun or accelerate launch, each with a replica of the model.
+
+Rank and number of processes come from the environment, so that they are known before the processes are connected:
+`accelerate.PartialState` connects them when it is first asked, and waits until all have come.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +16,28 @@ from gradselect import UsageError
 
 
 def num_processes() -> int:
+    """Return the number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def has_launcher() -> bool:
-    """Whether torchrun or its like has started this process, be it the only one."""
+    """Return True if torchrun or its like started this process, even as the only one."""
     return "WORLD_SIZE" in os.environ
 
 
-def is_first() -> bool:
-    """Whether this process is the one that writes and shows."""
+def is_rank_0() -> bool:
+    """Return True in the process that writes files and shows progress."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def wait_for_all() -> None:
-    """Go on when all processes have come here; the Trainer has connected them."""
+def barrier() -> None:
+    """Wait until all processes are here. The Trainer must have connected them."""
     if num_processes() > 1:
         dist.barrier()
 
 
-def largest_of_all(values: Sequence[int], *, device: torch.device) -> list[int]:
-    """The largest of each of the values over all processes; every process gets the same."""
+def max_over_ranks(values: Sequence[int], *, device: torch.device) -> list[int]:
+    """Return the maximum of each value over all ranks."""
     if num_processes() == 1:
         return list(values)
     together = torch.tensor(values, device=device)
@@ -40,20 +45,20 @@ def largest_of_all(values: Sequence[int], *, device: torch.device) -> list[int]:
     return together.tolist()
 
 
-def said_by_first(text: str | None) -> str | None:
-    """What the first process calls this with."""
+def broadcast_from_rank_0(text: str | None) -> str | None:
+    """Return what rank 0 calls this with."""
     if num_processes() == 1:
         return text
-    said = [text]
-    dist.broadcast_object_list(said, src=0)
-    return said[0]
+    texts = [text]
+    dist.broadcast_object_list(texts, src=0)
+    return texts[0]
 
 
 def check_one_process() -> None:
-    """No launcher has started several.
+    """Check that no launcher started several processes.
 
     Raises:
-        UsageError: one has.
+        UsageError: one did.
     """
     if num_processes() > 1:
         raise UsageError(
@@ -63,10 +68,10 @@ def check_one_process() -> None:
 
 
 def take_device(device: str) -> None:
-    """This process' own GPU becomes the current one.
+    """Make this process' own GPU the current one.
 
     Raises:
-        UsageError: one process sees several GPUs, or the launcher asks for what the Trainer would do wrongly.
+        UsageError: one process sees several GPUs, or the launcher asks for FSDP or DeepSpeed.
     """
     for variable, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() in ("true", "1"):

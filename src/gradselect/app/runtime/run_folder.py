@@ -1,4 +1,4 @@
-"""The output folder of a run; whatever is written into it is whole or is not there."""
+"""Output folder of a run: the paths in it, and who may write into it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _STEP = re.compile(r"step-\d{1,15}", re.ASCII)
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run keeps what.
+    """Paths in the output folder of a run.
 
     model.safetensors, config.json, tokenizer files ...   the trained model, once the run has finished
-    adapter/           the adapter before it was merged, for the methods that train one
+    adapter/           the adapter before merging, for the methods that train one
     recipe.yaml        the recipe with every default written out
     run.json           what was run, on what, and how it went
     records.jsonl      one selection record a step, for the methods that select blocks
-    checkpoints/step-N what `--resume` continues from, each with a manifest; damaged-step-N is one that it passed over
+    checkpoints/step-N what `--resume` continues from, each with a manifest; it skipped damaged-step-N
     tensorboard/       curves
-    messages.log       what the libraries had to say
+    messages.log       warnings and log lines of the libraries
     """
 
     root: Path
@@ -59,7 +59,7 @@ class RunFolder:
         return self.root / "checkpoints"
 
     def is_used(self) -> bool:
-        """Whether there is anything in it beside what a run that was killed at its very beginning leaves."""
+        """Return True if the folder holds more than a run leaves that was killed at its very beginning."""
         if not self.root.is_dir():
             return self.root.exists()
         return any(not self._is_of_no_run(entry) for entry in self.root.iterdir())
@@ -73,7 +73,7 @@ class RunFolder:
         return self.checkpoints / f"step-{step}"
 
     def complete_checkpoints(self) -> list[Path]:
-        """The checkpoints, oldest first; one that was not written to its end has another name and is not among them."""
+        """Return the checkpoints, oldest first. Half-written ones have another name and are not among them."""
         found = (path for path in self.checkpoints.glob("step-*") if _STEP.fullmatch(path.name))
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
@@ -83,12 +83,12 @@ class RunFolder:
 
 @contextmanager
 def claimed(folder: RunFolder, *, resume: bool, messages: Sequence[str]) -> Iterator[RunFolder]:
-    """The folder, made for a new run or left as it is for `resume`; at the end `messages` are kept in it.
+    """Lock the folder for a run, creating it if needed; at the end append `messages` to its log.
 
     Raises:
-        UsageError: there is something in it and this is no resume, it cannot be made, or another process writes to it.
+        UsageError: it is not empty and this is no resume, it cannot be made, or another process writes to it.
     """
-    # Before anything is written, a lock included: it may be a folder of something else.
+    # Before anything is written, the lock included: the folder may belong to something else.
     _check_may_be_used(folder, resume=resume)
     was_there = folder.root.exists()
     try:
@@ -104,7 +104,7 @@ def claimed(folder: RunFolder, *, resume: bool, messages: Sequence[str]) -> Iter
                     _keep(messages, folder)
     finally:
         if not was_there:
-            # Only an empty one goes.
+            # rmdir deletes an empty folder only.
             with suppress(OSError):
                 folder.root.rmdir()
 
@@ -115,14 +115,14 @@ def _check_may_be_used(folder: RunFolder, *, resume: bool) -> None:
     if not resume:
         raise UsageError(
             f"run.output={folder.root} exists and is not empty; choose another one, e.g. run.output={folder.root}-2, "
-            "or go on with the run in it: --resume"
+            "or continue the run in it: --resume"
         )
     if not folder.run_file.is_file():
         raise UsageError(f"run.output={folder.root} holds no run to resume: it has no {folder.run_file.name}")
 
 
 def _clear(root: Path) -> None:
-    """Nothing has begun: a corrected recipe should find the name free."""
+    """Delete what a run left that never began, so that a corrected recipe finds the name free."""
     for entry in root.iterdir():
         if entry.name != LOCK_NAME:
             remove(entry)
@@ -130,6 +130,6 @@ def _clear(root: Path) -> None:
 
 def _keep(messages: Sequence[str], folder: RunFolder) -> None:
     if messages:
-        # Should the disk be full, the error that led here says so.
+        # On a full disk the error that led here says so.
         with suppress(OSError), folder.messages_file.open("a", encoding="utf-8") as file:
             file.writelines(f"{message}\n" for message in messages)

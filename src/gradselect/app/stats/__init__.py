@@ -1,9 +1,17 @@
-"""Intervals, tests and metrics."""
+"""Intervals, tests, bootstrap and metrics, on scipy and numpy."""
 
-from .bootstrap import Interval, Outcomes, draw_means, mcnemar, percentile_interval, student_interval, two_sided_p
-from .intervals import mean_loss, mean_loss_interval, wilson_interval
+from .bootstrap import Outcomes, draw_means
+from .intervals import (
+    Interval,
+    mean_and_deviation,
+    mean_loss,
+    mean_loss_interval,
+    percentile_interval,
+    student_interval,
+    wilson_interval,
+)
 from .metrics import class_metrics, score_metrics
-from .tests import holm_adjusted, mean_and_deviation
+from .paired_tests import holm_adjusted, mcnemar, two_sided_p
 
 __all__ = [
     "Interval",

@@ -1,33 +1,29 @@
-"""Figures with their 95 % confidence intervals."""
+"""Means with their 95 % confidence intervals."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
 
 Interval = tuple[float, float]
 """Lower and upper limit."""
 
-NORMAL_95 = 1.959963984540054
-"""The normal deviate that 2.5 % of the mass lies above."""
+LEVEL = 0.95
+LOWEST, HIGHEST = 0.025, 0.975
+"""Quantiles at the limits of the interval."""
 
 
 def wilson_interval(*, num_correct: int, num_items: int) -> Interval:
-    """95 % interval of a share, by the score method; it holds near 0 and 1 too, where the normal one does not.
-
-        (p + z²/2n ± z sqrt(p (1-p)/n + z²/4n²)) / (1 + z²/n),   p = num_correct / num_items
+    """95 % interval of a share, by the score method. Unlike the normal one it also holds near 0 and 1.
 
     Reference: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
     """
-    assert 0 <= num_correct <= num_items
-    assert num_items > 0
-    n, z = num_items, NORMAL_95
-    p = num_correct / n
-    centre = p + z * z / (2 * n)
-    width = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    # At 0 and n correct the limits are 0 and 1 exactly, but for rounding.
-    return max(0.0, min(p, (centre - width) / scale)), min(1.0, max(p, (centre + width) / scale))
+    low, high = stats.binomtest(num_correct, num_items).proportion_ci(LEVEL, method="wilson")
+    return float(low), float(high)
 
 
 def mean_loss(losses: Sequence[float], num_tokens: Sequence[int]) -> float:
@@ -36,7 +32,7 @@ def mean_loss(losses: Sequence[float], num_tokens: Sequence[int]) -> float:
 
 
 def mean_loss_interval(losses: Sequence[float], num_tokens: Sequence[int]) -> Interval | None:
-    """95 % interval of `mean_loss` when the items, not the tokens, are drawn independently; None for a single item.
+    """95 % interval of `mean_loss` when items, not tokens, are independent; None for a single item.
 
     A ratio R = sum L_i / sum t_i of item totals has the linearised variance n/(n-1) sum (L_i - R t_i)² / (sum t_i)².
 
@@ -48,4 +44,25 @@ def mean_loss_interval(losses: Sequence[float], num_tokens: Sequence[int]) -> In
     ratio = mean_loss(losses, num_tokens)
     squares = math.fsum((loss - ratio * tokens) ** 2 for loss, tokens in zip(losses, num_tokens, strict=True))
     error = math.sqrt(n / (n - 1) * squares) / sum(num_tokens)
-    return ratio - NORMAL_95 * error, ratio + NORMAL_95 * error
+    width = float(stats.norm.ppf(HIGHEST)) * error
+    return ratio - width, ratio + width
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation (divisor n - 1) over seeds; one value has no deviation."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def student_interval(values: Sequence[float]) -> Interval | None:
+    """95 % interval of a mean over seeds, by Student's t, for scores without items; None for a single seed."""
+    mean, deviation = mean_and_deviation(values)
+    if deviation is None:
+        return None
+    width = float(stats.t.ppf(HIGHEST, df=len(values) - 1)) * deviation / math.sqrt(len(values))
+    return mean - width, mean + width
+
+
+def percentile_interval(draws: np.ndarray) -> Interval:
+    """Middle 95 % of the draws of a bootstrap."""
+    low, high = np.quantile(draws, (LOWEST, HIGHEST))
+    return float(low), float(high)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradselect import MaskRecord, StepRecord, UsageError
-from gradselect.app.runtime import RunFolder, is_first, wait_for_all
+from gradselect.app.runtime import RunFolder, barrier, is_rank_0
 from gradselect.files import aside_of, newest_whole, remove, write_manifest, writing_aside
 
 
@@ -22,16 +22,16 @@ def writing_checkpoint(folder: RunFolder, *, step: int) -> Iterator[Path]:
     When the block ends, the first process adds the records so far and the manifest, and gives it its name.
     """
     target = folder.checkpoint(step)
-    with writing_aside(target) if is_first() else nullcontext(aside_of(target)) as aside:
-        wait_for_all()
+    with writing_aside(target) if is_rank_0() else nullcontext(aside_of(target)) as aside:
+        barrier()
         yield aside
-        wait_for_all()
-        if is_first():
+        barrier()
+        if is_rank_0():
             _lift(aside)
             if folder.records_file.exists():
                 shutil.copyfile(folder.records_file, aside / folder.records_file.name)
             write_manifest(aside, step=step)
-    wait_for_all()
+    barrier()
 
 
 def find_checkpoint(folder: RunFolder) -> tuple[Path | None, dict[Path, str]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from enum import IntEnum
 
 import torch
 
 from gradselect.app.recipe import Recipe
-from gradselect.app.runtime import RunFolder
+from gradselect.app.runtime import RunFolder, host_bytes
 
 
 class Fault(IntEnum):
@@ -62,4 +61,4 @@ def _memory_mebibytes(recipe: Recipe) -> int:
     """Of the device that the recipe trains on, all of it."""
     if recipe.run.device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory // 2**20
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
+    return host_bytes() // 2**20

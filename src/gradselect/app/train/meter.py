@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +14,7 @@ from transformers import TrainerCallback
 
 from gradselect import BlockOptimizer, SparseOptimizer
 from gradselect.app.recipe import peer_bytes
+from gradselect.app.runtime import peak_process_bytes
 
 from .stopwatch import DeviceClock, HostClock, Stopwatch
 from .trainer import RunTrainer
@@ -107,7 +106,7 @@ class Meter(TrainerCallback):
         """What `run.json` keeps."""
         self._read()
         peak = {"together": 0, **self.peak_bytes}
-        process = _peak_process_bytes()
+        process = peak_process_bytes()
         return {
             "steps_by_kind": {kind: len(seconds) for kind, seconds in self.step_seconds.items()},
             "median_step_seconds": {kind: statistics.median(seconds) for kind, seconds in self.step_seconds.items()},
@@ -228,9 +227,3 @@ def _mean(values: Sequence[int]) -> float | None:
 
 def _num_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _peak_process_bytes() -> int:
-    """The most main memory that this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

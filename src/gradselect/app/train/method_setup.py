@@ -76,7 +76,9 @@ def method_parts(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> Method
             return _adalora_parts(method, recipe, inputs)
         case AbstractPeerMethod():
             _check_saves_nothing(recipe)
-            return MethodParts(model=model, optimizer=_witness(method, recipe, inputs), callbacks=[], can_resume=False)
+            return MethodParts(
+                model=model, optimizer=_peer_optimizer(method, recipe, inputs), callbacks=[], can_resume=False
+            )
         case AbstractAdapterMethod():
             return _adapter_parts(method, recipe, inputs)
         case FullMethod():
@@ -132,7 +134,7 @@ def _adalora_parts(method: AdaLoraMethod, recipe: Recipe, inputs: Inputs) -> Met
     )
 
 
-def _witness(method: AbstractPeerMethod, recipe: Recipe, inputs: Inputs) -> tuple[Any, dict[str, Any]]:
+def _peer_optimizer(method: AbstractPeerMethod, recipe: Recipe, inputs: Inputs) -> tuple[Any, dict[str, Any]]:
     adamw = _adamw_options(recipe)
     del adamw["accumulation_steps"]
     return PeerFactory, {"method": method, "head": tuple(inputs.head), "adamw": adamw}
@@ -151,10 +153,10 @@ def _block_options(
     method: AbstractBlockMethod, recipe: Recipe, model: nn.Module, *, head: Collection[str]
 ) -> dict[str, Any]:
     """Arguments of `gradselect.BlockOptimizer`; `head` are names of parameters that train at every step."""
-    blocks = partition(model, by=method.units)
+    blocks = partition(model, by=method.blocks)
     heads = [block.name for block in blocks if not set(head).isdisjoint(block.parameter_names)]
     return {
-        "policy": method.policy(seed=recipe.run.seed, blocks=[block.name for block in blocks]),
+        "policy": method.policy(seed=recipe.run.seed, block_names=[block.name for block in blocks]),
         "always": (*method.always, *heads),
         "residency": method.place(),
         "rule": method.rule(),

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from gradselect import BlockOptimizer, SparseOptimizer
 from gradselect.app.recipe import ClassificationData, FileData, PromptCompletionData, RandomData, Recipe
+from gradselect.app.results import FinishedRun, RunRecord
 from gradselect.app.runtime import RunFolder
 
 from .meter import Meter
@@ -114,7 +115,7 @@ def validation_figures(logs: Mapping[str, float]) -> dict[str, float]:
 
 def show_start(
     console: Console,
-    start: Mapping[str, Any],
+    start: RunRecord,
     *,
     notes: Sequence[str],
     checkpoint: Path | None,
@@ -122,10 +123,10 @@ def show_start(
     resume: bool,
 ) -> None:
     """What is going to be trained, on what, and with which method; from which checkpoint, and which were not whole."""
-    recipe, model = start["recipe"], start["model"]
+    recipe = start.recipe
     lines = [
-        f"model      {recipe['model']['path']} ({model['parameters']:,} parameters, {recipe['model']['dtype']})",
-        *(f"{name:<10} {source['path']} ({source['rows_used']:,} rows)" for name, source in start["data"].items()),
+        f"model      {recipe['model']['path']} ({start.model.parameters:,} parameters, {recipe['model']['dtype']})",
+        *(f"{name:<10} {source['path']} ({source['rows_used']:,} rows)" for name, source in start.data.items()),
         f"method     {recipe['method']['name']}",
         *(f"note       {note}" for note in notes),
     ]
@@ -137,15 +138,13 @@ def show_start(
     _print(console, *lines)
 
 
-def show_summary(
-    console: Console, end: Mapping[str, Any], *, recipe: Recipe, folder: RunFolder, num_messages: int
-) -> None:
+def show_summary(console: Console, end: FinishedRun, *, recipe: Recipe, folder: RunFolder, num_messages: int) -> None:
     """How the run went, where everything is and what to type next."""
-    losses = {"training loss": end["training_loss"], "validation loss": end["validation_loss"]}
+    losses = {"training loss": end.training_loss, "validation loss": end.validation_loss}
     lines = [
-        f"finished {end['steps']} steps in {end['training_seconds']:,.0f} s  "
+        f"finished {end.steps} steps in {end.training_seconds:,.0f} s  "
         + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None),
-        f"peak of weights, gradients and optimizer state: {end['peak_bytes']['together'] / 2**20:,.1f} MiB",
+        f"peak of weights, gradients and optimizer state: {end.peak_bytes['together'] / 2**20:,.1f} MiB",
     ]
     if isinstance(recipe.data, RandomData):
         _print(console, *lines, f"all about the run in {folder.run_file}; a model of random tokens is not kept")

@@ -17,12 +17,12 @@ from gradselect.app.recipe import load_recipe as load_recipe
 from gradselect.app.runtime import Preempted as Preempted
 from gradselect.app.runtime import (
     RunFolder,
+    barrier,
+    broadcast_from_rank_0,
     claimed,
     collected_messages,
-    is_first,
-    said_by_first,
+    is_rank_0,
     take_device,
-    wait_for_all,
     watched_signals,
 )
 
@@ -39,26 +39,26 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
     """Carry out a recipe; see `train`. `messages` are those of the libraries, a list that grows."""
     take_device(recipe.run.device)
     folder = RunFolder(Path(recipe.run.output))
-    if not is_first():
+    if not is_rank_0():
         console = Console(quiet=True)
-    with claimed(folder, resume=resume, messages=messages) if is_first() else nullcontext():
+    with claimed(folder, resume=resume, messages=messages) if is_rank_0() else nullcontext():
         # 1 read what the recipe names
         inputs = read_inputs(recipe)
         start = describe_start(recipe, inputs, command=command)
-        if is_first() and folder.run_file.exists():
+        if is_rank_0() and folder.run_file.exists():
             check_same_run(folder, start)
-        checkpoint, damaged = find_checkpoint(folder) if resume and is_first() else (None, {})
-        start["resumed_from"] = None if checkpoint is None else checkpoint.name
+        checkpoint, damaged = find_checkpoint(folder) if resume and is_rank_0() else (None, {})
+        start = start.model_copy(update={"resumed_from": None if checkpoint is None else checkpoint.name})
 
         # 2 set up
         with _explained(recipe, folder):
             trainer = build_trainer(recipe, inputs, folder=folder)
         notes = length_notes(trainer, inputs, recipe.data)
-        wait_for_all()  # until the first has found the folder usable
-        if is_first():
+        barrier()  # until the first has found the folder usable
+        if is_rank_0():
             return_to(folder, checkpoint, damaged=damaged, keep=recipe.run.keep_checkpoints)
             write_start(folder, start, recipe)
-        found = said_by_first(None if checkpoint is None else str(checkpoint))
+        found = broadcast_from_rank_0(None if checkpoint is None else str(checkpoint))
         show_start(console, start, notes=notes, checkpoint=checkpoint, damaged=damaged, resume=resume)
 
         # 3 train, and measure what came of it
@@ -71,13 +71,13 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
             # 4 keep it; run.json says "finished" when all else is there
             trainer.check_weights()
             trainer.count_tokens_of_all()
-            if is_first():
+            if is_rank_0():
                 if not isinstance(recipe.data, RandomData):
                     save_model(trainer, inputs.tokenizer, folder=folder)
-                end = describe_end(trainer, meter, folder=folder, notes=notes)
-                write_run(folder, start | end)
+                end = describe_end(start, trainer, meter, folder=folder, notes=notes)
+                write_run(folder, end)
                 show_summary(console, end, recipe=recipe, folder=folder, num_messages=len(messages))
-            wait_for_all()
+            barrier()
     return folder.root
 
 

@@ -18,9 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from gradselect import BlockOptimizer, SparseOptimizer, UsageError, __version__, sparsegrad
 from gradselect.app.inputs import Inputs, fingerprint
-from gradselect.app.recipe import Recipe, dump_recipe
+from gradselect.app.recipe import Recipe, dump_recipe, todays_recipe
+from gradselect.app.results import FinishedRun, RunRecord, read_finished_run, read_run
 from gradselect.app.runtime import RunFolder, num_processes
-from gradselect.files import flush_names, read_sealed, sealed, write_manifest, writing_aside
+from gradselect.files import flush_names, sealed, write_manifest, writing_aside
+from gradselect.usage import find_differences
 
 from .meter import Meter
 from .progress import validation_figures
@@ -41,12 +43,12 @@ FREE_TO_CHANGE = {
 """Keys in which a resumed run may differ from the one that it continues."""
 
 
-def describe_start(recipe: Recipe, inputs: Inputs, *, command: Sequence[str]) -> dict[str, Any]:
-    """What is known before the first step."""
+def describe_start(recipe: Recipe, inputs: Inputs, *, command: Sequence[str]) -> RunRecord:
+    """Return what is known before the first step."""
     model = inputs.model
-    return {
+    values = {
         "status": "started",
-        # A file's name may be no text.
+        # A file name may hold bytes that are no text.
         "command": [word.encode("utf-8", "backslashreplace").decode("utf-8") for word in command],
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "processes": num_processes(),
@@ -67,13 +69,17 @@ def describe_start(recipe: Recipe, inputs: Inputs, *, command: Sequence[str]) ->
             "threads": torch.get_num_threads(),
         },
     }
+    return RunRecord.model_validate(values)
 
 
-def describe_end(trainer: RunTrainer, meter: Meter, *, folder: RunFolder, notes: Sequence[str]) -> dict[str, Any]:
-    """What is known after the last step. Tokens, seconds and bytes are of this session, all else of the whole run."""
+def describe_end(
+    start: RunRecord, trainer: RunTrainer, meter: Meter, *, folder: RunFolder, notes: Sequence[str]
+) -> FinishedRun:
+    """Add what is known after the last step. Tokens, seconds and bytes cover this session, the rest the whole run."""
     history = trainer.state.log_history
     optimizer: Any = trainer.optimizer
-    return {
+    values = {
+        **start.values(),
         "status": "finished",
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "steps": trainer.state.global_step,
@@ -89,26 +95,25 @@ def describe_end(trainer: RunTrainer, meter: Meter, *, folder: RunFolder, notes:
         "selection": describe_selection(optimizer.optimizer, folder.records_file),
         "history": history,
     }
+    return FinishedRun.model_validate(values)
 
 
-def check_same_run(folder: RunFolder, start: Mapping[str, Any]) -> None:
-    """The run in `folder` is the one that `start` describes, and it is not finished.
+def check_same_run(folder: RunFolder, start: RunRecord) -> None:
+    """Check that the run in `folder` is the one that `start` describes, and is not finished.
 
     Raises:
         UsageError: names what differs.
     """
-    before = read_sealed(folder.run_file, needed=("status", "recipe", "model", "data"))
-    if before["status"] == "finished":
+    before = read_run(folder.run_file)
+    if before.status == "finished":
+        steps = read_finished_run(folder.run_file).steps
+        raise UsageError(f"the run in {folder.root} has finished after {steps} steps; nothing is left to resume")
+    if before.processes != start.processes:
         raise UsageError(
-            f"the run in {folder.root} has finished after {before['steps']} steps; nothing is left to resume"
+            f"the run in {folder.root} began on {before.processes} processes, this is one of {start.processes}; resume "
+            "on as many as before: its batches would change"
         )
-    processes = before.get("processes", 1)
-    if processes != start["processes"]:
-        raise UsageError(
-            f"the run in {folder.root} began on {processes} processes, this is one of {start['processes']}; resume on "
-            "as many as before: its batches would change"
-        )
-    different = list(differences(before, start))
+    different = list(differences(before.values(), start.values()))
     if different:
         heading = (
             f"the run in {folder.root} is another one; resume it with its own recipe, or choose another run.output:"
@@ -117,23 +122,23 @@ def check_same_run(folder: RunFolder, start: Mapping[str, Any]) -> None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What of recipe, model and data is not as it was, one line each."""
-    old, new = (dict(_flatten({key: side[key] for key in ("recipe", "model", "data")})) for side in (before, now))
-    for key in sorted(old.keys() | new.keys()):
-        if key not in FREE_TO_CHANGE and old.get(key) != new.get(key):
-            yield f"{key.removeprefix('recipe.')}: {old.get(key)!r} then, {new.get(key)!r} now"
+    """Yield one line for each difference of recipe, model and data."""
+    old, new = ({key: side[key] for key in ("recipe", "model", "data")} for side in (before, now))
+    for key, then, here in find_differences(old | {"recipe": todays_recipe(old["recipe"])}, new):
+        if key not in FREE_TO_CHANGE:
+            yield f"{key.removeprefix('recipe.')}: {then!r} then, {here!r} now"
 
 
-def write_start(folder: RunFolder, start: Mapping[str, Any], recipe: Recipe) -> None:
+def write_start(folder: RunFolder, start: RunRecord, recipe: Recipe) -> None:
     # run.json first: a folder that has it can be resumed, whatever else is missing.
     write_run(folder, start)
     with writing_aside(folder.recipe_file) as aside:
         aside.write_text(dump_recipe(recipe), "utf-8")
 
 
-def write_run(folder: RunFolder, description: Mapping[str, Any]) -> None:
+def write_run(folder: RunFolder, record: RunRecord) -> None:
     with writing_aside(folder.run_file) as aside:
-        aside.write_text(as_json(sealed(description)) + "\n", "utf-8")
+        aside.write_text(as_json(sealed(record.values())) + "\n", "utf-8")
 
 
 def as_json(value: Any) -> str:
@@ -165,14 +170,6 @@ def save_model(trainer: RunTrainer, tokenizer: PreTrainedTokenizerBase, *, folde
         os.replace(file, folder.root / file.name)
     flush_names(folder.root)
     ready.rmdir()
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _last(history: Sequence[Mapping[str, float]], key: str) -> float | None:

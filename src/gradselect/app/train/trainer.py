@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from gradselect import BlockOptimizer, SparseOptimizer, UsageError
-from gradselect.app.runtime import Preempted, RunFolder, SignalWatch, is_first, largest_of_all
+from gradselect.app.runtime import Preempted, RunFolder, SignalWatch, is_rank_0, max_over_ranks
 from gradselect.integrations.transformers import SelectionCallback
 
 from .checkpoints import delete_old_checkpoints, last_records, read_window, write_window, writing_checkpoint
@@ -100,7 +100,7 @@ class RunTrainer(Trainer):
         applied = optimizer.optimizer.grad_norm if isinstance(optimizer.optimizer, SparseOptimizer) else norm
         fault = self._fault(float(applied))
         # One exchange for both: every process skips alike, and stops after the same step.
-        worst, self._told = largest_of_all([fault, self.signals.received], device=self.args.device)
+        worst, self._told = max_over_ranks([fault, self.signals.received], device=self.args.device)
         if worst != Fault.NONE:
             self._skip(model, Fault(worst), value=self._bad_loss if fault == Fault.LOSS else float(applied))
             norm = None
@@ -131,7 +131,7 @@ class RunTrainer(Trainer):
         self._globalstep_last_logged += 1
         history: list[Any] = self.state.log_history
         history.append({"step": step, "skipped": f"{fault.what}: {value}"})
-        if is_first():
+        if is_rank_0():
             logger.warning("%s: the step is skipped and has changed nothing", words)
 
     def _num_skipped_before(self, step: int) -> int:
@@ -160,7 +160,7 @@ class RunTrainer(Trainer):
                 write_window(inside, self._window(), process=self.args.process_index)
         finally:
             self._writing_to = str(self._folder.checkpoints)
-        if is_first():
+        if is_rank_0():
             delete_old_checkpoints(self._folder, keep=self._keep_checkpoints)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -200,7 +200,7 @@ class RunTrainer(Trainer):
             Preempted: one has.
         """
         step = self.state.global_step
-        (number,) = largest_of_all([self._told or self.signals.received], device=self.args.device)
+        (number,) = max_over_ranks([self._told or self.signals.received], device=self.args.device)
         if not number:
             return
         name = signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""What is searched: a key of the recipe and the values that it may take."""
+"""Search ranges: a key of the recipe and the values to try."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import Any
 
 from gradselect import UsageError
 from gradselect.app.recipe import Recipe, parse_recipe
+from gradselect.usage import flatten
 
 Number = int | float
 
 FORM = "write KEY=LOW:HIGH or KEY=LOW:HIGH:log, e.g. optimizer.lr=1e-5:1e-3:log"
 JUDGES = ("data", "run.seed", "run.evaluate_every")
-"""Keys that decide what a trial is measured on, or when: with another value losses could not be compared."""
+"""Keys that decide what a trial is measured on, or when. With other values losses could not be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRange:
-    """Values from `low` to `high`.
+    """A range of values for one key.
 
     Args:
         key: of the recipe: "optimizer.lr".
         low: the smallest value.
-        high: the largest one, itself included.
-        log: even in the logarithm, for what is known by its order of magnitude.
-        whole: whole numbers only.
+        high: the largest value, included.
+        log: draw evenly in the logarithm.
+        whole: draw integers only.
 
     Raises:
         UsageError: the range is empty, or goes down to 0 with `log`.
@@ -49,21 +50,21 @@ class SearchRange:
         return f"{self.key}={self.low!r}:{self.high!r}{':log' if self.log else ''}"
 
     def has(self, value: Any) -> bool:
-        """Whether `value` is a number in it."""
+        """Return True if `value` is a number in the range."""
         return isinstance(value, int | float) and self.low <= value <= self.high
 
     def position(self, value: Number) -> float:
-        """Where `value` lies, from 0.0 (`low`) to 1.0 (`high`)."""
+        """Return the position of `value`, from 0.0 at `low` to 1.0 at `high`."""
         low, high, at = (map(math.log, (self.low, self.high, value))) if self.log else (self.low, self.high, value)
         return (at - low) / (high - low)
 
 
 def read_ranges(texts: Sequence[str], recipe: Recipe) -> tuple[SearchRange, ...]:
-    """The ranges that the user wrote, or, without any, the usual ones of the recipe.
+    """Return the ranges that the user wrote, or without any the default ones of the recipe.
 
     Raises:
-        UsageError: a text of another form, a key that the recipe does not have or whose value is no number, a key that
-            stands twice or decides what is measured, an end of the range that the recipe refuses.
+        UsageError: a text has another form; a key is not in the recipe, holds no number, stands twice or decides what
+            is measured; or the recipe refuses an end of the range.
     """
     ranges = tuple(_read_range(text, recipe) for text in texts) or tuple(usual_ranges(recipe))
     keys = [searched.key for searched in ranges]
@@ -76,22 +77,22 @@ def read_ranges(texts: Sequence[str], recipe: Recipe) -> tuple[SearchRange, ...]
 
 
 def usual_ranges(recipe: Recipe) -> Iterator[SearchRange]:
-    """A range around the recipe's learning rate and, where the method has them, its fraction and its delta."""
+    """Yield ranges around the recipe's learning rate and, where the method has them, its fraction and its delta."""
     lr, method = recipe.optimizer.lr, recipe.method.model_dump()
     yield SearchRange(key="optimizer.lr", low=lr / 10, high=lr * 10, log=True)
     if "fraction" in method and method.get("count") is None:
         fraction = method["fraction"] or 0.2  # AdaGradSelect's own default
         yield SearchRange(key="method.fraction", low=fraction / 2, high=min(1.0, 2 * fraction))
     if "delta" in method:
-        # Top-k of a Dirichlet draw is close to winner-takes-all: it takes a delta of hundreds to loosen it.
+        # Top-k of a Dirichlet draw is close to winner-takes-all; only a delta of hundreds loosens it.
         yield SearchRange(key="method.delta", low=method["delta"] / 10, high=method["delta"] * 1000, log=True)
 
 
 def with_values(recipe: Recipe, values: Mapping[str, Any], *, source: str) -> Recipe:
-    """The recipe with other values at some keys; `source` names them in errors.
+    """Return the recipe with other values at some keys; `source` names them in errors.
 
     Raises:
-        UsageError: one of them does not fit.
+        UsageError: the recipe refuses one of them.
     """
     tree = recipe.model_dump(mode="json")
     for key, value in values.items():
@@ -104,16 +105,12 @@ def with_values(recipe: Recipe, values: Mapping[str, Any], *, source: str) -> Re
 
 
 def numbers_of(recipe: Recipe) -> dict[str, Any]:
-    """Every key of the recipe that may hold a number, with its value; None where nothing is set."""
-    return dict(_numbers(recipe.model_dump(mode="json"), ""))
+    """Return every key of the recipe that can hold a number, with its value; None where none is set."""
+    return {key: value for key, value in flatten(recipe.model_dump(mode="json")) if _can_be_number(value)}
 
 
-def _numbers(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{name}.")
-        elif value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-            yield f"{prefix}{name}", value
+def _can_be_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _read_range(text: str, recipe: Recipe) -> SearchRange:

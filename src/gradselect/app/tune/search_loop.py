@@ -1,4 +1,4 @@
-"""The search: trial after trial, until there are enough."""
+"""Search loop: trial after trial, until there are enough."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .trial_table import TrialSummary, best_of, edge_notes, show_table, write_be
 
 @dataclass(frozen=True, kw_only=True)
 class TuneResult:
-    """What a search found.
+    """Result of a search.
 
     Args:
-        recipe: with the best values; also in `path`.
-        path: of that recipe, ready for `gradselect train`.
-        best: the trial they are from.
-        trials: all that ended, oldest first.
+        recipe: the recipe with the best values; also in `path`.
+        path: file of that recipe, ready for `gradselect train`.
+        best: the trial with these values.
+        trials: all trials that ended, oldest first.
     """
 
     recipe: Recipe
@@ -43,7 +43,7 @@ class TuneResult:
 def search(
     recipe: Recipe, *, folder: StudyFolder, ranges: Sequence[SearchRange], num_trials: int, seed: int, console: Console
 ) -> TuneResult:
-    """Carry out what is missing of `num_trials` trials; see `gradselect.tune.tune`."""
+    """Run trials until there are `num_trials`; see `tune`."""
     _check(recipe, num_trials=num_trials)
     with opened(folder, _describe(recipe, ranges, seed=seed)) as study:
         for line in _opening(study, recipe, ranges, num_trials=num_trials, folder=folder):
@@ -67,8 +67,8 @@ def _check(recipe: Recipe, *, num_trials: int) -> None:
 
 
 def _describe(recipe: Recipe, ranges: Sequence[SearchRange], *, seed: int) -> dict[str, Any]:
-    """What decides the trials, the contents of model and data among them."""
-    start = describe_start(recipe, read_inputs(recipe), command=())
+    """Return everything that decides the trials, including the contents of model and data."""
+    start = describe_start(recipe, read_inputs(recipe), command=()).values()
     kept = ("started_at", "recipe", "model", "data", "versions", "machine")
     return {**{key: start[key] for key in kept}, "search": list(map(str, ranges)), "seed": seed}
 
@@ -77,7 +77,7 @@ def _opening(
     study: optuna.Study, recipe: Recipe, ranges: Sequence[SearchRange], *, num_trials: int, folder: StudyFolder
 ) -> list[str]:
     num_ended = len(ended(study))
-    lines = [f"study      {folder.root}, {num_trials} trials" + (f", {num_ended} of them there" if num_ended else "")]
+    lines = [f"study      {folder.root}, {num_trials} trials" + (f", {num_ended} of them done" if num_ended else "")]
     lines += [f"search     {searched}" for searched in ranges]
     if recipe.run.evaluate_every is None:
         lines.append("note       no trial is pruned: run.evaluate_every is not set; write e.g. run.evaluate_every=50")
@@ -100,11 +100,11 @@ def _one_trial(
         outcome = carry_out(changed, trial, folder=folder.trial(trial.number), status=status)
     trial.set_user_attr("end", outcome.end)
     trial.set_user_attr("reason", outcome.reason)
-    # A stopped trial counts as a pruned one: the sampler then keeps away from such values.
-    told = study.tell(
+    # A stopped trial counts as pruned, so that the sampler avoids such values.
+    ended_trial = study.tell(
         trial, outcome.loss, state=TrialState.COMPLETE if outcome.end == "finished" else TrialState.PRUNED
     )
-    _print(console, TrialSummary.of(told).line())
+    _print(console, TrialSummary.of(ended_trial).line())
 
 
 def _conclude(

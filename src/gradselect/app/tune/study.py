@@ -1,8 +1,7 @@
-"""The trials of a search, kept in a folder, and the choice of the next one."""
+"""Study: the trials of a search in a folder, and the values of the next trial."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,25 +16,25 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gradselect import UsageError
 from gradselect.app.train import differences
-from gradselect.files import writing_aside
+from gradselect.files import locked, write_atomically
+from gradselect.usage import find_differences
 
 from .ranges import SearchRange
 
 STARTUP_TRIALS = 5
-"""So many are drawn at random before the sampler has an opinion, and so many must have come to their end before one is
-pruned."""
+"""Number of trials that are drawn at random, before TPE proposes values, and that must end before one is pruned."""
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """Where a search keeps what.
+    """Paths in the folder of a search.
 
-    study.json   the recipe, the ranges, the seed, and what model and data were
-    trials.db    every trial with its curve, as Optuna stores it
+    study.json   the recipe, the ranges, the seed, and fingerprints of model and data
+    trials.db    every trial with its curve, in Optuna's format
     trials/N/    recipe.yaml of trial N and, for methods that select, its records
     best.yaml    the recipe with the best values
-    messages.log what the libraries had to say
+    messages.log warnings and log lines of the libraries
     """
 
     root: Path
@@ -64,7 +63,7 @@ class StudyFolder:
         return self.root / "trials" / str(number)
 
     def keep_messages(self, messages: Sequence[str]) -> None:
-        """Append what the libraries had to say, where there is a study."""
+        """Append messages of the libraries, if there is a study."""
         if messages and self.description.exists():
             with self.messages.open("a", encoding="utf-8") as file:
                 file.writelines(f"{message}\n" for message in messages)
@@ -72,17 +71,15 @@ class StudyFolder:
 
 @contextmanager
 def opened(folder: StudyFolder, description: Mapping[str, Any]) -> Iterator[optuna.Study]:
-    """The study in the folder, a new one where there is none.
+    """Open the study in the folder, or a new one, and lock it.
 
     Raises:
-        UsageError: there is something else in it, another study, or another process at work on it.
+        UsageError: the folder holds something else or another study, or another process works on it.
     """
     _check_folder(folder, description)
-    folder.root.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder.root, name="--study"):
         if not folder.description.exists():
-            with writing_aside(folder.description) as aside:
-                aside.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            write_atomically(folder.description, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
         with _quiet_optuna():
             storage = optuna.storages.RDBStorage(f"sqlite:///{folder.storage}")
             try:
@@ -95,10 +92,10 @@ def opened(folder: StudyFolder, description: Mapping[str, Any]) -> Iterator[optu
 def next_trial(
     study: optuna.Study, ranges: Sequence[SearchRange], *, own: Mapping[str, Any], seed: int
 ) -> optuna.Trial:
-    """A trial with its values: first the recipe's `own`, where they lie in the ranges, then what TPE proposes.
+    """Return the next trial. The first has the recipe's `own` values if they are in range; then TPE proposes values.
 
-    Bergstra, Bardenet, Bengio, Kégl, "Algorithms for Hyper-Parameter Optimization", NeurIPS 2011. Each draw has its own
-    seed, of the number of trials that have ended, so that a search that was interrupted proposes what it would have.
+    Bergstra, Bardenet, Bengio, Kégl, "Algorithms for Hyper-Parameter Optimization", NeurIPS 2011. The seed of
+    each draw depends on the number of trials that have ended, so an interrupted search proposes the same values.
     """
     num_ended = len(ended(study))
     seed_of_draw = random.Random(f"gradselect/tune/{seed}/{num_ended}").randrange(2**32)
@@ -110,7 +107,7 @@ def next_trial(
 
 
 def ended(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that came to their end or were stopped, oldest first; not those that were interrupted."""
+    """Return the trials that finished or were stopped, oldest first, without those that were interrupted."""
     return study.get_trials(states=ENDED)
 
 
@@ -122,7 +119,7 @@ def _load(storage: optuna.storages.RDBStorage) -> optuna.Study:
         direction="minimize",
         pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS),
     )
-    # Nobody else is at work here: what is said to run was interrupted. Its values will be proposed again.
+    # The folder is locked, so a trial marked as running was interrupted. Its values will be proposed again.
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
     return study
@@ -134,7 +131,7 @@ def _distribution(searched: SearchRange) -> BaseDistribution:
     return FloatDistribution(searched.low, searched.high, log=searched.log)
 
 
-def _check_folder(folder: StudyFolder, description: Mapping[str, Any]) -> None:
+def _check_folder(folder: StudyFolder, now: Mapping[str, Any]) -> None:
     if not folder.root.exists():
         return
     if not folder.description.is_file():
@@ -142,30 +139,23 @@ def _check_folder(folder: StudyFolder, description: Mapping[str, Any]) -> None:
             raise UsageError(f"--study {folder.root} exists and holds no study; choose another folder")
         return
     before = json.loads(folder.description.read_text("utf-8"))
-    different = list(differences(before, description))
-    # A run may be evaluated at other steps; trials may not, for they are compared step by step.
-    different += [
-        f"{name}: {old!r} then, {new!r} now"
-        for name, old, new in (
-            ("--search", before["search"], description["search"]),
-            ("--seed", before["seed"], description["seed"]),
-            ("run.evaluate_every", *(side["recipe"]["run"]["evaluate_every"] for side in (before, description))),
-        )
-        if old != new
-    ]
+    different = list(differences(before, now))
+    different += [f"{key}: {old!r} then, {new!r} now" for key, old, new in find_differences(_own(before), _own(now))]
     if different:
-        heading = f"the study in {folder.root} is another one; go on with its own settings, or choose another --study:"
+        heading = (
+            f"the study in {folder.root} is another one; continue it with its own settings, or choose another --study:"
+        )
         raise UsageError("\n  ".join([heading, *different]))
 
 
-@contextmanager
-def _locked(folder: StudyFolder) -> Iterator[None]:
-    with (folder.root / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"another process is at work on the study in {folder.root}; wait for its end") from None
-        yield
+def _own(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a resumed run may change and a study may not: its trials are compared step by step."""
+    run = description["recipe"]["run"]
+    return {
+        "--search": description["search"],
+        "--seed": description["seed"],
+        "run.evaluate_every": run["evaluate_every"],
+    }
 
 
 @contextmanager

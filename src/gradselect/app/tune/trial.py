@@ -1,4 +1,4 @@
-"""One trial: a training run of which only the validation loss is kept."""
+"""One trial: a training run that keeps only its validation loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gradselect.app.train import build_trainer
 from gradselect.usage import first_line
 
 PRUNE_FROM = 0.25
-"""No trial is pruned before this share of its steps: warm-up and the first steps say little."""
+"""No trial is pruned before this share of its steps, because losses during warm-up say little."""
 
 End = Literal["finished", "pruned", "stopped"]
 
@@ -33,9 +33,9 @@ class Outcome:
 
     Args:
         end: "finished"; "pruned" for being worse than the median of the trials before it at the same step; "stopped"
-            by a loss that is no number, or by too little memory.
+            by a loss that is not finite, or by too little memory.
         loss: validation loss at the end; None unless it finished.
-        reason: of "stopped", in words.
+        reason: why it was stopped.
     """
 
     end: End
@@ -44,11 +44,11 @@ class Outcome:
 
 
 class TrialWatch(TrainerCallback):
-    """Reports every validation loss to the study, and stops the training where the study has seen enough.
+    """Reports every validation loss to the study, and stops the training when the study prunes the trial.
 
     Attributes:
-        loss: the last validation loss, of the step `evaluated_at`.
-        is_pruned: whether the study stopped it.
+        loss: the last validation loss, measured at step `evaluated_at`.
+        is_pruned: True if the study stopped it.
     """
 
     def __init__(self, trial: optuna.Trial, *, status: Status) -> None:
@@ -72,10 +72,10 @@ class TrialWatch(TrainerCallback):
 
 
 def carry_out(recipe: Recipe, trial: optuna.Trial, *, folder: Path, status: Status) -> Outcome:
-    """Train as the recipe says and tell the study the validation losses; nothing stays in memory afterwards.
+    """Train with the recipe and report validation losses to the study. Frees all memory afterwards.
 
     Raises:
-        UsageError: the recipe fits neither model nor data, which no other value may put right.
+        UsageError: the recipe does not fit model or data, which other values may not repair.
     """
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(dump_recipe(_with_run(recipe, output=str(folder / "model"))), "utf-8")
@@ -91,7 +91,7 @@ def _with_run(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def _train(recipe: Recipe, watch: TrialWatch, *, folder: RunFolder) -> Outcome:
-    # A rate at which steps come to no number is no rate to be had.
+    # A learning rate with steps that are not finite is not worth having.
     recipe = _with_run(recipe, max_skipped_steps=0)
     trainer = build_trainer(recipe, read_inputs(recipe), folder=folder)
     trainer.add_callback(watch)
@@ -107,7 +107,7 @@ def _train(recipe: Recipe, watch: TrialWatch, *, folder: RunFolder) -> Outcome:
 
 
 def _free_memory() -> None:
-    """The trainer and its parts refer to one another in circles, and the next trial needs their memory."""
+    """Collect reference cycles of the trainer: the next trial needs the memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

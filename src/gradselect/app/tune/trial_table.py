@@ -1,4 +1,4 @@
-"""What the user sees of a search, and the recipe that comes out of it."""
+"""Output of a search: trials as lines and as a table, and the best recipe."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from gradselect.app.recipe import Recipe, dump_recipe
-from gradselect.files import writing_aside
+from gradselect.files import write_atomically
 
 from .ranges import SearchRange, with_values
 from .study import StudyFolder
 
 EDGE = 0.05
-"""A value within this share of an end of its range lies at the edge."""
+"""A value this close to an end of its range, as a share of the range, lies at the edge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +26,12 @@ class TrialSummary:
     """One trial of a search.
 
     Args:
-        number: as Optuna counts; a trial that was interrupted has a number and is left out.
+        number: Optuna's number. Interrupted trials have numbers too and are left out.
         values: the values tried, by key of the recipe.
         end: "finished", "pruned" or "stopped".
-        loss: the last validation loss that is known; None if there was none.
+        loss: the last validation loss; None if there is none.
         step: the step of that loss.
-        seconds: from its beginning to its end.
+        seconds: wall-clock time.
         reason: why it was stopped.
     """
 
@@ -45,7 +45,7 @@ class TrialSummary:
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> TrialSummary:
-        """From what the study keeps."""
+        """Make the summary of a trial in the study."""
         step = trial.last_step
         assert trial.duration is not None
         return cls(
@@ -59,7 +59,7 @@ class TrialSummary:
         )
 
     def line(self) -> str:
-        """The trial in one line."""
+        """Return the trial as one line."""
         values = "  ".join(f"{key} {_short(value)}" for key, value in self.values.items())
         loss = "" if self.loss is None else f"  validation loss {self.loss:.4f} at step {self.step}"
         end = "" if self.end == "finished" else f"  {self.end}{': ' if self.reason else ''}{self.reason}"
@@ -67,23 +67,22 @@ class TrialSummary:
 
 
 def best_of(trials: Sequence[TrialSummary]) -> TrialSummary | None:
-    """The finished trial of smallest validation loss; the earlier one of two alike."""
+    """Return the finished trial with the smallest validation loss; the earlier one if two are equal."""
     finished = [trial for trial in trials if trial.end == "finished"]
     return min(finished, key=lambda trial: (trial.loss, trial.number), default=None)
 
 
 def write_best(recipe: Recipe, best: TrialSummary, *, num_trials: int, folder: StudyFolder) -> Recipe:
-    """The recipe with the best values, also as `best.yaml`."""
+    """Return the recipe with the best values, and write it as `best.yaml`."""
     values = {**best.values, "run.output": str(folder.best_output)}
     tuned = with_values(recipe, values, source=str(folder.best_recipe))
     heading = f"# Trial {best.number}, the best of {num_trials}: validation loss {best.loss:.4f} at step {best.step}.\n"
-    with writing_aside(folder.best_recipe) as aside:
-        aside.write_text(heading + dump_recipe(tuned), "utf-8")
+    write_atomically(folder.best_recipe, heading + dump_recipe(tuned))
     return tuned
 
 
 def show_table(console: Console, trials: Sequence[TrialSummary], best: TrialSummary) -> None:
-    """Every trial, the best one marked; by loss those that finished, then the others."""
+    """Print every trial, the best one marked: finished ones by loss, then the others."""
     table = Table(box=box.SIMPLE)
     for heading in ("", "trial", *_headings(list(best.values)), "loss", "step", "seconds"):
         table.add_column(heading, justify="right", overflow="fold")
@@ -102,7 +101,7 @@ def show_table(console: Console, trials: Sequence[TrialSummary], best: TrialSumm
 
 
 def edge_notes(best: TrialSummary, ranges: Sequence[SearchRange]) -> Iterator[str]:
-    """Where the best value may lie outside of its range, in words."""
+    """Yield a note for each best value at an edge of its range: a better one may lie outside."""
     for searched in ranges:
         value = best.values[searched.key]
         position = searched.position(value)
@@ -112,7 +111,7 @@ def edge_notes(best: TrialSummary, ranges: Sequence[SearchRange]) -> Iterator[st
 
 
 def _headings(keys: Sequence[str]) -> list[str]:
-    """The last words of the keys, or the keys themselves where that would not tell them apart."""
+    """Return the last words of the keys, or the whole keys where two last words are equal."""
     words = [key.rpartition(".")[2] for key in keys]
     return words if len(set(words)) == len(words) else list(keys)
 

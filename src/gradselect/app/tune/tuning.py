@@ -1,4 +1,4 @@
-"""Entry point of a search: checks that Optuna is there, reads the ranges, keeps the messages."""
+"""Entry point of a search: checks for Optuna, reads the ranges, keeps the messages."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ def tune(
     seed: int = 0,
     console: Console | None = None,
 ) -> TuneResult:
-    """Train with other values again and again, and keep those of the smallest validation loss.
+    """Search the values of a recipe with the smallest validation loss.
 
-    The first trial has the recipe's own values; the next ones are proposed by a tree-structured Parzen estimator. At
-    every `run.evaluate_every` steps a trial that is worse than the median of the finished ones is pruned. Trials leave
-    no model.
+    The first trial has the recipe's own values; a tree-structured Parzen estimator (TPE) proposes the next ones. Every
+    `run.evaluate_every` steps, a trial that is worse than the median of the finished ones is pruned. Trials save no
+    model.
 
     Args:
         recipe: needs `data.validation`.
-        study: the folder to keep the trials in; by default that of `run.output` with "-tune" behind. Where the same
-            study lies already, it goes on: what is done is not done again.
-        num_trials: how many trials the study is to have in the end.
-        search: ranges as the command line takes them, "optimizer.lr=1e-5:1e-3:log". By default the learning rate, a
-            tenth to ten times of the recipe's, and, where the method has them, fraction (half to twice) and delta (a
-            tenth to a thousand times).
-        seed: of the proposals. Same seed, same recipe: same trials, interrupted or not.
-        console: where progress is shown; by default the standard output.
+        study: folder of the trials; by default `run.output` with "-tune" appended. If it holds the same study, the
+            search resumes.
+        num_trials: number of trials that the study has in the end.
+        search: ranges as on the command line, "optimizer.lr=1e-5:1e-3:log". Default: the learning rate from a tenth to
+            ten times the recipe's and, where the method has them, fraction (half to twice) and delta (a tenth to a
+            thousand times).
+        seed: seed of the proposals. Same seed and recipe give the same trials, interrupted or not.
+        console: where progress is shown; by default standard output.
 
     Returns:
-        The recipe with the best values, the file that it was written to, and all trials.
+        The recipe with the best values, its file, and all trials.
 
     Raises:
         UsageError: Optuna is not installed, the recipe has no validation examples, a range does not fit, the folder
-            holds something else, or no trial came to its end.
+            holds something else, or no trial finished.
 
     Example:
         >>> result = tune(load_recipe("recipes/gsm8k.yaml"), num_trials=12)  # doctest: +SKIP

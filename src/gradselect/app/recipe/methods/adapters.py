@@ -1,9 +1,9 @@
-"""Methods that train an adapter of PEFT."""
+"""Methods that train a PEFT adapter."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -11,29 +11,29 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from gradselect import UsageError
 
-from .settings import Settings
+from .base import AbstractMethod
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 
 Rank = Annotated[int, Field(ge=1, le=2**16)]
-"""Of an adapter's matrices, which are made before anybody could see that they fit no machine."""
+"""Rank of an adapter's matrices. The bound stops a typing error before it allocates all memory."""
 
 Alpha = Annotated[int, Field(ge=1, le=10**9)]
-"""A numerator of the scale of an adapter."""
+"""Numerator of the scale of an adapter."""
 
 
-class AbstractAdapterMethod(Settings, ABC):
-    """Trains an adapter of PEFT in float32; at the end it is merged into the model's weights."""
+class AbstractAdapterMethod(AbstractMethod):
+    """Trains a PEFT adapter in fp32 and merges it into the model's weights at the end."""
 
     @abstractmethod
     def peft_config(self, *, embedding: str, head: Sequence[str] = ()) -> PeftConfig:
-        """The configuration that PEFT builds the adapter from.
+        """Return the configuration that PEFT builds the adapter from.
 
         Args:
             embedding: name of the token embedding.
-            head: names of the modules of a classification head, which train whole beside the adapter; none for a
+            head: names of the modules of a classification head, which train whole beside the adapter. Empty for a
                 language model.
         """
 
@@ -41,15 +41,15 @@ class AbstractAdapterMethod(Settings, ABC):
 class LoraMethod(AbstractAdapterMethod):
     """Low-rank adapters on every linear layer (Hu et al., "LoRA", arXiv 2106.09685).
 
-    rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732); DoRA trains magnitude and direction apart
-    (Liu et al., arXiv 2402.09353).
+    rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732). DoRA trains magnitude and direction
+    separately (Liu et al., arXiv 2402.09353).
 
     Attributes:
-        rank: of the update of each matrix.
-        alpha: the update is scaled by alpha / rank; by default alpha is twice the rank.
-        dropout: on the adapter's input.
+        rank: rank of the update of each matrix.
+        alpha: the update is scaled by alpha / rank. Default: twice the rank.
+        dropout: dropout on the adapter's input.
         targets: "all-linear", or names of the layers to adapt.
-        train_embedding: train the token embedding too, in full; a tied head follows it.
+        train_embedding: train the whole token embedding too. A tied head follows it.
     """
 
     name: Literal["lora", "rslora", "dora"]
@@ -77,22 +77,22 @@ class LoraMethod(AbstractAdapterMethod):
 
 
 class AdaLoraMethod(AbstractAdapterMethod):
-    """Low-rank adapters that lose ranks where they matter least (Zhang et al., "AdaLoRA", arXiv 2303.10512).
+    """Low-rank adapters that lose the least important ranks (Zhang et al., "AdaLoRA", arXiv 2303.10512).
 
-    Singular triplets are scored by |weight x gradient|, smoothed. From `start` to `end` of the run the total of ranks
-    falls along a cubic from `initial_rank` to `rank` a matrix. The loss has the penalty `orthogonality` on how far the
-    singular vectors are from orthogonal; it is part of the training loss that is shown. The shares of the run and how
-    often ranks are given out are a choice.
+    Singular triplets are scored by smoothed |weight x gradient|. Between `start` and `end` the mean rank of a matrix
+    falls along a cubic from `initial_rank` to `rank`. A penalty with the weight `orthogonality` keeps the singular
+    vectors near orthogonal; the training loss in logs includes it. The defaults of `start`, `end` and `every` are our
+    choice.
 
     Attributes:
-        rank: mean rank of a matrix in the end.
-        initial_rank: of every matrix at first; by default 1.5 times `rank`, the ratio of PEFT's defaults.
-        alpha: scale of the update; by default twice `rank`.
-        dropout: on the adapter's input.
+        rank: mean rank of a matrix at the end.
+        initial_rank: rank of every matrix at the start. Default: 1.5 times `rank`, the ratio of PEFT's defaults.
+        alpha: scale of the update. Default: twice `rank`.
+        dropout: dropout on the adapter's input.
         targets: "all-linear", or names of the layers to adapt.
         start: share of the run after which ranks begin to fall.
-        end: share of the run after which they stay.
-        every: steps between two allocations.
+        end: share of the run after which ranks stay.
+        every: steps between two allocations of ranks.
         orthogonality: weight of the penalty.
     """
 
@@ -109,7 +109,7 @@ class AdaLoraMethod(AbstractAdapterMethod):
 
     @property
     def first_rank(self) -> int:
-        """Rank of every matrix at first."""
+        """Rank of every matrix at the start."""
         return math.ceil(1.5 * self.rank) if self.initial_rank is None else self.initial_rank
 
     @model_validator(mode="after")
@@ -133,15 +133,14 @@ class AdaLoraMethod(AbstractAdapterMethod):
             deltaT=self.every,
             orth_reg_weight=self.orthogonality,
             modules_to_save=list(head) or None,
-            # `schedule` sets it when the number of steps is known.
-            total_step=1,
+            total_step=1,  # `schedule` sets it once the number of steps is known
         )
 
     def schedule(self, config: Any, *, num_steps: int) -> None:
-        """Write the course of the ranks over a run of `num_steps` into PEFT's configuration.
+        """Write the schedule of the ranks over a run of `num_steps` into PEFT's configuration.
 
         Raises:
-            UsageError: the run is too short for one.
+            UsageError: the run is too short for the schedule.
         """
         config.total_step = num_steps
         config.tinit = round(self.start * num_steps)
@@ -149,15 +148,15 @@ class AdaLoraMethod(AbstractAdapterMethod):
         if config.tinit >= config.total_step - config.tfinal:
             raise UsageError(
                 f"method.start={self.start} and method.end={self.end} of {num_steps} steps leave no step for ranks to "
-                "fall; take more steps, e.g. run.steps=100"
+                "fall; train more steps, e.g. run.steps=100"
             )
 
 
 class OtherAdapterMethod(AbstractAdapterMethod):
-    """Any other adapter that PEFT ships, by PEFT's own names.
+    """Any other adapter of PEFT, by PEFT's own names.
 
     Attributes:
-        type: the adapter's name in PEFT, e.g. "IA3", "SHIRA", "HRA".
+        type: name of the adapter in PEFT, e.g. "IA3", "SHIRA", "HRA".
         options: arguments of its PEFT configuration class.
     """
 

@@ -1,11 +1,11 @@
-"""Methods of other packages, as their authors wrote them: outside witnesses for a comparison (extra `peers`)."""
+"""Peers: methods run through their authors' packages, for comparison (extra `peers`)."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal, final
 
 import torch
@@ -13,21 +13,22 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from gradselect import UsageError, partition
+from gradselect.core import num_bytes
 
-from .settings import Settings
+from .base import AbstractMethod
 
 
-class AbstractPeerMethod(Settings, ABC):
-    """Trains with an optimizer of another package. It cannot resume, and without master weights if it knows none."""
+class AbstractPeerMethod(AbstractMethod):
+    """Trains with the optimizer of another package. It cannot resume, and has masters only if the package has."""
 
     @abstractmethod
     def make_optimizer(
         self, model: nn.Module, *, head: Collection[str], adamw: dict[str, Any]
     ) -> torch.optim.Optimizer:
-        """The package's optimizer.
+        """Build the package's optimizer.
 
         Args:
-            model: what it trains.
+            model: model to train.
             head: names of parameters that train at every step.
             adamw: `lr`, `weight_decay`, `betas` and `eps`.
 
@@ -37,13 +38,13 @@ class AbstractPeerMethod(Settings, ABC):
 
 
 class BAdamPackageMethod(AbstractPeerMethod):
-    """BAdam as its authors' package `badam` has it (Luo, Yu, Li, arXiv 2404.02827).
+    """BAdam through its authors' package `badam` (Luo, Yu, Li, arXiv 2404.02827).
 
     Attributes:
-        every: steps of a block.
-        order: in which blocks train.
-        embedding: the embedding is a block too.
-        norm_and_head: all that is neither a layer nor an embedding is a block too.
+        every: steps that a block trains for.
+        order: order in which blocks train.
+        embedding: make the embedding a block too.
+        norm_and_head: make the rest, neither layer nor embedding, a block too.
     """
 
     name: Literal["badam-package"]
@@ -69,14 +70,14 @@ class BAdamPackageMethod(AbstractPeerMethod):
 
 
 class GaLoreMethod(AbstractPeerMethod):
-    """GaLore as its authors' package `galore-torch` has it (Zhao et al., arXiv 2403.03507).
+    """GaLore through its authors' package `galore-torch` (Zhao et al., arXiv 2403.03507).
 
-    The gradients of the matrices in the layers are projected; everything else trains with the package's plain AdamW.
+    Gradients of matrices in layers are projected. Everything else trains with the package's plain AdamW.
 
     Attributes:
-        rank: of the projections.
-        refresh: steps between two projections.
-        scale: of projected updates.
+        rank: rank of the projections.
+        refresh: steps after which a projection is computed anew.
+        scale: factor on projected updates.
     """
 
     name: Literal["galore"]
@@ -95,8 +96,8 @@ class GaLoreMethod(AbstractPeerMethod):
             for parameter in block.parameters
             if parameter.ndim == 2
         ]
-        places = {id(parameter) for parameter in projected}
-        plain = [parameter for parameter in model.parameters() if id(parameter) not in places]
+        identities = {id(parameter) for parameter in projected}
+        plain = [parameter for parameter in model.parameters() if id(parameter) not in identities]
         options = {"rank": self.rank, "update_proj_gap": self.refresh, "scale": self.scale, "proj_type": "std"}
         groups = [{"params": plain}, {"params": projected, **options}]
         return galore.GaLoreAdamW(groups, **adamw, no_deprecation_warning=True)
@@ -104,35 +105,35 @@ class GaLoreMethod(AbstractPeerMethod):
 
 @final
 class PeerFactory:
-    """Builds a witness's optimizer where a trainer asks for one."""
+    """Build the optimizer of a peer when the trainer asks for it."""
 
     def __call__(self, model: nn.Module, *, method: AbstractPeerMethod, **options: Any) -> torch.optim.Optimizer:
         return method.make_optimizer(model, **options)
 
 
 def peer_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
-    """Bytes of masters, of the masters' gradients and of other state of an optimizer that is none of ours."""
+    """Return the bytes of masters, of their gradients and of other state of a peer's optimizer."""
     masters: list[Tensor] = []
     inner: Any = optimizer
     badam: Any = sys.modules.get("badam")
     if badam is not None and isinstance(inner, badam.BlockOptimizer):
         masters, inner = list(inner.param_idx2hp.values()), inner.base_optimizer
     gradients = [master.grad for master in masters if master.grad is not None]
-    return _num_bytes(masters), _num_bytes(gradients), _num_bytes(_tensors_of(inner))
+    return _total(masters), _total(gradients), _total(_tensors_of(inner))
 
 
 def _tensors_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """The large tensors of its state. Step counters of a few bytes are not counted, as in `BlockOptimizer.memory`."""
+    """Yield the large tensors of the state. Step counters are not counted, as in `BlockOptimizer.memory`."""
     for entries in optimizer.state.values():
         for name, value in entries.items():
-            # GaLore keeps an object there, which holds one matrix.
+            # GaLore keeps an object under this name, which holds one matrix.
             tensor = value.ortho_matrix if name == "projector" else value
             if torch.is_tensor(tensor) and tensor.ndim > 0:
                 yield tensor
 
 
-def _num_bytes(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _total(tensors: Iterable[Tensor]) -> int:
+    return sum(map(num_bytes, tensors))
 
 
 def _import(module: str, *, requirement: str) -> Any:

@@ -1,4 +1,4 @@
-"""Methods beyond the policies and masks: MISA on matrices, AdaLoRA, SHiRA, and other packages as witnesses."""
+"""Methods beyond single policies and masks: MISA on matrices, AdaLoRA, SHiRA, and peers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train_fixtures import build, parse, quiet, weights, write_model, write_sums
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gradselect import UsageError
-from gradselect.app.recipe.adapter_methods import AdaLoraMethod
+from gradselect.app.recipe import AdaLoraMethod
 from gradselect.app.train import train
 from gradselect.app.train.adalora import OrthogonalityPenalty, ranks
 from gradselect.app.train.meter import training_bytes
@@ -73,15 +73,15 @@ def test_misa_trains_matrices_of_layers(place: Path, tmp_path: Path) -> None:
     assert result["bytes"]["peak"]["state_on_host"] == 0
 
 
-def test_any_policy_can_choose_matrices(place: Path, tmp_path: Path) -> None:
-    method = {"name": "uniform", "count": 3, "units": "matrix", "among": ["*_proj"]}
+def test_any_policy_can_select_matrices(place: Path, tmp_path: Path) -> None:
+    method = {"name": "uniform", "count": 3, "blocks": "matrix", "among": ["*_proj"]}
     selection = run(place, tmp_path / "out", method=method)["selection"]
     assert all(len(step) == 3 for step in selection["selected"])
     assert "layer.3.mlp.down_proj" in selection["blocks"]
 
 
 def test_the_last_layers_are_whole_in_matrices_too(place: Path, tmp_path: Path) -> None:
-    run(place, tmp_path / "out", method={"name": "last", "count": 1, "units": "matrix"})
+    run(place, tmp_path / "out", method={"name": "last", "count": 1, "blocks": "matrix"})
     assert {name.split(".")[2] for name in changed(place, tmp_path / "out")} == {"3"}
 
 
@@ -189,7 +189,7 @@ def test_shira_trains_a_few_entries_and_merges(place: Path, tmp_path: Path) -> N
         assert 0 < num_changed <= 2 * sum(ours[name].shape)
 
 
-# Witnesses -------------------------------------------------------------------------------------------------------
+# Peers -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -232,9 +232,7 @@ def test_bytes_of_galores_projections_are_counted(place: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("method", [BADAM, GALORE], ids=lambda method: method["name"])
-def test_witnesses_get_the_optimizer_settings_of_the_recipe(
-    place: Path, tmp_path: Path, method: dict[str, Any]
-) -> None:
+def test_peers_get_the_optimizer_settings_of_the_recipe(place: Path, tmp_path: Path, method: dict[str, Any]) -> None:
     require({"badam-package": "badam", "galore": "galore_torch"}[method["name"]])
     settings = {"lr": 3e-4, "weight_decay": 0.3, "betas": [0.7, 0.8], "eps": 1e-5, "schedule": "constant", "warmup": 0}
     trainer, _ = build(place, tmp_path, method=method, optimizer=settings, run={"steps": 2})
@@ -247,7 +245,7 @@ def test_witnesses_get_the_optimizer_settings_of_the_recipe(
 
 
 @pytest.mark.parametrize(("method", "package"), [(BADAM, "badam"), (GALORE, "galore_torch")])
-def test_a_witness_that_is_not_installed_says_what_to_type(
+def test_a_peer_that_is_not_installed_says_what_to_type(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any], package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)

@@ -1,0 +1,168 @@
+"""The section `data` of a recipe: one class for each format."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from gradselect.app.data import check_template
+
+from .settings import Settings
+from .values import Count, Place, Tokens
+
+Template = Annotated[str, AfterValidator(check_template)]
+"""Text with columns of the data in braces: "Question: {question}\\nAnswer:"."""
+
+LabelName = Annotated[str, BeforeValidator(str)]
+"""A label as in the data's column. YAML reads a bare 0 as a number."""
+
+
+class AbstractDataSettings(Settings):
+    """Source of the examples, and limits on them.
+
+    Attributes:
+        path: a `.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv` or `.txt` file, or the id of a data set on the hub.
+        columns: column names of CSV and TSV files without a header. A first line with exactly these names is skipped.
+        subset: name of a configuration of the hub data set.
+        split: split of the hub data set.
+        limit: use only this many rows, from the first.
+        validation: data for evaluation during training: a share of the training rows, held out (0.02); a file; or, for
+            a hub data set, the name of one of its splits.
+        validation_limit: use only this many rows of the validation data, from the first.
+        max_length: tokens of an example; longer ones are cut at the end. Default: the model's context, at most 1024.
+    """
+
+    path: Place
+    columns: tuple[str, ...] | None = None
+    subset: str | None = None
+    split: str = "train"
+    limit: Count | None = None
+    validation: Annotated[float, Field(gt=0, lt=1)] | Place | None = None
+    validation_limit: Count | None = None
+    max_length: Tokens | None = None
+
+
+class AbstractTokenData(AbstractDataSettings):
+    """Examples for a language model.
+
+    Attributes:
+        packing: put several examples into one row of `max_length` tokens. Attention stays inside each example.
+    """
+
+    packing: bool = False
+
+
+class PromptCompletionData(AbstractTokenData):
+    """A prompt that the model reads and a completion that it learns to write.
+
+    Attributes:
+        prompt: template of the prompt.
+        completion: template of the completion. The end-of-text token is appended.
+        as_chat: make the prompt a user's message and the completion an assistant's, in the model's chat template.
+        loss_on: tokens that count in the loss.
+    """
+
+    format: Literal["prompt-completion"]
+    prompt: Template = "{prompt}"
+    completion: Template = "{completion}"
+    as_chat: bool = False
+    loss_on: Literal["completion", "all"] = "completion"
+
+
+class ChatData(AbstractTokenData):
+    """Conversations, rendered with the model's own chat template.
+
+    Attributes:
+        messages: column that holds a list of messages, each an object with `role` and `content`.
+        loss_on: tokens that count in the loss. "answers" are all turns of the assistant and need a chat template that
+            marks them. "last-answer" works with every template.
+    """
+
+    format: Literal["chat"]
+    messages: str = "messages"
+    loss_on: Literal["last-answer", "answers", "all"] = "last-answer"
+
+
+class TextData(AbstractTokenData):
+    """Plain text. Every token counts in the loss. The end-of-text token is appended.
+
+    Attributes:
+        text: template of an example.
+    """
+
+    format: Literal["text"]
+    text: Template = "{text}"
+
+
+class RandomData(Settings):
+    """Rows of random tokens, all of one length, to measure time and memory.
+
+    They need no file and no tokenizer. The trained model is not kept.
+
+    Attributes:
+        length: tokens of a row. All of them count in the loss.
+        vocabulary: draw only tokens below this number. Default: all tokens of the model.
+        rows: number of rows.
+    """
+
+    format: Literal["random"]
+    length: Annotated[int, Field(ge=2, le=2**24)]
+    vocabulary: Annotated[int, Field(ge=2, le=10**9)] | None = None
+    rows: Count = 512
+
+    @model_validator(mode="after")
+    def check_size(self) -> Self:
+        if self.rows * self.length > 2**30:
+            raise ValueError(f"rows={self.rows} of length={self.length} are more than 2**30 tokens; take fewer rows")
+        return self
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of an example."""
+        return self.length
+
+    @property
+    def validation(self) -> None:
+        """None: random tokens are not evaluated on."""
+
+
+class ClassificationData(AbstractDataSettings):
+    """Texts or pairs of texts, each with a label, for a model with a classification head.
+
+    Attributes:
+        text: template of the text.
+        text_pair: template of the second text, if any.
+        label: column that holds the label.
+        labels: all labels as in that column, in the order of the head's outputs. Default: the labels of the training
+            rows, sorted as numbers if they are numbers, else as text.
+        regression: the labels are scores. The head has one output, the loss is the squared error.
+    """
+
+    format: Literal["classification"]
+    text: Template = "{sentence}"
+    text_pair: Template | None = None
+    label: str = "label"
+    labels: tuple[LabelName, ...] | None = None
+    regression: bool = False
+
+    @model_validator(mode="after")
+    def check_labels(self) -> Self:
+        if self.labels is not None and (
+            self.regression or len(set(self.labels)) != len(self.labels) or len(self.labels) < 2
+        ):
+            raise ValueError(
+                f"labels={list(self.labels)} with regression={self.regression}; give two or more different labels, or, "
+                "for scores, regression=true and no labels"
+            )
+        return self
+
+
+TokenData = PromptCompletionData | ChatData | TextData
+FileData = TokenData | ClassificationData
+Data = Annotated[FileData | RandomData, Field(discriminator="format")]
+
+
+def is_packed(data: Data) -> bool:
+    """True if one row holds several examples."""
+    return isinstance(data, TokenData) and data.packing

@@ -1,0 +1,113 @@
+"""Lines that explain what is wrong with a user's values: the key, the value, and what to type."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from .settings import Settings
+
+MAX_LINE = 1000
+"""Characters of an explanation."""
+
+MAX_VALUE = 60
+"""Characters of a value inside an explanation."""
+
+
+def explain(error: ValidationError, *, root: type[BaseModel]) -> Iterator[str]:
+    """Yield one line for each problem of values for `root`: the key, the value, and what is allowed."""
+    for problem in error.errors():
+        yield cut(_explain_one(problem, root=root), MAX_LINE)
+
+
+def brief(value: Any) -> str:
+    """Return `value` as Python writes it, cut if it is long."""
+    return cut(repr(value), MAX_VALUE)
+
+
+def cut(text: str, limit: int) -> str:
+    """Return the text, cut to `limit` characters."""
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _explain_one(problem: Mapping[str, Any], *, root: type[BaseModel]) -> str:
+    model, keys = _follow(problem["loc"], root=root)
+    # A key that is no identifier could break the line.
+    key = (
+        ".".join(part if part.isidentifier() or part.isdigit() else brief(part) for part in keys)
+        or root.__name__.lower()
+    )
+    match problem["type"]:
+        case "extra_forbidden":
+            return _explain_unknown(key, keys[-1], problem["input"], model=model)
+        case "missing":
+            return f"{key}: missing; it has no default"
+        case "union_tag_invalid":
+            tag, known = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace("'", "").split(", ")
+            return f"{key}.{_tag_key(problem)} = {brief(tag)}: unknown{_nearest(tag, known)}"
+        case "union_tag_not_found":
+            return f"{key}.{_tag_key(problem)}: missing; it has no default"
+        case "value_error":
+            return f"{key}: {problem['ctx']['error']}"
+    return f"{key} = {brief(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _explain_unknown(key: str, name: str, value: Any, *, model: type[BaseModel] | None) -> str:
+    if model is not None and issubclass(model, Settings) and name in model.renamed:
+        today = f"{key.removesuffix(name)}{model.renamed[name]}"
+        return f"{key} is now {today}: write {today}={value if isinstance(value, str) else brief(value)}"
+    return f"{key}: unknown key{_nearest(name, list(model.model_fields) if model else [])}"
+
+
+def _tag_key(problem: Mapping[str, Any]) -> str:
+    """Return the key that selects the variant of a union: "name" or "format"."""
+    return problem["ctx"]["discriminator"].strip("'")
+
+
+def _follow(location: Sequence[str | int], *, root: type[BaseModel]) -> tuple[type[BaseModel] | None, list[str]]:
+    """Return the settings class that holds the last key of a pydantic error, and the keys as the user wrote them.
+
+    In a union pydantic puts the name of the variant between the keys. That name is no key of the recipe.
+    """
+    model: type[BaseModel] | None = root
+    options: dict[str, type[BaseModel]] = {}
+    keys: list[str] = []
+    for place, part in enumerate(map(str, location)):
+        if part in options:
+            model, options = options[part], {}
+        elif model is None and not part.isdigit():
+            continue
+        else:
+            keys.append(part)
+            if model is not None and part in model.model_fields and place + 1 < len(location):
+                settings = _settings_in(model.model_fields[part].annotation)
+                options = _variants(settings) if len(settings) > 1 else {}
+                model = settings[0] if len(settings) == 1 else None
+    return model, keys
+
+
+def _settings_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the settings classes of an annotation: the class itself, or those of a union."""
+    options = get_args(annotation) or (annotation,)
+    return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+
+
+def _variants(settings: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]:
+    """Return the settings classes by each name that selects them."""
+    return {
+        name: model
+        for model in settings
+        for field in ("name", "format")
+        if field in model.model_fields
+        for name in get_args(model.model_fields[field].annotation)
+    }
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    """Return advice on what to type instead of `word`."""
+    close = difflib.get_close_matches(word, known, n=1)
+    listed = f" (known: {', '.join(known)})" if known else ""
+    return f", did you mean {close[0]!r}?{listed}" if close else listed

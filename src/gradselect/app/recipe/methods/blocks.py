@@ -1,0 +1,126 @@
+"""Methods that train blocks: what they share, and those that are more than the settings of one policy."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import PositiveInt, field_validator, model_validator
+
+from gradselect import (
+    AbstractPolicy,
+    AbstractResidency,
+    AbstractRule,
+    AdamW8bitRule,
+    AdamWRule,
+    All,
+    Drop,
+    Fixed,
+    Keep,
+    Offload,
+)
+
+from .base import AbstractMethod
+
+Residency = Literal["keep", "offload", "drop"]
+
+
+class AbstractBlockMethod(AbstractMethod):
+    """Trains, at every step, the blocks that a policy selects. Keys not listed here are settings of the policy.
+
+    Attributes:
+        always: blocks that train at every step beside the selected ones, e.g. ["embedding"].
+        residency: place of the optimizer state of unselected blocks: on the device (keep), in host memory (offload),
+            nowhere (drop).
+        blocks: size of a block: a layer, or one matrix of a layer ("layer.3.self_attn.q_proj"). See
+            `gradselect.partition`.
+        update_in_backward: in steps whose blocks are known beforehand, update each weight within the backward pass, so
+            that one gradient exists at a time. Needs optimizer.max_grad_norm=0 and run.accumulation=1.
+        moment_bits: bits of each number in AdamW's moments. 8 takes a quarter of the memory
+            (`gradselect.AdamW8bitRule`).
+    """
+
+    renamed: ClassVar[Mapping[str, str]] = {"units": "blocks"}
+
+    always: tuple[str, ...] = ()
+    residency: Residency = "offload"
+    blocks: Literal["layer", "matrix"] = "layer"
+    update_in_backward: bool = False
+    moment_bits: Literal[8, 32] = 32
+
+    @abstractmethod
+    def policy(self, *, seed: int, block_names: Sequence[str]) -> AbstractPolicy:
+        """Return the policy for a model with these blocks."""
+
+    def place(self) -> AbstractResidency:
+        """Return the residency as an object."""
+        return {"keep": Keep(), "offload": Offload(), "drop": Drop()}[self.residency]
+
+    def rule(self) -> AbstractRule:
+        """Return the update rule as an object."""
+        return AdamW8bitRule() if self.moment_bits == 8 else AdamWRule()
+
+    @model_validator(mode="after")
+    def check_policy(self) -> Self:
+        """Let the policy check its settings. Its error becomes an error of the recipe."""
+        self.policy(seed=0, block_names=())
+        return self
+
+
+class LastMethod(AbstractBlockMethod):
+    """The last `count` layers of the model, at every step."""
+
+    name: Literal["last"]
+    count: PositiveInt = 2
+    residency: Residency = "keep"
+
+    def policy(self, *, seed: int, block_names: Sequence[str]) -> AbstractPolicy:
+        in_layers = [name for name in block_names if name.startswith("layer.")]
+        layers = list(dict.fromkeys(name.split(".")[1] for name in in_layers))
+        last = [name for name in in_layers if name.split(".")[1] in layers[-self.count :]]
+        return Fixed(tuple(last) or ("layer.*",))
+
+
+class FixedMethod(AbstractBlockMethod):
+    """`gradselect.Fixed`: the named blocks, at every step.
+
+    Attributes:
+        names: names, aliases or globs of the blocks, e.g. ["layer.4", "head"].
+    """
+
+    name: Literal["fixed"]
+    names: tuple[str, ...]
+    residency: Residency = "keep"
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def refuse_names(cls, value: Any) -> Any:
+        """Refuse a list: earlier versions kept the names of blocks under this key."""
+        if isinstance(value, list | tuple):
+            listed = ", ".join(map(str, value))
+            raise ValueError(f"the names of blocks are now method.names: write method.names=[{listed}]")
+        return value
+
+    def policy(self, *, seed: int, block_names: Sequence[str]) -> AbstractPolicy:
+        return Fixed(self.names)
+
+
+class FullMethod(AbstractMethod):
+    """Every weight at every step: AdamW, with fp32 masters if the model is bfloat16."""
+
+    name: Literal["full"]
+
+    def with_masters(self) -> AllMethod:
+        """Return full fine-tuning on `gradselect.BlockOptimizer`, which keeps the masters."""
+        return AllMethod()
+
+
+class AllMethod(AbstractBlockMethod):
+    """`gradselect.All`: full fine-tuning as a selection. A recipe writes `full`."""
+
+    name: Literal["full"] = "full"
+    residency: Residency = "keep"
+
+    def policy(self, *, seed: int, block_names: Sequence[str]) -> AbstractPolicy:
+        return All()

@@ -1,0 +1,37 @@
+"""The list of all methods."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from .adapters import AbstractAdapterMethod, AdaLoraMethod, LoraMethod, OtherAdapterMethod
+from .blocks import AbstractBlockMethod, FixedMethod, FullMethod, LastMethod
+from .masks import AbstractMaskMethod, StaticMethod, mask_methods
+from .mlp_masks import MePropMethod, SparseGradMethod
+from .peers import AbstractPeerMethod, BAdamPackageMethod, GaLoreMethod
+from .policies import PRESETS, policy_methods
+
+if TYPE_CHECKING:
+    Method = AbstractBlockMethod | FullMethod | AbstractAdapterMethod | AbstractPeerMethod | AbstractMaskMethod
+else:
+    METHODS = (
+        *policy_methods(),
+        *(preset.method() for preset in PRESETS),
+        LastMethod,
+        FixedMethod,
+        FullMethod,
+        LoraMethod,
+        AdaLoraMethod,
+        OtherAdapterMethod,
+        BAdamPackageMethod,
+        GaLoreMethod,
+        *mask_methods(),
+        StaticMethod,
+        SparseGradMethod,
+        MePropMethod,
+    )
+    Method = Annotated[reduce(or_, METHODS), Field(discriminator="name")]

@@ -1,0 +1,174 @@
+"""`run.json` of a training run: what was trained, on what, and how it went."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from .record import Number, Record
+
+
+class ModelFacts(Record):
+    """The model before training."""
+
+    class_name: str = Field(default="", alias="class")
+    parameters: int | None = None
+    fingerprint: str = ""
+
+
+class MachineFacts(Record):
+    """The machine that trained."""
+
+    platform: str = ""
+    device: str = ""
+    cpus: int | None = None
+    threads: int | None = None
+
+
+class StepSeconds(Record):
+    """Median seconds over the steps of one kind."""
+
+    steps: int
+    median: Number
+    forward: Number | None = None
+    backward: Number | None = None
+    optimizer: Number | None = None
+    selection: Number | None = None
+
+
+class Seconds(Record):
+    """Seconds of the whole training, and of a step by kind: "explore" and "exploit", or "step"."""
+
+    training: Number | None = None
+    by_kind: dict[str, StepSeconds] = Field(default_factory=dict)
+
+
+class AllocatorBytes(Record):
+    """Bytes that torch's allocator held on a GPU."""
+
+    peak: Number | None = None
+    average: Number | None = None
+    percentile_99: Number | None = Field(default=None, alias="99th")
+    peak_by_kind: dict[str, Number] | None = None
+
+
+class TrainingBytes(Record):
+    """Bytes by category, of the process, and of the GPU if there was one."""
+
+    peak: dict[str, Number] = Field(default_factory=dict)
+    average: dict[str, Number] = Field(default_factory=dict)
+    process: Number | None = None
+    allocated: AllocatorBytes | None = None
+    reserved: AllocatorBytes | None = None
+
+
+class Flop(Record):
+    """Upper limit of the speed-up over full fine-tuning, from the FLOPs of the blocks that were selected."""
+
+    limit: Number | None = None
+    speed_up: Number | None = None
+
+
+class BlockSelection(Record):
+    """Blocks that were trained, step by step."""
+
+    blocks: list[str]
+    updates: list[int]
+    entropy: list[Number] = Field(default_factory=list)
+    selected: list[list[int]] = Field(default_factory=list)
+    explored: list[Literal[0, 1]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def check_lengths(self) -> Self:
+        num_blocks, num_steps = len(self.blocks), len(self.selected)
+        if len(self.updates) != num_blocks:
+            raise ValueError(f"{num_blocks} blocks, {len(self.updates)} update counts")
+        if self.explored and len(self.explored) != num_steps:
+            raise ValueError(f"{num_steps} selections, {len(self.explored)} explore marks")
+        if any(not 0 <= index < num_blocks for step in self.selected for index in step):
+            raise ValueError(f"a selection names a block beyond the {num_blocks} there are")
+        return self
+
+
+class MaskSelection(Record):
+    """Entries that a mask selected."""
+
+    mask: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    entries: int
+    entries_to_choose_from: int | None = None
+    entries_by_tensor: dict[str, int] = Field(default_factory=dict)
+    overlap: Number | None = None
+
+
+Selection = BlockSelection | MaskSelection
+
+
+class RunRecord(Record):
+    """A training run from its first step on.
+
+    Attributes:
+        status: "finished" only when everything else is written.
+        resumed_from: name of the checkpoint.
+        recipe: every key, defaults written out.
+        data: path, fingerprint and rows of "train" and "validation".
+    """
+
+    status: Literal["started", "finished"]
+    command: list[str] = Field(default_factory=list)
+    started_at: str = ""
+    processes: int = 1
+    resumed_from: str | None = None
+    recipe: dict[str, Any]
+    model: ModelFacts
+    data: dict[str, dict[str, Any]]
+    versions: dict[str, str] = Field(default_factory=dict)
+    machine: MachineFacts = MachineFacts()
+
+
+class FinishedRun(RunRecord):
+    """A training run that has ended well.
+
+    Attributes:
+        tokens: trained on in the last session; like all seconds and bytes. Everything else is of the whole run.
+        history: what the Trainer logged, in order.
+    """
+
+    finished_at: str = ""
+    steps: int
+    skipped_steps: int = 0
+    training_loss: Number | None
+    validation_loss: Number | None
+    validation: dict[str, Any] = Field(default_factory=dict)
+    tokens: int
+    tokens_per_second: Number | None = None
+    notes: list[str] = Field(default_factory=list)
+    steps_by_kind: dict[str, int] = Field(default_factory=dict)
+    median_step_seconds: dict[str, Number] = Field(default_factory=dict)
+    training_seconds: Number
+    peak_bytes: dict[str, Number] = Field(default_factory=dict)
+    seconds: Seconds
+    bytes: TrainingBytes
+    flop: Flop = Flop()
+    selection: Selection | None
+    history: list[dict[str, Any]]
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read a `run.json`, finished or not.
+
+    Raises:
+        UsageError: it is damaged or half-written; names the key.
+    """
+    return RunRecord.read(path, name=str(path))
+
+
+def read_finished_run(path: Path) -> FinishedRun:
+    """Read the `run.json` of a finished run.
+
+    Raises:
+        UsageError: it is damaged, half-written or not finished; names the key.
+    """
+    return FinishedRun.read(path, name=str(path))
