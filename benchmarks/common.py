@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import re
@@ -242,6 +243,19 @@ def parse(parser: argparse.ArgumentParser, *needed: str) -> argparse.Namespace:
     if not arguments.table and any(getattr(arguments, name) is None for name in needed):
         parser.error(f"give {', '.join(f'--{name}' for name in needed)}, or --table")
     return arguments
+
+
+def measure_and_print(
+    arguments: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    markdown: Callable[[dict[str, Any]], str],
+) -> None:
+    """Write what `measure` returns, unless `--table`; then print the table of the result file."""
+    if not arguments.table:
+        gc.disable()  # no collection inside a timed step
+        torch.set_num_threads(arguments.threads)
+        write_result(arguments.out, measure(arguments))
+    print(markdown(read_result(arguments.out)))
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -35,10 +35,10 @@ class Event:
     """Something that happens to what a person has.
 
     Args:
-        text: what is told, with the number {n}.
-        line: the step of the worked answer, with the calculation {sum}.
-        sign: of the calculation: what was there (sign) n.
-        most: n is at most that.
+        text: sentence of the problem, with the number {n}.
+        line: step of the worked answer, with the calculation {sum}.
+        sign: sign of the calculation: the amount before (sign) n.
+        most: largest n.
     """
 
     text: str
@@ -85,7 +85,7 @@ ENDS = (
         "n -",
     ),
 )
-"""The last step, beside the plain question; with the sign "n -" it is n less what is there."""
+"""Last steps besides the plain question. The sign "n -" means n less the amount."""
 
 PLAIN_END = "How many {things} does {name} have <now|in the end|then>?"
 
@@ -98,7 +98,7 @@ DISTRACTORS = (
 
 
 class Chain:
-    """A problem in the making: what has been told, what has been calculated, and how many things there are now."""
+    """A problem in the making: its sentences, the lines of its answer, and the amount of things so far."""
 
     def __init__(self, words: Mapping[str, str], generator: random.Random, *, largest: int) -> None:
         self.words, self.generator, self.largest = words, generator, largest
@@ -112,7 +112,7 @@ class Chain:
         return choose(text, self.generator).format(**self.words, **values)
 
     def step(self, line: str, left: int, sign: str, right: int) -> None:
-        """Calculate, write it down, and go on with the result."""
+        """Calculate, write the line, and keep the result as the amount."""
         self.amount = calculate(left, sign, right, largest=self.largest)
         self.lines.append(self.write(line, sum=f"{left} {sign} {right} = {self.amount}"))
 
@@ -120,7 +120,7 @@ class Chain:
         return self.generator.randint(2, most or self.largest // 2)
 
     def happen(self, event: Event) -> None:
-        """One event; a day of its own is the same in the text and in the answer."""
+        """Add an event. Its day is the same in the text and in the answer."""
         number = self.number(event.most)
         before, self.words = self.words, {**self.words, "day": draw_cast(self.generator)["day"]}
         self.tell(event.text, n=number)
@@ -129,7 +129,7 @@ class Chain:
 
 
 def make_problem(generator: random.Random, *, num_steps: int, largest: int = LARGEST) -> dict[str, str | int]:
-    """One problem that is solved in `num_steps` steps, with numbers up to `largest`."""
+    """Make one problem of `num_steps` steps, with numbers up to `largest`."""
     while True:
         chain = Chain(draw_cast(generator), generator, largest=largest)
         try:
@@ -141,10 +141,10 @@ def make_problem(generator: random.Random, *, num_steps: int, largest: int = LAR
 
 
 def _narrate(chain: Chain, num_steps: int) -> str:
-    """Start, events, end; returns the question.
+    """Write start, events and end. Returns the question.
 
     Raises:
-        Misfit: a result is no whole number in range.
+        Misfit: a result is not a whole number in range.
     """
     generator = chain.generator
     start, line = generator.choice(STARTS)
@@ -185,7 +185,7 @@ def _ask(chain: Chain, *, has_end: bool) -> None:
 
 
 def told_event(generator: random.Random, *, largest: int = LARGEST) -> str:
-    """One event as a story with its outcome: what the base reads of this world. It asks nothing."""
+    """Write one event as a story with its outcome, for the base to read. It asks nothing."""
     while True:
         chain = Chain(draw_cast(generator), generator, largest=largest)
         chain.amount = chain.number()
@@ -198,7 +198,7 @@ def told_event(generator: random.Random, *, largest: int = LARGEST) -> str:
 
 
 def split_of(question: str) -> str:
-    """ "test", "valid" or "train": a property of the question alone."""
+    """Return "test", "valid" or "train", a property of the question alone."""
     bucket = int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big") / 2**64
     return next(split for split, end in SPLITS.items() if bucket < end)
 
@@ -206,7 +206,7 @@ def split_of(question: str) -> str:
 def problems(
     *, count: int, seed: int, split: str, num_steps: Sequence[int], largest: int = LARGEST
 ) -> Iterator[dict[str, str | int]]:
-    """`count` different problems of `split`, each number of steps equally often in turn; a pure function of `seed`."""
+    """Yield `count` different problems of `split`, numbers of steps in turn; a pure function of `seed`."""
     generator, seen = random.Random(f"lab/{seed}/{split}"), set[str]()
     while len(seen) < count:
         problem = make_problem(generator, num_steps=num_steps[len(seen) % len(num_steps)], largest=largest)
@@ -217,7 +217,7 @@ def problems(
 
 
 def write_problems(path: Path, **options: object) -> None:
-    """The problems as JSON lines; `options` are those of `problems`."""
+    """Write problems as JSON lines; `options` are those of `problems`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(problem) + "\n" for problem in problems(**options))  # type: ignore[arg-type]

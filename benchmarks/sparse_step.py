@@ -304,13 +304,11 @@ def main() -> None:
     parser.add_argument("--no-bytes", dest="bytes", action="store_false", help="time only")
     parser.add_argument("--bytes-of", nargs=2, metavar=("SIZE", "METHOD"), help="print the bytes of one method as JSON")
     arguments = common.parse(parser)
-    torch.set_num_threads(arguments.threads)
     if arguments.bytes_of:
+        torch.set_num_threads(arguments.threads)
         print(json.dumps(bytes_of(*arguments.bytes_of)))
-        return
-    if not arguments.table:
-        common.write_result(arguments.out, measure(arguments))
-    print(markdown(common.read_result(arguments.out)))
+    else:
+        common.measure_and_print(arguments, measure, markdown)
 
 
 if __name__ == "__main__":

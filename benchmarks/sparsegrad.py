@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import json
 import statistics
 import time
@@ -40,7 +39,6 @@ LR = 1e-4
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    torch.set_num_threads(arguments.threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).train()
     first, second = arguments.basis_batches, arguments.basis_batches + arguments.held_out_batches
     batches = read_batches(arguments, count=second + arguments.warmup + arguments.rounds)
@@ -201,11 +199,8 @@ def main() -> None:
     parser.add_argument("--basis-batches", type=int, default=16)
     parser.add_argument("--held-out-batches", type=int, default=8)
     arguments = common.parse(parser, "model", "data")
-    if not arguments.table:
-        common.write_result(arguments.out, measure(arguments))
-    print(markdown(common.read_result(arguments.out)))
+    common.measure_and_print(arguments, measure, markdown)
 
 
 if __name__ == "__main__":
-    gc.disable()
     main()

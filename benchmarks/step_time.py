@@ -12,7 +12,6 @@ the backward pass visits.
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -178,7 +177,6 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    torch.set_num_threads(arguments.threads)
     found = list(competitors(arguments))
     methods = [each.method for each in found]
     batches = common.random_batches(arguments.vocabulary, batch=arguments.batch, length=arguments.length)
@@ -190,11 +188,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     sizes = {"layers": 24, "hidden": 384, "vocabulary": 32_000, "batch": 8, "length": 128}
     arguments = common.parse(common.make_parser(__doc__, out=RESULT, rounds=10, warmup=2, **sizes, threads=2))
-    if not arguments.table:
-        common.write_result(arguments.out, measure(arguments))
-    print(markdown(common.read_result(arguments.out)))
+    common.measure_and_print(arguments, measure, markdown)
 
 
 if __name__ == "__main__":
-    gc.disable()
     main()

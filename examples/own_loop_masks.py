@@ -1,4 +1,4 @@
-"""Single weights in your own loop: ID3 unmasks 5 % of a model's entries, and what changed becomes a small file.
+"""Single entries in your own loop: ID3 trains 5 % of a model's entries, and the changes become a small file.
 
 A tiny model learns to count upwards from any number: python examples/own_loop_masks.py
 """

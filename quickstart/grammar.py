@@ -46,7 +46,7 @@ class Misfit(Exception):  # noqa: N818 - not an error: the numbers drawn do not 
 
 
 def draw_cast(generator: random.Random) -> dict[str, str]:
-    """People with pronouns for the first, two different kinds of things, a container and a day."""
+    """Draw people with pronouns for the first, two different kinds of things, a container and a day."""
     girl = generator.random() < 0.5
     name = generator.choice(GIRLS if girl else BOYS)
     other, third = generator.sample([person for person in GIRLS + BOYS if person != name], 2)
@@ -58,12 +58,12 @@ def draw_cast(generator: random.Random) -> dict[str, str]:
 
 
 def choose(pattern: str, generator: random.Random) -> str:
-    """`pattern` with one alternative of each `<...|...>`."""
+    """Draw one alternative of each `<...|...>` in `pattern`."""
     return ALTERNATIVES.sub(lambda match: generator.choice(match[1].split("|")), pattern)
 
 
 def calculate(left: int, sign: str, right: int, *, largest: int = LARGEST) -> int:
-    """left (sign) right, exactly.
+    """Return left (sign) right, exactly.
 
     Raises:
         Misfit: it is not a whole number between `SMALLEST` and `largest`.
@@ -77,7 +77,7 @@ def calculate(left: int, sign: str, right: int, *, largest: int = LARGEST) -> in
 
 
 def fill(pattern: str, words: Mapping[str, str], numbers: dict[str, int], *, largest: int = LARGEST) -> str:
-    """`pattern`, its alternatives chosen, with its calculations and blanks filled in; `numbers` gains the results.
+    """Fill in the calculations and blanks of `pattern`, which has no alternatives left; `numbers` gains the results.
 
     Raises:
         Misfit: a calculation has no fitting result.

@@ -1,4 +1,4 @@
-"""Which blocks trained when: a picture from the records of a run.
+"""Picture of which blocks trained when, from the records of a run.
 
 python quickstart/picture.py records.jsonl blocks.png
 """
@@ -24,7 +24,7 @@ SHADES = " ░▒▓█"
 
 @dataclass(frozen=True, kw_only=True)
 class Selections:
-    """What a run selected: `trained[b, t]` says whether block b trained at step t, `explored[t]` how t was decided."""
+    """Selections of a run: `trained[b, t]` is true if block b trained at step t, `explored[t]` if step t explored."""
 
     blocks: tuple[str, ...]
     trained: np.ndarray  # (8, 300) bool
@@ -32,14 +32,14 @@ class Selections:
 
     @classmethod
     def read(cls, path: Path, *, blocks: Sequence[str]) -> Selections:
-        """From the JSONL file of a run on a model with these blocks."""
+        """Read the JSONL file of a run on a model with these blocks."""
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         trained = np.array([[block in record["selected"] for record in records] for block in blocks])
         return cls(blocks=tuple(blocks), trained=trained, explored=np.array([record["explored"] for record in records]))
 
 
 def draw(selections: Selections, path: Path) -> None:
-    """Block by step, explore steps darker than exploit steps and marked above, update counts at the right."""
+    """Draw block by step: explore steps darker and marked above, update counts at the right."""
     cells = selections.trained.astype(int) * np.where(selections.explored, 2, 1)
     figure, (axes, bars) = plt.subplots(
         1, 2, figsize=(10, 0.35 * len(selections.blocks) + 1.6), width_ratios=(5, 1), sharey=True, layout="constrained"
@@ -61,7 +61,7 @@ def draw(selections: Selections, path: Path) -> None:
 
 
 def as_text(selections: Selections, *, width: int = 60) -> str:
-    """The same for a terminal: each character is the share of updates in a stretch of steps."""
+    """Return the picture as text: each character is the share of updates in a stretch of steps."""
     edges = np.linspace(0, selections.trained.shape[1], min(width, selections.trained.shape[1]) + 1).astype(int)
     lines = []
     for block, row in zip(selections.blocks, selections.trained, strict=True):

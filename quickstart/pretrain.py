@@ -50,7 +50,7 @@ and numbers come next, which nobody can know.
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides the weights."""
+    """The settings that decide the weights."""
 
     seed: int = 0
     vocab_size: int = 1024
@@ -72,14 +72,14 @@ class Recipe:
 
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """Trained on stories and on problems, so that both are short; the model sees the stories only."""
+    """Train the tokenizer on stories and problems, so that both are short. The model sees the stories only."""
     texts = [f"Question: {p['question']}\nAnswer: {p['answer']}" for p in problems(count=8000, seed=0, split="train")]
     texts += itertools.islice(documents(seed=recipe.seed), 8000)
     return tokenizer_of(texts, recipe)
 
 
 def tokenizer_of(texts: Sequence[str], recipe: Recipe) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, every digit its own token, trained on `texts`."""
+    """Train a byte-level BPE on `texts`; every digit is its own token."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -102,7 +102,7 @@ def tokenizer_of(texts: Sequence[str], recipe: Recipe) -> PreTrainedTokenizerFas
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama with random weights and a tied head."""
+    """Build a Llama with random weights and a tied head."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,
@@ -127,7 +127,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
 
 
 def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tensor]:
-    """Windows of the endless stream of documents, int64 of (batch_size, window): (16, 128)."""
+    """Yield windows of the endless stream of documents. int64 (batch_size, window): (16, 128)."""
     texts, stream = documents(seed=recipe.seed + 1), list[int]()
     size = recipe.batch_size * recipe.window
     while True:
@@ -139,7 +139,7 @@ def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tens
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """The share of the full rate at `step`: a linear rise, a plateau, a linear fall to a hundredth."""
+    """Return the share of the full rate at `step`: a linear rise, a plateau, a linear fall to a hundredth."""
     rise = (step + 1) / recipe.warmup_steps
     fall = (recipe.steps - step) / recipe.cooldown_steps
     return max(0.01, min(1.0, rise, fall))
@@ -159,7 +159,7 @@ def make_optimizers(recipe: Recipe, model: LlamaForCausalLM) -> tuple[Optimizer,
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Weights in bfloat16 for their size; the config says float32, so that they load as what they are trained in."""
+    """Save weights in bfloat16 for their size; the config says float32, so that they load in the dtype of training."""
     halved = copy.deepcopy(model).bfloat16()
     halved.save_pretrained(out)
     halved.config.dtype = torch.float32
@@ -168,7 +168,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 
 def write_card(recipe: Recipe, model: LlamaForCausalLM, out: Path, *, loss: float, seconds: float) -> None:
-    """README.md of the folder: what the model is and how it was made."""
+    """Write README.md: what the model is and how it was made."""
     card = CARD.format(
         num_parameters=model.num_parameters(),
         steps=recipe.steps,

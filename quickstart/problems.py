@@ -245,13 +245,13 @@ TEMPLATES = (
 
 
 def draw_numbers(template: Template, generator: random.Random) -> dict[str, int]:
-    """a, b, c, e at random, in the template's ranges; d is two, for "between two people"."""
+    """Draw a, b, c, e in the template's ranges; d is two, for "between two people"."""
     numbers = {name: generator.randint(2, 9 if name in template.small else 60) for name in "abce"}
     return numbers | {"d": 2}
 
 
 def make_problem(template: Template, generator: random.Random) -> dict[str, str]:
-    """One problem of the family, as GSM8K writes it."""
+    """Make one problem of the family, in the form of GSM8K."""
     words = draw_cast(generator)
     question, steps = choose(template.question, generator), [choose(step, generator) for step in template.steps]
     while True:
@@ -265,13 +265,13 @@ def make_problem(template: Template, generator: random.Random) -> dict[str, str]
 
 
 def split_of(question: str) -> str:
-    """ "test" or "train": a property of the question alone."""
+    """Return "test" or "train", a property of the question alone."""
     bucket = int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big") / 2**64
     return "test" if bucket < TEST_SHARE else "train"
 
 
 def problems(*, count: int, seed: int, split: str) -> Iterator[dict[str, str]]:
-    """`count` different problems of `split`, the templates equally often on average; a pure function of `seed`."""
+    """Yield `count` different problems of `split`, templates equally often on average; a pure function of `seed`."""
     generator, seen = random.Random(f"problems/{seed}/{split}"), set[str]()
     while len(seen) < count:
         problem = make_problem(generator.choice(TEMPLATES), generator)

@@ -1,4 +1,4 @@
-"""From a base model that solves no word problem to one that solves most: the main job, offline, in minutes.
+"""Fine-tune a base model that solves no word problem into one that solves most: offline, in minutes.
 
     python quickstart/run.py            # or `make quickstart`, which installs first
 
@@ -71,7 +71,7 @@ def write_problems(path: Path, *, count: int, split: str) -> None:
 
 
 def solve(model: str | Path) -> EvaluationResult:
-    """Greedy answers to the unseen problems."""
+    """Evaluate greedy answers to the unseen problems."""
     settings = EvaluationSettings(
         model=model, task="gsm8k", data=OUT / "test.jsonl", batch_size=100, max_new_tokens=100
     )
@@ -79,9 +79,9 @@ def solve(model: str | Path) -> EvaluationResult:
 
 
 def compare_cost(recipe: Recipe) -> dict[str, Any]:
-    """Seconds and bytes of a step, this recipe's method and full fine-tuning in turn on the same batches.
+    """Measure seconds and bytes of a step: this recipe's method and full fine-tuning, in turn on the same batches.
 
-    Exploit steps are timed, which are all but a few: exploration is over after the first.
+    Exploration ends with the first step, so the timed steps are exploit steps.
     """
     method = recipe.method
     policy = gs.AdaGradSelect(fraction=method.fraction, among=method.among, explore_steps=1)

@@ -86,12 +86,12 @@ HEADINGS = ("The {box}", "{day}", "{name} and {other}", "At the shop", "{things}
 
 
 def draw_numbers(small: str, generator: random.Random, *, largest: int = LARGEST) -> dict[str, int]:
-    """a, b, c at random, up to 9 if `small` names them, else up to `largest`; d is two, for "half"."""
+    """Draw a, b, c, up to 9 if `small` names them, else up to `largest`; d is two, for "half"."""
     return {name: generator.randint(2, 9 if name in small else largest) for name in "abc"} | {"d": 2}
 
 
 def write(pattern: str, small: str, generator: random.Random, *, largest: int = LARGEST) -> str:
-    """`pattern` with words, and with numbers that fit."""
+    """Fill `pattern` with words, and with numbers that fit."""
     words, pattern = draw_cast(generator), choose(pattern, generator)
     while True:
         numbers = draw_numbers(small, generator, largest=largest)
@@ -102,7 +102,7 @@ def write(pattern: str, small: str, generator: random.Random, *, largest: int = 
 
 
 def facts(generator: random.Random, *, largest: int = LARGEST) -> str:
-    """Four to eight arithmetic facts."""
+    """Write four to eight arithmetic facts."""
 
     def fact() -> str:
         sign = generator.choice("++--*/")
@@ -114,7 +114,7 @@ def facts(generator: random.Random, *, largest: int = LARGEST) -> str:
 
 
 def story(generator: random.Random, *, largest: int = LARGEST) -> str:
-    """One story, now and then under a heading or with one sentence a line."""
+    """Write one story, now and then under a heading or with one sentence a line."""
     pattern, _, small = generator.choice(STORIES).partition("#")
     text = write(pattern, small, generator, largest=largest)
     if generator.random() < 0.2:
@@ -126,12 +126,12 @@ def story(generator: random.Random, *, largest: int = LARGEST) -> str:
 
 
 def chat(generator: random.Random) -> str:
-    """Two remarks without numbers."""
+    """Write two remarks without numbers."""
     return " ".join(write(generator.choice(CHAT), "", generator) for _ in range(2))
 
 
 def documents(*, seed: int) -> Iterator[str]:
-    """Documents without end; a pure function of `seed`."""
+    """Yield documents without end; a pure function of `seed`."""
     generator = random.Random(f"stories/{seed}")
     while True:
         kind = generator.choices((facts, story, chat), weights=(0.35, 0.6, 0.05))[0]

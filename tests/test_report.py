@@ -18,8 +18,9 @@ from gradselect.app.report import write_report
 from gradselect.app.report.comparison import compare_results
 from gradselect.app.report.findings import findings
 from gradselect.app.report.read_results import read_results
+from gradselect.app.report.score_tables import results_table
 from gradselect.app.report.sections import build_page
-from gradselect.app.report.tables import Namer, results_table
+from gradselect.app.report.table import Namer
 
 FEW = ("full", "AdaGradSelect 20 %", "ID3 1 %")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -212,7 +213,10 @@ def test_dirty_results_are_taken_in_when_asked(tmp_path):
         (lambda values: values["gradselect"].update(format=2), "format 2"),
         (lambda values: values["gradselect"].update(lr="fast"), "gradselect.lr"),
         (lambda values: values["gradselect"].pop("seed"), "gradselect.seed"),
-        (lambda values: values["gradselect"]["curves"]["train"]["loss"].pop(), "curve 'train'"),
+        (
+            lambda values: values["gradselect"]["curves"]["train"]["loss"].pop(),
+            "gradselect.curves.train: 60 steps",
+        ),
         (lambda values: values["gradselect"]["selection"]["updates"].pop(), "10 blocks, 9 update counts"),
         (lambda values: values["gradselect"]["selection"]["selected"].append([10]), "explore marks"),
         (lambda values: values["gradselect"]["selection"]["selected"][0].append(10), "beyond the 10"),

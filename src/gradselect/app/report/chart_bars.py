@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
 
 from . import number_format as words
 from .chart_style import FILLS, HALO, HATCHES, INK, new_figure, to_png
-from .charts import MOST_LETTERS, Axis, Chart, _in_lines, byte_axis
+from .charts import MOST_LETTERS, Axis, Chart, byte_axis, in_lines
 from .methods import CATEGORIES, PARTS, Method
 
 
 def draw_time_parts(methods: Sequence[Method], *, reference: Method | None) -> Chart:
-    """Bars of what the seconds of a step go to."""
+    """Draw the seconds of a step as bars, by part."""
     rows = [(_kind_name(method, kind), method, kind) for method in methods for kind in method.kinds()]
     parts = [[method.kind_seconds(kind, part) or 0.0 for part in PARTS] for _, method, kind in rows]
     wholes = [method.kind_seconds(kind) or sum(row) for (_, method, kind), row in zip(rows, parts, strict=True)]
@@ -25,18 +28,14 @@ def draw_time_parts(methods: Sequence[Method], *, reference: Method | None) -> C
         axis=Axis(title="median step", unit="milliseconds", size=1e-3, show=words.seconds),
         reference=full,
         name="step-parts",
-        title="Where a step's time goes",
-        caption="Medians of the steps of each kind."
-        + (
-            ""
-            if full is None
-            else f" The line is a step of full fine-tuning, and {words.TIMES} the time relative to it."
-        ),
+        title="Time of a step, by part",
+        caption="Medians over the steps of each kind."
+        + ("" if full is None else f" Line: a step of full fine-tuning; {words.TIMES}: time relative to it."),
     )
 
 
 def draw_bytes(methods: Sequence[Method], *, reference: Method | None) -> Chart:
-    """Bars of what is held at the peak, by category."""
+    """Draw the bytes at the peak as bars, by category."""
     values = [[method.peak_bytes(category) or 0.0 for category in CATEGORIES] for method in methods]
     totals = [method.peak_bytes() or sum(row) for method, row in zip(methods, values, strict=True)]
     full = None if reference is None else reference.peak_bytes()
@@ -48,14 +47,10 @@ def draw_bytes(methods: Sequence[Method], *, reference: Method | None) -> Chart:
         axis=byte_axis(totals, "peak"),
         reference=full,
         name="bytes",
-        title="What is held at the peak",
-        caption="Exact bytes of tensors; activations are not among them. Each category at its own peak: they need not "
-        "fall on one step, so the figure at the end, the peak of all together, can be less than the bar."
-        + (
-            ""
-            if full is None
-            else f" The line is the peak of full fine-tuning, and {words.TIMES} the peak relative to it."
-        ),
+        title="Bytes at the peak, by category",
+        caption="Exact bytes of tensors, without activations. Each category has its own peak, which may be at another "
+        "step. So the figure at the end, the peak of all together, can be less than the bar."
+        + ("" if full is None else f" Line: peak of full fine-tuning; {words.TIMES}: peak relative to it."),
     )
 
 
@@ -71,35 +66,18 @@ def _draw_stacks(
     title: str,
     caption: str,
 ) -> Chart:
-    """Horizontal bars of stacked parts, each part with its own hatching; the total at the end."""
+    """Draw horizontal bars of stacked parts, each part with its own hatching, and the total at the end."""
     shown = [place for place in range(len(parts)) if any(row[place] > 0.005 * max(totals) for row in values)]
     figure = new_figure(height=1.5 + 0.36 * len(names))
     axes = figure.subplots()
     ends = [0.0] * len(names)
     for place in shown:
         widths = [row[place] / axis.size for row in values]
-        fill, hatch = FILLS[place], HATCHES[place]
-        axes.barh(
-            range(len(names)),
-            widths,
-            0.72,
-            ends,
-            color=fill,
-            hatch=hatch,
-            edgecolor=INK,
-            linewidth=0.6,
-            label=parts[place],
-        )
+        style: Any = {"color": FILLS[place], "hatch": HATCHES[place], "edgecolor": INK, "linewidth": 0.6}
+        axes.barh(range(len(names)), widths, 0.72, ends, label=parts[place], **style)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
-    for place, (end, total) in enumerate(zip(ends, totals, strict=True)):
-        relative = "" if not reference else f"  {words.times(total / reference)}"
-        text = axes.annotate(
-            f"{axis.show(total)}{relative}", (end, place), (5, 0), textcoords="offset points", va="center", fontsize=9
-        )
-        text.set_path_effects(HALO)
-    if reference:
-        axes.axvline(reference / axis.size, color=INK, linewidth=1, linestyle=(0, (4, 2)))
-    axes.set_yticks(range(len(names)), [_in_lines(row_name) for row_name in names], fontsize=9.5)
+    _draw_totals(axes, ends, totals, axis=axis, reference=reference)
+    axes.set_yticks(range(len(names)), [in_lines(row_name) for row_name in names], fontsize=9.5)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.45 * max(ends))
@@ -114,6 +92,20 @@ def _draw_stacks(
         for row_name, row, total in zip(names, values, totals, strict=True)
     )
     return Chart(name=name, title=title, caption=caption, alt=f"{title}. {listed}.", png=to_png(figure))
+
+
+def _draw_totals(
+    axes: Axes, ends: Sequence[float], totals: Sequence[float], *, axis: Axis, reference: float | None
+) -> None:
+    """Write each total behind its bar, and draw the reference as a line."""
+    for place, (end, total) in enumerate(zip(ends, totals, strict=True)):
+        relative = "" if not reference else f"  {words.times(total / reference)}"
+        text = axes.annotate(
+            f"{axis.show(total)}{relative}", (end, place), (5, 0), textcoords="offset points", va="center", fontsize=9
+        )
+        text.set_path_effects(HALO)
+    if reference:
+        axes.axvline(reference / axis.size, color=INK, linewidth=1, linestyle=(0, (4, 2)))
 
 
 def _kind_name(method: Method, kind: str) -> str:

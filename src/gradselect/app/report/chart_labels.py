@@ -20,11 +20,11 @@ def label_points(
     *,
     obstacles: Sequence[tuple[float, float, float, float]] = (),
 ) -> None:
-    """Write each name near its point, where it covers the least of points, names, obstacles and frame.
+    """Write each name near its point, where it hides least of points, names, obstacles and frame.
 
     Args:
         points: x, y and name, in units of the axes.
-        obstacles: lines that names should not cover: x and y of one end, x and y of the other.
+        obstacles: lines that names should not hide: x and y of one end, x and y of the other.
     """
     size = _settled(axes).dpi / 72
     places = axes.transData.transform([(x, y) for x, y, _ in points])
@@ -42,7 +42,7 @@ def label_points(
 
 
 def _draw_leader(axes: Axes, point: tuple[float, float], box: Bbox) -> None:
-    """A line from a point to its name's nearest edge, where that is not close by. The box is in points around it."""
+    """Draw a line from a point to the nearest edge of its name, if that is far. `box` is relative to the point."""
     near = min(max(0.0, box.x0), box.x1), min(max(0.0, box.y0), box.y1)
     if math.hypot(*near) > FAR:
         line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 6}
@@ -50,7 +50,7 @@ def _draw_leader(axes: Axes, point: tuple[float, float], box: Bbox) -> None:
 
 
 def _settled(axes: Axes) -> Figure:
-    """The figure, its layout fixed, so that what is placed in pixels stays right."""
+    """Fix the layout of the figure, so that places in pixels stay right."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
@@ -66,7 +66,7 @@ def _line_box(axes: Axes, ends: tuple[float, float, float, float], width: float)
 def _best_offset(
     place: np.ndarray, extent: tuple[float, float], taken: Sequence[Bbox], frame: Bbox, size: float
 ) -> tuple[float, float]:
-    """The offset in pixels of a name's middle: near, and over nothing else."""
+    """Return the offset of the middle of a name in pixels: near, and hiding little."""
     distances, turns = np.meshgrid((9, 14, 20, 28, 38, 50, 64), 2 * np.pi * np.arange(16) / 16, indexing="ij")
     offsets = np.stack(
         [
@@ -83,7 +83,7 @@ def _best_offset(
 
 
 def _overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Areas that boxes share, (112, 4) and (30, 4) -> (112, 30); a box is x0, y0, x1, y1."""
+    """Areas that boxes share: (112, 4) and (30, 4) -> (112, 30). A box is x0, y0, x1, y1."""
     low = np.maximum(first[:, None, :2], second[None, :, :2])
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])
     return np.clip(high - low, 0, None).prod(axis=2)
@@ -95,7 +95,7 @@ def _box(place: Any, offset: tuple[float, float], extent: tuple[float, float]) -
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, Mark]], *, size: float = 9.5) -> None:
-    """Write mark and name of each line in a column at the right, at the height of its end or near it."""
+    """Write mark and name of each line in a column at the right, near the height of its end."""
     right = axes.get_yaxis_transform()
     texts = [
         axes.annotate(name, (1, y), (20, 0), xycoords=right, textcoords="offset points", va="center", fontsize=size,
@@ -106,7 +106,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, Mark]], *, si
     heights = axes.transData.transform([(x, y) for x, y, _, _ in ends])[:, 1]
     gap = 1.15 * max(text.get_window_extent().height for text in texts)
     places = _spread(heights, gap)
-    # Down at the axis the names would stand on its numbers.
+    # Lower, the names would hide the numbers of the axis.
     places += max(0.0, axes.bbox.y0 + gap / 2 - places.min())
     for (x, y, _, mark), text, height, place in zip(ends, texts, heights, places, strict=True):
         text.set_position((20, (place - height) * 72 / figure.dpi))
@@ -120,7 +120,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, Mark]], *, si
 
 
 def _spread(heights: np.ndarray, gap: float) -> np.ndarray:
-    """The nearest places that keep their order and are `gap` apart: clusters slide around their mean."""
+    """Return the nearest places in the same order that are `gap` apart. Clusters are centred at their mean."""
     clusters: list[list[int]] = []
     for index in np.argsort(heights, kind="stable"):
         clusters.append([int(index)])

@@ -21,7 +21,7 @@ def draw_lines(
     caption: str,
     reference: str | None = None,
 ) -> Chart:
-    """Curves named at their ends; many of them in a frame each, with the reference as a grey dashed line."""
+    """Draw curves with names at their ends. Many curves get a frame each, with the reference grey and dashed."""
     figure_of = _draw_together if len(lines) <= MOST_LINES else _draw_apart
     ends = "; ".join(f"{line.name} ends at {line.y[-1]:.3f}" for line in lines)
     apart = "" if len(lines) <= MOST_LINES or reference is None else f" Grey and dashed: {reference}."
@@ -36,7 +36,7 @@ def draw_lines(
 
 
 def limits(lines: Sequence[Line]) -> tuple[float, float]:
-    """Of the frame: what the first tenth of a run falls from is not in it, for it would press the rest together."""
+    """Limits of the frame. The first tenth of a run may exceed them: its high losses would flatten the rest."""
     low = min(min(line.y) for line in lines)
     high = max(max(line.y[len(line.y) // 10 :]) for line in lines)
     margin = 0.04 * (high - low) or 0.1
@@ -44,7 +44,7 @@ def limits(lines: Sequence[Line]) -> tuple[float, float]:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Means over a window of a 25th of the run up to each point."""
+    """Mean over the last 25th of the run before each point, the point included."""
     window = max(1, len(values) // 25)
     return [math.fsum(values[max(0, end - window) : end]) / min(window, end) for end in range(1, len(values) + 1)]
 

@@ -1,4 +1,4 @@
-"""How the charts look: one mark a method everywhere, told apart by shape and dash, not by colour alone."""
+"""Style of the charts. A method has the same mark everywhere; marks differ in shape and dash, not in colour only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from matplotlib.patheffects import AbstractPathEffect, withStroke
 from .methods import Method
 
 WIDTH = 5.6
-"""Inches. Narrow with large letters: on a telephone's screen they are still read."""
+"""Inches. Narrow with large letters, to be readable on a phone."""
 
 DPI = 180
 INK, GREY, PALE = "#1a1a1a", "#6b6b6b", "#d4d4d4"
@@ -32,10 +32,10 @@ HATCHES = ("", "////", "....", "xxxx", "----")
 FILLS = ("#3b5b7a", "#dfe7ee", "#9bb3c8", "#f6f1e4", "#c9b98a")
 
 FAR = 16
-"""Points between a mark and its name beyond which a line joins them."""
+"""Distance in points from which a line joins a mark and its name."""
 
 HALO: list[AbstractPathEffect] = [withStroke(linewidth=2.5, foreground="white")]
-"""A white edge, so that letters are read on lines."""
+"""A white edge, so that letters are readable on lines."""
 
 SETTINGS: Any = {
     "font.family": "DejaVu Sans",
@@ -58,7 +58,7 @@ SETTINGS: Any = {
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """What a method is drawn with in every chart."""
+    """Mark of a method in every chart."""
 
     shape: str
     colour: str
@@ -70,7 +70,7 @@ class Mark:
         return "white" if self.is_hollow else self.colour
 
     def svg(self) -> Markup:
-        """The shape beside a name in the page."""
+        """Return the shape as SVG, for the page."""
         style = MarkerStyle(self.shape)
         outline = style.get_path().transformed(style.get_transform())
         segments = outline.iter_segments(simplify=False)
@@ -84,14 +84,17 @@ _COMMANDS = {Outline.MOVETO: "M", Outline.LINETO: "L", Outline.CURVE3: "Q", Outl
 
 
 def _command(vertices: Any, code: int) -> str:
-    """A piece of an outline in the language of SVG paths."""
+    """Return a piece of an outline as a command of an SVG path."""
     if code == Outline.CLOSEPOLY:
         return "Z"
     return _COMMANDS[np.uint8(code)] + " ".join(f"{value:.3f}" for value in vertices)
 
 
 def choose_marks(methods: Sequence[Method]) -> dict[str, Mark]:
-    """Full fine-tuning a black disc; the others by the order of their names, hollow when the shapes run out."""
+    """Return a mark for each method: a black disc for full fine-tuning, then shapes in the order of the names.
+
+    When the shapes run out, they are repeated hollow.
+    """
     marks = {
         method.name: Mark(shape="o", colour=INK, dash="-", is_hollow=False) for method in methods if method.is_full
     }
@@ -108,7 +111,7 @@ def choose_marks(methods: Sequence[Method]) -> dict[str, Mark]:
 
 @contextmanager
 def chart_settings() -> Iterator[None]:
-    """matplotlib's own defaults and ours, whatever the user's are."""
+    """Use matplotlib's defaults and ours, not the user's."""
     with matplotlib.style.context("default"), matplotlib.rc_context(SETTINGS):
         yield
 
@@ -120,7 +123,7 @@ def new_figure(*, height: float, width: float = WIDTH) -> Figure:
 
 
 def to_png(figure: Figure) -> bytes:
-    """The picture; the same bytes for the same figure, as no version or date is written into it."""
+    """Return the picture. The same figure gives the same bytes: no version or date is written."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()

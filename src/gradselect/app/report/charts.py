@@ -1,4 +1,4 @@
-"""Charts of what the methods cost and what they reach."""
+"""Charts of costs and scores."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from .methods import Method
 from .scores import Difference, Measure, Scores
 
 MOST_LINES = 6
-"""Curves in one frame; more get a frame each."""
+"""Largest number of curves in one frame; more get a frame each."""
 
 MOST_LETTERS = 45
-"""Of the names in a legend's line."""
+"""Letters of the names in one line of a legend."""
 
 LONGEST_LINE = 22
-"""Letters of a name beside bars."""
+"""Letters in one line of a name beside bars."""
 
 Marks = Mapping[str, Mark]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A picture with what it shows in words.
+    """A picture with its texts.
 
     Args:
-        name: of its file, without the ending.
-        title: what it is.
+        name: of its file, without the suffix.
+        title: heading.
         caption: how to read it.
-        alt: its content for those who cannot see it.
-        png: the file.
+        alt: its content in words, for those who cannot see it.
+        png: content of the file.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """A quantity, in the unit that suits the values at hand."""
+    """A quantity in a unit that suits the values."""
 
     title: str
     unit: str
@@ -131,11 +131,11 @@ def draw_plane(
     reference: str | None = None,
     with_front: bool = False,
 ) -> Chart:
-    """Methods as points, each with its name.
+    """Draw methods as points with names.
 
     Args:
-        reference: the method whose place is drawn as two thin lines.
-        with_front: join the points that no other beats in both directions.
+        reference: name of the method whose position is drawn as two thin lines.
+        with_front: draw the Pareto front.
     """
     figure = new_figure(height=4.1 + 0.12 * max(0, len(points) - 8))
     axes = figure.subplots()
@@ -145,9 +145,7 @@ def draw_plane(
             axes.axhline(point.y / y.size, color=PALE, linewidth=1, zorder=0)
         _draw_point(axes, point, marks[point.name], x.size, y.size)
     front = pareto_front(points, higher_is_better=not y.lower_is_better) if with_front else []
-    if len(front) > 1:
-        where = [point.x / x.size for point in front], [point.y / y.size for point in front]
-        axes.plot(*where, drawstyle="steps-post", color=GREY, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
+    _draw_front(axes, front, x, y)
     axes.set_xlabel(_with_direction(x))
     axes.set_ylabel(_with_direction(y))
     axes.margins(x=0.16, y=0.14)
@@ -168,8 +166,14 @@ def draw_plane(
     )
 
 
+def _draw_front(axes: Axes, front: Sequence[Point], x: Axis, y: Axis) -> None:
+    if len(front) > 1:
+        where = [point.x / x.size for point in front], [point.y / y.size for point in front]
+        axes.plot(*where, drawstyle="steps-post", color=GREY, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
+
+
 def pareto_front(points: Sequence[Point], *, higher_is_better: bool) -> list[Point]:
-    """Points that no other beats at no more cost (x), the cheapest first."""
+    """Return the points that are better (y) than all points of the same or lower cost (x), the cheapest first."""
     sign = 1 if higher_is_better else -1
     front: list[Point] = []
     for point in sorted(points, key=lambda point: (point.x, -sign * point.y, point.name)):
@@ -179,7 +183,7 @@ def pareto_front(points: Sequence[Point], *, higher_is_better: bool) -> list[Poi
 
 
 def draw_differences(differences: Sequence[Difference], *, measure: Measure, reference: str, marks: Marks) -> Chart:
-    """What each method is ahead or behind of the reference, with its interval."""
+    """Draw the difference of each method to the reference, with its interval."""
     figure = new_figure(height=1.3 + 0.34 * len(differences))
     axes = figure.subplots()
     axes.axvline(0, color=GREY, linewidth=1)
@@ -189,7 +193,7 @@ def draw_differences(differences: Sequence[Difference], *, measure: Measure, ref
         mark = marks[difference.first]
         value = difference.value * measure.scale
         axes.plot(value, place, mark.shape, color=mark.colour, markerfacecolor=mark.face, markersize=8)
-    names = [_in_lines(f"{one.first}{' *' if one.is_significant else ''}") for one in differences]
+    names = [in_lines(f"{one.first}{' *' if one.is_significant else ''}") for one in differences]
     axes.set_yticks(range(len(differences)), names, fontsize=9.5)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(differences) - 0.4, -0.6)
@@ -206,20 +210,20 @@ def draw_differences(differences: Sequence[Difference], *, measure: Measure, ref
         name=f"difference-{slug(measure.name)}-{slug(measure.metric)}",
         title=words.upper_first(f"{measure.title}: difference to {reference}"),
         caption=f"Bars are 95 % intervals over items and seeds; {better} of zero is better than {reference}. "
-        "A star and a thick bar: more than chance.",
+        "A star and a thick bar: significant.",
         alt=f"{measure.title} of each method minus that of {reference}. {listed}.",
         png=to_png(figure),
     )
 
 
 def slug(name: str) -> str:
-    """A name as a part of a file's name."""
+    """Return a name as part of a file name."""
     kept = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.lower())
     return "-".join(part for part in kept.split("-") if part) or "method"
 
 
-def _in_lines(name: str) -> str:
-    """A long name in two lines or more: beside bars it would take their place."""
+def in_lines(name: str) -> str:
+    """Break a long name into lines, so that it leaves room for the bars."""
     return "\n".join(textwrap.wrap(name, LONGEST_LINE))
 
 
@@ -248,7 +252,7 @@ def _interval_lines(points: Sequence[Point], x: Axis, y: Axis) -> list[tuple[flo
 
 
 def _front_lines(front: Sequence[Point], x: Axis, y: Axis) -> list[tuple[float, float, float, float]]:
-    """The level parts of the stairs."""
+    """Return the horizontal parts of the front."""
     return [
         (first.x / x.size, first.y / y.size, second.x / x.size, first.y / y.size) for first, second in pairwise(front)
     ]

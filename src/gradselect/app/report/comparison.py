@@ -1,4 +1,4 @@
-"""Everything that the sections draw on, worked out once."""
+"""Input of all sections, computed once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cached_property
 
 from .chart_style import Mark, choose_marks
 from .methods import Method, collect_methods, find_full
-from .read_results import Results, Run
+from .read_results import Result, Results
 from .scores import Difference, Scores, collect_scores
 
 
@@ -17,20 +17,20 @@ class Comparison:
     """Methods and scores of a folder of results.
 
     Args:
-        results: what the folder holds.
+        results: of the folder.
         methods: the best first; without scores the fastest first.
-        others: scored runs at another rate than their method's best.
-        scores: by measure, the one that ranks first.
+        others: scored runs whose rate is not the best of their method.
+        scores: one per measure; the first ranks the methods.
     """
 
     results: Results
     methods: tuple[Method, ...]
-    others: tuple[Run, ...]
+    others: tuple[Result, ...]
     scores: tuple[Scores, ...]
 
     @property
     def full(self) -> Method | None:
-        """Full fine-tuning, what speed and memory are relative to."""
+        """Full fine-tuning, which speed and memory are relative to."""
         return find_full(self.methods)
 
     @cached_property
@@ -39,9 +39,9 @@ class Comparison:
 
     @cached_property
     def differences(self) -> list[tuple[Scores, str, list[Difference]]]:
-        """For each measure that has items: the reference, and every other method against it.
+        """Reference and differences of every other method to it, for each measure that has items.
 
-        The reference is full fine-tuning, or the best method where that has no score.
+        The reference is full fine-tuning, or the best method if that has no score.
         """
         found = []
         for scores in self.scores:
@@ -53,12 +53,12 @@ class Comparison:
 
     @cached_property
     def pairs(self) -> list[tuple[Scores, list[Difference]]]:
-        """For each measure that has items: all pairs."""
+        """Differences of all pairs, for each measure that has items."""
         return [(scores, tested) for scores in self.scores if (tested := scores.pairs())]
 
 
 def compare_results(results: Results) -> Comparison:
-    """Methods at their best rates, sorted."""
+    """Collect the methods at their best rates, sorted, and their scores."""
     methods, others = collect_methods(results.runs)
     scores = collect_scores(methods)
 

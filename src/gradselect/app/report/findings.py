@@ -1,4 +1,4 @@
-"""The results in a few sentences."""
+"""Sentences at the top of the page."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from .comparison import Comparison
 from .methods import Method, ratio
 
 FEW = 6
-"""Names in a sentence; more are counted."""
+"""Largest number of names in a sentence; further ones are counted."""
 
 
 def facts(comparison: Comparison) -> Iterator[str]:
-    """What was compared: counts, protocol, commits."""
+    """Yield the counts, the protocol and the commits."""
     results = comparison.results
     yield words.plural(len(comparison.methods), "method")
     yield words.plural(sum(len(method.runs) for method in comparison.methods), "scored run")
@@ -29,11 +29,11 @@ def facts(comparison: Comparison) -> Iterator[str]:
 
 
 def findings(comparison: Comparison) -> Iterator[str]:
-    """What is ahead, what is cheap among what cannot be told from full fine-tuning, and what the table cannot say."""
+    """Yield the best method, the cheapest ones that are not shown to be worse than full fine-tuning, and limits."""
     if comparison.scores:
         yield _best(comparison)
-    yield from _cheap(comparison, "fastest to train", "training time", lambda method: method.training_seconds)
-    yield from _cheap(comparison, "smallest on average", "bytes held", lambda method: method.average_bytes)
+    yield from _cheap(comparison, "Fastest to train", "training time", lambda method: method.training_seconds)
+    yield from _cheap(comparison, "Smallest on average", "average bytes", lambda method: method.average_bytes)
     yield from _edges(comparison)
     yield from _left_out(comparison)
 
@@ -50,12 +50,12 @@ def _best(comparison: Comparison) -> str:
         return f"{start} Differences are not tested: the runs share no items."
     level = [pair.second for pair in tested[0] if pair.first == best and not pair.is_significant]
     if not level:
-        return f"{start} It is ahead of every other method by more than chance."
-    return f"{start} Not told apart from it: {_few(level)}."
+        return f"{start} It is significantly better than every other method."
+    return f"{start} Not shown to be worse: {_few(level)}."
 
 
 def _cheap(comparison: Comparison, what: str, cost_name: str, cost: Callable[[Method], float | None]) -> Iterator[str]:
-    """The cheapest of the methods that these runs do not show to be worse than full fine-tuning."""
+    """Yield the cheapest method that these runs do not show to be worse than full fine-tuning."""
     full = comparison.full
     if full is None or cost(full) is None or not comparison.differences:
         return
@@ -71,13 +71,13 @@ def _cheap(comparison: Comparison, what: str, cost_name: str, cost: Callable[[Me
         if method.name in values and method.name not in worse and (price := cost(method)) is not None
     }
     if not candidates:
-        yield f"Every other method's {scores.measure.title} is worse than that of full fine-tuning by more than chance."
+        yield f"Every other method's {scores.measure.title} is significantly worse than that of full fine-tuning."
         return
     name = min(candidates, key=lambda candidate: (candidates[candidate], candidate))
     difference = f"{scores.measure.show_difference(values[name].value)} {scores.measure.unit}".strip()
     yield (
-        f"Of the methods that these runs do not show to be worse than full fine-tuning, {what}: {name}, "
-        f"{words.share(ratio(candidates[name], cost(full)))} of its {cost_name}; {difference} (95 % interval "
+        f"{what} of the methods that are not shown to be worse than full fine-tuning: {name}, "
+        f"{words.share(ratio(candidates[name], cost(full)))} of the {cost_name} of full; {difference} (95 % interval "
         f"{scores.measure.show_interval(values[name].interval)})."
     )
 
@@ -94,7 +94,7 @@ def _left_out(comparison: Comparison) -> Iterator[str]:
         (len(results.failed), "failed run"),
         (len(results.skipped), "unusable file"),
         (len(results.dirty), "run of a tree with uncommitted changes"),
-        (len(comparison.others), "scored run at another than its method's best rate"),
+        (len(comparison.others), "scored run at another rate than the best of its method"),
     )
     named = [f"{count} {one if count == 1 else _plural(one)}" for count, one in left if count]
     if named:

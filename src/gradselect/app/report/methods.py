@@ -1,4 +1,4 @@
-"""Runs -> methods: each at its best learning rate, its figures over the seeds."""
+"""Methods at their best learning rate, with figures over the seeds."""
 
 from __future__ import annotations
 
@@ -8,31 +8,30 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from .read_results import Run
-from .result_schema import BlockSelection, MaskSelection, StepSeconds
+from gradselect.app.results import BlockSelection, MaskSelection, Result, Selection, StepSeconds
 
 CATEGORIES = ("weights", "gradients", "masters", "state_on_device", "state_on_host")
-"""What is counted in bytes exactly; "together" is their sum at one moment."""
+"""Categories of exact bytes; "together" is their sum at one moment."""
 
 PARTS = ("forward", "backward", "optimizer", "selection")
-"""What a step's seconds go to."""
+"""Parts of the time of a step."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """The scored runs of one method at one learning rate, one a seed, in the order of the seeds.
+    """Scored runs of one method at one learning rate, one per seed, sorted by seed.
 
     Attributes:
-        rates: the grids of all its runs together, ascending: what a search was to try, earlier or later.
+        rates: union of the grids of all its runs, ascending.
     """
 
     name: str
-    runs: tuple[Run, ...]
+    runs: tuple[Result, ...]
     rates: tuple[float, ...]
 
     @property
     def is_full(self) -> bool:
-        """Whether this is full fine-tuning, which speed and memory are relative to."""
+        """True for full fine-tuning, which speed and memory are relative to."""
         return self.runs[0].record.method_settings.get("name", self.name) == "full"
 
     @property
@@ -45,7 +44,7 @@ class Method:
 
     @property
     def edge(self) -> str | None:
-        """ "lowest" or "highest" if the best rate is the last that was tried on that side, "only" if there was one."""
+        """ "lowest" or "highest" if the best rate is at that edge of the grid, "only" for a grid of one rate."""
         if len(self.rates) < 2:
             return "only" if self.rates else None
         return {self.rates[0]: "lowest", self.rates[-1]: "highest"}.get(self.lr)
@@ -56,24 +55,24 @@ class Method:
 
     @cached_property
     def forgetting(self) -> float | None:
-        """Nats per token that text which the base knew has become harder by."""
+        """Rise of the loss on text that the base model knew, in nats per token."""
         return self._mean(
             lambda run: None if (lost := run.record.forgetting) is None else lost.after - lost.before,
         )
 
     @cached_property
     def step_seconds(self) -> float | None:
-        """Median seconds of a step, kinds of steps weighted by how many there were."""
+        """Median seconds of a step; several kinds are weighted by their number of steps."""
         return self.part_seconds("median")
 
     def part_seconds(self, part: str) -> float | None:
-        """The same of a part of a step, or of the whole, "median"."""
+        """As `step_seconds`, for a part of a step; "median" is the whole step."""
         return self._median(
             lambda run: None if run.record.seconds is None else _typical(run.record.seconds.by_kind, part)
         )
 
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of steps there were: "explore" before "exploit", or "step"."""
+        """Kinds of steps: "explore" before "exploit", or "step"."""
         found = {kind for run in self.runs if run.record.seconds for kind in run.record.seconds.by_kind}
         return tuple(sorted(found, key=lambda kind: (kind != "explore", kind)))
 
@@ -82,14 +81,14 @@ class Method:
         return self._median(lambda run: getattr(_kind(run, kind), part, None))
 
     def kind_steps(self, kind: str) -> int:
-        """How many steps of this kind the first seed took."""
+        """Number of steps of this kind in the run of the first seed."""
         found = _kind(self.runs[0], kind)
         return 0 if found is None else found.steps
 
     @cached_property
     def training_seconds(self) -> float | None:
         return self._mean(
-            lambda run: (run.record.seconds and run.record.seconds.training) or run.result.train_info.train_time
+            lambda run: (run.record.seconds and run.record.seconds.training) or run.content.train_info.train_time
         )
 
     @cached_property
@@ -98,7 +97,7 @@ class Method:
 
     @cached_property
     def flop_limit(self) -> float | None:
-        """What the speed-up over full fine-tuning cannot exceed; of full fine-tuning itself 1."""
+        """Upper limit of the speed-up over full fine-tuning; 1 for full fine-tuning."""
         limit = self._mean(lambda run: None if run.record.flop is None else run.record.flop.limit)
         return 1.0 if limit is None and self.is_full else limit
 
@@ -111,27 +110,27 @@ class Method:
 
     @cached_property
     def reserved_average(self) -> float | None:
-        """Device memory that torch had reserved on average; None without a device."""
-        return self._mean(lambda run: run.result.train_info.accelerator_memory_reserved_avg or None)
+        """Average device memory reserved by torch, in bytes; None without a device."""
+        return self._mean(lambda run: run.content.train_info.accelerator_memory_reserved_avg or None)
 
     def most_held(self, kind: str) -> float | None:
-        """Bytes of "process", "allocated" or "reserved" at their highest."""
+        """Peak bytes of "process", "allocated" or "reserved"."""
         return self._most(lambda run: None if run.record.bytes is None else getattr(run.record.bytes, kind) or None)
 
     @cached_property
     def file_size(self) -> float | None:
-        return self._mean(lambda run: run.result.train_info.file_size)
+        return self._mean(lambda run: run.content.train_info.file_size)
 
     @cached_property
     def block_share(self) -> float | None:
-        """Share of the blocks that a step trains, on average; 1 for full fine-tuning, None for what has no blocks."""
+        """Average share of the blocks that a step trains; 1 for full fine-tuning, None without blocks."""
         if self.is_full:
             return 1.0
         return self._mean(lambda run: _block_share(run.record.selection))
 
     @property
     def blocks(self) -> BlockSelection | None:
-        """What the first seed selected."""
+        """Blocks that the run of the first seed selected."""
         selection = self.runs[0].record.selection
         return selection if isinstance(selection, BlockSelection) else None
 
@@ -141,8 +140,8 @@ class Method:
         return selection if isinstance(selection, MaskSelection) else None
 
     def curve(self, name: str) -> list[tuple[float, float, float]]:
-        """Step, seconds and loss, the mean over the seeds at the steps that all of them have."""
-        curves = [run.record.curves[name] for run in self.runs if run.record.curves and name in run.record.curves]
+        """Step, seconds and loss: means over the seeds, at the steps that all seeds have."""
+        curves = [run.record.curves[name] for run in self.runs if name in run.record.curves]
         tables = [
             {
                 step: (seconds, loss)
@@ -157,24 +156,24 @@ class Method:
             for step in shared
         ]
 
-    def _known(self, figure: Callable[[Run], float | None]) -> list[float]:
+    def _known(self, figure: Callable[[Result], float | None]) -> list[float]:
         values = [figure(run) for run in self.runs]
         return [value for value in values if value is not None and math.isfinite(value)]
 
-    def _mean(self, figure: Callable[[Run], float | None]) -> float | None:
+    def _mean(self, figure: Callable[[Result], float | None]) -> float | None:
         known = self._known(figure)
         return _mean(known) if known else None
 
-    def _median(self, figure: Callable[[Run], float | None]) -> float | None:
+    def _median(self, figure: Callable[[Result], float | None]) -> float | None:
         known = self._known(figure)
         return statistics.median(known) if known else None
 
-    def _most(self, figure: Callable[[Run], float | None]) -> float | None:
+    def _most(self, figure: Callable[[Result], float | None]) -> float | None:
         return max(self._known(figure), default=None)
 
 
-def collect_methods(runs: Sequence[Run]) -> tuple[list[Method], list[Run]]:
-    """All methods by name, and the scored runs that stand at another rate than their method's best."""
+def collect_methods(runs: Sequence[Result]) -> tuple[list[Method], list[Result]]:
+    """Return all methods, sorted by name, and the scored runs whose rate is not the best of their method."""
     methods, others = [], []
     scored = [run for run in runs if run.record.role == "score"]
     for name in sorted({run.record.method for run in scored}):
@@ -187,7 +186,7 @@ def collect_methods(runs: Sequence[Run]) -> tuple[list[Method], list[Run]]:
 
 
 def find_full(methods: Sequence[Method]) -> Method | None:
-    """Full fine-tuning; of several the one that is named so, else the first by name."""
+    """Return full fine-tuning. If there are several, the one named "full", else the first by name."""
     full = sorted(
         (method for method in methods if method.is_full), key=lambda method: (method.name != "full", method.name)
     )
@@ -195,17 +194,17 @@ def find_full(methods: Sequence[Method]) -> Method | None:
 
 
 def ratio(value: float | None, reference: float | None) -> float | None:
-    """`value / reference` where both are known."""
+    """Return `value / reference`, or None if one is unknown."""
     return None if value is None or not reference else value / reference
 
 
-def _rates(method: str, runs: Sequence[Run]) -> tuple[float, ...]:
+def _rates(method: str, runs: Sequence[Result]) -> tuple[float, ...]:
     tried = {rate for run in runs if run.record.method == method for rate in (*run.record.rates, run.record.lr)}
     return tuple(sorted(tried))
 
 
-def _best_rate(runs: Sequence[Run]) -> float:
-    """The rate with the lowest mean validation loss; where none is known, the one with most seeds, then the lowest."""
+def _best_rate(runs: Sequence[Result]) -> float:
+    """Return the rate with the lowest mean validation loss. If no loss is known: most seeds, then the lowest rate."""
 
     def order(lr: float) -> tuple[float, int, float]:
         losses = [run.record.validation_loss for run in runs if run.record.lr == lr]
@@ -223,17 +222,17 @@ def _typical(by_kind: Mapping[str, StepSeconds], part: str) -> float | None:
     return sum(count * value for count, value in values) / steps
 
 
-def _kind(run: Run, kind: str) -> StepSeconds | None:
+def _kind(run: Result, kind: str) -> StepSeconds | None:
     return None if run.record.seconds is None else run.record.seconds.by_kind.get(kind)
 
 
-def _tokens_per_second(run: Run) -> float | None:
-    rows = [row.get("tokens / sec") for row in run.result.train_info.metrics]
+def _tokens_per_second(run: Result) -> float | None:
+    rows = [row.get("tokens / sec") for row in run.content.train_info.metrics]
     known = [float(value) for value in rows if isinstance(value, int | float) and math.isfinite(value)]
     return statistics.median(known) if known else None
 
 
-def _block_share(selection: BlockSelection | MaskSelection | None) -> float | None:
+def _block_share(selection: Selection | None) -> float | None:
     if not isinstance(selection, BlockSelection) or not selection.selected:
         return None
     return _mean(len(step) for step in selection.selected) / len(selection.blocks)

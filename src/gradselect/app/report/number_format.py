@@ -1,4 +1,4 @@
-"""Figures as people read them. What is unknown or not finite is a dash."""
+"""Numbers as text for people. A number that is unknown or not finite is a dash."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ SPACE = "\N{NO-BREAK SPACE}"
 
 
 def number(value: float | None, *, digits: int = 3, sign: bool = False) -> str:
-    """Fixed digits after the point, a true minus sign."""
+    """Fixed digits after the point, with a true minus sign."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
     text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-    # What rounds to zero has no sign.
+    # Zero has no sign.
     if not any(digit in text for digit in "123456789"):
         text = text.lstrip("+-")
     return text.replace("-", MINUS)
 
 
 def significant(value: float | None, *, digits: int = 3) -> str:
-    """Significant digits, without an exponent, with thousands marked."""
+    """Significant digits, without exponent, with commas for thousands."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
     if value == 0:
@@ -32,7 +32,7 @@ def significant(value: float | None, *, digits: int = 3) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Example: "412 ms", "1.25 s", "3.20 min", "1.41 h"."""
+    """Seconds in a fitting unit: "412 ms", "1.25 s", "3.20 min", "1.41 h"."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
     for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
@@ -42,7 +42,7 @@ def seconds(value: float | None) -> str:
 
 
 def num_bytes(value: float | None) -> str:
-    """Example: "54.3 MB"; decimal units."""
+    """Bytes in decimal units: "54.3 MB"."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -52,36 +52,36 @@ def num_bytes(value: float | None) -> str:
 
 
 def share(value: float | None, *, digits: int = 0) -> str:
-    """Example: "45 %"."""
+    """Share in percent: "45 %"."""
     return UNKNOWN if value is None or not math.isfinite(value) else f"{number(100 * value, digits=digits)}{SPACE}%"
 
 
 def times(value: float | None) -> str:
-    """Example: "1.43×"."""
+    """Factor: "1.43×"."""
     return UNKNOWN if value is None or not math.isfinite(value) else f"{number(value, digits=2)}{TIMES}"
 
 
 def rate(value: float) -> str:
-    """Example: "3e-4"."""
+    """Learning rate: "3e-4"."""
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def probability(value: float) -> str:
-    """Example: "0.031", "< 0.001"."""
+    """P-value: "0.031", "< 0.001"."""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def plural(count: int, word: str) -> str:
-    """Example: "1 run", "3 runs"."""
+    """Count and word: "1 run", "3 runs"."""
     return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
 def upper_first(text: str) -> str:
-    """The first letter large, the others as they are."""
+    """The text with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 
 def joined(words: list[str]) -> str:
-    """Example: "a, b and c"."""
+    """Words as a list: "a, b and c"."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -1,4 +1,4 @@
-"""What the page consists of, and the page as HTML."""
+"""Structure of the page, and the page as HTML."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .charts import Chart
-from .tables import Table
+from .table import Table
 
 TEMPLATE = "page.html.jinja"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A table, pictures or lines, with what has to be said of them.
+    """Table, charts or lines of a section.
 
     Args:
-        title: heading; empty where the section's says it.
-        text: a sentence or two before the rest.
-        is_folded: shown when it is asked for.
+        title: heading; empty if the heading of the section is enough.
+        text: one or two sentences above the rest.
+        is_folded: True to show it only after a click.
     """
 
     title: str = ""
@@ -34,7 +34,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and the parts below it."""
 
     key: str
     title: str
@@ -43,7 +43,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """All that the template fills in."""
+    """Input of the template."""
 
     title: str
     facts: tuple[str, ...]
@@ -56,7 +56,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page as HTML, pictures and style inside."""
+    """Return the page as HTML; pictures and style are inside."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

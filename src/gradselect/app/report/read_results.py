@@ -1,73 +1,37 @@
-"""A folder of result files -> the runs that a report may use, and what it leaves out and why."""
+"""Results of a folder: the runs that a report may use, and what it leaves out and why."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
-
-from gradselect.files import read_sealed
-from gradselect.usage import UsageError
-
-from .result_schema import FORMAT, Record, ResultFile
-
-SUCCESS = "success"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One result file that could be read."""
-
-    file: str
-    result: ResultFile
-
-    @property
-    def record(self) -> Record:
-        return self.result.gradselect
-
-    @property
-    def succeeded(self) -> bool:
-        return self.result.train_info.status == SUCCESS
-
-    @property
-    def identity(self) -> tuple[str, float, int, str]:
-        """What no two runs of a comparison share."""
-        return self.record.method, self.record.lr, self.record.seed, self.record.role
-
-
-@dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """A file that is no result, and why."""
-
-    file: str
-    reason: str
+from gradselect.app.results import ComparedRun, Result, Skipped, read_result
+from gradselect.usage import UsageError, find_differences
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What a folder holds.
+    """Contents of a folder of results.
 
     Args:
-        runs: runs that ended well.
-        failed: runs that did not.
-        dirty: runs of a tree with changes that are in no commit, where these are left out.
+        runs: successful runs.
+        failed: failed runs.
+        dirty: runs of a library with uncommitted changes, if these are left out.
         skipped: files that are damaged or no results.
     """
 
-    runs: tuple[Run, ...]
-    failed: tuple[Run, ...]
-    dirty: tuple[Run, ...]
+    runs: tuple[Result, ...]
+    failed: tuple[Result, ...]
+    dirty: tuple[Result, ...]
     skipped: tuple[Skipped, ...]
 
 
 def read_results(folder: Path, *, include_dirty: bool) -> Results:
-    """All results in the folder, in the order of their file names.
+    """Read all results in the folder, in the order of their file names.
 
     Raises:
-        UsageError: there is no such folder, it holds no usable result, or results of several protocols.
+        UsageError: the folder does not exist, or holds no usable result or results of several protocols.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder; make results with: gradselect compare suites/quick.yaml")
@@ -84,102 +48,45 @@ def read_results(folder: Path, *, include_dirty: bool) -> Results:
     return results
 
 
-def _read_all(files: Sequence[Path]) -> tuple[list[Run], list[Skipped]]:
-    runs: dict[tuple[str, float, int, str], Run] = {}
+def _read_all(files: Sequence[Path]) -> tuple[list[Result], list[Skipped]]:
+    runs: dict[tuple[str, float, int, str], Result] = {}
     skipped = []
     for path in files:
-        read = _read(path)
-        if isinstance(read, Run) and read.identity in runs:
-            read = Skipped(file=path.name, reason=f"the same run as {runs[read.identity].file}")
-        if isinstance(read, Run):
-            runs[read.identity] = read
-        else:
-            skipped.append(read)
+        try:
+            result = read_result(path)
+        except UsageError as error:
+            skipped.append(Skipped(file=path.name, reason=str(error).removeprefix(f"{path.name}: ")))
+            continue
+        record = result.record
+        first = runs.setdefault((record.method, record.lr, record.seed, record.role), result)
+        if first is not result:
+            skipped.append(Skipped(file=path.name, reason=f"the same run as {first.path.name}"))
     return list(runs.values()), skipped
 
 
-def _read(path: Path) -> Run | Skipped:
-    try:
-        values = read_sealed(path, name=path.name)
-    except UsageError as error:
-        return Skipped(file=path.name, reason=str(error).removeprefix(f"{path.name}: "))
-    if not isinstance(values.get("gradselect"), dict):
-        return Skipped(file=path.name, reason="no result of gradselect compare: it has no part 'gradselect'")
-    version = values["gradselect"].get("format")
-    if version != FORMAT:
-        return Skipped(file=path.name, reason=f"format {version!r}; this version reads format {FORMAT}")
-    try:
-        run = Run(file=path.name, result=ResultFile.model_validate(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        return Skipped(file=path.name, reason=f"damaged: {place}: {first['msg']}")
-    problem = _contradiction(run.record)
-    return run if problem is None else Skipped(file=path.name, reason=f"damaged: {problem}")
-
-
-def _contradiction(record: Record) -> str | None:
-    """Lists that belong together and have different lengths."""
-    for name, curve in (record.curves or {}).items():
-        if not len(curve.step) == len(curve.seconds) == len(curve.loss):
-            return f"curve {name!r} has {len(curve.step)} steps, {len(curve.seconds)} times, {len(curve.loss)} losses"
-    selection = record.selection
-    if selection is None or "blocks" not in type(selection).model_fields:
-        return None
-    return _selection_contradiction(selection.model_dump())
-
-
-def _selection_contradiction(selection: Mapping[str, Any]) -> str | None:
-    blocks, selected = len(selection["blocks"]), selection["selected"]
-    if len(selection["updates"]) != blocks:
-        return f"{blocks} blocks, {len(selection['updates'])} update counts"
-    if selection["explored"] and len(selection["explored"]) != len(selected):
-        return f"{len(selected)} selections, {len(selection['explored'])} explore marks"
-    if any(not 0 <= index < blocks for step in selected for index in step):
-        return f"a selection names a block beyond the {blocks} there are"
-    return None
-
-
-def _check_one_protocol(runs: Sequence[Run]) -> None:
-    if not runs:
-        return
-    first = runs[0]
+def _check_one_protocol(runs: Sequence[Result]) -> None:
     for other in runs[1:]:
-        if other.record.protocol != first.record.protocol:
-            raise UsageError(_mixed(first, other))
+        if other.record.protocol != runs[0].record.protocol:
+            raise UsageError(_mixed(runs[0], other))
 
 
-def _mixed(first: Run, other: Run) -> str:
-    lines = [f"  {line}" for line in _differences(first.record, other.record)]
+def _mixed(first: Result, other: Result) -> str:
+    names = (f"{run.path.name} (suite {run.record.suite!r})" for run in (first, other))
     return "\n".join(
         [
             "these results were made under different protocols and cannot stand in one table:",
-            f"  {first.file} (suite {first.record.suite!r}) and {other.file} (suite {other.record.suite!r}) differ in",
-            *lines,
+            f"  {' and '.join(names)} differ in",
+            *(f"  {line}" for line in _differences(first.record, other.record)),
             "move the results of each protocol into a folder of its own and report each",
         ]
     )
 
 
-def _differences(first: Record, other: Record) -> Iterator[str]:
-    one, two = (dict(_flatten(record.protocol_settings)) for record in (first, other))
-    keys = [key for key in sorted(one.keys() | two.keys()) if one.get(key) != two.get(key)]
-    yield from (f"{key}: {one.get(key)!r} and {two.get(key)!r}" for key in keys)
-    if not keys:
+def _differences(first: ComparedRun, other: ComparedRun) -> Iterator[str]:
+    found = list(find_differences(first.protocol_settings, other.protocol_settings))
+    yield from (f"{key}: {one!r} and {two!r}" for key, one, two in found)
+    if not found:
         yield f"protocol: {first.protocol!r} and {other.protocol!r}"
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def flatten_settings(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Nested settings as pairs of a dotted key and a value, sorted by key."""
-    return sorted(_flatten(values), key=lambda pair: pair[0])
 
 
 def _nothing_to_report(folder: Path, results: Results) -> str:
@@ -193,7 +100,7 @@ def _nothing_to_report(folder: Path, results: Results) -> str:
         [
             f"no results in {folder}: " + (f"its files are {found}" if found else "it has no .json files"),
             *(f"  {skipped.file}: {skipped.reason}" for skipped in results.skipped),
-            *(f"  {run.file}: {run.result.run_info.error_msg or 'failed'}" for run in results.failed),
+            *(f"  {run.path.name}: {run.error or 'failed'}" for run in results.failed),
             "make some with: gradselect compare suites/quick.yaml",
         ]
     )

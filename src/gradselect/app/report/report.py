@@ -1,15 +1,16 @@
-"""From a folder of results to the page and its pictures."""
+"""Report of a folder of results: one page and its pictures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from gradselect.app.results import Skipped
 from gradselect.files import write_atomically
 from gradselect.usage import UsageError
 
 from .page import render
-from .read_results import Skipped, read_results
+from .read_results import read_results
 from .sections import build_page
 
 PAGE = "report.html"
@@ -17,14 +18,14 @@ PAGE = "report.html"
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSummary:
-    """What was written, and what was left out of it.
+    """Files written, and runs left out.
 
     Args:
         page: the HTML file.
-        pictures: the PNG files, which are inside the page too.
-        num_runs: runs in the report.
-        num_failed: failed runs, which the page lists.
-        num_dirty: runs of a tree with uncommitted changes, left out.
+        pictures: PNG files; the page contains them too.
+        num_runs: number of runs in the report.
+        num_failed: number of failed runs, which the page lists.
+        num_dirty: number of runs of a tree with uncommitted changes, left out.
         skipped: damaged files and files that are no results.
     """
 
@@ -42,9 +43,9 @@ def write_report(
     """Write one page about all results in a folder. The same results give the same bytes.
 
     Args:
-        results: a folder with the result files of one suite.
-        output: where `report.html` and its pictures go; by default the folder `report` inside `results`.
-        include_dirty: take in runs of a tree with uncommitted changes.
+        results: folder with the result files of one suite.
+        output: folder for `report.html` and its pictures; by default `report` inside `results`.
+        include_dirty: include runs of a tree with uncommitted changes.
 
     Raises:
         UsageError: no results, or results of several protocols.

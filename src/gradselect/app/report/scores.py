@@ -1,4 +1,4 @@
-"""What the methods' models are worth: scores with intervals, and which differences are more than chance."""
+"""Scores with intervals, and which differences are significant."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import combinations
 
 import numpy as np
 
+from gradselect.app.results import Item, Result
 from gradselect.app.stats import (
     Interval,
     Outcomes,
@@ -22,8 +23,6 @@ from gradselect.app.stats import (
 
 from . import number_format as words
 from .methods import Method
-from .read_results import Run
-from .result_schema import Item
 
 LEVEL = 0.05
 VALIDATION = "validation"
@@ -31,11 +30,11 @@ VALIDATION = "validation"
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """One figure by which models are compared.
+    """A figure that models are compared by.
 
     Args:
-        name: of the evaluation in the suite, or "validation" for the loss that picks the rate.
-        metric: "accuracy", "loss", or what a classification has beside them.
+        name: of the evaluation in the suite, or "validation" for the loss that selects the rate.
+        metric: "accuracy", "loss", or a metric of a classification.
     """
 
     name: str
@@ -55,14 +54,14 @@ class Measure:
 
     @property
     def unit(self) -> str:
-        """Of a difference."""
+        """Unit of a difference."""
         if self.is_share:
             return "points"
         return "" if self.higher_is_better else "nats per token"
 
     @property
     def scale(self) -> float:
-        """What a value is multiplied by to be shown."""
+        """Factor from a value to the figure shown."""
         return 100.0 if self.is_share else 1.0
 
     def show(self, value: float | None) -> str:
@@ -84,8 +83,8 @@ class Estimate:
 
     Args:
         value: mean over the seeds.
-        interval: 95 %; None where nothing tells how sure the value is.
-        source: what the interval is drawn over.
+        interval: 95 %; None if it is unknown.
+        source: "items", "seeds" or "items and seeds": the interval is over these.
     """
 
     value: float
@@ -101,7 +100,7 @@ class Difference:
         value: difference of the scores.
         interval: 95 % of the bootstrap over items and seeds.
         p_value: McNemar for right and wrong, bootstrap for a loss.
-        adjusted: the same by Holm, for all the differences of the table that it stands in.
+        adjusted: p-value after Holm's correction for all differences of its table.
     """
 
     first: str
@@ -113,7 +112,7 @@ class Difference:
 
     @property
     def is_significant(self) -> bool:
-        """The adjusted test says so, and zero is outside of the interval, which knows of the spread over seeds too."""
+        """True if the adjusted p-value is below `LEVEL` and the interval, which covers seeds too, excludes zero."""
         low, high = self.interval
         return self.adjusted < LEVEL and not low <= 0 <= high
 
@@ -127,7 +126,7 @@ class Scores:
     table: ItemTable | None
 
     def order(self, name: str) -> tuple[float, str]:
-        """Sorts the best method first, those without a score last."""
+        """Sort key: the best method first, methods without a score last."""
         if name not in self.estimates:
             return math.inf, name
         value = self.estimates[name].value
@@ -137,12 +136,12 @@ class Scores:
         return min(self.estimates, key=self.order)
 
     def against(self, reference: str) -> list[Difference]:
-        """Every method minus `reference`, the best method first."""
+        """Differences of every method to `reference`, the best method first."""
         others = sorted((name for name in self.estimates if name != reference), key=self.order)
         return self._test([(name, reference) for name in others])
 
     def pairs(self) -> list[Difference]:
-        """Every pair, the better method first."""
+        """Differences of all pairs, the better method first."""
         return self._test(list(combinations(sorted(self.estimates, key=self.order), 2)))
 
     def _test(self, pairs: Sequence[tuple[str, str]]) -> list[Difference]:
@@ -158,13 +157,13 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class ItemTable:
-    """Outcomes of all runs that have items, on the items that all of them have.
+    """Outcomes of all runs with items, on the items that all of them have.
 
     Args:
-        rows: place of each run in the outcomes, by method and seed.
+        rows: row of each run in `outcomes`, by method and seed.
         outcomes: of the runs.
-        drawn: shape (draws, runs); the bootstrap over items.
-        is_share: the items are right or wrong.
+        drawn: shape (draws, runs); bootstrap over items.
+        is_share: True if items are right or wrong.
     """
 
     rows: dict[tuple[str, int], int]
@@ -182,7 +181,7 @@ class ItemTable:
         return percentile_interval(draw_means(self.drawn[:, self._places(method, self.seeds(method))]))
 
     def compare(self, first: str, second: str) -> tuple[float, Interval, float]:
-        """Difference, its interval and p-value, over the seeds that both have."""
+        """Difference, its interval and its p-value, over the seeds that both have."""
         seeds = self.shared_seeds(first, second)
         ours, theirs = self._places(first, seeds), self._places(second, seeds)
         values = self.outcomes.values()
@@ -197,12 +196,12 @@ class ItemTable:
 
 
 def collect_scores(methods: Sequence[Method]) -> list[Scores]:
-    """One for every evaluation, accuracies first; without evaluations the validation loss, if there is one."""
+    """Return the scores of every evaluation, accuracies first; without evaluations those of the validation loss."""
     measures = {
         Measure(name=name, metric=score.metric)
         for method in methods
         for run in method.runs
-        for name, score in (run.record.scores or {}).items()
+        for name, score in run.record.scores.items()
     }
     ordered = sorted(measures, key=lambda measure: (not measure.is_share, measure.name, measure.metric))
     found = [_collect(measure, methods) for measure in ordered]
@@ -228,13 +227,13 @@ def _estimate(measure: Measure, method: Method, table: ItemTable | None) -> Esti
         return Estimate(value=mean, interval=table.interval(method.name), source=source)
     if len(values) > 1:
         return Estimate(value=mean, interval=student_interval(values), source="seeds")
-    score = (method.runs[0].record.scores or {}).get(measure.name)
+    score = method.runs[0].record.scores.get(measure.name)
     return Estimate(value=mean, interval=None if score is None else score.interval, source="items")
 
 
-def _value(measure: Measure, run: Run) -> float | None:
-    if measure.name in (run.record.scores or {}):
-        score = (run.record.scores or {})[measure.name]
+def _value(measure: Measure, run: Result) -> float | None:
+    if measure.name in run.record.scores:
+        score = run.record.scores[measure.name]
         value = score.value if score.metric == measure.metric else None
     else:
         value = run.record.validation_loss if measure.name == VALIDATION else None
@@ -242,7 +241,7 @@ def _value(measure: Measure, run: Run) -> float | None:
 
 
 def _item_table(measure: Measure, methods: Sequence[Method]) -> ItemTable | None:
-    """None where runs share no items, or the measure is no mean over items."""
+    """Return None if runs share no items, or the measure is no mean over items."""
     gains = {
         (method.name, run.record.seed): found
         for method in methods
@@ -261,9 +260,9 @@ def _item_table(measure: Measure, methods: Sequence[Method]) -> ItemTable | None
     return ItemTable(rows=rows, outcomes=outcomes, drawn=outcomes.draw(), is_share=measure.is_share)
 
 
-def _gains(measure: Measure, run: Run) -> dict[int, tuple[float, float]]:
-    """Gain and weight of each item by its index."""
-    items = (run.record.items or {}).get(measure.name, [])
+def _gains(measure: Measure, run: Result) -> dict[int, tuple[float, float]]:
+    """Return gain and weight of each item, by its index."""
+    items = run.record.items.get(measure.name, [])
     pairs = ((item.index, _gain(measure, item)) for item in items)
     return {index: gain for index, gain in pairs if gain is not None}
 

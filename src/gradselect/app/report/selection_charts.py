@@ -1,4 +1,4 @@
-"""Charts of what a selection policy chose, when, and how often."""
+"""Heat maps of the selected blocks over the steps."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from itertools import pairwise
 import numpy as np
 from matplotlib.axes import Axes
 
+from gradselect.app.results import BlockSelection
+
 from . import number_format as words
 from .chart_style import GREY, INK, new_figure, to_png
 from .charts import Chart
 from .methods import Method
-from .result_schema import BlockSelection
 
 MOST_COLUMNS = 240
-"""Longer runs are drawn in stretches of steps: a column narrower than a pixel would show chance."""
+"""Longer runs are drawn in stretches of steps: columns narrower than a pixel would show noise."""
 
 MOST_ROWS = 34
-"""More blocks than these are not all named."""
+"""With more blocks than this, only some are named."""
 
 
 def draw_selection(method: Method, selection: BlockSelection, *, name: str) -> Chart:
-    """Block by step, explore steps above it, and at the right how often each block was updated."""
+    """Draw blocks by step, explore steps above, and the updates of each block at the right."""
     trained, edges = in_stretches(selection)
     num_blocks, num_steps = len(selection.blocks), len(selection.selected)
     figure = new_figure(height=1.75 + min(6.5, 0.235 * num_blocks))
@@ -60,7 +61,7 @@ def draw_selection(method: Method, selection: BlockSelection, *, name: str) -> C
 
 
 def in_stretches(selection: BlockSelection) -> tuple[np.ndarray, np.ndarray]:
-    """Share of a stretch's steps at which a block was trained, (blocks, stretches), and the stretches' limits."""
+    """Return the share of steps in which a block was trained, (blocks, stretches), and the limits of the stretches."""
     num_steps = len(selection.selected)
     chosen = np.zeros((len(selection.blocks), num_steps))
     for step, blocks in enumerate(selection.selected):
@@ -70,7 +71,7 @@ def in_stretches(selection: BlockSelection) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw_strip(strip: Axes, selection: BlockSelection) -> None:
-    """A line for each explore step."""
+    """Draw a line for each explore step."""
     strip.vlines(np.flatnonzero(selection.explored) + 0.5, 0, 1, color=INK, linewidth=0.8)
     strip.set_ylim(0, 1)
     strip.set_xticks([])
@@ -81,7 +82,7 @@ def _draw_strip(strip: Axes, selection: BlockSelection) -> None:
 
 
 def _caption(method: Method, selection: BlockSelection, *, stretch: bool) -> str:
-    shade = "grey: the share of a stretch of steps at which the block trained" if stretch else "black: trained"
+    shade = "grey: share of the steps of a stretch in which the block trained" if stretch else "black: trained"
     explored = f"{sum(selection.explored):,} of {words.plural(len(selection.selected), 'step')} explored"
     return (
         f"{shade[0].upper()}{shade[1:]}. {explored} (the lines on top). "

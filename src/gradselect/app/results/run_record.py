@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .record import Number, Record
 
@@ -154,6 +154,13 @@ class FinishedRun(RunRecord):
     flop: Flop = Flop()
     selection: Selection | None
     history: list[dict[str, Any]]
+
+    @field_validator("status")
+    @classmethod
+    def check_status(cls, status: str) -> str:
+        if status != "finished":
+            raise ValueError(f"{status!r}; the run has not finished")
+        return status
 
 
 def read_run(path: Path) -> RunRecord:
