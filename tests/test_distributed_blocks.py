@@ -439,7 +439,7 @@ def end_one(rank, *, wrapper, within_step):
         if rank == 1 and not within_step:
             os._exit(1)
         if within_step:
-            optimizer._together.check_soon()
+            optimizer._agreement.check_soon()
             model(rows(9, rank=rank, world=2)).backward()
             if rank == 1:
                 os._exit(1)

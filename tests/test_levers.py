@@ -177,7 +177,7 @@ def test_what_needs_all_gradients_at_once_is_refused_with_an_update_in_the_backw
         optimizer.accumulation_steps = 3
     with pytest.raises(gs.UsageError, match="grad_scaler"):
         optimizer.grad_scaler = scaler
-    monkeypatch.setattr(importlib.import_module("gradselect.blocks.backward_updates"), "is_running", lambda: True)
+    monkeypatch.setattr(importlib.import_module("gradselect.blocks.set_up"), "is_running", lambda: True)
     with pytest.raises(gs.UsageError, match=r"torch\.distributed"):
         build_with()
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import gradselect as gs
 from gradselect.blocks.observer import GradientObserver
+from gradselect.core.freezing import Ownership
 from gradselect.core.gradients import gradient_norm
 from gradselect.reference import block_norms, top_blocks
 
@@ -40,7 +41,8 @@ def idle():
 
 def observer_of(model, **settings):
     blocks = gs.partition(model)
-    observer = GradientObserver({block.name: block.parameters for block in blocks}, **settings)
+    ownership = Ownership(model, list(model.parameters()))
+    observer = GradientObserver({block.name: block.parameters for block in blocks}, ownership, **settings)
     observer.watch([block.name for block in blocks])
     return observer, blocks
 

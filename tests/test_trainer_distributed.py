@@ -205,7 +205,7 @@ def refuse_to_cut(*, rank):
     shards = dict(shard(model).named_parameters())
     for group in optimizer.param_groups:
         group["params"] = [shards[name] for name in group["param_names"]]
-    with pytest.raises(gs.UsageError, match=r"AdamW8bitRule .* shards would cut apart"):
+    with pytest.raises(gs.UsageError, match=r"AdamW8bitRule .* shards would cut them apart"):
         train(model, optimizer, steps=1, rank=rank, world=2)
 
 

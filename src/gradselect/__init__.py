@@ -14,6 +14,7 @@ from gradselect.core import (
     Keep,
     MaskRecord,
     Offload,
+    SGDRule,
     StepRecord,
 )
 from gradselect.entries import AbstractCompactMask, AbstractDenseMask, AbstractMask, SparseOptimizer
@@ -50,6 +51,7 @@ __all__ = [
     "Keep",
     "MaskRecord",
     "Offload",
+    "SGDRule",
     "SparseOptimizer",
     "StaticMask",
     "StepRecord",

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
 from torch.nn import Parameter
-from torch.utils.hooks import RemovableHandle
 
-from gradselect.core import BlockStates, Group, ParameterTable
-from gradselect.parallel import is_running
+from gradselect.core import AbstractGradientHooks, BlockStates, Group, Ownership, ParameterTable
 from gradselect.usage import UsageError
 
-from .observer import GradientObserver
 
-
-class BackwardUpdates:
+class BackwardUpdates(AbstractGradientHooks):
     """Applies the rule to each expected parameter when its gradient has been accumulated, then frees the gradient.
 
     With L the loss, w_1, ..., w_n the expected parameters in the order in which the backward pass completes them:
@@ -35,23 +28,25 @@ class BackwardUpdates:
     Args:
         states: apply the rule.
         table: finds parameters and their groups.
-        observer: knows whether a newer optimizer has taken the model over.
+        ownership: of the optimizer.
+        is_active: False: nothing ever moves in the backward pass.
 
     Reference:
         Lv et al.: Full Parameter Fine-tuning for Large Language Models with Limited Resources (LOMO), arXiv
         2306.09782, section 3.1, for fusing gradient computation and update.
     """
 
-    def __init__(self, states: BlockStates, table: ParameterTable, observer: GradientObserver) -> None:
+    def __init__(
+        self, states: BlockStates, table: ParameterTable, ownership: Ownership, *, is_active: bool = True
+    ) -> None:
+        super().__init__(ownership, accumulation_steps=1)
+        self.is_active = is_active
         self._states = states
         self._table = table
-        self._observer = observer
         self._names: tuple[str, ...] = ()
         self._groups: dict[Parameter, Group] = {}
         self._moved: set[Parameter] = set()
-        self._handles: list[RemovableHandle] = [
-            parameter.register_post_accumulate_grad_hook(_weak_hook(self)) for parameter in table.all()
-        ]
+        self._register(table.named() if is_active else ())
 
     def expect(self, names: Sequence[str]) -> None:
         """The parameters of these blocks move in the coming backward pass; `()`: none does."""
@@ -65,23 +60,21 @@ class BackwardUpdates:
         self.restart()
 
     def restart(self) -> None:
-        """A new step: nothing has moved yet."""
         self._moved.clear()
 
     @property
     def has_moved(self) -> bool:
-        """Whether a parameter has moved since the last step."""
+        """True if a parameter has moved since the last step."""
         return bool(self._moved)
 
-    def moved(self, parameter: Parameter) -> bool:
-        """Whether it has moved since the last step."""
-        return parameter in self._moved
+    def has_gradient(self, block: str) -> bool:
+        """True if a parameter of the block has a gradient, or has used it up."""
+        return any(parameter.grad is not None or parameter in self._moved for parameter in self._table.of(block))
 
     @torch.no_grad()
-    def arrived(self, parameter: Parameter) -> None:
-        """The hook: the gradient of `parameter` is whole."""
+    def arrived(self, name: str, parameter: Parameter) -> None:
         group = self._groups.get(parameter)
-        if group is None or not self._observer.owns(parameter):
+        if group is None:
             return
         if parameter in self._moved:
             raise UsageError(
@@ -94,44 +87,3 @@ class BackwardUpdates:
         self._moved.add(parameter)
         self._states.update([parameter], group)
         parameter.grad = None
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-
-
-def check_update_in_backward(*, accumulation_steps: int, grad_scaler: GradScaler | None) -> None:
-    """Nothing waits for all gradients between the backward pass and the update.
-
-    Raises:
-        UsageError: says what does.
-    """
-    if accumulation_steps > 1:
-        raise UsageError(
-            f"update_in_backward=True with accumulation_steps={accumulation_steps}: each backward pass would be a "
-            "step; leave update_in_backward out, or write accumulation_steps=1 with a larger batch"
-        )
-    if grad_scaler is not None:
-        raise UsageError(
-            "update_in_backward=True with a grad_scaler, which looks for overflow in all gradients before any is used; "
-            "leave update_in_backward out, or train in bfloat16, which needs no scaler"
-        )
-    if is_running():
-        raise UsageError(
-            "update_in_backward=True under torch.distributed, where a gradient is averaged after it has arrived; leave "
-            "update_in_backward out on several processes"
-        )
-
-
-def _weak_hook(updates: BackwardUpdates) -> Callable[[Tensor], None]:
-    """A hook that does not keep a discarded optimizer's state alive."""
-    reference = weakref.ref(updates)
-
-    def hook(parameter: Tensor) -> None:
-        alive = reference()
-        if alive is not None:
-            assert isinstance(parameter, Parameter)
-            alive.arrived(parameter)
-
-    return hook

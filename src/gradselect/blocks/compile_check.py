@@ -1,11 +1,11 @@
-"""Whether what was selected also trains: a compiled graph may have been made while a block was frozen."""
+"""Detects blocks that torch.compile left out of its graph."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
 
@@ -19,29 +19,36 @@ MAX_MISSES = 3
 
 
 class UnreachedBlocks:
-    """Counts in how many steps in a row a block took part without a gradient, where anything was compiled.
+    """Detects blocks that torch.compile left out of its graph.
 
-    torch 2.9.1 and others before it did not compile anew when `requires_grad` changed after the first pass, so that a
-    block which was frozen then trained never, in silence (pytorch/pytorch#139476).
+    Counts in how many steps in a row a block took part without a gradient, where anything was compiled. torch up to
+    2.9.1 did not compile again when `requires_grad` changed after the first pass, so that a block which was frozen then
+    never trained, silently (pytorch/pytorch#139476).
     """
 
     def __init__(self) -> None:
         self._misses: Counter[str] = Counter()
 
-    def check(self, *, reached: Collection[str], missed: Collection[str]) -> None:
-        """After a backward pass.
+    def check(
+        self, selected: Collection[str], norms: Mapping[str, float], *, has_gradient: Callable[[str], bool]
+    ) -> None:
+        """Count the blocks that took part in a backward pass and got no gradient, or only zeros.
 
         Args:
-            reached: blocks that got a gradient.
-            missed: blocks that took part and got none, or zeros alone.
+            selected: blocks that are about to be updated.
+            norms: gradient norms of the blocks that were observed.
+            has_gradient: tells if a parameter of a block got a gradient.
 
         Raises:
-            UsageError: one was missed in `MAX_MISSES` steps in a row, while others were reached.
+            UsageError: a block was missed in `MAX_MISSES` steps in a row, while others were reached.
         """
+        if not has_compiled():
+            return
+        reached = {name for name, norm in norms.items() if norm != 0.0} | set(filter(has_gradient, selected))
         for name in reached:
             del self._misses[name]
         if reached:
-            self._misses.update(missed)
+            self._misses.update({*selected, *norms} - reached)
         for name, misses in self._misses.items():
             if misses >= MAX_MISSES:
                 raise UsageError(
@@ -53,14 +60,14 @@ class UnreachedBlocks:
 
 
 def has_compiled() -> bool:
-    """Whether torch.compile has compiled anything in this process."""
+    """True if torch.compile has compiled anything in this process."""
     # Whoever compiles has imported it, which is slow.
     module = sys.modules.get("torch._dynamo.utils")
     return module is not None and module.counters["frames"]["ok"] > 0
 
 
-def warn_of_whole(model: nn.Module) -> None:
-    """A compiled graph of a whole model holds for one selection."""
+def warn_of_compiled_model(model: nn.Module) -> None:
+    """Warn if the model is compiled as a whole: such a graph holds for one selection."""
     if any("_orig_mod" in each._modules or each._compiled_call_impl is not None for each in unwrapping(model)):
         logger.warning(
             "the model is compiled as a whole: once more for each new selection, and after "

@@ -3,75 +3,76 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import Parameter
-from torch.utils.hooks import RemovableHandle
 
-from gradselect.core import _at_end_of_pass, _norm_of, gradient_norm
+from gradselect.core import (
+    SELECTION,
+    AbstractGradientHooks,
+    Ownership,
+    Phases,
+    at_end_of_pass,
+    gradient_norm,
+    in_phase,
+    norm_of,
+)
 from gradselect.parallel import SquareSums
-from gradselect.usage import UsageError
 
 Score = Callable[[str, float], float]
 
 
-class GradientObserver:
+class GradientObserver(AbstractGradientHooks):
     """Measures ||g_b||_2 of each watched block b when the last of its gradients has arrived.
 
-    With `stream`, only the blocks of the `keep` largest scores so far hold gradients: when a block completes, the worst
-    of the best `keep + 1` loses its own at once. The backward pass visits one block after the other, so at most
-    `keep + 1` watched blocks hold gradients at any moment. A block whose norm is not finite keeps its gradients, and
-    counts for nothing: a gradient scaler, or whoever clips, has to see that it overflowed.
+    With `stream`, only the blocks of the `keep` largest scores so far hold gradients (*streaming top-k*): when a block
+    completes, the worst of the best `keep + 1` loses its own at once. The backward pass visits one block after the
+    other, so at most `keep + 1` watched blocks hold gradients at any moment. A block whose norm is not finite keeps its
+    gradients and counts for nothing: a gradient scaler, or whoever clips, has to see that it overflowed.
 
-    A block of which a parameter gets no gradient (an expert without tokens, say) is never complete during the backward
-    pass; it is measured when the pass ends. Hooks are registered once, while everything is trainable: torch refuses
-    one on a frozen parameter, but an early one survives being frozen. Each parameter is marked with its newest
-    observer (`gradselect_owner`), so an older one falls silent.
+    A block is never complete during the backward pass if one of its parameters gets no gradient (an expert without
+    tokens, for example); it is measured when the pass ends.
 
-    On several processes a gradient is final when the backward pass has ended and the wrapper has averaged it: blocks
-    are measured then, nothing is released before, and `norms` adds up over the shards.
+    On several ranks a gradient is final when the backward pass has ended and the wrapper has averaged it: blocks are
+    measured then, nothing is released before, and `norms` adds up over the shards.
 
     Args:
-        blocks: the parameters of each block, by block name, in model order.
+        blocks: parameters of each block, by block name, in model order.
+        ownership: of the optimizer.
         accumulation_steps: backward passes before an optimizer step; gradients are read in the last.
         grad_scaler: what multiplies the loss, if anything does; norms are divided by its scale.
-        is_one_of_many: whether there are several processes.
+        is_one_of_many: True if there are several ranks.
+        phases: of the optimizer.
     """
 
     def __init__(
         self,
         blocks: Mapping[str, Sequence[Parameter]],
+        ownership: Ownership,
         *,
         accumulation_steps: int = 1,
         grad_scaler: GradScaler | None = None,
         is_one_of_many: bool = False,
+        phases: Phases | None = None,
     ) -> None:
-        self.accumulation_steps = accumulation_steps
+        super().__init__(ownership, accumulation_steps=accumulation_steps)
         self.grad_scaler = grad_scaler
+        self._phases = phases or Phases()
         self._rank = {name: position for position, name in enumerate(blocks)}
         self._watched: frozenset[str] = frozenset()
         self._score: Score | None = None
         self._keep = 0
         self._sums = SquareSums(gradient_norm) if is_one_of_many else None
-        self._handles: list[RemovableHandle] = []
         self.follow(blocks)
 
     def follow(self, blocks: Mapping[str, Sequence[Parameter]]) -> None:
         """Observe these parameters of the same blocks: at first, and when a wrapper has put others in their place."""
-        self.close()
         self._blocks = {name: tuple(parameters) for name, parameters in blocks.items()}
         self.restart()
-        for parameter in self._parameters():
-            parameter.gradselect_owner = id(self)  # pyright: ignore[reportAttributeAccessIssue]
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(_weak_hook(self, name))
-            for name, parameters in self._blocks.items()
-            for parameter in parameters
-        ]
+        self._register((name, parameter) for name, parameters in self._blocks.items() for parameter in parameters)
 
     def watch(self, names: Sequence[str]) -> None:
         """Measure these blocks in the backward passes to come."""
@@ -101,6 +102,7 @@ class GradientObserver:
         """Whether a backward pass has reached a watched block in this window."""
         return bool(self._norms) or self._num_passes > 0
 
+    @in_phase(SELECTION)
     def norms(self) -> dict[str, float]:
         """Norm of every watched block, in model order.
 
@@ -114,34 +116,18 @@ class GradientObserver:
                 self._complete(name, scale=1.0)
         return {name: float(self._norms[name]) for name in self._blocks if name in self._norms}
 
-    def owns(self, parameter: Tensor) -> bool:
-        """Whether no newer observer has been put on the same model."""
-        return getattr(parameter, "gradselect_owner", None) == id(self)
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-
     def arrived(self, name: str, parameter: Parameter) -> None:
-        """The hook: a backward pass has added to the gradient of `parameter` of block `name`."""
-        if name not in self._watched or not self.owns(parameter):
+        if name not in self._watched:
             return
         if self._num_passes >= self.accumulation_steps:
-            raise UsageError(
-                f"backward pass {self._num_passes + 1} before optimizer.step(), but accumulation_steps="
-                f"{self.accumulation_steps}: gradients were read, and some released, after that many; for gradient "
-                "accumulation write BlockOptimizer(..., accumulation_steps=<backward passes per step>), in a Trainer "
-                "callbacks=[SelectionCallback()]; where a step was skipped call optimizer.zero_grad(); checkpoint "
-                "activations with use_reentrant=False"
-            )
+            self._refuse_pass(self._num_passes + 1, optimizer="BlockOptimizer", lost="read, and some released,")
         if not self._in_pass:
             self._in_pass = True
             # Data parallel wrappers finish at the end of the pass too: what is queued only there runs after them.
-            _at_end_of_pass(self._end_pass if self._sums is None else partial(_at_end_of_pass, self._end_shared_pass))
+            at_end_of_pass(self._end_pass if self._sums is None else partial(at_end_of_pass, self._end_shared_pass))
         if self._num_passes == self.accumulation_steps - 1 and self._sums is None:
             # Now: whoever updates inside the backward pass frees the gradient next.
-            self._parts[parameter] = _norm_of(parameter)
+            self._parts[parameter] = norm_of(parameter)
             self._incomplete[name] -= 1
             if self._incomplete[name] == 0:
                 self._complete(name, scale=self._scale())
@@ -176,14 +162,12 @@ class GradientObserver:
         self._measure_shared([name for name in watched if name not in self._sums], scale=1.0)
         return self._sums.norms(watched)
 
-    def _parameters(self) -> list[Parameter]:
-        return [parameter for parameters in self._blocks.values() for parameter in parameters]
-
     def _scale(self) -> float:
         if self._known_scale is None:
             self._known_scale = 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
         return self._known_scale
 
+    @in_phase(SELECTION)
     def _complete(self, name: str, *, scale: float) -> None:
         self._norms[name] = gradient_norm(self._blocks[name], known=self._parts) / scale
         if self._score is not None:  # else nobody waits for the number: it stays on the device
@@ -208,16 +192,3 @@ class GradientObserver:
 
 def _ordered(score: float) -> float:
     return -math.inf if math.isnan(score) else score  # as the policy's own decision ranks
-
-
-def _weak_hook(observer: GradientObserver, name: str) -> Callable[[Tensor], None]:
-    """A hook that does not keep the observer, and with it a discarded optimizer, alive."""
-    reference = weakref.ref(observer)
-
-    def hook(parameter: Tensor) -> None:
-        alive = reference()
-        if alive is not None:
-            assert isinstance(parameter, Parameter)
-            alive.arrived(name, parameter)
-
-    return hook

@@ -1,25 +1,32 @@
 """What both optimizers share: the base class, parameter groups, rules, state, residency, records, gradients."""
 
+from .adamw import AdamWRule
 from .adamw_8bit import AdamW8bitRule
 from .block import Block
 from .checkpoint_identity import as_text, check_same, selection_of, states_by_name
-from .freezing import freeze, give_back, is_frozen_for_now
-from .gradients import _at_end_of_pass, _norm_of, dense, gradient_norm
+from .freezing import Ownership, freeze, is_frozen_for_now
+from .gradients import AbstractGradientHooks, at_end_of_pass, dense, gradient_norm, norm_of, squared_norm
 from .optimizer import SelectiveOptimizer
-from .parameter_groups import Group, ParameterTable, decay_groups
+from .parameter_groups import Group, ParameterTable
+from .phases import SELECTION, Phases, in_phase
 from .records import MEMORY_CATEGORIES, JsonlWriter, MaskRecord, MemoryBytes, StepRecord, selection_entropy
 from .residency import AbstractResidency, Drop, Keep, Offload
-from .rules import AbstractRule, AdamWRule
-from .state import HALF, MASTER, BlockStates, StateStore, num_bytes
+from .rules import AbstractRule, Ages
+from .settings import UpdateSettings
+from .sgd import SGDRule
+from .state import HALF, MASTER, BlockStates, num_bytes
 
 __all__ = [
     "HALF",
     "MASTER",
     "MEMORY_CATEGORIES",
+    "SELECTION",
+    "AbstractGradientHooks",
     "AbstractResidency",
     "AbstractRule",
     "AdamW8bitRule",
     "AdamWRule",
+    "Ages",
     "Block",
     "BlockStates",
     "Drop",
@@ -29,22 +36,25 @@ __all__ = [
     "MaskRecord",
     "MemoryBytes",
     "Offload",
+    "Ownership",
     "ParameterTable",
+    "Phases",
+    "SGDRule",
     "SelectiveOptimizer",
-    "StateStore",
     "StepRecord",
-    "_at_end_of_pass",
-    "_norm_of",
+    "UpdateSettings",
     "as_text",
+    "at_end_of_pass",
     "check_same",
-    "decay_groups",
     "dense",
     "freeze",
-    "give_back",
     "gradient_norm",
+    "in_phase",
     "is_frozen_for_now",
+    "norm_of",
     "num_bytes",
     "selection_entropy",
     "selection_of",
+    "squared_norm",
     "states_by_name",
 ]

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rules import AbstractRule, AdamWRule, State
+from .adamw import AdamWRule
+from .rules import AbstractRule, State
 
 BLOCK = 256
 """Numbers that share one scale."""

@@ -1,16 +1,24 @@
-"""Freezing parameters for the moment, so that it can be told from the user's own freezing and undone."""
+"""Freezing parameters for a step, told from the user's own freezing, and undone when the optimizer goes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+from torch import Tensor
 from torch.nn import Parameter
+
+from gradselect.usage import UsageError
+
+_NUMBERS = itertools.count(1)
 
 
 def freeze(parameter: Parameter, frozen: bool) -> None:
-    """Freeze or thaw a parameter; when that changes it, its gradient goes.
+    """Freeze or thaw a parameter; its gradient goes when that changes it.
 
-    A frozen one is marked (`gradselect_frozen`): a partition of the model counts it among those that train.
+    A frozen one is marked (`gradselect_frozen`), so that a partition counts it among those that train.
     """
     if parameter.requires_grad == frozen:
         parameter.requires_grad_(not frozen)
@@ -22,12 +30,56 @@ def freeze(parameter: Parameter, frozen: bool) -> None:
 
 
 def is_frozen_for_now(parameter: Parameter) -> bool:
-    """Whether an optimizer of this package, and not the user, has frozen the parameter."""
+    """True if an optimizer of this package, and not the user, has frozen the parameter."""
     return getattr(parameter, "gradselect_frozen", False)
 
 
-def give_back(parameters: Sequence[Parameter], *, owner: int) -> None:
-    """Thaw what the observer `owner` holds and forget it; what a newer one holds is left alone."""
+class Ownership:
+    """Marks parameters with their newest optimizer, so that hooks of an older one fall silent.
+
+    When the optimizer is dropped or closed, its parameters are trainable again and carry no mark.
+
+    Args:
+        optimizer: held by a weak reference.
+        parameters: marked with a number of this owner (`gradselect_owner`).
+    """
+
+    def __init__(self, optimizer: object, parameters: Sequence[Parameter]) -> None:
+        self._number = next(_NUMBERS)
+        self._optimizer = weakref.ref(optimizer)
+        self._finalizer: weakref.finalize[..., Any] | None = None
+        self.take(parameters)
+
+    def take(self, parameters: Sequence[Parameter]) -> None:
+        """Own these parameters instead of earlier ones, which a wrapper has replaced."""
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        for parameter in parameters:
+            parameter.gradselect_owner = self._number  # pyright: ignore[reportAttributeAccessIssue]
+        self._finalizer = weakref.finalize(self._optimizer(), _give_back, list(parameters), self._number)
+        self._finalizer.atexit = False
+
+    def covers(self, parameter: Tensor) -> bool:
+        """True if no newer optimizer of this package was built on the same model."""
+        return getattr(parameter, "gradselect_owner", None) == self._number
+
+    def check(self, parameters: Iterable[Parameter]) -> None:
+        """Refuse a step of an optimizer that no longer owns its parameters.
+
+        Raises:
+            UsageError: a newer one was built, or this one was closed.
+        """
+        if not all(map(self.covers, parameters)):
+            raise UsageError("a newer optimizer was built on this model, or this one was closed; step that one")
+
+    def release(self) -> None:
+        """Make the parameters trainable again and remove the marks."""
+        if self._finalizer is not None:
+            self._finalizer()
+
+
+def _give_back(parameters: Sequence[Parameter], owner: int) -> None:
+    """Thaw and unmark what `owner` holds; what a newer optimizer holds is left alone."""
     for parameter in parameters:
         if getattr(parameter, "gradselect_owner", None) == owner:
             del parameter.gradselect_owner  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,34 +1,95 @@
-"""Norms of gradients, and the end of a backward pass."""
+"""Gradients: their norms, and hooks that see each as it is accumulated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
-from gradselect.parallel import local_part
+from gradselect.parallel import Groups, local_part, shard_groups, total
 from gradselect.usage import UsageError
+
+from .freezing import Ownership
+from .hooks import weak_hook
+
+
+class AbstractGradientHooks(ABC):
+    """Calls `arrived(name, parameter)` each time a backward pass has added to the gradient of a parameter.
+
+    Hooks are registered while everything is trainable: torch refuses one on a frozen parameter, but an early one
+    survives freezing. Parameters that a newer optimizer owns are left alone.
+
+    Attributes:
+        accumulation_steps: backward passes before an optimizer step, >= 1.
+
+    Args:
+        ownership: of the optimizer.
+        accumulation_steps: as above.
+    """
+
+    def __init__(self, ownership: Ownership, *, accumulation_steps: int) -> None:
+        self.accumulation_steps = accumulation_steps
+        self._ownership = ownership
+        self._handles: list[RemovableHandle] = []
+
+    def _register(self, named: Iterable[tuple[str, Parameter]]) -> None:
+        self.close()
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(weak_hook(self._arrived, name)) for name, parameter in named
+        ]
+
+    def _arrived(self, name: str, parameter: Parameter) -> None:
+        if self._ownership.covers(parameter):
+            self.arrived(name, parameter)
+
+    @abstractmethod
+    def arrived(self, name: str, parameter: Parameter) -> None:
+        """Handle the gradient of `parameter`; `name` is that it was registered with."""
+
+    @abstractmethod
+    def restart(self) -> None:
+        """Begin a new accumulation window: nothing has arrived yet."""
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _refuse_pass(self, number: int, *, optimizer: str, lost: str) -> None:
+        """Refuse a backward pass that was not announced.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            f"backward pass {number} before optimizer.step(), but accumulation_steps={self.accumulation_steps}: "
+            f"gradients were {lost} after that many; for gradient accumulation write {optimizer}(..., "
+            "accumulation_steps=<backward passes per step>), in a Trainer callbacks=[SelectionCallback()]; where a "
+            "step was skipped call optimizer.zero_grad(); checkpoint activations with use_reentrant=False"
+        )
 
 
 def gradient_norm(
     parameters: Sequence[Parameter], *, known: Mapping[Parameter, Tensor] = MappingProxyType({})
 ) -> Tensor:
-    """L2 norm, in fp32, of the gradients of `parameters` taken as one vector; without any gradient 0.0. Shape ().
+    """L2 norm, in fp32, of the gradients of `parameters` as one vector; 0.0 without any gradient. Shape ().
 
-    Of sharded gradients it is that of the shards which this process holds.
+    Counts the local parts of sharded gradients.
 
     Args:
-        parameters: those of one block, say.
-        known: norms of single gradients that were measured already; the gradients may be gone.
+        parameters: those of one block, for example.
+        known: norms that were measured before; these gradients may be gone.
 
     Raises:
         UsageError: a gradient is sparse.
     """
     norms = [
-        known[parameter] if parameter in known else _norm_of(parameter)
+        known[parameter] if parameter in known else norm_of(parameter)
         for parameter in parameters
         if parameter in known or parameter.grad is not None
     ]
@@ -37,24 +98,42 @@ def gradient_norm(
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
-def _norm_of(parameter: Parameter) -> Tensor:
-    """L2 norm, in fp32, of the one gradient, which exists. Shape ()."""
+def total_norm(parameters: Iterable[Parameter]) -> float:
+    """L2 norm of the whole gradients of `parameters` as one vector, over all ranks; 0.0 without any gradient.
+
+    Raises:
+        UsageError: a gradient is sparse.
+    """
+    apart: dict[Groups, list[Parameter]] = {}
+    for parameter in parameters:
+        apart.setdefault(shard_groups(parameter), []).append(parameter)
+    squares = [(several[0], gradient_norm(several).double().square()) for several in apart.values()]
+    return float(total(squares).sqrt())
+
+
+def norm_of(parameter: Parameter) -> Tensor:
+    """L2 norm, in fp32, of one gradient that exists. Shape ()."""
     assert parameter.grad is not None
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     return torch.linalg.vector_norm(dense(local_part(parameter.grad)), dtype=dtype).float()
 
 
+def squared_norm(gradient: Tensor) -> Tensor:
+    """Squared L2 norm, in fp32 or in the gradient's own dtype if that is wider. Shape ()."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)) ** 2
+
+
 def dense(gradient: Tensor) -> Tensor:
-    """The gradient, which is not sparse.
+    """Return the gradient if it is dense.
 
     Raises:
-        UsageError: it is.
+        UsageError: it is sparse.
     """
     if gradient.is_sparse:
         raise UsageError("sparse gradients are not supported; build the embedding with sparse=False")
     return gradient
 
 
-def _at_end_of_pass(call: Callable[[], None]) -> None:
-    """Queue a call for when the backward pass that runs now has visited everything, as data parallel wrappers do."""
+def at_end_of_pass(call: Callable[[], None]) -> None:
+    """Queue a call for the end of the backward pass that runs now, as data-parallel wrappers do."""
     torch.autograd.Variable._execution_engine.queue_callback(call)  # pyright: ignore

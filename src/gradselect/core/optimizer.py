@@ -1,42 +1,156 @@
-"""What the two optimizers share: the manners of a torch optimizer whose parameters are fixed for life."""
+"""The base of both optimizers: a torch optimizer whose parameters are fixed for life and whose selection changes."""
 
 from __future__ import annotations
 
-from abc import ABC
+import logging
+import math
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
+from torch import nn
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gradselect.usage import UsageError
+from gradselect.parallel import RankAgreement, is_running
+from gradselect.usage import UsageError, check_whole
 
-from .parameter_groups import Group
+from .block import Block
+from .freezing import Ownership, freeze
+from .gradients import AbstractGradientHooks, total_norm
+from .parameter_groups import ParameterTable, decay_groups
+from .phases import SELECTION, Phases, Span, in_phase
+from .records import MemoryBytes
+from .settings import UpdateSettings
+from .state import BlockStates, StateStore, num_bytes
+
+logger = logging.getLogger(__name__)
 
 Record = TypeVar("Record")
 
 
 class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
-    """A torch optimizer with fixed groups that reports each step as a record.
+    """A torch optimizer with fixed groups that trains a selection and reports each step as a record.
 
     Attributes:
+        rule: the update formula.
+        skip_nonfinite: True: a step whose gradients hold NaN or infinity changes nothing. May be set between steps.
+        num_skipped: number of steps skipped so far.
+        num_skipped_in_a_row: number of steps skipped since the last one that was taken.
         last_record: what the last step did; None before the first.
+
+    Args:
+        model: unwrapped; what it holds beside `blocks` is counted only.
+        blocks: parameters that the optimizer may move.
+        update: how they move.
+        owned: all parameters that the optimizer freezes and thaws; by default those of `blocks`.
     """
 
-    def __init__(self, groups: list[Group], defaults: dict[str, Any]) -> None:
-        self._sealed = False
-        super().__init__(groups, defaults)
-        self._sealed = True
-        self._step = 0
-        self._record_hooks: OrderedDict[int, Callable[[Record], None]] = OrderedDict()
+    _hooks: AbstractGradientHooks
+    """Reads gradients as they arrive; set by the optimizer when it starts."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        update: UpdateSettings,
+        *,
+        owned: Sequence[Parameter] | None = None,
+    ) -> None:
+        self._is_built = False
+        groups = decay_groups(blocks, no_decay=update.no_decay, weight_decay=update.weight_decay)
+        super().__init__(groups, update.group_options())
+        self._is_built = True
+        self.state = StateStore(dict)
+        self.rule = update.rule
+        self.skip_nonfinite = False
+        self.num_skipped = self.num_skipped_in_a_row = 0
         self.last_record: Record | None = None
+        self._step = 0
+        self._phases = Phases()
+        self._record_hooks: OrderedDict[int, Callable[[Record], None]] = OrderedDict()
+        self._table = ParameterTable(self.param_groups, {block.name: block.parameter_names for block in blocks})
+        self._states = BlockStates(
+            self.state,
+            self._table,
+            rule=update.rule,
+            residency=update.residency,
+            master_dtype=update.master_dtype,
+            phases=self._phases,
+        )
+        self._other_weight_bytes = sum(map(num_bytes, model.parameters())) - sum(map(num_bytes, self._table.all()))
+        self._ownership = Ownership(self, self._table.all() if owned is None else owned)
+        self._agreement = RankAgreement(model, self, type(self)._begin_training) if is_running() else None
+
+    # For users -----------------------------------------------------------------------------------------------------
 
     @property
     def num_steps(self) -> int:
-        """Steps taken so far; the number of the coming one."""
+        """Number of steps taken so far, which is the number of the coming one."""
         return self._step
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Number of backward passes per step; may be set between steps."""
+        return self._hooks.accumulation_steps
+
+    @accumulation_steps.setter
+    def accumulation_steps(self, value: int) -> None:
+        check_whole("accumulation_steps", value)
+        self._check_window(value)
+        self._hooks.accumulation_steps = value
+
+    @property
+    @torch.no_grad()
+    def grad_norm(self) -> float:
+        """L2 norm of the gradients that exist now and that `step` would apply, over all ranks; 0.0 without any."""
+        return total_norm(self._table.all())
+
+    def memory(self) -> MemoryBytes:
+        """Bytes held now, exactly, by category; each rank counts its local parts.
+
+        Returns:
+            `weights`: all of the model's parameters; `gradients`: those that exist; `masters` and `state_on_device`
+            (moments, indices of entries) on the model's device; `state_on_host`: offloaded moments and masters.
+        """
+        masters, on_device, on_host = self._states.memory()
+        return MemoryBytes(
+            weights=self._other_weight_bytes + sum(map(num_bytes, self._table.all())),
+            gradients=sum(num_bytes(p.grad) for p in self._table.all() if p.grad is not None),
+            masters=masters,
+            state_on_device=on_device,
+            state_on_host=on_host,
+        )
+
+    @torch.no_grad()
+    def refresh_masters(self) -> None:
+        """Set master weights to the model's weights, after something else than `step` changed those."""
+        self._states.refresh_masters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that decides the next step, as tensors and plain values.
+
+        `torch.load(weights_only=True)` reads it. Beside torch's `state` and `param_groups` it holds `selection`. With
+        shards every rank calls it.
+
+        Raises:
+            UsageError: within a step, where `update_in_backward` has moved weights already.
+        """
+        return self._write(super().state_dict())
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Continue where the optimizer that wrote `state_dict` stood. Tensors are copied and keep their dtype.
+
+        Raises:
+            UsageError: written by another optimizer, or for another model, policy or mask; says what differs.
+        """
+        self._load(state_dict)
+        if self._agreement is not None:
+            self._agreement.check_soon()
 
     def add_record_hook(self, hook: Callable[[Record], None]) -> RemovableHandle:
         """Call `hook(record)` with the record of each step, until the handle that is returned is removed."""
@@ -44,13 +158,32 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         self._record_hooks[handle.id] = hook
         return handle
 
+    def phases(self, span: Span) -> RemovableHandle:
+        """Enter `span(name)` around each phase of a step, until the handle that is returned is removed.
+
+        Phases are "selection" (decisions, gradient norms, freezing, records) and, within it, "state" (moves of state
+        between device and host). Some of them run during the backward pass. What is in no phase is the update itself.
+
+        Args:
+            span: returns a context manager, for example one that reads a clock.
+
+        Raises:
+            UsageError: somebody listens already.
+        """
+        return self._phases.listen(span)
+
+    def close(self) -> None:
+        """Give the model back: hooks are removed, frozen parameters trainable again, weights untouched."""
+        self._hooks.close()
+        self._ownership.release()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused after construction: parameters and groups are fixed for life.
+        """Refuse new groups: parameters and groups are fixed for life.
 
         Raises:
             UsageError: always, once the optimizer is built.
         """
-        if self._sealed:
+        if self._is_built:
             name = type(self).__name__
             raise UsageError(f"param_groups of {name} are fixed; build a new {name} on the whole model")
         super().add_param_group(param_group)
@@ -58,11 +191,87 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
     def __getstate__(self) -> NoReturn:
         raise UsageError(f"{type(self).__name__} cannot be copied or pickled whole; save optimizer.state_dict()")
 
+    # For the two optimizers ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _identity(self) -> dict[str, Any]:
+        """Return what a checkpoint and the run that loads it must agree on."""
+
+    @abstractmethod
+    def _begin_training(self) -> None:
+        """Several ranks, first forward pass: the model is wrapped as it will be trained. Freeze now."""
+
+    @abstractmethod
+    def _write(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Complete torch's state_dict."""
+
+    @abstractmethod
+    def _load(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a completed state_dict."""
+
+    def _check_window(self, accumulation_steps: int) -> None:
+        """Refuse an accumulation window that does not fit the other settings."""
+
+    def _facts(self) -> dict[str, Any]:
+        """Return plain values that must be the same on all ranks."""
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        return {
+            **self._identity(),
+            "param_groups": settings,
+            "accumulation_steps": self.accumulation_steps,
+            "skip_nonfinite": self.skip_nonfinite,
+        }
+
+    def _check_ranks(
+        self, parameters: Mapping[str, Sequence[Parameter]], facts: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        """Refuse a step in which ranks would differ; see `RankAgreement`."""
+        if self._agreement is None:
+            return
+        if not self._agreement.has_begun:
+            self._begin_training()  # a loop that never calls the model as a whole
+        self._agreement.check_step(self._step, parameters, facts)
+
+    def _may_freeze(self) -> bool:
+        """True once a data-parallel wrapper cannot come any more."""
+        return self._agreement is None or self._agreement.has_begun
+
     def _evaluate(self, closure: Callable[[], float] | None) -> float | None:
         if closure is None:
             return None
         with torch.enable_grad():
             return closure()
+
+    def _is_skipped(self) -> bool:
+        """True if this step is to change nothing; then its gradients are gone."""
+        if not self.skip_nonfinite or math.isfinite(norm := self.grad_norm):
+            self.num_skipped_in_a_row = 0
+            return False
+        self.num_skipped += 1
+        self.num_skipped_in_a_row += 1
+        self.zero_grad()
+        logger.warning(
+            "the gradient norm of step %d is %s: the step is skipped and has changed nothing (%d skipped so far)",
+            *(self._step, norm, self.num_skipped),
+        )
+        return True
+
+    @in_phase(SELECTION)
+    def _release(self, selected: Collection[str]) -> None:
+        """Free the gradients of all other blocks."""
+        for name in self._table.blocks:
+            if name not in selected:
+                for parameter in self._table.of(name):
+                    parameter.grad = None
+
+    def _set_trainable(self, names: Collection[str]) -> None:
+        """Freeze all blocks but these, once no data-parallel wrapper can come any more."""
+        for name in self._table.blocks:
+            for parameter in self._table.of(name):
+                freeze(parameter, name not in names and self._may_freeze())
+
+    def _parameters_by_block(self, names: Collection[str] | None = None) -> dict[str, list[Parameter]]:
+        return {name: self._table.of(name) for name in self._table.blocks if names is None or name in names}
 
     def _report(self, record: Record) -> None:
         self.last_record = record

@@ -1,14 +1,13 @@
-"""The two parameter groups, decay and no decay; where a block's parameters are found in them; hyper-parameters."""
+"""The two parameter groups, decay and no decay, and where the parameters of a block stand in them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch.nn import Parameter
 
-from gradselect.usage import UsageError
+from gradselect.usage import matching
 
 from .block import Block
 
@@ -16,11 +15,11 @@ Group = dict[str, Any]
 
 
 class ParameterTable:
-    """Finds the parameters of a block, always through the optimizer's groups: a wrapper may have put others there.
+    """Finds the parameters of a block through the optimizer's groups, where a wrapper may have put others.
 
     Args:
-        groups: the optimizer's `param_groups`, with the names that torch keeps of named parameters.
-        members: the names of each block's parameters, by block, in model order.
+        groups: the optimizer's `param_groups`, which hold `param_names`.
+        members: names of each block's parameters, by block, in model order.
     """
 
     def __init__(self, groups: Sequence[Group], members: Mapping[str, Sequence[str]]) -> None:
@@ -39,7 +38,7 @@ class ParameterTable:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all parameters in the order of the groups, which is that of torch's state_dict."""
+        """Names of all parameters in the order of the groups, as in torch's state_dict."""
         return tuple(self._places)
 
     def all(self) -> list[Parameter]:
@@ -55,7 +54,7 @@ class ParameterTable:
         return self._find(self.members[block])
 
     def by_group(self, block: str) -> list[tuple[Group, list[Parameter]]]:
-        """The parameters of one block, apart by group."""
+        """The parameters of one block, by group."""
         apart: dict[int, list[str]] = {}
         for name in self.members[block]:
             apart.setdefault(self._places[name][0], []).append(name)
@@ -69,23 +68,16 @@ class ParameterTable:
 def decay_groups(
     blocks: Sequence[Block], *, no_decay: str | Sequence[str] | None, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Named parameters in a decayed and an undecayed group, in model order; an empty group is left out.
+    """Return the named parameters in a decayed and an undecayed group, in model order, without empty groups.
 
     Raises:
         UsageError: a pattern of `no_decay` matches nothing.
     """
-    patterns = (no_decay,) if isinstance(no_decay, str) else no_decay
     named = [pair for block in blocks for pair in zip(block.parameter_names, block.parameters, strict=True)]
-    for pattern in patterns or ():
-        if not any(fnmatchcase(name, pattern) for name, _ in named):
-            raise UsageError(f"no_decay pattern {pattern!r} matches no parameter; a parameter is named {named[0][0]!r}")
-
-    def is_decayed(name: str, parameter: Parameter) -> bool:
-        if patterns is None:
-            return parameter.ndim >= 2
-        return not any(fnmatchcase(name, pattern) for pattern in patterns)
-
-    decayed = [(name, parameter) for name, parameter in named if is_decayed(name, parameter)]
-    others = [(name, parameter) for name, parameter in named if not is_decayed(name, parameter)]
+    undecayed = {name for name, parameter in named if parameter.ndim < 2}
+    if no_decay is not None:
+        undecayed = set(matching([name for name, _ in named], no_decay, kind="parameter that trains", key="no_decay"))
+    decayed = [(name, parameter) for name, parameter in named if name not in undecayed]
+    others = [(name, parameter) for name, parameter in named if name in undecayed]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

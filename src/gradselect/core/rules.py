@@ -1,26 +1,45 @@
-"""HOW a selected weight moves: pure update rules and the makers of their state."""
+"""The contract of an update rule: one formula for blocks and for entries."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
+
+from gradselect.usage import UsageError
 
 State = dict[str, Tensor]
 """One parameter's state by name, e.g. step, exp_avg, exp_avg_sq and, for a half-precision model, master."""
 
+DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
+"""Settings of the optimizers that only some rules use."""
+
+
+class Ages(NamedTuple):
+    """Number of updates of each entry, the one under way included.
+
+    Attributes:
+        updates: int32, shape (n,), or (1,) where it is the same for all.
+        most: the largest of them; known on the host, so that nobody waits for the device.
+    """
+
+    updates: Tensor
+    most: int
+
 
 class AbstractRule(ABC):
-    """One update formula. It knows nothing of blocks or policies: the tensors it is given are the ones that move.
+    """One update formula. It knows nothing of policies or masks: every tensor that it is given moves.
+
+    Blocks and entries use the same rule. `update` moves whole tensors, each with a state of its own; `update_entries`
+    moves the selected entries of many tensors, gathered into one flat array, each with an age of its own.
 
     Example:
         >>> class SignSGD(AbstractRule):
         ...     state_names = ()
+        ...     hyper_parameters = ("lr", "weight_decay")
         ...
         ...     def make_state(self, weight):
         ...         return {}
@@ -32,20 +51,37 @@ class AbstractRule(ABC):
         >>> SignSGD().update([weight], [torch.tensor([3.0, -3.0])], [{}], {"lr": 0.5})
         >>> weight
         tensor([0.5000, 2.5000])
+        >>> SignSGD().works_on_entries
+        False
     """
 
-    state_names: tuple[str, ...]
-    """The large entries of the state (moments and what belongs to them); they follow the residency."""
+    hyper_parameters: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay")
+    """Settings of the optimizer that the rule uses; they stand in its `param_groups`."""
 
-    works_on_shards: bool = True
-    """Whether a state can be cut wherever its weight is: no entry of it belongs to weights of two processes."""
+    works_on_shards: ClassVar[bool] = True
+    """True if the state may be cut wherever its weight is."""
+
+    decouples_decay: ClassVar[bool] = True
+    """True if weight decay acts on the weight (AdamW), False if it is added to the gradient (SGD)."""
+
+    state_names: tuple[str, ...]
+    """Names of the large state tensors (moments and what belongs to them); they follow the residency."""
+
+    @property
+    def works_on_entries(self) -> bool:
+        """True if the rule has `update_entries`."""
+        return type(self).update_entries is not AbstractRule.update_entries
+
+    def group_options(self) -> dict[str, Any]:
+        """Return the rule's own hyper-parameters, which stand in every parameter group beside `hyper_parameters`."""
+        return {}
 
     @abstractmethod
     def make_state(self, weight: Tensor) -> State:
-        """State of a weight that has never moved, in the weight's dtype and on its device."""
+        """Return the state of a weight that has never moved, in the weight's dtype and on its device."""
 
     def counter_device(self, weight: Tensor) -> torch.device:
-        """Where the entries of the state live that are not large: step counters."""
+        """Return the device of step counters."""
         return torch.device("cpu")
 
     @abstractmethod
@@ -54,60 +90,27 @@ class AbstractRule(ABC):
     ) -> None:
         """Move `weights` in place and advance `states`; `group` holds the hyper-parameters."""
 
-
-@dataclass(frozen=True)
-class AdamWRule(AbstractRule):
-    """Adam with decoupled weight decay, in torch's own functional form.
-
-        m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
-        w <- w - lr weight_decay w - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
-
-    `t` counts the updates of this very weight, so a block that is selected late gets its own bias correction.
-
-    Args:
-        fused: one kernel for all tensors of a block instead of torch's loop over them: faster, equal to rounding only.
-            Default False: bitwise what `torch.optim.AdamW(foreach=False)` computes.
-
-    Example:
-        >>> weight, grad, rule = torch.ones(2), torch.ones(2), AdamWRule()
-        >>> group = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 0.0, "weight_decay": 0.0}
-        >>> rule.update([weight], [grad], [rule.make_state(weight)], group)
-        >>> weight
-        tensor([0.9000, 0.9000])
-
-    Reference:
-        Loshchilov, Hutter: Decoupled Weight Decay Regularization, arXiv 1711.05101, algorithm 2.
-    """
-
-    fused: bool = False
-    state_names = ("exp_avg", "exp_avg_sq")
-
-    def make_state(self, weight: Tensor) -> State:
-        step = torch.zeros((), dtype=torch.float32, device=self.counter_device(weight))
-        return {"step": step, "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-
-    def counter_device(self, weight: Tensor) -> torch.device:
-        # The unfused loop reads the counter on the host; the fused kernel wants it beside the weight.
-        return weight.device if self.fused else torch.device("cpu")
-
-    def update(
-        self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]
+    def update_entries(
+        self, weights: Tensor, gradients: Tensor, state: Mapping[str, Tensor], ages: Ages, group: Mapping[str, Any]
     ) -> None:
-        beta1, beta2 = group["betas"]
-        adamw(
-            list(weights),
-            list(grads),
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            foreach=False,
-            fused=self.fused,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        """Move entries in place and advance their state.
+
+        Args:
+            weights: shape (n,), float32 or float64.
+            gradients: shape (n,), same dtype.
+            state: the tensors of `state_names`, shape (n,) each.
+            ages: number of updates of each entry.
+            group: the hyper-parameters.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+
+def check_unused(rule: AbstractRule, **settings: Any) -> None:
+    """Refuse settings that the rule would ignore.
+
+    Raises:
+        UsageError: one differs from its default and the rule does not use it.
+    """
+    for name, value in settings.items():
+        if name not in rule.hyper_parameters and value != DEFAULTS[name]:
+            raise UsageError(f"{name}={value} has no meaning for {type(rule).__name__}; leave {name} out")

@@ -15,6 +15,7 @@ from gradselect.usage import UsageError
 
 from .gradients import dense
 from .parameter_groups import ParameterTable
+from .phases import STATE, Phases, in_phase
 from .residency import AbstractMover, AbstractResidency, StateCopy
 from .rules import AbstractRule, State
 
@@ -46,6 +47,7 @@ class BlockStates:
         rule: makes the state.
         residency: where the state of unselected blocks lives.
         master_dtype: dtype of masters and moments of bf16 and fp16 parameters; None: no masters.
+        phases: of the optimizer.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class BlockStates:
         rule: AbstractRule,
         residency: AbstractResidency,
         master_dtype: torch.dtype | None,
+        phases: Phases | None = None,
     ) -> None:
+        self._phases = phases or Phases()
         self._store = store
         self._table = table
         self._rule = rule
@@ -71,6 +75,7 @@ class BlockStates:
         self.prefetch(names)
         self._mover.settle()
 
+    @in_phase(STATE)
     def prefetch(self, names: Collection[str]) -> None:
         """These blocks are the next selection: their state comes, other state leaves if the residency frees.
 

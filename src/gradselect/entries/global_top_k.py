@@ -1,4 +1,4 @@
-"""Who has the best entries: of all tensors together or of each, among all processes that hold a part of them."""
+"""Global top-k over tensors and shards."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .shards import Shards
 from .top_k import Best, StreamingTopK, in_order
 
 Winners = Mapping[str, tuple[Tensor, Tensor]]
-"""By tensor name places in what this process holds of it (flat, int64, ascending), and values there."""
+"""By tensor name places in this rank's local part (flat, int64, ascending), and values there."""
 
 
 class GlobalTopK:
-    """Keeps the entries of largest score while tensors are offered one after the other.
+    """Keeps the entries of largest score while tensors are scanned one after the other.
 
     Ties go to the earlier tensor, then to the lower index in it. See `StreamingTopK`.
 
     Args:
         names: of all tensors, in model order.
         shards: where their entries lie.
-        counts: how many win: an int over all tensors together, a mapping by tensor name in each.
+        counts: k: an int over all tensors together, a mapping by tensor name for each.
         above: entries whose score is not above this never count.
     """
 
@@ -34,18 +34,18 @@ class GlobalTopK:
         self._counts: dict[str | None, int] = {None: counts} if isinstance(counts, int) else {**counts}
         self._above = above
         self._tops: dict[str | None, StreamingTopK] = {}
-        self._offered: set[str] = set()
+        self._scanned: set[str] = set()
 
     def top(self, name: str) -> StreamingTopK:
-        """What the entries of the tensor are to be offered to."""
-        self._offered.add(name)
+        """Return the top-k that the entries of this tensor compete in."""
+        self._scanned.add(name)
         key = self._key(name)
         if key not in self._tops:
             self._tops[key] = self._empty(key)
         return self._tops[key]
 
     def result(self) -> Winners:
-        """What won, of the tensors that were offered; of all where the best of all together were asked for."""
+        """Return the winners that this rank holds: of the scanned tensors, or of all for a k over all together."""
         won: dict[str, tuple[Tensor, Tensor]] = {}
         for key, (_, keys, values) in self._winners().items():
             ranks, indices, values = in_order(keys, values)
@@ -59,11 +59,11 @@ class GlobalTopK:
     def _winners(self) -> dict[str | None, Best]:
         if not self._shards.is_split:
             return {key: top.best() for key, top in self._tops.items()}
-        offered = self._shards.total({name: name in self._offered for name in self._names})
-        # Every process takes part in every contest, or the others would wait.
-        keys = list(dict.fromkeys(self._key(name) for name in self._names if offered[name]))
-        offers = [self._tops.get(key, self._empty(key)).best() for key in keys]
-        winners = self._shards.best_of_all(offers, [self._counts.get(key, 0) for key in keys]) if keys else []
+        scanned = self._shards.total({name: name in self._scanned for name in self._names})
+        # Every rank takes part in every top-k, or the others would wait.
+        keys = list(dict.fromkeys(self._key(name) for name in self._names if scanned[name]))
+        candidates = [self._tops.get(key, self._empty(key)).best() for key in keys]
+        winners = self._shards.best_of_all(candidates, [self._counts.get(key, 0) for key in keys]) if keys else []
         return dict(zip(keys, winners, strict=True))
 
     def _key(self, name: str) -> str | None:

@@ -1,28 +1,29 @@
-"""Which entries a compact mask chooses: asked before the step, answered from weights or from gradients as they come."""
+"""Selection of entries by a compact mask: from weights before the step, or from gradients as they arrive."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from gradselect.core import SELECTION, Phases, in_phase
 from gradselect.parallel import local_part
 
+from .entry_states import EntryStates
 from .global_top_k import GlobalTopK
 from .mask import AbstractCompactMask, AbstractMask, FromWeights, TopOfGradient
 from .shards import Shards
-from .store import EntryStore
 
-Chosen = Mapping[str, tuple[Tensor, Tensor | None]]
+Selected = Mapping[str, tuple[Tensor, Tensor | None]]
 """By tensor name flat indices (int64, ascending), and the gradients there if the step under way is to move them."""
 
 
 class Change(NamedTuple):
-    """How a step's set differs from the last one's, in entries of all processes."""
+    """Difference between the sets of two steps, in entries of all ranks."""
 
     num_previous: int
     num_new: int
@@ -30,55 +31,62 @@ class Change(NamedTuple):
 
 
 class EntrySelector:
-    """Carries out the choices of a mask on the stores of entries. A dense mask has none, so nothing ever changes.
+    """Carries out the choices of a mask. A dense mask has none, so nothing ever changes.
 
     Attributes:
-        sizes: how many entries of each tensor are in the set, of all processes together.
+        sizes: number of entries of each tensor in the set, over all ranks.
 
     Args:
         mask: bound to the tensors of `parameters`.
-        stores: hold the entries.
-        parameters: the tensors that the mask chooses from, by name.
+        entries: hold the set.
+        parameters: tensors that the mask selects from, by name.
         shards: where their entries lie.
+        phases: of the optimizer.
     """
 
     def __init__(
-        self, mask: AbstractMask, stores: Sequence[EntryStore], parameters: Mapping[str, Parameter], shards: Shards
+        self,
+        mask: AbstractMask,
+        entries: EntryStates,
+        parameters: Mapping[str, Parameter],
+        shards: Shards,
+        *,
+        phases: Phases,
     ) -> None:
         self._mask = mask
-        self._stores = tuple(stores)
+        self._entries = entries
         self._parameters = dict(parameters)
         self._shards = shards
+        self._phases = phases
         self._names = tuple(parameters)
         self._rank = {name: rank for rank, name in enumerate(self._names)}
-        self.sizes: dict[str, int] = {name: 0 for store in stores for name in store.names}
+        self.sizes: dict[str, int] = dict.fromkeys(entries.names, 0)
         self.ask(0)
 
     @property
-    def num_chosen(self) -> int:
-        """Entries of the set, of all tensors together."""
+    def num_selected(self) -> int:
+        """Number of entries in the set, over all tensors and ranks."""
         return sum(self.sizes.values())
 
     def count(self) -> None:
-        """See how many entries the stores hold."""
-        ours = {name: store.num_entries(name) for store in self._stores for name in store.names}
-        self.sizes = self._shards.total(ours)
+        """Update `sizes` from the stores."""
+        self.sizes = self._shards.total(self._entries.num_entries())
 
     def ask(self, step: int) -> None:
-        """Ask the mask what step `step` chooses."""
+        """Ask the mask for its choice at step `step`."""
         mask = self._mask
-        self._choice = mask.choice(step, self.num_chosen) if isinstance(mask, AbstractCompactMask) else None
+        self._choice = mask.choice(step, self.num_selected) if isinstance(mask, AbstractCompactMask) else None
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was offered."""
-        self._contest: GlobalTopK | None = None
+        """Forget the gradients that were seen."""
+        self._top: GlobalTopK | None = None
         if isinstance(self._choice, TopOfGradient):
             above = -math.inf if self._choice.replace else 0.0
-            self._contest = GlobalTopK(self._names, self._shards, self._choice.counts, above=above)
+            self._top = GlobalTopK(self._names, self._shards, self._choice.counts, above=above)
 
-    def can_choose(self, name: str) -> bool:
-        """Whether the gradient of the coming step may add entries of the tensor."""
+    def can_select(self, name: str) -> bool:
+        """True if the gradient of the coming step may add entries of the tensor."""
         if not isinstance(self._choice, TopOfGradient):
             return False
         counts = self._choice.counts
@@ -86,15 +94,16 @@ class EntrySelector:
 
     @property
     def only_adds(self) -> bool:
-        """Whether entries of the set do not compete in the coming step."""
+        """True if entries of the set stay in it at the coming step, whatever their gradients."""
         return isinstance(self._choice, TopOfGradient) and not self._choice.replace
 
-    def offer(self, name: str, gradient: Tensor) -> None:
-        """Offer the entries of a tensor by their gradient (flat, shape (n,)), if the choice is by gradient."""
-        if self._contest is None:
+    @in_phase(SELECTION)
+    def see(self, name: str, gradient: Tensor) -> None:
+        """Rank the entries of a tensor by their gradient (flat, shape (n,)), if the choice is by gradient."""
+        if self._top is None:
             return
         assert isinstance(self._mask, AbstractCompactMask)
-        self._contest.top(name).scan(
+        self._top.top(name).scan(
             local_part(self._parameters[name]).detach().view(-1),
             gradient,
             rank=self._rank[name],
@@ -102,10 +111,10 @@ class EntrySelector:
             least=self._mask.least_gradient,
         )
 
-    def choose_by_weights(self, step: int, model: nn.Module) -> Change:
-        """Before the backward pass: put in place what the mask takes from weights, if it does so at this step."""
+    def select_by_weights(self, step: int, model: nn.Module) -> Change:
+        """Before the backward pass: select what the mask takes from weights, if it does so at this step."""
         if not isinstance(self._choice, FromWeights):
-            return self._unchanged()
+            return Change(self.num_selected, 0, self.num_selected)
         assert isinstance(self._mask, AbstractCompactMask)
         chosen = self._mask.choose(step, model)
         nothing = torch.empty(0, dtype=torch.int64)
@@ -113,31 +122,32 @@ class EntrySelector:
             {name: (self._shards.inside(name, chosen.get(name, nothing)), None) for name in self._names}
         )
 
-    def choose_by_gradient(self) -> Change | None:
-        """When all gradients are there: let the best of what was offered join, or stay. None: no such choice now."""
-        if self._contest is None:
+    @in_phase(SELECTION)
+    def select_by_gradient(self) -> Change | None:
+        """After the backward pass: let the winners join, or replace the set. None: no such choice at this step."""
+        if self._top is None:
             return None
-        chosen = self._contest.result()
-        return self._join(chosen) if self.only_adds else self._replace_by(chosen)
+        winners = self._top.result()
+        return self._join(winners) if self.only_adds else self._replace_by(winners)
 
-    def _join(self, chosen: Chosen) -> Change:
-        """These entries come in addition to the set."""
-        before = self.num_chosen
-        for store in self._stores:
-            store.add({name: self._beside(name, chosen[name]) for name in store.names if name in chosen})
+    def _join(self, selected: Selected) -> Change:
+        """Add entries to the set."""
+        before = self.num_selected
+        for store in self._entries.stores:
+            store.add({name: self._on_device(name, selected[name]) for name in store.names if name in selected})
         self.count()
-        return Change(before, self.num_chosen - before, before)
+        return Change(before, self.num_selected - before, before)
 
-    def _replace_by(self, chosen: Chosen) -> Change:
-        """These entries are the set; those that were in it keep their state. Tensors left out stay as they are."""
-        num_previous, num_kept = self.num_chosen, dict[str, int]()
-        for store in self._stores:
+    def _replace_by(self, selected: Selected) -> Change:
+        """Replace the set; entries that stay keep their state. Tensors that are left out stay as they are."""
+        num_previous, num_kept = self.num_selected, dict[str, int]()
+        for store in self._entries.stores:
             kept, newcomers = {}, {}
             for name in store.names:
-                if name not in chosen:
+                if name not in selected:
                     num_kept[name] = store.num_entries(name)
                     continue
-                indices, gradients = self._beside(name, chosen[name])
+                indices, gradients = self._on_device(name, selected[name])
                 old = store.indices(name).long()
                 kept[name] = torch.isin(old, indices, assume_unique=True)
                 is_new = torch.isin(indices, old, assume_unique=True, invert=True)
@@ -147,14 +157,9 @@ class EntrySelector:
             store.add(newcomers)
         self.count()
         num_stayed = sum(self._shards.total(num_kept).values())
-        return Change(num_previous, self.num_chosen - num_stayed, num_stayed)
+        return Change(num_previous, self.num_selected - num_stayed, num_stayed)
 
-    def _unchanged(self) -> Change:
-        num_chosen = self.num_chosen
-        return Change(num_chosen, 0, num_chosen)
-
-    def _beside(self, name: str, chosen: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        """On the tensor's device."""
+    def _on_device(self, name: str, selected: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
         device = self._parameters[name].device
-        indices, gradients = chosen
+        indices, gradients = selected
         return indices.to(device), None if gradients is None else gradients.to(device)

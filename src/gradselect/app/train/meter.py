@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from gradselect import BlockOptimizer, SparseOptimizer
@@ -30,9 +31,8 @@ MEASURING = "measuring"
 
 CATEGORIES = ("weights", "gradients", "masters", "state_on_device", "state_on_host")
 
-# Private methods, by name: the optimizers know nothing of the meter, and cost nothing without it.
-_SELECTING_BLOCKS = ("_decide", "_release", "_commit", "_propose", "_report")
-_SELECTING_ENTRIES = ("_mask_dense", "_describe", "_propose", "_report")
+PHASE_OF = {"selection": "selection", "state": "optimizer"}
+"""A move of state within a selection is no decision."""
 
 
 class Meter(TrainerCallback):
@@ -61,6 +61,7 @@ class Meter(TrainerCallback):
         self._gpu = _GpuMemory() if trainer.args.device.type == "cuda" else None
         self._watch = Stopwatch(HostClock() if self._gpu is None else DeviceClock())
         self._unread: tuple[str, Any] | None = None
+        self._listening: RemovableHandle | None = None
 
     @property
     def total_seconds(self) -> float:
@@ -71,7 +72,9 @@ class Meter(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         self._watch.wrap(self._trainer, "training_step", phase="forward")
         self._watch.wrap(self._trainer.accelerator, "backward", phase="backward")
-        self._watch_selection(parts["optimizer"].optimizer)
+        optimizer = parts["optimizer"].optimizer
+        if isinstance(optimizer, BlockOptimizer | SparseOptimizer):
+            self._listening = optimizer.phases(lambda phase: self._watch.phase(PHASE_OF[phase]))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._watch.start("optimizer")
@@ -96,6 +99,8 @@ class Meter(TrainerCallback):
     def close(self) -> None:
         """Take the stopwatch away, also after an error."""
         self._watch.unwrap()
+        if self._listening is not None:
+            self._listening.remove()
 
     def describe(self) -> dict[str, Any]:
         """What `run.json` keeps."""
@@ -118,23 +123,6 @@ class Meter(TrainerCallback):
                 **({"allocated": None, "reserved": None} if self._gpu is None else self._gpu.describe()),
             },
         }
-
-    def _watch_selection(self, optimizer: torch.optim.Optimizer) -> None:
-        match optimizer:
-            case BlockOptimizer():
-                # With its state: what leaves the selection is moved in `_propose`, and a move is no decision.
-                self._watch.wrap(optimizer._states, "prefetch", phase="optimizer")
-                for method in ("_complete", "norms"):
-                    self._watch.wrap(optimizer._observer, method, phase="selection")
-                names = _SELECTING_BLOCKS
-            case SparseOptimizer():
-                for method in ("offer", "choose_by_gradient"):
-                    self._watch.wrap(optimizer._chooser, method, phase="selection")
-                names = _SELECTING_ENTRIES
-            case _:
-                names = ()
-        for name in names:
-            self._watch.wrap(optimizer, name, phase="selection")
 
     def _count_bytes(self, held: dict[str, int]) -> None:
         self.held_bytes = held

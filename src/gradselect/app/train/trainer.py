@@ -96,7 +96,8 @@ class RunTrainer(Trainer):
         """The norm for the log. Called between the last backward pass of a step and its update."""
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
         optimizer: Any = self.optimizer
-        applied = optimizer.optimizer._norm() if isinstance(optimizer.optimizer, SparseOptimizer) else norm
+        # The gradients of entries are gone: the Trainer cannot see them.
+        applied = optimizer.optimizer.grad_norm if isinstance(optimizer.optimizer, SparseOptimizer) else norm
         fault = self._fault(float(applied))
         # One exchange for both: every process skips alike, and stops after the same step.
         worst, self._told = max_over_ranks([fault, self.signals.received], device=self.args.device)

@@ -1,0 +1,89 @@
+"""The state_dict of a BlockOptimizer: written, and read back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from gradselect.core import as_text, check_same, selection_of, states_by_name
+from gradselect.parallel import is_dtensor
+from gradselect.usage import UsageError
+
+if TYPE_CHECKING:
+    from .optimizer import BlockOptimizer
+
+NOT_OF_A_GROUP = ("params", "param_names", "selection")
+
+
+def identity_of(optimizer: BlockOptimizer) -> dict[str, Any]:
+    """Return what a checkpoint and the run that loads it must agree on."""
+    return {
+        "policy": type(optimizer.policy).__name__,
+        "policy_settings": optimizer.policy.settings(),
+        "rule": type(optimizer.rule).__name__,
+        "blocks": {name: list(members) for name, members in optimizer._table.members.items()},
+        "always": list(optimizer._always),
+        "groups": [list(group["param_names"]) for group in optimizer.param_groups],
+    }
+
+
+def write_state_dict(optimizer: BlockOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Complete torch's state_dict by `selection`, which holds everything else that decides the next step.
+
+    Every parameter of a sharded model has a state here, zeros where there is none (`selection` lists those that have
+    one), and the first group holds `selection` as text: `torch.distributed.checkpoint.state_dict` passes on `state` and
+    `param_groups` alone, and loads what it finds in both the checkpoint and the new optimizer.
+
+    Args:
+        optimizer: between two steps.
+        state_dict: of torch's Optimizer.
+
+    Raises:
+        UsageError: within a step, where `update_in_backward` has moved weights already.
+    """
+    if optimizer._in_backward.has_moved:
+        raise UsageError(
+            "state_dict() between backward() and step(), where update_in_backward=True has moved the weights and "
+            "the step is not counted yet; save after optimizer.step()"
+        )
+    states, table = optimizer._states, optimizer._table
+    states.wait()
+    state_dict["state"] = states.as_dtensors(state_dict["state"])
+    state_dict["selection"] = selection = {
+        **identity_of(optimizer),
+        "step": optimizer.num_steps,
+        "policy_state": optimizer.policy.state(),
+        "update_counts": optimizer.update_counts,
+        "resident": [name for name in optimizer.blocks if name in states.resident],
+        "moved_bytes": states.moved_bytes,
+    }
+    if any(map(is_dtensor, table.all())):
+        selection["with_state"] = [table.names[number] for number, state in state_dict["state"].items() if state]
+        state_dict["state"] = states.filled(state_dict["state"], is_to_load=not optimizer._may_freeze())
+        state_dict["param_groups"][0]["selection"] = as_text(selection)
+    return state_dict
+
+
+def read_state_dict(optimizer: BlockOptimizer, state_dict: Mapping[str, Any]) -> None:
+    """Continue where the optimizer that wrote `state_dict` stood.
+
+    Raises:
+        UsageError: written by another optimizer, or for another model, partition or policy; says what differs.
+    """
+    saved_groups = state_dict["param_groups"]
+    selection = selection_of(state_dict)
+    if "selection" not in state_dict and optimizer._agreement is not None and optimizer._agreement.has_begun:
+        raise UsageError(
+            "torch.distributed.checkpoint passes on the state of what is trainable at the moment only; load "
+            "before the first forward pass, as a Trainer does that resumes"
+        )
+    check_same(selection, identity_of(optimizer))
+    states = optimizer._states
+    states.load(states_by_name(state_dict, selection, optimizer._table.names), resident=selection["resident"])
+    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+        group.update({key: value for key, value in saved.items() if key not in NOT_OF_A_GROUP})
+    optimizer._step = selection["step"]
+    optimizer._update_counts = dict(selection["update_counts"])
+    optimizer.policy.load_state(selection["policy_state"])
+    optimizer._propose()
+    states.moved_bytes += selection["moved_bytes"]

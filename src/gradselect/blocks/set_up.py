@@ -1,0 +1,89 @@
+"""Checks of what a BlockOptimizer is built from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn import Parameter
+
+from gradselect.core import AbstractRule, Block
+from gradselect.parallel import check_placement, is_dtensor, is_running, unwrapped
+from gradselect.usage import UsageError, check_whole
+
+from .compile_check import warn_of_compiled_model
+from .policy import AbstractPolicy
+
+
+def check_model(model: nn.Module, rule: AbstractRule) -> nn.Module:
+    """Return the model without its wrappers.
+
+    Raises:
+        UsageError: it is spread over devices in a way that hides its gradients, or sharded and the rule cannot be.
+    """
+    check_placement(model)
+    warn_of_compiled_model(model)
+    inner = unwrapped(model)
+    check_shards(inner.parameters(), rule)
+    return inner
+
+
+def check_shards(parameters: Iterable[Parameter], rule: AbstractRule) -> None:
+    """Refuse a rule whose state cannot be cut into shards, where there are shards.
+
+    Raises:
+        UsageError: names the rule.
+    """
+    if not rule.works_on_shards and any(map(is_dtensor, parameters)):
+        raise UsageError(
+            f"{type(rule).__name__} keeps numbers that several weights share, and shards would cut them apart; write "
+            "rule=gs.AdamWRule(), or train replicas with DistributedDataParallel"
+        )
+
+
+def check_window(
+    accumulation_steps: int, grad_scaler: GradScaler | None, *, in_backward: bool, skips: bool = False
+) -> None:
+    """Check the accumulation window, and that nothing waits for all gradients if updates happen in the backward pass.
+
+    Raises:
+        UsageError: says what does.
+    """
+    check_whole("accumulation_steps", accumulation_steps)
+    if not in_backward:
+        return
+    if accumulation_steps > 1:
+        raise UsageError(
+            f"update_in_backward=True with accumulation_steps={accumulation_steps}: each backward pass would be a "
+            "step; leave update_in_backward out, or write accumulation_steps=1 with a larger batch"
+        )
+    if grad_scaler is not None:
+        raise UsageError(
+            "update_in_backward=True with a grad_scaler, which looks for overflow in all gradients before any is used; "
+            "leave update_in_backward out, or train in bfloat16, which needs no scaler"
+        )
+    if skips:
+        raise UsageError(
+            "update_in_backward=True with skip_nonfinite=True: weights have moved before all gradients are known; "
+            "leave one of them out"
+        )
+    if is_running():
+        raise UsageError(
+            "update_in_backward=True under torch.distributed, where a gradient is averaged after it has arrived; leave "
+            "update_in_backward out on several processes"
+        )
+
+
+def bind_policy(policy: AbstractPolicy, blocks: Sequence[Block], *, always: Sequence[str]) -> AbstractPolicy:
+    """Return a copy of the policy that selects among the blocks that are not in `always`.
+
+    Raises:
+        UsageError: its settings do not fit these blocks.
+    """
+    try:
+        return policy.bind([block for block in blocks if block.name not in always])
+    except UsageError as error:
+        if not always:
+            raise
+        raise UsageError(f"{error} (the policy does not select blocks in `always`: {', '.join(always)})") from None

@@ -1,0 +1,133 @@
+"""AdamW, on whole tensors and on entries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from .rules import AbstractRule, Ages, State
+
+
+@dataclass(frozen=True)
+class AdamWRule(AbstractRule):
+    """Adam with decoupled weight decay.
+
+        m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
+        w <- w - lr weight_decay w - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    `t` counts the updates of this tensor, or of this entry: one that is selected late gets its own bias correction.
+
+    Args:
+        fused: one kernel for all tensors of a block instead of torch's loop over them: faster, equal up to rounding.
+            Default False: bitwise what `torch.optim.AdamW(foreach=False)` computes.
+
+    Example:
+        >>> weight, grad, rule = torch.ones(2), torch.ones(2), AdamWRule()
+        >>> group = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 0.0, "weight_decay": 0.0}
+        >>> rule.update([weight], [grad], [rule.make_state(weight)], group)
+        >>> weight
+        tensor([0.9000, 0.9000])
+
+    Reference:
+        Loshchilov, Hutter: Decoupled Weight Decay Regularization, arXiv 1711.05101, algorithm 2.
+    """
+
+    fused: bool = False
+    state_names = ("exp_avg", "exp_avg_sq")
+
+    def make_state(self, weight: Tensor) -> State:
+        step = torch.zeros((), dtype=torch.float32, device=self.counter_device(weight))
+        return {"step": step, "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+
+    def counter_device(self, weight: Tensor) -> torch.device:
+        # The unfused loop reads the counter on the host; the fused kernel wants it beside the weight.
+        return weight.device if self.fused else torch.device("cpu")
+
+    def update(
+        self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]
+    ) -> None:
+        beta1, beta2 = group["betas"]
+        adamw(
+            list(weights),
+            list(grads),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            foreach=False,
+            fused=self.fused,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def update_entries(
+        self, weights: Tensor, gradients: Tensor, state: Mapping[str, Tensor], ages: Ages, group: Mapping[str, Any]
+    ) -> None:
+        options = {name: group[name] for name in self.hyper_parameters}
+        adamw_entries(weights, gradients, state["exp_avg"], state["exp_avg_sq"], ages, **options)
+
+
+def adamw_entries(
+    weights: Tensor,  # (320_000,)
+    gradients: Tensor,  # (320_000,)
+    mean: Tensor,  # (320_000,) - first moment
+    square: Tensor,  # (320_000,) - second moment
+    ages: Ages,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW step on flat arrays, in place; each entry has its own bias correction.
+
+        m <- m + (1 - beta1) (g - m),   v <- beta2 v + (1 - beta2) g^2
+        w <- w (1 - lr weight_decay) - (lr / (1 - beta1^t)) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+    On the CPU bitwise what `torch.optim.AdamW(foreach=False)` computes on a tensor of that age; kernels elsewhere may
+    round in another order.
+
+    Example:
+        >>> import torch
+        >>> weights, mean, square = torch.ones(3), torch.zeros(3), torch.zeros(3)
+        >>> ages = Ages(torch.ones(1, dtype=torch.int32), most=1)
+        >>> options = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 0.0, "weight_decay": 0.0}
+        >>> adamw_entries(weights, torch.ones(3), mean, square, ages, **options)
+        >>> weights
+        tensor([0.9000, 0.9000, 0.9000])
+
+    Reference:
+        Loshchilov, Hutter: Decoupled Weight Decay Regularization, arXiv 1711.05101, algorithm 2.
+    """
+    beta1, beta2 = betas
+    first, second = (_bias_corrections(beta, _length(ages.most)) for beta in betas)
+    step_size = (-lr / first).to(mean).index_select(0, ages.updates)
+    root = second.sqrt().to(mean).index_select(0, ages.updates)
+    # The order of operations is that of torch on the CPU, so that results are bitwise its own.
+    weights.mul_(1 - lr * weight_decay)
+    mean.lerp_(gradients, 1 - beta1)
+    square.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
+    denominator = square.sqrt().div_(root).add_(eps)
+    weights.add_(step_size.mul(mean).div_(denominator))
+
+
+def _length(oldest: int) -> int:
+    """Entries of a table of bias corrections, a power of two above `oldest`: it is made anew log2(steps) times."""
+    return max(64, 1 << oldest.bit_length())
+
+
+@lru_cache(maxsize=8)
+def _bias_corrections(beta: float, length: int) -> Tensor:
+    """1 - beta^t for t = 0, ..., length - 1, by Python's power of doubles, as torch. Shape (length,), float64."""
+    return torch.tensor([1 - beta**t for t in range(length)], dtype=torch.float64)

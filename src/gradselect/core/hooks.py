@@ -1,0 +1,39 @@
+"""Hooks on gradients that do not keep a discarded optimizer alive."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import Parameter
+
+
+def weak_hook(method: Callable[..., None], *arguments: object) -> Callable[[Tensor], None]:
+    """Return a hook that calls `method(*arguments, parameter)` while the method's object is alive.
+
+    Args:
+        method: a bound method. The hook holds its object by a weak reference.
+        arguments: passed before the parameter.
+
+    Example:
+        >>> import torch
+        >>> class Counter:
+        ...     count = 0
+        ...     def arrived(self, name, parameter):
+        ...         self.count += 1
+        >>> counter, weight = Counter(), torch.nn.Parameter(torch.ones(1))
+        >>> handle = weight.register_post_accumulate_grad_hook(weak_hook(counter.arrived, "weight"))
+        >>> weight.sum().backward()
+        >>> counter.count
+        1
+    """
+    reference = weakref.WeakMethod(method)
+
+    def hook(parameter: Tensor) -> None:
+        alive = reference()
+        if alive is not None:
+            assert isinstance(parameter, Parameter)
+            alive(*arguments, parameter)
+
+    return hook

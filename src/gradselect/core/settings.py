@@ -1,0 +1,51 @@
+"""How selected weights move: the settings that both optimizers share, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gradselect.usage import check_hyper_parameters, check_is
+
+from .adamw import AdamWRule
+from .residency import AbstractResidency, Keep
+from .rules import AbstractRule, check_unused
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateSettings:
+    """Rule, hyper-parameters, and where state lives; the arguments of the optimizers under the same names.
+
+    Raises:
+        UsageError: a value outside its range, or one that the rule would ignore.
+    """
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    no_decay: str | Sequence[str] | None
+    master_dtype: torch.dtype | None
+    rule: AbstractRule
+    residency: AbstractResidency
+
+    @classmethod
+    def of(cls, *, rule: AbstractRule | None, residency: AbstractResidency | None, **others: Any) -> UpdateSettings:
+        """Return the settings with `AdamWRule()` and `Keep()` where None is given."""
+        return cls(
+            rule=AdamWRule() if rule is None else rule, residency=Keep() if residency is None else residency, **others
+        )
+
+    def __post_init__(self) -> None:
+        check_is(self.residency, AbstractResidency, name="residency", example="residency=gs.Offload()")
+        check_is(self.rule, AbstractRule, name="rule", example="rule=gs.AdamWRule()")
+        check_hyper_parameters(lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+        check_unused(self.rule, betas=tuple(self.betas), eps=self.eps)
+
+    def group_options(self) -> dict[str, Any]:
+        """Return the hyper-parameters that stand in every parameter group: those that the rule uses."""
+        given = {"lr": self.lr, "betas": tuple(self.betas), "eps": self.eps, "weight_decay": self.weight_decay}
+        return {name: given[name] for name in self.rule.hyper_parameters} | self.rule.group_options()

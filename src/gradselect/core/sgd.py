@@ -1,0 +1,120 @@
+"""SGD with momentum, on whole tensors and on entries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+from gradselect.usage import UsageError
+
+from .rules import AbstractRule, Ages, State
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGDRule(AbstractRule):
+    """Stochastic gradient descent with momentum and coupled weight decay, as `torch.optim.SGD` computes it.
+
+        g <- g + weight_decay w,   b <- momentum b + g
+        w <- w - lr (g + momentum b)   if nesterov, else   w <- w - lr b
+
+    State is one number a weight: half of AdamW's; none with `momentum=0`. `betas` and `eps` have no meaning for it.
+
+    Args:
+        momentum: decay rate of the buffer b, in [0, 1). It stands in `param_groups`, so that schedulers may change it.
+        nesterov: look ahead; needs a momentum.
+
+    Raises:
+        UsageError: a momentum outside [0, 1), or `nesterov` without one.
+
+    Example:
+        >>> import torch, gradselect as gs
+        >>> model = torch.nn.Linear(4, 4)
+        >>> optimizer = gs.SparseOptimizer(model, gs.ID3(budget=4, steps=2), rule=gs.SGDRule(momentum=0.9), lr=0.1)
+        >>> optimizer.param_groups[0]["momentum"]
+        0.9
+
+    Reference:
+        Sutskever, Martens, Dahl, Hinton: On the importance of initialization and momentum in deep learning, ICML 2013,
+        in the form that torch documents for `torch.optim.SGD`.
+    """
+
+    momentum: float = 0.9
+    nesterov: bool = False
+    state_names: tuple[str, ...] = field(init=False, repr=False)
+    hyper_parameters = ("lr", "weight_decay")
+    decouples_decay = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise UsageError(f"momentum={self.momentum} is outside [0, 1); write momentum=0.9")
+        if self.nesterov and not self.momentum:
+            raise UsageError("nesterov=True needs a momentum; write momentum=0.9")
+        object.__setattr__(self, "state_names", ("momentum_buffer",) if self.momentum else ())
+
+    def group_options(self) -> dict[str, Any]:
+        return {"momentum": self.momentum}
+
+    def make_state(self, weight: Tensor) -> State:
+        # A buffer of zeros gives the first step of torch, which begins with a copy of the gradient.
+        state = {name: torch.zeros_like(weight) for name in self.state_names}
+        return {"step": torch.zeros((), dtype=torch.float32), **state}
+
+    def update(
+        self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]
+    ) -> None:
+        sgd(
+            list(weights),
+            list(grads),
+            [state.get("momentum_buffer") for state in states],
+            foreach=False,
+            fused=False,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=self.nesterov,
+            maximize=False,
+        )
+        for state in states:
+            state["step"] += 1
+
+    def update_entries(
+        self, weights: Tensor, gradients: Tensor, state: Mapping[str, Tensor], ages: Ages, group: Mapping[str, Any]
+    ) -> None:
+        buffer = state.get("momentum_buffer")
+        options = {name: group[name] for name in ("lr", "momentum", "weight_decay")}
+        sgd_entries(weights, gradients, buffer, nesterov=self.nesterov, **options)
+
+
+def sgd_entries(
+    weights: Tensor,  # (320_000,)
+    gradients: Tensor,  # (320_000,)
+    buffer: Tensor | None,  # (320_000,)
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+) -> None:
+    """One step of SGD on flat arrays, in place; see `SGDRule` for the formula. `gradients` may be overwritten.
+
+    Example:
+        >>> import torch
+        >>> weights, buffer = torch.ones(2), torch.zeros(2)
+        >>> for _ in range(2):
+        ...     sgd_entries(weights, torch.ones(2), buffer, lr=0.1, momentum=0.5, weight_decay=0.0, nesterov=False)
+        >>> weights
+        tensor([0.7500, 0.7500])
+    """
+    if weight_decay:
+        gradients = gradients.add(weights, alpha=weight_decay)
+    direction = gradients
+    if buffer is not None:
+        buffer.mul_(momentum).add_(gradients)
+        direction = gradients.add(buffer, alpha=momentum) if nesterov else buffer
+    weights.add_(direction, alpha=-lr)

@@ -1,0 +1,137 @@
+"""Tensors that have state for every weight: those of a dense mask, and those that always train."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gradselect.core import (
+    MASTER,
+    SELECTION,
+    AbstractRule,
+    BlockStates,
+    Group,
+    ParameterTable,
+    Phases,
+    dense,
+    in_phase,
+    squared_norm,
+)
+from gradselect.parallel import local_part
+
+from .mask import AbstractDenseMask, AbstractMask
+
+
+class DenseTensors:
+    """Updates whole tensors, under a dense mask if there is one.
+
+    Args:
+        names: of the tensors.
+        table: finds their parameters.
+        states: hold their state.
+        mask: of the optimizer; a compact one has no say here.
+        rule: the update formula.
+        phases: of the optimizer.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        table: ParameterTable,
+        states: BlockStates,
+        *,
+        mask: AbstractMask,
+        rule: AbstractRule,
+        phases: Phases,
+    ) -> None:
+        self.names = tuple(names)
+        self._table = table
+        self._states = states
+        self._mask = mask if isinstance(mask, AbstractDenseMask) else None
+        self._rule = rule
+        self._phases = phases
+
+    @property
+    def has_gradients(self) -> bool:
+        """True if one of the tensors has a gradient."""
+        return bool(self._gradients(self.names))
+
+    def squared_norms(self) -> list[tuple[Tensor, Tensor]]:
+        """Sum of squares of each gradient, with the tensor that it belongs to."""
+        gradients = self._gradients(self.names)
+        return [(self._table.of(name)[0], squared_norm(dense(each))) for name, each in gradients.items()]
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiply all gradients, as clipping does."""
+        for gradient in self._gradients(self.names).values():
+            gradient.mul_(factor.to(gradient))
+
+    @in_phase(SELECTION)
+    def select(self) -> dict[str, Tensor]:
+        """Return what the dense mask selects of the gradients that exist, by tensor name: bool, of the local part.
+
+        A mask on gradients sets the others to zero.
+        """
+        if self._mask is None:
+            return {}
+        whole = {
+            name: parameter.grad
+            for name in self._mask.names
+            for parameter in self._table.of(name)
+            if parameter.grad is not None
+        }
+        masks = self._mask.masks([dense(gradient) for gradient in whole.values()])
+        if self._mask.mask == "gradient":
+            for gradient, mask in zip(map(local_part, whole.values()), masks, strict=True):
+                gradient.masked_fill_(~mask, 0.0)
+        return dict(zip(whole, masks, strict=True))
+
+    def update(self, masks: Mapping[str, Tensor]) -> None:
+        """Apply the rule to each tensor that has a gradient, and free the gradient."""
+        for name in self.names:
+            for group, (parameter,) in self._table.by_group(name):
+                if name in masks:
+                    self._update_masked(parameter, group, masks[name])
+                else:
+                    self._states.update([parameter], group)
+                parameter.grad = None
+
+    def num_bytes(self) -> int:
+        """Bytes of state and masters."""
+        return sum(map(self._states.num_bytes, self.names))
+
+    def _update_masked(self, parameter: Parameter, group: Group, mask: Tensor) -> None:
+        """Update a tensor whose gradient exists; weight decay touches entries of the mask only.
+
+        Args:
+            parameter: the tensor.
+            group: hyper-parameters.
+            mask: bool, of the shape of the local part. On "gradient" the gradient is zero outside the mask already, and
+                moments move weights everywhere. On "update" moments see the whole gradient, and weights outside the
+                mask stay.
+        """
+        assert self._mask is not None
+        mine = local_part(parameter)
+        weight = self._states.of(parameter).get(MASTER, mine)
+        if self._mask.mask == "update":
+            before = weight.clone()
+            self._states.update([parameter], group)
+            weight.copy_(torch.where(mask, weight, before))
+            mine.copy_(weight)
+            return
+        decay = group["weight_decay"]
+        if self._rule.decouples_decay:
+            weight.copy_(torch.where(mask, weight * (1 - group["lr"] * decay), weight))
+        elif decay:
+            assert parameter.grad is not None
+            gradient = local_part(parameter.grad)
+            gradient.add_(torch.where(mask, weight, 0.0).to(gradient), alpha=decay)
+        self._states.update([parameter], {**group, "weight_decay": 0.0})
+
+    def _gradients(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Local parts of the gradients that exist, by tensor name."""
+        parameters = {name: self._table.of(name)[0] for name in names}
+        return {name: local_part(p.grad) for name, p in parameters.items() if p.grad is not None}

@@ -1,0 +1,122 @@
+"""State of all selected entries: one store for the tensors that can be updated together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gradselect.core import HALF, AbstractRule, Group
+from gradselect.parallel import shard_groups
+
+from .store import EntryStore
+
+
+class EntryStates:
+    """The stores of a model's selected entries.
+
+    A store holds tensors of one parameter group, device, dtype and kind of shards.
+
+    Attributes:
+        stores: all of them.
+
+    Args:
+        groups: the optimizer's `param_groups`.
+        names: tensors of which entries are selected.
+        rule: the update formula.
+        master_dtype: dtype of masters of bf16 and fp16 weights; None: none.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        names: Collection[str],
+        *,
+        rule: AbstractRule,
+        master_dtype: torch.dtype | None,
+    ) -> None:
+        apart: dict[Any, dict[str, Parameter]] = {}
+        for index, group in enumerate(groups):
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if name in names:
+                    key = (index, parameter.device, parameter.dtype, shard_groups(parameter))
+                    apart.setdefault(key, {})[name] = parameter
+        self._groups = groups
+        self._by_group = [
+            (index, EntryStore(parameters, rule=rule, master_dtype=master_dtype if dtype in HALF else None))
+            for (index, _, dtype, _), parameters in apart.items()
+        ]
+        self.stores = tuple(store for _, store in self._by_group)
+        self._store_of = {name: store for store in self.stores for name in store.names}
+        self._first = {
+            store: next(iter(parameters.values()))
+            for store, parameters in zip(self.stores, apart.values(), strict=True)
+        }
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names of the tensors."""
+        return self._store_of.keys()
+
+    def indices(self, name: str) -> Tensor:
+        """Flat indices of the tensor's entries in the order in which they joined. Shape (n,)."""
+        return self._store_of[name].indices(name)
+
+    def num_entries(self) -> dict[str, int]:
+        """Number of selected entries of each tensor in this rank's local part."""
+        return {name: store.num_entries(name) for name, store in self._store_of.items()}
+
+    def read(self, name: str, gradient: Tensor, *, clear: bool) -> None:
+        """Add to the gradients of a tensor's entries; see `EntryStore.read`."""
+        self._store_of[name].read(name, gradient, clear=clear)
+
+    @property
+    def has_gradients(self) -> bool:
+        """True if a gradient has been read."""
+        return any(store.has_gradients for store in self.stores)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients that were read."""
+        return sum(store.gradient_bytes for store in self.stores)
+
+    def squared_norms(self) -> list[tuple[Tensor, Tensor]]:
+        """Sums of squares of the gradients that were read, each with a tensor that is sharded as they are."""
+        return [(self._first[store], store.squared_norm()) for store in self.stores]
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiply all gradients, as clipping does."""
+        for store in self.stores:
+            store.scale_gradients(factor)
+
+    def update(self) -> None:
+        """One step of the rule for every entry whose tensor had a gradient."""
+        for index, store in self._by_group:
+            store.update(self._groups[index])
+
+    def restart(self) -> None:
+        """Forget the gradients that were read."""
+        for store in self.stores:
+            store.restart()
+
+    def refresh_masters(self) -> None:
+        """Set master weights to the weights."""
+        for store in self.stores:
+            store.refresh_masters()
+
+    def num_bytes(self) -> tuple[int, int]:
+        """Bytes of the masters, and of everything else."""
+        sizes = [store.num_bytes() for store in self.stores]
+        return sum(masters for masters, _ in sizes), sum(others for _, others in sizes)
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps of one tensor; see `EntryStore.state`."""
+        return self._store_of[name].state(name)
+
+    def load(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over what `state` returned, for every tensor."""
+        for store in self.stores:
+            store.load(states)
