@@ -451,7 +451,7 @@ def end_one(rank, *, wrapper, within_step):
     ("wrapper", "within_step", "message"),
     [
         ("fully_shard", False, "Connection (closed|reset) by peer"),
-        ("ddp", True, "rank 0 could not go on comparing the processes at step 2: another process has ended"),
+        ("ddp", True, "rank 0 stopped while comparing the ranks at step 2: another process has ended"),
     ],
 )
 def test_survivor_of_a_killed_rank_ends_soon_and_says_why(wrapper, within_step, message):

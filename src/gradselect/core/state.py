@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradselect.parallel import as_dtensor, local_part, local_part_of
+from gradselect.parallel import as_dtensor, local_part, local_part_like
 from gradselect.usage import UsageError
 
 from .gradients import dense
@@ -215,7 +215,7 @@ class BlockStates:
         large = self._large(state)
         counter_device = self._rule.counter_device(parameter)
         return {
-            key: local_part_of(value, like=parameter).to(
+            key: local_part_like(value, like=parameter).to(
                 parameter.device if key in large else counter_device, copy=True
             )
             for key, value in state.items()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradselect.core import AbstractGradientHooks, Ownership, at_end_of_pass, dense
-from gradselect.parallel import is_averaged_in_hooks, is_one_of_many, local_part
+from gradselect.parallel import has_other_ranks, is_averaged_in_hooks, local_part
 
 WAITING = 1 << 20
 """Entries of small gradients that are read together: read one by one, each would find the caches cold."""
@@ -56,7 +56,7 @@ class GradientReader(AbstractGradientHooks):
         self._read = weakref.WeakMethod(read)  # pyright: ignore[reportArgumentType]
         self.parameters = dict(parameters)
         self._active: frozenset[str] = frozenset()
-        is_late = is_one_of_many()
+        is_late = has_other_ranks()
         self.late = frozenset(name for name, each in parameters.items() if is_late and not is_averaged_in_hooks(each))
         self._capacity = min(WAITING, max(local_part(parameter).numel() for parameter in parameters.values()) // 4)
         self.restart()

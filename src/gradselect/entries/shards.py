@@ -8,7 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradselect.parallel import add_up, collective_device, first_index, local_part, naming_the_collective, shard_groups
+from gradselect.parallel import (
+    collective_device,
+    local_part,
+    local_start,
+    naming_the_collective,
+    shard_groups,
+    sum_over_ranks,
+)
 
 from .top_k import INDEX_BITS, Best
 
@@ -29,7 +36,7 @@ class Shards:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._groups = {name: shard_groups(tensor) for name, tensor in tensors.items()}
-        self._first = {name: first_index(tensor, name=name) for name, tensor in tensors.items()}
+        self._first = {name: local_start(tensor, name=name) for name, tensor in tensors.items()}
         self._sizes = {name: local_part(tensor).numel() for name, tensor in tensors.items()}
         self._kinds = tuple(dict.fromkeys(self._groups.values()))
         self._device = next((collective_device(t) for t in tensors.values() if shard_groups(t)), torch.device("cpu"))
@@ -45,7 +52,7 @@ class Shards:
             groups: torch.tensor([numbers.get(name, 0) * (ours == groups) for name, ours in self._groups.items()])
             for groups in self._kinds
         }
-        totals = add_up(of_kinds, device=self._device)
+        totals = sum_over_ranks(of_kinds, device=self._device)
         return {name: total for name, total in zip(self._groups, totals.tolist(), strict=True) if name in numbers}
 
     # Places -------------------------------------------------------------------------------------------------------
@@ -146,7 +153,7 @@ class Shards:
         """How often each digit occurs, of all processes. Shape (num_contests, NUM_DIGITS), on the CPU."""
         shape = (len(self._kinds), num_contests, NUM_DIGITS)
         of_kinds = torch.bincount(bins, minlength=shape[0] * shape[1] * shape[2]).view(shape)
-        return add_up(dict(zip(self._kinds, of_kinds.unbind(), strict=True)), device=self._device)
+        return sum_over_ranks(dict(zip(self._kinds, of_kinds.unbind(), strict=True)), device=self._device)
 
     def _whole_keys(self, keys: Tensor) -> Tensor:
         """Keys with the index in the whole tensor."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradselect.entries import AbstractDenseMask, chunk_length
-from gradselect.parallel import Groups, add_up, collective_device, local_part, shard_groups
+from gradselect.parallel import Groups, collective_device, local_part, shard_groups, sum_over_ranks
 from gradselect.usage import check_one_of, check_positive
 
 DIGIT_BITS = 16
@@ -133,7 +133,7 @@ def kth_largest_by_digits(tensors: Sequence[Tensor], count: int) -> float:
                 candidates = bits if shift == leading else bits[bits >> (shift + DIGIT_BITS) == known]
                 digits = candidates >> shift & ((1 << DIGIT_BITS) - 1)
                 counts += torch.bincount(digits, minlength=len(counts)).cpu()
-        counts = add_up(by_groups, device=collective_device(tensors[0]))
+        counts = sum_over_ranks(by_groups, device=collective_device(tensors[0]))
         at_least = counts.flip(0).cumsum(0).flip(0)  # entries whose digit is at least this one
         digit = int((at_least >= count).sum()) - 1
         count -= int(at_least[digit] - counts[digit])

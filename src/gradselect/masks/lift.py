@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradselect.entries import AbstractCompactMask, FromWeights, Indices, MaskTensor, StreamingTopK, generator_of
-from gradselect.parallel import whole
+from gradselect.parallel import full_tensor
 from gradselect.usage import UsageError, check_positive, check_whole
 
 OVERSAMPLING = 10
@@ -112,7 +112,7 @@ class LIFT(AbstractCompactMask):
     def _best(self, tensor: MaskTensor, step: int) -> Tensor:
         count = self._count(tensor)
         # Every rank decomposes the whole matrix, one matrix at a time.
-        weight = whole(tensor.parameter).float()
+        weight = full_tensor(tensor.parameter).float()
         if not torch.isfinite(weight).all():
             raise UsageError(f"{tensor.name!r} holds weights that are not finite; go back to a good checkpoint")
         rank = self.approximation_rank or max(1, round(count / sum(weight.shape)))

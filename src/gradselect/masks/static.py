@@ -24,7 +24,7 @@ from gradselect.entries import (
     resolve_budget,
     share_out,
 )
-from gradselect.parallel import first_index, is_dtensor, local_part
+from gradselect.parallel import is_dtensor, local_part, local_start
 from gradselect.usage import UsageError, check_one_of, check_whole
 
 from . import salience as saliences
@@ -149,7 +149,7 @@ def weight_scores(salience: WeightSalience, tensor: MaskTensor, *, seed: int, st
         yield from (salience.score(chunk, generator) for chunk in weight.split(length))
         return
     # Draw for the entries of all ranks: this rank's part then gets the same numbers as in one process.
-    first = first_index(tensor.parameter, name=tensor.name)
+    first = local_start(tensor.parameter, name=tensor.name)
     for start in range(0, tensor.numel, length):
         scores = salience.score(weight.new_zeros(min(length, tensor.numel - start)), generator)
         yield scores[max(0, first - start) : max(0, first + weight.numel() - start)]

@@ -1,21 +1,21 @@
-"""Several processes: local parts of tensors, exact sums, agreement of ranks, data-parallel wrappers."""
+"""Several ranks: local parts of tensors, exact sums, agreement of ranks, data-parallel wrappers."""
 
 from .agreement import RankAgreement, check_alike
-from .sums import SquareSums, add_up, total
+from .sums import SquareSums, sum_over_ranks, total
 from .tensors import (
     Groups,
     as_dtensor,
     collective_device,
-    first_index,
+    full_tensor,
+    has_other_ranks,
     is_averaged_in_hooks,
     is_dtensor,
-    is_one_of_many,
     is_running,
     local_part,
-    local_part_of,
+    local_part_like,
+    local_start,
     naming_the_collective,
     shard_groups,
-    whole,
 )
 from .wrappers import check_placement, unwrapped, unwrapping
 
@@ -23,22 +23,22 @@ __all__ = [
     "Groups",
     "RankAgreement",
     "SquareSums",
-    "add_up",
     "as_dtensor",
     "check_alike",
     "check_placement",
     "collective_device",
-    "first_index",
+    "full_tensor",
+    "has_other_ranks",
     "is_averaged_in_hooks",
     "is_dtensor",
-    "is_one_of_many",
     "is_running",
     "local_part",
-    "local_part_of",
+    "local_part_like",
+    "local_start",
     "naming_the_collective",
     "shard_groups",
+    "sum_over_ranks",
     "total",
     "unwrapped",
     "unwrapping",
-    "whole",
 ]

@@ -1,15 +1,15 @@
-"""Several processes: what an optimizer must know of shards and replicas. On one process nothing of this runs.
+"""Agreement of ranks on shards and replicas. Nothing of this runs without torch.distributed.
 
-A *shard* is the part of a tensor that this process holds (FSDP2's DTensor); a *replica* is a copy of the whole tensor
-that the processes keep alike (`replicate`, DistributedDataParallel). Three rules make selection right on both:
+A *shard* is a rank's local part of a tensor (FSDP2's DTensor). A *replica* is a copy of the whole tensor that all ranks
+keep equal (`replicate`, DistributedDataParallel). Selection is right on both because of three rules:
 
-* **Rules see what this process holds.** Weights, gradients and states are taken apart by `local_part` and put together
-  again by `as_dtensor` for a checkpoint.
-* **Every process decides alike.** Sums of squares are added up over the shards once a decision; where there are
-  replicas, which might round differently, rank 0's numbers count. `check_alike` compares what decides.
-* **Nothing is frozen before the model is wrapped.** Data parallel wrappers look at `requires_grad` when they wrap
-  (DDP), or in the first forward pass (FSDP2): what is frozen then is never synchronised, or of the wrong dtype. So the
-  first selection comes into force within the first forward pass.
+* **Rules see local parts.** `local_part` takes weights, gradients and states apart; `as_dtensor` joins them for a
+  checkpoint.
+* **All ranks select alike.** Sums of squares are all-reduced over the shards once per decision. Replicas may round
+  differently, so their numbers are broadcast from rank 0. `check_alike` compares everything that decides.
+* **Nothing is frozen before the model is wrapped.** Data-parallel wrappers read `requires_grad` when they wrap (DDP) or
+  in the first forward pass (FSDP2). A parameter frozen by then is never synchronised, or has the wrong dtype. So the
+  first selection takes effect in the first forward pass.
 """
 
 from __future__ import annotations
@@ -30,26 +30,23 @@ from .tensors import collective_device, is_dtensor, local_part, naming_the_colle
 from .wrappers import check_data_parallel
 
 RELATIVE_TOLERANCE = 1e-5
-"""Averaged gradients are the same bits everywhere; their sums may differ by rounding between unlike devices."""
+"""Averaged gradients are bitwise equal on all ranks; their sums may round differently on different devices."""
 
 Owner = TypeVar("Owner")
 
 
-# One run of several processes ------------------------------------------------------------------------------------
-
-
 class RankAgreement:
-    """Keeps the processes of a run together, for one optimizer on each of them.
+    """Checks that the ranks of a run train the same thing, for one optimizer.
 
     Args:
-        model: what the optimizer trains; it may be wrapped until its first forward pass that trains.
-        owner: the optimizer; it may be dropped before.
-        begin: called with `owner` within that pass: after FSDP2's own initialisation, inside DDP's forward pass,
-            before the pass records anything. It calls `check_start`.
+        model: trained by the optimizer; may be wrapped until its first training forward pass.
+        owner: the optimizer, held by a weak reference.
+        begin: called with `owner` in that pass: after FSDP2's own initialisation, inside DDP's forward pass, before the
+            pass records anything. It calls `check_start`.
 
     Attributes:
-        has_begun: whether that pass has come.
-        agreement_steps: how often `check_step` compares everything, >= 1.
+        has_begun: True once that pass has started.
+        agreement_steps: steps between two full comparisons in `check_step`, >= 1.
     """
 
     def __init__(self, model: nn.Module, owner: Owner, begin: Callable[[Owner], None]) -> None:
@@ -74,15 +71,15 @@ class RankAgreement:
     def check_start(
         self, parameters: Mapping[str, Sequence[Parameter]], facts: Mapping[str, Any], *, trains_everything: bool
     ) -> None:
-        """Before the first step: the same run on every process, on a model that is wrapped as it has to be.
+        """Check before the first step that all ranks start the same run, on a correctly wrapped model.
 
         Args:
-            parameters: the optimizer's, by block.
+            parameters: of the optimizer, by block.
             facts: plain values that decide what is trained.
-            trains_everything: whether every parameter of `parameters` gets a gradient in every step.
+            trains_everything: True if every parameter of `parameters` gets a gradient in every step.
 
         Raises:
-            UsageError: what differs, and what to write instead.
+            UsageError: names what differs, and what to write instead.
         """
         self.has_begun = True
         check_alike(facts, moment="before the first step")
@@ -96,22 +93,24 @@ class RankAgreement:
     def check_step(
         self, step: int, parameters: Mapping[str, Sequence[Parameter]], facts: Callable[[], Mapping[str, Any]]
     ) -> None:
-        """Before an update: every so many steps all of `facts`; of a block that has come new, that it was averaged.
+        """Check before an update that ranks agree.
+
+        Compares all `facts` every `agreement_steps` steps, and the gradients of each block that was not compared since.
 
         Args:
             step: number of the step.
-            parameters: those that are about to be updated, by block.
-            facts: gives plain values that decide what is trained, e.g. the selection.
+            parameters: about to be updated, by block.
+            facts: returns plain values that decide what is trained, e.g. the selection.
 
         Raises:
-            UsageError: what differs, and what to write instead.
+            UsageError: names what differs, and what to write instead.
         """
         if self._is_due or step % self.agreement_steps == 0:
             self._is_due = False
             self._compared.clear()
             check_alike({"step": step, **facts()}, moment=f"at step {step}")
         new = {
-            # An engine that shards or replicates DTensors also averages what it gives.
+            # FSDP2 and replicate average the gradients of their DTensors themselves.
             name: [parameter for parameter in several if not is_dtensor(parameter)]
             for name, several in parameters.items()
             if name not in self._compared
@@ -120,14 +119,14 @@ class RankAgreement:
         check_averaged({name: several for name, several in new.items() if several}, step=step)
 
     def check_soon(self) -> None:
-        """Compare everything at the next step: a checkpoint was loaded."""
+        """Compare everything at the next step, as after loading a checkpoint."""
         self._is_due = True
 
     def carry_over(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        """What FSDP2 has gathered already in this forward pass is frozen as its shard is.
+        """Freeze the tensors that FSDP2 has gathered already in this forward pass, as their shards are.
 
         Raises:
-            UsageError: the model was wrapped after the optimizer was built, which does not hold its parameters.
+            UsageError: the model was wrapped after the optimizer was built, which holds other parameters.
         """
         current = dict(self._model.named_parameters(remove_duplicate=False))
         for name, parameter in named:
@@ -140,14 +139,11 @@ class RankAgreement:
             stand_in.requires_grad_(parameter.requires_grad)
 
 
-# Agreement -------------------------------------------------------------------------------------------------------
-
-
 def check_alike(facts: Mapping[str, Any], *, moment: str) -> None:
-    """Every process holds the same plain values.
+    """Check that all ranks hold the same plain values.
 
     Raises:
-        UsageError: on all processes; names the first rank that differs from rank 0, and what differs.
+        UsageError: on all ranks; names the first rank that differs from rank 0, and what differs.
     """
     digests = {name: sha256(repr(value).encode()).hexdigest() for name, value in facts.items()}
     everyone = _gather(digests, moment=moment)
@@ -162,7 +158,7 @@ def check_alike(facts: Mapping[str, Any], *, moment: str) -> None:
 
 
 def _first_difference(what: str, one: Any, other: Any) -> tuple[str, str, str]:
-    """The path to the first plain values that differ within two nested ones, and both in words."""
+    """Return the path of the first difference between two nested plain values, and both values as text."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         for key in (*one, *other):
             if repr(one.get(key)) != repr(other.get(key)):
@@ -171,10 +167,10 @@ def _first_difference(what: str, one: Any, other: Any) -> tuple[str, str, str]:
 
 
 def check_averaged(parameters: Mapping[str, Sequence[Parameter]], *, step: int) -> None:
-    """Gradients of replicas, by block, are the same on every process: something has averaged them.
+    """Check that gradients of replicas, by block, are equal on all ranks: a wrapper has averaged them.
 
     Raises:
-        UsageError: on all processes; names the first block of which they differ.
+        UsageError: on all ranks; names the first block whose gradients differ.
     """
     gradients = {name: [each.grad for each in several if each.grad is not None] for name, several in parameters.items()}
     if not parameters:
@@ -185,16 +181,16 @@ def check_averaged(parameters: Mapping[str, Sequence[Parameter]], *, step: int) 
             f"gradients of block {name!r} differ between the processes at step {step}: nothing has averaged them. "
             "Wrap the model before its first training step and while all of it is trainable: fully_shard or replicate "
             "of torch.distributed before the optimizer is built, or "
-            "DistributedDataParallel(model, find_unused_parameters=True); the last backward pass of a step must not "
-            "stand in no_sync()"
+            "DistributedDataParallel(model, find_unused_parameters=True); run the last backward pass of a step outside "
+            "no_sync()"
         )
 
 
 def check_same_weights(weights: Mapping[str, Sequence[Tensor]]) -> None:
-    """Replicas start alike. Shards cannot be compared: each process holds another part.
+    """Check that replicas start equal. Shards cannot be compared: each rank holds another part.
 
     Raises:
-        UsageError: on all processes; names the first block that differs.
+        UsageError: on all ranks; names the first block that differs.
     """
     if not weights:
         return
@@ -207,20 +203,20 @@ def check_same_weights(weights: Mapping[str, Sequence[Tensor]]) -> None:
 
 
 def _unlike(tensors: Mapping[str, Sequence[Tensor]], *, moment: str, device: torch.device) -> list[str]:
-    """The names of which the processes hold different tensors."""
+    """Return the names whose tensors differ between ranks."""
     marks = torch.stack([_mark(several, device=device) for several in tensors.values()])
     others = [torch.empty_like(marks) for _ in range(dist.get_world_size())]
-    with naming_the_collective(f"comparing the processes {moment}"):
+    with naming_the_collective(f"comparing the ranks {moment}"):
         dist.all_gather(others, marks)
     everyone = torch.stack(others)  # (2, 30, 2) - ranks, blocks, marks
     difference = (everyone - everyone[0]).abs().amax(dim=(0, 2))
-    # False for NaN, which is no matter of averaging.
+    # False for NaN, which says nothing about averaging.
     differs = difference > RELATIVE_TOLERANCE * everyone[:, :, 0].amax(0)
     return [name for name, differs in zip(tensors, differs.tolist(), strict=True) if differs]
 
 
 def _mark(tensors: Sequence[Tensor], *, device: torch.device) -> Tensor:
-    """(L1 norm, sum) of the tensors: clipping can make L2 norms alike, not these. Shape (2,)."""
+    """L1 norm and sum of the tensors, shape (2,): clipping can make L2 norms equal, not these."""
     mark = torch.zeros(2, device=device)
     for tensor in tensors:
         mark[0] += tensor.abs().sum(dtype=torch.float32)
@@ -229,8 +225,9 @@ def _mark(tensors: Sequence[Tensor], *, device: torch.device) -> Tensor:
 
 
 def _gather(value: Any, *, moment: str) -> list[Any]:
+    """Gather one plain value of each rank, by rank."""
     values: list[Any] = [None] * dist.get_world_size()
-    with naming_the_collective(f"comparing the processes {moment}"):
+    with naming_the_collective(f"comparing the ranks {moment}"):
         dist.all_gather_object(values, value)
     return values
 

@@ -1,4 +1,4 @@
-"""Exact sums over shards: gradient norms and counts of the whole from the parts that each rank holds."""
+"""Exact sums over shards: gradient norms and counts of whole tensors from the local parts of all ranks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from torch.nn import Parameter
 
 from .tensors import Groups, collective_device, naming_the_collective, shard_groups
 
-# Decisions -------------------------------------------------------------------------------------------------------
-
 
 class SquareSums:
-    """Sums of squares of the gradients of named sets of parameters: of what this process holds, then of the whole.
+    """Gradient norms of named sets of parameters, summed first over local parts, then over ranks.
 
     Args:
-        norm: L2 norm, of shape (), of the gradients of some parameters as far as this process holds them.
+        norm: returns the L2 norm, shape (), of the local gradients of some parameters.
     """
 
     def __init__(self, norm: Callable[[Sequence[Parameter]], Tensor]) -> None:
@@ -26,11 +24,11 @@ class SquareSums:
         self._sums: dict[str, dict[Groups, Tensor]] = {}
 
     def measure(self, name: str, parameters: Sequence[Parameter], *, scale: float) -> None:
-        """Sum of squares of the gradients divided by `scale`, instead of an earlier one of this name."""
+        """Store the local sum of squares of the gradients divided by `scale`, replacing an earlier one of this name."""
         apart: dict[Groups, list[Parameter]] = {}
         for parameter in parameters:
             apart.setdefault(shard_groups(parameter), []).append(parameter)
-        # In fp64 the root gives back the very norm that one process would have found.
+        # In fp64, so that the root is exactly the norm that a single rank would find.
         self._sums[name] = {
             groups: (self._norm(several).to(collective_device(several[0])).double() / scale).square()
             for groups, several in apart.items()
@@ -40,35 +38,35 @@ class SquareSums:
         return name in self._sums
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all sums."""
         self._sums = {}
 
     def norms(self, names: Sequence[str]) -> dict[str, float]:
-        """Norms of the whole tensors, the same number on every process: one all-reduce, and a broadcast to replicas."""
+        """Norms of the whole gradients, equal on all ranks: all-reduces over shards, and for replicas a broadcast."""
         if not names:
             return {}
-        kinds = dict.fromkeys(groups for name in names for groups in self._sums[name])
-        some = next(iter(self._sums[names[0]].values()))
-        totals = torch.zeros(len(names), dtype=torch.float64, device=some.device)
+        shardings = dict.fromkeys(groups for name in names for groups in self._sums[name])
+        first = next(iter(self._sums[names[0]].values()))
+        totals = torch.zeros(len(names), dtype=torch.float64, device=first.device)
         with naming_the_collective("adding up gradient norms"):
-            for groups in kinds:
-                zero = torch.zeros_like(some)
+            for groups in shardings:
+                zero = torch.zeros_like(first)
                 sums = torch.stack([self._sums[name].get(groups, zero) for name in names])
                 for group in groups:
                     dist.all_reduce(sums, group=group)
                 totals += sums
-            if any(_size(groups) < dist.get_world_size() for groups in kinds):
+            if any(_size(groups) < dist.get_world_size() for groups in shardings):
                 dist.broadcast(totals, src=0)
         return dict(zip(names, totals.sqrt().float().tolist(), strict=True))
 
 
-def add_up(parts: Mapping[Groups, Tensor], *, device: torch.device) -> Tensor:
-    """The sum of what all processes hold. On the CPU.
+def sum_over_ranks(parts: Mapping[Groups, Tensor], *, device: torch.device) -> Tensor:
+    """Sum of the local parts of all ranks, on the CPU.
 
     Args:
-        parts: of the tensors that are sharded over the same groups, what this process holds; everywhere the same keys
-            in the same order.
-        device: where the processes' backend works.
+        parts: local sums, by the process groups over which their tensors are sharded; all ranks pass the same keys in
+            the same order.
+        device: device of the collectives.
     """
     totals = []
     for groups, part in parts.items():
@@ -81,16 +79,16 @@ def add_up(parts: Mapping[Groups, Tensor], *, device: torch.device) -> Tensor:
 
 
 def total(numbers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The sum of numbers (shape ()) of what all processes hold, in fp64, on the CPU.
+    """Sum of local numbers (shape ()) over all ranks, in fp64, on the CPU.
 
     Args:
-        numbers: each with a tensor that is sharded as what the number was taken from; everywhere as many.
+        numbers: each after a tensor that is sharded like the tensor of the number; all ranks pass equally many.
     """
     apart: dict[Groups, list[Tensor]] = {}
     for tensor, number in numbers:
         apart.setdefault(shard_groups(tensor), []).append(number.cpu().double())
     sums = {groups: torch.stack(several).sum() for groups, several in apart.items()}
-    return add_up(sums, device=collective_device(numbers[0][0]))
+    return sum_over_ranks(sums, device=collective_device(numbers[0][0]))
 
 
 def _size(groups: Groups) -> int:

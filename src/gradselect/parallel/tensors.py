@@ -1,4 +1,4 @@
-"""Local parts of tensors: what this rank holds of a DTensor, and the way back."""
+"""Conversion between DTensors and the local parts of this rank."""
 
 from __future__ import annotations
 
@@ -19,29 +19,26 @@ Groups = tuple[Any, ...]
 
 
 def is_running() -> bool:
-    """Whether this process is one of several, or of one under torch.distributed."""
+    """True under torch.distributed, even with a single rank."""
     return dist.is_available() and dist.is_initialized()
 
 
-def is_one_of_many() -> bool:
-    """Whether there are other processes."""
+def has_other_ranks() -> bool:
+    """True if this rank is not the only one."""
     return is_running() and dist.get_world_size() > 1
 
 
-# Shards ----------------------------------------------------------------------------------------------------------
-
-
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether the tensor is a DTensor: this process may hold a part of it only."""
+    """True for a DTensor, of which this rank may hold a part only."""
     if type(tensor) in (Tensor, Parameter):
         return False
-    # Whoever made a DTensor has imported its module, which is slow to import.
+    # A DTensor exists only if its module was imported; importing it here would be slow.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of the tensor, without a copy and without a gradient: its shard, or all of it."""
+    """Local part of the tensor, without a copy and without a gradient: its shard, or all of it."""
     if not is_dtensor(tensor):
         return tensor
     with torch.no_grad():
@@ -49,7 +46,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def as_dtensor(part: Tensor, *, like: Tensor) -> Tensor:
-    """The DTensor of which every process holds a `part`, laid out as `like`; plain tensors stay as they are."""
+    """Return the DTensor with local part `part`, laid out as `like`; `part` itself if `like` is a plain tensor."""
     if not is_dtensor(like):
         return part
     from torch.distributed.tensor import DTensor
@@ -62,11 +59,11 @@ def as_dtensor(part: Tensor, *, like: Tensor) -> Tensor:
     return whole.to(device)
 
 
-def local_part_of(value: Tensor, *, like: Tensor) -> Tensor:
-    """This process' part of a saved tensor, which is whole or laid out as `like`.
+def local_part_like(value: Tensor, *, like: Tensor) -> Tensor:
+    """Local part of a saved tensor, which is whole or laid out as `like`.
 
     Raises:
-        UsageError: it is spread over other processes than `like`.
+        UsageError: it is sharded differently from `like`.
     """
     if not is_dtensor(value):
         if not is_dtensor(like) or value.shape != like.shape:
@@ -75,29 +72,29 @@ def local_part_of(value: Tensor, *, like: Tensor) -> Tensor:
 
         assert isinstance(like, DTensor)
         mesh = like.device_mesh
-        # None: every process has the whole value and takes its own part, without a word to the others.
+        # None: each rank has the whole value and takes its local part without communication.
         return local_part(distribute_tensor(value.to(mesh.device_type), mesh, like.placements, src_data_rank=None))
     if not is_dtensor(like) or value.placements != like.placements:  # pyright: ignore[reportAttributeAccessIssue]
         raise UsageError(
-            "the saved state is sharded otherwise than the model; save and load it with "
+            "the saved state is not sharded as the model is; save and load it with "
             "gradselect.integrations.distributed.save and .load, which reshard"
         )
     return local_part(value)
 
 
 def shard_groups(tensor: Tensor) -> Groups:
-    """The process groups over which the tensor is sharded, one per dimension of its mesh that shards it."""
+    """Process groups over which the tensor is sharded: one for each mesh axis that shards it."""
     if not is_dtensor(tensor):
         return ()
     mesh, placements = tensor.device_mesh, tensor.placements  # pyright: ignore[reportAttributeAccessIssue]
     return tuple(mesh.get_group(axis) for axis, placement in enumerate(placements) if not placement.is_replicate())
 
 
-def first_index(tensor: Tensor, *, name: str) -> int:
-    """Flat index in the whole tensor of the first entry that this process holds; the others follow it.
+def local_start(tensor: Tensor, *, name: str) -> int:
+    """Flat index in the whole tensor of the first entry of the local part, which is contiguous there.
 
     Raises:
-        UsageError: it holds no such piece, because the tensor is sharded in another dimension than its first.
+        UsageError: it is not contiguous, because the tensor is sharded in another dimension than its first.
     """
     if not shard_groups(tensor):
         return 0
@@ -108,15 +105,15 @@ def first_index(tensor: Tensor, *, name: str) -> int:
     for placement in placements:
         if not placement.is_replicate() and (type(placement) is not Shard or placement.dim != 0):
             raise UsageError(
-                f"{name!r} is placed as {placement}, and single weights are selected in tensors that are sharded by "
+                f"{name!r} is placed as {placement}, and entries are selected only in tensors that are sharded by "
                 "rows; leave shard_placement_fn and tensor parallelism out"
             )
     _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     return min(offset[0], tensor.shape[0]) * (tensor.numel() // max(1, tensor.shape[0]))
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, without a gradient; every process calls it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the whole tensor, without a gradient. All ranks call it."""
     if not is_dtensor(tensor):
         return tensor.detach()
     with torch.no_grad(), naming_the_collective("gathering a weight"):
@@ -124,27 +121,27 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def is_averaged_in_hooks(parameter: Tensor) -> bool:
-    """Whether hooks on its accumulated gradient see what the processes have averaged: those of a DTensor do.
+    """True if hooks on the accumulated gradient see it averaged over ranks, as those of a DTensor do.
 
-    DistributedDataParallel averages later; what FSDP2 offloads may still be on its way.
+    DistributedDataParallel averages later; gradients that FSDP2 offloads may not have arrived yet.
     """
     return is_dtensor(parameter) and collective_device(parameter).type == parameter.device.type
 
 
 def collective_device(tensor: Tensor) -> torch.device:
-    """Where the backend of the tensor's processes works; FSDP2 can offload shards elsewhere."""
+    """Device of the tensor's collectives; FSDP2 may offload its shards to another one."""
     kind = tensor.device_mesh.device_type if is_dtensor(tensor) else tensor.device.type  # pyright: ignore
-    here = tensor.device.type == kind
-    return tensor.device if here else torch.device(kind, torch.accelerator.current_device_index())
+    is_there = tensor.device.type == kind
+    return tensor.device if is_there else torch.device(kind, torch.accelerator.current_device_index())
 
 
 @contextmanager
 def naming_the_collective(doing: str) -> Iterator[None]:
-    """Around a collective: says what it was when another process has ended, or does not answer in time."""
+    """Name the collective in the error if another rank has ended or does not answer in time."""
     try:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"rank {dist.get_rank()} could not go on {doing}: another process has ended or does not answer; the first "
-            f"error is in its output ({error})"
+            f"rank {dist.get_rank()} stopped while {doing}: another process has ended or does not answer; its output "
+            f"shows the first error ({error})"
         ) from error

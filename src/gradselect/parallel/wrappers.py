@@ -1,4 +1,4 @@
-"""Data-parallel wrappers: looking through them, and refusing set-ups that cannot work."""
+"""Data-parallel wrappers: the model inside them, and checks that refuse set-ups that cannot work."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gradselect.usage import UsageError
 
-# The model -------------------------------------------------------------------------------------------------------
-
 
 def unwrapping(model: nn.Module) -> Iterator[nn.Module]:
-    """The module and, one after the other, what is inside DistributedDataParallel, DataParallel and torch.compile."""
+    """Yield the module, then each module inside DistributedDataParallel, DataParallel and torch.compile."""
     yield model
-    inner = model._modules.get("_orig_mod")  # of torch.compile, whose own class is slow to import
+    inner = model._modules.get("_orig_mod")  # torch.compile's; its class is slow to import
     if isinstance(model, DistributedDataParallel | DataParallel):
         inner = model.module
     if inner is not None:
@@ -23,16 +21,16 @@ def unwrapping(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The innermost of them."""
+    """Return the model without wrappers."""
     *_, innermost = unwrapping(model)
     return innermost
 
 
 def check_placement(model: nn.Module) -> None:
-    """The model's parameters are materialised, on one device, and not in the hands of a wrapper that hides them.
+    """Check that all parameters are materialised, on one device, and not hidden by a wrapper.
 
     Raises:
-        UsageError: they are not.
+        UsageError: names the parameter or wrapper, and what to write instead.
     """
     if any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__):
         raise UsageError(
@@ -68,10 +66,10 @@ def check_placement(model: nn.Module) -> None:
 
 
 def check_data_parallel(*, trains_everything: bool) -> None:
-    """Within a forward pass: DistributedDataParallel, if it is what runs, can bear parameters without a gradient.
+    """Check, within a forward pass, that a running DistributedDataParallel allows parameters without a gradient.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: it does not.
     """
     wrapper = DistributedDataParallel._get_active_ddp_module()
     if wrapper is None or trains_everything:
