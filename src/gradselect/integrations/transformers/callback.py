@@ -1,0 +1,193 @@
+"""Connects the optimizer with the Trainer that runs it."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch.distributed.fsdp import FSDPModule
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import has_length
+
+from gradselect import BlockOptimizer, JsonlWriter, SparseOptimizer, UsageError
+
+from .checkpointing import keep_backward_short
+from .checks import check_clipping, check_resumed, warn_of_settings
+from .log_values import summarise
+
+
+class SelectionCallback(TrainerCallback):
+    """Connects the Trainer with its `BlockOptimizer` or `SparseOptimizer`.
+
+    **To the optimizer**, when training begins: the number of micro-batches per step, the gradient scaler and, for a
+    policy that left it open (`AdaGradSelect(explore_steps=None)`), the number of steps of the first epoch.
+
+    **Activation checkpointing.** transformers makes the output of the embedding require a gradient, so the backward
+    pass would visit every layer. The callback undoes that unless checkpoints are reentrant.
+
+    **Logs.** Each log of the training loss gets, over the steps since the last one,
+
+        selection/blocks         mean number of blocks updated in a step
+        selection/explored       share of steps that read all gradients
+        selection/entropy        evenness of all updates so far; 1.0: every block equally often
+        selection/state_bytes    peak bytes of optimizer state and masters on the device
+        selection/moved_bytes    mean bytes moved between device and host in a step
+
+    and the last log `selection/updates/<block>`, the number of updates of each block. With a mask it gets
+
+        selection/entries        mean number of entries updated in a step
+        selection/new            mean number of entries that the step before did not update
+        selection/overlap        lowest share of a step's entries that the next one updated too
+        selection/state_bytes    peak bytes of indices, moments and masters on the device
+        grad_norm                of the last step, before clipping, of the gradients that were applied
+
+    They reach `log_history` and every tracker in `report_to`: the callback moves before the Trainer's own trackers.
+
+    **Clipping.** With a mask the Trainer cannot clip, because gradients are freed before it reads them. The optimizer
+    clips instead, to its own `max_grad_norm` or, if it has none, to that of the arguments. During training
+    `args.max_grad_norm` is 0.
+
+    Args:
+        jsonl: file for the records, one a line; its folder must exist when training begins.
+
+    Raises:
+        UsageError: when training begins, if the optimizer is not one of ours, or if training resumes from a checkpoint
+            without optimizer state.
+
+    Example:
+        >>> callback = SelectionCallback(jsonl="selection.jsonl")  # for Trainer(..., callbacks=[callback])
+    """
+
+    def __init__(self, *, jsonl: str | Path | None = None) -> None:
+        self._jsonl = jsonl
+        self._connected: BlockOptimizer | SparseOptimizer | None = None
+        self._since_log: list[Any] = []
+        self._max_grad_norm: float | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        # TRL makes the embedding's output require a gradient here. The Trainer does so again in train(), and can undo
+        # only that.
+        keep_backward_short(parts["model"], args)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
+    ) -> None:
+        optimizer = _unwrap_optimizer(parts["optimizer"])
+        check_resumed(optimizer, state)
+        warn_of_settings(args, optimizer)
+        if isinstance(optimizer, BlockOptimizer):
+            if optimizer.update_in_backward:
+                check_clipping(args)
+            optimizer.grad_scaler = parts["optimizer"].scaler
+            optimizer.policy.fill_explore_steps(_num_steps_of_epoch(args, state, parts["train_dataloader"]))
+        else:
+            self._take_over_clipping(args, optimizer)
+        # An interrupted train() leaves its window of micro-batches open.
+        optimizer.zero_grad()
+        keep_backward_short(parts["model"], args)
+        self._connect(optimizer, writes=state.is_world_process_zero)
+        self._report_before_others()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        if self._max_grad_norm is not None:
+            args.max_grad_norm, self._max_grad_norm = self._max_grad_norm, None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
+    ) -> None:
+        # Accelerate reduces the gradients of shards in the last micro-batch only; hooks run for no other.
+        is_sharded = isinstance(parts["model"], FSDPModule)
+        num_passes = 1 if is_sharded else _num_micro_batches(args, state, parts["train_dataloader"])
+        _unwrap_optimizer(parts["optimizer"]).accumulation_steps = num_passes
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        # The Trainer clears gradients through the model, so the optimizer does not see that the window has ended.
+        if parts["optimizer"].step_was_skipped:
+            _unwrap_optimizer(parts["optimizer"]).zero_grad()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **parts: Any,
+    ) -> None:
+        assert logs is not None
+        values: dict[str, float] = {}
+        if "loss" in logs and self._since_log:
+            values = summarise(self._since_log)
+            self._since_log.clear()
+        elif "train_runtime" in logs and isinstance(self._connected, BlockOptimizer):
+            values = {f"selection/updates/{name}": count for name, count in self._connected.update_counts.items()}
+        logs.update(values)
+        # The Trainer copies the logs there before it calls the callbacks.
+        state.log_history[-1].update(values)
+
+    def _take_over_clipping(self, args: TrainingArguments, optimizer: SparseOptimizer) -> None:
+        # An interrupted train() has not restored it.
+        asked = args.max_grad_norm if self._max_grad_norm is None else self._max_grad_norm
+        if optimizer.max_grad_norm is None:
+            optimizer.max_grad_norm = asked or None
+        self._max_grad_norm, args.max_grad_norm = asked, 0.0
+
+    def _connect(self, optimizer: BlockOptimizer | SparseOptimizer, *, writes: bool) -> None:
+        """Receive the records of `optimizer`; a second `train()` of the same Trainer continues with it."""
+        self._since_log.clear()
+        if self._connected is optimizer:
+            return
+        self._connected = optimizer
+        optimizer.add_record_hook(self._since_log.append)
+        if self._jsonl is not None and writes:
+            optimizer.add_record_hook(JsonlWriter(self._jsonl))
+
+    def _report_before_others(self) -> None:
+        handler = _calling_handler()
+        if handler is not None and self in handler.callbacks:
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
+
+
+def _unwrap_optimizer(optimizer: torch.optim.Optimizer) -> BlockOptimizer | SparseOptimizer:
+    if isinstance(optimizer, AcceleratedOptimizer):
+        return _unwrap_optimizer(optimizer.optimizer)
+    if not isinstance(optimizer, BlockOptimizer | SparseOptimizer):
+        raise UsageError(
+            "SelectionCallback needs a BlockOptimizer or a SparseOptimizer, but the Trainer has "
+            f"{type(optimizer).__name__}; write "
+            'optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, {"policy": ..., "args": args}), or leave out the '
+            "callback"
+        )
+    return optimizer
+
+
+def _num_steps_of_epoch(args: TrainingArguments, state: TrainerState, loader: Any) -> int:
+    """Return the number of steps in an epoch, as the Trainer counts them. The last may have fewer micro-batches."""
+    if not has_length(loader):
+        return state.max_steps
+    return max(1, -(-len(loader) // args.gradient_accumulation_steps))
+
+
+def _num_micro_batches(args: TrainingArguments, state: TrainerState, loader: Any) -> int:
+    """Return the number of backward passes in the coming step; the last step of an epoch may have fewer."""
+    window = args.gradient_accumulation_steps
+    if not has_length(loader):
+        return window
+    num_steps = _num_steps_of_epoch(args, state, loader)
+    is_last = state.global_step % num_steps == num_steps - 1
+    return len(loader) % window or window if is_last else window
+
+
+def _calling_handler() -> CallbackHandler | None:
+    """Return the handler that calls us. Stack frames are the only way to it: no callback gets the Trainer."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler):
+            return caller
+        frame = frame.f_back
+    return None

@@ -1,0 +1,66 @@
+"""Checks of TrainingArguments against the optimizer."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+
+from gradselect import BlockOptimizer, SparseOptimizer, UsageError
+
+from .checkpointing import is_reentrant
+
+logger = logging.getLogger(__name__)
+
+
+def adamw_settings(args: TrainingArguments | type[TrainingArguments]) -> dict[str, Any]:
+    """Return AdamW's settings in TrainingArguments, or the defaults if `args` is the class."""
+    return {
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+
+
+def check_clipping(args: TrainingArguments) -> None:
+    """Refuse clipping by the Trainer when the backward pass updates weights."""
+    if args.max_grad_norm:
+        raise UsageError(
+            f"update_in_backward=True with max_grad_norm={args.max_grad_norm}: when the Trainer clips, the gradients "
+            "have been used and freed; write TrainingArguments(max_grad_norm=0.0), or leave update_in_backward out"
+        )
+
+
+def check_resumed(optimizer: BlockOptimizer | SparseOptimizer, state: TrainerState) -> None:
+    """Refuse to resume without optimizer state."""
+    if state.global_step > 0 and optimizer.num_steps == 0:
+        raise UsageError(
+            f"training resumes after step {state.global_step}, but the checkpoint holds no optimizer state; save with "
+            "save_only_model=False, or load the checkpoint with from_pretrained and call train() without "
+            "resume_from_checkpoint"
+        )
+
+
+def warn_of_settings(args: TrainingArguments, optimizer: BlockOptimizer | SparseOptimizer) -> None:
+    """Warn of settings that cost time, and of those that the optimizer does not use."""
+    if is_reentrant(args):
+        logger.warning(
+            "with reentrant checkpoints the backward pass visits every layer, frozen ones too; "
+            'drop "use_reentrant": True to skip those below the lowest selected block'
+        )
+    if args.torch_compile:
+        logger.warning(
+            "torch_compile=True compiles the whole model again for each new selection; leave it out, and write "
+            "gradselect.integrations.compile.compile_blocks(model) before building the Trainer"
+        )
+    defaults = adamw_settings(type(args))
+    for name, value in adamw_settings(args).items():
+        ours = optimizer.defaults[name]
+        if value not in (ours, defaults[name]):
+            logger.warning(
+                "TrainingArguments have %s=%s, but the optimizer was built with %s=%s and uses that; "
+                'add "args": args to the kwargs of SelectiveOptimizerFactory',
+                *(name, value, name, ours),
+            )
