@@ -30,7 +30,7 @@ from torch import nn
 
 import gradselect as gs
 from gradselect.core.residency import AbstractMover, _Offloading
-from gradselect.core.transfer import SynchronousLanes, Transfer
+from gradselect.core.transfer import SynchronousStreams, Transfer
 
 RESULT = RESULTS / "offload.json"
 WARMUP = 30
@@ -42,7 +42,7 @@ class Waiting(gs.Offload):
     """The twin of `Offload`: the same switches, but the host waits for every copy."""
 
     def open(self, device: torch.device) -> AbstractMover:
-        transfer = Transfer(SynchronousLanes(device), max_pinned_bytes=0)
+        transfer = Transfer(SynchronousStreams(device), max_pinned_bytes=0)
         return _Offloading(transfer, max_device_bytes=self.max_device_bytes)
 
 

@@ -14,7 +14,7 @@ from tiny_models import VOCABULARY, causal, tiny_batch, tiny_llama
 import gradselect as gs
 from gradselect.app.recipe.load import parse_recipe
 from gradselect.app.train.method_setup import _block_options
-from gradselect.core.adamw_8bit import dequantise, num_reached, quantise
+from gradselect.core.adamw_8bit import bucketize, dequantise, quantise
 from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory, checkpoint_selected
 
 POLICIES = {
@@ -218,7 +218,7 @@ def test_the_search_without_branches_finds_what_bucketize_finds():
     values = torch.cat([torch.linspace(-1, 1, 4001), torch.tensor([-0.0, 0.0, torch.inf, -torch.inf])])
     borders = torch.linspace(-0.9, 0.9, 255)
     values = torch.cat([values, borders])
-    assert torch.equal(num_reached(values, borders), torch.bucketize(values, borders, right=True, out_int32=True))
+    assert torch.equal(bucketize(values, borders), torch.bucketize(values, borders, right=True, out_int32=True))
 
 
 def test_tensors_that_are_small_or_no_multiple_of_a_block_are_adamws_bitwise():

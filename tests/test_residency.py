@@ -1,10 +1,9 @@
-"""Offload on a device that is as late, or as early, as it is allowed to be: bitwise the synchronous twin.
+"""Offload on a device that is as late, or as early, as the contract allows: bitwise equal to the synchronous twin.
 
-`HostileLanes` is a device of ordinary memory. It copies on the lanes that are `early` at once and on the others when
-somebody waits for them and not before; what is read before it is written is NaN or stale; memory that was dropped is
-given out again at once. A copy of what the computation has written, on a lane that was not told to wait for it, is NaN;
-so is what leaves memory that is not the ways' own, which the computation takes again when it is dropped.
-What arrived on the host is seen there once the host itself has waited.
+`HostileStreams` is a device of ordinary memory. Its `early` streams copy at once; the others copy only when somebody
+waits for them. Memory that is read before it is written is NaN or stale. Dropped memory is handed out again at once. A
+copy is NaN if its stream did not wait for the computation that wrote the source, or if it uses device memory that
+`allocate` did not make, which the computation reuses when it is dropped. The host sees a copy only after it has waited.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from torch.nn import functional
 
 import gradselect as gs
 from gradselect.core.residency import AbstractMover, _Offloading
-from gradselect.core.transfer import AbstractLanes, CudaLanes, Lane, SynchronousLanes, Transfer
+from gradselect.core.transfer import AbstractStreams, CudaStreams, Stream, SynchronousStreams, Transfer
 
-WAYS = (Lane.OUT, Lane.BACK)
+WAYS = (Stream.TO_HOST, Stream.TO_DEVICE)
 NUM_STEPS = 25
 
 
@@ -39,14 +38,14 @@ def address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-class HostileLanes(AbstractLanes):
-    is_apart = True
+class HostileStreams(AbstractStreams):
+    has_own_memory = True
 
-    def __init__(self, early: Iterable[Lane] = (), *, lockable_bytes: float = math.inf) -> None:
+    def __init__(self, early: Iterable[Stream] = (), *, lockable_bytes: float = math.inf) -> None:
         self._early = tuple(early)
-        self._told: dict[Lane, list[Callable[[], object]]] = {way: [] for way in WAYS}
+        self._queued: dict[Stream, list[Callable[[], object]]] = {way: [] for way in WAYS}
         self._done = dict.fromkeys(WAYS, 0)
-        self._unseen: dict[Lane, set[int]] = {way: set() for way in WAYS}
+        self._unseen: dict[Stream, set[int]] = {way: set() for way in WAYS}
         self._own: set[int] = set()
         self._dropped: defaultdict[int, list[Tensor]] = defaultdict(list)
         self._arrived: dict[int, tuple[Tensor, Tensor]] = {}
@@ -55,34 +54,34 @@ class HostileLanes(AbstractLanes):
         self.held_bytes = self.peak_bytes = self.locked_bytes = self.num_host_waits = 0
 
     def computed(self, tensors: Iterable[Tensor]) -> None:
-        """The computation has written these: for the ways only if they wait for it."""
+        """Note that the computation has written these; the copy streams see it only if they wait."""
         for tensor in tensors:
             for way in WAYS:
                 self._unseen[way].add(address(tensor))
 
-    def after(self, later: Lane, earlier: Lane) -> None:
-        if later is Lane.COMPUTE:
+    def after(self, later: Stream, earlier: Stream) -> None:
+        if later is Stream.COMPUTE:
             self._run(earlier)
-        elif earlier is Lane.COMPUTE:
+        elif earlier is Stream.COMPUTE:
             self._unseen[later].clear()
         else:
             self._unseen[later] &= self._unseen[earlier]
-            number = len(self._told[earlier])
-            self._tell(later, lambda: self._run(earlier, number))
+            number = len(self._queued[earlier])
+            self._queue(later, lambda: self._run(earlier, number))
 
-    def copy(self, lane: Lane, target: Tensor, source: Tensor) -> None:
-        if lane is Lane.COMPUTE:
+    def copy(self, stream: Stream, target: Tensor, source: Tensor) -> None:
+        if stream is Stream.COMPUTE:
             target.copy_(source)
             self.computed([target])
             return
-        # Others of the same memory: the caller may drop its own, and the memory may go to somebody else.
+        # Views of the same memory: the caller may drop its tensor, and the memory may be handed out again.
         there, here = target.detach(), source.detach()
-        is_own = address(source if lane is Lane.OUT else target) in self._own
-        is_right = is_own and not {address(target), address(source)} & self._unseen[lane]
-        move = self._move_out if lane is Lane.OUT else self._move_back
-        self._tell(lane, lambda: move(there, here if is_right else torch.full_like(here, math.nan)))
-        if address(target if lane is Lane.OUT else source) not in self._page_locked:
-            self.wait(lane)
+        is_own = address(source if stream is Stream.TO_HOST else target) in self._own
+        is_right = is_own and not {address(target), address(source)} & self._unseen[stream]
+        move = self._move_out if stream is Stream.TO_HOST else self._move_back
+        self._queue(stream, lambda: move(there, here if is_right else torch.full_like(here, math.nan)))
+        if address(target if stream is Stream.TO_HOST else source) not in self._page_locked:
+            self.wait(stream)
             self.num_host_waits += 1
 
     def allocate(self, like: Tensor) -> Tensor:
@@ -103,9 +102,9 @@ class HostileLanes(AbstractLanes):
         self._page_locked.add(address(memory))
         return memory
 
-    def wait(self, lane: Lane) -> None:
-        self._run(lane)
-        if lane is Lane.OUT:
+    def wait(self, stream: Stream) -> None:
+        self._run(stream)
+        if stream is Stream.TO_HOST:
             for host, value in self._arrived.values():
                 host.copy_(value)
             self._arrived.clear()
@@ -120,33 +119,33 @@ class HostileLanes(AbstractLanes):
         self.held_bytes -= memory.nbytes
         self._dropped[memory.nbytes].append(memory)
 
-    def _tell(self, lane: Lane, work: Callable[[], object]) -> None:
-        self._told[lane].append(work)
-        if lane in self._early:
-            self._run(lane)
+    def _queue(self, stream: Stream, work: Callable[[], object]) -> None:
+        self._queued[stream].append(work)
+        if stream in self._early:
+            self._run(stream)
 
-    def _run(self, lane: Lane, until: int | None = None) -> None:
-        told = self._told[lane]
-        while self._done[lane] < (len(told) if until is None else until):
-            work, told[self._done[lane]] = told[self._done[lane]], lambda: None
-            self._done[lane] += 1
+    def _run(self, stream: Stream, until: int | None = None) -> None:
+        queued = self._queued[stream]
+        while self._done[stream] < (len(queued) if until is None else until):
+            work, queued[self._done[stream]] = queued[self._done[stream]], lambda: None
+            self._done[stream] += 1
             work()
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostileOffload(gs.Offload):
-    lanes: AbstractLanes = field(default_factory=HostileLanes)
+    streams: AbstractStreams = field(default_factory=HostileStreams)
 
     def open(self, device: torch.device) -> AbstractMover:
-        transfer = Transfer(self.lanes, max_pinned_bytes=self.max_pinned_bytes)
+        transfer = Transfer(self.streams, max_pinned_bytes=self.max_pinned_bytes)
         return _Offloading(transfer, max_device_bytes=self.max_device_bytes)
 
 
 @dataclass(frozen=True)
-class TellingRule(gs.AdamWRule):
-    """Tells the hostile device what it has written."""
+class ReportingRule(gs.AdamWRule):
+    """Reports to the hostile device what it has written."""
 
-    lanes: HostileLanes | None = None
+    streams: HostileStreams | None = None
 
     def update(
         self,
@@ -156,12 +155,12 @@ class TellingRule(gs.AdamWRule):
         group: Mapping[str, Any],
     ) -> None:
         super().update(weights, grads, states, group)
-        assert self.lanes is not None
-        self.lanes.computed(tensor for state in states for name, tensor in state.items() if name != "step")
+        assert self.streams is not None
+        self.streams.computed(tensor for state in states for name, tensor in state.items() if name != "step")
 
 
 class Run:
-    """A model of unequal blocks and its optimizer; steps with clipping and, if asked for, accumulation."""
+    """Model of unequal blocks, and its optimizer; steps clip gradients and may accumulate them."""
 
     def __init__(self, policy: gs.AbstractPolicy, *, dtype: torch.dtype = torch.bfloat16, **options: Any) -> None:
         self.model = tiny_sequential(layers=3).to(dtype)
@@ -181,14 +180,16 @@ class Run:
             self.optimizer.zero_grad()
 
 
-def hostile(policy: gs.AbstractPolicy, lanes: HostileLanes, *, limits: Mapping[str, int] | None = None, **options: Any):
-    residency = HostileOffload(lanes=lanes, **(limits or {}))
-    return Run(policy, residency=residency, rule=TellingRule(lanes=lanes), **options)
+def hostile(
+    policy: gs.AbstractPolicy, streams: HostileStreams, *, limits: Mapping[str, int] | None = None, **options: Any
+):
+    residency = HostileOffload(streams=streams, **(limits or {}))
+    return Run(policy, residency=residency, rule=ReportingRule(streams=streams), **options)
 
 
 def twin_of(policy: gs.AbstractPolicy, **options: Any) -> Run:
-    """The same run with synchronous lanes."""
-    return Run(policy, residency=gs.Offload(), rule=TellingRule(lanes=HostileLanes()), **options)
+    """Return the same run with synchronous copies."""
+    return Run(policy, residency=gs.Offload(), rule=ReportingRule(streams=HostileStreams()), **options)
 
 
 def through_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def through_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_alike(first: Any, second: Any) -> None:
-    """Nested dicts and lists of tensors and numbers, bitwise."""
+    """Assert that nested dicts and lists of tensors and numbers are bitwise equal."""
     assert type(first) is type(second)
     if isinstance(first, Tensor):
         assert torch.equal(first, second)
@@ -234,11 +235,11 @@ ADVERSARIES = list(itertools.chain.from_iterable(itertools.combinations(WAYS, nu
 
 @pytest.mark.parametrize("early", ADVERSARIES, ids=lambda early: "+".join(way.value for way in early) or "late")
 @pytest.mark.parametrize("name", POLICIES)
-def test_no_order_that_the_device_may_take_changes_a_bit(name: str, early: tuple[Lane, ...]) -> None:
-    """Steps that explore and steps that do not, masters, clipping, accumulation; saved and loaded in between."""
-    lanes = HostileLanes(early)
+def test_no_order_that_the_device_may_take_changes_a_bit(name: str, early: tuple[Stream, ...]) -> None:
+    """Explore and exploit steps, masters, clipping, accumulation; saved and loaded in between."""
+    streams = HostileStreams(early)
     options = {"accumulation_steps": 1 + len(early) % 2}
-    ours, twin = hostile(POLICIES[name](), lanes, **options), twin_of(POLICIES[name](), **options)
+    ours, twin = hostile(POLICIES[name](), streams, **options), twin_of(POLICIES[name](), **options)
     for start in range(0, NUM_STEPS, 5):
         for run in (ours, twin):
             run.steps(range(start, start + 5))
@@ -251,10 +252,10 @@ def test_no_order_that_the_device_may_take_changes_a_bit(name: str, early: tuple
     assert num_switches == 0 if name == "fixed" else num_switches > NUM_STEPS // 5
 
 
-@pytest.mark.parametrize(("name", "early"), [("adagradselect", ()), ("uniform", (Lane.OUT,)), ("cyclic", ())])
-def test_saved_at_any_step_it_resumes_bitwise(name: str, early: tuple[Lane, ...]) -> None:
+@pytest.mark.parametrize(("name", "early"), [("adagradselect", ()), ("uniform", (Stream.TO_HOST,)), ("cyclic", ())])
+def test_saved_at_any_step_it_resumes_bitwise(name: str, early: tuple[Stream, ...]) -> None:
     def start() -> Run:
-        return hostile(POLICIES[name](), HostileLanes(early))
+        return hostile(POLICIES[name](), HostileStreams(early))
 
     whole, saved = start(), []
     for step in range(12):
@@ -262,7 +263,7 @@ def test_saved_at_any_step_it_resumes_bitwise(name: str, early: tuple[Lane, ...]
         saved.append((through_torch(whole.optimizer.state_dict()), copy.deepcopy(whole.model.state_dict())))
     for step in (1, 4, 10):
         resumed = start()
-        resumed.steps(range(20, 24))  # its states are in the way, some of them just moving
+        resumed.steps(range(20, 24))  # so that loading replaces states, some of them while they are copied
         resumed.records.clear()
         resumed.model.load_state_dict(saved[step][1])
         resumed.optimizer.load_state_dict(saved[step][0])
@@ -273,8 +274,8 @@ def test_saved_at_any_step_it_resumes_bitwise(name: str, early: tuple[Lane, ...]
 
 
 def test_masters_are_refreshed_wherever_they_are_on_their_way_to() -> None:
-    lanes = HostileLanes()
-    ours, twin = hostile(gs.Uniform(count=3), lanes), twin_of(gs.Uniform(count=3))
+    streams = HostileStreams()
+    ours, twin = hostile(gs.Uniform(count=3), streams), twin_of(gs.Uniform(count=3))
     for start in (0, 10):
         for run in (ours, twin):
             run.steps(range(start, start + 10))
@@ -286,8 +287,8 @@ def test_masters_are_refreshed_wherever_they_are_on_their_way_to() -> None:
 
 
 def test_the_model_may_go_elsewhere_and_come_back() -> None:
-    """To the host, say, to be saved: the state of the optimizer stays, as that of torch's optimizers does."""
-    ours, twin = hostile(gs.Uniform(count=3), HostileLanes()), twin_of(gs.Uniform(count=3))
+    """The model may move to the host to be saved; optimizer state stays, as with torch's optimizers."""
+    ours, twin = hostile(gs.Uniform(count=3), HostileStreams()), twin_of(gs.Uniform(count=3))
     for run in (ours, twin):
         run.steps(range(6))
         assert run.optimizer._states._open is not None
@@ -302,22 +303,22 @@ def test_the_model_may_go_elsewhere_and_come_back() -> None:
 
 @pytest.mark.parametrize("name", ["adagradselect", "uniform", "cyclic"])
 def test_the_device_never_holds_more_than_the_largest_selection(name: str) -> None:
-    lanes = HostileLanes()
-    run = hostile(POLICIES[name](), lanes)
+    streams = HostileStreams()
+    run = hostile(POLICIES[name](), streams)
     run.steps(range(NUM_STEPS))
-    assert lanes.peak_bytes == max(record.state_bytes for record in run.records)
+    assert streams.peak_bytes == max(record.state_bytes for record in run.records)
 
 
 def test_room_on_the_device_lets_what_comes_go_first() -> None:
-    """All three layers have had a turn: with room for two the third is fetched before the second leaves."""
+    """All three layers have been selected. With room for two, the third is fetched before the second leaves."""
     peaks = {}
     for limit in (1, 2):
-        lanes = HostileLanes()
+        streams = HostileStreams()
         block = 12 * sum(parameter.numel() for parameter in Run(gs.All()).model[1].parameters())
         policy = gs.Cyclic(every=1, among=("layer.*",))
-        run = hostile(policy, lanes, limits={"max_device_bytes": limit * block})
+        run = hostile(policy, streams, limits={"max_device_bytes": limit * block})
         run.steps(range(12))
-        peaks[limit] = lanes.peak_bytes // block
+        peaks[limit] = streams.peak_bytes // block
     assert peaks == {1: 1, 2: 2}
 
 
@@ -341,16 +342,16 @@ def test_a_limit_that_is_none_is_refused(limits: dict[str, Any]) -> None:
 
 
 def test_host_memory_is_page_locked_once_and_used_again(caplog: pytest.LogCaptureFixture) -> None:
-    """Also when states are loaded over those that are there: what these held counts no more."""
-    policy, lanes = gs.Cyclic(every=1, among=("layer.*",)), HostileLanes()
-    run = hostile(policy, lanes)
+    """Also when loaded states replace existing ones, whose memory then no longer counts."""
+    policy, streams = gs.Cyclic(every=1, among=("layer.*",)), HostileStreams()
+    run = hostile(policy, streams)
     locked = []
     for step in range(12):
         run.steps([step])
-        locked.append(lanes.locked_bytes)
+        locked.append(streams.locked_bytes)
     assert locked[4] > 0
     assert locked[5:] == [locked[5]] * 7
-    again = hostile(policy, HostileLanes(), limits={"max_pinned_bytes": locked[-1]})
+    again = hostile(policy, HostileStreams(), limits={"max_pinned_bytes": locked[-1]})
     for step in range(4):
         again.steps(range(8 * step, 8 * step + 8))
         again.optimizer.load_state_dict(again.optimizer.state_dict())
@@ -358,22 +359,22 @@ def test_host_memory_is_page_locked_once_and_used_again(caplog: pytest.LogCaptur
 
 
 @pytest.mark.parametrize(
-    ("lanes", "limits", "reason"),
+    ("streams", "limits", "reason"),
     [
-        (HostileLanes(lockable_bytes=20_000), {}, "failed (CUDA error: out of memory)"),
-        (HostileLanes(), {"max_pinned_bytes": 20_000}, "max_pinned_bytes=20000 is reached"),
-        (HostileLanes(), {"max_pinned_bytes": 0}, None),
+        (HostileStreams(lockable_bytes=20_000), {}, "failed (CUDA error: out of memory)"),
+        (HostileStreams(), {"max_pinned_bytes": 20_000}, "max_pinned_bytes=20000 is reached"),
+        (HostileStreams(), {"max_pinned_bytes": 0}, None),
     ],
 )
 def test_short_of_page_locked_memory_it_goes_on_with_pageable_and_says_so_once(
-    lanes: HostileLanes, limits: dict[str, int], reason: str | None, caplog: pytest.LogCaptureFixture
+    streams: HostileStreams, limits: dict[str, int], reason: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        ours, twin = hostile(gs.Uniform(count=3), lanes, limits=limits), Run(gs.Uniform(count=3))
+        ours, twin = hostile(gs.Uniform(count=3), streams, limits=limits), Run(gs.Uniform(count=3))
         for run in (ours, twin):
             run.steps(range(NUM_STEPS))
     assert_alike(dict(ours.model.state_dict()), dict(twin.model.state_dict()))
-    assert lanes.num_host_waits > 0
+    assert streams.num_host_waits > 0
     assert len(caplog.messages) == (reason is not None)
     assert reason is None or reason in caplog.text
 
@@ -382,17 +383,17 @@ def test_short_of_page_locked_memory_it_goes_on_with_pageable_and_says_so_once(
 
 
 @pytest.mark.parametrize("early", ADVERSARIES, ids=str)
-def test_memory_that_the_computation_has_done_with_is_written_to_only_then(early: tuple[Lane, ...]) -> None:
-    """A state is dropped right after its update, nothing leaves, and another one comes into its memory."""
-    lanes = HostileLanes(early)
-    transfer = Transfer(lanes, max_pinned_bytes=None)
+def test_memory_that_the_computation_has_done_with_is_written_to_only_then(early: tuple[Stream, ...]) -> None:
+    """A state is dropped right after its update, nothing leaves, and incoming state takes its memory."""
+    streams = HostileStreams(early)
+    transfer = Transfer(streams, max_pinned_bytes=None)
     away, here = {"exp_avg": torch.ones(4)}, {"exp_avg": torch.zeros(4)}
     for state in (away, here):
         transfer.adopt(state, ["exp_avg"])
     transfer.begin()
     transfer.send(away, ["exp_avg"])
     transfer.settle()
-    lanes.computed(here.values())
+    streams.computed(here.values())
     here.clear()
     transfer.begin()
     transfer.fetch(away, ["exp_avg"])
@@ -401,9 +402,9 @@ def test_memory_that_the_computation_has_done_with_is_written_to_only_then(early
 
 
 @pytest.mark.parametrize("early", ADVERSARIES, ids=str)
-def test_what_has_not_come_yet_may_leave_again(early: tuple[Lane, ...]) -> None:
+def test_what_has_not_come_yet_may_leave_again(early: tuple[Stream, ...]) -> None:
     """Two switches with no update in between."""
-    transfer = Transfer(HostileLanes(early), max_pinned_bytes=None)
+    transfer = Transfer(HostileStreams(early), max_pinned_bytes=None)
     states = [{"exp_avg": torch.full((4,), value)} for value in (1.0, 2.0)]
     for state in states:
         transfer.adopt(state, ["exp_avg"])
@@ -418,9 +419,9 @@ def test_what_has_not_come_yet_may_leave_again(early: tuple[Lane, ...]) -> None:
 
 
 def test_a_device_that_copies_at_once_takes_the_same_path() -> None:
-    lanes = SynchronousLanes(torch.device("cpu"))
-    lanes.is_apart = True
-    ours, twin = Run(gs.Uniform(count=3), residency=HostileOffload(lanes=lanes)), Run(gs.Uniform(count=3))
+    streams = SynchronousStreams(torch.device("cpu"))
+    streams.has_own_memory = True
+    ours, twin = Run(gs.Uniform(count=3), residency=HostileOffload(streams=streams)), Run(gs.Uniform(count=3))
     for run in (ours, twin):
         run.steps(range(10))
     assert_alike(dict(ours.model.state_dict()), dict(twin.model.state_dict()))
@@ -430,28 +431,28 @@ def test_a_device_that_copies_at_once_takes_the_same_path() -> None:
 def test_on_cuda_the_later_lane_waits_for_the_earlier_and_copies_run_on_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What can be seen without a GPU: which stream waits for which, and where copies are told."""
+    """Visible without a GPU: which stream waits for which, and where copies are queued."""
     said: list[str] = []
     names = iter(("out", "back"))
 
-    class Stream:
+    class FakeStream:
         def __init__(self, device: torch.device | None = None, name: str | None = None) -> None:
             self.name = name or next(names)
 
-        def wait_stream(self, other: Stream) -> None:
+        def wait_stream(self, other: FakeStream) -> None:
             said.append(f"{self.name} after {other.name}")
 
         def synchronize(self) -> None:
             said.append(f"host waits for {self.name}")
 
-    def within(stream: Stream) -> contextlib.AbstractContextManager[None]:
+    def within(stream: FakeStream) -> contextlib.AbstractContextManager[None]:
         said.append(f"on {stream.name}")
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(name="compute"))
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream(name="compute"))
     monkeypatch.setattr(torch.cuda, "stream", within)
-    transfer = Transfer(CudaLanes(torch.device("cpu")), max_pinned_bytes=0)
+    transfer = Transfer(CudaStreams(torch.device("cpu")), max_pinned_bytes=0)
     state = {"exp_avg": torch.ones(4)}
     transfer.adopt(state, ["exp_avg"])
     transfer.begin()

@@ -1,4 +1,4 @@
-"""AdamW, on whole tensors and on entries."""
+"""AdamW on whole tensors and on entries."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class AdamWRule(AbstractRule):
         m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
         w <- w - lr weight_decay w - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    `t` counts the updates of this tensor, or of this entry: one that is selected late gets its own bias correction.
+    `t` counts the updates of this tensor or entry, so one that is selected late gets its own bias correction.
 
     Args:
-        fused: one kernel for all tensors of a block instead of torch's loop over them: faster, equal up to rounding.
-            Default False: bitwise what `torch.optim.AdamW(foreach=False)` computes.
+        fused: use one kernel for all tensors of a block instead of a loop: faster, equal up to rounding. Default False:
+            bitwise equal to `torch.optim.AdamW(foreach=False)`.
 
     Example:
         >>> weight, grad, rule = torch.ones(2), torch.ones(2), AdamWRule()
@@ -46,7 +46,7 @@ class AdamWRule(AbstractRule):
         return {"step": step, "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
 
     def counter_device(self, weight: Tensor) -> torch.device:
-        # The unfused loop reads the counter on the host; the fused kernel wants it beside the weight.
+        # The loop reads the counter on the host; the fused kernel needs it on the weight's device.
         return weight.device if self.fused else torch.device("cpu")
 
     def update(
@@ -95,8 +95,8 @@ def adamw_entries(
         m <- m + (1 - beta1) (g - m),   v <- beta2 v + (1 - beta2) g^2
         w <- w (1 - lr weight_decay) - (lr / (1 - beta1^t)) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-    On the CPU bitwise what `torch.optim.AdamW(foreach=False)` computes on a tensor of that age; kernels elsewhere may
-    round in another order.
+    On the CPU bitwise equal to `torch.optim.AdamW(foreach=False)` on a tensor of that age. Other devices may round in
+    another order.
 
     Example:
         >>> import torch
@@ -114,7 +114,7 @@ def adamw_entries(
     first, second = (_bias_corrections(beta, _length(ages.most)) for beta in betas)
     step_size = (-lr / first).to(mean).index_select(0, ages.updates)
     root = second.sqrt().to(mean).index_select(0, ages.updates)
-    # The order of operations is that of torch on the CPU, so that results are bitwise its own.
+    # The order of operations is torch's on the CPU, so that results are bitwise equal.
     weights.mul_(1 - lr * weight_decay)
     mean.lerp_(gradients, 1 - beta1)
     square.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
@@ -123,11 +123,11 @@ def adamw_entries(
 
 
 def _length(oldest: int) -> int:
-    """Entries of a table of bias corrections, a power of two above `oldest`: it is made anew log2(steps) times."""
+    """Length of a table of bias corrections: a power of two above `oldest`, so that log2(steps) tables are made."""
     return max(64, 1 << oldest.bit_length())
 
 
 @lru_cache(maxsize=8)
 def _bias_corrections(beta: float, length: int) -> Tensor:
-    """1 - beta^t for t = 0, ..., length - 1, by Python's power of doubles, as torch. Shape (length,), float64."""
+    """Return 1 - beta^t for t = 0, ..., length - 1, with Python's power as in torch. Shape (length,), float64."""
     return torch.tensor([1 - beta**t for t in range(length)], dtype=torch.float64)

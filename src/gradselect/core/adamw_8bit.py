@@ -1,4 +1,4 @@
-"""AdamW whose moments are kept in 8 bits a number, and the block-wise quantisation behind it."""
+"""AdamW with 8-bit moments, and its block-wise quantisation."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ BLOCK = 256
 """Numbers that share one scale."""
 
 LEAST = 4096
-"""Tensors of fewer elements keep whole moments: biases and norms are sensitive, and small."""
+"""Tensors of fewer entries keep fp32 moments: biases and norms are sensitive, and small."""
 
 PART = 2**22
-"""Elements whose moments are whole at one time, a multiple of BLOCK: an embedding's would be larger than the rest."""
+"""Number of entries dequantised at a time, a multiple of BLOCK: fp32 moments of an embedding would be too large."""
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 
 @dataclass(frozen=True)
 class AdamW8bitRule(AbstractRule):
-    """AdamW on moments that are rounded to 8 bits between steps: 2.03 bytes of state a weight instead of 8.
+    """AdamW with moments rounded to 8 bits between steps: 2.03 bytes of state per entry instead of 8.
 
-    Each moment x, flat, is cut into blocks of 256 numbers. A block is kept as its scale s (fp32) and, for each number,
-    the index (uint8) of the nearest of 256 numbers q of the dynamic map:
+    Each moment x is flattened and cut into runs of 256 numbers. A run is stored as its scale s (fp32) and, for each
+    number, the index (uint8) of the nearest of 256 numbers q of the dynamic map:
 
         s = max |x|,   c_i = argmin_c |x_i / s - q_c|,   x_i <- s q_(c_i)
 
-    At a step the moments are whole again for as long as a part of the tensor is updated, in fp32 and by `AdamWRule`.
-    Tensors of fewer than 4096 elements, and those whose elements are no multiple of 256, keep whole moments.
+    A step dequantises one part of the tensor at a time to fp32 and updates it with `AdamWRule`. Tensors of fewer than
+    4096 entries, and those whose number of entries is no multiple of 256, keep fp32 moments.
 
-    The state is plain tensors, so it is counted, moved, saved and read as any other; torchao's AdamW8bit, which keeps
-    a tensor class of its own, computes the same numbers. It cannot be sharded: a block would lie on two devices.
+    The state is plain tensors, so it is counted, moved, saved and read like any other. torchao's AdamW8bit has a tensor
+    class of its own and computes the same numbers. The state cannot be sharded: a run would lie on two devices.
 
     Args:
-        fused: as of `AdamWRule`.
+        fused: see `AdamWRule`.
 
     Example:
         >>> state = AdamW8bitRule().make_state(torch.zeros(64, 64))
@@ -63,7 +63,7 @@ class AdamW8bitRule(AbstractRule):
         state = {"step": torch.zeros((), dtype=torch.float32, device=self.counter_device(weight))}
         for name in SIGNED:
             state[name] = torch.zeros_like(weight, dtype=torch.uint8)
-            # A scale of zero makes zeros of all codes.
+            # With a scale of zero every code stands for zero.
             state[_scale(name)] = torch.zeros(weight.numel() // BLOCK, dtype=torch.float32, device=weight.device)
         return state
 
@@ -105,34 +105,34 @@ class AdamW8bitRule(AbstractRule):
 
 
 def quantise(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """Codes (uint8) of fp32 numbers, as many as `values`, and the scale of each block of 256.
+    """Quantise fp32 numbers to 8 bits.
 
     Args:
-        values: flat, a multiple of 256 of them; not negative unless `signed`.
-        signed: which dynamic map.
+        values: shape (n,), n a multiple of 256; not negative unless `signed`.
+        signed: selects the dynamic map.
 
     Returns:
-        codes of shape (n,) and scales of shape (n / 256,).
+        Codes, uint8, shape (n,), and one scale for each 256 of them, fp32, shape (n / 256,).
     """
     blocks = values.view(-1, BLOCK)  # (16384, 256)
     # The smallest scale keeps a block of zeros from 0 / 0.
     scales = blocks.abs().amax(1).clamp_min(1e-12)
     _, borders = _dynamic_map(signed, values.device)
-    return num_reached((blocks / scales[:, None]).view(-1), borders).to(torch.uint8), scales
+    return bucketize((blocks / scales[:, None]).view(-1), borders).to(torch.uint8), scales
 
 
 def dequantise(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
-    """The fp32 numbers that codes and scales stand for; shape (n,)."""
+    """Return the fp32 numbers that codes and scales stand for. Shape (n,)."""
     numbers, _ = _dynamic_map(signed, codes.device)
-    # Plain indexing with a tensor is twenty times as slow on a CPU.
+    # Indexing with a tensor, numbers[codes], is twenty times slower on a CPU.
     return (numbers.index_select(0, codes.int()).view(-1, BLOCK) * scales[:, None]).view(-1)
 
 
-def num_reached(values: Tensor, borders: Tensor) -> Tensor:
-    """How many of 255 ascending borders each value reaches, int32: `torch.bucketize(values, borders, right=True)`."""
+def bucketize(values: Tensor, borders: Tensor) -> Tensor:
+    """Number of the 255 ascending borders that each value reaches, int32, as `torch.bucketize(..., right=True)`."""
     if values.device.type != "cpu":
         return torch.bucketize(values, borders, right=True, out_int32=True)
-    # On a CPU torch's binary search branches at every comparison; this one does not and takes a fifth of the time.
+    # On a CPU torch's binary search branches at every comparison. This one does not, and takes a fifth of the time.
     found = torch.zeros_like(values, dtype=torch.int32)
     for stride in (128, 64, 32, 16, 8, 4, 2, 1):
         reached = values >= borders.index_select(0, found + (stride - 1))
@@ -142,10 +142,10 @@ def num_reached(values: Tensor, borders: Tensor) -> Tensor:
 
 @cache
 def _dynamic_map(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 256 numbers that a code can stand for, ascending, and the 255 borders half-way between them.
+    """Return the 256 numbers that a code can stand for, ascending, and the 255 borders half-way between them.
 
-    Seven decades down from 1. Decade k = 0, ..., 6, which ends at 10^(k - 6), has 2^k numbers (twice as many without a
-    sign): the middles of equal parts of its upper nine tenths. With a sign they are there negative too; 0 and 1 beside.
+    Decades k = 0, ..., 6 end at 10^(k - 6). Each has 2^k numbers (2^(k + 1) if unsigned): the middles of equal parts of
+    its upper nine tenths. The signed map holds their negatives too. Both maps also hold 0 and 1.
     """
     numbers = [0.0, 1.0]
     for decade in range(7):
@@ -161,9 +161,9 @@ def _is_quantised(weight: Tensor) -> bool:
     return weight.numel() >= LEAST and weight.numel() % BLOCK == 0 and weight.is_contiguous()
 
 
-def _parts(num_elements: int) -> Iterator[slice]:
-    for start in range(0, num_elements, PART):
-        yield slice(start, min(start + PART, num_elements))
+def _parts(num_entries: int) -> Iterator[slice]:
+    for start in range(0, num_entries, PART):
+        yield slice(start, min(start + PART, num_entries))
 
 
 def _scale(name: str) -> str:

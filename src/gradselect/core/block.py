@@ -1,4 +1,4 @@
-"""A block: a named group of parameters that is selected as one."""
+"""Block: a named set of parameters that is selected as a whole."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch.nn import Parameter
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Block:
-    """A set of parameters that is trained or frozen as one.
+    """Named set of parameters that is trained or frozen as a whole.
 
     Args:
         name: unique in its model: "embedding", "layer.0", "layer.1", ..., "norm", "head".
-        parameters: the tensors, in the order of `model.named_parameters()`; a tied tensor stands in one block only.
+        parameters: the tensors, in the order of `model.named_parameters()`; a tied tensor is in one block only.
         parameter_names: their names in `model.named_parameters()`, in the same order.
-        aliases: further names by which the user may mean this block; a tied head is `("head",)` of the embedding.
+        aliases: other names that a user may write for this block: `("head",)` for an embedding with a tied head.
 
     Example:
         >>> import torch
@@ -31,5 +31,5 @@ class Block:
 
     @property
     def num_elements(self) -> int:
-        """How many weights the block holds."""
+        """Number of entries in the block."""
         return sum(parameter.numel() for parameter in self.parameters)

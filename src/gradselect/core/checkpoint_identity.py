@@ -1,4 +1,4 @@
-"""What a checkpoint must agree on with the run that loads it; what others make of it on the way."""
+"""Identity of a checkpoint: the facts that it must share with the run that loads it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from gradselect.usage import UsageError, find_differences
 
 
 def check_same(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Every entry of `ours` stands in `saved` with an equal value.
+    """Check that `saved` holds every key of `ours` with an equal value.
 
     Raises:
-        UsageError: names the first entry that differs, and both values, or the first that is not there.
+        UsageError: names the first key that differs, and both values, or the first that is missing.
     """
     for what, value in ours.items():
         if what not in saved:
             raise UsageError(
                 f"the checkpoint does not say what its {what.replace('_', ' ')} was: an older version of gradselect "
-                "wrote it, or another optimizer; go on with what wrote it, or begin anew from the weights alone"
+                "wrote it, or another optimizer; resume with the version that wrote it, or start again from the weights"
             )
         if _plain(saved[what]) != _plain(value):
             difference = _difference(_plain(saved[what]), _plain(value))
@@ -27,23 +27,23 @@ def check_same(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
 
 
 def as_text(selection: Mapping[str, Any]) -> str:
-    """`selection` as one plain value, which travels with a parameter group."""
+    """Return `selection` as one string, which can travel in a parameter group."""
     return json.dumps(selection)
 
 
 def selection_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry of this name, or its text in the first group where torch.distributed.checkpoint has dropped it.
+    """Return `selection` of a state_dict, from the text in the first group if torch.distributed.checkpoint dropped it.
 
     Raises:
-        UsageError: there is neither.
+        UsageError: neither is there.
     """
     if "selection" in state_dict:
         return state_dict["selection"]
     if "selection" not in state_dict["param_groups"][0]:
         raise UsageError(
-            "this state_dict was not written by BlockOptimizer: it has no entry 'selection'. Where "
-            "torch.distributed.checkpoint.state_dict has passed it on, which keeps that of sharded models alone, save "
-            "and load with gradselect.integrations.distributed"
+            "this state_dict was not written by BlockOptimizer: it has no key 'selection'. If it went through "
+            "torch.distributed.checkpoint.state_dict, which keeps that key for sharded models only, save and load with "
+            "gradselect.integrations.distributed"
         )
     return json.loads(state_dict["param_groups"][0]["selection"])
 
@@ -51,7 +51,7 @@ def selection_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 def states_by_name(
     state_dict: Mapping[str, Any], selection: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """What a state_dict holds of each parameter, by name; zeros that stand in for no state are left out."""
+    """Return the state of each parameter, by name; empty where zeros stand for a missing state."""
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     with_state = selection.get("with_state", names)
     return {
@@ -61,7 +61,7 @@ def states_by_name(
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists: a checkpoint may have passed through a format that knows lists only."""
+    """Replace tuples by lists: a checkpoint may have passed through a format without tuples."""
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value

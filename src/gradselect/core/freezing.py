@@ -1,4 +1,4 @@
-"""Freezing parameters for a step, told from the user's own freezing, and undone when the optimizer goes."""
+"""Freezing of parameters by an optimizer, marked to tell it from the user's own, and undone when the optimizer goes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _NUMBERS = itertools.count(1)
 
 
 def freeze(parameter: Parameter, frozen: bool) -> None:
-    """Freeze or thaw a parameter; its gradient goes when that changes it.
+    """Freeze or thaw a parameter, and drop its gradient if that changes it.
 
-    A frozen one is marked (`gradselect_frozen`), so that a partition counts it among those that train.
+    A frozen parameter carries the mark `gradselect_frozen`, so that a partition still counts it as trainable.
     """
     if parameter.requires_grad == frozen:
         parameter.requires_grad_(not frozen)
@@ -30,18 +30,18 @@ def freeze(parameter: Parameter, frozen: bool) -> None:
 
 
 def is_frozen_for_now(parameter: Parameter) -> bool:
-    """True if an optimizer of this package, and not the user, has frozen the parameter."""
+    """True if an optimizer of this package froze the parameter, not the user."""
     return getattr(parameter, "gradselect_frozen", False)
 
 
 class Ownership:
-    """Marks parameters with their newest optimizer, so that hooks of an older one fall silent.
+    """Marks parameters with their newest optimizer, so that hooks of an older one do nothing.
 
-    When the optimizer is dropped or closed, its parameters are trainable again and carry no mark.
+    When the optimizer is dropped or closed, its parameters become trainable again and lose the mark.
 
     Args:
         optimizer: held by a weak reference.
-        parameters: marked with a number of this owner (`gradselect_owner`).
+        parameters: get the mark `gradselect_owner`, the number of this owner.
     """
 
     def __init__(self, optimizer: object, parameters: Sequence[Parameter]) -> None:
@@ -51,7 +51,7 @@ class Ownership:
         self.take(parameters)
 
     def take(self, parameters: Sequence[Parameter]) -> None:
-        """Own these parameters instead of earlier ones, which a wrapper has replaced."""
+        """Own these parameters instead of earlier ones that a wrapper has replaced."""
         if self._finalizer is not None:
             self._finalizer.detach()
         for parameter in parameters:
@@ -79,7 +79,7 @@ class Ownership:
 
 
 def _give_back(parameters: Sequence[Parameter], owner: int) -> None:
-    """Thaw and unmark what `owner` holds; what a newer optimizer holds is left alone."""
+    """Thaw and unmark the parameters of `owner`, but not those that a newer optimizer has taken."""
     for parameter in parameters:
         if getattr(parameter, "gradselect_owner", None) == owner:
             del parameter.gradselect_owner  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""Gradients: their norms, and hooks that see each as it is accumulated."""
+"""Gradient norms, and hooks that see each gradient as it is accumulated."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .hooks import weak_hook
 class AbstractGradientHooks(ABC):
     """Calls `arrived(name, parameter)` each time a backward pass has added to the gradient of a parameter.
 
-    Hooks are registered while everything is trainable: torch refuses one on a frozen parameter, but an early one
-    survives freezing. Parameters that a newer optimizer owns are left alone.
+    Hooks are registered while everything is trainable: torch refuses a hook on a frozen parameter, but an earlier one
+    survives freezing. Parameters of a newer optimizer are ignored.
 
     Attributes:
         accumulation_steps: backward passes before an optimizer step, >= 1.
 
     Args:
         ownership: of the optimizer.
-        accumulation_steps: as above.
+        accumulation_steps: see above.
     """
 
     def __init__(self, ownership: Ownership, *, accumulation_steps: int) -> None:
@@ -49,11 +49,11 @@ class AbstractGradientHooks(ABC):
 
     @abstractmethod
     def arrived(self, name: str, parameter: Parameter) -> None:
-        """Handle the gradient of `parameter`; `name` is that it was registered with."""
+        """Handle the gradient of `parameter`, which was registered under `name`."""
 
     @abstractmethod
     def restart(self) -> None:
-        """Begin a new accumulation window: nothing has arrived yet."""
+        """Start a new accumulation window, in which nothing has arrived yet."""
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -61,14 +61,14 @@ class AbstractGradientHooks(ABC):
             handle.remove()
 
     def _refuse_pass(self, number: int, *, optimizer: str, lost: str) -> None:
-        """Refuse a backward pass that was not announced.
+        """Refuse a backward pass beyond `accumulation_steps`.
 
         Raises:
             UsageError: always.
         """
         raise UsageError(
             f"backward pass {number} before optimizer.step(), but accumulation_steps={self.accumulation_steps}: "
-            f"gradients were {lost} after that many; for gradient accumulation write {optimizer}(..., "
+            f"gradients were {lost} before it; for gradient accumulation write {optimizer}(..., "
             "accumulation_steps=<backward passes per step>), in a Trainer callbacks=[SelectionCallback()]; where a "
             "step was skipped call optimizer.zero_grad(); checkpoint activations with use_reentrant=False"
         )
@@ -82,8 +82,8 @@ def gradient_norm(
     Counts the local parts of sharded gradients.
 
     Args:
-        parameters: those of one block, for example.
-        known: norms that were measured before; these gradients may be gone.
+        parameters: for example those of one block.
+        known: norms measured before; their gradients may be gone.
 
     Raises:
         UsageError: a gradient is sparse.
@@ -112,14 +112,14 @@ def total_norm(parameters: Iterable[Parameter]) -> float:
 
 
 def norm_of(parameter: Parameter) -> Tensor:
-    """L2 norm, in fp32, of one gradient that exists. Shape ()."""
+    """L2 norm, in fp32, of the local part of an existing gradient. Shape ()."""
     assert parameter.grad is not None
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     return torch.linalg.vector_norm(dense(local_part(parameter.grad)), dtype=dtype).float()
 
 
 def squared_norm(gradient: Tensor) -> Tensor:
-    """Squared L2 norm, in fp32 or in the gradient's own dtype if that is wider. Shape ()."""
+    """Squared L2 norm, in fp32, or in the gradient's dtype if that is wider. Shape ()."""
     return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)) ** 2
 
 
@@ -135,5 +135,5 @@ def dense(gradient: Tensor) -> Tensor:
 
 
 def at_end_of_pass(call: Callable[[], None]) -> None:
-    """Queue a call for the end of the backward pass that runs now, as data-parallel wrappers do."""
+    """Queue a call for the end of the running backward pass, as data-parallel wrappers do."""
     torch.autograd.Variable._execution_engine.queue_callback(call)  # pyright: ignore

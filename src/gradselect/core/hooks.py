@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 
 def weak_hook(method: Callable[..., None], *arguments: object) -> Callable[[Tensor], None]:
-    """Return a hook that calls `method(*arguments, parameter)` while the method's object is alive.
+    """Return a hook that calls `method(*arguments, parameter)` while the object of the method is alive.
 
     Args:
         method: a bound method. The hook holds its object by a weak reference.

@@ -1,4 +1,4 @@
-"""The two parameter groups, decay and no decay, and where the parameters of a block stand in them."""
+"""Parameter groups, with and without weight decay, and the place of each block's parameters in them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Group = dict[str, Any]
 
 
 class ParameterTable:
-    """Finds the parameters of a block through the optimizer's groups, where a wrapper may have put others.
+    """Finds the parameters of a block in the optimizer's groups, where a wrapper may have replaced them.
 
     Args:
         groups: the optimizer's `param_groups`, which hold `param_names`.
-        members: names of each block's parameters, by block, in model order.
+        members: parameter names of each block, by block, in model order.
     """
 
     def __init__(self, groups: Sequence[Group], members: Mapping[str, Sequence[str]]) -> None:
@@ -50,11 +50,11 @@ class ParameterTable:
         return list(zip(self.names, self.all(), strict=True))
 
     def of(self, block: str) -> list[Parameter]:
-        """The parameters of one block."""
+        """Parameters of one block."""
         return self._find(self.members[block])
 
     def by_group(self, block: str) -> list[tuple[Group, list[Parameter]]]:
-        """The parameters of one block, by group."""
+        """Parameters of one block, with their group."""
         apart: dict[int, list[str]] = {}
         for name in self.members[block]:
             apart.setdefault(self._places[name][0], []).append(name)
@@ -68,7 +68,7 @@ class ParameterTable:
 def decay_groups(
     blocks: Sequence[Block], *, no_decay: str | Sequence[str] | None, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Return the named parameters in a decayed and an undecayed group, in model order, without empty groups.
+    """Return a group with weight decay and one without, named, in model order; empty groups are left out.
 
     Raises:
         UsageError: a pattern of `no_decay` matches nothing.

@@ -13,12 +13,12 @@ from torch.utils.hooks import RemovableHandle
 from gradselect.usage import UsageError
 
 Span = Callable[[str], AbstractContextManager[Any]]
-"""Called with the name of a phase; returns a context that is entered around it."""
+"""Called with the name of a phase; returns a context manager for it."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 SELECTION = "selection"
-"""Decisions of a policy or mask, gradient norms, freezing, records."""
+"""Selection by a policy or mask, gradient norms, freezing, records."""
 
 STATE = "state"
 """Moves of optimizer state between device and host, within a selection."""
@@ -27,16 +27,16 @@ _NO_SPAN = nullcontext()
 
 
 class Phases:
-    """The listener to the phases of one optimizer. Without one a phase costs a test."""
+    """Phases of one optimizer, and their listener. Without a listener a phase costs one test."""
 
     def __init__(self) -> None:
         self._spans: OrderedDict[int, Span] = OrderedDict()
 
     def listen(self, span: Span) -> RemovableHandle:
-        """Enter `span(name)` around every phase, until the handle that is returned is removed.
+        """Enter `span(name)` around every phase until the returned handle is removed.
 
         Raises:
-            UsageError: somebody listens already.
+            UsageError: there is a listener already.
         """
         if self._spans:
             raise UsageError("phases() has a listener already; remove it first: handle.remove()")

@@ -1,4 +1,4 @@
-"""What a step did, and the writer that keeps it."""
+"""Records of steps, and their JSONL writer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradselect.files import write_atomically
 
 
 class MemoryBytes(TypedDict):
-    """Bytes held at the moment, by category; their sum is the training state without activations.
+    """Bytes held now, by category; their sum is the training state without activations.
 
     Step counters, four bytes for each parameter tensor, are not counted.
     """
@@ -30,16 +30,16 @@ MEMORY_CATEGORIES = tuple(MemoryBytes.__annotations__)
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What one optimizer step did.
+    """Record of one step of a `BlockOptimizer`.
 
     Args:
         step: number of the step, from 0.
-        selected: names of the blocks that were updated, in model order, the `always` blocks among them.
-        explored: whether the policy decided from gradient norms (a full backward pass) or had named the blocks before.
-        state_bytes: optimizer state and master weights on the model's device during the update.
-        moved_bytes: state and masters that changed between device and host for this step, both directions.
-        selection_entropy: evenness of the updates so far over the blocks the policy chooses from.
-        norms: L2 norms of the gradients of the blocks that were observed in this step, by block; empty if none was.
+        selected: names of the updated blocks, in model order, `always` blocks included.
+        explored: True if the policy selected from gradient norms, after a full backward pass.
+        state_bytes: bytes of optimizer state and masters on the model's device during the update.
+        moved_bytes: bytes of state and masters that moved between device and host for this step, both directions.
+        selection_entropy: evenness of the updates so far over the policy's candidates, in [0, 1].
+        norms: L2 norm of the gradient of each observed block, by block; empty if none was observed.
 
     Example:
         >>> import torch
@@ -63,16 +63,16 @@ class StepRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskRecord:
-    """What one step of a `SparseOptimizer` did.
+    """Record of one step of a `SparseOptimizer`.
 
     Args:
         step: number of the step, from 0.
-        num_entries: how many entries of each tensor are in the set, by tensor name; a tensor without any is left out.
-            On several processes these numbers are of all together, `state_bytes` of this one.
-        num_new: entries of this step's set that the last step's did not hold.
-        overlap: share of the last step's set that is in this step's; 1.0 at the first step.
-        grad_norm: L2 norm of the gradients that were applied, before clipping.
-        state_bytes: indices, moments and master weights on the model's device during the update.
+        num_entries: number of entries of each tensor in the set, by tensor name; tensors without any are left out.
+            Counts are over all ranks.
+        num_new: number of entries that were not in the set of the last step.
+        overlap: share of the last step's set that is still in the set; 1.0 at the first step.
+        grad_norm: L2 norm of the applied gradients before clipping, over all ranks.
+        state_bytes: bytes of indices, moments and masters on the model's device during the update, of this rank.
 
     Example:
         >>> import torch
@@ -96,7 +96,7 @@ class MaskRecord:
 def selection_entropy(counts: Mapping[str, int]) -> float:
     """Normalised Shannon entropy of update counts: -sum(q ln q) / ln(n), q = counts / sum(counts).
 
-    1.0: every block was updated equally often (or there is only one); 0.0: always the same one (or none yet).
+    1.0 if all blocks were updated equally often, or there is only one. 0.0 if always the same one was, or none yet.
     """
     total = sum(counts.values())
     if len(counts) == 1:
@@ -106,10 +106,10 @@ def selection_entropy(counts: Mapping[str, int]) -> float:
 
 
 class JsonlWriter:
-    """A record hook that appends one JSON object a line to a file.
+    """Record hook that appends one JSON object per line to a file.
 
-    On a file that exists it continues: lines of steps that are about to be written again, as after a resume from an
-    earlier checkpoint, are removed first; so every step stands in the file once.
+    It continues an existing file. After a resume from an earlier checkpoint it first removes the lines of steps that
+    run again, so every step is in the file once.
 
     Args:
         path: the file; its folder must exist.
@@ -136,13 +136,13 @@ class JsonlWriter:
         if not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        # A killed writer can leave a last line without its end: it is of a step that is about to be repeated.
+        # A killed writer can leave an incomplete last line; its step runs again.
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
         write_atomically(self.path, "".join(kept))
 
 
 def _as_json(record: StepRecord | MaskRecord) -> dict[str, Any]:
-    """JSON has no number for a norm that is not finite: null."""
+    """Return the record as plain values; NaN and infinity, which JSON lacks, become None."""
     return {key: _finite(value) for key, value in asdict(record).items()}
 
 

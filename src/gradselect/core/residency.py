@@ -1,4 +1,4 @@
-"""Where a block's state lives while the block is not selected: kept on the device, offloaded to the host, dropped."""
+"""Residency of the state of unselected blocks: kept on the device, offloaded to the host, or dropped."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ import torch
 from gradselect.usage import UsageError
 
 from .rules import State
-from .transfer import Transfer, open_lanes
+from .transfer import Transfer, open_streams
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateCopy:
-    """The states of one block, which move together.
+    """State of one block, which moves as a whole.
 
     Args:
-        states: of each parameter, with the names of its large entries (moments and the master weight); counters are
-            never moved.
-        num_bytes: of the large entries.
+        states: state of each parameter, with the names of its large tensors (moments, master); counters never move.
+        num_bytes: bytes of the large tensors.
     """
 
     states: Sequence[tuple[State, Sequence[str]]]
@@ -30,27 +29,27 @@ class StateCopy:
 
 
 class AbstractMover(ABC):
-    """Moves states during one run. What does not move has nothing to do but in `switch`."""
+    """Moves states during one run. Without copies only `switch` has work to do."""
 
     @abstractmethod
     def switch(self, leaving: Sequence[StateCopy], coming: Sequence[StateCopy], *, held_bytes: int) -> None:
-        """The update is over, and the next selection is known. `held_bytes` are on the device now."""
+        """Exchange states after an update, for the next selection. The device holds `held_bytes` now."""
 
     def adopt(self, state: State, names: Sequence[str]) -> None:
-        """A state has been made on the device."""
+        """Take over a state that was made on the device."""
 
     def settle(self) -> None:
-        """What came is about to be used on the device."""
+        """Make the device wait for the states that are coming, before it uses them."""
 
     def wait(self) -> None:
-        """What left is about to be read on the host."""
+        """Make the host wait for the states that are leaving, before it reads them."""
 
     def forget(self) -> None:
-        """All states are gone, but others may still read what they were."""
+        """Forget all states; somebody else may still read their tensors."""
 
 
 class AbstractResidency(ABC):
-    """Where state of unselected blocks lives: the user's choice. `open` makes what moves the states of a run.
+    """Place of the state of unselected blocks, as the user sets it. `open` makes the mover of a run.
 
     Example:
         >>> [kind().frees_device for kind in (Keep, Offload, Drop)]
@@ -58,19 +57,19 @@ class AbstractResidency(ABC):
     """
 
     frees_device: bool
-    """Whether state of a block that is not selected leaves the device."""
+    """True if the state of an unselected block leaves the device."""
 
     max_device_bytes: int | None = None
-    """Most bytes of moments and masters on the device; None: no limit."""
+    """Limit for bytes of moments and masters on the device; None: no limit."""
 
     @abstractmethod
     def open(self, device: torch.device) -> AbstractMover:
-        """For states of weights on `device`."""
+        """Return the mover for states of weights on `device`."""
 
 
 @dataclass(frozen=True)
 class Keep(AbstractResidency):
-    """State stays on the device once it exists. Memory grows to AdamW's as more blocks have had a turn.
+    """Keeps state on the device. Memory grows to AdamW's as more blocks have been selected.
 
     Example:
         >>> import gradselect as gs
@@ -88,9 +87,9 @@ class Keep(AbstractResidency):
 
 @dataclass(frozen=True)
 class Drop(AbstractResidency):
-    """State is forgotten when its block is no longer selected; moments, step count and master weights start anew.
+    """Drops the state of a block that is no longer selected; moments, step count and masters start again.
 
-    Least memory on host and device. A master weight's digits below the model's precision are lost at each switch.
+    Uses the least memory on host and device. Digits of masters below the model's precision are lost at each switch.
 
     Example:
         >>> import gradselect as gs
@@ -108,24 +107,23 @@ class Drop(AbstractResidency):
 
 @dataclass(frozen=True, kw_only=True)
 class Offload(AbstractResidency):
-    """State of unselected blocks lives in host memory and comes back unchanged: nothing is lost.
+    """Keeps the state of unselected blocks in host memory and brings it back unchanged.
 
-    On a CUDA device the copies run on two streams of their own, out and back at the same time, from and to page-locked
-    memory. They start at the end of an update, when the next selection is known, and run beside the forward and the
-    backward pass; the next update waits for them on the device, the host never does. In a step that looks at all
-    gradients the selection is known too late for that, and the update waits. State that is selected again stays. What
-    comes takes the memory of what leaves, so the device holds no more than the larger of the two selections. Other
-    accelerators copy at once. On a CPU model host and device are the same memory: nothing is copied, and bytes are
-    reported as on an accelerator.
+    On a CUDA device the copies run in both directions at once, on two streams of their own, from and to page-locked
+    memory. They start at the end of an update, when the next selection is known, and run beside forward and backward
+    pass. The next update waits for them on the device; the host never waits. An explore step knows its selection too
+    late for that, so its update waits. State that is selected again stays. Incoming state takes the memory of outgoing
+    state, so the device holds at most the larger of the two selections. Other accelerators copy at once. For a model on
+    the CPU nothing is copied, and bytes are reported as on an accelerator.
 
     While copies run, tensors in `optimizer.state` hold undefined values; read them through `optimizer.state_dict()`.
 
     Args:
-        max_device_bytes: most bytes of moments and master weights on the device, those on their way included. What
-            comes waits for what leaves as long as that takes. Default None: as many as the larger selection has.
-        max_pinned_bytes: most bytes of host memory to page-lock; torch rounds each tensor up to a power of two. Beyond
-            it, and where the system refuses, memory is pageable, and training waits for its copies; a warning is
-            logged once. 0: never page-lock. Default None: no limit.
+        max_device_bytes: limit for bytes of moments and masters on the device, those being copied included. Incoming
+            state waits for outgoing state to stay below it. Default None: the bytes of the larger selection.
+        max_pinned_bytes: limit for page-locked host memory; torch rounds each tensor up to a power of two. Beyond it,
+            or where the system refuses, memory is pageable, training waits for its copies, and a warning is logged
+            once. 0: never page-lock. Default None: no limit.
 
     Raises:
         UsageError: a number below its range; within a step: a selection whose state exceeds `max_device_bytes`.
@@ -149,7 +147,7 @@ class Offload(AbstractResidency):
                 raise UsageError(f"{name}={value!r} must be a whole number >= {least}, of bytes; None: no limit")
 
     def open(self, device: torch.device) -> AbstractMover:
-        transfer = Transfer(open_lanes(device), max_pinned_bytes=self.max_pinned_bytes)
+        transfer = Transfer(open_streams(device), max_pinned_bytes=self.max_pinned_bytes)
         return _Offloading(transfer, max_device_bytes=self.max_device_bytes)
 
 
@@ -160,8 +158,8 @@ class _Keeping(AbstractMover):
 
 class _Dropping(AbstractMover):
     def switch(self, leaving: Sequence[StateCopy], coming: Sequence[StateCopy], *, held_bytes: int) -> None:
-        for parcel in leaving:
-            for state, _ in parcel.states:
+        for copy in leaving:
+            for state, _ in copy.states:
                 state.clear()
 
 
@@ -171,24 +169,24 @@ class _Offloading(AbstractMover):
         self._max_device_bytes = max_device_bytes
 
     def switch(self, leaving: Sequence[StateCopy], coming: Sequence[StateCopy], *, held_bytes: int) -> None:
-        """One block out, one back, by turns: both ways are busy, and the device holds no more than it has to."""
+        """Alternate outgoing and incoming blocks, so that both directions are busy and the device holds little."""
         limit = self._max_device_bytes
         if limit is None:
             limit = max(held_bytes, held_bytes - _sum(leaving) + _sum(coming))
         waiting = deque(leaving)
         self._transfer.begin()
-        for parcel in coming:
-            while waiting and held_bytes + parcel.num_bytes > limit:
+        for copy in coming:
+            while waiting and held_bytes + copy.num_bytes > limit:
                 held_bytes -= waiting[0].num_bytes
                 self._send(waiting.popleft())
-            held_bytes += parcel.num_bytes
-            for state, names in parcel.states:
+            held_bytes += copy.num_bytes
+            for state, names in copy.states:
                 self._transfer.fetch(state, names)
-        for parcel in waiting:
-            self._send(parcel)
+        for copy in waiting:
+            self._send(copy)
 
-    def _send(self, parcel: StateCopy) -> None:
-        for state, names in parcel.states:
+    def _send(self, copy: StateCopy) -> None:
+        for state, names in copy.states:
             self._transfer.send(state, names)
 
     def adopt(self, state: State, names: Sequence[str]) -> None:
@@ -204,5 +202,5 @@ class _Offloading(AbstractMover):
         self._transfer.forget()
 
 
-def _sum(parcels: Sequence[StateCopy]) -> int:
-    return sum(parcel.num_bytes for parcel in parcels)
+def _sum(copies: Sequence[StateCopy]) -> int:
+    return sum(copy.num_bytes for copy in copies)

@@ -1,4 +1,4 @@
-"""The contract of an update rule: one formula for blocks and for entries."""
+"""Contract of an update rule: one formula for blocks and for entries."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from gradselect.usage import UsageError
 
 State = dict[str, Tensor]
-"""One parameter's state by name, e.g. step, exp_avg, exp_avg_sq and, for a half-precision model, master."""
+"""State of one parameter by name, e.g. step, exp_avg, exp_avg_sq and, for half-precision weights, master."""
 
 DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
-"""Settings of the optimizers that only some rules use."""
+"""Defaults of settings that only some rules use."""
 
 
 class Ages(NamedTuple):
-    """Number of updates of each entry, the one under way included.
+    """Number of updates of each entry, the current one included.
 
     Attributes:
-        updates: int32, shape (n,), or (1,) where it is the same for all.
-        most: the largest of them; known on the host, so that nobody waits for the device.
+        updates: int32, shape (n,), or (1,) if equal for all.
+        most: the largest of them, known on the host without waiting for the device.
     """
 
     updates: Tensor
@@ -31,7 +31,7 @@ class Ages(NamedTuple):
 
 
 class AbstractRule(ABC):
-    """One update formula. It knows nothing of policies or masks: every tensor that it is given moves.
+    """One update formula. It knows nothing of policies or masks: every tensor passed to it moves.
 
     Blocks and entries use the same rule. `update` moves whole tensors, each with a state of its own; `update_entries`
     moves the selected entries of many tensors, gathered into one flat array, each with an age of its own.
@@ -56,29 +56,34 @@ class AbstractRule(ABC):
     """
 
     hyper_parameters: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay")
-    """Settings of the optimizer that the rule uses; they stand in its `param_groups`."""
+    """Settings of the optimizer that the rule uses; its `param_groups` hold them."""
 
     works_on_shards: ClassVar[bool] = True
-    """True if the state may be cut wherever its weight is."""
+    """True if the state may be cut into shards as its weight is."""
 
     decouples_decay: ClassVar[bool] = True
     """True if weight decay acts on the weight (AdamW), False if it is added to the gradient (SGD)."""
 
     state_names: tuple[str, ...]
-    """Names of the large state tensors (moments and what belongs to them); they follow the residency."""
+    """Names of the large state tensors (moments and their scales); they follow the residency."""
 
     @property
     def works_on_entries(self) -> bool:
         """True if the rule has `update_entries`."""
         return type(self).update_entries is not AbstractRule.update_entries
 
+    @property
+    def identity(self) -> str:
+        """Name that a checkpoint and the run that loads it must agree on."""
+        return type(self).__name__
+
     def group_options(self) -> dict[str, Any]:
-        """Return the rule's own hyper-parameters, which stand in every parameter group beside `hyper_parameters`."""
+        """Return the rule's own hyper-parameters, which every parameter group holds beside `hyper_parameters`."""
         return {}
 
     @abstractmethod
     def make_state(self, weight: Tensor) -> State:
-        """Return the state of a weight that has never moved, in the weight's dtype and on its device."""
+        """Return the initial state of a weight, in its dtype and on its device."""
 
     def counter_device(self, weight: Tensor) -> torch.device:
         """Return the device of step counters."""
@@ -98,7 +103,7 @@ class AbstractRule(ABC):
         Args:
             weights: shape (n,), float32 or float64.
             gradients: shape (n,), same dtype.
-            state: the tensors of `state_names`, shape (n,) each.
+            state: tensors of `state_names`, shape (n,) each.
             ages: number of updates of each entry.
             group: the hyper-parameters.
         """

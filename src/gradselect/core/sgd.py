@@ -1,4 +1,4 @@
-"""SGD with momentum, on whole tensors and on entries."""
+"""SGD with momentum on whole tensors and on entries."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .rules import AbstractRule, Ages, State
 
 @dataclass(frozen=True, kw_only=True)
 class SGDRule(AbstractRule):
-    """Stochastic gradient descent with momentum and coupled weight decay, as `torch.optim.SGD` computes it.
+    """SGD with momentum and coupled weight decay, as in `torch.optim.SGD`.
 
         g <- g + weight_decay w,   b <- momentum b + g
         w <- w - lr (g + momentum b)   if nesterov, else   w <- w - lr b
 
-    State is one number a weight: half of AdamW's; none with `momentum=0`. `betas` and `eps` have no meaning for it.
+    State is one number per entry, half of AdamW's, and none with `momentum=0`. `betas` and `eps` are not used.
 
     Args:
-        momentum: decay rate of the buffer b, in [0, 1). It stands in `param_groups`, so that schedulers may change it.
-        nesterov: look ahead; needs a momentum.
+        momentum: decay rate of the buffer b, in [0, 1). It is in `param_groups`, so that schedulers may change it.
+        nesterov: use Nesterov momentum; needs `momentum` > 0.
 
     Raises:
         UsageError: a momentum outside [0, 1), or `nesterov` without one.
@@ -56,11 +56,16 @@ class SGDRule(AbstractRule):
             raise UsageError("nesterov=True needs a momentum; write momentum=0.9")
         object.__setattr__(self, "state_names", ("momentum_buffer",) if self.momentum else ())
 
+    @property
+    def identity(self) -> str:
+        # A buffer of another momentum, or none, would be continued silently.
+        return f"SGDRule(momentum={float(self.momentum)}, nesterov={self.nesterov})"
+
     def group_options(self) -> dict[str, Any]:
         return {"momentum": self.momentum}
 
     def make_state(self, weight: Tensor) -> State:
-        # A buffer of zeros gives the first step of torch, which begins with a copy of the gradient.
+        # torch starts the buffer with a copy of the gradient; from zeros the first step is the same.
         state = {name: torch.zeros_like(weight) for name in self.state_names}
         return {"step": torch.zeros((), dtype=torch.float32), **state}
 
@@ -101,7 +106,7 @@ def sgd_entries(
     weight_decay: float,
     nesterov: bool,
 ) -> None:
-    """One step of SGD on flat arrays, in place; see `SGDRule` for the formula. `gradients` may be overwritten.
+    """One SGD step on flat arrays, in place; see `SGDRule` for the formula.
 
     Example:
         >>> import torch

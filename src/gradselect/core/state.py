@@ -1,4 +1,4 @@
-"""The state of every block: made when first needed, where the residency wants it, counted to the byte."""
+"""State of all blocks: made when first needed, placed by the residency, counted exactly."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .rules import AbstractRule, State
 MASTER = "master"
 
 HALF = (torch.bfloat16, torch.float16)
-"""Types of weights that may have a master."""
+"""Dtypes of weights that may have a master."""
 
 
 class StateStore(defaultdict[Tensor, State]):
-    """`StateStore(dict)`: state by parameter, as torch's optimizers hold it, but never false.
+    """State by parameter, as in torch's optimizers, but true even when empty; make it with `StateStore(dict)`.
 
-    `torch.distributed.checkpoint.state_dict` takes a step of its own on an optimizer whose state is false.
+    `torch.distributed.checkpoint.state_dict` steps an optimizer whose state is false.
     """
 
     def __bool__(self) -> bool:
@@ -36,10 +36,10 @@ class StateStore(defaultdict[Tensor, State]):
 
 
 class BlockStates:
-    """State of the parameters of each block, kept in the optimizer's own `state`: of what this process holds of them.
+    """State of each block's parameters, for their local parts; the optimizer's `state` holds it.
 
-    A parameter has a state from its first update on. Its large entries (moments, and the master weight of a
-    half-precision parameter) are on the device while the block is resident.
+    A parameter has state from its first update on. Its large tensors (moments, and the master of a half-precision
+    parameter) are on the device while the block is resident.
 
     Args:
         store: the optimizer's `state`, by parameter.
@@ -71,56 +71,64 @@ class BlockStates:
         self.moved_bytes = 0
 
     def admit(self, names: Collection[str]) -> None:
-        """State of these blocks, and of no other if the residency frees, is on the device and may be used."""
+        """Make the state of these blocks ready on the device; if the residency frees, no other state stays there."""
         self.prefetch(names)
         self._mover.settle()
 
     @in_phase(STATE)
     def prefetch(self, names: Collection[str]) -> None:
-        """These blocks are the next selection: their state comes, other state leaves if the residency frees.
+        """Start to move the state of the next selection in, and other state out if the residency frees.
 
-        What moves may be under way until `admit`.
+        Copies may run until `admit`.
 
         Raises:
-            UsageError: the selection's state exceeds what the residency may hold on the device.
+            UsageError: the state of the selection exceeds the residency's `max_device_bytes`.
         """
         self._check_fits(names)
         staying = names if self._residency.frees_device else self._table.blocks
         leaving = [name for name in self._table.blocks if name in self.resident and name not in staying]
         coming = [name for name in self._table.blocks if name in names and name not in self.resident]
-        parcels = [[self._parcel(name) for name in some if self._existing(name)] for some in (leaving, coming)]
-        if any(parcels):
-            self._mover.switch(*parcels, held_bytes=sum(map(self.num_bytes, self.resident)))
+        copies = [[self._copy_of(name) for name in blocks if self._existing(name)] for blocks in (leaving, coming)]
+        if any(copies):
+            self._mover.switch(*copies, held_bytes=sum(map(self.num_bytes, self.resident)))
         self.resident = self.resident.difference(leaving).union(coming)
         for name in leaving:
             for parameter, state in self._existing(name):
                 if not state:
                     del self._store[parameter]
         if self._residency.frees_device:
-            # Dropped state is no longer there to be counted: it has not moved.
+            # Dropped state no longer exists, so it counts as not moved.
             self.moved_bytes += sum(map(self.num_bytes, (*leaving, *coming)))
 
     def wait(self) -> None:
-        """All state may be read, wherever it is."""
+        """Wait until all state may be read, wherever it is."""
         self._mover.wait()
 
     def of(self, parameter: Parameter) -> State:
-        """The parameter's state, made at its first update."""
-        # Reading optimizer.state[parameter], as loops that log do, leaves an empty one.
+        """State of the parameter, made at its first update."""
+        # Reading optimizer.state[parameter], as a logging loop may, leaves an empty state.
         if not self._store.get(parameter):
             self._store[parameter] = state = self._make(local_part(parameter))
             self._mover.adopt(state, self._large(state))
         return self._store[parameter]
 
-    def update(self, parameters: Sequence[Parameter], group: Mapping[str, Any]) -> None:
-        """One call of the rule for parameters of one group; masters stand in for half-precision weights.
+    def update(
+        self, parameters: Sequence[Parameter], group: Mapping[str, Any], *, gradient: Tensor | None = None
+    ) -> None:
+        """Apply the rule to parameters of one group; masters replace half-precision weights in it.
 
-        A parameter without a gradient is left alone.
+        A parameter without a gradient does not move.
+
+        Args:
+            parameters: of the group.
+            group: hyper-parameters.
+            gradient: replaces the gradient of the only parameter; may have the dtype of its master.
 
         Raises:
             UsageError: a gradient is sparse.
         """
-        moving = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        grads = [parameter.grad if gradient is None else gradient for parameter in parameters]
+        moving = [(parameter, grad) for parameter, grad in zip(parameters, grads, strict=True) if grad is not None]
         if not moving:
             return
         states = [self.of(parameter) for parameter, _ in moving]
@@ -133,11 +141,11 @@ class BlockStates:
                 target.copy_(weight)
 
     def num_bytes(self, name: str) -> int:
-        """Bytes of the block's moments and masters, wherever they are."""
-        return sum(num_bytes(state[entry]) for _, state in self._existing(name) for entry in self._large(state))
+        """Bytes of the block's moments and masters, on device or host."""
+        return sum(num_bytes(state[key]) for _, state in self._existing(name) for key in self._large(state))
 
     def memory(self) -> tuple[int, int, int]:
-        """Bytes now: masters on the device, moments on the device, both on the host."""
+        """Bytes held now: of masters on the device, of moments on the device, of both on the host."""
         masters = [s[MASTER] for name in self.resident for _, s in self._existing(name) if MASTER in s]
         master_bytes = sum(num_bytes(master) for master in masters)
         device_bytes = sum(self.num_bytes(name) for name in self.resident)
@@ -145,14 +153,14 @@ class BlockStates:
         return master_bytes, device_bytes - master_bytes, host_bytes
 
     def refresh_masters(self) -> None:
-        """Master weights are the weights as they are now."""
+        """Set masters to the current weights."""
         self.wait()
         for parameter, state in self._store.items():
             if MASTER in state:
                 state[MASTER].copy_(local_part(parameter))
 
     def as_dtensors(self, states: Mapping[int, State]) -> dict[int, State]:
-        """States by the number of the parameter, for a checkpoint: sharded as their weight is."""
+        """Return states for a checkpoint, by number of the parameter, sharded as their weights are."""
         parameters = self._table.all()
         return {
             number: {
@@ -163,11 +171,11 @@ class BlockStates:
         }
 
     def filled(self, states: Mapping[int, State], *, is_to_load: bool) -> dict[int, State]:
-        """`states`, and one of zeros for every parameter that has none.
+        """Return `states` with zeros for every parameter that has no state.
 
         Args:
-            states: by the number of the parameter, as `as_dtensors` returns them.
-            is_to_load: whether the zeros will be written to; else they take no memory.
+            states: by number of the parameter, as `as_dtensors` returns them.
+            is_to_load: True if the zeros will be written to; otherwise they take no memory.
         """
         missing = {
             number: self._zeros(parameter, is_to_load=is_to_load)
@@ -177,13 +185,13 @@ class BlockStates:
         return {**states, **self.as_dtensors(missing)}
 
     def load(self, saved: Mapping[str, State], *, resident: Collection[str]) -> None:
-        """Take copies of the saved states, by parameter name, to where they were.
+        """Copy saved states, by parameter name, to where they were.
 
-        One block at a time, first those that leave the device: it never holds more than it did in the run that saved
-        them. Not torch's own placement, which would cast fp32 state of a bf16 weight to bf16.
+        One block at a time, first those that leave the device, so that it never holds more than in the saved run.
+        torch's own loading would cast fp32 state of a bf16 weight to bf16.
 
         Raises:
-            UsageError: it has master weights of another dtype, or none where this run has some.
+            UsageError: masters are missing or have another dtype than in this run.
         """
         for name, parameter in self._table.named():
             self._check_master(name, saved[name], parameter)
@@ -222,7 +230,7 @@ class BlockStates:
         }
 
     def _zeros(self, parameter: Parameter, *, is_to_load: bool) -> State:
-        """What the parameter's state would be, of zeros."""
+        """Return a state of zeros for the parameter."""
         state = self._make(local_part(parameter).to("meta"))
         for key, value in state.items():
             is_large = key in self._large(state)
@@ -239,9 +247,9 @@ class BlockStates:
 
     @property
     def _mover(self) -> AbstractMover:
-        """Opened late: until the first update the model may go to another device, and its parameters be replaced.
+        """Mover, opened late: before the first update the model may move to another device.
 
-        Later it may go too, to be saved say, and come back: states stay where they are.
+        Later it may move too, e.g. to be saved, and come back; states stay where they are.
         """
         device = self._table.all()[0].device
         if self._open is None or (self._open[0] != device and not any(self._store.values())):
@@ -256,14 +264,14 @@ class BlockStates:
         if needed > limit:
             raise UsageError(
                 f"the state of {', '.join(names)} takes {needed} bytes on the device, and max_device_bytes={limit}; "
-                f"write max_device_bytes={needed} or more, or let the policy choose less"
+                f"write max_device_bytes={needed} or more, or let the policy select less"
             )
 
     def _needed_bytes(self, parameter: Parameter) -> int:
         state = self._store.get(parameter) or self._make(local_part(parameter).to("meta"))
         return sum(num_bytes(state[name]) for name in self._large(state))
 
-    def _parcel(self, name: str) -> StateCopy:
+    def _copy_of(self, name: str) -> StateCopy:
         states = [(state, self._large(state)) for _, state in self._existing(name)]
         return StateCopy(states=states, num_bytes=self.num_bytes(name))
 
@@ -275,5 +283,5 @@ class BlockStates:
 
 
 def num_bytes(tensor: Tensor) -> int:
-    """Bytes of the elements that this process holds."""
+    """Bytes of the local part of a tensor."""
     return local_part(tensor).numel() * tensor.element_size()

@@ -1,15 +1,15 @@
-"""Copies between a device and the host that run beside the computation, and the order that keeps them right.
+"""Copies between device and host that run beside the computation, in an order that keeps them right.
 
-A device works on three *streams*, each in the order in which it is told: the computation, the way out to the host and
-the way back. Streams know nothing of one another but what `after` tells them; the host waits for none. With t the
-switch from one selection to the next, a -> b for "b starts when a is complete":
+A device works on three *streams*: the computation, copies to the host, and copies to the device. Each runs its work in
+order. Streams wait for each other only where `after` says so, and the host waits for none. With t the switch from one
+selection to the next, and a -> b for "b starts when a is complete":
 
-    compute_t -> out_t, back_t     the update is in what leaves; memory that is written to is used no more
-    out of a state -> back         what comes may take its memory, and what left before is complete when it comes again
-    back_t -> compute              before the next update
+    compute_t -> to_host_t, to_device_t   the update is in the outgoing state; memory to be written to is no longer used
+    to_host of a state -> to_device       incoming state may take its memory, and reads it only when it is complete
+    to_device_t -> compute                before the next update
 
-Every copy out is followed by a wait of the way back, so after the last line the computation is behind all of a switch:
-host memory that was read may be written to by the next one.
+to_device waits after every copy to the host, so after the last line the computation is behind the whole switch: the
+next switch may write to the host memory that this one read.
 """
 
 from __future__ import annotations
@@ -29,87 +29,88 @@ from .rules import State
 logger = logging.getLogger(__name__)
 
 
-class Lane(Enum):
-    """An order of work on a device."""
+class Stream(Enum):
+    """Queue of work on a device, run in order."""
 
     COMPUTE = "compute"
-    OUT = "out"
-    BACK = "back"
+    TO_HOST = "to_host"
+    TO_DEVICE = "to_device"
 
 
-class AbstractLanes(ABC):
-    """What a device can do; `Transfer` says in which order."""
+class AbstractStreams(ABC):
+    """Streams and memory of one device. `Transfer` decides the order of work on them."""
 
-    is_apart: bool
-    """Whether the device has memory of its own; if not, nothing is ever copied."""
-
-    @abstractmethod
-    def after(self, later: Lane, earlier: Lane) -> None:
-        """What `later` is told from now on starts when all that `earlier` has been told is complete."""
+    has_own_memory: bool
+    """True if the device has memory apart from the host's; if False, nothing is ever copied."""
 
     @abstractmethod
-    def copy(self, lane: Lane, target: Tensor, source: Tensor) -> None:
-        """Tell `lane` to copy; if the host's tensor is not page-locked, the host waits for it."""
+    def after(self, later: Stream, earlier: Stream) -> None:
+        """Make future work of `later` wait for all work queued on `earlier` so far."""
+
+    @abstractmethod
+    def copy(self, stream: Stream, target: Tensor, source: Tensor) -> None:
+        """Queue a copy on `stream`. If the host's tensor is not page-locked, the host waits for the copy."""
 
     @abstractmethod
     def allocate(self, like: Tensor) -> Tensor:
-        """Memory on the device that the way back may write to at once; when dropped it may be given out again."""
+        """Return device memory that TO_DEVICE may write to at once; it may be reused as soon as it is dropped."""
 
     @abstractmethod
     def page_locked(self, num_bytes: int) -> Tensor:
-        """Page-locked memory, num_bytes x uint8.
+        """Return page-locked memory, num_bytes x uint8.
 
         Raises:
-            RuntimeError: there is none.
+            RuntimeError: there is none left.
         """
 
     @abstractmethod
-    def wait(self, lane: Lane) -> None:
-        """The host waits for all that `lane` has been told."""
+    def wait(self, stream: Stream) -> None:
+        """Make the host wait for all work queued on `stream`."""
 
 
-class CudaLanes(AbstractLanes):
-    """The current stream and two of our own; memory belongs to the stream of the way back."""
+class CudaStreams(AbstractStreams):
+    """The current CUDA stream and two more. State memory belongs to TO_DEVICE."""
 
-    is_apart = True
+    has_own_memory = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._ways = {lane: torch.cuda.Stream(device) for lane in (Lane.OUT, Lane.BACK)}
+        self._copy_streams = {way: torch.cuda.Stream(device) for way in (Stream.TO_HOST, Stream.TO_DEVICE)}
 
-    def after(self, later: Lane, earlier: Lane) -> None:
-        self._stream(later).wait_stream(self._stream(earlier))
+    def after(self, later: Stream, earlier: Stream) -> None:
+        self._cuda_stream(later).wait_stream(self._cuda_stream(earlier))
 
-    def copy(self, lane: Lane, target: Tensor, source: Tensor) -> None:
+    def copy(self, stream: Stream, target: Tensor, source: Tensor) -> None:
         on_host = target if target.device.type == "cpu" else source
-        with torch.cuda.stream(self._stream(lane)):
+        with torch.cuda.stream(self._cuda_stream(stream)):
             target.copy_(source, non_blocking=on_host.is_pinned())
 
     def allocate(self, like: Tensor) -> Tensor:
-        with torch.cuda.stream(self._stream(Lane.BACK)):
+        with torch.cuda.stream(self._cuda_stream(Stream.TO_DEVICE)):
             return torch.empty_like(like, device=self._device)
 
     def page_locked(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def wait(self, lane: Lane) -> None:
-        self._stream(lane).synchronize()
+    def wait(self, stream: Stream) -> None:
+        self._cuda_stream(stream).synchronize()
 
-    def _stream(self, lane: Lane) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self._device) if lane is Lane.COMPUTE else self._ways[lane]
+    def _cuda_stream(self, stream: Stream) -> torch.cuda.Stream:
+        is_compute = stream is Stream.COMPUTE
+        return torch.cuda.current_stream(self._device) if is_compute else self._copy_streams[stream]
 
 
-class SynchronousLanes(AbstractLanes):
-    """Every copy is complete when `copy` returns: a CPU, which needs none, and accelerators without CUDA."""
+class SynchronousStreams(AbstractStreams):
+    """Copies that are complete when `copy` returns: for a CPU, which needs none, and accelerators other than CUDA."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.is_apart = device.type != "cpu"
+        self.has_own_memory = device.type != "cpu"
 
-    def after(self, later: Lane, earlier: Lane) -> None:
+    def after(self, later: Stream, earlier: Stream) -> None:
         pass
 
-    def copy(self, lane: Lane, target: Tensor, source: Tensor) -> None:
+    def copy(self, stream: Stream, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
 
     def allocate(self, like: Tensor) -> Tensor:
@@ -118,35 +119,35 @@ class SynchronousLanes(AbstractLanes):
     def page_locked(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
-    def wait(self, lane: Lane) -> None:
+    def wait(self, stream: Stream) -> None:
         pass
 
 
-def open_lanes(device: torch.device) -> AbstractLanes:
-    """The lanes of a device."""
-    return CudaLanes(device) if device.type == "cuda" else SynchronousLanes(device)
+def open_streams(device: torch.device) -> AbstractStreams:
+    """Return the streams of a device."""
+    return CudaStreams(device) if device.type == "cuda" else SynchronousStreams(device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Buffer:
-    """Host memory; (num_bytes,), uint8."""
+    """Piece of host memory: uint8, shape (num_bytes,)."""
 
     memory: Tensor
     is_page_locked: bool
 
 
 class HostMemory:
-    """Host memory that is page-locked once and used again.
+    """Pool of host memory: each piece is page-locked once and reused.
 
-    Sizes are powers of two, as torch rounds page-locked memory up to them.
+    Sizes are powers of two, to which torch rounds page-locked memory.
 
     Args:
-        lanes: make page-locked memory.
-        max_pinned_bytes: no more than so many are page-locked; None: no limit.
+        streams: of the device; they allocate page-locked memory.
+        max_pinned_bytes: limit for page-locked bytes; None: no limit.
     """
 
-    def __init__(self, lanes: AbstractLanes, *, max_pinned_bytes: int | None) -> None:
-        self._lanes = lanes
+    def __init__(self, streams: AbstractStreams, *, max_pinned_bytes: int | None) -> None:
+        self._streams = streams
         self._max_pinned_bytes = max_pinned_bytes
         self._may_pin = max_pinned_bytes != 0
         self._free: defaultdict[int, list[Buffer]] = defaultdict(list)
@@ -154,12 +155,12 @@ class HostMemory:
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes that are page-locked, in use or free."""
+        """Number of page-locked bytes, in use or free."""
         buffers = [*self._taken.values(), *(buffer for free in self._free.values() for buffer in free)]
         return sum(buffer.memory.nbytes for buffer in buffers if buffer.is_page_locked)
 
     def take(self, like: Tensor) -> Tensor:
-        """A host tensor of the shape, strides and dtype of `like`, its values undefined."""
+        """Return a host tensor with the shape, strides and dtype of `like` and undefined values."""
         num_bytes = 1 << (max(like.nbytes, 1) - 1).bit_length()
         free = self._free[num_bytes]
         buffer = free.pop() if free else self._new(num_bytes)
@@ -168,13 +169,13 @@ class HostMemory:
         return buffer.memory[: like.nbytes].view(like.dtype).as_strided(like.shape, strides)
 
     def give_back(self, tensor: Tensor) -> None:
-        """What `take` gave; it is read and written no more before the next `take`."""
+        """Return a tensor of `take` to the pool. Nobody may read or write it any more."""
         buffer = self._taken.pop(_address(tensor))
         free = self._free[buffer.memory.nbytes]
         free.insert(len(free) if buffer.is_page_locked else 0, buffer)
 
     def forget(self) -> None:
-        """What was taken is not coming back: somebody may still read it."""
+        """Never reuse what was taken: somebody may still read it."""
         self._taken.clear()
 
     def _new(self, num_bytes: int) -> Buffer:
@@ -189,13 +190,13 @@ class HostMemory:
             reason = f"max_pinned_bytes={self._max_pinned_bytes} is reached"
         else:
             try:
-                return self._lanes.page_locked(num_bytes)
+                return self._streams.page_locked(num_bytes)
             except RuntimeError as error:
                 reason = f"page-locking {num_bytes} more failed ({str(error).splitlines()[0]})"
         self._may_pin = False
         logger.warning(
-            "Offload: %s at %d page-locked bytes; from here on state goes to pageable memory, and training waits for "
-            "those copies. Free host memory, raise `ulimit -l` or max_pinned_bytes, or train fewer blocks.",
+            "Offload: %s at %d page-locked bytes; further state goes to pageable memory, and training waits for its "
+            "copies. Free host memory, raise `ulimit -l` or max_pinned_bytes, or train fewer blocks.",
             reason,
             self.pinned_bytes,
         )
@@ -203,75 +204,75 @@ class HostMemory:
 
 
 class Transfer:
-    """Moves states to the host and back in the order of the module's docstring.
+    """Moves states to the host and back, in the order that the module docstring gives.
 
-    Between `begin` and `settle` a switch is under way: tensors on the host may not be read, nor those that came used.
+    A switch runs between `begin` and `settle`. Meanwhile tensors on the host must not be read, nor incoming ones used.
 
     Args:
-        lanes: the device.
-        max_pinned_bytes: limit of page-locked host memory; None: none.
+        streams: of the device.
+        max_pinned_bytes: limit for page-locked host memory; None: no limit.
     """
 
-    def __init__(self, lanes: AbstractLanes, *, max_pinned_bytes: int | None) -> None:
-        self._lanes = lanes
-        self._host = HostMemory(lanes, max_pinned_bytes=max_pinned_bytes)
+    def __init__(self, streams: AbstractStreams, *, max_pinned_bytes: int | None) -> None:
+        self._streams = streams
+        self._host = HostMemory(streams, max_pinned_bytes=max_pinned_bytes)
         self._read: list[Tensor] = []
-        self._is_under_way = False
+        self._is_switching = False
 
     def adopt(self, state: State, names: Sequence[str]) -> None:
-        """A new state moves to memory that the way back may use when it has left."""
-        if not self._lanes.is_apart:
+        """Move a new state to memory that TO_DEVICE may reuse after the state has left."""
+        if not self._streams.has_own_memory:
             return
-        moved = {name: self._lanes.allocate(state[name]) for name in names}
-        self._lanes.after(Lane.COMPUTE, Lane.BACK)
+        moved = {name: self._streams.allocate(state[name]) for name in names}
+        self._streams.after(Stream.COMPUTE, Stream.TO_DEVICE)
         for name, target in moved.items():
-            self._lanes.copy(Lane.COMPUTE, target, state[name])
+            self._streams.copy(Stream.COMPUTE, target, state[name])
         state.update(moved)
 
     def begin(self) -> None:
-        """The computation is through with what will leave."""
+        """Begin a switch: the computation so far is the last to use the outgoing state."""
         self.settle()
-        self._lanes.after(Lane.OUT, Lane.COMPUTE)
-        self._lanes.after(Lane.BACK, Lane.COMPUTE)
-        self._is_under_way = True
+        self._streams.after(Stream.TO_HOST, Stream.COMPUTE)
+        self._streams.after(Stream.TO_DEVICE, Stream.COMPUTE)
+        self._is_switching = True
 
     def send(self, state: State, names: Sequence[str]) -> None:
-        """To the host; the device's memory is free for what comes from here on."""
-        if not self._lanes.is_apart:
+        """Move a state to the host; later incoming state may take its device memory."""
+        if not self._streams.has_own_memory:
             return
         for name in names:
             host = self._host.take(state[name])
-            self._lanes.copy(Lane.OUT, host, state[name])
+            self._streams.copy(Stream.TO_HOST, host, state[name])
             state[name] = host
-        self._lanes.after(Lane.BACK, Lane.OUT)
+        self._streams.after(Stream.TO_DEVICE, Stream.TO_HOST)
 
     def fetch(self, state: State, names: Sequence[str]) -> None:
-        """To the device."""
-        if not self._lanes.is_apart:
+        """Move a state to the device."""
+        if not self._streams.has_own_memory:
             return
         for name in names:
-            device = self._lanes.allocate(state[name])
-            self._lanes.copy(Lane.BACK, device, state[name])
+            device = self._streams.allocate(state[name])
+            self._streams.copy(Stream.TO_DEVICE, device, state[name])
             self._read.append(state[name])
             state[name] = device
 
     def settle(self) -> None:
-        """The computation from here on may use what came; the host does not wait."""
-        if not self._is_under_way:
+        """Let the computation use the incoming state from here on; the host does not wait."""
+        if not self._is_switching:
             return
-        self._lanes.after(Lane.COMPUTE, Lane.BACK)
+        self._streams.after(Stream.COMPUTE, Stream.TO_DEVICE)
         for host in self._read:
             self._host.give_back(host)
         self._read.clear()
-        self._is_under_way = False
+        self._is_switching = False
 
     def wait(self) -> None:
-        """The host may read what left."""
+        """Wait until the host may read the outgoing state."""
         self.settle()
-        self._lanes.wait(Lane.OUT)
+        self._streams.wait(Stream.TO_HOST)
 
     def forget(self) -> None:
-        """All states are gone; what they held on the host may still be read by somebody else."""
+        """Forget all states; somebody else may still read their host memory."""
         self.settle()
         self._host.forget()
 
