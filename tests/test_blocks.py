@@ -484,9 +484,9 @@ def test_names_aliases_and_globs_become_block_names_in_model_order(patterns, nam
 
 def test_a_name_that_no_block_has_is_refused_with_the_nearest():
     blocks = partition(tiny_models.tiny_llama())
-    with pytest.raises(UsageError, match=r"no block is called 'layers\.1'; nearest: 'layer\.1'"):
+    with pytest.raises(UsageError, match=r"'layers\.1' matches no block; nearest: 'layer\.1'"):
         resolve_names(blocks, ["embedding", "layers.1"])
-    with pytest.raises(UsageError, match="no block is called 'embeddings'; nearest: 'embedding'"):
+    with pytest.raises(UsageError, match="'embeddings' matches no block; nearest: 'embedding'"):
         resolve_names(blocks, "embeddings")
 
 

@@ -21,10 +21,9 @@ from gradselect.core import (
     in_phase,
     selection_entropy,
 )
-from gradselect.usage import check_is
 
+from . import checkpoint
 from .backward_updates import BackwardUpdates
-from .checkpoint import identity_of, read_state_dict, write_state_dict
 from .compile_check import UnreachedBlocks
 from .observer import GradientObserver
 from .partitioning import check_partition, partition, resolve_names
@@ -59,6 +58,8 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     Reference:
         Kumar, Gupta, Chawla: AdaGradSelect, arXiv 2512.15764, for the idea.
     """
+
+    _checkpoint = checkpoint
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -180,24 +181,13 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         Raises:
             UsageError: a value outside its range, a pattern that matches nothing, a policy that does not fit.
         """
-        check_is(policy, AbstractPolicy, name="policy", example="policy=gs.AdaGradSelect(fraction=0.2)")
-        update = UpdateSettings.of(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            no_decay=no_decay,
-            rule=rule,
-            residency=residency,
-            master_dtype=master_dtype,
-        )
+        update = UpdateSettings.of(locals())
         check_window(accumulation_steps, grad_scaler, in_backward=update_in_backward, skips=skip_nonfinite)
         model = check_model(model, update.rule)
         blocks = partition(model) if blocks is None else check_partition(model, blocks)
         self._always = resolve_names(blocks, always)
         self.policy = bind_policy(policy, blocks, always=self._always)
         super().__init__(model, blocks, update)
-        self.skip_nonfinite = skip_nonfinite
         self._start(accumulation_steps, grad_scaler, update_in_backward=update_in_backward)
 
     def _start(self, accumulation_steps: int, grad_scaler: GradScaler | None, *, update_in_backward: bool) -> None:
@@ -261,9 +251,6 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self._in_backward.close()
         super().close()
 
-    def _identity(self) -> dict[str, Any]:
-        return identity_of(self)
-
     def _facts(self) -> dict[str, Any]:
         return {**super()._facts(), "policy_state": self.policy.state()}
 
@@ -282,12 +269,6 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
 
     def _check_window(self, accumulation_steps: int) -> None:
         check_window(accumulation_steps, self.grad_scaler, in_backward=self.update_in_backward)
-
-    def _write(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return write_state_dict(self, state_dict)
-
-    def _load(self, state_dict: Mapping[str, Any]) -> None:
-        read_state_dict(self, state_dict)
 
     def _saw_gradients(self) -> bool:
         # A decision that keeps no block has released all gradients; only the observer knows that there were some.

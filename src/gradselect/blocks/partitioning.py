@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from gradselect.core import Block, is_frozen_for_now
-from gradselect.usage import UsageError, as_tuple, matches, nearest, parent
+from gradselect.usage import UsageError, as_tuple, matches_any, matching, nearest, parent
 
 from .structure import Layout, Place
 
@@ -82,23 +82,18 @@ def partition(
 
 
 def resolve_names(blocks: Sequence[Block], patterns: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of the blocks that a user means, in model order.
+    """Return the names of the blocks that a user means, in model order.
 
     Args:
-        blocks: as `partition` gives them.
+        blocks: as `partition` returns them.
         patterns: names, aliases or globs on them ("layer.1?"); a single one may stand alone.
 
     Raises:
-        UsageError: one of them means no block.
+        UsageError: one of them matches no block.
     """
-    chosen: set[str] = set()
-    for pattern in as_tuple(patterns):
-        matched = {block.name for block in blocks if matches((block.name, *block.aliases), pattern)}
-        if not matched:
-            known = [name for block in blocks for name in (block.name, *block.aliases)]
-            raise UsageError(f"no block is called {pattern!r}; nearest: {nearest(pattern, known)}")
-        chosen |= matched
-    return tuple(block.name for block in blocks if block.name in chosen)
+    known = [name for block in blocks for name in (block.name, *block.aliases)]
+    found = set(matching(known, patterns, kind="block")) if as_tuple(patterns) else set()
+    return tuple(block.name for block in blocks if not found.isdisjoint((block.name, *block.aliases)))
 
 
 def assemble(names: Mapping[Parameter, list[str]], places: Mapping[Parameter, list[Place]]) -> tuple[Block, ...]:
@@ -166,7 +161,9 @@ def claim(names: Mapping[Parameter, list[str]], patterns: Patterns) -> dict[Para
     claimed: dict[Parameter, str] = {}
     for block, globs in patterns.items():
         for glob in as_tuple(globs):
-            matched = [parameter for parameter, known in names.items() if matches(known, glob)]
+            matched = [
+                parameter for parameter, known in names.items() if any(matches_any(name, (glob,)) for name in known)
+            ]
             if not matched:
                 close = nearest(glob, [name for known in names.values() for name in known])
                 raise UsageError(f"{glob!r}, of block {block!r}, matches no parameter that trains; nearest: {close}")

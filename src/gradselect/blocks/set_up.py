@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from gradselect.core import AbstractRule, Block
 from gradselect.parallel import check_placement, is_dtensor, is_running, unwrapped
-from gradselect.usage import UsageError, check_whole
+from gradselect.usage import UsageError, check_is, check_whole
 
 from .compile_check import warn_of_compiled_model
 from .policy import AbstractPolicy
@@ -79,8 +79,9 @@ def bind_policy(policy: AbstractPolicy, blocks: Sequence[Block], *, always: Sequ
     """Return a copy of the policy that selects among the blocks that are not in `always`.
 
     Raises:
-        UsageError: its settings do not fit these blocks.
+        UsageError: it is no policy, or its settings do not fit these blocks.
     """
+    check_is(policy, AbstractPolicy, name="policy", example="policy=gs.AdaGradSelect(fraction=0.2)")
     try:
         return policy.bind([block for block in blocks if block.name not in always])
     except UsageError as error:

@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +32,22 @@ logger = logging.getLogger(__name__)
 Record = TypeVar("Record")
 
 
+class CheckpointFormat(Protocol):
+    """What a state_dict holds beside torch's `state` and `param_groups`."""
+
+    def identity_of(self, optimizer: Any, /) -> dict[str, Any]:
+        """Return what a checkpoint and the run that loads it must agree on."""
+        ...
+
+    def write_state_dict(self, optimizer: Any, state_dict: dict[str, Any], /) -> dict[str, Any]:
+        """Complete torch's state_dict."""
+        ...
+
+    def read_state_dict(self, optimizer: Any, state_dict: Mapping[str, Any], /) -> None:
+        """Continue from a completed state_dict."""
+        ...
+
+
 class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
     """A torch optimizer with fixed groups that trains a selection and reports each step as a record.
 
@@ -48,6 +64,9 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         update: how they move.
         owned: all parameters that the optimizer freezes and thaws; by default those of `blocks`.
     """
+
+    _checkpoint: ClassVar[CheckpointFormat]
+    """Module that writes and reads the state_dict."""
 
     _hooks: AbstractGradientHooks
     """Reads gradients as they arrive; set by the optimizer when it starts."""
@@ -66,7 +85,7 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         self._is_built = True
         self.state = StateStore(dict)
         self.rule = update.rule
-        self.skip_nonfinite = False
+        self.skip_nonfinite = update.skip_nonfinite
         self.num_skipped = self.num_skipped_in_a_row = 0
         self.last_record: Record | None = None
         self._step = 0
@@ -139,7 +158,7 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         Raises:
             UsageError: within a step, where `update_in_backward` has moved weights already.
         """
-        return self._write(super().state_dict())
+        return self._checkpoint.write_state_dict(self, super().state_dict())
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -148,7 +167,7 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         Raises:
             UsageError: written by another optimizer, or for another model, policy or mask; says what differs.
         """
-        self._load(state_dict)
+        self._checkpoint.read_state_dict(self, state_dict)
         if self._agreement is not None:
             self._agreement.check_soon()
 
@@ -194,20 +213,8 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
     # For the two optimizers ----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _identity(self) -> dict[str, Any]:
-        """Return what a checkpoint and the run that loads it must agree on."""
-
-    @abstractmethod
     def _begin_training(self) -> None:
         """Several ranks, first forward pass: the model is wrapped as it will be trained. Freeze now."""
-
-    @abstractmethod
-    def _write(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Complete torch's state_dict."""
-
-    @abstractmethod
-    def _load(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a completed state_dict."""
 
     def _check_window(self, accumulation_steps: int) -> None:
         """Refuse an accumulation window that does not fit the other settings."""
@@ -216,7 +223,7 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         """Return plain values that must be the same on all ranks."""
         settings = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         return {
-            **self._identity(),
+            **self._checkpoint.identity_of(self),
             "param_groups": settings,
             "accumulation_steps": self.accumulation_steps,
             "skip_nonfinite": self.skip_nonfinite,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -29,15 +29,16 @@ class UpdateSettings:
     weight_decay: float
     no_decay: str | Sequence[str] | None
     master_dtype: torch.dtype | None
+    skip_nonfinite: bool
     rule: AbstractRule
     residency: AbstractResidency
 
     @classmethod
-    def of(cls, *, rule: AbstractRule | None, residency: AbstractResidency | None, **others: Any) -> UpdateSettings:
-        """Return the settings with `AdamWRule()` and `Keep()` where None is given."""
-        return cls(
-            rule=AdamWRule() if rule is None else rule, residency=Keep() if residency is None else residency, **others
-        )
+    def of(cls, arguments: Mapping[str, Any]) -> UpdateSettings:
+        """Pick the settings out of an optimizer's arguments; rule and residency have defaults for None."""
+        given: dict[str, Any] = {field.name: arguments.get(field.name) for field in fields(cls)}
+        defaults: dict[str, Any] = {"rule": AdamWRule(), "residency": Keep()}
+        return cls(**given | {name: value for name, value in defaults.items() if given[name] is None})
 
     def __post_init__(self) -> None:
         check_is(self.residency, AbstractResidency, name="residency", example="residency=gs.Offload()")

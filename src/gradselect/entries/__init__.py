@@ -12,7 +12,7 @@ from .mask import (
     TopOfGradient,
     check_size,
     generator_of,
-    matching,
+    matching_tensors,
     resolve_budget,
     share_out,
 )
@@ -39,7 +39,7 @@ __all__ = [
     "chunk_length",
     "generator_of",
     "index_dtype",
-    "matching",
+    "matching_tensors",
     "resolve_budget",
     "share_out",
 ]

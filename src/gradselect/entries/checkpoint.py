@@ -19,7 +19,7 @@ def identity_of(optimizer: SparseOptimizer) -> dict[str, Any]:
     return {
         "mask": type(optimizer.mask).__name__,
         "mask_settings": optimizer.mask.settings(),
-        "rule": type(optimizer.rule).__name__,
+        "rule": optimizer.rule.identity,
         "tensors": {tensor.name: list(tensor.parameter.shape) for tensor in optimizer.mask.tensors},
         "always": list(optimizer._always),
         "groups": [list(group["param_names"]) for group in optimizer.param_groups],
@@ -31,8 +31,8 @@ def write_state_dict(optimizer: SparseOptimizer, state_dict: dict[str, Any]) -> 
     """Complete torch's state_dict by the entries, and by `selection`: the step, and the mask's kind and settings.
 
     The `state` of a masked tensor holds `indices`, `joined_at`, `num_updates`, the rule's state and, if it is of half
-    precision, `master`, in the order in which entries joined. Every rank gathers the entries of all, by their indices in
-    the whole tensor; dense state holds DTensors where the weights are DTensors.
+    precision, `master`, in the order in which entries joined. Every rank gathers the entries of all, by indices in the
+    whole tensor; dense state holds DTensors where the weights are DTensors.
     """
     state_dict["state"] = optimizer._states.as_dtensors(state_dict["state"])
     for index, name in enumerate(optimizer._table.names):

@@ -29,14 +29,13 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from gradselect.usage import UsageError, check_positive, check_whole, nearest
+from gradselect.usage import UsageError, check_positive, check_whole, matching
 
 Indices = Mapping[str, Tensor]
 """Flat indices (int64, ascending) of chosen entries, by tensor name. A tensor that is left out has none."""
@@ -112,7 +111,7 @@ class AbstractMask(ABC):
             UsageError: a name of `among` matches nothing, or the settings do not fit these tensors.
         """
         bound = copy.copy(self)
-        bound.tensors = tuple(tensor for tensor in matching(tensors, self.among) if self.can_use(tensor))
+        bound.tensors = tuple(tensor for tensor in matching_tensors(tensors, self.among) if self.can_use(tensor))
         if not bound.tensors:
             raise UsageError(f"{type(self).__name__} finds no tensor to choose entries of; write among=None or others")
         bound.start()
@@ -208,23 +207,17 @@ class AbstractDenseMask(AbstractMask):
         """
 
 
-def matching(tensors: Sequence[MaskTensor], patterns: Sequence[str] | None) -> tuple[MaskTensor, ...]:
-    """The tensors whose name matches one of `patterns`, in order; None: all.
+def matching_tensors(tensors: Sequence[MaskTensor], patterns: str | Sequence[str] | None) -> tuple[MaskTensor, ...]:
+    """Return the tensors whose name matches one of the globs, in order; all for None.
 
     Raises:
-        UsageError: a pattern matches none of them.
+        UsageError: a pattern matches nothing.
     """
     if patterns is None:
         return tuple(tensors)
-    patterns = (patterns,) if isinstance(patterns, str) else patterns
-    names = [tensor.name for tensor in tensors]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UsageError(
-                f"{pattern!r} matches no parameter that can train (a frozen or quantised one cannot); "
-                f"nearest: {nearest(pattern, names)}"
-            )
-    return tuple(tensor for tensor in tensors if any(fnmatchcase(tensor.name, pattern) for pattern in patterns))
+    kind = "parameter that can train (a frozen or quantised one cannot)"
+    names = matching([tensor.name for tensor in tensors], patterns, kind=kind)
+    return tuple(tensor for tensor in tensors if tensor.name in names)
 
 
 def check_size(*, budget: int | None, density: float | None) -> None:

@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 from gradselect.core import (
     HALF,
     SELECTION,
     AbstractRule,
-    Block,
     MaskRecord,
     MemoryBytes,
     SelectiveOptimizer,
@@ -21,16 +19,24 @@ from gradselect.core import (
     freeze,
     in_phase,
 )
-from gradselect.parallel import check_alike, shard_groups, total
-from gradselect.usage import UsageError, check_is, check_whole, matching
+from gradselect.parallel import check_alike, total
+from gradselect.usage import UsageError, matching
 
-from .checkpoint import identity_of, read_state_dict, write_state_dict
+from . import checkpoint
 from .dense_tensors import DenseTensors
 from .entry_states import EntryStates
 from .gradient_reader import GradientReader
 from .mask import AbstractDenseMask, AbstractMask, MaskTensor
 from .selector import EntrySelector
-from .set_up import check_model, check_norm, check_rule, trainable_tensors
+from .set_up import (
+    blocks_of,
+    check_arguments,
+    check_lean,
+    check_model,
+    check_not_replaced,
+    marks_of_replicas,
+    trainable_tensors,
+)
 from .shards import Shards
 
 
@@ -62,6 +68,8 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         Agarwal et al., arXiv 2408.14470, for the idea.
     """
 
+    _checkpoint = checkpoint
+
     # Tells torch's GradScaler to leave gradients to `step`, which then can say what to do instead.
     _step_supports_amp_scaling = True
 
@@ -69,11 +77,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update the entries of the set once, those that join at this step among them.
 
-        Args:
-            closure: evaluates the model again and returns the loss; optional.
-
-        Returns:
-            The closure's loss, or None.
+        Returns the loss of `closure`, which evaluates the model again, or None without one.
 
         Raises:
             UsageError: a newer optimizer owns the model, a gradient is sparse, or a GradScaler is used.
@@ -139,8 +143,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         """Select the entries of the first step, and freeze tensors in which none can be.
 
         Args:
-            model: with its weights loaded: masks that look at weights look now. The mask selects from its trainable
-                parameters; those of a PEFT model's adapters, for example.
+            model: with its weights loaded: masks that look at weights look now. Frozen parameters stay frozen.
             mask: selects entries, e.g. `ID3(budget=320_000, steps=1000)`. It is copied.
             always: names or globs of parameters that train whole at every step too, with dense state, e.g.
                 `("classifier.*",)`.
@@ -150,8 +153,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
             weight_decay: decay of the decay group, >= 0; it touches entries of the set only. Default 0.01.
             no_decay: globs of parameters that are not decayed. None: biases and norms (fewer than two dimensions).
             rule: update formula: `AdamWRule()` (default) or `SGDRule()`.
-            max_grad_norm: the gradients that are applied are scaled down to this L2 norm, taken over all of them
-                together. None: never.
+            max_grad_norm: the gradients that are applied are scaled down to this L2 norm of all together. None: never.
             master_dtype: of master values of bf16 and fp16 weights; None: none, weights are rounded at every step.
             accumulation_steps: backward passes per step, >= 1.
             lean_accumulation: reduce the gradient of each pass at once: less memory; a selection by gradient is made
@@ -161,32 +163,15 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         Raises:
             UsageError: a value outside its range, a pattern that matches nothing, a mask that does not fit the model.
         """
-        check_is(mask, AbstractMask, name="mask", example="mask=gs.ID3(density=0.01, steps=1000)")
-        update = UpdateSettings.of(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            no_decay=no_decay,
-            rule=rule,
-            residency=None,
-            master_dtype=master_dtype,
-        )
-        check_rule(update.rule, mask)
-        check_norm(max_grad_norm)
-        check_whole("accumulation_steps", accumulation_steps)
+        update = UpdateSettings.of(locals())
+        check_arguments(mask, update.rule, max_grad_norm=max_grad_norm, accumulation_steps=accumulation_steps)
         self._model = check_model(model)
         tensors = trainable_tensors(self._model)
-        names = [tensor.name for tensor in tensors]
-        self._always = matching(names, always, kind="parameter that trains", key="always")
+        self._always = matching([t.name for t in tensors], always, kind="parameter that trains", key="always")
         self.mask = mask.bind([tensor for tensor in tensors if tensor.name not in self._always])
-        used = {*self._always, *self.mask.names}
-        blocks = [
-            Block(name=t.name, parameters=(t.parameter,), parameter_names=(t.name,)) for t in tensors if t.name in used
-        ]
+        blocks = blocks_of(tensors, {*self._always, *self.mask.names})
         super().__init__(self._model, blocks, update, owned=[tensor.parameter for tensor in tensors])
         self.max_grad_norm = max_grad_norm
-        self.skip_nonfinite = skip_nonfinite
         self._start(tensors, update, accumulation_steps, lean=lean_accumulation)
 
     def _start(
@@ -211,7 +196,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
             parameters, self._read, self._ownership, accumulation_steps=accumulation_steps, lean=lean
         )
         if self._agreement is not None:
-            self._check_lean(lean)
+            check_lean(lean, self._reader.late)
             check_alike(self._facts(), moment="when the optimizer is built")
         self._propose()
 
@@ -280,36 +265,17 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
             state_bytes=sum(self._entries.num_bytes()) + self._dense.num_bytes(),
         )
 
-    def _identity(self) -> dict[str, Any]:
-        return identity_of(self)
-
-    def _write(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return write_state_dict(self, state_dict)
-
-    def _load(self, state_dict: Mapping[str, Any]) -> None:
-        read_state_dict(self, state_dict)
-
     def _facts(self) -> dict[str, Any]:
-        more = {"num_entries": self._selector.sizes, "max_grad_norm": self.max_grad_norm}
-        return {**super()._facts(), **more}
+        return {**super()._facts(), "num_entries": self._selector.sizes, "max_grad_norm": self.max_grad_norm}
 
     def _all_facts(self) -> dict[str, Any]:
         """The facts, and marks of the entries of tensors that every rank holds whole."""
-        whole = {
-            name: indices for name, indices in self.entries.items() if not shard_groups(self._reader.parameters[name])
-        }
-        marks = {name: [int(i.sum()), int(i.square().sum())] for name, i in whole.items()}
-        return {**self._facts(), "entries": marks}
+        return {**self._facts(), "entries": marks_of_replicas(self.entries, self._reader.parameters)}
 
     @torch.no_grad()
     def _begin_training(self) -> None:
         assert self._agreement is not None
-        for name, parameter in self._table.named():
-            if parameter is not self._reader.parameters[name]:
-                raise UsageError(
-                    f"another tensor was put into the optimizer's groups for {name!r}, as Accelerate does when it "
-                    "shards; shard first, with fully_shard(model), then build SparseOptimizer(model, ...)"
-                )
+        check_not_replaced(self._table.named(), self._reader.parameters)
         parameters = {name: [parameter] for name, parameter in self._reader.parameters.items()}
         trains_everything = len(self._dense.names) == len(parameters)
         self._agreement.check_start(parameters, self._all_facts(), trains_everything=trains_everything)
@@ -323,14 +289,5 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
                 "SparseOptimizer works without a GradScaler; train in bfloat16: torch.autocast or the model"
             )
         self._ownership.check(self._table.all())
-        trained: dict[str, list[Parameter]] = {
-            name: [parameter] for name, parameter in self._table.named() if parameter.requires_grad
-        }
+        trained = {name: [parameter] for name, parameter in self._table.named() if parameter.requires_grad}
         self._check_ranks(trained, self._all_facts)
-
-    def _check_lean(self, lean: bool) -> None:
-        if lean and self._reader.late:
-            raise UsageError(
-                "lean_accumulation=True needs gradients that are averaged as they come, by fully_shard or replicate; "
-                "leave it out: under DistributedDataParallel gradients stay until step()"
-            )

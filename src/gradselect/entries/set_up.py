@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from gradselect.core import AbstractRule, is_frozen_for_now
-from gradselect.parallel import check_placement, local_part, unwrapped
-from gradselect.usage import UsageError
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from gradselect.core import AbstractRule, Block, is_frozen_for_now
+from gradselect.parallel import check_placement, local_part, shard_groups, unwrapped
+from gradselect.usage import UsageError, check_is, check_whole
 
 from .mask import AbstractDenseMask, AbstractMask, MaskTensor
 
@@ -21,29 +24,79 @@ def check_model(model: nn.Module) -> nn.Module:
     return unwrapped(model)
 
 
-def check_rule(rule: AbstractRule, mask: AbstractMask) -> None:
-    """Refuse a rule that does not work on single entries, unless the mask has state for every weight.
+def check_arguments(
+    mask: AbstractMask, rule: AbstractRule, *, max_grad_norm: float | None, accumulation_steps: int
+) -> None:
+    """Check what needs no model.
 
     Raises:
-        UsageError: names the rule.
+        UsageError: there is no mask, the rule does not work on entries, or a number is outside its range.
     """
+    check_is(mask, AbstractMask, name="mask", example="mask=gs.ID3(density=0.01, steps=1000)")
+    check_whole("accumulation_steps", accumulation_steps)
+    # A dense mask has state for every weight.
     if not rule.works_on_entries and not isinstance(mask, AbstractDenseMask):
         raise UsageError(
-            f"{type(rule).__name__} keeps numbers that neighbouring weights share, and selected entries have no "
-            "neighbours; write rule=gs.AdamWRule()"
+            f"{type(rule).__name__} works on whole tensors only, and {type(mask).__name__} selects entries of them; "
+            "write rule=gs.AdamWRule()"
         )
-
-
-def check_norm(max_grad_norm: float | None) -> None:
-    """Refuse a limit that is not above 0.
-
-    Raises:
-        UsageError: names the value.
-    """
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise UsageError(
             f"max_grad_norm={max_grad_norm} must be above 0; write max_grad_norm=1.0, or None for no limit"
         )
+
+
+def check_lean(lean: bool, late: Collection[str]) -> None:
+    """Refuse lean accumulation where gradients are averaged after the backward pass.
+
+    Args:
+        lean: as given.
+        late: names of parameters whose gradients are averaged late.
+
+    Raises:
+        UsageError: it is asked for, and there are such parameters.
+    """
+    if lean and late:
+        raise UsageError(
+            "lean_accumulation=True needs gradients that are averaged as they come, by fully_shard or replicate; "
+            "leave it out: under DistributedDataParallel gradients stay until step()"
+        )
+
+
+def check_not_replaced(groups: Iterable[tuple[str, Parameter]], read: Mapping[str, Parameter]) -> None:
+    """Refuse parameters that were put into the optimizer's groups after it was built.
+
+    Args:
+        groups: named parameters of the optimizer's groups.
+        read: parameters whose gradients are read.
+
+    Raises:
+        UsageError: names the first that differs.
+    """
+    for name, parameter in groups:
+        if parameter is not read[name]:
+            raise UsageError(
+                f"another tensor was put into the optimizer's groups for {name!r}, as Accelerate does when it "
+                "shards; shard first, with fully_shard(model), then build SparseOptimizer(model, ...)"
+            )
+
+
+def marks_of_replicas(entries: Mapping[str, Tensor], parameters: Mapping[str, Parameter]) -> dict[str, list[int]]:
+    """Sum and sum of squares of the indices of each tensor that every rank holds whole: equal on all ranks."""
+    return {
+        name: [int(indices.sum()), int(indices.square().sum())]
+        for name, indices in entries.items()
+        if not shard_groups(parameters[name])
+    }
+
+
+def blocks_of(tensors: Sequence[MaskTensor], names: Collection[str]) -> list[Block]:
+    """Return the tensors of these names as blocks of one parameter each."""
+    return [
+        Block(name=tensor.name, parameters=(tensor.parameter,), parameter_names=(tensor.name,))
+        for tensor in tensors
+        if tensor.name in names
+    ]
 
 
 def trainable_tensors(model: nn.Module) -> list[MaskTensor]:

@@ -15,7 +15,7 @@ from gradselect.entries import (
     AbstractMask,
     MaskTensor,
     index_dtype,
-    matching,
+    matching_tensors,
     resolve_budget,
     share_out,
 )
@@ -149,7 +149,7 @@ def _bind(mask: AbstractMask, training: Training) -> tuple[AbstractMask, list[st
         for name, parameter in training.model.named_parameters()
         if parameter.requires_grad
     ]
-    always = [tensor.name for tensor in matching(tensors, training.always)] if training.always else []
+    always = [tensor.name for tensor in matching_tensors(tensors, training.always)] if training.always else []
     return mask.bind([tensor for tensor in tensors if tensor.name not in always]), always
 
 

@@ -45,10 +45,6 @@ def matches_any(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def matches(names: Sequence[str], glob: str) -> bool:
-    return any(fnmatchcase(name, glob) for name in names)
-
-
 def nearest(pattern: str, names: Sequence[str]) -> str:
     """Return the three names that look most like the pattern, quoted and separated by commas."""
     return ", ".join(map(repr, difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)))
