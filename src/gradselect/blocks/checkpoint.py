@@ -20,7 +20,7 @@ def identity_of(optimizer: BlockOptimizer) -> dict[str, Any]:
     return {
         "policy": type(optimizer.policy).__name__,
         "policy_settings": optimizer.policy.settings(),
-        "rule": type(optimizer.rule).__name__,
+        "rule": optimizer.rule.identity,
         "blocks": {name: list(members) for name, members in optimizer._table.members.items()},
         "always": list(optimizer._always),
         "groups": [list(group["param_names"]) for group in optimizer.param_groups],

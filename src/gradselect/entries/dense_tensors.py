@@ -122,14 +122,14 @@ class DenseTensors:
             weight.copy_(torch.where(mask, weight, before))
             mine.copy_(weight)
             return
-        decay = group["weight_decay"]
+        assert parameter.grad is not None
+        gradient, decay = local_part(parameter.grad), group["weight_decay"]
         if self._rule.decouples_decay:
             weight.copy_(torch.where(mask, weight * (1 - group["lr"] * decay), weight))
         elif decay:
-            assert parameter.grad is not None
-            gradient = local_part(parameter.grad)
-            gradient.add_(torch.where(mask, weight, 0.0).to(gradient), alpha=decay)
-        self._states.update([parameter], {**group, "weight_decay": 0.0})
+            # In the master's dtype: beside a gradient of half precision a small decay would be rounded away.
+            gradient = gradient.to(weight.dtype).add(torch.where(mask, weight, 0.0), alpha=decay)
+        self._states.update([parameter], {**group, "weight_decay": 0.0}, gradient=gradient)
 
     def _gradients(self, names: Collection[str]) -> dict[str, Tensor]:
         """Local parts of the gradients that exist, by tensor name."""
