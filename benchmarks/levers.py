@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import islice
@@ -103,16 +103,6 @@ SETTINGS = {
 # One setting ---------------------------------------------------------------------------------------------------------
 
 
-class WatchedBlocks(gs.BlockOptimizer):
-    """BlockOptimizer that notes its bytes at each update, while the state of the selection is on the device."""
-
-    at_update: Any = None
-
-    def _commit(self, *arguments: Any) -> Any:
-        self.at_update = self.memory()
-        return super()._commit(*arguments)
-
-
 @dataclass
 class Run:
     """A setting at work.
@@ -124,7 +114,7 @@ class Run:
 
     setting: Setting
     model: nn.Module
-    optimizer: WatchedBlocks
+    optimizer: gs.BlockOptimizer
     gradients: common.GradientPeak
     live: common.LiveBytes | None
     most: dict[str, int] = field(default_factory=dict)
@@ -135,23 +125,20 @@ class Run:
         before = self.optimizer.memory()
         self._reset_peak()
         self.gradients.bytes, self.gradients.is_on = 0, True
-        with self.live or nullcontext():
+        with self.live or nullcontext(), self.optimizer.phases(self._note_state):
             self._step(batch)
         self.gradients.is_on = False
         peak, after, record = self._peak(), self.optimizer.memory(), self.optimizer.last_record
         assert record is not None
         # State that stayed on the host is not on the device. What moved in this step may have been there, and counts.
         on_host = max(0, min(before["state_on_host"], after["state_on_host"]) - record.moved_bytes)
-        at_update = self.optimizer.at_update
         found = {
             "explore" if record.explored else "peak": peak - (on_host if self.live else 0),
-            "weights": at_update["weights"],
+            "weights": after["weights"],
             "gradients": self.gradients.bytes if not record.explored else 0,
-            "masters": at_update["masters"],
-            "moments": at_update["state_on_device"],
             "host": after["state_on_host"],
         }
-        self.most |= {name: max(self.most.get(name, 0), num_bytes) for name, num_bytes in found.items()}
+        self._keep_most(found)
 
     def timed_step(self, batch: common.Batch) -> None:
         """Train a step and note its time."""
@@ -171,6 +158,15 @@ class Run:
         self.model(**batch, **fused).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _note_state(self, phase: str) -> AbstractContextManager[None]:
+        """Note the state on the device as a phase begins: one begins right after the update, before anything moves."""
+        held = self.optimizer.memory()
+        self._keep_most({"masters": held["masters"], "moments": held["state_on_device"]})
+        return nullcontext()
+
+    def _keep_most(self, found: dict[str, int]) -> None:
+        self.most |= {name: max(self.most.get(name, 0), num_bytes) for name, num_bytes in found.items()}
 
     def _reset_peak(self) -> None:
         if self.live is None:
@@ -196,7 +192,7 @@ def start(preset: common.Workload, setting: Setting) -> Run:
     if setting.rank:
         model = common.with_lora(model, rank=setting.rank)
     gradients = common.GradientPeak(model)
-    optimizer = WatchedBlocks(
+    optimizer = gs.BlockOptimizer(
         model,
         policy_of(setting, preset),
         lr=LR,

@@ -12,9 +12,11 @@ the backward pass visits.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -29,24 +31,42 @@ LR = 1e-5
 LORA_RANKS = (16, 128, 256)
 
 
-class TimedBlocks(gs.BlockOptimizer):
-    """BlockOptimizer that times its updates, and keeps its records. The rest of `step` is bookkeeping."""
+class UpdateClock:
+    """Keeps the records of an optimizer, and the seconds of its updates: those between the phases of `step`."""
 
-    def __init__(self, model: nn.Module, policy: gs.AbstractPolicy, **settings: Any) -> None:
-        self.update_seconds: list[float] = []
+    def __init__(self, optimizer: gs.BlockOptimizer) -> None:
+        self.seconds: list[float] = []
         self.records: list[gs.StepRecord] = []
-        super().__init__(model, policy, lr=LR, rule=gs.AdamWRule(fused=True), **settings)
-        self.add_record_hook(self.records.append)
+        self._depth = 0
+        self.begin()
+        optimizer.phases(self._phase)
+        optimizer.add_record_hook(self._end)
 
-    def _update(self, selected: Any) -> None:
-        start = time.perf_counter()
-        super()._update(selected)
-        self.update_seconds.append(time.perf_counter() - start)
+    def begin(self) -> None:
+        """Call it between backward pass and `step`."""
+        self._between, self._last_end = 0.0, math.inf
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        if not self._depth:
+            self._between += max(0.0, time.perf_counter() - self._last_end)
+        self._depth += 1
+        yield
+        self._depth -= 1
+        self._last_end = time.perf_counter()
+
+    def _end(self, record: gs.StepRecord) -> None:
+        self.seconds.append(self._between)
+        self.records.append(record)
 
 
-def exploiting(share: float, **settings: Any) -> Callable[[nn.Module], TimedBlocks]:
+def blocks(policy: gs.AbstractPolicy, **settings: Any) -> Callable[[nn.Module], gs.BlockOptimizer]:
+    return partial(gs.BlockOptimizer, policy=policy, lr=LR, rule=gs.AdamWRule(fused=True), **settings)
+
+
+def exploiting(share: float, **settings: Any) -> Callable[[nn.Module], gs.BlockOptimizer]:
     """AdaGradSelect that explores in the first step alone."""
-    return lambda model: TimedBlocks(model, gs.AdaGradSelect(fraction=share, explore_steps=1), **settings)
+    return blocks(gs.AdaGradSelect(fraction=share, explore_steps=1), **settings)
 
 
 def badam_package(model: nn.Module) -> torch.optim.Optimizer:
@@ -65,20 +85,18 @@ def badam_package(model: nn.Module) -> torch.optim.Optimizer:
 FULL = partial(common.fused_adamw, lr=LR)
 OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "full, torch AdamW fused": FULL,
-    "full, All()": lambda model: TimedBlocks(model, gs.All()),
+    "full, All()": blocks(gs.All()),
     "AdaGradSelect 10 %, exploit": exploiting(0.1),
     "AdaGradSelect 20 %, exploit": exploiting(0.2),
     "AdaGradSelect 20 %, exploit, Offload()": exploiting(0.2, residency=gs.Offload()),
     "AdaGradSelect 20 %, exploit, Drop()": exploiting(0.2, residency=gs.Drop()),
     "AdaGradSelect 20 %, exploit, embedding always": exploiting(0.2, always=("embedding",)),
     "AdaGradSelect 30 %, exploit": exploiting(0.3),
-    "AdaGradSelect 20 %, explore": lambda model: TimedBlocks(
-        model, gs.AdaGradSelect(fraction=0.2, explore_steps=10**9)
+    "AdaGradSelect 20 %, explore": blocks(gs.AdaGradSelect(fraction=0.2, explore_steps=10**9)),
+    "LISA, 2 layers + embedding, norm, head": blocks(
+        gs.Uniform(count=2, every=20), always=("embedding", "norm", "head")
     ),
-    "LISA, 2 layers + embedding, norm, head": lambda model: TimedBlocks(
-        model, gs.Uniform(count=2, every=20), always=("embedding", "norm", "head")
-    ),
-    "BAdam, 1 block": lambda model: TimedBlocks(model, gs.Cyclic(every=2), residency=gs.Drop()),
+    "BAdam, 1 block": blocks(gs.Cyclic(every=2), residency=gs.Drop()),
 }
 
 
@@ -87,10 +105,13 @@ class Competitor:
 
     def __init__(self, name: str, model: nn.Module, make_optimizer: Callable[[nn.Module], Any]) -> None:
         self.gradient_bytes = 0
-        self.method = common.Method(name, model, make_optimizer(model), after_backward=self._count_gradients)
+        self.method = common.Method(name, model, make_optimizer(model), after_backward=self._after_backward)
+        self.clock = UpdateClock(own) if isinstance(own := self.method.optimizer, gs.BlockOptimizer) else None
 
-    def _count_gradients(self) -> None:
+    def _after_backward(self) -> None:
         self.gradient_bytes = max(self.gradient_bytes, common.gradient_bytes(self.method.model.parameters()))
+        if self.clock is not None:
+            self.clock.begin()
 
     def row(self, baseline: common.Method) -> dict[str, Any]:
         own, state = self.method, common.state_bytes(self.method.optimizer)
@@ -108,16 +129,16 @@ class Competitor:
 
     def _flop_limit(self) -> float | None:
         own = self.method
-        if not isinstance(own.optimizer, TimedBlocks):
+        if self.clock is None:
             return None
-        records = own.optimizer.records[-len(own.seconds) :]
+        records = self.clock.records[-len(own.seconds) :]
         return statistics.mean(1.0 if r.explored else flop_limit(own.model, r.selected) for r in records)
 
     def _bookkeeping_share(self) -> float | None:
         own = self.method
-        if not isinstance(own.optimizer, TimedBlocks):
+        if self.clock is None:
             return None
-        updates = own.optimizer.update_seconds[-len(own.seconds) :]
+        updates = self.clock.seconds[-len(own.seconds) :]
         rest = [step - update for step, update in zip(own.optimizer_seconds, updates, strict=True)]
         return statistics.median(rest) / statistics.median(own.seconds)
 
