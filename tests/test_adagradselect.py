@@ -13,8 +13,8 @@ from policy_support import BLOCK_NAMES, make_blocks, norms_at, take_step
 from scipy import stats
 
 from gradselect import UsageError
-from gradselect.blocks.draws import gumbel, log_gamma, open_uniform, stream
-from gradselect.blocks.policy import best
+from gradselect.blocks.draws import gumbel, log_gamma, open_uniform, random_stream
+from gradselect.blocks.policy import largest
 from gradselect.policies import AdaGradSelect
 from gradselect.policies.adagradselect import due
 
@@ -153,13 +153,13 @@ def test_a_delta_that_underflows_draws_evenly(draw: str) -> None:
 
 @pytest.mark.parametrize("shape", [0.01, 0.5, 1.0, 7.0, 1e6])
 def test_log_gamma_follows_its_law(shape: float) -> None:
-    generator = stream(seed=0, step=0, purpose="test")
+    generator = random_stream(seed=0, step=0, purpose="test")
     sample = [log_gamma(generator, shape) for _ in range(4000)]
     assert stats.kstest(sample, stats.loggamma(shape).cdf).pvalue > NOISE_LEVEL
 
 
 def test_gumbel_follows_its_law() -> None:
-    generator = stream(seed=0, step=0, purpose="test")
+    generator = random_stream(seed=0, step=0, purpose="test")
     assert stats.kstest([gumbel(generator) for _ in range(4000)], stats.gumbel_r.cdf).pvalue > NOISE_LEVEL
 
 
@@ -246,7 +246,7 @@ def test_a_discounted_ranking_is_that_of_the_scores_it_leaves() -> None:
         norms = {name: norms_at(step)[name] for name in FOUR}
         selected = take_step(policy, step, norms)
         finite = {name: score if math.isfinite(norms[name]) else -1.0 for name, score in policy.scores.items()}
-        assert selected == best(FOUR, finite, 2)
+        assert selected == largest(FOUR, finite, 2)
 
 
 def test_delta_growth_is_a_larger_delta_at_a_later_step() -> None:

@@ -1,11 +1,11 @@
-"""Block-wise selection: the optimizer, the partition of a model, the contract of a policy, gradient observation."""
+"""Block-wise selection: optimizer, partition of a model, contract of a policy, observation of gradients."""
 
-from .draws import gumbel, log_gamma, stream
+from .draws import gumbel, log_gamma, random_stream
 from .flops import FULL_STEP, speed_up_limit, step_time, visited_share
 from .optimizer import BlockOptimizer
 from .partitioning import partition, resolve_names
-from .policy import AbstractPolicy, Norms, best, check_fraction_or_count, resolve_count, taking_part
-from .structure import Layout, ask
+from .policy import AbstractPolicy, Norms, check_fraction_or_count, largest, resolve_count, taking_part
+from .structure import Layout, module_of_getter
 
 __all__ = [
     "FULL_STEP",
@@ -13,17 +13,17 @@ __all__ = [
     "BlockOptimizer",
     "Layout",
     "Norms",
-    "ask",
-    "best",
     "check_fraction_or_count",
     "gumbel",
+    "largest",
     "log_gamma",
+    "module_of_getter",
     "partition",
+    "random_stream",
     "resolve_count",
     "resolve_names",
     "speed_up_limit",
     "step_time",
-    "stream",
     "taking_part",
     "visited_share",
 ]

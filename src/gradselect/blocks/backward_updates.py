@@ -1,4 +1,4 @@
-"""Updates inside the backward pass: a weight moves the moment its gradient is whole, and the gradient goes at once."""
+"""Updates inside the backward pass: a weight moves when its gradient is complete, and the gradient is freed."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from gradselect.usage import UsageError
 
 
 class BackwardUpdates(AbstractGradientHooks):
-    """Applies the rule to each expected parameter when its gradient has been accumulated, then frees the gradient.
+    """Applies the rule to each selected parameter when its gradient is complete, then frees the gradient.
 
-    With L the loss, w_1, ..., w_n the expected parameters in the order in which the backward pass completes them:
+    With loss L and selected parameters w_1, ..., w_n in the order in which the backward pass completes them:
 
         g <- dL/dw_i,   (w_i, s_i) <- R(w_i, g, s_i),   g is freed,   for i = 1, ..., n
 
-    so one gradient exists at a time instead of n. A gradient is complete only when everything that reads the weight
-    has been visited, so no later part of the pass sees a weight that has moved already; torch's version counters raise
-    if a model keeps a use of it out of the graph. The numbers are those of an update after the pass.
+    So one gradient exists at a time instead of n. A gradient is complete only after every use of its weight has been
+    visited, so no later part of the pass sees a moved weight. torch's version counters raise an error if a model hides
+    a use from the graph. The numbers equal those of an update after the pass.
 
-    Hooks are registered once, while everything is trainable, and after the observer's: it has measured a gradient
-    before it is used up.
+    Hooks are registered once, while everything is trainable, and after the observer's, which measures each gradient
+    before it is freed.
 
     Args:
         states: apply the rule.
         table: finds parameters and their groups.
         ownership: of the optimizer.
-        is_active: False: nothing ever moves in the backward pass.
+        is_active: if False, nothing moves in the backward pass.
 
     Reference:
         Lv et al.: Full Parameter Fine-tuning for Large Language Models with Limited Resources (LOMO), arXiv
@@ -49,7 +49,7 @@ class BackwardUpdates(AbstractGradientHooks):
         self._register(table.named() if is_active else ())
 
     def expect(self, names: Sequence[str]) -> None:
-        """The parameters of these blocks move in the coming backward pass; `()`: none does."""
+        """Move the parameters of these blocks, and no others, in the next backward pass."""
         self._names = tuple(names)
         self._groups = {
             parameter: group
@@ -68,7 +68,7 @@ class BackwardUpdates(AbstractGradientHooks):
         return bool(self._moved)
 
     def has_gradient(self, block: str) -> bool:
-        """True if a parameter of the block has a gradient, or has used it up."""
+        """True if a parameter of the block has a gradient, or had one that was applied."""
         return any(parameter.grad is not None or parameter in self._moved for parameter in self._table.of(block))
 
     @torch.no_grad()
@@ -79,8 +79,8 @@ class BackwardUpdates(AbstractGradientHooks):
         if parameter in self._moved:
             raise UsageError(
                 "a second backward pass before optimizer.step(), but update_in_backward=True has moved the weights in "
-                "the first; call optimizer.step() after each, or, to accumulate gradients, leave update_in_backward "
-                "out; where a step was left out call optimizer.zero_grad()"
+                "the first; call optimizer.step() after each, or leave update_in_backward out to accumulate gradients; "
+                "where a step was skipped call optimizer.zero_grad()"
             )
         if not self._moved:
             self._states.admit(self._names)

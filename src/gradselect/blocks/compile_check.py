@@ -15,15 +15,15 @@ from gradselect.usage import UsageError
 logger = logging.getLogger(__name__)
 
 MAX_MISSES = 3
-"""An expert without tokens gets no gradient now and then; a block that the graph leaves out never does."""
+"""An expert without tokens misses a gradient now and then; a block outside the graph misses all."""
 
 
 class UnreachedBlocks:
     """Detects blocks that torch.compile left out of its graph.
 
-    Counts in how many steps in a row a block took part without a gradient, where anything was compiled. torch up to
-    2.9.1 did not compile again when `requires_grad` changed after the first pass, so that a block which was frozen then
-    never trained, silently (pytorch/pytorch#139476).
+    Counts the steps in a row in which a block took part without a gradient, if anything was compiled. torch up to 2.9.1
+    did not recompile when `requires_grad` changed after the first pass, so a block that was frozen then never trained,
+    silently (pytorch/pytorch#139476).
     """
 
     def __init__(self) -> None:
@@ -32,12 +32,12 @@ class UnreachedBlocks:
     def check(
         self, selected: Collection[str], norms: Mapping[str, float], *, has_gradient: Callable[[str], bool]
     ) -> None:
-        """Count the blocks that took part in a backward pass and got no gradient, or only zeros.
+        """Count blocks that took part in a backward pass and got no gradient, or only zeros.
 
         Args:
             selected: blocks that are about to be updated.
             norms: gradient norms of the blocks that were observed.
-            has_gradient: tells if a parameter of a block got a gradient.
+            has_gradient: returns True if a parameter of the block got a gradient.
 
         Raises:
             UsageError: a block was missed in `MAX_MISSES` steps in a row, while others were reached.
@@ -53,24 +53,23 @@ class UnreachedBlocks:
             if misses >= MAX_MISSES:
                 raise UsageError(
                     f"block {name!r} took part in {misses} steps in a row and got no gradient, while others did. "
-                    "Either torch.compile has compiled it while it was frozen (pytorch#139476): update torch, or do "
-                    "not compile. Or the loss never reaches it (an unused pooler): keep it out with the policy's "
-                    "among=..."
+                    "Either torch.compile compiled it while it was frozen (pytorch#139476): update torch, or do not "
+                    "compile. Or the loss never reaches it (an unused pooler): exclude it with the policy's among=..."
                 )
 
 
 def has_compiled() -> bool:
     """True if torch.compile has compiled anything in this process."""
-    # Whoever compiles has imported it, which is slow.
+    # Compiling imports it; importing it here would be slow.
     module = sys.modules.get("torch._dynamo.utils")
     return module is not None and module.counters["frames"]["ok"] > 0
 
 
 def warn_of_compiled_model(model: nn.Module) -> None:
-    """Warn if the model is compiled as a whole: such a graph holds for one selection."""
+    """Warn if the model is compiled as a whole, because such a graph serves one selection only."""
     if any("_orig_mod" in each._modules or each._compiled_call_impl is not None for each in unwrapping(model)):
         logger.warning(
-            "the model is compiled as a whole: once more for each new selection, and after "
-            "torch._dynamo.config.recompile_limit of them it runs uncompiled; compile its layers instead: "
+            "the model is compiled as a whole: each new selection compiles it again, and after "
+            "torch._dynamo.config.recompile_limit times it runs uncompiled; compile its layers instead: "
             "gradselect.integrations.compile.compile_blocks(model)"
         )

@@ -1,4 +1,4 @@
-"""Gradient norms of blocks, seen during the backward pass; gradients that cannot matter any more go at once."""
+"""Gradient norms of blocks, measured during the backward pass; gradients that cannot win are freed at once."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ Score = Callable[[str, float], float]
 
 
 class GradientObserver(AbstractGradientHooks):
-    """Measures ||g_b||_2 of each watched block b when the last of its gradients has arrived.
+    """Measures ||g_b||_2 of each watched block b when its last gradient has arrived.
 
-    With `stream`, only the blocks of the `keep` largest scores so far hold gradients (*streaming top-k*): when a block
-    completes, the worst of the best `keep + 1` loses its own at once. The backward pass visits one block after the
-    other, so at most `keep + 1` watched blocks hold gradients at any moment. A block whose norm is not finite keeps its
-    gradients and counts for nothing: a gradient scaler, or whoever clips, has to see that it overflowed.
+    With `stream`, only the blocks of the `keep` largest scores so far keep gradients (*streaming top-k*): when a block
+    completes, the worst of the best `keep + 1` is freed at once. The backward pass visits one block after the other, so
+    at most `keep + 1` watched blocks hold gradients at any time. A block whose norm is NaN or infinite keeps its
+    gradients and takes no place among the `keep`: a gradient scaler or clipping must see the overflow.
 
-    A block is never complete during the backward pass if one of its parameters gets no gradient (an expert without
-    tokens, for example); it is measured when the pass ends.
+    A block never completes during the backward pass if one of its parameters gets no gradient (an expert without
+    tokens, for example). It is measured when the pass ends.
 
-    On several ranks a gradient is final when the backward pass has ended and the wrapper has averaged it: blocks are
-    measured then, nothing is released before, and `norms` adds up over the shards.
+    On several ranks a gradient is final when the wrapper has averaged it, after the backward pass. Blocks are measured
+    then, no gradient is freed before, and `norms` sums over the shards.
 
     Args:
         blocks: parameters of each block, by block name, in model order.
         ownership: of the optimizer.
-        accumulation_steps: backward passes before an optimizer step; gradients are read in the last.
-        grad_scaler: what multiplies the loss, if anything does; norms are divided by its scale.
+        accumulation_steps: backward passes before an optimizer step; gradients are measured in the last.
+        grad_scaler: scales the loss, or None; norms are divided by its scale.
         is_one_of_many: True if there are several ranks.
         phases: of the optimizer.
     """
@@ -69,24 +69,24 @@ class GradientObserver(AbstractGradientHooks):
         self.follow(blocks)
 
     def follow(self, blocks: Mapping[str, Sequence[Parameter]]) -> None:
-        """Observe these parameters of the same blocks: at first, and when a wrapper has put others in their place."""
+        """Observe these parameters of the same blocks, at the start and when a wrapper has replaced them."""
         self._blocks = {name: tuple(parameters) for name, parameters in blocks.items()}
         self.restart()
         self._register((name, parameter) for name, parameters in self._blocks.items() for parameter in parameters)
 
     def watch(self, names: Sequence[str]) -> None:
-        """Measure these blocks in the backward passes to come."""
+        """Measure these blocks in the following backward passes."""
         self._watched = frozenset(names)
         self._score = None
         self.restart()
 
     def stream(self, *, keep: int, score: Score) -> None:
-        """After `watch`: keep the gradients of the `keep` watched blocks of largest `score(name, norm)` only."""
+        """Keep only the gradients of the `keep` watched blocks of largest `score(name, norm)`; call after `watch`."""
         self._keep = keep
         self._score = score
 
     def restart(self) -> None:
-        """A new window: nothing has arrived yet."""
+        """Start a new window, in which nothing has arrived yet."""
         self._norms: dict[str, Tensor | float] = {}
         self._parts: dict[Parameter, Tensor] = {}
         self._leaders: dict[str, float] = {}
@@ -99,15 +99,15 @@ class GradientObserver(AbstractGradientHooks):
 
     @property
     def saw_gradients(self) -> bool:
-        """Whether a backward pass has reached a watched block in this window."""
+        """True if a backward pass has reached a watched block in this window."""
         return bool(self._norms) or self._num_passes > 0
 
     @in_phase(SELECTION)
     def norms(self) -> dict[str, float]:
         """Norm of every watched block, in model order.
 
-        Blocks of a window that ended before its last announced backward pass are measured now, from the gradients as
-        they are: unscaled, and clipped if they were clipped.
+        If the window ended before its last announced backward pass, blocks are measured now, from the gradients as they
+        are: unscaled, and clipped if they were clipped.
         """
         if self._sums is not None and not self._norms:
             self._norms.update(self._shared_norms())
@@ -123,10 +123,10 @@ class GradientObserver(AbstractGradientHooks):
             self._refuse_pass(self._num_passes + 1, optimizer="BlockOptimizer", lost="read, and some released,")
         if not self._in_pass:
             self._in_pass = True
-            # Data parallel wrappers finish at the end of the pass too: what is queued only there runs after them.
+            # Data-parallel wrappers also finish at the end of the pass: a call queued there runs after them.
             at_end_of_pass(self._end_pass if self._sums is None else partial(at_end_of_pass, self._end_shared_pass))
         if self._num_passes == self.accumulation_steps - 1 and self._sums is None:
-            # Now: whoever updates inside the backward pass frees the gradient next.
+            # Measure now: an update inside the backward pass frees the gradient next.
             self._parts[parameter] = norm_of(parameter)
             self._incomplete[name] -= 1
             if self._incomplete[name] == 0:
@@ -141,7 +141,7 @@ class GradientObserver(AbstractGradientHooks):
                     self._complete(name, scale=self._scale())
 
     def _end_shared_pass(self) -> None:
-        """Measure what this process holds, after every pass: only the wrapper knows which pass averages."""
+        """Measure local parts after every pass, because only the wrapper knows in which pass it averages."""
         self._in_pass = False
         self._num_passes += 1
         self._measure_shared(self._watched, scale=self._scale())
@@ -156,7 +156,7 @@ class GradientObserver(AbstractGradientHooks):
             self._sums.measure(name, self._blocks[name], scale=scale)
 
     def _shared_norms(self) -> dict[str, float]:
-        """Norms of the whole gradients of the watched blocks: adds up over the processes."""
+        """Norms of the watched blocks' whole gradients, summed over ranks."""
         assert self._sums is not None
         watched = [name for name in self._blocks if name in self._watched]
         self._measure_shared([name for name in watched if name not in self._sums], scale=1.0)
@@ -170,16 +170,16 @@ class GradientObserver(AbstractGradientHooks):
     @in_phase(SELECTION)
     def _complete(self, name: str, *, scale: float) -> None:
         self._norms[name] = gradient_norm(self._blocks[name], known=self._parts) / scale
-        if self._score is not None:  # else nobody waits for the number: it stays on the device
+        if self._score is not None:  # otherwise the norm stays on the device and nothing waits for it
             self._consider(name)
 
     def _consider(self, name: str) -> None:
-        """Is its score among the largest so far? Then another block may lose its gradients."""
+        """Rank a measured block, and free the gradients of the worst if there are too many."""
         assert self._score is not None
         self._norms[name] = number = float(self._norms[name])
         if math.isfinite(number):
             self._leaders[name] = self._score(name, number)
-            # A scaler that finds no gradient at all takes it for a mistake.
+            # A scaler raises an error if it finds no gradient at all.
             if len(self._leaders) > (self._keep if self.grad_scaler is None else max(1, self._keep)):
                 self._release_worst()
 
@@ -191,4 +191,4 @@ class GradientObserver(AbstractGradientHooks):
 
 
 def _ordered(score: float) -> float:
-    return -math.inf if math.isnan(score) else score  # as the policy's own decision ranks
+    return -math.inf if math.isnan(score) else score  # as in `largest`

@@ -1,20 +1,20 @@
-"""The contract of a policy: WHICH blocks train at a step.
+"""Contract of a policy, which selects the blocks of each step.
 
-Before the forward pass of step t the policy **proposes**: it names the blocks, or it answers `None`: it needs to see
-gradient norms first. In the second case every block takes part in the backward pass, and the policy **decides** from
-the norms. When the step has been taken the policy **commits** it: the only call that changes the policy's state.
+Before the forward pass of step t the policy **proposes**: it names the blocks, or returns None because it needs
+gradient norms first. In that case every block takes part in the backward pass, and the policy **decides** from the
+norms. After the step the policy **commits** it: the only call that changes the policy's state.
 
-    propose(t) -> names              train exactly these; everything else is frozen before the forward
-    propose(t) -> None               full backward; then decide(t, norms) -> names
-    commit(t, selected, norms)       the step happened: count it
+    propose(t) -> names              train exactly these; everything else is frozen before the forward pass
+    propose(t) -> None               full backward pass; then decide(t, norms) -> names
+    commit(t, selected, norms)       count the step
 
-`propose`, `score` and `decide` are pure: called twice they answer alike, and the answer depends on the policy's
-settings (its seed among them), the step, the committed history and the norms, on nothing else. So every rank chooses
-alike when the norms are reduced first, and a resumed run proposes again what the interrupted one had proposed.
+`propose`, `score` and `decide` are pure: their result depends only on the policy's settings (its seed included), the
+step, the committed history and the norms. So all ranks select alike once the norms are reduced, and a resumed run
+proposes what the interrupted one had proposed.
 
-A decision is always "the `keep_at(t)` blocks of largest score", ties to the earlier block, with a score that depends on
-one block's norm only. That is what lets the observer drop a block's gradients during the backward pass, as soon as that
-many better blocks are known; a random draw fits in through noise fixed before the norms are seen (Gumbel top-k).
+A decision is always "the `keep_at(t)` blocks of largest score", ties to the earlier block, and a score depends on one
+block's norm only. So the observer can free a block's gradients during the backward pass as soon as that many better
+blocks are known. A random draw adds noise that is fixed before the norms are seen (Gumbel top-k).
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ Norms = Mapping[str, float]
 
 @dataclass(eq=False)
 class AbstractPolicy(ABC):
-    """Chooses the blocks of each step; see the module docstring.
+    """Selects the blocks of each step; see the module docstring.
 
     A concrete policy is one final dataclass: its settings are the fields of `__init__`, its state the fields with
     `init=False`. Settings are given at construction, blocks by `bind`.
 
     Attributes:
-        candidates: the blocks to choose from, in model order; empty until bound. `start` may narrow them: a block that
-            does not stand here is never selected and never observed.
-        num_elements: how many weights each block holds, by block name.
-        method_name: `method.name` of the recipes that use it. None: no method is just this policy.
+        candidates: the blocks to select from, in model order; empty until bound. `start` may narrow them: other blocks
+            are never selected and never observed.
+        num_elements: number of entries of each block, by block name.
+        method_name: `method.name` in recipes that use it. None: no method is just this policy.
 
     Example:
         A policy that trains the last block only:
@@ -70,14 +70,14 @@ class AbstractPolicy(ABC):
     num_elements: Mapping[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def bind(self, blocks: Sequence[Block]) -> Self:
-        """A copy of this policy, with fresh state, that chooses among `blocks`. The original stays unbound.
+        """Return a copy of this policy, with fresh state, that selects among `blocks`. The original stays unbound.
 
         Raises:
             UsageError: the settings do not fit these blocks (a name that none of them has, more blocks than there are).
         """
         if not blocks:
             raise UsageError(
-                "no block is left for the policy to choose from; write always=() or name fewer blocks there"
+                "no block is left for the policy to select from; write always=() or name fewer blocks there"
             )
         bound = copy.copy(self)
         bound.candidates = tuple(blocks)
@@ -91,44 +91,45 @@ class AbstractPolicy(ABC):
 
     @abstractmethod
     def propose(self, step: int) -> tuple[str, ...] | None:
-        """The names of the blocks that step `step` (from 0) trains, in model order, or None: gradient norms needed."""
+        """Return names of the blocks to train at `step` (from 0), in model order; None if gradient norms are needed."""
 
     def keep_at(self, step: int) -> int:
-        """How many blocks the decision of `step` selects; 0 only looks. Asked after `propose(step)` was None."""
+        """Number of blocks that the decision of `step` selects; 0: only observe. Called if `propose(step)` was None."""
         raise AssertionError(f"{type(self).__name__} proposed no observation at step {step}")
 
     def score(self, step: int, block: str, norm: float) -> float:
-        """Rank of `block` in the decision of `step`, given the L2 norm of its gradient; larger is better."""
+        """Score of `block` in the decision of `step`, given the L2 norm of its gradient; larger is better."""
         raise AssertionError(f"{type(self).__name__} proposed no observation at step {step}")
 
     def decide(self, step: int, norms: Norms) -> tuple[str, ...]:
-        """The `keep_at(step)` blocks of largest score, in model order. Only after `propose(step)` was None."""
-        return best(self.names, {name: self.score(step, name, norms[name]) for name in self.names}, self.keep_at(step))
+        """Return the `keep_at(step)` blocks of largest score, in model order. Called if `propose(step)` was None."""
+        scores = {name: self.score(step, name, norms[name]) for name in self.names}
+        return largest(self.names, scores, self.keep_at(step))
 
     def observes_selected(self, step: int) -> bool:
-        """Whether `commit` wants the norms of the selected blocks at a step whose selection was proposed."""
+        """True if `commit` needs the norms of the selected blocks at a step whose selection was proposed."""
         return False
 
     def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
-        """Step `step` has updated `selected`, as proposed or decided. `norms` holds what was observed, if anything."""
+        """Count a step that has updated `selected`, as proposed or decided. `norms` holds observed norms, if any."""
 
     def fill_explore_steps(self, num_steps: int) -> None:
-        """The first epoch has `num_steps` optimizer steps: a policy that left this open takes it over."""
+        """Use `num_steps`, the optimizer steps of the first epoch, if the explore phase was left open."""
 
     @property
     def coverage_steps(self) -> int | None:
-        """The promise that in any so many consecutive steps every candidate is trained at least once; None: none."""
+        """Number of consecutive steps that surely train every candidate at least once; None: no such number."""
         return None
 
     def state(self) -> dict[str, Any]:
-        """Everything committed so far, as plain numbers, strings, lists and dicts of them."""
+        """Return everything committed so far, as plain numbers, strings, lists and dicts of them."""
         return {name: copy.deepcopy(getattr(self, name)) for name in self._state_names()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state()` of the same policy on the same blocks returned.
 
         Raises:
-            UsageError: it is the state of another kind of policy.
+            UsageError: the state is of another kind of policy.
         """
         expected = self._state_names()
         if set(state) != set(expected):
@@ -144,7 +145,7 @@ class AbstractPolicy(ABC):
         return [own.name for own in fields(self) if not own.init and own.name not in given_by_bind]
 
     def settings(self) -> dict[str, Any]:
-        """What was given at construction; a checkpoint keeps it so that another policy is refused."""
+        """Return the constructor's arguments; a checkpoint keeps them so that another policy is refused."""
         return {setting.name: getattr(self, setting.name) for setting in fields(self) if setting.init}
 
     @property
@@ -153,15 +154,15 @@ class AbstractPolicy(ABC):
         return tuple(block.name for block in self.candidates)
 
 
-def best(names: Sequence[str], scores: Mapping[str, float], count: int) -> tuple[str, ...]:
-    """The `count` names of largest score in the order of `names`; NaN ranks last, a tie goes to the earlier name."""
+def largest(names: Sequence[str], scores: Mapping[str, float], count: int) -> tuple[str, ...]:
+    """Return the `count` names of largest score, in the order of `names`; NaN ranks last, ties go to the earlier."""
     ranked = sorted(names, key=lambda name: -math.inf if math.isnan(scores[name]) else scores[name], reverse=True)
-    chosen = set(ranked[:count])
-    return tuple(name for name in names if name in chosen)
+    selected = set(ranked[:count])
+    return tuple(name for name in names if name in selected)
 
 
 def taking_part(blocks: Sequence[Block], among: Sequence[str] | None) -> tuple[Block, ...]:
-    """The blocks whose name or alias matches a glob of `among`, in model order; None: all of them.
+    """Return the blocks whose name or alias matches a glob of `among`, in model order; None: all.
 
     Raises:
         UsageError: a glob matches nothing.
@@ -173,7 +174,7 @@ def taking_part(blocks: Sequence[Block], among: Sequence[str] | None) -> tuple[B
 
 
 def resolve_count(*, num_blocks: int, fraction: float | None, count: int | None) -> int:
-    """How many of `num_blocks` are selected: `count`, or max(1, round(fraction * num_blocks)).
+    """Number of selected blocks: `count`, or max(1, round(fraction * num_blocks)).
 
     Raises:
         UsageError: `count` is larger than the number of blocks.
@@ -182,12 +183,12 @@ def resolve_count(*, num_blocks: int, fraction: float | None, count: int | None)
         assert fraction is not None
         return max(1, round(fraction * num_blocks))
     if count > num_blocks:
-        raise UsageError(f"count={count} is more than the {num_blocks} blocks to choose from; write count={num_blocks}")
+        raise UsageError(f"count={count} is more than the {num_blocks} blocks to select from; write count={num_blocks}")
     return count
 
 
 def check_fraction_or_count(*, fraction: float | None, count: int | None) -> None:
-    """Exactly one of `fraction` in (0, 1] and `count` >= 1 is given.
+    """Check that exactly one of `fraction` in (0, 1] and `count` >= 1 is given.
 
     Raises:
         UsageError: otherwise.

@@ -1,16 +1,16 @@
-"""What stands where in a model: its layers, and what is around them.
+"""Structure of a model: its layers, and the components around them.
 
-The structure of the module tree decides, never the class of the model. **Layers** are the children of the outermost
-repeated containers; a model may have several such stacks (encoder and decoder). What stands outside the layers is cut
-into **units**: the topmost modules that hold no layer. A unit is an embedding, a norm, a head or something else.
+Only the structure of the module tree decides, never the class of the model. **Layers** are the children of the
+outermost repeated containers; a model may have several such stacks (encoder and decoder). The rest is divided into
+**components**: the topmost modules that hold no layer. A component is an embedding, a norm, a head or something else.
 
     LlamaForCausalLM
       model
-        embed_tokens        a unit: "embedding"
+        embed_tokens        a component: "embedding"
         layers              a stack
           0, 1, ...         its layers: "layer.0", "layer.1", ...
-        norm                a unit: "norm"
-      lm_head               a unit: "head"; where it is tied, the same tensor as embed_tokens
+        norm                a component: "norm"
+      lm_head               a component: "head"; if tied, the same tensor as embed_tokens
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ KINDS = ("embedding", "layer", "norm", "head", "other")
 
 
 class Place(NamedTuple):
-    """The block of a parameter, and what orders the blocks."""
+    """Block of a parameter, and the sort key of the block."""
 
-    rank: tuple[int, int, int, int]  # the stack, the kind, the number of the layer, whether it is the rest of a layer
+    rank: tuple[int, int, int, int]  # stack, kind, number of the layer, 1 for the vectors of a layer
     block: str
 
 
@@ -39,16 +39,16 @@ class Stack(NamedTuple):
 
     path: str
     layers: Mapping[str, int]  # path of a layer -> its number
-    composite: bool  # whether the layers consist of modules
+    composite: bool  # True if the layers consist of modules
 
 
 class Layout:
-    """The stacks and the units of a model, read once.
+    """Stacks and components of a model, found once.
 
     Args:
         model: any module.
-        matrices: names of the matrices that divide the layers, by the path of the module that holds them itself; None
-            leaves the layers whole.
+        matrices: names of the matrices that divide the layers, by path of the module that holds them directly; None:
+            layers stay whole.
     """
 
     def __init__(self, model: nn.Module, *, matrices: Mapping[str, Sequence[str]] | None) -> None:
@@ -57,29 +57,34 @@ class Layout:
         self.labels = labels_of([stack.path for stack in self.stacks])
         self.layers = {path: index for index, stack in enumerate(self.stacks) for path in stack.layers}
         self.above = {path for layer in self.layers for path in beginnings(layer)[:-1]}
-        self.units: dict[str, list[Parameter]] = {}
+        self.components: dict[str, list[Parameter]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.units.setdefault(self.unit(name), []).append(parameter)
-        inputs, outputs = ask(model, "get_input_embeddings"), ask(model, "get_output_embeddings")
-        modules = [(self.unit(path), module) for path, module in model.named_modules(remove_duplicate=False)]
-        self.embeddings = {unit for unit, module in modules if module is inputs or isinstance(module, nn.Embedding)}
-        self.heads = {unit for unit, module in modules if module is outputs} or self.outermost_matrices()
+            self.components.setdefault(self.component(name), []).append(parameter)
+        inputs, outputs = (
+            module_of_getter(model, "get_input_embeddings"),
+            module_of_getter(model, "get_output_embeddings"),
+        )
+        modules = [(self.component(path), module) for path, module in model.named_modules(remove_duplicate=False)]
+        self.embeddings = {
+            component for component, module in modules if module is inputs or isinstance(module, nn.Embedding)
+        }
+        self.heads = {component for component, module in modules if module is outputs} or self.outermost_matrices()
 
     def place(self, name: str) -> Place:
-        """Where the parameter of this name stands."""
-        unit = self.unit(name)
-        if unit in self.layers:
-            return self.place_in_layer(unit, name=name)
-        kind, scope = self.kind(unit, name=name), self.scope(unit)
+        """Return the place of the parameter of this name."""
+        component = self.component(name)
+        if component in self.layers:
+            return self.place_in_layer(component, name=name)
+        kind, scope = self.kind(component, name=name), self.scope(component)
         if kind == "embedding" and any(self.scope(embedding) == "" for embedding in self.embeddings):
-            scope = ""  # stacks that share an embedding share all of it: T5, BART
+            scope = ""  # stacks that share one embedding share all of them: T5, BART
         around = -1 if kind == "embedding" else len(self.stacks)
         index = self.labels.index(scope) if scope in self.labels else around
-        own_name = unit.rpartition(".")[2]
+        own_name = component.rpartition(".")[2]
         return Place((index, KINDS.index(kind), 0, 0), join(scope, own_name if kind == "other" else kind))
 
     def place_in_layer(self, layer: str, *, name: str) -> Place:
-        """Where a parameter of a layer stands: with all of the layer, or with the one matrix of its module."""
+        """Return the place of a layer's parameter: in the block of the layer, or of the one matrix of its module."""
         index = self.layers[layer]
         number = self.stacks[index].layers[layer]
         block = join(self.labels[index], f"layer.{number}")
@@ -91,56 +96,56 @@ class Layout:
         inside = (parent(name) if len(beside) == 1 else name).removeprefix(layer).removeprefix(".")
         return Place((index, KINDS.index("layer"), number, 0), join(block, inside))
 
-    def unit(self, path: str) -> str:
-        """The topmost module or tensor on the way to `path` that holds no layer below it; a layer is its own unit."""
+    def component(self, path: str) -> str:
+        """Return the topmost module or tensor on the way to `path` that holds no layer; for a layer, itself."""
         return next((beginning for beginning in beginnings(path) if beginning not in self.above), "")
 
-    def scope(self, unit: str) -> str:
-        """Label of the one stack that the unit stands beside; "" if there are several."""
+    def scope(self, component: str) -> str:
+        """Label of the one stack that the component stands beside; "" if there are several."""
         stacks = zip(self.stacks, self.labels, strict=True)
-        near = [label for stack, label in stacks if parent(unit) in ("", *beginnings(stack.path))]
+        near = [label for stack, label in stacks if parent(component) in ("", *beginnings(stack.path))]
         return near[0] if len(near) == 1 else ""
 
-    def kind(self, unit: str, *, name: str) -> str:
-        """What the unit is. A head is known before the name is looked at: it may be called "unembed"."""
-        if unit in self.embeddings:
+    def kind(self, component: str, *, name: str) -> str:
+        """Kind of the component. Heads are tested before names, because a head may be called "unembed"."""
+        if component in self.embeddings:
             return "embedding"
-        if unit in self.heads:
+        if component in self.heads:
             return "head"
-        own_name = unit.rpartition(".")[2].lower()
+        own_name = component.rpartition(".")[2].lower()
         if "embed" in own_name or "emb" in own_name.split("_"):
             return "embedding"
-        if unit != name and all(parameter.ndim <= 1 for parameter in self.units[unit]):
+        if component != name and all(parameter.ndim <= 1 for parameter in self.components[component]):
             return "norm"
         return "other"
 
     def outermost_matrices(self) -> set[str]:
-        """Heads by their place: the outermost unit with a matrix, and of several the last; one in each scope.
+        """Return heads by their place: the outermost component with a matrix, the last of several; one in each scope.
 
-        What stands before the layers may lead into them, so it is no head. But where an embedding does that, a unit
-        outside the layers' own module is one in spite of its place: some classifiers of transformers come first.
+        A component before the layers may lead into them, so it is no head. But if an embedding leads into them, a
+        component outside the layers' own module is a head even there: some classifiers of transformers come first.
         """
         heads: dict[str, str] = {}
-        for unit, parameters in self.units.items():
-            if unit in self.layers:
-                path = self.stacks[self.layers[unit]].path
+        for component, parameters in self.components.items():
+            if component in self.layers:
+                path = self.stacks[self.layers[component]].path
                 inside = (path, parent(path)) if self.embeddings else ("", *beginnings(path))
                 heads = {scope: head for scope, head in heads.items() if parent(head) not in inside}
-            elif unit not in self.embeddings and any(parameter.ndim > 1 for parameter in parameters):
-                scope = self.scope(unit)
-                if scope not in heads or unit.count(".") <= heads[scope].count("."):
-                    heads[scope] = unit
+            elif component not in self.embeddings and any(parameter.ndim > 1 for parameter in parameters):
+                scope = self.scope(component)
+                if scope not in heads or component.count(".") <= heads[scope].count("."):
+                    heads[scope] = component
         return set(heads.values())
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
-    """The outermost containers of repeated layers. Lists of bare linears and the like count if there are no others."""
+    """Return the outermost containers of repeated layers; lists of bare linears count only if there are no others."""
     stacks = list(walk(model, path=""))
     return [stack for stack in stacks if stack.composite] or stacks
 
 
 def walk(module: nn.Module, *, path: str) -> Iterator[Stack]:
-    """The outermost stacks at and below `module`, which stands at `path`."""
+    """Yield the outermost stacks at and below `module`, whose path is `path`."""
     layers = layers_of(module)
     if layers:
         numbers = {join(path, name): number for number, (name, _) in enumerate(layers)}
@@ -151,10 +156,10 @@ def walk(module: nn.Module, *, path: str) -> Iterator[Stack]:
 
 
 def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and modules of the layers that a container holds; none if it is not a container of layers.
+    """Names and modules of the layers in a container; none if it does not hold layers.
 
-    An `nn.ModuleList` holds peers: all are layers if a class repeats (a hybrid model alternates two) or if there is but
-    one. An `nn.Sequential` may begin and end with other things: its layers are the longest run of one class.
+    In an `nn.ModuleList` all children are layers if a class repeats (a hybrid model alternates two) or if there is only
+    one child. An `nn.Sequential` may begin and end with other modules: its layers are the longest run of one class.
     """
     children = [item for item in module.named_modules(remove_duplicate=False) if item[0] and "." not in item[0]]
     classes = [type(child) for _, child in children if holds_parameters(child)]
@@ -168,7 +173,7 @@ def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def labels_of(paths: Sequence[str]) -> list[str]:
-    """What tells the paths apart: of each the shortest beginning that is no other's, less what all share.
+    """Return a label for each path: its shortest beginning that no other path has, without the part that all share.
 
     >>> labels_of(["model.encoder.layers", "model.decoder.layers"])
     ['encoder', 'decoder']
@@ -184,15 +189,15 @@ def labels_of(paths: Sequence[str]) -> list[str]:
     return [label.removeprefix(f"{shared[-1]}." if shared else "") for label in own]
 
 
-def ask(model: nn.Module, method: str) -> nn.Module | None:
-    """What the model's `get_input_embeddings()` or `get_output_embeddings()` answers; None if it has no such method.
+def module_of_getter(model: nn.Module, name: str) -> nn.Module | None:
+    """Return the result of `get_input_embeddings()` or `get_output_embeddings()`; None if the model has no such method.
 
-    By name, not by class: transformers is not imported here, and PEFT and torch.compile hand the call through.
+    Called by name, because transformers is not imported here, and PEFT and torch.compile pass the call through.
     """
-    getter = getattr(model, method, None)
+    getter = getattr(model, name, None)
     try:
         return None if getter is None else getter()
-    except NotImplementedError:  # the answer of transformers for models of images or of speech
+    except NotImplementedError:  # raised by transformers for models of images or of speech
         return None
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gradselect.blocks import ask
+from gradselect.blocks import module_of_getter
 from gradselect.entries import MaskTensor
 from gradselect.usage import UsageError
 
@@ -154,7 +154,7 @@ def batch_of_ones(model: nn.Module) -> Batch:
     Raises:
         UsageError: the model has no `get_input_embeddings`, or not an `nn.Embedding` there.
     """
-    embedding = ask(model, "get_input_embeddings")
+    embedding = module_of_getter(model, "get_input_embeddings")
     if not isinstance(embedding, nn.Embedding):
         raise UsageError(
             f"{type(model).__name__} does not name its input embedding, so synflow cannot build an input; "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from gradselect.blocks import Layout, ask
+from gradselect.blocks import Layout, module_of_getter
 
 from .meta_forward import Rows, run_on_meta
 
@@ -71,7 +71,7 @@ class ActivationCounter:
         saved = _SavedTensors(self.model)
         with saved.collecting(self._layers):
             logits = run_on_meta(self.model, rows)
-        head = ask(self.model, "get_output_embeddings")
+        head = module_of_getter(self.model, "get_output_embeddings")
         itemsize = next(self.model.parameters()).element_size()
         passes = [layer for layer in saved.layers if layer.has_gradient]
         kept = saved.outside | {key: tensor for layer in passes for key, tensor in layer.inputs.items()}

@@ -10,12 +10,12 @@ from typing import Literal, final
 from gradselect.blocks import (
     AbstractPolicy,
     Norms,
-    best,
     check_fraction_or_count,
     gumbel,
+    largest,
     log_gamma,
+    random_stream,
     resolve_count,
-    stream,
     taking_part,
 )
 from gradselect.usage import UsageError, check_one_of, check_patterns, check_positive, check_whole
@@ -140,10 +140,10 @@ class AdaGradSelect(AbstractPolicy):
     def propose(self, step: int) -> tuple[str, ...] | None:
         if step % self.every:
             return tuple(self.selection)
-        if stream(seed=self.seed, step=step, purpose="explore").random() < self.explore_probability(step):
+        if random_stream(seed=self.seed, step=step, purpose="explore").random() < self.explore_probability(step):
             return None
         due_first = self._exploit_keys(step) | dict.fromkeys(self._due(step), math.inf)
-        return best(self.names, due_first, self.keep_at(step))
+        return largest(self.names, due_first, self.keep_at(step))
 
     def decide(self, step: int, norms: Norms) -> tuple[str, ...]:
         self._known_explore_steps()  # fails before the first update rather than after it
@@ -182,7 +182,7 @@ class AdaGradSelect(AbstractPolicy):
 
     def _exploit_keys(self, step: int) -> dict[str, float]:
         """Return a key per block. The k largest keys are the draw: top-k of log p, or of log p + Gumbel noise."""
-        generator = stream(seed=self.seed, step=step, purpose="exploit")
+        generator = random_stream(seed=self.seed, step=step, purpose="exploit")
         delta = self.delta + self.delta_growth * step
         log_shares = {name: log_gamma(generator, self.counts[name] + delta) for name in self.names}
         if self.draw == "top-k":

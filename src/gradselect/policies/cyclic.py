@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
-from gradselect.blocks import AbstractPolicy, resolve_count, stream, taking_part
+from gradselect.blocks import AbstractPolicy, random_stream, resolve_count, taking_part
 from gradselect.usage import check_one_of, check_patterns, check_whole
 
 
@@ -72,5 +72,5 @@ class Cyclic(AbstractPolicy):
     def _arrange(self, round_number: int) -> list[int]:
         positions = list(range(len(self.candidates)))
         if self.order == "random":
-            stream(seed=self.seed, step=round_number, purpose="cyclic").shuffle(positions)
+            random_stream(seed=self.seed, step=round_number, purpose="cyclic").shuffle(positions)
         return positions[::-1] if self.order == "descending" else positions

@@ -10,11 +10,11 @@ from typing import Literal, final
 from gradselect.blocks import (
     AbstractPolicy,
     Norms,
-    best,
     check_fraction_or_count,
     gumbel,
+    largest,
+    random_stream,
     resolve_count,
-    stream,
     taking_part,
 )
 from gradselect.usage import check_one_of, check_patterns, check_positive, check_whole
@@ -98,7 +98,7 @@ class GradNormTopK(AbstractPolicy):
         if self.probe_steps == 0:
             return None
         ranks = {name: self._rank(step, name, self.averages.get(name, -math.inf)) for name in self.names}
-        return best(self.names, ranks, self.keep_at(step))
+        return largest(self.names, ranks, self.keep_at(step))
 
     def keep_at(self, step: int) -> int:
         if step < self.probe_steps:
@@ -119,7 +119,7 @@ class GradNormTopK(AbstractPolicy):
     def _rank(self, step: int, block: str, average: float) -> float:
         if self.temperature is None:
             return average
-        return average / self.temperature + gumbel(stream(seed=self.seed, step=step, purpose=f"gumbel/{block}"))
+        return average / self.temperature + gumbel(random_stream(seed=self.seed, step=step, purpose=f"gumbel/{block}"))
 
     def _average(self, step: int, block: str, norm: float) -> float:
         magnitude = norm if self.norm == "l2" else norm / math.sqrt(self.num_elements[block])

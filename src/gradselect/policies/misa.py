@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-from gradselect.blocks import AbstractPolicy, Norms, gumbel, stream, taking_part
+from gradselect.blocks import AbstractPolicy, Norms, gumbel, random_stream, taking_part
 from gradselect.usage import UsageError, check_patterns, check_positive, check_whole
 
 
@@ -76,7 +76,7 @@ class MISA(AbstractPolicy):
     def propose(self, step: int) -> tuple[str, ...]:
         if step % self.every:
             return tuple(self.selection)
-        generator = stream(seed=self.seed, step=step // self.every, purpose="misa")
+        generator = random_stream(seed=self.seed, step=step // self.every, purpose="misa")
         keys = {name: weight + gumbel(generator) for name, weight in self.log_weights().items()}
         drawn = sorted(self.names, key=lambda name: keys[name], reverse=True)
         selected = within(drawn, self.num_elements, limit=self.share * sum(map(self.num_elements.__getitem__, drawn)))

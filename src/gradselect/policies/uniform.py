@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from gradselect.blocks import AbstractPolicy, check_fraction_or_count, resolve_count, stream, taking_part
+from gradselect.blocks import AbstractPolicy, check_fraction_or_count, random_stream, resolve_count, taking_part
 from gradselect.usage import check_patterns, check_whole
 
 
@@ -51,7 +51,7 @@ class Uniform(AbstractPolicy):
         self._num_selected()
 
     def propose(self, step: int) -> tuple[str, ...]:
-        generator = stream(seed=self.seed, step=step // self.every, purpose="uniform")
+        generator = random_stream(seed=self.seed, step=step // self.every, purpose="uniform")
         positions = generator.sample(range(len(self.names)), self._num_selected())
         return tuple(self.names[position] for position in sorted(positions))
 

@@ -91,7 +91,7 @@ def linears_of(model: nn.Module) -> list[LinearLayer]:
     for name, module in model.named_modules():
         if isinstance(module, RotatedLinear):
             raise UsageError(f"{name!r} is rotated already; write gs.sparsegrad.fold(model) before converting again")
-        layer = layout.unit(name)
+        layer = layout.component(name)
         if _is_linear(module) and layer in layout.layers:
             number = layout.stacks[layout.layers[layer]].layers[layer]
             inside = name.removeprefix(layer).removeprefix(".")
