@@ -237,11 +237,11 @@ def test_checkpoint_of_another_policy_model_or_optimizer_is_refused():
     optimizer = gs.BlockOptimizer(model, gs.Uniform(count=2), lr=1e-2)
     train(model, optimizer, 1)
     before = weights(model)
-    with pytest.raises(gs.UsageError, match=r"policy are 'Cyclic', this run's 'Uniform'"):
+    with pytest.raises(gs.UsageError, match=r"policy: 'Cyclic' there, 'Uniform' here"):
         optimizer.load_state_dict(gs.BlockOptimizer(tiny_llama(), gs.Cyclic(every=2)).state_dict())
-    with pytest.raises(gs.UsageError, match=r"policy settings have count=1, this run's count=2"):
+    with pytest.raises(gs.UsageError, match=r"policy settings: count=1 there, count=2 here"):
         optimizer.load_state_dict(gs.BlockOptimizer(tiny_llama(), gs.Uniform(count=1)).state_dict())
-    with pytest.raises(gs.UsageError, match=r"blocks have layer.2=None"):
+    with pytest.raises(gs.UsageError, match=r"blocks: layer.2=None there"):
         optimizer.load_state_dict(gs.BlockOptimizer(tiny_llama(layers=2), gs.Uniform(count=2)).state_dict())
     with pytest.raises(gs.UsageError, match="always"):
         optimizer.load_state_dict(gs.BlockOptimizer(tiny_llama(), gs.Uniform(count=2), always=("norm",)).state_dict())

@@ -575,7 +575,7 @@ def test_a_checkpoint_of_another_rule_is_refused_and_changes_nothing(
         train(model, theirs, [0])
         train(own, ours, [0])
         before = through_torch(ours.state_dict())
-        with pytest.raises(gs.UsageError, match=r"its rule are '.*', this run's '"):
+        with pytest.raises(gs.UsageError, match=r"rule: '.*' there, '"):
             ours.load_state_dict(theirs.state_dict())
         assert same(before, through_torch(ours.state_dict()))
 
@@ -605,5 +605,5 @@ def test_a_checkpoint_of_entries_from_before_there_were_rules_is_one_of_adamw() 
     train(model, optimizer, [3])
     train(resumed, again, [3])
     assert same(weights(model), weights(resumed))
-    with pytest.raises(gs.UsageError, match="rule are 'AdamWRule', this run's 'SGDRule"):
+    with pytest.raises(gs.UsageError, match="rule: 'AdamWRule' there, 'SGDRule"):
         build(gs.SGDRule())[1].load_state_dict(old)

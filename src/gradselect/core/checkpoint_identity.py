@@ -23,7 +23,7 @@ def check_same(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
             )
         if _plain(saved[what]) != _plain(value):
             difference = _difference(_plain(saved[what]), _plain(value))
-            raise UsageError(f"the checkpoint is of another run: its {what.replace('_', ' ')} {difference}")
+            raise UsageError(f"the checkpoint is of another run: {what.replace('_', ' ')}: {difference}")
 
 
 def as_text(selection: Mapping[str, Any]) -> str:
@@ -71,8 +71,8 @@ def _difference(theirs: Any, ours: Any) -> str:
     """Describe the first difference between two plain values in one line."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key, old, new in find_differences(theirs, ours):
-            return f"have {key}={_short(old)}, this run's {key}={_short(new)}"
-    return f"are {_short(theirs)}, this run's {_short(ours)}"
+            return f"{key}={_short(old)} there, {key}={_short(new)} here"
+    return f"{_short(theirs)} there, {_short(ours)} here"
 
 
 def _short(value: Any, *, limit: int = 120) -> str:

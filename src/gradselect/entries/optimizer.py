@@ -106,10 +106,9 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
             self._selector.see(name, gradient)
 
     def _clip(self) -> float:
-        """Scale all gradients down to `max_grad_norm`; return their norm before that."""
+        """Scale all gradients down to `max_grad_norm`, as `clip_grad_norm_`; return their norm before that."""
         norm = self._norm()
         if self.max_grad_norm is not None:
-            # As torch's clip_grad_norm_ has it.
             factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             self._entries.scale_gradients(factor)
             self._dense.scale_gradients(factor)
