@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from .errors import UsageError
+from .names import as_tuple
 
 
 def check_whole(name: str, value: object, *, least: int = 1) -> None:
@@ -49,7 +50,7 @@ def check_patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
     """
     if not patterns:
         raise UsageError(f'{name}={patterns!r} names no block; write e.g. {name}=("layer.*",)')
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    return as_tuple(patterns)
 
 
 def check_hyper_parameters(*, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

@@ -22,19 +22,19 @@ class SourceState:
     dirty: bool
 
 
-def source_state(package: Path = PACKAGE) -> SourceState:
-    """Return the state of the checkout that tracks `package`. Untracked in somebody else's checkout counts as none."""
-    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+def source_state() -> SourceState:
+    """Return the state of the checkout that tracks this library; untracked in another checkout counts as none."""
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
         return SourceState(commit=None, dirty=False)
-    commit = _git(package, "rev-parse", "HEAD")
-    changes = _git(package, "status", "--porcelain", "--untracked-files=no")
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return SourceState(commit=commit, dirty=bool(changes))
 
 
-def _git(folder: Path, *words: str) -> str | None:
+def _git(*words: str) -> str | None:
     """Return the output of git; None if it fails or is not installed."""
     try:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", "-C", str(PACKAGE), *words], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def _is_file(path: str) -> bool:
 
 
 def _first(source: Source, limit: int | None) -> Source:
-    return Source(path=source.path, fingerprint=source.fingerprint, rows=source.rows[:limit])
+    return replace(source, rows=source.rows[:limit])
 
 
 def _hold_out(source: Source, share: float, *, seed: int) -> tuple[Source, Source]:
@@ -130,10 +130,7 @@ def _hold_out(source: Source, share: float, *, seed: int) -> tuple[Source, Sourc
     held_out = set(random.Random(f"validation/{seed}").sample(range(len(source.rows)), count))
     kept = [row for place, row in enumerate(source.rows) if place not in held_out]
     taken = [row for place, row in enumerate(source.rows) if place in held_out]
-    return (
-        Source(path=source.path, fingerprint=source.fingerprint, rows=kept),
-        Source(path=f"{source.path} [{share} held out]", fingerprint=source.fingerprint, rows=taken),
-    )
+    return replace(source, rows=kept), replace(source, path=f"{source.path} [{share} held out]", rows=taken)
 
 
 def _labels(train: Source, settings: FileData) -> tuple[str, ...] | None:

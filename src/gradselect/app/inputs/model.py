@@ -158,7 +158,7 @@ def _load(
         config = load_configuration(settings.path, key="model.path", most_weights=machine_bytes(), **origin, **options)
         set_seed(seed)
         with torch.device(device):
-            model = draw_weights(kind, config, dtype=settings.dtype, attention=attention, key="model.path")
+            model = draw_weights(kind, config, dtype=settings.dtype, attention=attention)
         return model, ()
     _check_folder(settings.path)
     return load_weights(

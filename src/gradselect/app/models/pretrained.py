@@ -62,13 +62,13 @@ def load_configuration(path: str | Path, *, key: str, most_weights: int = MOST_W
     return config
 
 
-def draw_weights(kind: Any, config: Any, *, dtype: str, attention: str | None, key: str) -> Any:
+def draw_weights(kind: Any, config: Any, *, dtype: str, attention: str | None) -> Any:
     """Return a model of an auto class of transformers with random weights, as at the start of training.
 
     Raises:
         UsageError: the auto class has no model of this configuration.
     """
-    with _as_usage_error(f"{key} cannot be used"):
+    with _as_usage_error("model.path cannot be used"):
         return kind.from_config(config, dtype=dtype, attn_implementation=attention)
 
 

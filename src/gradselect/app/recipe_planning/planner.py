@@ -166,7 +166,7 @@ def meta_model(recipe: Recipe) -> Any:
     config = load_configuration(settings.path, key="model.path", **options)
     attention = "eager" if settings.attention == "eager" else None
     with torch.device("meta"):
-        model = draw_weights(kind, config, dtype=settings.dtype, attention=attention, key="model.path")
+        model = draw_weights(kind, config, dtype=settings.dtype, attention=attention)
     model.config.use_cache = False
     text = model.config.get_text_config()
     if text.pad_token_id is None:  # training takes the tokenizer's; a classifier does not run without one

@@ -94,11 +94,11 @@ def _box(place: Any, offset: tuple[float, float], extent: tuple[float, float]) -
     return Bbox.from_bounds(place[0] + offset[0] - width / 2, place[1] + offset[1] - height / 2, width, height)
 
 
-def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, Mark]], *, size: float = 9.5) -> None:
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, Mark]]) -> None:
     """Write mark and name of each line in a column at the right, near the height of its end."""
     right = axes.get_yaxis_transform()
     texts = [
-        axes.annotate(name, (1, y), (20, 0), xycoords=right, textcoords="offset points", va="center", fontsize=size,
+        axes.annotate(name, (1, y), (20, 0), xycoords=right, textcoords="offset points", va="center", fontsize=9.5,
                       annotation_clip=False)
         for _, y, name, _ in ends
     ]  # fmt: skip

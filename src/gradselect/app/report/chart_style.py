@@ -116,8 +116,8 @@ def chart_settings() -> Iterator[None]:
         yield
 
 
-def new_figure(*, height: float, width: float = WIDTH) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
+def new_figure(*, height: float) -> Figure:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained", dpi=DPI)
     FigureCanvasAgg(figure)
     return figure
 

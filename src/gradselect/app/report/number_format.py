@@ -21,13 +21,13 @@ def number(value: float | None, *, digits: int = 3, sign: bool = False) -> str:
     return text.replace("-", MINUS)
 
 
-def significant(value: float | None, *, digits: int = 3) -> str:
-    """Significant digits, without exponent, with commas for thousands."""
+def significant(value: float | None) -> str:
+    """Three significant digits, without exponent, with commas for thousands."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
     if value == 0:
         return "0"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:,.{decimals}f}".replace("-", MINUS)
 
 

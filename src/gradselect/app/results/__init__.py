@@ -1,6 +1,5 @@
 """Records on disk: one schema for whoever writes them and whoever reads them."""
 
-from .record import Number, Record
 from .result_file import (
     FAILED,
     FORMAT,
@@ -43,8 +42,6 @@ __all__ = [
     "HeldBytes",
     "Item",
     "MaskSelection",
-    "Number",
-    "Record",
     "Result",
     "ResultFile",
     "Role",

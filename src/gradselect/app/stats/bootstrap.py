@@ -31,19 +31,19 @@ class Outcomes:
         """Value of each run."""
         return self.gains.sum(1) / self.weights.sum()
 
-    def draw(self, *, num_draws: int = NUM_DRAWS, seed: int = 0) -> np.ndarray:  # (num_draws, runs)
+    def draw(self) -> np.ndarray:  # (NUM_DRAWS, runs)
         """Draw items with replacement, the same for all runs, and return the values of the runs on them."""
-        generator = np.random.default_rng(seed)
+        generator = np.random.default_rng(0)
         num_items = len(self.weights)
         shares = np.full(num_items, 1 / num_items)
         drawn = []
-        for done in range(0, num_draws, DRAWS_AT_ONCE):
-            counts = generator.multinomial(num_items, shares, size=min(DRAWS_AT_ONCE, num_draws - done))
+        for done in range(0, NUM_DRAWS, DRAWS_AT_ONCE):
+            counts = generator.multinomial(num_items, shares, size=min(DRAWS_AT_ONCE, NUM_DRAWS - done))
             drawn.append(counts @ self.gains.T / (counts @ self.weights)[:, None])
         return np.concatenate(drawn)
 
 
-def draw_means(drawn: np.ndarray, *, seed: int = 1) -> np.ndarray:
+def draw_means(drawn: np.ndarray) -> np.ndarray:
     """Draw seeds too, and return the means over them.
 
     Of n seeds n - 1 are drawn with replacement, which keeps the variance of the mean unbiased. A single seed is not
@@ -62,5 +62,5 @@ def draw_means(drawn: np.ndarray, *, seed: int = 1) -> np.ndarray:
     if num_seeds == 1:
         return drawn[:, 0]
     # The generator starts the same for every method, so all methods get the same seeds.
-    places = np.random.default_rng(seed).integers(num_seeds, size=(num_draws, num_seeds - 1))
+    places = np.random.default_rng(1).integers(num_seeds, size=(num_draws, num_seeds - 1))
     return np.take_along_axis(drawn, places, axis=1).mean(1)

@@ -25,10 +25,10 @@ def score_metrics(references: Sequence[float], predictions: Sequence[float]) -> 
     return {"pearson": pearson(references, predictions), "spearman": spearman(references, predictions)}
 
 
-def f1(references: Sequence[int], predictions: Sequence[int], *, positive: int = 1) -> float | None:
-    """2 TP / (2 TP + FP + FN) = 2 TP / (positive references + positive predictions); None without any positive."""
-    hits = sum(a == b == positive for a, b in zip(references, predictions, strict=True))
-    total = references.count(positive) + predictions.count(positive)
+def f1(references: Sequence[int], predictions: Sequence[int]) -> float | None:
+    """2 TP / (2 TP + FP + FN) = 2 TP / (references of class 1 + predictions of class 1); None without any."""
+    hits = sum(a == b == 1 for a, b in zip(references, predictions, strict=True))
+    total = references.count(1) + predictions.count(1)
     return 2 * hits / total if total else None
 
 
