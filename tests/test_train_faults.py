@@ -182,7 +182,7 @@ def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(
     shown = io.StringIO()
     run = {"output": str(tmp_path / "out"), "report_to": ["tensorboard"]}
     train(parse(place, run=run), console=Console(file=shown))
-    assert shown.getvalue().count("run.report_to=tensorboard has failed, the run goes on without it: no route") == 1
+    assert shown.getvalue().count("run.report_to=tensorboard has failed; the run continues without it: no route") == 1
     assert weights(tmp_path / "out")
 
 

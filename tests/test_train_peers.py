@@ -255,5 +255,5 @@ def test_a_peer_that_is_not_installed_says_what_to_type(
 
 @pytest.mark.parametrize("method", [BADAM, GALORE, ADALORA], ids=lambda method: method["name"])
 def test_what_could_not_resume_writes_no_checkpoints(place: Path, tmp_path: Path, method: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=r"cannot go on from a checkpoint.*write run\.save_every=null"):
+    with pytest.raises(UsageError, match=r"cannot resume from a checkpoint.*write run\.save_every=null"):
         build(place, tmp_path, method=method, run={"save_every": 2})

@@ -356,7 +356,7 @@ def test_damaged_checkpoints_are_named_and_passed_over_for_an_older_one(place: P
     train(load_recipe(whole / "recipe.yaml", [f"run.output={stopped}"]), resume=True, console=Console(file=shown))
     said = shown.getvalue()
     assert "checkpoints/step-4: model.safetensors: its SHA-256 is not that of the bytes that were written" in said
-    assert "checkpoints/step-3: optimizer.pt: missing; passed over, kept as damaged-step-3" in said
+    assert "checkpoints/step-3: optimizer.pt: missing; not used, kept as damaged-step-3" in said
     assert_same_weights(whole, stopped)
     assert (stopped / "records.jsonl").read_text() == (whole / "records.jsonl").read_text()
     left = {path.name: verify(path) is None for path in (stopped / "checkpoints").glob("step-*")}

@@ -1,4 +1,4 @@
-"""What AdaLoRA asks of a training loop beside its configuration: ranks after each step, a penalty in the loss."""
+"""AdaLoRA in a training loop: lower ranks after each step, and a penalty in the loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradselect.app.recipe import AdaLoraMethod
 
 
 class RankCallback(TrainerCallback):
-    """Lets the ranks of an AdaLoRA fall, after each update and before its gradients go."""
+    """Lowers the ranks of an AdaLoRA after each update, before gradients are freed."""
 
     def __init__(self, method: AdaLoraMethod, model: PeftModel) -> None:
         self._method = method
@@ -23,7 +23,7 @@ class RankCallback(TrainerCallback):
         self._method.schedule(self._model.active_peft_config, num_steps=state.max_steps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # A step that was skipped has no gradients, by which ranks are given.
+        # Ranks depend on gradients, and a skipped step has none.
         if any(parameter.grad is not None for parameter in self._model.parameters()):
             cast(Any, self._model.base_model).update_and_allocate(state.global_step)
 
@@ -31,9 +31,9 @@ class RankCallback(TrainerCallback):
 class OrthogonalityPenalty:
     """weight * mean over all A and B of ||A A^T - I||_F or ||B^T B - I||_F.
 
-    PEFT adds it to the loss that the model computes; trainers that compute their own would lose it.
+    PEFT adds it to the loss that the model computes. Trainers that compute their own loss would lose it.
 
-    Reference: Zhang et al., "AdaLoRA", arXiv 2303.10512, equation 4, with the norm of PEFT, which is not squared.
+    Reference: Zhang et al., "AdaLoRA", arXiv 2303.10512, equation 4, with the norm as in PEFT, not squared.
     """
 
     def __init__(self, model: PeftModel, *, weight: float) -> None:
@@ -49,7 +49,7 @@ class OrthogonalityPenalty:
 
 
 def ranks(model: PeftModel) -> dict[str, int]:
-    """Rank of each matrix now: singular values that are not zero, by the adapter's name."""
+    """Return the current rank of each matrix, its number of nonzero singular values, by name of the adapter."""
     return {
         name: int(torch.count_nonzero(parameter)) for name, parameter in model.named_parameters() if ".lora_E." in name
     }

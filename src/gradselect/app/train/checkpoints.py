@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written by all processes, found again, thrown away."""
+"""Checkpoints of a run: write on all ranks, find, delete."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from gradselect.files import aside_of, newest_whole, remove, write_manifest, wri
 
 @contextmanager
 def writing_checkpoint(folder: RunFolder, *, step: int) -> Iterator[Path]:
-    """A folder to write the checkpoint of this step into, in a folder of its own; every process writes to the same.
+    """Yield a temporary folder for the checkpoint of this step, the same on all ranks.
 
-    When the block ends, the first process adds the records so far and the manifest, and gives it its name.
+    Write the checkpoint into one folder inside it. At the end rank 0 moves its content up, adds the records so far and
+    the manifest, and renames the temporary folder.
     """
     target = folder.checkpoint(step)
     with writing_aside(target) if is_rank_0() else nullcontext(aside_of(target)) as aside:
@@ -27,7 +28,7 @@ def writing_checkpoint(folder: RunFolder, *, step: int) -> Iterator[Path]:
         yield aside
         barrier()
         if is_rank_0():
-            _lift(aside)
+            _move_up(aside)
             if folder.records_file.exists():
                 shutil.copyfile(folder.records_file, aside / folder.records_file.name)
             write_manifest(aside, step=step)
@@ -35,27 +36,27 @@ def writing_checkpoint(folder: RunFolder, *, step: int) -> Iterator[Path]:
 
 
 def find_checkpoint(folder: RunFolder) -> tuple[Path | None, dict[Path, str]]:
-    """The newest whole checkpoint, None if none has been written; and what is wrong with newer ones.
+    """Return the newest whole checkpoint, None if there is none, and the faults of newer ones.
 
     Raises:
-        UsageError: there are checkpoints, and each is damaged.
+        UsageError: all checkpoints are damaged.
     """
     found, damaged = newest_whole(folder.complete_checkpoints())
     if damaged and found is None:
         faults = [f"{path.name}: {fault}" for path, fault in damaged.items()]
         heading = (
-            f"no checkpoint in {folder.checkpoints} is whole. Put back a copy of one, or begin again from the first "
-            f"step: move {folder.checkpoints} away and repeat this command. Nothing has been changed. Found were"
+            f"no checkpoint in {folder.checkpoints} is whole. Put back a copy of one; or start again from the first "
+            f"step: move {folder.checkpoints} away and repeat this command. Nothing has been changed. Found:"
         )
         raise UsageError("\n  ".join([heading, *faults]))
     return found, damaged
 
 
 def return_to(folder: RunFolder, checkpoint: Path | None, *, damaged: Mapping[Path, str], keep: int) -> None:
-    """Make the folder what it was when `checkpoint` was written, or, without one, before the first step.
+    """Restore the folder to the moment when `checkpoint` was written; without one, to before the first step.
 
-    Records after it are cut, half-written checkpoints deleted, damaged ones renamed: they may hold what is of use. Of
-    the others the last `keep` stay: a run that was killed between writing one and deleting another has one too many.
+    Cuts later records, deletes half-written checkpoints and renames damaged ones, which may still be of use. Keeps the
+    last `keep` of the others: a run killed between writing one and deleting another has left one too many.
 
     Raises:
         UsageError: the folder cannot be written to.
@@ -81,14 +82,14 @@ def _return_records(folder: RunFolder, checkpoint: Path | None) -> None:
 
 
 def delete_old_checkpoints(folder: RunFolder, *, keep: int) -> None:
-    """All but the last few. One that is being deleted has no name of a checkpoint any more."""
+    """Delete all but the last `keep`. Renames each first, so that no half-deleted one looks whole."""
     for old in folder.complete_checkpoints()[:-keep]:
         os.replace(old, aside_of(old))
         remove(aside_of(old))
 
 
-def _lift(folder: Path) -> None:
-    """Move what stands in the only folder inside `folder` one level up."""
+def _move_up(folder: Path) -> None:
+    """Move the content of the only folder inside `folder` up one level."""
     (inner,) = folder.iterdir()
     for entry in list(inner.iterdir()):
         entry.rename(folder / entry.name)
@@ -101,17 +102,17 @@ def _free_name(path: Path) -> Path:
 
 
 def write_window(folder: Path, window: Mapping[str, Any], *, process: int) -> None:
-    """Keep what process number `process` has not logged yet, as JSON."""
+    """Write what rank `process` has not logged yet, as JSON."""
     _file(folder, process).write_text(json.dumps(window), "utf-8")
 
 
 def read_window(folder: Path, *, process: int) -> dict[str, Any]:
-    """What `write_window` was given."""
+    """Read what `write_window` wrote."""
     return json.loads(_file(folder, process).read_text("utf-8"))
 
 
 def last_records(file: Path, count: int) -> list[StepRecord | MaskRecord]:
-    """The last `count` records in a file that `JsonlWriter` wrote; none if there is no file."""
+    """Return the last `count` records in a file of `JsonlWriter`; none if there is no file."""
     if not file.exists() or count == 0:
         return []
     lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()[-count:]]

@@ -1,4 +1,4 @@
-"""Training a model with a classification head: its tokens, its loss and what an evaluation counts."""
+"""Training of a model with a classification head: tokens, loss, metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradselect.app.stats import class_metrics, score_metrics
 
 
 def classifier_options(inputs: Inputs) -> dict[str, Any]:
-    """What `RunTrainer` is given for the examples: tokens, padded batch by batch, loss and metrics."""
+    """Return the options of `RunTrainer` for the examples: tokens, padded by batch, loss and metrics."""
     examples = inputs.examples
     return {
         "train_dataset": _encode(examples.train, inputs),
@@ -29,13 +29,13 @@ def classifier_options(inputs: Inputs) -> dict[str, Any]:
 
 
 def label_loss(outputs: Any, labels: Tensor, *, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """The cross entropy of labels or the squared error of scores, in float32.
+    """Return the cross entropy of labels, or the squared error of scores, in float32.
 
     Args:
         outputs: with `logits`, (examples, labels).
         labels: int64 numbers of labels, or scores, (examples,).
-        num_items_in_batch: of all micro-batches of the step: what their sum is divided by, so that accumulation gives
-            the mean over the whole step. By default the mean over these.
+        num_items_in_batch: divisor of the sum, the number of examples in all micro-batches of the step: gradient
+            accumulation then gives the mean over the step. By default the number of these examples.
     """
     logits = outputs.logits.float()
     if labels.is_floating_point():
@@ -46,13 +46,13 @@ def label_loss(outputs: Any, labels: Tensor, *, num_items_in_batch: Tensor | int
 
 
 def batch_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The mean `label_loss` of a batch."""
+    """Return the mean `label_loss` of a batch."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     return label_loss(model(**inputs), batch["labels"])
 
 
 def validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy and the like, or correlations, of the whole validation set; one that is not defined is left out."""
+    """Return accuracy etc., or correlations, over the whole validation set, without undefined ones."""
     logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
     if labels.is_floating_point():
         metrics = score_metrics(labels.tolist(), logits.squeeze(-1).tolist())

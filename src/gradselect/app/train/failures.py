@@ -1,4 +1,4 @@
-"""What can go wrong in a step, in words: losses and gradients that are no numbers, memory that is not there."""
+"""Failures of a step, in words: NaN or infinite losses and gradients, too little memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradselect.app.runtime import RunFolder, host_bytes
 
 
 class Fault(IntEnum):
-    """Why a step does not count; of several processes the worst is that of all."""
+    """Reason to skip a step. The worst of all ranks holds for all."""
 
     NONE = 0
     GRADIENT = 1
@@ -20,30 +20,31 @@ class Fault(IntEnum):
 
     @property
     def what(self) -> str:
+        """Name in messages."""
         return {Fault.NONE: "nothing", Fault.GRADIENT: "gradient norm", Fault.LOSS: "loss"}[self]
 
 
 def is_dead_worker(error: BaseException) -> bool:
-    """Whether a process that reads the data has died; torch has no class for that either."""
+    """Return True if a process that reads the data has died. torch has no class for that."""
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was asked for that is not there, on the device or on the host."""
-    # On the host torch raises a RuntimeError without a class of its own.
+    """Return True if the device or the host ran out of memory."""
+    # For the host torch raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )
 
 
 def describe_kept(folder: RunFolder) -> str:
-    """What a run that ends here has kept."""
+    """Say which checkpoint a run that ends here leaves."""
     newest = folder.newest_checkpoint()
     return "no checkpoint had been written" if newest is None else f"the last checkpoint, {newest}, is whole"
 
 
 def describe_out_of_memory(error: BaseException, *, recipe: Recipe, folder: RunFolder) -> str:
-    """What to type to find a setting that fits."""
+    """Say what to type to find a setting that fits."""
     # Before the first step there is no copy of the recipe yet.
     file = str(folder.recipe_file) if folder.recipe_file.exists() else "RECIPE"
     command = ["gradselect", "plan", file, "--fit", f"{_memory_mebibytes(recipe)}MiB"]
@@ -51,14 +52,14 @@ def describe_out_of_memory(error: BaseException, *, recipe: Recipe, folder: RunF
     return (
         f"out of memory ({reason}); {describe_kept(folder)}. To find the best setting that fits, type: "
         f"{shlex.join(command)}\n"
-        "What helps first: model.gradient_checkpointing=true, with which --resume goes on as it was; a smaller "
+        "Try first: model.gradient_checkpointing=true, with which --resume continues this run. Then: a smaller "
         f"run.batch_size (it is {recipe.run.batch_size}) with a larger run.accumulation; a smaller data.max_length; "
-        "another method or fraction. With those it is another run: give it another run.output"
+        "another method or fraction. Those make it another run: give it another run.output"
     )
 
 
 def _memory_mebibytes(recipe: Recipe) -> int:
-    """Of the device that the recipe trains on, all of it."""
+    """Return the size of the memory of the device that the recipe trains on."""
     if recipe.run.device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory // 2**20
     return host_bytes() // 2**20

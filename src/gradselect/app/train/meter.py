@@ -1,11 +1,11 @@
-"""What a run used: seconds and bytes."""
+"""Seconds and bytes of a run."""
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,39 +15,38 @@ from transformers import TrainerCallback
 from gradselect import BlockOptimizer, SparseOptimizer
 from gradselect.app.recipe import peer_bytes
 from gradselect.app.runtime import peak_process_bytes
+from gradselect.core import num_bytes
 
 from .stopwatch import DeviceClock, HostClock, Stopwatch
 from .trainer import RunTrainer
 
 PHASES = ("forward", "backward", "optimizer", "selection")
-"""What the time of a step is divided into.
+"""Parts of a step's time.
 
-"optimizer" is all that follows the backward pass (clipping, update, moves of state, schedule) without "selection": the
-decisions of a policy or mask, gradient norms (also those taken during the backward pass), freezing, records.
+"selection" is decisions of a policy or mask, gradient norms (also those taken during the backward pass), freezing and
+records. "optimizer" is everything else after the backward pass: clipping, update, moves of state, schedule.
 """
 
 MEASURING = "measuring"
-"""What the meter itself takes; it is not counted."""
-
-CATEGORIES = ("weights", "gradients", "masters", "state_on_device", "state_on_host")
+"""Time of the meter itself, which is not counted."""
 
 PHASE_OF = {"selection": "selection", "state": "optimizer"}
-"""A move of state within a selection is no decision."""
+"""Moves of state within a selection count as "optimizer"."""
 
 
 class Meter(TrainerCallback):
-    """Measures every step of this session; a resumed run starts anew.
+    """Measures every step of this session. A resumed run starts from zero.
 
-    On a GPU times are those of the GPU's own clock, read one step late: training never waits for the meter.
+    On a GPU it reads the GPU's own clock, one step late, so training never waits for the meter.
 
     Args:
-        trainer: whose steps are measured.
+        trainer: trainer to measure.
 
     Attributes:
-        step_seconds: of each step from its first forward pass to the end of its update, by the kind of step: "explore"
-            and "exploit" where blocks are selected, else "step".
-        held_bytes: what was held at the moment before the last update, by category.
-        peak_bytes: the most that was held at the moment before an update, by category and "together".
+        step_seconds: seconds of each step, from its first forward pass to the end of its update, by kind of step:
+            "explore" and "exploit" if blocks are selected, else "step".
+        held_bytes: bytes held before the last update, by category.
+        peak_bytes: peak bytes held before an update, by category and "together".
     """
 
     def __init__(self, trainer: RunTrainer) -> None:
@@ -65,7 +64,7 @@ class Meter(TrainerCallback):
 
     @property
     def total_seconds(self) -> float:
-        """All steps together, without evaluation, checkpoints and logs."""
+        """Seconds of all steps, without evaluation, checkpoints and logs."""
         self._read()
         return sum(map(sum, self.step_seconds.values()))
 
@@ -97,13 +96,13 @@ class Meter(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Take the stopwatch away, also after an error."""
+        """Remove the stopwatch, also after an error."""
         self._watch.unwrap()
         if self._listening is not None:
             self._listening.remove()
 
     def describe(self) -> dict[str, Any]:
-        """What `run.json` keeps."""
+        """Return the measurements that `run.json` keeps."""
         self._read()
         peak = {"together": 0, **self.peak_bytes}
         process = peak_process_bytes()
@@ -135,7 +134,7 @@ class Meter(TrainerCallback):
             self._gpu.sample()
 
     def _read(self) -> None:
-        """The seconds of the last step but the meter's own, now that a GPU has finished it."""
+        """Read the marks that are still unread; a GPU has passed them by now."""
         if self._unread is not None:
             (kind, marks), self._unread = self._unread, None
             seconds = self._watch.read(marks)
@@ -145,30 +144,30 @@ class Meter(TrainerCallback):
 
 
 class _GpuMemory:
-    """What torch's allocator holds: allocated to tensors, and reserved of the device for them.
+    """Bytes that torch's allocator has given to tensors (allocated) and taken from the device (reserved).
 
-    Peaks are of the whole of each step; averages are over the moments before the updates.
+    Peaks cover whole steps. Averages are over the moments before updates.
     """
 
     def __init__(self) -> None:
-        self.peak_allocated = torch.cuda.max_memory_allocated()
-        self._peak_reserved = torch.cuda.max_memory_reserved()
+        self.peak_allocated = torch.accelerator.max_memory_allocated()
+        self._peak_reserved = torch.accelerator.max_memory_reserved()
         self._peak_by_kind: dict[str, int] = {}
         self._allocated: list[int] = []
         self._reserved: list[int] = []
 
     def begin_step(self) -> None:
-        torch.cuda.reset_peak_memory_stats()
+        torch.accelerator.reset_peak_memory_stats()
 
     def sample(self) -> None:
-        self._allocated.append(torch.cuda.memory_allocated())
-        self._reserved.append(torch.cuda.memory_reserved())
+        self._allocated.append(torch.accelerator.memory_allocated())
+        self._reserved.append(torch.accelerator.memory_reserved())
 
     def end_step(self, kind: str) -> None:
-        peak = torch.cuda.max_memory_allocated()
+        peak = torch.accelerator.max_memory_allocated()
         self._peak_by_kind[kind] = max(peak, self._peak_by_kind.get(kind, 0))
         self.peak_allocated = max(peak, self.peak_allocated)
-        self._peak_reserved = max(torch.cuda.max_memory_reserved(), self._peak_reserved)
+        self._peak_reserved = max(torch.accelerator.max_memory_reserved(), self._peak_reserved)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -186,35 +185,34 @@ class _GpuMemory:
 
 
 def kind_of_step(optimizer: torch.optim.Optimizer) -> str:
-    """Of the last step: "explore" or "exploit" where blocks are selected, else "step"."""
+    """Return the kind of the last step: "explore" or "exploit" if blocks are selected, else "step"."""
     if isinstance(optimizer, BlockOptimizer) and optimizer.last_record is not None:
         return "explore" if optimizer.last_record.explored else "exploit"
     return "step"
 
 
 def medians(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """How many steps there are, and the medians of their whole time and of each phase, which need not add up."""
+    """Return the number of steps and the medians of their time and of each phase. Medians need not add up."""
     whole = {"steps": len(steps), "median": statistics.median(sum(phases.values()) for phases in steps)}
     return whole | {name: statistics.median(phases[name] for phases in steps) for name in PHASES}
 
 
 def percentile(values: Sequence[int], share: float) -> float | None:
-    """The value that `share` percent of `values` do not exceed, interpolated; None without any."""
+    """Return the interpolated value that `share` percent of `values` do not exceed; None if there are none."""
     if not values:
         return None
     return float(torch.quantile(torch.tensor(values, dtype=torch.float64), share / 100))
 
 
 def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes held now, in the categories of `BlockOptimizer.memory`, for any optimizer."""
+    """Return the bytes held now, in the categories of `BlockOptimizer.memory`, for any optimizer."""
     if isinstance(optimizer, BlockOptimizer | SparseOptimizer):
-        held = optimizer.memory()
-        return {name: held[name] for name in CATEGORIES}
+        return cast(dict[str, int], optimizer.memory())
     parameters = list(model.parameters())
     masters, gradients, state = peer_bytes(optimizer)
     return {
-        "weights": sum(map(_num_bytes, parameters)),
-        "gradients": gradients + sum(_num_bytes(p.grad) for p in parameters if p.grad is not None),
+        "weights": sum(map(num_bytes, parameters)),
+        "gradients": gradients + sum(num_bytes(p.grad) for p in parameters if p.grad is not None),
         "masters": masters,
         "state_on_device": state,
         "state_on_host": 0,
@@ -223,7 +221,3 @@ def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 def _mean(values: Sequence[int]) -> float | None:
     return statistics.fmean(values) if values else None
-
-
-def _num_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -1,4 +1,4 @@
-"""What a method changes about a trainer: the model that it is given, and the optimizer."""
+"""Changes that a method makes to a trainer: model, optimizer, callbacks."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from .adalora import OrthogonalityPenalty, RankCallback
 
 @dataclass(frozen=True, kw_only=True)
 class MethodParts:
-    """What a method changes about a trainer.
+    """Changes that a method makes to a trainer.
 
     Args:
-        model: what is trained.
-        optimizer: factory and arguments; None is the trainer's own AdamW, or that of a mask, which is made when the
-            trainer is there: it may need batches and the number of steps.
-        callbacks: beside the trainer's own.
-        penalty: what the method adds to the loss of each step.
-        can_resume: whether a checkpoint holds all that decides the next step.
+        model: model to train.
+        optimizer: factory and arguments. None: the trainer's own AdamW, or a mask's optimizer, which is built after the
+            trainer because it may need batches and the number of steps.
+        callbacks: callbacks beside the trainer's own.
+        penalty: term that the method adds to the loss of each step.
+        can_resume: True if a checkpoint holds everything that decides the next step.
     """
 
     model: nn.Module
@@ -53,7 +53,7 @@ class MethodParts:
 
 
 def method_parts(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> MethodParts:
-    """What the recipe's method makes of the model. A classification head trains with every method.
+    """Return the changes that the recipe's method makes. A classification head trains with every method.
 
     Raises:
         UsageError: the method does not fit the model.
@@ -88,12 +88,12 @@ def method_parts(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> Method
 def mask_optimizer(
     method: AbstractMaskMethod, recipe: Recipe, inputs: Inputs, model: nn.Module, facts: RunFacts
 ) -> tuple[Any, dict[str, Any]]:
-    """Factory and arguments of a mask's `gradselect.SparseOptimizer`. It clips: the trainer sees no gradients.
+    """Return factory and arguments of a mask's `SparseOptimizer`. It clips, because the trainer sees no gradients.
 
     Raises:
         UsageError: the mask does not fit the model.
     """
-    # Beside an adapter the head trains as PEFT's copy of it.
+    # With an adapter, the head that trains is PEFT's copy.
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     head = [name for name in names if name in inputs.head or ".modules_to_save." in name]
     mask = method.make_mask(model, facts)
@@ -115,7 +115,7 @@ def _adapter_parts(method: AbstractAdapterMethod, recipe: Recipe, inputs: Inputs
     adapted = _adapt(inputs, method, seed=recipe.run.seed)
     if all(parameter.dtype == torch.float32 for parameter in adapted.parameters() if parameter.requires_grad):
         return MethodParts(model=adapted, optimizer=None, callbacks=[])
-    # PEFT keeps a copied embedding or head in the model's type: it needs master weights as full fine-tuning does.
+    # PEFT keeps a copied embedding or head in the model's dtype, so it needs masters as in full fine-tuning.
     options = _block_options(AllMethod(), recipe, adapted, head=())
     return MethodParts(model=adapted, optimizer=(SelectiveOptimizerFactory, options), callbacks=[SelectionCallback()])
 
@@ -124,7 +124,7 @@ def _adalora_parts(method: AdaLoraMethod, recipe: Recipe, inputs: Inputs) -> Met
     parts = _adapter_parts(method, recipe, inputs)
     assert isinstance(parts.model, PeftModel)
     if recipe.run.steps is not None:
-        # Now rather than at the first step; of epochs the trainer counts the steps.
+        # Now, so that a bad schedule fails before training; with epochs only the trainer knows the number of steps.
         method.schedule(parts.model.active_peft_config, num_steps=recipe.run.steps)
     return replace(
         parts,
@@ -141,18 +141,18 @@ def _peer_optimizer(method: AbstractPeerMethod, recipe: Recipe, inputs: Inputs) 
 
 
 def _check_saves_nothing(recipe: Recipe) -> None:
-    """Of some methods what decides the next step is in no checkpoint."""
+    """Refuse to save checkpoints that lack what decides the next step."""
     if recipe.run.save_every is not None:
         raise UsageError(
-            f"method.name={recipe.method.name} cannot go on from a checkpoint, which would lack what its package keeps "
-            f"to itself; write run.save_every=null (it was {recipe.run.save_every})"
+            f"method.name={recipe.method.name} cannot resume from a checkpoint, because its package keeps part of its "
+            f"state to itself; write run.save_every=null (it was {recipe.run.save_every})"
         )
 
 
 def _block_options(
     method: AbstractBlockMethod, recipe: Recipe, model: nn.Module, *, head: Collection[str]
 ) -> dict[str, Any]:
-    """Arguments of `gradselect.BlockOptimizer`; `head` are names of parameters that train at every step."""
+    """Return arguments of `gradselect.BlockOptimizer`; `head` names parameters that train at every step."""
     blocks = partition(model, by=method.blocks)
     heads = [block.name for block in blocks if not set(head).isdisjoint(block.parameter_names)]
     return {
@@ -178,7 +178,7 @@ def _adamw_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def _adapt(inputs: Inputs, method: AbstractAdapterMethod, *, seed: int) -> PeftModel:
-    """The model with an adapter, drawn with `seed`, that is all that trains beside a classification head."""
+    """Return the model with an adapter, initialised with `seed`. Only adapter and classification head train."""
     model, head = inputs.model, _modules_of_head(inputs)
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding).rpartition(".")[2]
@@ -189,19 +189,19 @@ def _adapt(inputs: Inputs, method: AbstractAdapterMethod, *, seed: int) -> PeftM
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"method: PEFT refuses this adapter: {error}") from error
     if config.is_prompt_learning:
-        raise UsageError(f"method.type={config.peft_type} cannot be merged into a plain model; take another adapter")
+        raise UsageError(f"method.type={config.peft_type} cannot be merged into a plain model; choose another adapter")
     assert isinstance(adapted, PeftModel)
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     for module in head:
         if not any(f".{module}.modules_to_save." in name for name in trained):
             raise UsageError(
-                f"method.type={config.peft_type} leaves {module!r} of the classification head as it is; "
+                f"method.type={config.peft_type} does not train {module!r} of the classification head; "
                 f"add method.options.modules_to_save={head}"
             )
     return adapted
 
 
 def _modules_of_head(inputs: Inputs) -> list[str]:
-    """The modules that hold the classification head, by the names that PEFT knows them by: "classifier", "pooler"."""
+    """Return the names that PEFT uses for the modules of the classification head: "classifier", "pooler"."""
     base = f"{inputs.model.base_model_prefix}."
     return list(dict.fromkeys(name.removeprefix(base).split(".")[0] for name in inputs.head))

@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on: a live line in a terminal, plain lines in a file."""
+"""Progress of a run: a live line in a terminal, plain lines in a file."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class ProgressDisplay(TrainerCallback):
     """Shows step, loss, learning rate, tokens per second, active blocks and bytes of weights, gradients and state.
 
     Args:
-        console: where to; lines stay, and in a terminal a bar runs below them.
-        meter: knows the bytes.
-        count_tokens: tells how many tokens this session has trained on.
+        console: shows the lines, and in a terminal a bar below them.
+        meter: source of the bytes.
+        count_tokens: returns the number of tokens that this session has trained on.
     """
 
     def __init__(self, console: Console, *, meter: Meter, count_tokens: Callable[[], int]) -> None:
@@ -38,7 +38,7 @@ class ProgressDisplay(TrainerCallback):
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            # Block names in brackets are no markup.
+            # Brackets around block names are not markup.
             TextColumn("{task.fields[status]}", markup=False),
             console=console,
             transient=True,
@@ -67,7 +67,7 @@ class ProgressDisplay(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Take the bar away, also after an error."""
+        """Remove the bar, also after an error."""
         self._bar.stop()
 
     def _line(self, state: Any, logs: Mapping[str, float], parts: Mapping[str, Any]) -> str:
@@ -82,21 +82,21 @@ class ProgressDisplay(TrainerCallback):
         return "  ".join(field for field in fields if field)
 
     def _rate(self) -> float:
-        """Tokens per second since the last line."""
+        """Return tokens per second since the last line."""
         then, before = self._last
         self._last = (time.perf_counter(), self._count_tokens())
         return (self._last[1] - before) / max(self._last[0] - then, 1e-9)
 
 
 def _memory(held: Mapping[str, int]) -> str:
-    """Mebibytes of each category that is not empty."""
+    """Format the MiB of each category that is not empty."""
     names = {"weights": "weights", "gradients": "gradients", "masters": "masters"}
     names |= {"state_on_device": "state", "state_on_host": "state on host"}
     return "MiB: " + ", ".join(f"{label} {held[name] / 2**20:.1f}" for name, label in names.items() if held.get(name))
 
 
 def _selected(optimizer: Any) -> str:
-    """The blocks of the last step, and whether all gradients were looked at to choose them; or how many entries."""
+    """Format the selection of the last step: its blocks, marked if they were explored, or its number of entries."""
     if isinstance(optimizer, SparseOptimizer) and optimizer.last_record is not None:
         return f"[{sum(optimizer.last_record.num_entries.values()):,} entries, {optimizer.last_record.num_new:,} new]"
     if not isinstance(optimizer, BlockOptimizer) or optimizer.last_record is None:
@@ -107,7 +107,7 @@ def _selected(optimizer: Any) -> str:
 
 
 def validation_figures(logs: Mapping[str, float]) -> dict[str, float]:
-    """The loss and the metrics of an evaluation, from what the Trainer logs of it."""
+    """Return loss and metrics of an evaluation from the Trainer's log."""
     skipped = ("runtime", "per_second", "num_tokens")
     figures = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
     return {name: value for name, value in figures.items() if not name.endswith(skipped)}
@@ -122,7 +122,7 @@ def show_start(
     damaged: Mapping[Path, str],
     resume: bool,
 ) -> None:
-    """What is going to be trained, on what, and with which method; from which checkpoint, and which were not whole."""
+    """Show model, data and method, and the checkpoint to resume from, with those that were damaged."""
     recipe = start.recipe
     lines = [
         f"model      {recipe['model']['path']} ({start.model.parameters:,} parameters, {recipe['model']['dtype']})",
@@ -130,16 +130,14 @@ def show_start(
         f"method     {recipe['method']['name']}",
         *(f"note       {note}" for note in notes),
     ]
-    lines += [
-        f"damaged    {path}: {fault}; passed over, kept as damaged-{path.name}" for path, fault in damaged.items()
-    ]
+    lines += [f"damaged    {path}: {fault}; not used, kept as damaged-{path.name}" for path, fault in damaged.items()]
     if resume:
         lines.append(f"resume     {checkpoint or 'no checkpoint yet: from the first step'}")
     _print(console, *lines)
 
 
 def show_summary(console: Console, end: FinishedRun, *, recipe: Recipe, folder: RunFolder, num_messages: int) -> None:
-    """How the run went, where everything is and what to type next."""
+    """Show the outcome, the files and what to type next."""
     losses = {"training loss": end.training_loss, "validation loss": end.validation_loss}
     lines = [
         f"finished {end.steps} steps in {end.training_seconds:,.0f} s  "
@@ -147,21 +145,21 @@ def show_summary(console: Console, end: FinishedRun, *, recipe: Recipe, folder: 
         f"peak of weights, gradients and optimizer state: {end.peak_bytes['together'] / 2**20:,.1f} MiB",
     ]
     if isinstance(recipe.data, RandomData):
-        _print(console, *lines, f"all about the run in {folder.run_file}; a model of random tokens is not kept")
+        _print(console, *lines, f"record of the run in {folder.run_file}; a model trained on random tokens is not kept")
         return
-    lines.append(f"model in {folder.root}, all about the run in {folder.run_file}")
+    lines.append(f"model in {folder.root}, record of the run in {folder.run_file}")
     if num_messages:
-        lines.append(f"{num_messages} messages of the libraries in {folder.messages_file}")
+        lines.append(f"{num_messages} messages from libraries in {folder.messages_file}")
     _print(console, *lines, f"next: {_next_command(recipe, recipe.data)}")
 
 
 def _next_command(recipe: Recipe, data: FileData) -> str:
-    """What measures the trained model; with the templates that it was trained with."""
+    """Return the command that evaluates the trained model with the templates of its training."""
     test = data.validation if isinstance(data.validation, str) else "TEST.jsonl"
     task = "classification" if isinstance(data, ClassificationData) else "loss"
     words = ["gradselect", "evaluate", recipe.run.output, "--task", task, "--data", test]
     if isinstance(data, PromptCompletionData):
-        # The command line reads \\n as a line end.
+        # The command line reads \\n as a newline.
         templates = (template.replace("\n", "\\n") for template in (data.prompt, data.completion))
         words += [word for pair in zip(("--prompt", "--completion"), templates, strict=True) for word in pair]
         words += ["--as-chat"] if data.as_chat else []

@@ -36,13 +36,13 @@ from .trainer import RunTrainer
 
 
 def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Console, messages: Sequence[str]) -> Path:
-    """Carry out a recipe; see `train`. `messages` are those of the libraries, a list that grows."""
+    """Carry out a recipe; see `train`. `messages` is the growing list of the libraries' messages."""
     take_device(recipe.run.device)
     folder = RunFolder(Path(recipe.run.output))
     if not is_rank_0():
         console = Console(quiet=True)
     with claimed(folder, resume=resume, messages=messages) if is_rank_0() else nullcontext():
-        # 1 read what the recipe names
+        # 1 read the inputs
         inputs = read_inputs(recipe)
         start = describe_start(recipe, inputs, command=command)
         if is_rank_0() and folder.run_file.exists():
@@ -54,23 +54,18 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         with _explained(recipe, folder):
             trainer = build_trainer(recipe, inputs, folder=folder)
         notes = length_notes(trainer, inputs, recipe.data)
-        barrier()  # until the first has found the folder usable
+        barrier()  # rank 0 has found the folder usable
         if is_rank_0():
             return_to(folder, checkpoint, damaged=damaged, keep=recipe.run.keep_checkpoints)
             write_start(folder, start, recipe)
         found = broadcast_from_rank_0(None if checkpoint is None else str(checkpoint))
         show_start(console, start, notes=notes, checkpoint=checkpoint, damaged=damaged, resume=resume)
 
-        # 3 train, and measure what came of it
+        # 3 train and evaluate
         with watched_signals() as trainer.signals, _explained(recipe, folder):
-            meter = _train(trainer, checkpoint=found, console=console)
-            trainer.stop_if_told()
-            _evaluate(trainer)
-            trainer.stop_if_told()
+            meter = _train_and_evaluate(trainer, checkpoint=found, console=console)
 
-            # 4 keep it; run.json says "finished" when all else is there
-            trainer.check_weights()
-            trainer.count_tokens_of_all()
+            # 4 save; run.json says "finished" only when everything else is written
             if is_rank_0():
                 if not isinstance(recipe.data, RandomData):
                     save_model(trainer, inputs.tokenizer, folder=folder)
@@ -83,7 +78,7 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
 
 @contextmanager
 def _explained(recipe: Recipe, folder: RunFolder) -> Iterator[None]:
-    """What the machine lacks while a run is under way is said in words that help."""
+    """Explain what to do when memory, disk or data fail during a run."""
     try:
         yield
     except OSError as error:
@@ -94,6 +89,16 @@ def _explained(recipe: Recipe, folder: RunFolder) -> Iterator[None]:
         if is_dead_worker(error):
             raise UsageError(f"training has stopped: {error}; {describe_kept(folder)}") from error
         raise
+
+
+def _train_and_evaluate(trainer: RunTrainer, *, checkpoint: str | None, console: Console) -> Meter:
+    meter = _train(trainer, checkpoint=checkpoint, console=console)
+    trainer.stop_on_signal()
+    _evaluate(trainer)
+    trainer.stop_on_signal()
+    trainer.check_weights()
+    trainer.sum_tokens_over_ranks()
+    return meter
 
 
 def _train(trainer: RunTrainer, *, checkpoint: str | None, console: Console) -> Meter:
@@ -110,29 +115,28 @@ def _train(trainer: RunTrainer, *, checkpoint: str | None, console: Console) -> 
 
 
 def _evaluate(trainer: RunTrainer) -> None:
-    """The loss on the validation examples after the last step, unless it is known already."""
+    """Evaluate after the last step, unless that is done already."""
     evaluated: list[Any] = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
 
 
 def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None, command: Sequence[str] = ()) -> Path:
-    """Fine-tune a model as the recipe says.
+    """Fine-tune a model with a recipe.
 
     Args:
-        recipe: what to train, on what and how, e.g. from `load_recipe`.
-        resume: go on from the newest whole checkpoint in `recipe.run.output`; without one, from the beginning.
-        console: where progress is shown; by default the standard output.
-        command: what the user typed, kept in `run.json`.
+        recipe: model, data, method and settings, e.g. from `load_recipe`.
+        resume: continue from the newest whole checkpoint in `recipe.run.output`; without one, from the first step.
+        console: shows the progress; by default on standard output.
+        command: the command that the user typed, kept in `run.json`.
 
     Returns:
         The output folder: a plain Hugging Face checkpoint with `run.json` beside it.
 
     Raises:
-        UsageError: something in the recipe, the data or the model cannot be used, or training came to nothing; what had
-            been written before is whole.
-        Preempted: SIGTERM or SIGINT has come, which are watched while it trains; a checkpoint is kept. It is a
-            `SystemExit` with code 143 or 130.
+        UsageError: recipe, data or model cannot be used, or training failed; everything written before is whole.
+        Preempted: SIGTERM or SIGINT was received during training; a checkpoint is kept. It is a `SystemExit` with code
+            143 or 130.
 
     Example:
         >>> train(load_recipe("recipes/gsm8k.yaml", ["run.steps=100"]))  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the model, and `run.json` with all that is needed to repeat it."""
+"""Output of a run: the model, and `run.json` with everything needed to repeat it."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from .trainer import RunTrainer
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 
-# No string of JSON holds a line end.
+# A string in JSON holds no newline.
 _LIST_OF_NUMBERS = re.compile(r"\[\n([-+.,eE\d\s]*)\]")
 
 FREE_TO_CHANGE = {
     *(f"recipe.run.{key}" for key in ("output", "device", "log_every", "evaluate_every", "save_every", "report_to")),
     *("recipe.run.keep_checkpoints", "recipe.run.max_skipped_steps", "recipe.model.gradient_checkpointing"),
-    # What stands at these places is compared, not where it stands.
+    # The content at these paths is compared, not the path.
     *("recipe.model.path", "recipe.model.revision", "recipe.model.trust_pickle"),
     *("recipe.data.path", "data.train.path", "data.validation.path"),
 }
-"""Keys in which a resumed run may differ from the one that it continues."""
+"""Keys that may change when a run is resumed."""
 
 
 def describe_start(recipe: Recipe, inputs: Inputs, *, command: Sequence[str]) -> RunRecord:
-    """Return what is known before the first step."""
+    """Return the record of a run before its first step."""
     model = inputs.model
     values = {
         "status": "started",
-        # A file name may hold bytes that are no text.
+        # A file name may hold bytes that are not text.
         "command": [word.encode("utf-8", "backslashreplace").decode("utf-8") for word in command],
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "processes": num_processes(),
@@ -75,7 +75,7 @@ def describe_start(recipe: Recipe, inputs: Inputs, *, command: Sequence[str]) ->
 def describe_end(
     start: RunRecord, trainer: RunTrainer, meter: Meter, *, folder: RunFolder, notes: Sequence[str]
 ) -> FinishedRun:
-    """Add what is known after the last step. Tokens, seconds and bytes cover this session, the rest the whole run."""
+    """Complete the record after the last step. Tokens, seconds and bytes cover this session, the rest the whole run."""
     history = trainer.state.log_history
     optimizer: Any = trainer.optimizer
     values = {
@@ -111,12 +111,13 @@ def check_same_run(folder: RunFolder, start: RunRecord) -> None:
     if before.processes != start.processes:
         raise UsageError(
             f"the run in {folder.root} began on {before.processes} processes, this is one of {start.processes}; resume "
-            "on as many as before: its batches would change"
+            f"on {before.processes}, or its batches would change"
         )
     different = list(differences(before.values(), start.values()))
     if different:
         heading = (
-            f"the run in {folder.root} is another one; resume it with its own recipe, or choose another run.output:"
+            f"the run in {folder.root} is another one; resume it with its own recipe, or choose another run.output. "
+            "These differ:"
         )
         raise UsageError("\n  ".join([heading, *different]))
 
@@ -142,15 +143,15 @@ def write_run(folder: RunFolder, record: RunRecord) -> None:
 
 
 def as_json(value: Any) -> str:
-    """Indented, but a list of numbers in one line: a run has thousands of steps."""
+    """Format as indented JSON with each list of numbers on one line: a run has thousands of steps."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     return _LIST_OF_NUMBERS.sub(lambda found: "[" + " ".join(found.group(1).split()) + "]", text)
 
 
 def save_model(trainer: RunTrainer, tokenizer: PreTrainedTokenizerBase, *, folder: RunFolder) -> None:
-    """A plain checkpoint in the folder itself; an adapter is kept beside it and merged into its weights.
+    """Write a plain checkpoint into the folder of the run. An adapter is merged into it and also kept beside it.
 
-    What `sparsegrad` had rotated is turned back, so nothing can be trained after this.
+    Folds the rotations of `sparsegrad`, so the model cannot train after this.
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if any(isinstance(module, sparsegrad.RotatedLinear) for module in model.modules()):
@@ -165,7 +166,7 @@ def save_model(trainer: RunTrainer, tokenizer: PreTrainedTokenizerBase, *, folde
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         write_manifest(aside, step=trainer.state.global_step)
-    # What a model is read by comes last: a folder without it holds no model, so there is a whole one or none.
+    # config.json comes last: a folder without it is no model, so there is a whole model or none.
     for file in sorted(ready.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder.root / file.name)
     flush_names(folder.root)
@@ -177,10 +178,10 @@ def _last(history: Sequence[Mapping[str, float]], key: str) -> float | None:
 
 
 def describe_selection(optimizer: torch.optim.Optimizer, records_file: Path) -> dict[str, Any] | None:
-    """Which blocks were updated when, or which mask chose how much; None where nothing is selected.
+    """Return the blocks updated in each step, or the numbers of a mask; None if nothing is selected.
 
-    Of blocks: their names; `updates` by block; and by step, of the whole run, the indices of the blocks `selected`,
-    whether all gradients were looked at (`explored`), and the `entropy` of all updates so far.
+    For blocks: their names; `updates` by block; and for each step of the whole run the indices of the blocks
+    `selected`, 1 if all gradients were read (`explored`), and the `entropy` of all updates so far.
     """
     if isinstance(optimizer, SparseOptimizer):
         return _describe_mask(optimizer)
@@ -198,20 +199,20 @@ def describe_selection(optimizer: torch.optim.Optimizer, records_file: Path) -> 
 
 
 def describe_flop(optimizer: torch.optim.Optimizer, records_file: Path) -> dict[str, Any]:
-    """The limit of the speed-up over full fine-tuning; None where no blocks are selected."""
+    """Return the limit of the speed-up over full fine-tuning; None if no blocks are selected."""
     # Here rather than above: the comparison imports the training that it compares.
     from gradselect.blocks import speed_up_limit
 
     if not isinstance(optimizer, BlockOptimizer) or not records_file.exists():
         return {"limit": None, "speed_up": None}
-    # Where all were looked at, all have a norm.
+    # If all gradients were read, all blocks have a norm.
     steps = [{*record["selected"], *record["norms"]} for record in read_records(records_file)]
     sizes = {name: sum(map(torch.Tensor.numel, optimizer._table.of(name))) for name in optimizer.blocks}
     return {"limit": speed_up_limit(steps, sizes), "speed_up": None}
 
 
 def read_records(path: Path) -> Sequence[Mapping[str, Any]]:
-    """The records of all steps, in order."""
+    """Read the records of all steps, in order."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 

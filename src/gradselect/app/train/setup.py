@@ -1,4 +1,4 @@
-"""From a recipe and what it names to a trainer that is ready to run."""
+"""Build a trainer from a recipe and its inputs."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from .trainer import RunTrainer, TokenTrainer
 
 
 def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> RunTrainer:
-    """A trainer for the recipe's method, without displays.
+    """Return a trainer for the recipe's method, without displays.
 
     Raises:
-        UsageError: the method does not fit the model, or no example fits the length.
+        UsageError: the method does not fit the model, or no example fits into `data.max_length`.
     """
     parts = method_parts(recipe, inputs, folder=folder)
     arguments = _arguments(recipe, folder=folder)
@@ -75,13 +75,13 @@ def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> RunTr
     if isinstance(recipe.method, AbstractMaskMethod):
         facts = _facts(trainer, recipe, num_batches=recipe.method.num_batches)
         trainer.optimizer_cls_and_kwargs = mask_optimizer(recipe.method, recipe, inputs, parts.model, facts)
-    # Now rather than at the first step, so that what does not fit the model is said before anything is written.
+    # Now rather than at the first step: a method that does not fit the model fails before anything is written.
     trainer.create_optimizer()
     return trainer
 
 
 def length_notes(trainer: RunTrainer, inputs: Inputs, data: Data) -> list[str]:
-    """What the limit on the length did to the training examples, in words."""
+    """Say how many training examples were packed, cut or dropped because of `data.max_length`."""
     prepared = _as_dataset(trainer.train_dataset)
     if isinstance(data, RandomData):
         return []
@@ -91,16 +91,16 @@ def length_notes(trainer: RunTrainer, inputs: Inputs, data: Data) -> list[str]:
     num_cut = sum(len(tokens) >= limit for tokens in prepared["input_ids"])
     num_dropped = len(inputs.examples.train) - len(prepared)
     notes = {
-        f"{num_cut:,} of {len(prepared):,} examples reach data.max_length={limit} and may have lost their end": num_cut,
-        f"{num_dropped:,} examples were left out: their prompts alone reach data.max_length={limit}": num_dropped,
+        f"{num_cut:,} of {len(prepared):,} examples reach data.max_length={limit} and may be cut off": num_cut,
+        f"{num_dropped:,} examples were dropped: their prompts alone reach data.max_length={limit}": num_dropped,
     }
     return [note for note, count in notes.items() if count]
 
 
 def _facts(trainer: RunTrainer, recipe: Recipe, *, num_batches: int) -> RunFacts:
-    """What a mask may want to know. The batches are of rows drawn with the seed, and disturb no other draw.
+    """Return facts for a mask. Its batches are drawn with their own generator and disturb no other draw.
 
-    Every process sees the batches of all, or they would choose differently.
+    Every rank sees the batches of all ranks, or they would select different entries.
     """
     dataset, run, processes = _as_dataset(trainer.train_dataset), recipe.run, num_processes()
     per_epoch = -(-len(dataset) // (run.batch_size * processes * run.accumulation))
@@ -119,13 +119,13 @@ def _facts(trainer: RunTrainer, recipe: Recipe, *, num_batches: int) -> RunFacts
 
 
 def for_every_process(rows: Sequence[int], *, batch_size: int, processes: int) -> list[int]:
-    """Whole batches of the rows, each as often as there are processes: the loader deals them out in turn."""
+    """Repeat each whole batch of rows once per rank: the loader deals batches out in turn."""
     batches = [rows[start : start + batch_size] for start in range(0, len(rows) - batch_size + 1, batch_size)]
     return [row for batch in batches for _ in range(processes) for row in batch]
 
 
 def _arguments(recipe: Recipe, *, folder: RunFolder) -> dict[str, Any]:
-    """Of `TrainingArguments`."""
+    """Return the keyword arguments of `TrainingArguments`."""
     optimizer, run = recipe.optimizer, recipe.run
     schedule = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[optimizer.schedule]
     return {
@@ -147,9 +147,9 @@ def _arguments(recipe: Recipe, *, folder: RunFolder) -> dict[str, Any]:
         "seed": run.seed,
         "use_cpu": run.device == "cpu",
         "dataloader_pin_memory": run.device != "cpu" and torch.accelerator.is_available(),
-        # The model's own type decides; automatic mixed precision would upcast only what trains at the moment.
+        # The model's dtype decides. Autocast would upcast only the blocks that train at the moment.
         "bf16": False,
-        # Else the Trainer leaves it out with checkpointing, and gradients of changing blocks are not averaged.
+        # With checkpointing the Trainer turns it off, and gradients of changing blocks would not be averaged.
         "ddp_find_unused_parameters": True,
         "gradient_checkpointing": recipe.model.gradient_checkpointing,
         "logging_steps": run.log_every,
@@ -164,7 +164,7 @@ def _arguments(recipe: Recipe, *, folder: RunFolder) -> dict[str, Any]:
 
 
 def _token_arguments(data: TokenData | RandomData, inputs: Inputs) -> dict[str, Any]:
-    """What `SFTConfig` has beside them."""
+    """Return the keyword arguments that only `SFTConfig` has."""
     if isinstance(data, ChatData) and data.loss_on == "answers":
         _check_marks_answers(inputs.tokenizer)
     return {
@@ -180,7 +180,7 @@ def _check_marks_answers(tokenizer: PreTrainedTokenizerBase) -> None:
     if isinstance(tokenizer.chat_template, str) and has_generation_markers(tokenizer.chat_template):
         return
     try:
-        # TRL has templates with marks for the common families.
+        # TRL has templates with marks for common model families.
         get_training_chat_template(tokenizer)
     except ValueError:
         raise UsageError(

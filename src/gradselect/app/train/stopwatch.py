@@ -1,4 +1,4 @@
-"""Where the time of a step goes: phases that exclude one another, read from a clock that never waits for the device."""
+"""Time of a step by phase. Phases exclude one another, and no clock waits for the device while training."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Mark = TypeVar("Mark")
 
 
 class AbstractClock(ABC, Generic[Mark]):
-    """Makes marks now, and tells later how far apart they are."""
+    """Marks moments now and measures the time between them later."""
 
     @abstractmethod
     def mark(self) -> Mark:
-        """This moment."""
+        """Mark this moment."""
 
     @abstractmethod
     def seconds(self, start: Mark, end: Mark) -> float:
-        """From one mark to another."""
+        """Return the seconds from one mark to another."""
 
 
 class HostClock(AbstractClock[float]):
-    """The processor's clock."""
+    """Clock of the host."""
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -39,9 +39,9 @@ class HostClock(AbstractClock[float]):
 
 
 class DeviceClock(AbstractClock[torch.cuda.Event]):
-    """The GPU's own clock: a mark is when the GPU has done all that it was given before.
+    """Clock of the GPU. A mark is the moment when the GPU has finished everything queued before it.
 
-    The host waits only when marks are read, so that whoever reads them later does not hold up training.
+    The host waits only when it reads marks. Read them a step late, and training does not wait.
     """
 
     def mark(self) -> torch.cuda.Event:
@@ -55,10 +55,10 @@ class DeviceClock(AbstractClock[torch.cuda.Event]):
 
 
 class Stopwatch:
-    """Seconds by phase; while an inner phase runs, the one around it stands still.
+    """Seconds by phase. While an inner phase runs, the outer one is paused.
 
     Args:
-        clock: what to read.
+        clock: clock to read.
 
     Example:
         >>> watch = Stopwatch(HostClock())
@@ -77,22 +77,22 @@ class Stopwatch:
 
     @property
     def current(self) -> str | None:
-        """The phase that counts now."""
+        """Name of the running phase; None if there is none."""
         return self._stack[-1] if self._stack else None
 
     def start(self, base: str) -> None:
-        """Begin; what no phase claims is counted as `base`."""
+        """Begin. Time outside of phases counts as `base`."""
         self._stack, self._marks = [], []
         self._enter(base)
 
     def stop(self) -> list[tuple[Any, str | None]]:
-        """End, and return the marks, which `read` turns into seconds whenever that is convenient."""
+        """End, and return the marks; `read` turns them into seconds later."""
         self._marks.append((self._clock.mark(), None))
         marks, self._stack, self._marks = self._marks, [], []
         return marks
 
     def read(self, marks: list[tuple[Any, str | None]]) -> dict[str, float]:
-        """Seconds by phase between the first and the last of the marks."""
+        """Return the seconds by phase between the first and the last mark."""
         seconds: dict[str, float] = defaultdict(float)
         for (start, name), (end, _) in pairwise(marks):
             assert name is not None
@@ -101,7 +101,7 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what happens inside as `name`; outside of `start` and `stop`, nothing is counted."""
+        """Count the time inside as `name`. Counts nothing before `start` and after `stop`."""
         if not self._stack:
             yield
             return
@@ -109,7 +109,7 @@ class Stopwatch:
         try:
             yield
         finally:
-            # `stop` may have come in between, after an error that somebody caught.
+            # `stop` may have been called inside, after an error that somebody caught.
             if self._stack:
                 self._stack.pop()
                 if self._stack:
@@ -121,7 +121,7 @@ class Stopwatch:
         self._wrapped.append((owner, method))
 
     def unwrap(self) -> None:
-        """Leave everything as it was."""
+        """Restore all wrapped methods."""
         while self._wrapped:
             owner, method = self._wrapped.pop()
             delattr(owner, method)

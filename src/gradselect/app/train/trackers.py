@@ -1,4 +1,4 @@
-"""Where the curves of a run go; no tracker that fails, or cannot be reached, stops a run."""
+"""Trackers for the curves of a run. A tracker that fails does not stop the run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 class TolerantTracker(TrainerCallback):
-    """Passes on to a tracker what a Trainer tells its callbacks; the first error is said, and ends that.
+    """Forwards events to a tracker until its first error, which it logs.
 
     Args:
-        name: of the tracker in the recipe.
-        tracker: the callback of transformers.
+        name: name of the tracker in the recipe.
+        tracker: callback of transformers.
     """
 
     def __init__(self, name: str, tracker: TrainerCallback) -> None:
@@ -29,31 +29,31 @@ class TolerantTracker(TrainerCallback):
         self._tracker: Any = tracker
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        self._pass_on("on_train_begin", args, state, control, parts)
+        self._forward("on_train_begin", args, state, control, parts)
 
     def on_log(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        self._pass_on("on_log", args, state, control, parts)
+        self._forward("on_log", args, state, control, parts)
 
     def on_save(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        self._pass_on("on_save", args, state, control, parts)
+        self._forward("on_save", args, state, control, parts)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        self._pass_on("on_train_end", args, state, control, parts)
+        self._forward("on_train_end", args, state, control, parts)
 
-    def _pass_on(self, event: str, args: Any, state: Any, control: Any, parts: dict[str, Any]) -> None:
+    def _forward(self, event: str, args: Any, state: Any, control: Any, parts: dict[str, Any]) -> None:
         if self._tracker is None:
             return
         try:
             getattr(self._tracker, event)(args, state, control, **parts)
-        # Whatever a tracker's own library raises, down to the network and the disk; the run does not need it.
+        # A tracker's library may raise anything, also for network and disk; the run does not need it.
         except Exception as error:
             self._tracker = None
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            logger.warning("run.report_to=%s has failed, the run goes on without it: %s", self._name, reason)
+            logger.warning("run.report_to=%s has failed; the run continues without it: %s", self._name, reason)
 
 
 class ResumedTensorBoard(TensorBoardCallback):
-    """Curves in a folder; where a run goes on, what was drawn after its checkpoint is hidden."""
+    """Curves in a folder. Resuming hides the points after the checkpoint."""
 
     def __init__(self, folder: RunFolder) -> None:
         super().__init__()
@@ -66,10 +66,10 @@ class ResumedTensorBoard(TensorBoardCallback):
 
 
 def trackers(recipe: Recipe, folder: RunFolder) -> list[TrainerCallback]:
-    """A callback for each tracker of the recipe.
+    """Return a callback for each tracker of the recipe.
 
     Raises:
-        UsageError: one of those is not installed.
+        UsageError: a tracker is not installed.
     """
     return [TolerantTracker(name, _tracker(name, folder)) for name in recipe.run.report_to]
 

@@ -1,4 +1,4 @@
-"""Trainers with whole checkpoints or none; that skip a step which came to no number, and that stop when told to."""
+"""Trainers that write checkpoints atomically, skip NaN and infinite steps, and stop on a signal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import math
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,21 +26,21 @@ logger = logging.getLogger(__name__)
 class RunTrainer(Trainer):
     """`transformers.Trainer` as the command line runs it.
 
-    **Steps that are skipped.** When the loss or the gradient norm of a step is NaN or infinite, on any process, the
-    step changes nothing: its gradients are thrown away, and weights, optimizer state and selection stay as they are.
-    The data and the schedule go on. With `update_in_backward` such a step has moved weights, and ends the run.
+    **Skipped steps.** If the loss or the gradient norm of a step is NaN or infinite on any rank, the step changes
+    nothing: its gradients are dropped, and weights, optimizer state and selection stay as they are. Data and schedule
+    move on. With `update_in_backward` such a step has already moved weights, so it ends the run.
 
     Args:
-        folder: its checkpoints go to `folder.checkpoints`, each written aside and then renamed.
-        keep_checkpoints: how many there are at most; older ones are deleted.
-        max_skipped_steps: how many steps in a row may be skipped; one more ends the run.
-        can_resume: whether a checkpoint holds all that decides the next step.
-        penalty: added to the loss of each step, beside that of the examples.
-        others: as for the parent, by keyword.
+        folder: folder of the run; checkpoints are written atomically to `folder.checkpoints`.
+        keep_checkpoints: maximum number of checkpoints; older ones are deleted.
+        max_skipped_steps: maximum number of skipped steps in a row; one more ends the run.
+        can_resume: True if a checkpoint holds everything that decides the next step.
+        penalty: added to the loss of each step.
+        others: keyword arguments of the parent class.
 
     Attributes:
-        num_tokens: tokens that this session has trained on, prompts included and padding not.
-        signals: after the step in which it has received one, on any process, training ends with a checkpoint.
+        num_tokens: tokens that this session has trained on, with prompts, without padding.
+        signals: signals received. After the step in which any rank receives one, training ends with a checkpoint.
     """
 
     def __init__(
@@ -62,11 +61,11 @@ class RunTrainer(Trainer):
         self._writing_to = str(folder.checkpoints)
         self._bad_loss: float | None = None
         self._loss_before: Tensor | None = None
-        self._told = 0
+        self._signal = 0
         self.num_tokens = 0
         self.signals = SignalWatch()
         super().__init__(**others)
-        self.add_callback(_StopWhenTold(lambda: self._told, can_save=can_resume))
+        self.add_callback(_RunCallback(self))
 
     def compute_loss(
         self,
@@ -78,29 +77,30 @@ class RunTrainer(Trainer):
         result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training and self._penalty is not None:
             assert not return_outputs
-            # The examples' loss is a share of the step's already; so is this.
+            # The loss of the examples is divided by accumulation already.
             result = result + self._penalty() / self.current_gradient_accumulation_steps
         if model.training:
-            self._look_at((result[0] if return_outputs else result).item())
+            self._note_loss((result[0] if return_outputs else result).item())
             self.num_tokens += _count_tokens(inputs)
         return result
 
-    def _look_at(self, loss: float) -> None:
-        """Take note of the loss of a micro-batch, before it is added to the Trainer's sum."""
+    def _note_loss(self, loss: float) -> None:
+        """Note the loss of a micro-batch before the Trainer adds it to its sum."""
         if self._loss_before is None:
             self._loss_before = self._tr_loss.clone()
         if self._bad_loss is None and not math.isfinite(loss):
             self._bad_loss = loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm for the log. Called between the last backward pass of a step and its update."""
+        """Return the norm for the log. Called between the last backward pass of a step and its update."""
+        # Not on_pre_optimizer_step: it comes after clipping, which turns an infinite norm into zeros and NaN.
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
         optimizer: Any = self.optimizer
-        # The gradients of entries are gone: the Trainer cannot see them.
+        # The Trainer cannot read the gradients of entries: they are freed.
         applied = optimizer.optimizer.grad_norm if isinstance(optimizer.optimizer, SparseOptimizer) else norm
         fault = self._fault(float(applied))
-        # One exchange for both: every process skips alike, and stops after the same step.
-        worst, self._told = max_over_ranks([fault, self.signals.received], device=self.args.device)
+        # One exchange for both: all ranks skip the same steps and stop after the same step.
+        worst, self._signal = max_over_ranks([fault, self.signals.received], device=self.args.device)
         if worst != Fault.NONE:
             self._skip(model, Fault(worst), value=self._bad_loss if fault == Fault.LOSS else float(applied))
             norm = None
@@ -113,14 +113,14 @@ class RunTrainer(Trainer):
         return Fault.NONE if math.isfinite(norm) else Fault.GRADIENT
 
     def _skip(self, model: nn.Module, fault: Fault, *, value: float | None) -> None:
-        """An update without gradients changes nothing; the log is as if the step had not been."""
+        """Drop the gradients, so that the update changes nothing, and take the step out of the log."""
         step = self.state.global_step + 1
         words = f"the {fault.what} of step {step} is {value}"
         if self._num_skipped_before(step) >= self._max_skipped_steps:
             raise UsageError(f"{words}; {self._advice()}")
         optimizer: Any = self.optimizer
         if isinstance(optimizer.optimizer, BlockOptimizer) and optimizer.optimizer.update_in_backward:
-            # The backward pass has moved weights by now.
+            # The backward pass has moved weights already.
             raise UsageError(
                 f"{words}, and with method.update_in_backward=true no step can be skipped; {self._advice()}"
             )
@@ -135,26 +135,28 @@ class RunTrainer(Trainer):
             logger.warning("%s: the step is skipped and has changed nothing", words)
 
     def _num_skipped_before(self, step: int) -> int:
-        """How many steps in a row."""
+        """Return the number of skipped steps in a row before this one."""
         skipped: set[Any] = {entry["step"] for entry in self.state.log_history if "skipped" in entry}
         return next(count for count in range(step) if step - 1 - count not in skipped)
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
-            # The run was stopped after its last step; the Trainer would take one more before it looks.
+            # Resumed after its last step. Not on_epoch_begin: the Trainer reads `control` only after another step.
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **options)
 
     def _get_output_dir(self, trial: Any) -> str:
+        # Not args.output_dir: every checkpoint holds a copy of the arguments.
         return self._writing_to
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Not on_save: by then a half-written checkpoint would have its final name.
         self.check_weights()
         try:
             with writing_checkpoint(self._folder, step=self.state.global_step) as aside:
                 self._writing_to = str(aside)
-                # Past SFTTrainer's own method, which adds a model card.
+                # Not SFTTrainer's own method, which adds a model card.
                 Trainer._save_checkpoint(self, model, trial)
                 (inside,) = aside.iterdir()
                 write_window(inside, self._window(), process=self.args.process_index)
@@ -163,44 +165,42 @@ class RunTrainer(Trainer):
         if is_rank_0():
             delete_old_checkpoints(self._folder, keep=self._keep_checkpoints)
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The last of what a checkpoint gives back, just before the first step."""
-        super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        self._go_on_with(read_window(Path(checkpoint), process=self.args.process_index))
-        records = Path(checkpoint) / self._folder.records_file.name
+    def resume_log(self) -> None:
+        """Restore what the checkpoint of this step had not logged yet."""
+        checkpoint = self._folder.checkpoint(self.state.global_step)
+        self._restore_window(read_window(checkpoint, process=self.args.process_index))
+        records = checkpoint / self._folder.records_file.name
         unlogged = last_records(records, self.state.global_step - self._globalstep_last_logged)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, SelectionCallback):
                 callback._since_log[:] = unlogged
 
     def _window(self) -> dict[str, Any]:
-        """What the next line of the log is made of."""
+        """Return the sums for the next line of the log."""
         return {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged}
 
-    def _go_on_with(self, window: dict[str, Any]) -> None:
+    def _restore_window(self, window: dict[str, Any]) -> None:
         self._tr_loss.fill_(window["loss"])
         self._globalstep_last_logged = window["last_logged"]
 
     def check_weights(self) -> None:
-        """Weights that are no numbers are never kept.
+        """Refuse to keep bad weights.
 
         Raises:
-            UsageError: some are NaN or infinite.
+            UsageError: some weights are NaN or infinite.
         """
         assert self.model is not None
         if not _is_finite(self.model):
             raise UsageError(f"weights are NaN or infinite after step {self.state.global_step}; {self._advice()}")
 
-    def stop_if_told(self) -> None:
-        """Between steps: end the run if a signal has come, with a checkpoint.
+    def stop_on_signal(self) -> None:
+        """End the run with a checkpoint if any rank has received a signal. Call it between steps.
 
         Raises:
-            Preempted: one has.
+            Preempted: a signal has been received.
         """
         step = self.state.global_step
-        (number,) = max_over_ranks([self._told or self.signals.received], device=self.args.device)
+        (number,) = max_over_ranks([self._signal or self.signals.received], device=self.args.device)
         if not number:
             return
         name = signal.Signals(number).name
@@ -212,8 +212,8 @@ class RunTrainer(Trainer):
             self._save_checkpoint(self.model, None)
         raise Preempted(number, message=f"{name}: stopped after step {step}; everything is kept in {checkpoint}")
 
-    def count_tokens_of_all(self) -> None:
-        """`num_tokens` becomes the number of all processes together."""
+    def sum_tokens_over_ranks(self) -> None:
+        """Set `num_tokens` to its sum over all ranks."""
         count = torch.tensor(self.num_tokens, device=self.args.device)
         self.num_tokens = int(self.accelerator.reduce(count))  # pyright: ignore[reportArgumentType]
 
@@ -227,7 +227,7 @@ class RunTrainer(Trainer):
 
 
 class TokenTrainer(RunTrainer, SFTTrainer):
-    """The same for what learns to write tokens, with TRL's templates, packing and masks of the loss."""
+    """`RunTrainer` for language models, with TRL's templates, packing and loss masks."""
 
     def _skip(self, model: nn.Module, fault: Fault, *, value: float | None) -> None:
         super()._skip(model, fault, value=value)
@@ -240,22 +240,26 @@ class TokenTrainer(RunTrainer, SFTTrainer):
     def _window(self) -> dict[str, Any]:
         return {**super()._window(), "tokens": self._total_train_tokens, "metrics": self._metrics["train"]}
 
-    def _go_on_with(self, window: dict[str, Any]) -> None:
-        super()._go_on_with(window)
+    def _restore_window(self, window: dict[str, Any]) -> None:
+        super()._restore_window(window)
         self._total_train_tokens = window["tokens"]
         self._metrics["train"].update(window["metrics"])
 
 
-class _StopWhenTold(TrainerCallback):
-    """Ends training after the step in which a signal came, with a checkpoint, also where none are to be written."""
+class _RunCallback(TrainerCallback):
+    """Resumes the log of a run, and ends training with a checkpoint after the step in which a signal came."""
 
-    def __init__(self, told: Callable[[], int], *, can_save: bool) -> None:
-        self._told = told
-        self._can_save = can_save
+    def __init__(self, trainer: RunTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # After SelectionCallback, which clears what has not been logged.
+        if 0 < state.global_step < state.max_steps:
+            self._trainer.resume_log()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._told():
-            control.should_save = self._can_save
+        if self._trainer._signal:
+            control.should_save = self._trainer._can_resume
             control.should_training_stop = True
 
 
@@ -265,5 +269,6 @@ def _is_finite(model: nn.Module) -> bool:
 
 
 def _count_tokens(inputs: dict[str, Any]) -> int:
-    # Packed rows come without a mask and without padding.
+    # Not the Trainer's own count: in packed rows, which have no mask, it leaves out every end of text that doubles as
+    # padding token, and it adds seconds to every line of the log.
     return int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()

@@ -109,5 +109,4 @@ def _train(recipe: Recipe, watch: TrialWatch, *, folder: RunFolder) -> Outcome:
 def _free_memory() -> None:
     """Collect reference cycles of the trainer: the next trial needs the memory."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.accelerator.empty_cache()
