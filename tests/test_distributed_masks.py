@@ -226,7 +226,7 @@ def test_replicas_count_once_and_empty_shards_nothing(name, four):
             assert saved == num_saved(optimizer)
 
 
-def contest(rank):
+def compare_top_k(rank):
     """Scores with many ties, NaN, both zeros and infinities; more asked for than there are."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     generator = torch.Generator().manual_seed(0)
@@ -241,21 +241,21 @@ def contest(rank):
         expected, mine = StreamingTopK(count), StreamingTopK(count)
         for position, values in enumerate(scores.values()):
             part = distribute_tensor(values, mesh, [Shard(0)]).to_local().reshape(-1)
-            expected.offer(values.reshape(-1), rank=position)
-            mine.offer(part, rank=position)
-        ranks, indices, _ = expected.result()
-        ((_, keys, _),) = shards.best_of_all([mine.best()], [count])
+            expected.add(values.reshape(-1), position=position)
+            mine.add(part, position=position)
+        positions, indices, _ = expected.result()
+        ((_, keys, _),) = shards.global_top_k([mine.candidates()], [count])
         names = list(scores)
         ours = [
             (key >> 40, int(shards.in_whole(names[key >> 40], torch.tensor(key & (1 << 40) - 1))))
             for key in keys.tolist()
         ]
-        found.append((sorted(ours), list(zip(ranks.tolist(), indices.tolist(), strict=True))))
+        found.append((sorted(ours), list(zip(positions.tolist(), indices.tolist(), strict=True))))
     return found
 
 
 def test_best_of_all_shards_are_those_of_one_sorted_list():
-    results = succeed(contest, world=3)
+    results = succeed(compare_top_k, world=3)
     for several in zip(*results, strict=True):
         assert sorted(entry for ours, _ in several for entry in ours) == several[0][1]
 
@@ -383,7 +383,7 @@ WRONG = {
     other_clipping: "max_grad_norm is 1.0 on rank 0 and 2.0 on rank 1",
     other_weights: "weights of block 'head.weight' differ",
     plain_ddp: r"write DistributedDataParallel\(model, find_unused_parameters=True\)",
-    lean_ddp: "lean_accumulation=True needs gradients that are averaged as they come",
+    lean_ddp: "lean_accumulation=True needs fully_shard or replicate",
     sharded_afterwards: r"write fully_shard\(model\) or replicate\(model\) first",
     swapped: r"shard first, with fully_shard\(model\), then build SparseOptimizer",
     other_dimension: "sharded by rows; leave shard_placement_fn",

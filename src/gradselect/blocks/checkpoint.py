@@ -1,4 +1,4 @@
-"""The state_dict of a BlockOptimizer: written, and read back."""
+"""Writer and reader of a BlockOptimizer's state_dict."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOT_OF_A_GROUP = ("params", "param_names", "selection")
 
 
 def identity_of(optimizer: BlockOptimizer) -> dict[str, Any]:
-    """Return what a checkpoint and the run that loads it must agree on."""
+    """Return the facts that a checkpoint must share with the run that loads it."""
     return {
         "policy": type(optimizer.policy).__name__,
         "policy_settings": optimizer.policy.settings(),
@@ -28,11 +28,11 @@ def identity_of(optimizer: BlockOptimizer) -> dict[str, Any]:
 
 
 def write_state_dict(optimizer: BlockOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Complete torch's state_dict by `selection`, which holds everything else that decides the next step.
+    """Add `selection` to torch's state_dict: everything else that decides the next step.
 
-    Every parameter of a sharded model has a state here, zeros where there is none (`selection` lists those that have
-    one), and the first group holds `selection` as text: `torch.distributed.checkpoint.state_dict` passes on `state` and
-    `param_groups` alone, and loads what it finds in both the checkpoint and the new optimizer.
+    For a sharded model every parameter gets a state, zeros if it has none (`selection` lists those that have one), and
+    the first group holds `selection` as text. The reason: `torch.distributed.checkpoint.state_dict` keeps only `state`
+    and `param_groups`, and loads only what both the checkpoint and the new optimizer hold.
 
     Args:
         optimizer: between two steps.
@@ -43,7 +43,7 @@ def write_state_dict(optimizer: BlockOptimizer, state_dict: dict[str, Any]) -> d
     """
     if optimizer._in_backward.has_moved:
         raise UsageError(
-            "state_dict() between backward() and step(), where update_in_backward=True has moved the weights and "
+            "state_dict() between backward() and step(), but update_in_backward=True has moved the weights and "
             "the step is not counted yet; save after optimizer.step()"
         )
     states, table = optimizer._states, optimizer._table
@@ -65,7 +65,7 @@ def write_state_dict(optimizer: BlockOptimizer, state_dict: dict[str, Any]) -> d
 
 
 def read_state_dict(optimizer: BlockOptimizer, state_dict: Mapping[str, Any]) -> None:
-    """Continue where the optimizer that wrote `state_dict` stood.
+    """Continue from the optimizer that wrote `state_dict`.
 
     Raises:
         UsageError: written by another optimizer, or for another model, partition or policy; says what differs.
@@ -74,8 +74,8 @@ def read_state_dict(optimizer: BlockOptimizer, state_dict: Mapping[str, Any]) ->
     selection = selection_of(state_dict)
     if "selection" not in state_dict and optimizer._agreement is not None and optimizer._agreement.has_begun:
         raise UsageError(
-            "torch.distributed.checkpoint passes on the state of what is trainable at the moment only; load "
-            "before the first forward pass, as a Trainer does that resumes"
+            "torch.distributed.checkpoint passes on only the state of parameters that are trainable now; load "
+            "before the first forward pass, as a resuming Trainer does"
         )
     check_same(selection, identity_of(optimizer))
     states = optimizer._states

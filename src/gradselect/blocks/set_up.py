@@ -1,4 +1,4 @@
-"""Checks of what a BlockOptimizer is built from."""
+"""Checks of the arguments of a BlockOptimizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_model(model: nn.Module, rule: AbstractRule) -> nn.Module:
     """Return the model without its wrappers.
 
     Raises:
-        UsageError: it is spread over devices in a way that hides its gradients, or sharded and the rule cannot be.
+        UsageError: a wrapper hides its gradients, or it is sharded and the rule cannot be.
     """
     check_placement(model)
     warn_of_compiled_model(model)
@@ -30,25 +30,23 @@ def check_model(model: nn.Module, rule: AbstractRule) -> nn.Module:
 
 
 def check_shards(parameters: Iterable[Parameter], rule: AbstractRule) -> None:
-    """Refuse a rule whose state cannot be cut into shards, where there are shards.
+    """Refuse shards if the rule's state cannot be cut into shards.
 
     Raises:
         UsageError: names the rule.
     """
     if not rule.works_on_shards and any(map(is_dtensor, parameters)):
         raise UsageError(
-            f"{type(rule).__name__} keeps numbers that several weights share, and shards would cut them apart; write "
+            f"{type(rule).__name__} keeps numbers that several entries share, and shards would cut them apart; write "
             "rule=gs.AdamWRule(), or train replicas with DistributedDataParallel"
         )
 
 
-def check_window(
-    accumulation_steps: int, grad_scaler: GradScaler | None, *, in_backward: bool, skips: bool = False
-) -> None:
-    """Check the accumulation window, and that nothing waits for all gradients if updates happen in the backward pass.
+def check_window(accumulation_steps: int, grad_scaler: GradScaler | None, *, in_backward: bool, skips: bool) -> None:
+    """Check the accumulation window, and refuse settings that need all gradients if updates run in the backward pass.
 
     Raises:
-        UsageError: says what does.
+        UsageError: names the setting.
     """
     check_whole("accumulation_steps", accumulation_steps)
     if not in_backward:
@@ -60,7 +58,7 @@ def check_window(
         )
     if grad_scaler is not None:
         raise UsageError(
-            "update_in_backward=True with a grad_scaler, which looks for overflow in all gradients before any is used; "
+            "update_in_backward=True with a grad_scaler, which checks all gradients for overflow before any is used; "
             "leave update_in_backward out, or train in bfloat16, which needs no scaler"
         )
     if skips:

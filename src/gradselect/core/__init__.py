@@ -1,4 +1,4 @@
-"""What both optimizers share: the base class, parameter groups, rules, state, residency, records, gradients."""
+"""Shared parts of both optimizers: base class, parameter groups, rules, state, residency, records, gradients."""
 
 from .adamw import AdamWRule
 from .adamw_8bit import AdamW8bitRule

@@ -1,4 +1,4 @@
-"""How selected weights move: the settings that both optimizers share, checked."""
+"""Settings of updates that both optimizers share, checked."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .rules import AbstractRule, check_unused
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateSettings:
-    """Rule, hyper-parameters, and where state lives; the arguments of the optimizers under the same names.
+    """Rule, hyper-parameters and residency, named as in the arguments of the optimizers.
 
     Raises:
-        UsageError: a value outside its range, or one that the rule would ignore.
+        UsageError: a value is outside its range, or the rule would ignore it.
     """
 
     lr: float
@@ -47,6 +47,6 @@ class UpdateSettings:
         check_unused(self.rule, betas=tuple(self.betas), eps=self.eps)
 
     def group_options(self) -> dict[str, Any]:
-        """Return the hyper-parameters that stand in every parameter group: those that the rule uses."""
+        """Return the hyper-parameters of every parameter group: those that the rule uses."""
         given = {"lr": self.lr, "betas": tuple(self.betas), "eps": self.eps, "weight_decay": self.weight_decay}
         return {name: given[name] for name in self.rule.hyper_parameters} | self.rule.group_options()

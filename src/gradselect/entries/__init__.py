@@ -1,4 +1,4 @@
-"""Entry-wise selection: the optimizer, the contract of a mask, compact state, top-k over gradients."""
+"""Entry-wise selection: optimizer, contract of a mask, compact state, top-k over gradients."""
 
 from .global_top_k import GlobalTopK
 from .mask import (

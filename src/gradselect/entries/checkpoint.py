@@ -1,4 +1,4 @@
-"""The state_dict of a SparseOptimizer: written, and read back."""
+"""Writer and reader of a SparseOptimizer's state_dict."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def identity_of(optimizer: SparseOptimizer) -> dict[str, Any]:
-    """Return what a checkpoint and the run that loads it must agree on."""
+    """Return the facts that a checkpoint must share with the run that loads it."""
     return {
         "mask": type(optimizer.mask).__name__,
         "mask_settings": optimizer.mask.settings(),
@@ -28,30 +28,30 @@ def identity_of(optimizer: SparseOptimizer) -> dict[str, Any]:
 
 
 def write_state_dict(optimizer: SparseOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Complete torch's state_dict by the entries, and by `selection`: the step, and the mask's kind and settings.
+    """Add entries and `selection` (step, mask and its settings) to torch's state_dict.
 
-    The `state` of a masked tensor holds `indices`, `joined_at`, `num_updates`, the rule's state and, if it is of half
-    precision, `master`, in the order in which entries joined. Every rank gathers the entries of all, by indices in the
-    whole tensor; dense state holds DTensors where the weights are DTensors.
+    The `state` of a masked tensor holds `indices`, `joined_at`, `num_updates`, the rule's state and, for half
+    precision, `master`, in the order in which entries joined. Every rank gathers the entries of all ranks, by indices
+    in the whole tensor. Dense state holds DTensors where the weights are DTensors.
     """
     state_dict["state"] = optimizer._states.as_dtensors(state_dict["state"])
     for index, name in enumerate(optimizer._table.names):
         if name in optimizer._entries.names:
-            state_dict["state"][index] = optimizer._shards.gather(name, optimizer._entries.state(name))
+            state_dict["state"][index] = optimizer._shards.gather_state(name, optimizer._entries.state(name))
     change = list(optimizer._change)
     state_dict["selection"] = {**identity_of(optimizer), "step": optimizer.num_steps, "change": change}
     return state_dict
 
 
 def read_state_dict(optimizer: SparseOptimizer, state_dict: Mapping[str, Any]) -> None:
-    """Continue where the optimizer that wrote `state_dict` stood.
+    """Continue from the optimizer that wrote `state_dict`.
 
     Raises:
         UsageError: written by another optimizer, or for another model or mask; says what differs.
     """
     if "mask" not in state_dict.get("selection", {}):
-        raise UsageError("this state_dict was not written by SparseOptimizer: it has no entry 'selection' with a mask")
-    # Before there were rules, entries had AdamW's.
+        raise UsageError("this state_dict was not written by SparseOptimizer: it has no key 'selection' with a mask")
+    # Checkpoints from before there were rules hold AdamW's state.
     selection = {"rule": "AdamWRule", **state_dict["selection"]}
     check_same(selection, identity_of(optimizer))
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
@@ -60,10 +60,10 @@ def read_state_dict(optimizer: SparseOptimizer, state_dict: Mapping[str, Any]) -
     entries, shards = optimizer._entries, optimizer._shards
     whole = {name: {} if name in entries.names else state for name, state in states.items()}
     optimizer._states.load(whole, resident=optimizer._dense.names)
-    entries.load({name: shards.own(name, states[name]) for name in entries.names})
+    entries.load({name: shards.local_state(name, states[name]) for name in entries.names})
     optimizer._selector.count()
     optimizer._step = selection["step"]
     optimizer._change = Change(*selection["change"])
-    # What the mask selected by weights for the coming step stands among the entries already.
+    # The entries already hold what the mask selected by weights for the next step.
     optimizer._selector.ask(optimizer._step)
     optimizer._prepare()

@@ -1,4 +1,4 @@
-"""Ages of entries: how often each has been updated, without a counter for each."""
+"""Ages of entries: numbers of updates, without a counter for each entry."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from gradselect.core import Ages
 class Cohorts:
     """Counts updates of the entries of several tensors.
 
-    The entries of a tensor lie in the order in which they joined. Those that joined at the same update of their tensor
-    are a *cohort* and share their age. Counting costs no byte an entry: the sign bit of an index marks the first entry
-    of a cohort (such indices are called flagged), and one bit for each tensor and update says that a cohort joined
-    then.
+    The entries of a tensor are in the order in which they joined. Those that joined at the same update of their tensor
+    are a *cohort* and share their age. Counting needs no byte per entry: the sign bit of an index marks the first entry
+    of a cohort (such indices are called flagged), and one bit per tensor and update marks that a cohort joined then.
 
     Attributes:
-        num_updates: updates of each tensor.
+        num_updates: number of updates of each tensor.
 
     Args:
-        num_tensors: how many there are; a tensor is addressed by its position.
-        index_dtype: int32 or int64, of the indices.
+        num_tensors: number of tensors; a tensor is addressed by its position.
+        index_dtype: int32 or int64.
         device: of the indices.
     """
 
@@ -32,7 +31,7 @@ class Cohorts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the bits on the device."""
+        """Bytes of the cohort bits on the device."""
         return self._joined.nbytes
 
     def plain(self, flagged: Tensor) -> Tensor:
@@ -40,11 +39,11 @@ class Cohorts:
         return flagged & ~self._sign_bit
 
     def join(self, position: int, indices: Tensor) -> Tensor:
-        """Let entries join their tensor now, at its end; return their flagged indices, shape (n,) with n >= 1."""
+        """Let entries join at the end of their tensor; return their flagged indices, shape (n,), n >= 1."""
         flagged = indices.clone()
         byte, bit = divmod(self.num_updates[position], 8)
         self._widen(byte + 1)
-        # Nothing was updated since the last ones joined: these belong to the same cohort.
+        # No update since the last entries joined: these belong to the same cohort.
         if not int(self._joined[position, byte]) >> bit & 1:
             flagged[0] |= self._sign_bit
         self._joined[position, byte] |= 1 << bit
@@ -61,7 +60,7 @@ class Cohorts:
         Args:
             position: of the tensor.
             indices: of all its entries, flagged or not. Shape (n,).
-            joined_at: as the method of this name returns it, ascending. Shape (n,).
+            joined_at: as the method `joined_at` returns it, ascending. Shape (n,).
         """
         begins = torch.ones_like(joined_at, dtype=torch.bool)
         begins[1:] = joined_at[1:] != joined_at[:-1]
@@ -74,7 +73,7 @@ class Cohorts:
         return torch.where(begins, plain | self._sign_bit, plain)
 
     def ages(self, positions: range, flagged: Tensor) -> Ages:
-        """Ages of all entries of neighbouring tensors; there is at least one entry.
+        """Ages of all entries of neighbouring tensors, which hold at least one entry.
 
         Args:
             positions: of the tensors.
@@ -92,12 +91,12 @@ class Cohorts:
         self._joined = torch.zeros_like(self._joined[:, :0])
 
     def _list(self, positions: slice) -> tuple[Tensor, Tensor]:
-        """For every cohort of these tensors, in order: its tensor, counted from the first, and when it joined."""
+        """Return for every cohort of these tensors, in order, its tensor (from 0) and the update at which it joined."""
         bits = self._joined[positions, :, None] >> torch.arange(8, device=self._joined.device, dtype=torch.uint8)
         return (bits & 1).view(bits.shape[0], -1).nonzero().unbind(1)  # pyright: ignore[reportReturnType]
 
     def _ordinals(self, flagged: Tensor) -> Tensor:
-        """The number of each entry's cohort among those of these entries."""
+        """Number of each entry's cohort, counted from 0 over these entries."""
         return (flagged < 0).cumsum(0, dtype=torch.int32).sub_(1)
 
     def _widen(self, num_bytes: int) -> None:

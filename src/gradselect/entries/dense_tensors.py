@@ -1,4 +1,4 @@
-"""Tensors that have state for every weight: those of a dense mask, and those that always train."""
+"""Tensors with state for every entry: those of a dense mask, and those that always train."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DenseTensors:
         names: of the tensors.
         table: finds their parameters.
         states: hold their state.
-        mask: of the optimizer; a compact one has no say here.
+        mask: of the optimizer; a compact one has no effect here.
         rule: the update formula.
         phases: of the optimizer.
     """
@@ -60,7 +60,7 @@ class DenseTensors:
         return bool(self._gradients(self.names))
 
     def squared_norms(self) -> list[tuple[Tensor, Tensor]]:
-        """Sum of squares of each gradient, with the tensor that it belongs to."""
+        """Sum of squares of each gradient, after the tensor of the gradient."""
         gradients = self._gradients(self.names)
         return [(self._table.of(name)[0], squared_norm(dense(each))) for name, each in gradients.items()]
 
@@ -71,9 +71,9 @@ class DenseTensors:
 
     @in_phase(SELECTION)
     def select(self) -> dict[str, Tensor]:
-        """Return what the dense mask selects of the gradients that exist, by tensor name: bool, of the local part.
+        """Select entries by the dense mask: by name of each tensor with a gradient, bool, shape of the local part.
 
-        A mask on gradients sets the others to zero.
+        A mask on "gradient" also sets the gradient of other entries to zero.
         """
         if self._mask is None:
             return {}
@@ -104,14 +104,14 @@ class DenseTensors:
         return sum(map(self._states.num_bytes, self.names))
 
     def _update_masked(self, parameter: Parameter, group: Group, mask: Tensor) -> None:
-        """Update a tensor whose gradient exists; weight decay touches entries of the mask only.
+        """Update a tensor that has a gradient; weight decay acts only on entries of the mask.
 
         Args:
             parameter: the tensor.
             group: hyper-parameters.
-            mask: bool, of the shape of the local part. On "gradient" the gradient is zero outside the mask already, and
-                moments move weights everywhere. On "update" moments see the whole gradient, and weights outside the
-                mask stay.
+            mask: bool, shape of the local part. On "gradient" the gradient is already zero outside the mask, and
+                moments move all entries. On "update" moments see the whole gradient, and entries outside the mask do
+                not move.
         """
         assert self._mask is not None
         mine = local_part(parameter)

@@ -1,4 +1,4 @@
-"""State of all selected entries: one store for the tensors that can be updated together."""
+"""State of all selected entries, in one store for each set of tensors that can be updated together."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .store import EntryStore
 
 
 class EntryStates:
-    """The stores of a model's selected entries.
+    """Stores of a model's selected entries.
 
-    A store holds tensors of one parameter group, device, dtype and kind of shards.
+    A store holds tensors that share parameter group, device, dtype and sharding.
 
     Attributes:
         stores: all of them.
 
     Args:
         groups: the optimizer's `param_groups`.
-        names: tensors of which entries are selected.
+        names: of the tensors that the mask selects from.
         rule: the update formula.
         master_dtype: dtype of masters of bf16 and fp16 weights; None: none.
     """
@@ -93,7 +93,7 @@ class EntryStates:
             store.scale_gradients(factor)
 
     def update(self) -> None:
-        """One step of the rule for every entry whose tensor had a gradient."""
+        """Apply the rule once to every entry whose tensor had a gradient."""
         for index, store in self._by_group:
             store.update(self._groups[index])
 
@@ -113,10 +113,10 @@ class EntryStates:
         return sum(masters for masters, _ in sizes), sum(others for _, others in sizes)
 
     def state(self, name: str) -> dict[str, Tensor]:
-        """Return what a checkpoint keeps of one tensor; see `EntryStore.state`."""
+        """Return the state of one tensor for a checkpoint; see `EntryStore.state`."""
         return self._store_of[name].state(name)
 
     def load(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over what `state` returned, for every tensor."""
+        """Load what `state` returned, for every tensor."""
         for store in self.stores:
             store.load(states)

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .shards import Shards
-from .top_k import Best, StreamingTopK, in_order
+from .top_k import Candidates, StreamingTopK, in_order
 
 Winners = Mapping[str, tuple[Tensor, Tensor]]
-"""By tensor name places in this rank's local part (flat, int64, ascending), and values there."""
+"""By tensor name: flat indices in the local part (int64, ascending), and values there."""
 
 
 class GlobalTopK:
@@ -21,8 +21,8 @@ class GlobalTopK:
 
     Args:
         names: of all tensors, in model order.
-        shards: where their entries lie.
-        counts: k: an int over all tensors together, a mapping by tensor name for each.
+        shards: locate their entries.
+        counts: k: an int for one top-k over all tensors, a mapping by tensor name for one in each.
         above: entries whose score is not above this never count.
     """
 
@@ -37,7 +37,7 @@ class GlobalTopK:
         self._scanned: set[str] = set()
 
     def top(self, name: str) -> StreamingTopK:
-        """Return the top-k that the entries of this tensor compete in."""
+        """Return the top-k of this tensor's entries."""
         self._scanned.add(name)
         key = self._key(name)
         if key not in self._tops:
@@ -45,25 +45,25 @@ class GlobalTopK:
         return self._tops[key]
 
     def result(self) -> Winners:
-        """Return the winners that this rank holds: of the scanned tensors, or of all for a k over all together."""
+        """Return the winners that this rank holds, by scanned tensor, or by every tensor if one k counts over all."""
         won: dict[str, tuple[Tensor, Tensor]] = {}
         for key, (_, keys, values) in self._winners().items():
-            ranks, indices, values = in_order(keys, values)
-            present, sizes = ranks.unique_consecutive(return_counts=True)
+            positions, indices, values = in_order(keys, values)
+            present, sizes = positions.unique_consecutive(return_counts=True)
             parts = zip(present.tolist(), indices.split(sizes.tolist()), values.split(sizes.tolist()), strict=True)
-            found = {self._names[rank]: (part, its_values) for rank, part, its_values in parts}
+            found = {self._names[position]: (part, its_values) for position, part, its_values in parts}
             nothing = (indices[:0], values[:0])
             won.update({name: found.get(name, nothing) for name in (self._names if key is None else [key])})
         return won
 
-    def _winners(self) -> dict[str | None, Best]:
+    def _winners(self) -> dict[str | None, Candidates]:
         if not self._shards.is_split:
-            return {key: top.best() for key, top in self._tops.items()}
+            return {key: top.candidates() for key, top in self._tops.items()}
         scanned = self._shards.total({name: name in self._scanned for name in self._names})
-        # Every rank takes part in every top-k, or the others would wait.
+        # Every rank takes part in every top-k; otherwise the others would wait.
         keys = list(dict.fromkeys(self._key(name) for name in self._names if scanned[name]))
-        candidates = [self._tops.get(key, self._empty(key)).best() for key in keys]
-        winners = self._shards.best_of_all(candidates, [self._counts.get(key, 0) for key in keys]) if keys else []
+        candidates = [self._tops.get(key, self._empty(key)).candidates() for key in keys]
+        winners = self._shards.global_top_k(candidates, [self._counts.get(key, 0) for key in keys]) if keys else []
         return dict(zip(keys, winners, strict=True))
 
     def _key(self, name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Gradients read in the backward pass, as soon as each is complete, and freed."""
+"""Reader of gradients in the backward pass: each is read when it is complete, then freed."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from gradselect.core import AbstractGradientHooks, Ownership, at_end_of_pass, de
 from gradselect.parallel import has_other_ranks, is_averaged_in_hooks, local_part
 
 WAITING = 1 << 20
-"""Entries of small gradients that are read together: read one by one, each would find the caches cold."""
+"""Number of entries of small gradients that are read together; one by one, each would find cold caches."""
 
 Read = Callable[[str, Tensor, bool], None]
-"""Called with the parameter's name, its gradient as a flat tensor, and whether a selection is made from it."""
+"""Called with the parameter's name, its flat gradient, and True if entries are selected by this gradient."""
 
 
 class GradientReader(AbstractGradientHooks):
-    """Hands the gradient of each parameter to `read` when its last backward pass of the window has added to it.
+    """Passes the gradient of each parameter to `read` after the last backward pass of the window, then frees it.
 
-    The gradient is freed then: no more than one is alive at a time, beside those that autograd itself holds, and small
-    ones that wait to be read together, of at most `WAITING` entries or a quarter of the largest tensor. With several
-    backward passes per step there are two ways:
+    Only one gradient is alive at a time, beside those that autograd itself holds and small ones that wait to be read
+    together (at most `WAITING` entries or a quarter of the largest tensor). With gradient accumulation there are two
+    ways:
 
-    * gradients add up in `parameter.grad` and are read in the last pass: exact, and as large as the model until then;
-    * `lean`: each pass is read on its own and freed; a selection is made from the first.
+    * Gradients accumulate in `parameter.grad` and are read in the last pass: exact, but as large as the model.
+    * `lean`: each pass is read by itself and freed; entries are selected by the gradient of the first.
 
-    On several ranks a gradient is read when it is averaged: that of a DTensor (`fully_shard`, `replicate`) as above,
-    its local part; others, which DistributedDataParallel averages after the hooks, in `read_rest`.
+    On several ranks a gradient is read when it is averaged. The local part of a DTensor's gradient (`fully_shard`,
+    `replicate`) is read as above. DistributedDataParallel averages after the hooks, so `read_rest` reads the others.
 
     Attributes:
-        late: names of those that are read in `read_rest`.
+        late: names of parameters whose gradients are read in `read_rest`.
 
     Args:
         parameters: by name; all must require a gradient now, or torch refuses the hook.
@@ -63,7 +63,7 @@ class GradientReader(AbstractGradientHooks):
         self._register(self.parameters.items())
 
     def watch(self, names: frozenset[str]) -> None:
-        """Read and free the gradients of these; leave others alone."""
+        """Read and free the gradients of these parameters only."""
         self._active = names
 
     def restart(self) -> None:
@@ -72,11 +72,11 @@ class GradientReader(AbstractGradientHooks):
         self._waiting: list[tuple[str, Tensor, bool]] = []
 
     def read_rest(self) -> None:
-        """Read what still exists: what waits, and all of a window that ended before its last announced pass."""
+        """Read all remaining gradients, also those of a window that ended before its last announced pass."""
         self._take_all(self._active)
 
     def read_finished(self) -> None:
-        """Read what still exists of parameters that have seen all passes of the window."""
+        """Read the remaining gradients of parameters that have seen all passes of the window."""
         self._take_all(name for name in self._active if self._num_passes[name] >= self.accumulation_steps)
 
     @property
@@ -98,14 +98,14 @@ class GradientReader(AbstractGradientHooks):
             self._take(name, parameter)
 
     def _take_all(self, names: Iterable[str]) -> None:
-        chosen = set(names)
+        wanted = set(names)
         for name, parameter in self.parameters.items():
-            if name in chosen and parameter.grad is not None and self._ownership.covers(parameter):
+            if name in wanted and parameter.grad is not None and self._ownership.covers(parameter):
                 self._take(name, parameter)
         self._read_waiting()
 
     def _take(self, name: str, parameter: Parameter) -> None:
-        # Once only: an entry that is ranked twice could be selected twice.
+        # Only once: an entry that is ranked twice could be selected twice.
         decisive = name not in self._taken
         self._taken.add(name)
         gradient, parameter.grad = parameter.grad, None

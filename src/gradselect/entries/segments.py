@@ -1,4 +1,4 @@
-"""Where the entries of each tensor lie in one flat array."""
+"""Segments of one flat array, which holds the entries of several tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Segments:
     """Neighbouring segments of a flat array, one for each tensor.
 
     Args:
-        names: of the tensors, in order; every segment is empty at first.
+        names: of the tensors, in order; all segments start empty.
 
     Example:
         >>> import torch
@@ -28,7 +28,7 @@ class Segments:
         self._ends = [0] * len(names)
 
     def slice_of(self, *names: str) -> slice:
-        """Return the part of one tensor, or of several neighbouring ones."""
+        """Return the slice of one tensor, or of several neighbouring ones."""
         first, last = self.position[names[0]], self.position[names[-1]]
         return slice(self._ends[first - 1] if first else 0, self._ends[last])
 
@@ -38,7 +38,7 @@ class Segments:
         return part.stop - part.start
 
     def split(self, array: Tensor, names: Sequence[str]) -> Sequence[Tensor]:
-        """Split an array over these neighbouring tensors into their parts."""
+        """Split an array over these neighbouring tensors into one part for each."""
         return array.split([self.count(name) for name in names])
 
     def appended(self, array: Tensor, additions: Mapping[str, Tensor]) -> Tensor:
@@ -51,13 +51,13 @@ class Segments:
         return torch.cat([*parts, array[start:]])
 
     def grow(self, by: Mapping[str, int]) -> None:
-        """Move the ends: `by` entries were added to these tensors, or taken away."""
+        """Move the ends after `by` entries were added to these tensors, or removed if negative."""
         moved = 0
         for name, position in self.position.items():
             moved += by.get(name, 0)
             self._ends[position] += moved
 
     def reset(self, counts: Mapping[str, int]) -> None:
-        """Begin anew with so many entries of each tensor."""
+        """Set the number of entries of each tensor."""
         self._ends = [0] * len(self._ends)
         self.grow(counts)

@@ -19,11 +19,11 @@ from .mask import AbstractCompactMask, AbstractMask, FromWeights, TopOfGradient
 from .shards import Shards
 
 Selected = Mapping[str, tuple[Tensor, Tensor | None]]
-"""By tensor name flat indices (int64, ascending), and the gradients there if the step under way is to move them."""
+"""By tensor name: flat indices (int64, ascending), and gradients there if the current step moves these entries."""
 
 
 class Change(NamedTuple):
-    """Difference between the sets of two steps, in entries of all ranks."""
+    """Difference between the sets of two steps, in numbers of entries over all ranks."""
 
     num_previous: int
     num_new: int
@@ -31,7 +31,7 @@ class Change(NamedTuple):
 
 
 class EntrySelector:
-    """Carries out the choices of a mask. A dense mask has none, so nothing ever changes.
+    """Carries out the choices of a compact mask. A dense mask makes none, so nothing changes.
 
     Attributes:
         sizes: number of entries of each tensor in the set, over all ranks.
@@ -40,7 +40,7 @@ class EntrySelector:
         mask: bound to the tensors of `parameters`.
         entries: hold the set.
         parameters: tensors that the mask selects from, by name.
-        shards: where their entries lie.
+        shards: locate their entries.
         phases: of the optimizer.
     """
 
@@ -59,7 +59,7 @@ class EntrySelector:
         self._shards = shards
         self._phases = phases
         self._names = tuple(parameters)
-        self._rank = {name: rank for rank, name in enumerate(self._names)}
+        self._position = {name: position for position, name in enumerate(self._names)}
         self.sizes: dict[str, int] = dict.fromkeys(entries.names, 0)
         self.ask(0)
 
@@ -79,14 +79,14 @@ class EntrySelector:
         self.restart()
 
     def restart(self) -> None:
-        """Forget the gradients that were seen."""
+        """Forget the gradients ranked so far."""
         self._top: GlobalTopK | None = None
         if isinstance(self._choice, TopOfGradient):
             above = -math.inf if self._choice.replace else 0.0
             self._top = GlobalTopK(self._names, self._shards, self._choice.counts, above=above)
 
     def can_select(self, name: str) -> bool:
-        """True if the gradient of the coming step may add entries of the tensor."""
+        """True if the gradient of the next step may add entries of the tensor."""
         if not isinstance(self._choice, TopOfGradient):
             return False
         counts = self._choice.counts
@@ -94,37 +94,37 @@ class EntrySelector:
 
     @property
     def only_adds(self) -> bool:
-        """True if entries of the set stay in it at the coming step, whatever their gradients."""
+        """True if entries stay in the set at the next step, whatever their gradients."""
         return isinstance(self._choice, TopOfGradient) and not self._choice.replace
 
     @in_phase(SELECTION)
     def see(self, name: str, gradient: Tensor) -> None:
-        """Rank the entries of a tensor by their gradient (flat, shape (n,)), if the choice is by gradient."""
+        """Rank the entries of a tensor by their gradient (flat, shape (n,)), if the mask selects by gradient."""
         if self._top is None:
             return
         assert isinstance(self._mask, AbstractCompactMask)
         self._top.top(name).scan(
             local_part(self._parameters[name]).detach().view(-1),
             gradient,
-            rank=self._rank[name],
+            position=self._position[name],
             score=self._mask.score,
             least=self._mask.least_gradient,
         )
 
     def select_by_weights(self, step: int, model: nn.Module) -> Change:
-        """Before the backward pass: select what the mask takes from weights, if it does so at this step."""
+        """Select entries by weights, before the backward pass, if the mask does so at this step."""
         if not isinstance(self._choice, FromWeights):
             return Change(self.num_selected, 0, self.num_selected)
         assert isinstance(self._mask, AbstractCompactMask)
-        chosen = self._mask.choose(step, model)
+        selected = self._mask.choose(step, model)
         nothing = torch.empty(0, dtype=torch.int64)
         return self._replace_by(
-            {name: (self._shards.inside(name, chosen.get(name, nothing)), None) for name in self._names}
+            {name: (self._shards.to_local(name, selected.get(name, nothing)), None) for name in self._names}
         )
 
     @in_phase(SELECTION)
     def select_by_gradient(self) -> Change | None:
-        """After the backward pass: let the winners join, or replace the set. None: no such choice at this step."""
+        """Select entries by gradient, after the backward pass; None if the mask does not do so at this step."""
         if self._top is None:
             return None
         winners = self._top.result()
@@ -139,7 +139,7 @@ class EntrySelector:
         return Change(before, self.num_selected - before, before)
 
     def _replace_by(self, selected: Selected) -> Change:
-        """Replace the set; entries that stay keep their state. Tensors that are left out stay as they are."""
+        """Replace the set in the tensors of `selected`; entries that stay keep their state."""
         num_previous, num_kept = self.num_selected, dict[str, int]()
         for store in self._entries.stores:
             kept, newcomers = {}, {}

@@ -1,4 +1,4 @@
-"""Checks of what a SparseOptimizer is built from."""
+"""Checks of the arguments of a SparseOptimizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_model(model: nn.Module) -> nn.Module:
     """Return the model without its wrappers.
 
     Raises:
-        UsageError: it is spread over devices in a way that hides its gradients.
+        UsageError: a wrapper hides its gradients, or its parameters are on several devices.
     """
     check_placement(model)
     return unwrapped(model)
@@ -27,14 +27,14 @@ def check_model(model: nn.Module) -> nn.Module:
 def check_arguments(
     mask: AbstractMask, rule: AbstractRule, *, max_grad_norm: float | None, accumulation_steps: int
 ) -> None:
-    """Check what needs no model.
+    """Check the arguments that need no model.
 
     Raises:
         UsageError: there is no mask, the rule does not work on entries, or a number is outside its range.
     """
     check_is(mask, AbstractMask, name="mask", example="mask=gs.ID3(density=0.01, steps=1000)")
     check_whole("accumulation_steps", accumulation_steps)
-    # A dense mask has state for every weight.
+    # A dense mask has state for every entry.
     if not rule.works_on_entries and not isinstance(mask, AbstractDenseMask):
         raise UsageError(
             f"{type(rule).__name__} works on whole tensors only, and {type(mask).__name__} selects entries of them; "
@@ -54,11 +54,11 @@ def check_lean(lean: bool, late: Collection[str]) -> None:
         late: names of parameters whose gradients are averaged late.
 
     Raises:
-        UsageError: it is asked for, and there are such parameters.
+        UsageError: `lean` is set, and there are such parameters.
     """
     if lean and late:
         raise UsageError(
-            "lean_accumulation=True needs gradients that are averaged as they come, by fully_shard or replicate; "
+            "lean_accumulation=True needs fully_shard or replicate, which average each gradient in the backward pass; "
             "leave it out: under DistributedDataParallel gradients stay until step()"
         )
 
@@ -100,10 +100,10 @@ def blocks_of(tensors: Sequence[MaskTensor], names: Collection[str]) -> list[Blo
 
 
 def trainable_tensors(model: nn.Module) -> list[MaskTensor]:
-    """Return every tensor that trains, in model order, tied ones once.
+    """Return all trainable tensors, in model order, tied ones once.
 
     Raises:
-        UsageError: there is none, or one does not lie in memory as a flat array.
+        UsageError: there is none, or one is not contiguous in memory.
     """
     tensors = [
         MaskTensor(name=name, parameter=parameter, module=model.get_submodule(name.rpartition(".")[0]))

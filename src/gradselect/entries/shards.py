@@ -1,4 +1,4 @@
-"""Entries of tensors that several processes hold in parts: where they lie, and how the best of all are agreed on."""
+"""Shards of entries: their indices in whole tensors, sums over ranks, and the global top-k."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradselect.parallel import (
     sum_over_ranks,
 )
 
-from .top_k import INDEX_BITS, Best
+from .top_k import INDEX_BITS, Candidates
 
 DIGIT_BITS = 8
 NUM_DIGITS = 1 << DIGIT_BITS
@@ -26,54 +26,48 @@ LARGEST = torch.iinfo(torch.int64).max
 
 
 class Shards:
-    """Which entries of named tensors this process holds, and what must be added up over the others.
+    """Entries of named tensors in this rank's local parts, and sums over the other ranks.
 
-    A tensor that is held whole, by one process alone or as a replica, costs nothing: every process finds the same.
+    A tensor that is whole on every rank needs no communication: all ranks find the same.
 
     Args:
-        tensors: by name, in model order; a tensor's position is its rank.
+        tensors: by name, in model order; keys of a top-k hold a tensor's position in it.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._groups = {name: shard_groups(tensor) for name, tensor in tensors.items()}
         self._first = {name: local_start(tensor, name=name) for name, tensor in tensors.items()}
         self._sizes = {name: local_part(tensor).numel() for name, tensor in tensors.items()}
-        self._kinds = tuple(dict.fromkeys(self._groups.values()))
+        self._shardings = tuple(dict.fromkeys(self._groups.values()))
         self._device = next((collective_device(t) for t in tensors.values() if shard_groups(t)), torch.device("cpu"))
         self.is_split = any(self._groups.values())
 
-    # Numbers ------------------------------------------------------------------------------------------------------
-
     def total(self, numbers: Mapping[str, int]) -> dict[str, int]:
-        """By tensor the sum of the numbers of all who hold a part of it; tensors left out have none."""
+        """Sum numbers of local parts over all ranks, by tensor."""
         if not self.is_split:
             return dict(numbers)
-        of_kinds = {
+        by_sharding = {
             groups: torch.tensor([numbers.get(name, 0) * (ours == groups) for name, ours in self._groups.items()])
-            for groups in self._kinds
+            for groups in self._shardings
         }
-        totals = sum_over_ranks(of_kinds, device=self._device)
+        totals = sum_over_ranks(by_sharding, device=self._device)
         return {name: total for name, total in zip(self._groups, totals.tolist(), strict=True) if name in numbers}
 
-    # Places -------------------------------------------------------------------------------------------------------
-
-    def inside(self, name: str, indices: Tensor) -> Tensor:
-        """Of indices in the whole tensor those in this process' part, counted from its beginning."""
+    def to_local(self, name: str, indices: Tensor) -> Tensor:
+        """Convert indices in the whole tensor to indices in the local part; drop those of other ranks."""
         if not self._groups[name]:
             return indices
-        places = indices - self._first[name]
-        return places[(places >= 0) & (places < self._sizes[name])]
+        local = indices - self._first[name]
+        return local[(local >= 0) & (local < self._sizes[name])]
 
-    def in_whole(self, name: str, places: Tensor) -> Tensor:
-        """The opposite: indices in the whole tensor (int64) of places in this process' part."""
-        return places.long() + self._first[name]
+    def in_whole(self, name: str, local: Tensor) -> Tensor:
+        """Convert indices in the local part to indices in the whole tensor, int64."""
+        return local.long() + self._first[name]
 
-    # Checkpoints --------------------------------------------------------------------------------------------------
+    def gather_state(self, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gather the state of a tensor's entries (see `EntryStore.state`) from all ranks, by index in the whole tensor.
 
-    def gather(self, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state of a tensor's entries (as of `EntryStore.state`) of all processes, by indices in the whole tensor.
-
-        In the order of joining, entries of a cohort by index. On the CPU where it was gathered.
+        Entries are in the order in which they joined, those of one cohort by index. On the CPU if ranks were gathered.
         """
         parts = [{key: value.cpu() for key, value in state.items()}] if self._groups[name] else []
         for part in parts:
@@ -85,55 +79,59 @@ class Shards:
             parts = [part for several in everyone for part in several]
         return _joined(parts) if parts else state
 
-    def own(self, name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What this process holds of the gathered state."""
+    def local_state(self, name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return this rank's part of the gathered state."""
         if not self._groups[name]:
             return dict(state)
-        places = state["indices"].long() - self._first[name]
-        mine = (places >= 0) & (places < self._sizes[name])
-        parts = {**state, "indices": places}
-        return {key: value[mine] if value.ndim else value for key, value in parts.items()}
+        local = state["indices"].long() - self._first[name]
+        is_local = (local >= 0) & (local < self._sizes[name])
+        parts = {**state, "indices": local}
+        return {key: value[is_local] if value.ndim else value for key, value in parts.items()}
 
-    # Contests -----------------------------------------------------------------------------------------------------
+    def global_top_k(self, candidates: Sequence[Candidates], counts: Sequence[int]) -> list[Candidates]:
+        """Global top-k, several at once. Returns the winners that this rank holds.
 
-    def best_of_all(self, offers: Sequence[Best], counts: Sequence[int]) -> list[Best]:
-        """Of each contest the `count` best among the offers of all processes, as far as they are this one's.
-
-        Nobody sees the others' scores: each process counts how many of its own have each value of a digit, eight
-        bits at a time, and the counts are added up. Ties go to the lower rank, then to the lower index in the whole
-        tensor, as in one process.
+        Ranks exchange no scores. Each counts its candidates by one digit of the score, eight bits at a time, and the
+        counts are summed over ranks. Ties go to the earlier tensor, then to the lower index in the whole tensor, as on
+        a single rank.
 
         Args:
-            offers: of every contest this process' own best, `count` at most.
-            counts: how many may win each contest.
+            candidates: this rank's top-k, one for each k.
+            counts: the k of each.
         """
-        device = next((keys.device for _, keys, _ in offers if keys.numel()), torch.device("cpu"))
-        scores = torch.cat([scores.to(device, torch.float64) for scores, _, _ in offers])
-        keys = torch.cat([keys.to(device) for _, keys, _ in offers])
-        contests = torch.cat([torch.full((len(keys),), n, device=device) for n, (_, keys, _) in enumerate(offers)])
-        wins, ties, wanted, num_ties = self._largest(ordered_bits(scores), keys, contests, torch.tensor(counts))
+        device = next((keys.device for _, keys, _ in candidates if keys.numel()), torch.device("cpu"))
+        scores = torch.cat([scores.to(device, torch.float64) for scores, _, _ in candidates])
+        keys = torch.cat([keys.to(device) for _, keys, _ in candidates])
+        which = torch.cat([torch.full((len(keys),), n, device=device) for n, (_, keys, _) in enumerate(candidates)])
+        wins, ties, wanted, num_ties = self._largest(ordered_bits(scores), keys, which, torch.tensor(counts))
         if bool((num_ties > wanted).any()):
             tied = ties.nonzero().view(-1)
             codes = ordered_by_key(self._whole_keys(keys[tied]))
-            first, last, _, _ = self._largest(codes, keys[tied], contests[tied], wanted)
+            first, last, _, _ = self._largest(codes, keys[tied], which[tied], wanted)
             ties = torch.zeros_like(ties).index_put_((tied,), first | last)
-        winners = (wins | ties).split([len(keys) for _, keys, _ in offers])
+        winners = (wins | ties).split([len(keys) for _, keys, _ in candidates])
         return [
             (scores[won.to(scores.device)], keys[won.to(keys.device)], values[won.to(values.device)])
-            for won, (scores, keys, values) in zip(winners, offers, strict=True)
+            for won, (scores, keys, values) in zip(winners, candidates, strict=True)
         ]
 
     def _largest(
-        self, codes: Tensor, keys: Tensor, contests: Tensor, wanted: Tensor
+        self, codes: Tensor, keys: Tensor, which: Tensor, wanted: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The `wanted` largest codes of each contest over all processes, codes read as unsigned numbers.
+        """Find the `wanted` largest codes of each top-k over all ranks, codes read as unsigned numbers.
+
+        Args:
+            codes: shape (n,), of this rank.
+            keys: shape (n,).
+            which: number of the top-k of each code. Shape (n,).
+            wanted: k of each top-k.
 
         Returns:
-            Which codes of this process are larger than the last that is wanted; which equal it; how many of the equal
-            ones are wanted, of all processes together; and how many there are. The last two by contest.
+            True for codes above the k-th largest; True for codes equal to it; by top-k, the number of equal codes that
+            are wanted; and the number that exist, both over all ranks.
         """
-        kinds = torch.tensor([self._kinds.index(groups) for groups in self._groups.values()], device=keys.device)
-        cells = kinds[keys >> INDEX_BITS] * len(wanted) + contests
+        shardings = [self._shardings.index(groups) for groups in self._groups.values()]
+        cells = torch.tensor(shardings, device=keys.device)[keys >> INDEX_BITS] * len(wanted) + which
         wins, ties = torch.zeros_like(codes, dtype=torch.bool), torch.ones_like(codes, dtype=torch.bool)
         num_ties = torch.zeros_like(wanted)
         for shift in range(64 - DIGIT_BITS, -1, -DIGIT_BITS):
@@ -144,31 +142,31 @@ class Shards:
             last = (at_least >= wanted[:, None]).sum(1, keepdim=True) - 1
             num_ties = counts.gather(1, last).view(-1)
             wanted = wanted - at_least.gather(1, last).view(-1) + num_ties
-            limits = last.view(-1).to(codes.device)[contests]
+            limits = last.view(-1).to(codes.device)[which]
             wins |= ties & (digits > limits)
             ties &= digits == limits
         return wins, ties, wanted, num_ties
 
-    def _counts(self, bins: Tensor, num_contests: int) -> Tensor:
-        """How often each digit occurs, of all processes. Shape (num_contests, NUM_DIGITS), on the CPU."""
-        shape = (len(self._kinds), num_contests, NUM_DIGITS)
-        of_kinds = torch.bincount(bins, minlength=shape[0] * shape[1] * shape[2]).view(shape)
-        return sum_over_ranks(dict(zip(self._kinds, of_kinds.unbind(), strict=True)), device=self._device)
+    def _counts(self, bins: Tensor, num_top_ks: int) -> Tensor:
+        """Number of codes with each digit, over all ranks. Shape (num_top_ks, NUM_DIGITS), on the CPU."""
+        shape = (len(self._shardings), num_top_ks, NUM_DIGITS)
+        counts = torch.bincount(bins, minlength=shape[0] * shape[1] * shape[2]).view(shape)
+        return sum_over_ranks(dict(zip(self._shardings, counts.unbind(), strict=True)), device=self._device)
 
     def _whole_keys(self, keys: Tensor) -> Tensor:
-        """Keys with the index in the whole tensor."""
+        """Return the keys with indices in the whole tensor."""
         first = torch.tensor(list(self._first.values()), device=keys.device)
         return keys + first[keys >> INDEX_BITS]
 
 
 def ordered_bits(scores: Tensor) -> Tensor:
-    """For float64 scores whole numbers that, read as unsigned, are in the same order; equal for equal scores."""
+    """Map float64 scores to int64 that, read as unsigned, have the same order; equal for equal scores."""
     bits = (scores + 0.0).view(torch.int64)  # -0.0 becomes 0.0
     return torch.where(bits < 0, ~bits, bits ^ SIGN_BIT)
 
 
 def ordered_by_key(keys: Tensor) -> Tensor:
-    """A larger number for a smaller key."""
+    """Map smaller keys to larger numbers."""
     return LARGEST - keys
 
 

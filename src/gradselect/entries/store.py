@@ -1,4 +1,4 @@
-"""Compact optimizer state: indices, moments and master weights of selected entries, and of nothing else."""
+"""Compact optimizer state: indices, moments and masters of selected entries only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .segments import Segments
 Group = Mapping[str, Any]
 
 RUN = 1 << 22
-"""Entries that are updated together, or those of one tensor; temporary memory of the update is of their size."""
+"""Number of entries that are updated together, unless one tensor has more; sets the update's temporary memory."""
 
 
 def index_dtype(numel: int) -> torch.dtype:
@@ -27,14 +27,14 @@ def index_dtype(numel: int) -> torch.dtype:
 
 
 class EntryStore:
-    """The selected entries of several tensors, with their state, in one flat array of each kind.
+    """Selected entries of several tensors, and their state, in one flat array of each kind.
 
         indices      flat index in its tensor      4 bytes (8 in tensors of more than 2^31 entries)
         state        of the rule, e.g. exp_avg     4 each
         master       float32 weight                4, of half-precision tensors only
 
-    State and masters of float64 tensors, or with another dtype of masters, are in that dtype. Entries lie tensor by
-    tensor, within a tensor in the order in which they joined. Each rank holds the entries of its local parts.
+    State and masters of float64 tensors, or with another `master_dtype`, have that dtype. Entries are sorted by tensor,
+    then in the order in which they joined. Each rank holds the entries of its local parts.
 
     Args:
         parameters: the tensors, by name; they share device, dtype and parameter group.
@@ -59,7 +59,7 @@ class EntryStore:
         self._cohorts = Cohorts(len(self.names), index_dtype=self._indices.dtype, device=first.device)
         self.restart()
 
-    # Gradients of the step that is under way ----------------------------------------------------------------------
+    # Gradients of the current step ---------------------------------------------------------------------------------
 
     def restart(self) -> None:
         """Forget the gradients that were read."""
@@ -73,7 +73,7 @@ class EntryStore:
         Args:
             name: of the tensor.
             gradient: flat, shape (n,).
-            clear: set it to zero there.
+            clear: set `gradient` to zero at the entries.
         """
         if self._gradients is None:
             self._gradients = torch.zeros_like(self._indices, dtype=self._empty.dtype)
@@ -100,7 +100,7 @@ class EntryStore:
         return torch.zeros(()) if self._gradients is None else self._gradients.square().sum()
 
     def scale_gradients(self, factor: Tensor) -> None:
-        """Multiply them, as clipping does."""
+        """Multiply all gradients, as clipping does."""
         if self._gradients is not None:
             self._gradients.mul_(factor.to(self._gradients.device))
 
@@ -118,8 +118,8 @@ class EntryStore:
         """Let entries join, as one cohort in each tensor.
 
         Args:
-            newcomers: by tensor name their flat indices (int64, ascending; none of them selected yet), and their
-                gradients if the step under way is to move them: those of all, or of none.
+            newcomers: by tensor name flat indices (int64, ascending, none selected yet), and gradients if the current
+                step moves these entries: for all tensors or for none.
         """
         newcomers = {name: new for name, new in newcomers.items() if new[0].numel()}
         if not newcomers:
@@ -178,7 +178,7 @@ class EntryStore:
         }
 
     def load(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over what `state` returned, for every tensor."""
+        """Load what `state` returned, for every tensor."""
         device = self._indices.device
         ordered = [states[name] for name in self.names]
         self._indices = torch.cat([state["indices"].to(device, self._indices.dtype) for state in ordered])
@@ -200,7 +200,7 @@ class EntryStore:
     # The update ---------------------------------------------------------------------------------------------------
 
     def update(self, group: Group) -> None:
-        """One step of the rule for every entry whose tensor had a gradient."""
+        """Apply the rule once to every entry whose tensor had a gradient."""
         if self._gradients is not None:
             for names in self._runs():
                 self._update_run(names, group)
@@ -238,7 +238,7 @@ class EntryStore:
             flat.index_copy_(0, some.long(), moved)
 
     def _runs(self) -> Iterator[list[str]]:
-        """Names of tensors that had a gradient, neighbours together until they are `RUN` entries."""
+        """Yield names of tensors that had a gradient, neighbours together until they hold `RUN` entries."""
         run: list[str] = []
         num_entries = 0
         for name in self.names:
@@ -258,7 +258,7 @@ class EntryStore:
         return local_part(self._parameters[name]).detach().view(-1)
 
     def _plain(self) -> Tensor:
-        """All indices without their flags, kept until the set or the step changes."""
+        """Return all indices without flags, cached until the set or the step changes."""
         if self._plain_indices is None:
             self._plain_indices = self._cohorts.plain(self._indices)
         return self._plain_indices

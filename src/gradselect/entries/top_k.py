@@ -1,4 +1,4 @@
-"""The k largest of many scores that arrive tensor by tensor: exact, and never with a copy of them all."""
+"""Streaming top-k of scores that arrive tensor by tensor: exact, without a copy of all scores."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ import torch
 from torch import Tensor
 
 CHUNK = {"cpu": 1 << 17}
-"""Elements that are looked at together: on the CPU few enough for the cache."""
+"""Number of entries that are scored together; on the CPU few enough for the cache."""
 CHUNK_ELSEWHERE = 1 << 26
 
 SAMPLE = 4096
-"""Scores from which the first threshold is guessed."""
+"""Number of scores from which the first threshold is estimated."""
 SLACK = 64
-"""Entries beyond twice the wanted number that are kept before the worst are dropped."""
+"""Number of entries beyond 2 k that are kept before the smallest are dropped."""
 
 INDEX_BITS = 40
-"""A tensor's number and an index in it make one key: rank << INDEX_BITS | index."""
+"""A tensor's position and an index in it make one key: position << INDEX_BITS | index."""
 
-Best = tuple[Tensor, Tensor, Tensor]
+Candidates = tuple[Tensor, Tensor, Tensor]
 """Scores, keys and values of entries, each of shape (m,)."""
 
 Score = Callable[[Tensor, Tensor], Tensor]
-"""Elementwise score of (weights, gradients)."""
+"""Elementwise score, a function of (weights, gradients)."""
 
 
 class StreamingTopK:
-    r"""Keeps the `count` entries of largest score among all that were offered.
+    r"""Keeps the `count` entries of largest score among all that were added.
 
-    Entries are ordered by (score descending, rank ascending, index ascending), so the result does not depend on the
-    order in which they were offered. An entry whose score is NaN never counts.
+    Entries are sorted by (score descending, position of the tensor, index), so the result does not depend on the order
+    in which they were added. NaN scores never count.
 
-    What falls behind the `count`-th best score so far is dropped whenever `2 count + SLACK` entries have come together,
-    so little more than that and one chunk are in memory; `reference.top_entries` is the twin that sorts everything.
+    Entries below the `count`-th largest score so far are dropped whenever more than `2 count + SLACK` are kept, so
+    memory holds little more than that and one chunk. `reference.top_entries` is the twin that sorts all scores.
 
     Args:
-        count: how many entries to keep, >= 0.
-        above: entries whose score is not above this never count. Default -inf: those of -inf alone do not.
+        count: number of entries to keep, >= 0.
+        above: entries whose score is not above this never count. Default -inf, so that only -inf itself never does.
 
     Example:
         >>> top = StreamingTopK(2)
-        >>> top.offer(torch.tensor([0.5, 3.0]), rank=0)
-        >>> top.offer(torch.tensor([1.0]), rank=1)
-        >>> ranks, indices, _ = top.result()
-        >>> ranks.tolist(), indices.tolist()
+        >>> top.add(torch.tensor([0.5, 3.0]), position=0)
+        >>> top.add(torch.tensor([1.0]), position=1)
+        >>> positions, indices, _ = top.result()
+        >>> positions.tolist(), indices.tolist()
         ([0, 1], [1, 0])
     """
 
@@ -56,29 +56,29 @@ class StreamingTopK:
         self._num_kept = 0
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def offer(self, scores: Tensor, *, rank: int, offset: int = 0, values: Tensor | None = None) -> None:
-        """Offer the entries `offset`, `offset + 1`, ... of tensor `rank`.
+    def add(self, scores: Tensor, *, position: int, offset: int = 0, values: Tensor | None = None) -> None:
+        """Add the entries `offset`, `offset + 1`, ... of a tensor.
 
         Args:
             scores: shape (n,), e.g. (131072,).
-            rank: number of the tensor that the scores belong to.
-            offset: index in that tensor of the first score.
-            values: shape (n,), what goes with the entries into `result`; default the scores.
+            position: of the tensor, in model order.
+            offset: index in the tensor of the first score.
+            values: shape (n,); returned with the entries by `result`. Default: the scores.
         """
         found = ((scores >= self._threshold) & (scores > self._above)).nonzero().view(-1)
-        self._add(scores[found], rank, found + offset, (scores if values is None else values)[found])
+        self._keep(scores[found], position, found + offset, (scores if values is None else values)[found])
 
     def scan(
-        self, weight: Tensor, gradient: Tensor, *, rank: int, score: Score, least: Callable[[float], float]
+        self, weight: Tensor, gradient: Tensor, *, position: int, score: Score, least: Callable[[float], float]
     ) -> None:
-        """Offer every entry of a tensor, with its gradient as value, but score only those that can win.
+        """Add every entry of a tensor, with its gradient as value, but score only those that can win.
 
         Args:
             weight: shape (n,).
             gradient: shape (n,).
-            rank: number of the tensor.
+            position: of the tensor, in model order.
             score: larger is better.
-            least: of a score, what |gradient| an entry must reach to have it; 0.0 where that is not known.
+            least: maps a score to the smallest |gradient| that can reach it; 0.0 if unknown.
         """
         if self._count == 0 or gradient.numel() == 0:
             return
@@ -95,25 +95,25 @@ class StreamingTopK:
             scores = score(at_least_float(weight.index_select(0, places)), gradients)
             if bound == self._threshold or int((scores >= bound).count_nonzero()) >= self._count:
                 self._threshold = bound
-                self._add(scores, rank, places, gradients)
+                self._keep(scores, position, places, gradients)
                 return
         length = chunk_length(gradient)
         for start in range(0, gradient.numel(), length):
             gradients = at_least_float(gradient[start : start + length])
             scores = score(at_least_float(weight[start : start + length]), gradients)
-            self.offer(scores, rank=rank, offset=start, values=gradients)
+            self.add(scores, position=position, offset=start, values=gradients)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The kept entries in order of (rank, index).
+        """Return the kept entries in order of (position, index).
 
         Returns:
-            ranks (int64), indices in their tensors (int64) and values, each of shape (m,), m <= `count`.
+            Positions of tensors (int64), indices in them (int64) and values, each of shape (m,), m <= `count`.
         """
-        _, keys, values = self.best()
+        _, keys, values = self.candidates()
         return in_order(keys, values)
 
-    def best(self) -> Best:
-        """The kept entries in any order: scores, keys and values, each of shape (m,)."""
+    def candidates(self) -> Candidates:
+        """Return the kept entries in any order: scores, keys and values, each of shape (m,)."""
         if not self._parts:
             return torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0)
         self._prune()
@@ -121,33 +121,33 @@ class StreamingTopK:
         counting = (scores > self._above).nonzero().view(-1)
         return scores[counting], keys[counting], values[counting]
 
-    def _add(self, scores: Tensor, rank: int, indices: Tensor, values: Tensor) -> None:
+    def _keep(self, scores: Tensor, position: int, indices: Tensor, values: Tensor) -> None:
         if self._count and scores.numel():
-            # The best of all that are there is found below, and a NaN would be it.
+            # torch.topk ranks NaN first.
             scores = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-            self._parts.append((scores, indices + (rank << INDEX_BITS), values))
+            self._parts.append((scores, indices + (position << INDEX_BITS), values))
             self._num_kept += scores.numel()
             if self._num_kept > 2 * self._count + SLACK:
                 self._prune()
 
     def _guess(self, weight: Tensor, gradient: Tensor, score: Score) -> float:
-        """What about `count` entries of this tensor reach, from a sample; -inf if it is too small to say."""
+        """Estimate from a sample a score that about `count` entries of the tensor reach; -inf if it is too small."""
         step = max(1, gradient.numel() // SAMPLE)
         sample = score(at_least_float(weight[::step]), at_least_float(gradient[::step]))
-        position = round(1.25 * self._count * sample.numel() / gradient.numel()) + 8
-        if position >= sample.numel() // 2:
+        place = round(1.25 * self._count * sample.numel() / gradient.numel()) + 8
+        if place >= sample.numel() // 2:
             return -math.inf
-        return float(torch.topk(torch.nan_to_num(sample, nan=-math.inf), position).values[-1])
+        return float(torch.topk(torch.nan_to_num(sample, nan=-math.inf), place).values[-1])
 
     def _prune(self) -> None:
-        """Only the `count` best stay."""
+        """Drop all but the `count` largest."""
         device = self._parts[0][0].device
         scores, keys, values = (torch.cat([part[column].to(device) for part in self._parts]) for column in range(3))
         if scores.numel() > self._count:
-            best, order = torch.topk(scores, self._count + 1)
-            self._threshold, next_best = best[-2:].tolist()
-            if self._threshold == next_best:
-                # Of equal scores those of lower rank, then of lower index.
+            largest, order = torch.topk(scores, self._count + 1)
+            self._threshold, next_largest = largest[-2:].tolist()
+            if self._threshold == next_largest:
+                # Ties go to the lower position, then to the lower index.
                 by_key = keys.argsort()
                 order = by_key[scores[by_key].argsort(descending=True, stable=True)]
             order = order[: self._count]
@@ -157,27 +157,29 @@ class StreamingTopK:
 
 
 def in_order(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ranks, indices and values in order of (rank, index)."""
+    """Return positions, indices and values in order of (position, index)."""
     keys, order = keys.sort()
     return keys >> INDEX_BITS, keys & ((1 << INDEX_BITS) - 1), values[order]
 
 
 def _rows(count: int, numel: int) -> int:
-    """Into how many rows to fold a tensor so that about one column in forty holds one of its `count` best entries."""
+    """Number of rows to fold a tensor into, so that about one column in forty holds one of the `count` largest."""
     even = numel & -numel
     return min(64, even, 1 << max(0, (numel // (40 * count)).bit_length() - 1))
 
 
 def _reaching(gradient: Tensor, bound: float, *, rows: int) -> tuple[Tensor, Tensor] | None:
-    """All entries with |gradient| >= bound: their positions, and the gradients there, each of shape (m,).
+    """Find all entries with |gradient| >= bound.
 
-    Where few entries do it is several times faster to look at the extremes of columns first.
+    If few entries reach the bound, testing the extremes of columns first is several times faster.
 
     Args:
-        rows: into how many to fold the tensor, whose number of entries it divides.
+        gradient: shape (n,).
+        bound: see above.
+        rows: number of rows to fold the tensor into; divides n.
 
     Returns:
-        None where the bound says little.
+        Indices, and gradients there, each of shape (m,). None if the bound is 0 or too many columns reach it.
     """
     if not bound > 0:
         return None
@@ -186,7 +188,7 @@ def _reaching(gradient: Tensor, bound: float, *, rows: int) -> tuple[Tensor, Ten
         return places, at_least_float(gradient.index_select(0, places))
     folded = gradient.view(rows, -1)
     highest, lowest = folded.amax(0), folded.amin(0)
-    # A NaN comes through, and what is asked of it here is never true: it hides no other entry.
+    # NaN passes through amax, and each comparison with it is False, so it hides no other entry.
     if float(torch.maximum(highest.amax(), -lowest.amin())) < bound:
         return torch.empty(0, dtype=torch.int64, device=gradient.device), at_least_float(gradient[:0])
     columns = (~((highest < bound) & (lowest > -bound))).nonzero().view(-1)
@@ -198,10 +200,10 @@ def _reaching(gradient: Tensor, bound: float, *, rows: int) -> tuple[Tensor, Ten
 
 
 def at_least_float(tensor: Tensor) -> Tensor:
-    """Scores of half-precision tensors are computed in float32."""
+    """Convert half precision to float32, in which scores are computed."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def chunk_length(tensor: Tensor) -> int:
-    """Elements of `tensor` to look at together."""
+    """Number of entries of `tensor` to score together."""
     return CHUNK.get(tensor.device.type, CHUNK_ELSEWHERE)

@@ -147,7 +147,7 @@ def low_rank(matrix: Tensor, rank: int, *, generator: torch.Generator) -> tuple[
 def largest_entries(scores: Tensor, count: int) -> Tensor:
     """Return flat indices of the `count` largest scores, ascending; ties go to the lower index."""
     top = StreamingTopK(count)
-    top.offer(scores.reshape(-1), rank=0)
+    top.add(scores.reshape(-1), position=0)
     return top.result()[1]
 
 

@@ -164,10 +164,10 @@ def best_entries(tensors: Sequence[MaskTensor], counts: int | Mapping[str, int],
     parameters = {tensor.name: tensor.parameter for tensor in tensors}
     shards = Shards(parameters)
     top_k = GlobalTopK(tuple(parameters), shards, counts)
-    for rank, tensor in enumerate(tensors):
+    for position, tensor in enumerate(tensors):
         offset = 0
         for chunk in scores(tensor):
-            top_k.top(tensor.name).offer(chunk, rank=rank, offset=offset)
+            top_k.top(tensor.name).add(chunk, position=position, offset=offset)
             offset += chunk.numel()
     return {
         name: shards.in_whole(name, indices).to(parameters[name].device)
