@@ -18,7 +18,7 @@ from gradselect.integrations.transformers import SelectionCallback, SelectiveOpt
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_garbage_collection():
-    """Each `train()` collects garbage, half a second among all that transformers has imported."""
+    """Each `train()` collects garbage, half a second with the objects of transformers."""
     gc.freeze()
     yield
     gc.unfreeze()

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import gradselect as gs
 from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory, summarise
 
-NEW_NAME = "activation_checkpointing"  # transformers before 5.20 or so knows the old one only
+NEW_NAME = "activation_checkpointing"  # transformers before 5.20 or so has the old one only
 CHECKPOINTING = (
     NEW_NAME if NEW_NAME in {field.name for field in fields(TrainingArguments)} else "gradient_checkpointing"
 )
@@ -27,7 +27,7 @@ CHECKPOINTING = (
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_garbage_collection():
-    """Each `train()` collects garbage, half a second among all that transformers has imported."""
+    """Each `train()` collects garbage, half a second with the objects of transformers."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -67,7 +67,7 @@ def build(folder, policy, *, model=None, data=16, callbacks=None, options=None, 
 
 
 def core(trainer):
-    """The BlockOptimizer below Accelerate's wrapper."""
+    """Return the BlockOptimizer inside Accelerate's wrapper."""
     return trainer.optimizer.optimizer
 
 
@@ -80,7 +80,7 @@ def same(first, second):
 
 
 class Recorder(TrainerCallback):
-    """Keeps the records of the run, and which parameters each step changed."""
+    """Keeps the records of the run and the parameters that each step changed."""
 
     def __init__(self):
         self.records = []
@@ -206,7 +206,7 @@ def test_unselected_blocks_are_bit_identical(policy, tmp_path):
 
 def test_with_accumulation_norms_are_of_the_whole_window(tmp_path):
     """The epoch has windows of 3 and 2 micro-batches. A learning rate of 0 keeps the weights, so a second run that sees
-    the same gradients tells what the norms must be."""
+    the same gradients gives the expected norms."""
 
     class Norms(TrainerCallback):
         def __init__(self):
@@ -326,7 +326,7 @@ def test_with_a_new_model_and_optimizer_records_begin_anew(tmp_path):
 
 
 def count_layer_runs(model):
-    """How often the inside of each layer runs: again for each checkpoint that the backward pass visits."""
+    """Count the runs of each layer: one more for each checkpoint that the backward pass visits."""
     runs = Counter()
     for name, module in model.named_modules():
         if name.endswith("input_layernorm"):
@@ -363,7 +363,7 @@ def test_reentrant_checkpointing_trains_right_and_says_what_it_costs(tmp_path, c
     assert not same(reentrant, weights(tiny_llama()))
 
 
-# What the callback tells the optimizer -----------------------------------------------------------------------------
+# What the callback passes to the optimizer ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -405,7 +405,7 @@ def test_another_optimizer_is_refused(tmp_path):
 def test_a_rate_in_the_arguments_that_does_not_count_is_named(tmp_path, caplog):
     build(tmp_path, gs.All(), options={"args": None, "lr": 1e-3}, max_steps=1).train()
     assert "lr=0.01" in caplog.text
-    assert "weight_decay" not in caplog.text  # left at its default in both: nobody's wish was skipped
+    assert "weight_decay" not in caplog.text  # left at its default in both, so no setting is ignored
 
 
 def test_agreeing_arguments_are_not_warned_about(tmp_path, caplog):

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is dep
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_garbage_collection():
-    """Each `train()` collects garbage, half a second among all that transformers has imported."""
+    """Each `train()` collects garbage, half a second with the objects of transformers."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -74,7 +74,7 @@ def weights(model):
 
 
 class Recorder(TrainerCallback):
-    """Keeps the records of the run, and which parameters each step changed."""
+    """Keeps the records of the run and the parameters that each step changed."""
 
     def __init__(self):
         self.records = []
@@ -91,7 +91,7 @@ class Recorder(TrainerCallback):
 
 
 def count_layer_runs(model):
-    """How often the inside of each layer runs: again for each checkpoint that the backward pass visits."""
+    """Count the runs of each layer: one more for each checkpoint that the backward pass visits."""
     runs = Counter()
     for name, module in model.named_modules():
         if name.endswith("input_layernorm"):

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with models and data, which no test changes."""
+    """Folder with models and data; no test changes it."""
     return write_place(tmp_path_factory.mktemp("place"))
 
 
@@ -197,7 +197,7 @@ def test_beside_an_adapter_all_of_the_head_trains_whole(
 @pytest.mark.parametrize("data", [{}, {"path": "scores.tsv", "regression": True}], ids=["labels", "scores"])
 @pytest.mark.parametrize("model", ["bert", "model"])
 def test_accumulation_is_a_larger_batch(place: Path, tmp_path: Path, model: str, data: dict[str, Any]) -> None:
-    """Some models divide by the number of items themselves and some do not; none may do so twice or never."""
+    """Some models divide by the number of items, others do not; the loss must be divided exactly once."""
     found = []
     for batch_size, accumulation in ((24, 1), (8, 3)):
         output = tmp_path / str(batch_size)
@@ -222,7 +222,7 @@ def test_scores_can_be_learnt_in_bfloat16(place: Path, tmp_path: Path) -> None:
 
 
 def test_texts_of_unequal_length_do_not_disturb_each_other(place: Path, tmp_path: Path) -> None:
-    """A decoder classifies by its last token that is no padding."""
+    """A decoder classifies by its last token that is not padding."""
     recipe = classify(place, tmp_path / "out", base="model", data={"validation": str(place / "dev.tsv")})
     trainer = build(recipe)
     dataset: Any = trainer.eval_dataset

@@ -1,4 +1,4 @@
-"""From rows to examples: templates, formats, what is held out, and rows that cannot be used."""
+"""Examples from rows: templates, formats, hold-out, and rows that cannot be used."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def selected(folder: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """A recipe, what one process made of it with batches of 8, and what two made of it with batches of 4 each."""
+    """A recipe, its output on one process with batches of 8, and on two with batches of 4 each."""
     place = tmp_path_factory.mktemp("place")
     write_model(place / "model")
     write_sums(place / "sums.jsonl")
@@ -65,7 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 
 def test_two_processes_have_the_loss_curve_of_one(runs: tuple[Path, Path, Path]) -> None:
-    """fp32, so to the rounding of the order in which gradients are added."""
+    """fp32, equal to rounding: gradients are added in another order."""
     _, alone, together = runs
     assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
     assert selected(together) == selected(alone)

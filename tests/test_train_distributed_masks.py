@@ -24,7 +24,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 def test_two_processes_have_the_loss_curve_of_one(tmp_path: Path) -> None:
-    """fp32, so to the rounding of the order in which gradients are added."""
+    """fp32, equal to rounding: gradients are added in another order."""
     write_model(tmp_path / "model")
     write_sums(tmp_path / "sums.jsonl")
     alone, together = tmp_path / "alone", tmp_path / "together"
@@ -44,7 +44,7 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_every_process_estimates_from_all_batches(processes: int) -> None:
-    """As Accelerate deals batches out to processes; what is left of the rows is no whole batch."""
+    """As Accelerate deals batches out to processes; the remaining rows are not a whole batch."""
     rows = [9, 3, 7, 1, 8, 2, 6]
     dealt = for_every_process(rows, batch_size=2, processes=processes)
     sampler = BatchSampler(SequentialSampler(range(len(dealt))), batch_size=2, drop_last=False)

@@ -1,4 +1,4 @@
-"""What goes wrong inside a run: steps that come to no number, memory, trackers, clocks and folders that fail."""
+"""Faults inside a run: NaN steps, and failures of memory, trackers, clocks and folders."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and data, which no test changes."""
+    """Folder with a model and data; no test changes it."""
     folder = tmp_path_factory.mktemp("place")
     write_model(folder / "model")
     write_sums(folder / "sums.jsonl")
@@ -79,7 +79,7 @@ SKIPPED: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_step_without_a_number_changes_nothing_and_is_counted(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any], fault: str
 ) -> None:
-    """Neither weights nor optimizer state; the log, which is strict JSON, knows of nothing but a skipped step."""
+    """Neither weights nor optimizer state; the log, which is strict JSON, has only a skipped step."""
     seen: list[list[Tensor]] = []
     run = {"output": str(tmp_path / "out"), "steps": STEPS, "accumulation": 2}
     spoil(monkeypatch, SPOILED[fault], steps={2})
@@ -99,7 +99,7 @@ def test_a_step_without_a_number_changes_nothing_and_is_counted(
 def test_a_step_without_a_number_ends_a_run_that_moves_weights_in_the_backward_pass(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It had been called skipped, and weights that were NaN by then had trained on."""
+    """It was reported as skipped, and training continued with NaN weights."""
     spoil(monkeypatch, SPOILED["loss"], steps={2})
     method = {"name": "uniform", "fraction": 0.4, "update_in_backward": True}
     run = {"output": str(tmp_path / "out"), "steps": STEPS, "save_every": 1}
@@ -111,7 +111,7 @@ def test_a_step_without_a_number_ends_a_run_that_moves_weights_in_the_backward_p
 def test_steps_without_a_number_end_a_run_only_when_too_many_come_in_a_row(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a row over a resume too."""
+    """In a row across a resume too."""
     run = {"steps": 6, "max_skipped_steps": 1, "save_every": 1}
     spoil(monkeypatch, SPOILED["loss"], steps={0, 2, 4, 5})
     recipe = parse(place, run={**run, "output": str(tmp_path / "out")})
@@ -133,7 +133,7 @@ def test_steps_without_a_number_end_a_run_only_when_too_many_come_in_a_row(
 def test_out_of_memory_names_the_plan_that_finds_what_fits(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command can be typed as it stands; the checkpoint goes on, with less memory and the same result."""
+    """The command can be typed as it stands; the checkpoint resumes with less memory and the same result."""
     whole = train(parse(place, run={"output": str(tmp_path / "whole"), "steps": 2}), console=quiet())
     recipe = parse(place, run={"output": str(tmp_path / "out"), "steps": 2, "save_every": 1})
     with monkeypatch.context() as patch:
@@ -152,7 +152,7 @@ def test_out_of_memory_names_the_plan_that_finds_what_fits(
 def test_out_of_memory_before_the_first_step_is_said_and_leaves_nothing(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model that does not fit the device at all had ended in a traceback."""
+    """A model that does not fit the device ended in a traceback."""
 
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -222,7 +222,7 @@ def test_an_output_that_becomes_read_only_ends_the_run_with_one_message(
 def test_a_data_loader_worker_that_dies_ends_the_run_with_one_message(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A recipe asks for none; whoever builds on the trainer may."""
+    """No recipe uses workers; code that builds on the trainer may."""
     raise_at(monkeypatch, step=1, error=RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"))
     with pytest.raises(UsageError, match=r"DataLoader worker .* exited unexpectedly.*step-1, is whole"):
         train(parse(place, run={"output": str(tmp_path / "out"), "save_every": 1}), console=quiet())
@@ -235,7 +235,7 @@ def test_a_data_loader_worker_that_dies_ends_the_run_with_one_message(
 def test_two_processes_skip_the_same_step_and_stop_after_the_same(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of them alone has the bad loss, and one alone gets the signal."""
+    """Only one of them has the bad loss, and only one gets the signal."""
     run = {"output": str(tmp_path / "out"), "steps": 4, "batch_size": 2}
     recipe = parse(place, method=ADAGRADSELECT, run=run)
     port = free_port()
@@ -250,7 +250,7 @@ def test_two_processes_skip_the_same_step_and_stop_after_the_same(
 
 
 def train_as(rank: int, recipe: Recipe, *, port: int, patch: pytest.MonkeyPatch) -> None:
-    """One of two processes; the second has a bad loss in step 2, and gets SIGTERM in step 3."""
+    """Train on two processes; the second has a bad loss in step 2 and gets SIGTERM in step 3."""
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in environment.items():
         patch.setenv(name, str(value))
@@ -262,7 +262,7 @@ def train_as(rank: int, recipe: Recipe, *, port: int, patch: pytest.MonkeyPatch)
 
 
 def in_processes(count: int, work: Callable[[int], None]) -> list[int]:
-    """Exit codes of copies of this process that each do the work of their number, and nothing after it."""
+    """Fork a process for each number, run `work(number)` in it, and return the exit codes."""
     children: list[int] = []
     for rank in range(count):
         children.append(os.fork())

@@ -1,4 +1,4 @@
-"""Reading data files: what is understood, and errors that name the file and the line."""
+"""Reading data files: formats, and errors that name the file and the line."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with models and data, which no test changes."""
+    """Folder with models and data; no test changes it."""
     folder = write_place(tmp_path_factory.mktemp("place"))
     write_model(folder / "model")
     write_sums(folder / "sums.jsonl")
@@ -43,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "meprop": {"name": "meprop", "density": 0.05},
 }
 LARGEST_SHARE = {"id3": 60, "gmt": 0.04, "static": 0.011, "static-random": 50, "lift": 0.15, "meprop": 0.25}
-"""How many entries can have moved at most, as a number or a share of all; the other methods move whole tensors."""
+"""Maximum number of entries that can have moved, or their share of all; the other methods move whole tensors."""
 
 
 def optimizer_of(trainer: RunTrainer) -> SparseOptimizer:

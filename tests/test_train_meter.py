@@ -1,4 +1,4 @@
-"""What a run measures: phases of a step, bytes, the limit of the speed-up, and what was selected when."""
+"""Measurements of a run: phases of a step, bytes, limit of the speed-up, selections."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 
 
 class Ticks(AbstractClock[int]):
-    """A clock that goes on when told."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -191,7 +191,7 @@ def test_the_phases_of_a_step_are_its_whole_time(
 def test_selection_of_a_compact_mask_in_the_backward_pass_counts_as_selection(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not as the backward pass: the streaming top k runs inside it."""
+    """Not as the backward pass: the streaming top-k runs inside it."""
     trainer, _ = build(place, tmp_path, method={"name": "id3", "budget": 40})
     meter = Meter(trainer)
     trainer.add_callback(meter)

@@ -140,7 +140,7 @@ def test_the_penalty_is_zero_for_orthogonal_factors_and_weighted(place: Path, tm
 
 
 def test_the_penalty_counts_once_a_step_whatever_the_accumulation(place: Path, tmp_path: Path) -> None:
-    """All examples of the file in one step, so that order and length play no part."""
+    """All examples of the file in one step, so that order and length do not matter."""
     losses = {}
     for accumulation, weight in ((1, 0.0), (1, 5.0), (4, 5.0)):
         output = tmp_path / f"{accumulation}-{weight}"

@@ -1,4 +1,4 @@
-"""Random weights in the shapes of a configuration, and random tokens: time and memory without a checkpoint or data."""
+"""Random weights of a configuration and random tokens: time and memory without a checkpoint or data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHAPES = {
     "llama-3.2-3b": (3_212_749_824, True),
     "phi-4-mini": (3_836_021_760, True),
 }
-"""Published numbers of parameters, and whether the head is the embedding."""
+"""Published numbers of parameters, and True if the head is the embedding."""
 
 CONFIG = {
     "model_type": "llama",
@@ -49,7 +49,7 @@ RANDOM = {"format": "random", "length": 12, "rows": 8}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a configuration and nothing else."""
+    """Folder with only a configuration."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps(CONFIG))
@@ -101,7 +101,7 @@ def test_weights_that_are_there_are_not_read(tmp_path: Path) -> None:
 
 
 def test_random_weights_can_learn_from_a_file_and_are_kept(tmp_path: Path) -> None:
-    """From scratch: with the tokenizer that lies beside the configuration."""
+    """Training from scratch, with the tokenizer beside the configuration."""
     (write_model(tmp_path / "model") / "model.safetensors").unlink()
     write_sums(tmp_path / "sums.jsonl")
     out = train(parse(tmp_path, model={"random_weights": True}), console=quiet())

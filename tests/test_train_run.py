@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: what comes out, what is learnt on, and what each method trains."""
+"""Whole runs of a tiny model: output, loss masks, and the parameters that each method trains."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and data, which no test changes."""
+    """Folder with a model and data; no test changes it."""
     folder = tmp_path_factory.mktemp("place")
     write_model(folder / "model")
     write_sums(folder / "sums.jsonl")
@@ -49,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a run with everything switched on, and what it showed in `shown.txt` beside it."""
+    """Output of a run with every option on; its console output is in `shown.txt` beside it."""
     folder = tmp_path_factory.mktemp("finished")
     shown = io.StringIO()
     recipe = parse(
@@ -155,7 +155,7 @@ def test_a_terminal_gets_a_bar_and_the_same_lines(place: Path, tmp_path: Path) -
 
 
 def learnt(trainer: RunTrainer, tokenizer: Any) -> list[str]:
-    """The text that counts in the loss, example by example."""
+    """Return the text that counts in the loss, by example."""
     labels = trainer.train_dataset["labels"]  # pyright: ignore[reportOptionalSubscript, reportArgumentType, reportIndexIssue]
     return [tokenizer.decode([label for label in example if label != -100]) for example in labels]
 
@@ -226,7 +226,7 @@ def test_a_length_that_leaves_nothing_is_refused(place: Path, tmp_path: Path) ->
 
 
 def test_packing_changes_no_loss(place: Path, tmp_path: Path) -> None:
-    """All examples in one batch: attention that looked into the neighbour would show in the mean."""
+    """All examples in one batch: attention across examples would change the mean."""
     losses = {}
     for packing in (False, True):
         output = tmp_path / str(packing)
@@ -260,7 +260,7 @@ def test_every_method_gets_the_optimizer_of_the_recipe(place: Path, tmp_path: Pa
 
 
 def test_full_fine_tuning_is_every_block_selected(place: Path, tmp_path: Path) -> None:
-    """Fused AdamW and ours sum in another order: equal to rounding."""
+    """Fused AdamW and ours sum in another order, so equal to rounding."""
     everything = {"name": "fixed", "names": ["*"]}
     full = train(parse(place, run={"output": str(tmp_path / "full")}), console=quiet())
     fixed = train(parse(place, method=everything, run={"output": str(tmp_path / "fixed")}), console=quiet())
@@ -286,7 +286,7 @@ REACH: dict[str, tuple[dict[str, Any], set[str]]] = {
 def test_a_method_trains_what_it_says_and_nothing_else(
     place: Path, tmp_path: Path, name: str, keys: dict[str, Any], reach: set[str]
 ) -> None:
-    """With activations computed again, which freezes and thaws in the middle of a backward pass could upset."""
+    """With recomputed activations, which freezing within a backward pass could change."""
     recipe = parse(
         place,
         method={"name": name, **keys},

@@ -1,4 +1,4 @@
-"""Runs that stop, are killed, diverge or fill the disk: what is left, and that they go on as if nothing had been."""
+"""Runs that stop, are killed, diverge or fill the disk keep whole files and resume without a trace."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and data, which no test changes."""
+    """Folder with a model and data; no test changes it."""
     folder = tmp_path_factory.mktemp("place")
     write_model(folder / "model")
     write_sums(folder / "sums.jsonl")
@@ -68,7 +68,7 @@ LENGTH = {"steps": 4, "save_every": 2, "accumulation": 2}
 
 @pytest.fixture(scope="module")
 def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a full fine-tuning of `LENGTH` that nothing interrupted."""
+    """Output of an uninterrupted full fine-tuning of `LENGTH`."""
     output = tmp_path_factory.mktemp("whole") / "out"
     return train(parse(place, run={"output": str(output), **LENGTH}), console=quiet())
 
@@ -105,7 +105,7 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(
 
 @pytest.fixture(autouse=True)
 def _sigint_is_heard() -> Iterator[None]:
-    """Whoever starts the tests in the background has told them to ignore it."""
+    """A shell that runs tests in the background makes them ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -132,7 +132,7 @@ main(sys.argv[1:])
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
     place: Path, tmp_path: Path, whole: Path
 ) -> None:
-    """Nothing of ours runs after SIGKILL: what is on the disk at that moment has to do."""
+    """No code of ours runs after SIGKILL: the files on disk at that moment must suffice."""
     killed = tmp_path / "killed"
     recipe = write_recipe(place, tmp_path / "recipe.yaml", run={"output": str(killed), **LENGTH})
     # Each checkpoint saves its parts with several calls; the sixth is in the middle of the second one.
@@ -145,7 +145,7 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
 
 
 def test_a_checkpoint_too_many_of_a_killed_run_goes_when_it_is_resumed(whole: Path, tmp_path: Path) -> None:
-    """Killed between the writing of one and the deletion of the one before."""
+    """Killed between writing one and deleting the one before."""
     folder = RunFolder(tmp_path / "killed")
     for step in (2, 4, 6):
         shutil.copytree(whole / "checkpoints" / "step-4", folder.checkpoint(step))
@@ -165,7 +165,7 @@ TOLD: dict[str, dict[str, Any]] = {
 def test_a_run_told_to_stop_in_every_step_ends_as_one_that_was_not(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights, records, curves and the log, whose lines fall between the stops; no checkpoints were asked for."""
+    """Weights, records, curves and the log, whose lines fall between the stops; run.save_every is null."""
     whole, told = (
         parse(place, **{**TOLD, "run": {**TOLD["run"], "output": str(tmp_path / name)}}) for name in ("whole", "told")
     )
@@ -210,7 +210,7 @@ def test_the_second_signal_ends_the_process_at_once() -> None:
 
 
 def test_under_a_launcher_two_signals_at_once_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of a single process: torchrun passes on what the scheduler has sent to both."""
+    """With a single process too: torchrun forwards what the scheduler has sent to both."""
     monkeypatch.setenv("WORLD_SIZE", "1")
     with watched_signals() as watch:
         signal.raise_signal(signal.SIGINT)
@@ -231,7 +231,7 @@ def test_signals_are_the_callers_again_after_the_run_and_ignored_ones_stay_ignor
 
 
 def test_a_finished_run_is_not_resumed(whole: Path, tmp_path: Path) -> None:
-    """That its checkpoints are damaged is nothing to see to any more."""
+    """Its damaged checkpoints do not matter any more."""
     shutil.copytree(whole, tmp_path / "out")
     for checkpoint in RunFolder(tmp_path / "out").complete_checkpoints():
         (checkpoint / MANIFEST_NAME).write_text("")
@@ -243,7 +243,7 @@ def test_a_finished_run_is_not_resumed(whole: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def stopped(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The output of a run that stopped after its first checkpoint."""
+    """Output of a run that stopped after its first checkpoint."""
     with monkeypatch.context() as patch:
         stop_before(patch, step=1, error=KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -344,7 +344,7 @@ def test_a_damaged_checkpoint_is_not_whole_and_the_file_is_named(
 
 
 def test_damaged_checkpoints_are_named_and_passed_over_for_an_older_one(place: Path, tmp_path: Path) -> None:
-    """And kept; the one that was gone on from is not thrown away for them."""
+    """And kept; they do not push out the one that the run resumed from."""
     run = {"output": str(tmp_path / "out"), "steps": 4, "save_every": 1, "keep_checkpoints": 3}
     whole = train(parse(place, method=ADAGRADSELECT, run=run), console=quiet())
     stopped = shutil.copytree(whole, tmp_path / "stopped")
@@ -446,7 +446,7 @@ def test_a_file_system_without_locks_is_warned_about(
 
 
 def test_an_old_checkpoint_that_was_moved_and_linked_goes_with_the_others(tmp_path: Path) -> None:
-    """Deleting what the link leads to had failed, in this save and at the beginning of each resumed run."""
+    """Deleting the target of the link failed, in this save and at the start of each resumed run."""
     folder, moved = RunFolder(tmp_path / "out"), tmp_path / "moved"
     for path in (moved, folder.checkpoint(4)):
         path.mkdir(parents=True)
@@ -462,7 +462,7 @@ def test_an_old_checkpoint_that_was_moved_and_linked_goes_with_the_others(tmp_pa
 def test_losses_that_stay_no_numbers_stop_the_run_and_leave_the_last_checkpoint(
     place: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bad step changes nothing: going on without the cause is going on from before it."""
+    """The bad step changes nothing: without its cause the run resumes from before it."""
     recipe = parse(place, run={"output": str(tmp_path / "out"), "max_skipped_steps": 0, **LENGTH})
     with monkeypatch.context() as patch:
         spoil_loss(patch, step=2)
@@ -526,7 +526,7 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_last_checkpoint(
 
 
 def signal_in_every_step(patch: pytest.MonkeyPatch) -> None:
-    """SIGTERM and SIGINT by turns, from inside the forward pass."""
+    """SIGTERM and SIGINT in turn, from inside the forward pass."""
     compute_loss = RunTrainer.compute_loss
 
     def told(self: RunTrainer, *args: Any, **options: Any) -> Any:
@@ -538,13 +538,13 @@ def signal_in_every_step(patch: pytest.MonkeyPatch) -> None:
 
 
 def unfinish(folder: Path) -> None:
-    """As if the run had been killed just before its end."""
+    """Return the folder to the moment before the run ended."""
     description = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(sealed({**description, "status": "started"})))
 
 
 def lasting_log(folder: Path) -> list[dict[str, float]]:
-    """What is logged of steps and evaluations, without times."""
+    """Return the log of steps and evaluations, without times."""
     history = json.loads((folder / "run.json").read_text())["history"]
     timed = ("runtime", "per_second")
     return [
@@ -555,13 +555,13 @@ def lasting_log(folder: Path) -> list[dict[str, float]]:
 
 
 def curves(folder: Path) -> list[tuple[int, float]]:
-    """The losses that TensorBoard shows."""
+    """Return the losses that TensorBoard shows."""
     accumulator = EventAccumulator(str(folder / "tensorboard")).Reload()
     return [(event.step, event.value) for event in accumulator.Scalars("train/loss")]
 
 
 def stop_before(patch: pytest.MonkeyPatch, *, step: int, error: type[BaseException]) -> None:
-    """Raise where the forward pass of step `step` (from 0) would begin."""
+    """Raise before the forward pass of step `step` (from 0)."""
     compute_loss = RunTrainer.compute_loss
 
     def stop(self: RunTrainer, *args: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""BlockOptimizer in a Trainer that accelerate shards with FSDP2: it stops, resumes, and is as before."""
+"""BlockOptimizer in a Trainer that accelerate shards with FSDP2: stops and resumes bitwise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS = 6
 POLICIES = {
     # Explores and exploits; state stays on the host.
     "adagradselect": (gs.AdaGradSelect(count=2, delta=9.0, explore_steps=2), gs.Offload(), torch.bfloat16),
-    # At every save no parameter has any state: torch would take a step to make one.
+    # No parameter has state at a save: torch would take a step to create it.
     "cyclic": (gs.Cyclic(every=1), gs.Drop(), torch.float32),
 }
 
@@ -74,7 +74,7 @@ def examples(count):
 
 
 def shard_on_cpu():
-    """Accelerate takes its FSDP plugin up on accelerators alone, but what it then does runs on the CPU as well."""
+    """Accelerate enables its FSDP plugin only on accelerators, but the plugin works on the CPU too."""
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
@@ -89,7 +89,7 @@ def shard_on_cpu():
 
 
 def stop_and_resume(rank, *, folder):
-    """What the uninterrupted run came to, and the one that resumed from its checkpoint at step 3."""
+    """Return the end of an uninterrupted run, and of one resumed from its checkpoint at step 3."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     shard_on_cpu()
     trainer = build(folder, save_strategy="steps", save_steps=3)
@@ -113,7 +113,7 @@ def test_stopped_and_resumed_it_ends_bitwise_equal(tmp_path):
             assert torch.equal(weight, others[name]), name
 
 
-# what an optimizer is built on ----------------------------------------------------------------------------------------
+# Models that an optimizer is built on --------------------------------------------------------------------------------
 
 
 def block_optimizer(model):
@@ -125,7 +125,7 @@ def sparse_optimizer(model):
 
 
 class DeepSpeedEngine(nn.Module):
-    """Named as DeepSpeed's, which wraps the model in its attribute `module`."""
+    """Same name as DeepSpeed's engine, which holds the model in its attribute `module`."""
 
     def __init__(self):
         super().__init__()
@@ -133,7 +133,7 @@ class DeepSpeedEngine(nn.Module):
 
 
 def partitioned():
-    """As ZeRO-3 leaves a parameter: empty, with a number and the shard beside it."""
+    """A model as ZeRO-3 leaves it: an empty parameter with a number and its shard."""
     model = tiny()
     weight = model.head.weight
     weight.data = torch.empty(0)
@@ -167,7 +167,7 @@ def test_a_wrapper_is_taken_off(build):
 
 
 def pass_whole(rank, *, name):
-    """Three steps, then the state dict that rank 0 holds whole, as accelerate's FULL_STATE_DICT; both runs go on."""
+    """Take three steps, pass on rank 0's whole state dict, as accelerate's FULL_STATE_DICT does, and continue both."""
     options = {"full_state_dict": True, "cpu_offload": True}
     model, optimizer = sharded(name)
     train(model, optimizer, steps=3, rank=rank, world=2)
@@ -199,7 +199,7 @@ def shard(model):
 
 
 def refuse_to_cut(*, rank):
-    """Sharded after the optimizer was built, as Accelerate does, a rule that bears no shards is refused too."""
+    """Refuse a rule without support for shards, also if the model is sharded after the optimizer is built."""
     model = tiny()
     optimizer = gs.BlockOptimizer(model, gs.All(), rule=gs.AdamW8bitRule())
     shards = dict(shard(model).named_parameters())

@@ -1,4 +1,4 @@
-"""A model, data and recipes so small that a whole run takes a second; nothing is read from outside the test."""
+"""Tiny model, data and recipes: a whole run takes a second and reads nothing from outside the test."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gradselect.app.train.setup import build_trainer
 from gradselect.app.train.trainer import RunTrainer
 
 ADAGRADSELECT = {"name": "adagradselect", "fraction": 0.4, "explore_steps": 3}
-"""A method section that explores and exploits within a few steps."""
+"""Method section that explores and exploits within a few steps."""
 NUM_LAYERS = 4
 POSITIONS = 64
 CHAT_TEMPLATE = (
@@ -37,11 +37,11 @@ MARKED_CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
-"""The same text; the assistant's turns are marked."""
+"""The same text, with the assistant's turns marked."""
 
 
 def write_model(folder: Path, *, seed: int = 0, tied: bool = True, chat_template: str | None = None) -> Path:
-    """A random Llama of four layers and a tokenizer of bytes."""
+    """Write a random Llama of four layers and a tokenizer of bytes."""
     config = LlamaConfig(
         vocab_size=258,
         hidden_size=16,
@@ -62,7 +62,7 @@ def write_model(folder: Path, *, seed: int = 0, tied: bool = True, chat_template
 
 
 def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """One token a byte, an end of text and a padding token."""
+    """Return a tokenizer with a token per byte, an end of text and a padding token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {sign: number for number, sign in enumerate([*alphabet, "<end>", "<pad>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -74,14 +74,14 @@ def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
 
 
 def write_sums(path: Path, *, rows: int = 24) -> Path:
-    """Questions and answers of unequal length."""
+    """Write questions and answers of unequal length."""
     lines = [json.dumps({"question": f"{n}+{n * n}?", "answer": f"is {n + n * n}"}) for n in range(rows)]
     path.write_text("\n".join(lines) + "\n", "utf-8")
     return path
 
 
 def recipe_values(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
-    """A recipe on `folder/model` and `folder/sums.jsonl`; `sections` change keys of its sections."""
+    """Return a recipe on `folder/model` and `folder/sums.jsonl`; `sections` change keys of its sections."""
     values: dict[str, Any] = {
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "data": {
@@ -109,13 +109,13 @@ def recipe_values(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_recipe(folder: Path, path: Path, **sections: dict[str, Any]) -> Path:
-    """The same as a YAML file at `path`."""
+    """Write `recipe_values` to `path` as YAML."""
     path.write_text(yaml.safe_dump(recipe_values(folder, **sections)), "utf-8")
     return path
 
 
 def parse(folder: Path, **sections: dict[str, Any]) -> Recipe:
-    """The same, checked."""
+    """Return `recipe_values` as a checked recipe."""
     return parse_recipe(recipe_values(folder, **sections), source="recipe")
 
 
@@ -130,12 +130,12 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 def build(folder: Path, output: Path, **sections: dict[str, Any]) -> tuple[RunTrainer, Inputs]:
-    """The trainer of a recipe, not run."""
+    """Build the trainer of a recipe without running it."""
     recipe = parse(folder, **{**sections, "run": {"output": str(output), **sections.get("run", {})}})
     inputs = read_inputs(recipe)
     return build_trainer(recipe, inputs, folder=RunFolder(output)), inputs
 
 
 def quiet() -> Console:
-    """A console that shows nothing."""
+    """Return a console that shows nothing."""
     return Console(file=io.StringIO())

@@ -29,7 +29,7 @@ End = Literal["finished", "pruned", "stopped"]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a trial ended.
+    """End of a trial.
 
     Args:
         end: "finished"; "pruned" for being worse than the median of the trials before it at the same step; "stopped"
@@ -109,4 +109,5 @@ def _train(recipe: Recipe, watch: TrialWatch, *, folder: RunFolder) -> Outcome:
 def _free_memory() -> None:
     """Collect reference cycles of the trainer: the next trial needs the memory."""
     gc.collect()
-    torch.accelerator.empty_cache()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
