@@ -228,7 +228,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
 
     @grad_scaler.setter
     def grad_scaler(self, value: GradScaler | None) -> None:
-        check_window(self.accumulation_steps, value, in_backward=self.update_in_backward)
+        check_window(self.accumulation_steps, value, in_backward=self.update_in_backward, skips=self.skip_nonfinite)
         self._observer.grad_scaler = value
 
     @property
@@ -267,8 +267,8 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self._set_trainable(self.trainable)
         self._agreement.carry_over(self._table.named())
 
-    def _check_window(self, accumulation_steps: int) -> None:
-        check_window(accumulation_steps, self.grad_scaler, in_backward=self.update_in_backward)
+    def _check_window(self, accumulation_steps: int, *, skips: bool) -> None:
+        check_window(accumulation_steps, self.grad_scaler, in_backward=self.update_in_backward, skips=skips)
 
     def _saw_gradients(self) -> bool:
         # A decision that keeps no block has released all gradients; only the observer knows that there were some.

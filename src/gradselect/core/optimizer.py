@@ -53,7 +53,6 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
 
     Attributes:
         rule: the update formula.
-        skip_nonfinite: True: a step whose gradients hold NaN or infinity changes nothing. May be set between steps.
         num_skipped: number of steps skipped so far.
         num_skipped_in_a_row: number of steps skipped since the last one that was taken.
         last_record: what the last step did; None before the first.
@@ -85,7 +84,7 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         self._is_built = True
         self.state = StateStore(dict)
         self.rule = update.rule
-        self.skip_nonfinite = update.skip_nonfinite
+        self._skip_nonfinite = update.skip_nonfinite
         self.num_skipped = self.num_skipped_in_a_row = 0
         self.last_record: Record | None = None
         self._step = 0
@@ -119,8 +118,18 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
     @accumulation_steps.setter
     def accumulation_steps(self, value: int) -> None:
         check_whole("accumulation_steps", value)
-        self._check_window(value)
+        self._check_window(value, skips=self.skip_nonfinite)
         self._hooks.accumulation_steps = value
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        """True: a step whose gradients hold NaN or infinity changes nothing; may be set between steps."""
+        return self._skip_nonfinite
+
+    @skip_nonfinite.setter
+    def skip_nonfinite(self, value: bool) -> None:
+        self._check_window(self.accumulation_steps, skips=value)
+        self._skip_nonfinite = value
 
     @property
     @torch.no_grad()
@@ -216,8 +225,8 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
     def _begin_training(self) -> None:
         """Several ranks, first forward pass: the model is wrapped as it will be trained. Freeze now."""
 
-    def _check_window(self, accumulation_steps: int) -> None:
-        """Refuse an accumulation window that does not fit the other settings."""
+    def _check_window(self, accumulation_steps: int, *, skips: bool) -> None:
+        """Refuse an accumulation window, or skipping of steps, that does not fit the other settings."""
 
     def _facts(self) -> dict[str, Any]:
         """Return plain values that must be the same on all ranks."""
