@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradselect.core import HALF, AbstractRule, Group
+from gradselect.core import HALF, AbstractRule, Group, squared_norm
 from gradselect.parallel import shard_groups
 
 from .store import EntryStore
@@ -51,6 +51,7 @@ class EntryStates:
         ]
         self.stores = tuple(store for _, store in self._by_group)
         self._store_of = {name: store for store in self.stores for name in store.names}
+        self._defects: dict[EntryStore, Tensor] = {}
         self._first = {
             store: next(iter(parameters.values()))
             for store, parameters in zip(self.stores, apart.values(), strict=True)
@@ -73,6 +74,15 @@ class EntryStates:
         """Add to the gradients of a tensor's entries; see `EntryStore.read`."""
         self._store_of[name].read(name, gradient, clear=clear)
 
+    def inspect(self, name: str, gradient: Tensor) -> None:
+        """Make the norm NaN until `selected`, if this gradient, by which entries are selected, is not finite."""
+        store = self._store_of[name]
+        self._defects[store] = self._defects.get(store, 0.0) + 0.0 * squared_norm(gradient)
+
+    def selected(self) -> None:
+        """Count from now on the gradients of selected entries only."""
+        self._defects.clear()
+
     @property
     def has_gradients(self) -> bool:
         """True if a gradient has been read."""
@@ -84,8 +94,11 @@ class EntryStates:
         return sum(store.gradient_bytes for store in self.stores)
 
     def squared_norms(self) -> list[tuple[Tensor, Tensor]]:
-        """Sums of squares of the gradients that were read, each with a tensor that is sharded as they are."""
-        return [(self._first[store], store.squared_norm()) for store in self.stores]
+        """Sums of squares of the gradients that were read, each with a tensor that is sharded as they are.
+
+        NaN if the coming selection is made from a gradient that is not finite.
+        """
+        return [(self._first[store], store.squared_norm() + self._defects.get(store, 0.0)) for store in self.stores]
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply all gradients, as clipping does."""
@@ -99,6 +112,7 @@ class EntryStates:
 
     def restart(self) -> None:
         """Forget the gradients that were read."""
+        self._defects.clear()
         for store in self.stores:
             store.restart()
 

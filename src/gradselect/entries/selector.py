@@ -103,6 +103,7 @@ class EntrySelector:
         if self._top is None:
             return
         assert isinstance(self._mask, AbstractCompactMask)
+        self._entries.inspect(name, gradient)
         self._top.top(name).scan(
             local_part(self._parameters[name]).detach().view(-1),
             gradient,
@@ -128,6 +129,7 @@ class EntrySelector:
         if self._top is None:
             return None
         winners = self._top.result()
+        self._entries.selected()
         return self._join(winners) if self.only_adds else self._replace_by(winners)
 
     def _join(self, selected: Selected) -> Change:

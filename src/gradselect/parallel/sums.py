@@ -84,6 +84,8 @@ def total(numbers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     Args:
         numbers: each after a tensor that is sharded like the tensor of the number; all ranks pass equally many.
     """
+    if not numbers:
+        return torch.zeros((), dtype=torch.float64)
     apart: dict[Groups, list[Tensor]] = {}
     for tensor, number in numbers:
         apart.setdefault(shard_groups(tensor), []).append(number.cpu().double())
