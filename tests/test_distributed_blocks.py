@@ -1,4 +1,4 @@
-"""Blocks on several processes: the same as on one, and wrong set-ups refused.
+"""Blocks on several ranks: the same as on one, and wrong set-ups refused.
 
 One process sees the global batch, several see their rows of it, so gradients differ by the order in which they are
 added up. In fp64 that is around 1e-16 of a gradient: parameters are compared to 1e-12 and selections exactly.
@@ -55,7 +55,7 @@ def wrap(model, wrapper, **settings):
 
 
 def build(policy, *, wrapper=None, dtype=torch.float64, settings=None, **options):
-    """A model, wrapped, and its optimizer."""
+    """Wrapped model, and its optimizer."""
     options = {"lr": 1e-2, "accumulation_steps": 2, **options}
     model = tiny(dtype=dtype)
     if wrapper is None:
@@ -92,7 +92,7 @@ def train_all(rank, *, runs):
 
 @pytest.fixture(scope="module")
 def pair():
-    """What two processes made of every policy under every wrapper."""
+    """Results of two ranks, for every policy under every wrapper."""
     runs = {key: {"policy": POLICIES[key[1]], "wrapper": key[0]} for key in WRAPPED}
     runs["sync last"] = {**runs["fully_shard", "adagradselect"], "sync": "last", "accumulation_steps": 1}
     runs["fp32"] = {**runs["fully_shard", "adagradselect"], "dtype": torch.float32}
@@ -106,7 +106,7 @@ def pair():
 
 @pytest.fixture(scope="module")
 def alone():
-    """What one process made of every policy, and of the start."""
+    """Results of one process, for every policy, and the initial weights."""
     results = {}
     for name, policy in POLICIES.items():
         model, optimizer = build(policy)
@@ -134,7 +134,7 @@ def test_reducing_only_the_last_micro_batch_changes_nothing(pair, alone):
 
 
 def test_policies_explore_and_exploit(alone):
-    """Or the comparison would compare nothing."""
+    """Otherwise the comparison would be empty."""
     explored = [record.explored for record in alone["adagradselect"][1]]
     assert any(explored)
     assert not all(explored)
@@ -154,7 +154,7 @@ def test_fp32_differs_by_rounding(pair, alone):
 
 @pytest.mark.parametrize("name", ["bf16", "mixed"])
 def test_half_precision_follows_one_process(name, pair, alone):
-    """Selected alike; weights within what bf16 gradients leave of a direction."""
+    """Selections are equal; weights agree within the precision of bf16 gradients."""
     start, records, expected = alone["cyclic"]
     parameters, others, _ = pair[0][name]
     assert selections(others) == selections(records)
@@ -177,7 +177,7 @@ def test_shards_hold_their_share_of_the_bytes(pair):
 
 
 def count_traffic(rank):
-    """Elements of every gradient that is reduced, step by step."""
+    """Number of entries of every gradient that is reduced, by step."""
     sent = []
 
     def counted(reduce):
@@ -216,7 +216,7 @@ def train_part(rank, *, folder, first, steps, residency=None):
 
 @pytest.mark.parametrize("residency", [gs.Keep(), gs.Drop()], ids=["keep", "drop"])
 def test_resumes_on_another_number_of_processes(tmp_path, residency):
-    """2, then 1, then 3 processes end where one process does that never stops."""
+    """2, then 1, then 3 ranks end with the result of one process that never stops."""
     settings = {"folder": str(tmp_path), "residency": residency}
     succeed(train_part, world=2, first=0, steps=7, **settings)
     model, optimizer = build(POLICIES["adagradselect"], residency=residency)
@@ -292,7 +292,7 @@ def test_follows_parameters_that_accelerate_puts_into_the_groups(alone):
 
 
 def evaluate_first(rank):
-    """One rank alone looks at the model before training; nothing may wait for the other."""
+    """Only one rank runs the model before training; nothing may wait for the other."""
     model, optimizer = build(POLICIES["cyclic"], wrapper="ddp")
     if rank == 0:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Single weights on several processes: the same as on one, and wrong set-ups refused.
+"""Entries on several ranks: the same as on one, and wrong set-ups refused.
 
 As for blocks, in fp64: one process sees the global batch, several see their rows of it. Sets of entries are compared
 exactly, parameters to 1e-12.
@@ -62,7 +62,7 @@ def wrap(model, wrapper, **settings):
 
 
 def build(mask, *, wrapper=None, dtype=torch.float64, settings=None, **options):
-    """A model, wrapped, and its optimizer."""
+    """Wrapped model, and its optimizer."""
     options = {"lr": 1e-2, "accumulation_steps": 2, "max_grad_norm": 0.3, **options}
     model = tiny(dtype=dtype)
     if wrapper is None:
@@ -112,7 +112,7 @@ def run_all(rank, *, runs):
 
 @pytest.fixture(scope="module")
 def pair():
-    """What two processes made of every mask, sharded, and of some under other wrappers."""
+    """Results of two ranks, for every mask sharded, and for some under other wrappers."""
     runs = {
         (wrapper, name): {"mask": MASKS[name][0], "wrapper": wrapper, **MASKS[name][1]} for wrapper, name in WRAPPED
     }
@@ -132,7 +132,7 @@ def distance(one, other):
 
 
 def united(several):
-    """The entries of all processes."""
+    """Entries of all ranks."""
     return {
         name: torch.cat([entries[name] for entries in several if name in entries]).unique().tolist()
         for name in dict.fromkeys(name for entries in several for name in entries)
@@ -156,7 +156,7 @@ def test_two_processes_train_as_one_does(key, pair, alone):
 
 
 def test_sets_change_and_tensors_freeze(alone, pair):
-    """Or the comparison would compare nothing."""
+    """Otherwise the comparison would be empty."""
     assert [record.num_new for record in alone["id3"]["records"]] == [15] * 6 + [0] * 2
     assert any(record.overlap < 1 for record in alone["refreshed"]["records"])
     assert alone["lift"]["frozen"]
@@ -178,7 +178,7 @@ def test_sharded_gradients_go_in_the_backward_pass(pair):
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("mixed", torch.float32)])
 def test_half_precision_trains_the_budget_alike(name, dtype, pair):
-    """Which entry is just among the best is a matter of rounding, so not as one process. bf16 has fp32 masters."""
+    """Rounding decides which entry is the last winner, so results differ from one process. bf16 has fp32 masters."""
     results = [each[name] for each in pair]
     assert distance(results[0]["parameters"], results[1]["parameters"]) == 0.0
     assert sum(results[0]["records"][-1].num_entries.values()) == 90
@@ -189,7 +189,7 @@ def test_half_precision_trains_the_budget_alike(name, dtype, pair):
 
 
 def train_on_four(rank):
-    """In two replicas of two shards, and in four shards, some of which are empty. All processes see the same rows."""
+    """Two replicas of two shards, and four shards, some of them empty. All ranks see the same rows."""
     results = {}
     for shape in MESHES:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
@@ -227,7 +227,7 @@ def test_replicas_count_once_and_empty_shards_nothing(name, four):
 
 
 def compare_top_k(rank):
-    """Scores with many ties, NaN, both zeros and infinities; more asked for than there are."""
+    """Scores with many ties, NaN, both zeros and infinities; k up to more entries than there are."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     generator = torch.Generator().manual_seed(0)
     scores = {
@@ -290,7 +290,7 @@ def train_part(rank, *, folder, first, steps):
 
 
 def test_checkpoints_reshard(tmp_path):
-    """Two processes, then one without torch.distributed, then three; against one all along."""
+    """Two ranks, then one process without torch.distributed, then three ranks; compared with a single process."""
     succeed(train_part, world=2, folder=tmp_path, first=0, steps=3)
     train_part(0, folder=tmp_path, first=3, steps=2)
     resumed = succeed(train_part, world=3, folder=tmp_path, first=5, steps=3)
@@ -336,7 +336,7 @@ def sharded_afterwards(rank):
 
 
 def swapped(rank):
-    """As Accelerate's prepare does."""
+    """As in Accelerate's prepare."""
     model = tiny()
     optimizer = gs.SparseOptimizer(model, ID3, accumulation_steps=2)
     wrap(model, "fully_shard")
@@ -371,7 +371,7 @@ def other_batches(rank):
 
 
 def silent(rank):
-    """DDP of which the last backward pass averages nothing."""
+    """DDP whose last backward pass averages nothing."""
     model, optimizer = build(ID3, wrapper="ddp")
     model.require_backward_grad_sync = False
     return model, optimizer

@@ -1,4 +1,4 @@
-"""Levers on memory: updates inside the backward pass, moments of 8 bits, checkpoints and chunked losses."""
+"""Levers on memory: updates inside the backward pass, 8-bit moments, checkpointing and chunked losses."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ GROUP = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
 
 def large_llama(**settings):
-    """A model with matrices of 4096 elements and more; its norms stay whole."""
+    """Model with matrices of at least 4096 entries; its norms keep fp32 moments."""
     config = transformers.LlamaConfig(
         hidden_size=64,
         intermediate_size=96,
@@ -202,7 +202,7 @@ def large_llama(**settings):
 
 
 def test_a_moment_is_off_by_at_most_half_a_step_of_the_map():
-    """Steps of the signed map are widest at the top: 0.9 / 64 of the block's largest number."""
+    """Steps of the signed map are widest at the top: 0.9 / 64 of the largest of 256 numbers."""
     values = torch.randn(4 * 256, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-3, 1).repeat(256)
     codes, scales = quantise(values, signed=True)
     off = (dequantise(codes, scales, signed=True) - values).abs().view(-1, 256)
@@ -354,7 +354,7 @@ RECIPE = {
 
 
 def test_a_trainer_that_clips_is_refused_with_an_update_in_the_backward_pass(tmp_path):
-    """At construction where the factory knows the arguments, else when training begins."""
+    """Refused at construction if the factory knows the arguments, otherwise when training begins."""
     clipping = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     options = {"policy": gs.All(), "update_in_backward": True, "lr": 1e-3}
     with pytest.raises(gs.UsageError, match=r"max_grad_norm=1\.0: when the Trainer clips"):
@@ -399,7 +399,7 @@ def test_a_plan_counts_the_levers_to_the_byte():
 
 
 def test_only_layers_that_the_backward_pass_visits_run_twice():
-    """transformers' own way, which makes the embedding's output require a gradient, runs all of them twice."""
+    """transformers' own way makes the embedding's output require a gradient, and runs all layers twice."""
     model, plain = tiny_llama(), tiny_llama()
     checkpoint_selected(model)
     runs = Counter()
@@ -446,7 +446,7 @@ def test_a_head_that_trains_alone_gets_its_gradient_from_trls_chunked_loss():
     reason="liger-kernel is not installed, or there is no GPU for its kernels",
 )
 def test_ligers_fused_loss_gives_the_head_its_gradient_where_the_norm_below_it_trains_too():
-    """With the head alone it gives none: see docs/memory.md for what to write."""
+    """With the head alone there is no gain; docs/memory.md says what to write."""
     loss_of = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
     hidden = torch.randn(64, 32, device="cuda", requires_grad=True)
     labels = torch.arange(64, device="cuda")

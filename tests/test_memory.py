@@ -30,7 +30,7 @@ def cyclic(model, **settings):
 
 @pytest.mark.parametrize(("dtype", "moments", "master"), [(torch.float32, 8, 0), (torch.bfloat16, 8, 4)])
 class TestStateBytes:
-    """Cyclic, two steps a block, five steps: two blocks have been left, the third is selected."""
+    """Run cyclic for five steps, two per block: two blocks were selected before, the third is selected now."""
 
     def test_keep(self, dtype, moments, master):
         model = tiny_llama(dtype=dtype)
@@ -87,7 +87,7 @@ def test_state_has_left_the_device_before_the_next_forward(residency):
 
 
 def test_state_of_the_next_selection_is_on_the_device_before_its_forward():
-    """Blocks that were there before come back; one that is selected again has not moved."""
+    """Blocks that were selected before come back; one that is selected again does not move."""
     model = tiny_llama(layers=2)
     optimizer = gs.BlockOptimizer(model, gs.Cyclic(every=1, order="ascending"), lr=1e-2, residency=gs.Offload())
     sizes = list(elements(model).values())
@@ -118,7 +118,7 @@ def test_gradients_of_unselected_blocks_are_released_even_if_the_user_thawed_the
 
 
 def test_bytes_equal_the_tensors_that_exist():
-    """`memory()` is bookkeeping; the tensors themselves are the truth."""
+    """`memory()` only counts, so compare it with the tensors."""
     model = tiny_llama(dtype=torch.bfloat16)
     optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=2), lr=1e-2, residency=gs.Drop())
     run(model, optimizer, 4)
@@ -129,7 +129,7 @@ def test_bytes_equal_the_tensors_that_exist():
 
 
 def test_state_of_an_unselected_block_is_the_users_choice():
-    """Kept and offloaded moments go on where they stopped; dropped ones begin again at step 1."""
+    """Kept and offloaded moments continue; dropped ones start again at step 1."""
     counters = {}
     for residency in (gs.Keep(), gs.Offload(), gs.Drop()):
         model = tiny_llama(layers=2)

@@ -1,4 +1,4 @@
-"""Norms taken during the backward pass, and gradients that are gone when they cannot matter."""
+"""Norms measured during the backward pass, and gradients freed when they cannot win."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def backward(model, *, seed=0):
 
 
 class IdleLayer(nn.Module):
-    """Half of it is never used, as an expert that no token is sent to."""
+    """Model with an unused half, like an expert without tokens."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ def test_tie_goes_to_the_earlier_block_and_nan_ranks_last():
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_at_most_k_plus_one_blocks_hold_gradients_during_an_explore_step(count):
-    """Peak of the gradient bytes, looked at after every single gradient has arrived."""
+    """Peak of gradient bytes, checked each time a gradient has arrived."""
     model = tiny_llama(layers=6)
     optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=count), lr=1e-2)
     blocks = gs.partition(model)
@@ -119,7 +119,7 @@ def test_only_the_last_micro_batch_releases():
 
 
 def test_unused_parameter_leaves_its_block_measured_all_the_same():
-    """A block is complete only when all its gradients have arrived; one that never comes must not hide the block."""
+    """A block completes when all its gradients have arrived; a gradient that never comes must not hide the block."""
 
     model = idle()
     optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=1), lr=1e-2)
@@ -138,7 +138,7 @@ def test_norm_of_bf16_gradients_is_summed_in_fp32():
 
 
 def test_discarded_optimizer_dies_at_once_and_gives_the_model_back():
-    """Without the help of the cycle collector: two optimizer states on one device can be one too many."""
+    """Without the cycle collector, because two optimizer states may not fit on one device."""
     model = tiny_llama()
     optimizer = gs.BlockOptimizer(model, gs.Fixed(("layer.1",)), lr=1e-2)
     backward(model)
@@ -156,7 +156,7 @@ def test_discarded_optimizer_dies_at_once_and_gives_the_model_back():
 
 
 def test_explore_step_thaws_the_candidates_only():
-    """Else blocks that do not take part hold gradients that clipping sees."""
+    """Otherwise clipping sees gradients of blocks that do not take part."""
     model = tiny_llama()
     optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=1, among=("layer.*",)), always=("norm",), lr=1e-2)
     backward(model)
@@ -172,7 +172,7 @@ def scaled_by(model, factor, *, layer):
 
 
 def test_overflow_in_a_losing_block_reaches_the_scaler_and_the_clipper():
-    """A block with infinite gradients can never win; were they released, nobody would know of the overflow."""
+    """A block with infinite gradients can never win; if they were freed, nobody would see the overflow."""
     model = tiny_llama()
     scaled_by(model, float("inf"), layer=2)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -190,7 +190,7 @@ def test_overflow_in_a_losing_block_reaches_the_scaler_and_the_clipper():
 
 @pytest.mark.parametrize("settings", [{"count": 1, "probe_steps": 2}, {"count": 2}])
 def test_norms_of_incomplete_blocks_are_unscaled_and_taken_before_clipping(settings):
-    """A block with an idle parameter is never complete in the pass; probing leaves a scaler no gradient to look at."""
+    """A block with an idle parameter never completes in the pass; probing leaves the scaler without a gradient."""
 
     def run(scaler, clip):
         model = idle()

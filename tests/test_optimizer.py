@@ -1,4 +1,4 @@
-"""BlockOptimizer: what every path guarantees."""
+"""BlockOptimizer: properties of every path."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_state_survives_a_load_with_its_dtype_and_is_copied():
 
 @pytest.mark.parametrize("theirs", [None, torch.float32])
 def test_a_checkpoint_with_other_masters_is_refused_and_changes_nothing(theirs):
-    """Loaded, the blocks that had a state would have gone on with the masters of the checkpoint, or without any."""
+    """Otherwise loaded blocks would continue with masters of the checkpoint's dtype, or without any."""
     ours = torch.float32 if theirs is None else None
     pair = []
     for master_dtype, lr in ((theirs, 1e-2), (ours, 1e-3)):
@@ -196,7 +196,7 @@ def test_a_checkpoint_with_other_masters_is_refused_and_changes_nothing(theirs):
 
 @pytest.mark.parametrize("residency", RESIDENCIES)
 def test_what_is_loaded_is_what_was_saved(residency):
-    """With Keep a block that never had a turn was taken for one that is on the device."""
+    """With Keep, a block that was never selected was counted as on the device."""
     model = tiny_llama()
     optimizer = gs.BlockOptimizer(model, gs.Cyclic(every=1), lr=1e-2, residency=RESIDENCIES[residency]())
     train(model, optimizer, 2)
@@ -206,7 +206,7 @@ def test_what_is_loaded_is_what_was_saved(residency):
 
 
 def test_state_may_be_read_and_copied_as_that_of_torchs_optimizers():
-    """There, reading the state of a parameter that has none leaves an empty one."""
+    """Reading a missing state leaves an empty one there."""
     model, twin = tiny_llama(), tiny_llama()
     pair = [gs.BlockOptimizer(each, gs.Cyclic(every=1), lr=1e-2, residency=gs.Offload()) for each in (model, twin)]
     for step in range(4):
@@ -419,7 +419,7 @@ def test_two_runs_are_bitwise_equal(policy):
 
 
 def test_a_newer_optimizer_takes_the_model_over():
-    """As when a notebook cell is run again: the older one must neither freeze, nor release, nor step any more."""
+    """As when a notebook cell runs again: the older optimizer must not freeze, release or step any more."""
     model, twin = tiny_llama(), tiny_llama()
     older = gs.BlockOptimizer(model, gs.GradNormTopK(count=1), lr=1e-2)
     newer = gs.BlockOptimizer(model, gs.GradNormTopK(count=3), lr=1e-2)
@@ -464,7 +464,7 @@ def test_closing_the_older_optimizer_leaves_the_newer_one_alone():
 
 
 def test_what_the_user_freezes_after_an_optimizer_is_gone_stays_out():
-    """As before adapters are put on a model that was trained by blocks: its base must not come back to life."""
+    """As before adapters are added to a model that was trained by blocks: its base must stay frozen."""
     model = tiny_llama()
     optimizer = gs.BlockOptimizer(model, gs.Fixed(("layer.1",)), lr=1e-2)
     del optimizer

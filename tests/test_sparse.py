@@ -1,4 +1,4 @@
-"""SparseOptimizer: what every mask gets from it."""
+"""SparseOptimizer: properties that hold for every mask."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def tensors_alive():
 
 
 def test_tensors_alive_after_a_step_are_the_models_and_the_state():
-    """Nothing of the model's size is held on the side: counted over every tensor that the interpreter knows."""
+    """No other tensor of the model's size exists: counts every tensor that the interpreter knows."""
     model = tiny_llama()
     gc.collect()
     before = {id(thing) for thing in tensors_alive()}
@@ -175,7 +175,7 @@ def test_tensors_alive_after_a_step_are_the_models_and_the_state():
 
 @pytest.mark.parametrize("accumulation", [False, True])
 def test_one_whole_gradient_is_alive_at_a_time(accumulation):
-    """Looked at whenever a gradient has just been finished: small ones may wait, a quarter of the largest together."""
+    """Checked each time a gradient is complete: small ones may wait, up to a quarter of the largest together."""
     model = tiny_llama()
     most = []
     for parameter in model.parameters():  # before the optimizer's own hooks, which free what they see
@@ -252,7 +252,7 @@ def test_exact_accumulation_equals_gradients_that_were_summed_before():
 
 
 def test_lean_accumulation_sums_exactly_for_entries_chosen_before():
-    """The mask is random, so nothing is chosen by gradient; sums are of the same terms in the same order."""
+    """The mask is random, so gradients select nothing; sums have the same terms in the same order."""
     mask = gs.StaticMask(salience=gs.salience.random, density=0.3)
     exact, lean = tiny_llama(), tiny_llama()
     accumulate(exact, gs.SparseOptimizer(exact, mask, lr=1e-2, accumulation_steps=2), 4)
@@ -286,7 +286,7 @@ def test_an_unannounced_backward_pass_is_refused():
 
 @pytest.mark.parametrize("lean", [False, True])
 def test_no_entry_joins_twice_when_a_refused_pass_is_ignored(lean):
-    """The gradient of the refused pass is still there at the step, beside what was read before."""
+    """The gradient of the refused pass still exists at the step, beside those that were read before."""
     layer = torch.nn.Linear(4, 1, bias=False)
     optimizer = gs.SparseOptimizer(layer, id3(budget=4, steps=1), lean_accumulation=lean)
     layer(torch.ones(1, 4)).sum().backward()
@@ -454,7 +454,7 @@ def test_survivors_keep_moments_and_age_through_any_changes():
 
 
 def test_how_many_entries_are_updated_together_changes_nothing(monkeypatch):
-    """Of several ages and in tensors of which some have no gradient, as after changes of the set."""
+    """Entries of several ages, some in tensors without a gradient, as after changes of the set."""
     stepped = []
     for run in (1, 64, 1 << 22):
         monkeypatch.setattr(_entries, "RUN", run)
@@ -467,7 +467,7 @@ def test_how_many_entries_are_updated_together_changes_nothing(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_masters_and_moments_have_the_dtype_that_is_asked_for(dtype):
-    """Of chosen entries as of tensors that train whole."""
+    """For selected entries and for tensors that train whole."""
     model = tiny_llama(dtype=torch.bfloat16)
     optimizer = gs.SparseOptimizer(model, id3(), always="model.norm.weight", master_dtype=dtype)
     train(model, optimizer, 2)
