@@ -283,20 +283,6 @@ def test_stopped_and_resumed_at_any_step_it_ends_bitwise_alike(make: Callable[[]
             assert torch.equal(weight, resumed.get_parameter(name)), (name, stop)
 
 
-@pytest.mark.parametrize(
-    "mask",
-    [gs.StaticMask(density=1.0), gs.StaticMask(salience=salience.random, density=1.0), gs.TopGradient(density=1.0)],
-    ids=["gradient", "random", "top gradient"],
-)
-def test_with_all_entries_it_is_adamw_bitwise(mask: AbstractMask) -> None:
-    ours, theirs = make_model(), make_model()
-    train(ours, gs.SparseOptimizer(ours, mask, lr=1e-2, weight_decay=0.1, no_decay=()), range(5))
-    adamw = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
-    train(theirs, adamw, range(5))
-    for name, weight in ours.named_parameters():
-        assert torch.equal(weight, theirs.get_parameter(name)), name
-
-
 @each_compact_mask
 def test_a_half_precision_model_has_masters_of_its_entries_only(make: Callable[[], AbstractMask]) -> None:
     model = make_model(torch.bfloat16)

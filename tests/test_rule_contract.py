@@ -129,6 +129,7 @@ MASKS: dict[str, Callable[[], AbstractMask]] = {
 WHOLE: dict[str, Callable[[], AbstractMask]] = {
     "id3": lambda: gs.ID3(density=1.0, steps=1),
     "static": lambda: gs.StaticMask(density=1.0),
+    "static, random": lambda: gs.StaticMask(salience=gs.salience.random, density=1.0),
     "top gradient": lambda: gs.TopGradient(density=1.0),
     "lift": lambda: gs.LIFT(density=1.0),
     "bitfit": lambda: gs.BitFit(),

@@ -177,6 +177,10 @@ def test_a_finite_run_is_bitwise_the_same_with_and_without() -> None:
 def test_it_is_refused_where_weights_move_before_all_gradients_are_known() -> None:
     with pytest.raises(gs.UsageError, match=r"update_in_backward=True with skip_nonfinite=True.*leave one of them out"):
         blocks(gs.All(), update_in_backward=True)()
+    _, optimizer = blocks(gs.All(), update_in_backward=True)(skips=False)
+    with pytest.raises(gs.UsageError, match=r"update_in_backward=True with skip_nonfinite=True"):
+        optimizer.skip_nonfinite = True
+    assert not optimizer.skip_nonfinite
 
 
 # The norm ----------------------------------------------------------------------------------------------------------
