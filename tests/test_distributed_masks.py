@@ -247,7 +247,7 @@ def compare_top_k(rank):
         ((_, keys, _),) = shards.global_top_k([mine.candidates()], [count])
         names = list(scores)
         ours = [
-            (key >> 40, int(shards.in_whole(names[key >> 40], torch.tensor(key & (1 << 40) - 1))))
+            (key >> 40, int(shards.to_whole(names[key >> 40], torch.tensor(key & (1 << 40) - 1))))
             for key in keys.tolist()
         ]
         found.append((sorted(ours), list(zip(positions.tolist(), indices.tolist(), strict=True))))
@@ -416,3 +416,14 @@ def complaints():
 def test_wrong_set_up_is_refused_on_every_rank(set_up, complaints):
     for said in complaints:
         assert re.search(WRONG[set_up], said[list(WRONG).index(set_up)])
+
+
+def refuse_8_bits(rank):
+    model = tiny()
+    fully_shard(model)
+    with pytest.raises(gs.UsageError, match=r"AdamW8bitRule .* shards would cut them apart"):
+        gs.SparseOptimizer(model, gs.GMT(fraction=0.3), rule=gs.AdamW8bitRule())
+
+
+def test_a_rule_that_cannot_be_sharded_is_refused():
+    succeed(refuse_8_bits, world=2)

@@ -197,3 +197,10 @@ def test_nothing_is_saved_for_the_backward_pass_below_the_lowest_selected_block(
     drops = [higher - lower for lower, higher in zip(bytes_by_lowest[1:], bytes_by_lowest[:-1], strict=True)]
     assert all(drop > 0 for drop in drops)
     assert bytes_by_lowest[3] < 0.6 * saved_bytes(model)
+
+
+def test_weights_outside_the_mask_are_counted_as_they_are_now():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    optimizer = gs.SparseOptimizer(model, gs.BitFit())
+    model[1].weight.data = model[1].weight.data.bfloat16()
+    assert optimizer.memory()["weights"] == (64 + 8) * 4 + 64 * 2 + 8 * 4

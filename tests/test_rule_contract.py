@@ -608,3 +608,11 @@ def test_a_checkpoint_of_entries_from_before_there_were_rules_is_one_of_adamw() 
     assert same(weights(model), weights(resumed))
     with pytest.raises(gs.UsageError, match="rule: 'AdamWRule' there, 'SGDRule"):
         build(gs.SGDRule())[1].load_state_dict(old)
+
+
+def test_a_schedule_of_momentum_needs_a_momentum() -> None:
+    """Without a buffer the scheduler's momentum would be ignored."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    optimizer = gs.BlockOptimizer(model, gs.All(), rule=gs.SGDRule(momentum=0), lr=0.1)
+    with pytest.raises(ValueError, match="momentum"):
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=4)

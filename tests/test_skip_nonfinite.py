@@ -285,3 +285,30 @@ def test_all_ranks_skip_alike() -> None:
         if case[1] in ("blocks", "drawn"):
             for ours, theirs in first[case][0][3]:
                 assert ours == pytest.approx(theirs, rel=1e-6, nan_ok=True)
+
+
+def test_an_older_optimizer_is_refused_and_leaves_the_gradients_of_the_newer_one() -> None:
+    model = tiny()
+    older = gs.BlockOptimizer(model, gs.All(), lr=1e-2, skip_nonfinite=True)
+    gs.BlockOptimizer(model, gs.All(), lr=1e-2)
+    (model(rows(0, rank=0, world=1)) * math.nan).backward()
+    with pytest.raises(gs.UsageError, match="a newer optimizer was built on this model"):
+        older.step()
+    assert older.num_skipped == 0
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def look_before_step(rank: int) -> str:
+    """Read the norm on a model that nothing averages, as a meter may."""
+    model = tiny()
+    optimizer = gs.SparseOptimizer(model, gs.ID3(budget=60, steps=3), lr=1e-2)
+    model(rows(0, rank=rank, world=dist.get_world_size())).backward()
+    assert math.isfinite(optimizer.grad_norm)
+    with pytest.raises(gs.UsageError, match="nothing has averaged them") as refused:
+        optimizer.step()
+    return str(refused.value)
+
+
+def test_looking_at_the_norm_hides_no_gradient_from_the_check_of_ranks() -> None:
+    first, second = succeed(look_before_step, world=2)
+    assert first == second

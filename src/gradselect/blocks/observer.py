@@ -130,8 +130,10 @@ class GradientObserver(AbstractGradientHooks):
             self._parts[parameter] = norm_of(parameter)
             self._incomplete[name] -= 1
             if self._incomplete[name] == 0:
-                self._complete(name, scale=self._scale())
+                with self._phases(SELECTION):
+                    self._complete(name, scale=self._scale())
 
+    @in_phase(SELECTION)
     def _end_pass(self) -> None:
         self._in_pass = False
         self._num_passes += 1
@@ -167,7 +169,6 @@ class GradientObserver(AbstractGradientHooks):
             self._known_scale = 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
         return self._known_scale
 
-    @in_phase(SELECTION)
     def _complete(self, name: str, *, scale: float) -> None:
         self._norms[name] = gradient_norm(self._blocks[name], known=self._parts) / scale
         if self._score is not None:  # otherwise the norm stays on the device and nothing waits for it

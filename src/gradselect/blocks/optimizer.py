@@ -18,6 +18,7 @@ from gradselect.core import (
     SelectiveOptimizer,
     StepRecord,
     UpdateSettings,
+    check_shards,
     in_phase,
     selection_entropy,
 )
@@ -28,7 +29,7 @@ from .compile_check import UnreachedBlocks
 from .observer import GradientObserver
 from .partitioning import check_partition, partition, resolve_names
 from .policy import AbstractPolicy
-from .set_up import bind_policy, check_model, check_shards, check_window
+from .set_up import bind_policy, check_model, check_window
 
 
 class BlockOptimizer(SelectiveOptimizer[StepRecord]):
@@ -92,10 +93,9 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     @in_phase(SELECTION)
     def _decide(self, norms: Mapping[str, float]) -> tuple[str, ...]:
         """Return the selection of this step: as proposed, or from the norms; `always` blocks included."""
-        self._ownership.check(self._table.all())
         decided = self.policy.decide(self._step, norms) if self._proposal is None else self._proposal
         selected = self._with_always(decided)
-        self._check_ranks(self._parameters_by_block(selected), lambda: {"selection": selected, **self._facts()})
+        self._check_ranks(lambda: self._parameters_by_block(selected), lambda: {"selection": selected, **self._facts()})
         return selected
 
     def _update(self, selected: Sequence[str]) -> None:
@@ -257,13 +257,12 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     @torch.no_grad()
     def _begin_training(self) -> None:
         assert self._agreement is not None
-        # Accelerate shards after it was built, and puts other parameters into the groups.
-        check_shards(self._table.all(), self.rule)
+        check_shards(self._table.all(), self.rule)  # Accelerate shards later, and puts others into the groups
         self._ownership.take(self._table.all())
-        self._observer.follow(self._parameters_by_block())
-        trains_everything = self._proposal is not None and self.trainable == self.blocks
         parameters = self._parameters_by_block()
-        self._agreement.check_start(parameters, self._facts(), trains_everything=trains_everything)
+        self._observer.follow(parameters)
+        is_full = self._proposal is not None and self.trainable == self.blocks
+        self._agreement.check_start(parameters, self._facts(), trains_everything=is_full)
         self._set_trainable(self.trainable)
         self._agreement.carry_over(self._table.named())
 

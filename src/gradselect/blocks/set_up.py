@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn import Parameter
 
-from gradselect.core import AbstractRule, Block
-from gradselect.parallel import check_placement, is_dtensor, is_running, unwrapped
+from gradselect.core import AbstractRule, Block, check_shards
+from gradselect.parallel import check_placement, is_running, unwrapped
 from gradselect.usage import UsageError, check_is, check_whole
 
 from .compile_check import warn_of_compiled_model
@@ -27,19 +26,6 @@ def check_model(model: nn.Module, rule: AbstractRule) -> nn.Module:
     inner = unwrapped(model)
     check_shards(inner.parameters(), rule)
     return inner
-
-
-def check_shards(parameters: Iterable[Parameter], rule: AbstractRule) -> None:
-    """Refuse shards if the rule's state cannot be cut into shards.
-
-    Raises:
-        UsageError: names the rule.
-    """
-    if not rule.works_on_shards and any(map(is_dtensor, parameters)):
-        raise UsageError(
-            f"{type(rule).__name__} keeps numbers that several entries share, and shards would cut them apart; write "
-            "rule=gs.AdamWRule(), or train replicas with DistributedDataParallel"
-        )
 
 
 def check_window(accumulation_steps: int, grad_scaler: GradScaler | None, *, in_backward: bool, skips: bool) -> None:

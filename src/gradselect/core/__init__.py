@@ -11,7 +11,7 @@ from .parameter_groups import Group, ParameterTable
 from .phases import SELECTION, Phases, in_phase
 from .records import MEMORY_CATEGORIES, JsonlWriter, MaskRecord, MemoryBytes, StepRecord, selection_entropy
 from .residency import AbstractResidency, Drop, Keep, Offload
-from .rules import AbstractRule, Ages
+from .rules import AbstractRule, Ages, check_shards
 from .settings import UpdateSettings
 from .sgd import SGDRule
 from .state import HALF, MASTER, BlockStates, num_bytes
@@ -46,6 +46,7 @@ __all__ = [
     "as_text",
     "at_end_of_pass",
     "check_same",
+    "check_shards",
     "dense",
     "freeze",
     "gradient_norm",

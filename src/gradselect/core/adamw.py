@@ -130,4 +130,4 @@ def _length(oldest: int) -> int:
 @lru_cache(maxsize=8)
 def _bias_corrections(beta: float, length: int) -> Tensor:
     """Return 1 - beta^t for t = 0, ..., length - 1, with Python's power as in torch. Shape (length,), float64."""
-    return torch.tensor([1 - beta**t for t in range(length)], dtype=torch.float64)
+    return torch.tensor([1 - beta**t for t in range(length)], dtype=torch.float64, device="cpu")

@@ -33,7 +33,7 @@ Record = TypeVar("Record")
 
 
 class CheckpointFormat(Protocol):
-    """What a state_dict holds beside torch's `state` and `param_groups`."""
+    """Reader and writer of all that a state_dict holds beside `state` and `param_groups`."""
 
     def identity_of(self, optimizer: Any, /) -> dict[str, Any]:
         """Return what a checkpoint and the run that loads it must agree on."""
@@ -99,7 +99,7 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
             master_dtype=update.master_dtype,
             phases=self._phases,
         )
-        self._other_weight_bytes = sum(map(num_bytes, model.parameters())) - sum(map(num_bytes, self._table.all()))
+        self._model = model
         self._ownership = Ownership(self, self._table.all() if owned is None else owned)
         self._agreement = RankAgreement(model, self, type(self)._begin_training) if is_running() else None
 
@@ -145,9 +145,10 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
             (moments, indices of entries) on the model's device; `state_on_host`: offloaded moments and masters.
         """
         masters, on_device, on_host = self._states.memory()
+        parameters = list(self._model.parameters())
         return MemoryBytes(
-            weights=self._other_weight_bytes + sum(map(num_bytes, self._table.all())),
-            gradients=sum(num_bytes(p.grad) for p in self._table.all() if p.grad is not None),
+            weights=sum(map(num_bytes, parameters)),
+            gradients=sum(num_bytes(parameter.grad) for parameter in parameters if parameter.grad is not None),
             masters=masters,
             state_on_device=on_device,
             state_on_host=on_host,
@@ -239,14 +240,14 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         }
 
     def _check_ranks(
-        self, parameters: Mapping[str, Sequence[Parameter]], facts: Callable[[], Mapping[str, Any]]
+        self, parameters: Callable[[], Mapping[str, Sequence[Parameter]]], facts: Callable[[], Mapping[str, Any]]
     ) -> None:
         """Refuse a step in which ranks would differ; see `RankAgreement`."""
         if self._agreement is None:
             return
         if not self._agreement.has_begun:
             self._begin_training()  # a loop that never calls the model as a whole
-        self._agreement.check_step(self._step, parameters, facts)
+        self._agreement.check_step(self._step, parameters(), facts)
 
     def _may_freeze(self) -> bool:
         """True once a data-parallel wrapper cannot come any more."""
@@ -259,7 +260,12 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
             return closure()
 
     def _is_skipped(self) -> bool:
-        """True if this step is to change nothing; then its gradients are gone."""
+        """Return True if this step must change nothing; its gradients are then gone.
+
+        Raises:
+            UsageError: a newer optimizer owns the model.
+        """
+        self._ownership.check(self._table.all())
         if not self.skip_nonfinite or math.isfinite(norm := self.grad_norm):
             self.num_skipped_in_a_row = 0
             return False

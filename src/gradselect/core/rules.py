@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from gradselect.parallel import is_dtensor
 from gradselect.usage import UsageError
 
 State = dict[str, Tensor]
@@ -119,3 +121,16 @@ def check_unused(rule: AbstractRule, **settings: Any) -> None:
     for name, value in settings.items():
         if name not in rule.hyper_parameters and value != DEFAULTS[name]:
             raise UsageError(f"{name}={value} has no meaning for {type(rule).__name__}; leave {name} out")
+
+
+def check_shards(parameters: Iterable[Parameter], rule: AbstractRule) -> None:
+    """Refuse shards if the rule's state cannot be cut into shards.
+
+    Raises:
+        UsageError: names the rule.
+    """
+    if not rule.works_on_shards and any(map(is_dtensor, parameters)):
+        raise UsageError(
+            f"{type(rule).__name__} keeps numbers that several entries share, and shards would cut them apart; write "
+            "rule=gs.AdamWRule(), or train replicas with DistributedDataParallel"
+        )

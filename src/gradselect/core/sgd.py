@@ -62,7 +62,8 @@ class SGDRule(AbstractRule):
         return f"SGDRule(momentum={float(self.momentum)}, nesterov={self.nesterov})"
 
     def group_options(self) -> dict[str, Any]:
-        return {"momentum": self.momentum}
+        # Without a buffer a scheduler must not believe that it changes the momentum.
+        return {"momentum": self.momentum} if self.momentum else {}
 
     def make_state(self, weight: Tensor) -> State:
         # torch starts the buffer with a copy of the gradient; from zeros the first step is the same.
@@ -79,7 +80,7 @@ class SGDRule(AbstractRule):
             foreach=False,
             fused=False,
             weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
+            momentum=group.get("momentum", 0.0),
             lr=group["lr"],
             dampening=0.0,
             nesterov=self.nesterov,
@@ -92,8 +93,8 @@ class SGDRule(AbstractRule):
         self, weights: Tensor, gradients: Tensor, state: Mapping[str, Tensor], ages: Ages, group: Mapping[str, Any]
     ) -> None:
         buffer = state.get("momentum_buffer")
-        options = {name: group[name] for name in ("lr", "momentum", "weight_decay")}
-        sgd_entries(weights, gradients, buffer, nesterov=self.nesterov, **options)
+        options = {"lr": group["lr"], "weight_decay": group["weight_decay"], "nesterov": self.nesterov}
+        sgd_entries(weights, gradients, buffer, momentum=group.get("momentum", 0.0), **options)
 
 
 def sgd_entries(
@@ -119,7 +120,7 @@ def sgd_entries(
     if weight_decay:
         gradients = gradients.add(weights, alpha=weight_decay)
     direction = gradients
-    if buffer is not None:
+    if buffer is not None and momentum:
         buffer.mul_(momentum).add_(gradients)
         direction = gradients.add(buffer, alpha=momentum) if nesterov else buffer
     weights.add_(direction, alpha=-lr)

@@ -38,7 +38,7 @@ SIDES: tuple[Side, Side] = ("base", "tuned")
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """How one tensor changed.
+    """Change of one tensor.
 
     stored: "dense": the XOR of all bit patterns; "sparse": flat indices, and the XOR there; "whole": the tensor of
         each side that has it, since it is new, gone, or of another shape or dtype.

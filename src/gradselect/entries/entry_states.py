@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradselect.core import HALF, AbstractRule, Group, squared_norm
-from gradselect.parallel import shard_groups
+from gradselect.parallel import local_part, shard_groups
 
 from .store import EntryStore
 
@@ -99,6 +99,24 @@ class EntryStates:
         NaN if the coming selection is made from a gradient that is not finite.
         """
         return [(self._first[store], store.squared_norm() + self._defects.get(store, 0.0)) for store in self.stores]
+
+    def squared_norms_of(
+        self, gradients: Mapping[str, Tensor], *, decides: Callable[[str], bool]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return what `squared_norms` would after these whole gradients were read.
+
+        Args:
+            gradients: by tensor name.
+            decides: True if entries of a tensor are selected by its gradient.
+        """
+        squares = []
+        for name, gradient in gradients.items():
+            if name not in self.names:
+                continue
+            flat = local_part(gradient).reshape(-1)
+            square = squared_norm(flat[self.indices(name).long()])
+            squares.append((gradient, square + 0.0 * squared_norm(flat) if decides(name) else square))
+        return squares
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply all gradients, as clipping does."""

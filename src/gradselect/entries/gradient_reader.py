@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -73,11 +73,15 @@ class GradientReader(AbstractGradientHooks):
 
     def read_rest(self) -> None:
         """Read all remaining gradients, also those of a window that ended before its last announced pass."""
-        self._take_all(self._active)
+        for name, parameter in self.parameters.items():
+            if name in self._active and parameter.grad is not None and self._ownership.covers(parameter):
+                self._take(name, parameter)
+        self._read_waiting()
 
-    def read_finished(self) -> None:
-        """Read the remaining gradients of parameters that have seen all passes of the window."""
-        self._take_all(name for name in self._active if self._num_passes[name] >= self.accumulation_steps)
+    @property
+    def unread(self) -> dict[str, Tensor]:
+        """Gradients that exist and wait for `read_rest`: whole ones, by parameter name."""
+        return {name: p.grad for name, p in self.parameters.items() if name in self._active and p.grad is not None}
 
     @property
     def waiting_bytes(self) -> int:
@@ -96,13 +100,6 @@ class GradientReader(AbstractGradientHooks):
             if not self._waiting:
                 at_end_of_pass(self._read_waiting)
             self._take(name, parameter)
-
-    def _take_all(self, names: Iterable[str]) -> None:
-        wanted = set(names)
-        for name, parameter in self.parameters.items():
-            if name in wanted and parameter.grad is not None and self._ownership.covers(parameter):
-                self._take(name, parameter)
-        self._read_waiting()
 
     def _take(self, name: str, parameter: Parameter) -> None:
         # Only once: an entry that is ranked twice could be selected twice.

@@ -1,25 +1,25 @@
-"""The contract of a mask: WHICH single weights train.
+"""The contract of a mask: the selection of entries that train.
 
-Two kinds. A **compact** mask holds a set of entries; only they have optimizer state, and only they move. Before step t
-it is asked for its `choice`:
+There are two kinds. A **compact** mask holds a set of entries; only they have optimizer state, and only they move.
+Before step t the optimizer asks for its `choice`:
 
     None              the set stays as it is
-    TopOfGradient     when the gradients of this step are there: the entries of largest `score(weight, gradient)`,
-                      in place of the set (`replace=True`), or in addition to it (`replace=False`): among the others,
-                      those with a score above 0, which a gradient of 0 must not have
-    FromWeights       before the backward pass: whatever `choose(step, model)` names, in place of the set
+    TopOfGradient     after the backward pass: the entries of largest `score(weight, gradient)`, in place of the set
+                      (`replace=True`) or in addition to it (`replace=False`). An addition takes entries of a score
+                      above 0 only; a gradient of 0 must score 0 or less.
+    FromWeights       before the backward pass: the entries that `choose(step, model)` names, in place of the set
 
-A score is elementwise, so the optimizer takes the best entries of each tensor in its backward hook and frees the
-gradient. Where the set is replaced, entries that stay keep their moments and their age.
+A score is elementwise, so the optimizer ranks the entries of each tensor in its backward hook and frees the gradient.
+Entries that stay when the set is replaced keep their state and their age.
 
-A **dense** mask decides anew at every step, from finished gradients, and every entry has optimizer state: what it saves
-is movement of the weights, not memory.
+A **dense** mask selects at every step from whole gradients, and every entry has optimizer state: it saves movement of
+the weights, not memory.
 
-On several processes weights and gradients are DTensors where the model is sharded. `score` sees the part that this
-process holds; `choose` gives indices in the whole tensor, at least those of this process' part.
+On several ranks weights and gradients are DTensors if the model is sharded. `score` sees local parts; `choose` returns
+indices in the whole tensor, at least those of this rank's local part.
 
-`choice`, `score`, `choose` and `masks` are pure: they depend on the settings, the step and what they are given. So a
-resumed run needs nothing but the entries themselves.
+`choice`, `score`, `choose` and `masks` are pure: they depend on the settings, the step and their arguments. So a
+resumed run needs nothing but the entries.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from torch.nn import Parameter
 from gradselect.usage import UsageError, check_positive, check_whole, matching
 
 Indices = Mapping[str, Tensor]
-"""Flat indices (int64, ascending) of chosen entries, by tensor name. A tensor that is left out has none."""
+"""Flat indices (int64, ascending) of selected entries, by tensor name. A tensor that is left out has none."""
 
 
 @dataclass(frozen=True)
 class MaskTensor:
-    """A tensor of the model that a mask may choose entries of.
+    """A tensor of the model, with entries that a mask may select.
 
     Attributes:
         name: as in `model.named_parameters()`.
@@ -63,12 +63,12 @@ class MaskTensor:
 
 @dataclass(frozen=True)
 class TopOfGradient:
-    """Choose the entries of largest `score(weight, gradient)`.
+    """Choice of the entries of largest `score(weight, gradient)`.
 
     Attributes:
-        counts: how many: an int over all tensors together, a mapping by tensor name in each.
-        replace: in place of the set, where the set competes too; else in addition to it, among entries of a score
-            above 0 that are not in the set.
+        counts: number of entries: an int over all tensors together, a mapping by tensor name for each.
+        replace: True: they become the set, and entries of the set compete too. False: they join the set, if they are
+            not in it and their score is above 0.
     """
 
     counts: int | Mapping[str, int]
@@ -77,7 +77,7 @@ class TopOfGradient:
 
 @dataclass(frozen=True)
 class FromWeights:
-    """Take what `choose(step, model)` says in place of the set."""
+    """Choice of the entries that `choose(step, model)` returns, in place of the set."""
 
 
 Choice = TopOfGradient | FromWeights
@@ -85,12 +85,12 @@ Choice = TopOfGradient | FromWeights
 
 @dataclass(eq=False, kw_only=True)
 class AbstractMask(ABC):
-    """What compact and dense masks share. A concrete mask is one final dataclass whose fields are its settings.
+    """Common part of compact and dense masks. A concrete mask is one final dataclass whose fields are its settings.
 
     Attributes:
-        among: names or globs of parameters that the mask chooses from, e.g. `("*.mlp.*",)`; None: all that it can use.
+        among: names or globs of parameters that the mask selects from, e.g. `("*.mlp.*",)`; None: all that it can use.
         tensors: those parameters, in model order; empty until bound.
-        method_name: `method.name` of the recipes that use it. None: no method is just this mask.
+        method_name: `method.name` in recipes. None: no method is this mask alone.
 
     Example:
         >>> import gradselect as gs
@@ -105,7 +105,7 @@ class AbstractMask(ABC):
     tensors: tuple[MaskTensor, ...] = field(default=(), init=False, repr=False)
 
     def bind(self, tensors: Sequence[MaskTensor]) -> Self:
-        """A copy of this mask that chooses among `tensors`. The original stays unbound.
+        """Return a copy of this mask that selects among `tensors`. The original stays unbound.
 
         Raises:
             UsageError: a name of `among` matches nothing, or the settings do not fit these tensors.
@@ -113,12 +113,14 @@ class AbstractMask(ABC):
         bound = copy.copy(self)
         bound.tensors = tuple(tensor for tensor in matching_tensors(tensors, self.among) if self.can_use(tensor))
         if not bound.tensors:
-            raise UsageError(f"{type(self).__name__} finds no tensor to choose entries of; write among=None or others")
+            raise UsageError(
+                f"{type(self).__name__} finds no tensor to select entries of; write among=None or other names"
+            )
         bound.start()
         return bound
 
     def can_use(self, tensor: MaskTensor) -> bool:
-        """Whether the method is meant for such a tensor at all. Default: yes."""
+        """Return True if the method is meant for such a tensor. Default: always."""
         return True
 
     @abstractmethod
@@ -126,7 +128,7 @@ class AbstractMask(ABC):
         """Check the settings against `self.tensors`."""
 
     def settings(self) -> dict[str, Any]:
-        """What was given at construction, as plain values; a checkpoint keeps it so that another mask is refused."""
+        """Return the arguments of the constructor as plain values; a checkpoint keeps them to refuse another mask."""
         return {setting.name: getattr(self, setting.name) for setting in fields(self) if setting.init}
 
     @property
@@ -158,31 +160,31 @@ class AbstractCompactMask(AbstractMask):
 
     @abstractmethod
     def choice(self, step: int, num_chosen: int) -> Choice | None:
-        """What to choose at step `step` (from 0), when the set has `num_chosen` entries."""
+        """Return the choice of step `step` (from 0) for a set of `num_chosen` entries."""
 
     def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
-        """Rank of each entry, elementwise, for `TopOfGradient`; larger is better, NaN never chosen. Shape kept."""
-        raise AssertionError(f"{type(self).__name__} never chooses by gradient")
+        """Return a score for each entry, elementwise, for `TopOfGradient`; NaN is never selected. Shape kept."""
+        raise AssertionError(f"{type(self).__name__} never selects by gradient")
 
     def least_gradient(self, score: float) -> float:
-        """What |gradient| an entry must reach to have this score, whatever its weight; 0.0: not known.
+        """Return a lower bound of |gradient| for all entries with at least this score; 0.0: not known.
 
-        Most entries need not be scored then. It may be too small, never too large: allow for rounding.
+        It spares the scoring of most entries. It may be too small, never too large: allow for rounding.
         """
         return 0.0
 
     def choose(self, step: int, model: nn.Module) -> Indices:
-        """The entries of step `step`, for `FromWeights`."""
-        raise AssertionError(f"{type(self).__name__} never chooses by weights")
+        """Return the entries of step `step`, for `FromWeights`."""
+        raise AssertionError(f"{type(self).__name__} never selects by weights")
 
 
 @dataclass(eq=False, kw_only=True)
 class AbstractDenseMask(AbstractMask):
-    """Chooses anew at every step, from whole gradients; see the module docstring.
+    """Selects at every step from whole gradients; see the module docstring.
 
     Attributes:
-        mask: what it is put on: "gradient": other entries count as zero, and the moments of all entries go on;
-            "update": the moments see the whole gradient, and other entries do not move.
+        mask: "gradient": the gradient of other entries is zero, and the state of all entries advances. "update": the
+            state sees the whole gradient, and other entries do not move.
 
     Example:
         A mask that selects the entries of positive gradient:
@@ -201,10 +203,7 @@ class AbstractDenseMask(AbstractMask):
 
     @abstractmethod
     def masks(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """For each gradient a bool tensor: the entries that count at this step.
-
-        Of the gradient's shape; of a DTensor of the shape of what this process holds.
-        """
+        """Return a bool tensor for each gradient: the selected entries, in the shape of its local part."""
 
 
 def matching_tensors(tensors: Sequence[MaskTensor], patterns: str | Sequence[str] | None) -> tuple[MaskTensor, ...]:
@@ -221,7 +220,7 @@ def matching_tensors(tensors: Sequence[MaskTensor], patterns: str | Sequence[str
 
 
 def check_size(*, budget: int | None, density: float | None) -> None:
-    """Exactly one of `budget` >= 1 and `density` in (0, 1] is given.
+    """Check that exactly one of `budget` >= 1 and `density` in (0, 1] is given.
 
     Raises:
         UsageError: otherwise.
@@ -235,7 +234,7 @@ def check_size(*, budget: int | None, density: float | None) -> None:
 
 
 def resolve_budget(tensors: Sequence[MaskTensor], *, budget: int | None, density: float | None) -> int:
-    """How many entries: `budget`, or max(1, round(density * entries of all tensors)).
+    """Return the number of entries: `budget`, or max(1, round(density * entries of all tensors)).
 
     Raises:
         UsageError: more than there are.
@@ -245,12 +244,12 @@ def resolve_budget(tensors: Sequence[MaskTensor], *, budget: int | None, density
         assert density is not None
         return max(1, round(density * total))
     if budget > total:
-        raise UsageError(f"budget={budget:,} is more than the {total:,} entries to choose from; write budget={total}")
+        raise UsageError(f"budget={budget:,} is more than the {total:,} entries to select from; write budget={total}")
     return budget
 
 
 def share_out(tensors: Sequence[MaskTensor], budget: int) -> dict[str, int]:
-    """`budget` entries dealt out in proportion to the tensors' sizes, by largest remainder; ties to the earlier."""
+    """Share `budget` entries out in proportion to the tensors' sizes, by largest remainder; ties to the earlier."""
     total = sum(tensor.numel for tensor in tensors)
     counts = [budget * tensor.numel // total for tensor in tensors]
     remainders = [budget * tensor.numel % total for tensor in tensors]
@@ -260,6 +259,6 @@ def share_out(tensors: Sequence[MaskTensor], budget: int) -> dict[str, int]:
 
 
 def generator_of(*, seed: int, step: int, name: str, device: torch.device) -> torch.Generator:
-    """A generator of its own for one tensor at one step: nothing to save, nothing global, alike on every rank."""
+    """Return a generator for one tensor at one step: nothing to save, nothing global, the same on every rank."""
     digest = hashlib.blake2b(f"gradselect/{seed}/{step}/{name}".encode(), digest_size=8).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big") >> 1)

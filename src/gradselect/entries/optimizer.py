@@ -103,11 +103,13 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         # An entry without a gradient does not join, so one that has joined does not join again.
         self._entries.read(name, gradient, clear=decisive and self._selector.only_adds)
         if decisive:
+            if self._selector.can_select(name):
+                self._entries.inspect(name, gradient)
             self._selector.see(name, gradient)
 
     def _clip(self) -> float:
         """Scale all gradients down to `max_grad_norm`, as `clip_grad_norm_`; return their norm before that."""
-        norm = self._norm()
+        norm = total(self._squared_norms()).sqrt()
         if self.max_grad_norm is not None:
             factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             self._entries.scale_gradients(factor)
@@ -164,12 +166,12 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         """
         update = UpdateSettings.of(locals())
         check_arguments(mask, update.rule, max_grad_norm=max_grad_norm, accumulation_steps=accumulation_steps)
-        self._model = check_model(model)
-        tensors = trainable_tensors(self._model)
+        model = check_model(model, update.rule)
+        tensors = trainable_tensors(model)
         self._always = matching([t.name for t in tensors], always, kind="parameter that trains", key="always")
         self.mask = mask.bind([tensor for tensor in tensors if tensor.name not in self._always])
         blocks = blocks_of(tensors, {*self._always, *self.mask.names})
-        super().__init__(self._model, blocks, update, owned=[tensor.parameter for tensor in tensors])
+        super().__init__(model, blocks, update, owned=[tensor.parameter for tensor in tensors])
         self.max_grad_norm = max_grad_norm
         self._start(tensors, update, accumulation_steps, lean=lean_accumulation)
 
@@ -207,14 +209,14 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         """
         found = {name: self._entries.indices(name) for name, count in self._entries.num_entries().items() if count}
         return {
-            name: self._shards.in_whole(name, found[name]).sort().values for name in self.mask.names if name in found
+            name: self._shards.to_whole(name, found[name]).sort().values for name in self.mask.names if name in found
         }
 
     @property
     @torch.no_grad()
     def grad_norm(self) -> float:
-        self._reader.read_finished()
-        return float(self._norm())
+        unread = self._entries.squared_norms_of(self._reader.unread, decides=self._selector.can_select)
+        return float(total([*unread, *self._squared_norms()]).sqrt())
 
     @torch.no_grad()
     def refresh_masters(self) -> None:
@@ -222,8 +224,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         super().refresh_masters()
 
     def memory(self) -> MemoryBytes:
-        held = super().memory()
-        masters, others = self._entries.num_bytes()
+        held, (masters, others) = super().memory(), self._entries.num_bytes()
         held["gradients"] += self._reader.waiting_bytes + self._entries.gradient_bytes
         held["masters"] += masters
         held["state_on_device"] += others
@@ -236,9 +237,9 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         self._reader.restart()
         self._entries.restart()
 
-    def _norm(self) -> Tensor:
-        """L2 norm of the gradients that are applied, over all ranks. Shape ()."""
-        return total([*self._entries.squared_norms(), *self._dense.squared_norms()]).sqrt()
+    def _squared_norms(self) -> list[tuple[Tensor, Tensor]]:
+        """Sums of squares of the gradients that are applied, each with a tensor that is sharded as they are."""
+        return [*self._entries.squared_norms(), *self._dense.squared_norms()]
 
     def _prepare(self) -> None:
         """Freeze what cannot train in the coming step, and watch the rest."""
@@ -288,5 +289,4 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
                 "SparseOptimizer works without a GradScaler; train in bfloat16: torch.autocast or the model"
             )
         self._ownership.check(self._table.all())
-        trained = {name: [parameter] for name, parameter in self._table.named() if parameter.requires_grad}
-        self._check_ranks(trained, self._all_facts)
+        self._check_ranks(lambda: {name: [p] for name, p in self._table.named() if p.requires_grad}, self._all_facts)

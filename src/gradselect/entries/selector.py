@@ -103,7 +103,6 @@ class EntrySelector:
         if self._top is None:
             return
         assert isinstance(self._mask, AbstractCompactMask)
-        self._entries.inspect(name, gradient)
         self._top.top(name).scan(
             local_part(self._parameters[name]).detach().view(-1),
             gradient,

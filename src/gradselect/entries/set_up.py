@@ -7,21 +7,23 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from gradselect.core import AbstractRule, Block, is_frozen_for_now
+from gradselect.core import AbstractRule, Block, check_shards, is_frozen_for_now
 from gradselect.parallel import check_placement, local_part, shard_groups, unwrapped
 from gradselect.usage import UsageError, check_is, check_whole
 
 from .mask import AbstractDenseMask, AbstractMask, MaskTensor
 
 
-def check_model(model: nn.Module) -> nn.Module:
+def check_model(model: nn.Module, rule: AbstractRule) -> nn.Module:
     """Return the model without its wrappers.
 
     Raises:
         UsageError: a wrapper hides its gradients, or its parameters are on several devices.
     """
     check_placement(model)
-    return unwrapped(model)
+    inner = unwrapped(model)
+    check_shards(inner.parameters(), rule)
+    return inner
 
 
 def check_arguments(

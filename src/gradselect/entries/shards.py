@@ -60,7 +60,7 @@ class Shards:
         local = indices - self._first[name]
         return local[(local >= 0) & (local < self._sizes[name])]
 
-    def in_whole(self, name: str, local: Tensor) -> Tensor:
+    def to_whole(self, name: str, local: Tensor) -> Tensor:
         """Convert indices in the local part to indices in the whole tensor, int64."""
         return local.long() + self._first[name]
 
@@ -71,7 +71,7 @@ class Shards:
         """
         parts = [{key: value.cpu() for key, value in state.items()}] if self._groups[name] else []
         for part in parts:
-            part["indices"] = self.in_whole(name, part["indices"])
+            part["indices"] = self.to_whole(name, part["indices"])
         for group in self._groups[name]:
             everyone: list[list[dict[str, Tensor]]] = [[] for _ in range(group.size())]
             with naming_the_collective(f"gathering the state of {name}"):

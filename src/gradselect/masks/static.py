@@ -170,7 +170,7 @@ def best_entries(tensors: Sequence[MaskTensor], counts: int | Mapping[str, int],
             top_k.top(tensor.name).add(chunk, position=position, offset=offset)
             offset += chunk.numel()
     return {
-        name: shards.in_whole(name, indices).to(parameters[name].device)
+        name: shards.to_whole(name, indices).to(parameters[name].device)
         for name, (indices, _) in top_k.result().items()
         if indices.numel()
     }
