@@ -555,7 +555,13 @@ def lasting_log(folder: Path) -> list[dict[str, float]]:
 
 
 def curves(folder: Path) -> list[tuple[int, float]]:
-    """Return the losses that TensorBoard shows."""
+    """Return the losses that TensorBoard shows.
+
+    It reads files in the order of their names, which end with a count of this process: the 10th would precede the 9th.
+    """
+    files = sorted((folder / "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    for number, file in enumerate(files):
+        file.rename(file.with_name(f"events.out.tfevents.{number}"))
     accumulator = EventAccumulator(str(folder / "tensorboard")).Reload()
     return [(event.step, event.value) for event in accumulator.Scalars("train/loss")]
 
