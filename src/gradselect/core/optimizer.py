@@ -91,14 +91,7 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         self._phases = Phases()
         self._record_hooks: OrderedDict[int, Callable[[Record], None]] = OrderedDict()
         self._table = ParameterTable(self.param_groups, {block.name: block.parameter_names for block in blocks})
-        self._states = BlockStates(
-            self.state,
-            self._table,
-            rule=update.rule,
-            residency=update.residency,
-            master_dtype=update.master_dtype,
-            phases=self._phases,
-        )
+        self._states = BlockStates(self.state, self._table, update, phases=self._phases)
         self._model = model
         self._ownership = Ownership(self, self._table.all() if owned is None else owned)
         self._agreement = RankAgreement(model, self, type(self)._begin_training) if is_running() else None

@@ -16,8 +16,9 @@ from gradselect.usage import UsageError
 from .gradients import dense
 from .parameter_groups import ParameterTable
 from .phases import STATE, Phases, in_phase
-from .residency import AbstractMover, AbstractResidency, StateCopy
-from .rules import AbstractRule, State
+from .residency import AbstractMover, StateCopy
+from .rules import State
+from .settings import UpdateSettings
 
 MASTER = "master"
 
@@ -44,9 +45,8 @@ class BlockStates:
     Args:
         store: the optimizer's `state`, by parameter.
         table: finds the parameters of each block.
-        rule: makes the state.
-        residency: where the state of unselected blocks lives.
-        master_dtype: dtype of masters and moments of bf16 and fp16 parameters; None: no masters.
+        update: its rule makes the state, its residency places it; with its `master_dtype` bf16 and fp16 parameters have
+            masters and state of that dtype.
         phases: of the optimizer.
     """
 
@@ -54,18 +54,16 @@ class BlockStates:
         self,
         store: MutableMapping[Tensor, State],
         table: ParameterTable,
+        update: UpdateSettings,
         *,
-        rule: AbstractRule,
-        residency: AbstractResidency,
-        master_dtype: torch.dtype | None,
-        phases: Phases | None = None,
+        phases: Phases,
     ) -> None:
-        self._phases = phases or Phases()
+        self._phases = phases
         self._store = store
         self._table = table
-        self._rule = rule
-        self._residency = residency
-        self._master_dtype = master_dtype
+        self._rule = update.rule
+        self._residency = update.residency
+        self._master_dtype = update.master_dtype
         self._open: tuple[torch.device, AbstractMover] | None = None
         self.resident: set[str] = set()
         self.moved_bytes = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -42,38 +42,27 @@ def evaluate(
     num_fewshot: Annotated[int | None, typer.Option(help="Solved examples in the prompts of lm-eval.")] = None,
 ) -> None:
     """Evaluate MODEL: accuracy on worked problems or labels, loss on a text, or published tasks through lm-eval."""
-    from gradselect.app.recipe import EvaluationSettings
+    settings = _settings(**locals())
     from gradselect.app.runtime import collected_messages
 
-    settings = EvaluationSettings(
-        model=model,
-        task=task,
-        data=data,
-        subset=subset,
-        split=split,
-        limit=limit,
-        prompt=_with_line_ends(prompt),
-        completion=_with_line_ends(completion),
-        text=_with_line_ends(text),
-        text_pair=_with_line_ends(text_pair),
-        label=label,
-        labels=tuple(labels.split(",")) if labels else None,
-        columns=tuple(columns.split(",")) if columns else None,
-        as_chat=as_chat,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        **({"stop": tuple(end.replace("\\n", "\n") for end in stop)} if stop else {}),
-        dtype=dtype,
-        device=device,
-        output=output,
-        harness=tuple(harness.split(",")) if harness else (),
-        num_fewshot=num_fewshot,
-    )
     with collected_messages(Console(stderr=True)):
         if settings.harness:
             _evaluate_published(settings)
         else:
             _evaluate_task(settings)
+
+
+def _settings(*, stop: list[str] | None, **options: Any) -> EvaluationSettings:
+    """Return the settings: lists are split at commas, and templates get their line ends."""
+    from gradselect.app.recipe import EvaluationSettings
+
+    for name in ("prompt", "completion", "text", "text_pair"):
+        options[name] = _with_line_ends(options[name])
+    for name in ("labels", "columns", "harness"):
+        options[name] = tuple(options[name].split(",")) if options[name] else None
+    if stop:
+        options["stop"] = tuple(end.replace("\\n", "\n") for end in stop)
+    return EvaluationSettings(**{**options, "harness": options["harness"] or ()})
 
 
 def _evaluate_task(settings: EvaluationSettings) -> None:
