@@ -184,7 +184,8 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         """Enter `span(name)` around each phase of a step, until the handle that is returned is removed.
 
         Phases are "selection" (decisions, gradient norms, freezing, records) and "state" (moves of state between device
-        and host), which may begin within a selection. Some of them run during the backward pass. What is in no phase is the update itself.
+        and host), which may begin within a selection. Some of them run during the backward pass. What is in no phase is
+        the update itself.
 
         Args:
             span: returns a context manager, for example one that reads a clock.
