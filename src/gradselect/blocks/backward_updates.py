@@ -50,10 +50,10 @@ class BackwardUpdates(AbstractGradientHooks):
 
     def expect(self, names: Sequence[str]) -> None:
         """Move the parameters of these blocks, and no others, in the next backward pass."""
-        self._names = tuple(names)
+        self._names = tuple(names) if self.is_active else ()
         self._groups = {
             parameter: group
-            for name in names
+            for name in self._names
             for group, parameters in self._table.by_group(name)
             for parameter in parameters
         }
