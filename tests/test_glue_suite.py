@@ -12,7 +12,7 @@ from gradselect.app.compare.measure import score_of
 from gradselect.app.compare.protocol import _evaluation_settings
 from gradselect.app.compare.suite import Evaluation
 from gradselect.app.evaluate import EvaluationResult
-from gradselect.app.inputs.examples import load_examples
+from gradselect.app.inputs.examples import render_examples
 
 SUITES = Path(__file__).parents[1] / "suites" / "glue"
 METRICS = {"cola": "matthews", "rte": None, "mrpc": "f1", "stsb": "spearman"}
@@ -38,7 +38,7 @@ def test_a_suite_of_each_task_reads_its_files_and_has_its_score(task: str, tmp_p
     assert suite.name == f"glue-{task}"
     assert list(suite.methods) == ["full", "LoRA", "BitFit", "PaFI", "ID3", "SparseGrad", "MeProp", "GMT"]
     assert suite.evaluations["dev"].metric == METRICS[task]
-    assert len(load_examples(suite.recipe.data, seed=0).train) == 18
+    assert len(render_examples(suite.recipe.data, seed=0).rows["train"]) == 18
 
 
 def test_a_metric_is_for_classifications_alone() -> None:

@@ -25,7 +25,7 @@ from gradselect.app.data import rows as files_module
 from gradselect.app.data.rows import read_rows
 from gradselect.app.evaluate import EvaluationSettings, read_evaluation
 from gradselect.app.evaluate.language_model import load
-from gradselect.app.inputs.examples import load_examples
+from gradselect.app.inputs.examples import render_examples
 from gradselect.app.inputs.model import load_model
 from gradselect.app.recipe import ModelSettings, Recipe, TextData, load_recipe
 from gradselect.files.checked_json import read_sealed, sealed
@@ -323,8 +323,8 @@ def test_any_bytes_are_examples_or_a_message(name: str, data: st.DataObject) -> 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
         path.write_bytes(b"\n".join(data.draw(lines)))
-        examples, said = attempted(lambda: load_examples(TextData(format="text", path=str(path)), seed=0))
-        assert (str(path) in said and is_clear(said)) if examples is None else len(examples.train) > 0
+        examples, said = attempted(lambda: render_examples(TextData(format="text", path=str(path)), seed=0))
+        assert (str(path) in said and is_clear(said)) if examples is None else len(examples.rows["train"]) > 0
 
 
 # Results and deltas --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gradselect.app.inputs.examples import load_examples
+from gradselect.app.inputs.examples import render_examples
 from gradselect.app.recipe import load_recipe
 
 SHARED = Path(os.environ.get("GRADSELECT_SHARED", Path(__file__).parents[2] / "shared"))
@@ -85,8 +85,9 @@ def test_the_recipes_of_glue_read_its_files(task: str) -> None:
         pytest.skip(f"no {folder}; set GRADSELECT_SHARED")
     files = [f"data.path={folder / 'dev.tsv'}", f"data.validation={folder / 'dev.tsv'}", "data.limit=50"]
     recipe = load_recipe(RECIPES / "glue" / f"{task}.yaml", [*files, "data.validation_limit=50"])
-    examples = load_examples(recipe.data, seed=0)
-    assert len(examples.train) == 50
+    examples = render_examples(recipe.data, seed=0)
+    rows = examples.rows["train"]
+    assert len(rows) == 50
     assert examples.labels == GLUE[task]
-    assert all(len(text) > 5 for text in examples.train["text"])
-    assert all((pair is None) == (task in ("cola", "sst2")) for pair in examples.train["text_pair"])
+    assert all(len(row["text"]) > 5 for row in rows)
+    assert all((row["text_pair"] is None) == (task in ("cola", "sst2")) for row in rows)

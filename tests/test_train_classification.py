@@ -24,7 +24,7 @@ from gradselect import UsageError
 from gradselect.app.data.labels import label_names
 from gradselect.app.data.rows import read_rows
 from gradselect.app.inputs import read_inputs
-from gradselect.app.inputs.examples import load_examples
+from gradselect.app.inputs.examples import render_examples
 from gradselect.app.runtime.run_folder import RunFolder
 from gradselect.app.train import train
 from gradselect.app.train.setup import build_trainer, length_notes
@@ -244,9 +244,9 @@ def test_labels_are_numbered_by_size_or_by_the_alphabet() -> None:
 
 def test_the_recipe_can_order_the_labels(place: Path, tmp_path: Path) -> None:
     recipe = classify(place, tmp_path, data={"labels": ["good", "bad"]})
-    examples = load_examples(recipe.data, seed=0)
+    examples = render_examples(recipe.data, seed=0)
     assert examples.labels == ("good", "bad")
-    assert examples.train["labels"][:3] == [1, 0, 0]
+    assert [row["labels"] for row in examples.rows["train"][:3]] == [1, 0, 0]
 
 
 def test_a_file_without_a_header_has_the_columns_of_the_recipe(place: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from gradselect import UsageError
 from gradselect.app.data.template import columns_of, render
-from gradselect.app.inputs.examples import Examples, load_examples
+from gradselect.app.inputs.examples import RenderedRows, render_examples
 from gradselect.app.recipe import Data
 
 ROWS = [{"question": f"q{n}", "answer": n} for n in range(10)]
@@ -23,11 +23,11 @@ def write(folder: Path, rows: list[Any], name: str = "data.jsonl") -> str:
     return str(path)
 
 
-def load(path: str, *, seed: int = 0, **settings: Any) -> Examples:
+def load(path: str, *, seed: int = 0, **settings: Any) -> RenderedRows:
     values = {"format": "prompt-completion", "prompt": "{question}", "completion": " {answer}", "path": path}
     if settings.get("format", "prompt-completion") != "prompt-completion":
         values = {"path": path}
-    return load_examples(TypeAdapter(Data).validate_python({**values, **settings}), seed=seed)
+    return render_examples(TypeAdapter(Data).validate_python({**values, **settings}), seed=seed)
 
 
 def test_a_template_is_filled_with_columns_and_keeps_doubled_braces() -> None:
@@ -38,16 +38,16 @@ def test_a_template_is_filled_with_columns_and_keeps_doubled_braces() -> None:
 
 def test_prompt_and_completion_come_from_their_templates(tmp_path: Path) -> None:
     examples = load(write(tmp_path, ROWS), prompt="Question: {question}\nAnswer:")
-    assert examples.train[3] == {"prompt": "Question: q3\nAnswer:", "completion": " 3"}
-    assert examples.validation is None
+    assert examples.rows["train"][3] == {"prompt": "Question: q3\nAnswer:", "completion": " 3"}
+    assert "validation" not in examples.rows
 
 
 def test_as_chat_makes_messages_of_them(tmp_path: Path) -> None:
     examples = load(write(tmp_path, ROWS), as_chat=True, completion="{answer}")
-    assert examples.train[1] == {
-        "prompt": [{"role": "user", "content": "q1"}],
-        "completion": [{"role": "assistant", "content": "1"}],
-    }
+    assert examples.rows["train"][1]["conversation"].messages == [
+        {"role": "user", "content": "q1"},
+        {"role": "assistant", "content": "1"},
+    ]
 
 
 CONVERSATION = [
@@ -58,41 +58,31 @@ CONVERSATION = [
 ]
 
 
-def test_the_last_answer_of_a_conversation_is_its_completion(tmp_path: Path) -> None:
-    path = write(tmp_path, [{"chat": CONVERSATION}])
-    (example,) = load(path, format="chat", messages="chat").train
-    assert [message["content"] for message in example["prompt"]] == ["a", "b", "c"]
-    assert example["completion"] == [{"role": "assistant", "content": "d"}]
-
-
-def test_all_answers_keep_the_conversation_whole(tmp_path: Path) -> None:
-    (example,) = load(write(tmp_path, [{"messages": CONVERSATION}]), format="chat", loss_on="answers").train
-    assert [message["content"] for message in example["messages"]] == ["a", "b", "c", "d"]
+def test_a_conversation_keeps_its_messages(tmp_path: Path) -> None:
+    (example,) = load(write(tmp_path, [{"chat": CONVERSATION}]), format="chat", messages="chat").rows["train"]
+    assert [message["content"] for message in example["conversation"].messages] == ["a", "b", "c", "d"]
 
 
 def test_text_is_its_template(tmp_path: Path) -> None:
-    assert load(write(tmp_path, ROWS), format="text", text="{question}!").train[0] == {"text": "q0!"}
+    assert load(write(tmp_path, ROWS), format="text", text="{question}!").rows["train"][0] == {"text": "q0!"}
 
 
 def test_limits_take_the_first_rows(tmp_path: Path) -> None:
     path = write(tmp_path, ROWS)
     examples = load(path, limit=3, validation=path, validation_limit=2)
-    assert examples.validation is not None
-    assert (len(examples.train), len(examples.validation)) == (3, 2)
+    assert (len(examples.rows["train"]), len(examples.rows["validation"])) == (3, 2)
     assert examples.sources["train"].describe()["rows_used"] == 3
 
 
 def test_held_out_rows_are_not_trained_on_and_the_seed_decides_which(tmp_path: Path) -> None:
     path = write(tmp_path, ROWS)
-    first, again, other = (load(path, validation=0.3, seed=seed) for seed in (1, 1, 2))
-    assert first.validation is not None
-    assert again.validation is not None
-    assert other.validation is not None
-    held_out = first.validation["prompt"]
+    first, again, other = (load(path, validation=0.3, seed=seed).rows for seed in (1, 1, 2))
+    held_out = first["validation"]
     assert len(held_out) == 3
-    assert sorted([*first.train["prompt"], *held_out]) == sorted(row["question"] for row in ROWS)
-    assert held_out[:] == again.validation["prompt"][:]
-    assert held_out[:] != other.validation["prompt"][:]
+    prompts = [row["prompt"] for row in [*first["train"], *held_out]]
+    assert sorted(prompts) == sorted(row["question"] for row in ROWS)
+    assert held_out == again["validation"]
+    assert held_out != other["validation"]
 
 
 def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path) -> None:

@@ -1,10 +1,22 @@
-"""Checks of chat messages."""
+"""Conversations, and checks of their messages."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from gradselect import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """One conversation, as a chat template reads it.
+
+    Args:
+        messages: objects with a role, content and so on.
+    """
+
+    messages: list[dict[str, Any]]
 
 
 def check_messages(messages: Any) -> list[dict[str, str]]:

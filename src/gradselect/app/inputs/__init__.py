@@ -2,5 +2,6 @@
 
 from .model import fingerprint
 from .run_inputs import Inputs, read_inputs
+from .tokens import end_of_turn_tokens
 
-__all__ = ["Inputs", "fingerprint", "read_inputs"]
+__all__ = ["Inputs", "end_of_turn_tokens", "fingerprint", "read_inputs"]

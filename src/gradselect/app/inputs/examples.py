@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from gradselect import UsageError
 from gradselect.app.data import (
     ENDINGS,
+    Conversation,
     Row,
     check_messages,
     columns_of,
@@ -56,29 +57,47 @@ class Examples:
     """Data that a run trains and evaluates on.
 
     Args:
-        train: examples in TRL's form (columns prompt and completion, messages, or text). For classification: columns
-            text, text_pair (or None) and labels (a number).
+        train: columns input_ids and labels, not cut to `data.max_length`; the label of a token that does not count in
+            the loss is -100. For classification: columns text, text_pair (or None) and labels (a number).
         validation: examples of the same form.
         sources: origins of the examples, by name.
         labels: labels of a classification, in the order of their numbers. None: no labels, or scores.
+        notes: facts about the data that the user must see, with numbers: rows that are left out, and so on.
     """
 
     train: Dataset
     validation: Dataset | None
     sources: dict[str, Source]
     labels: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
-def load_examples(settings: FileData, *, seed: int) -> Examples:
-    """Read, check and render the examples of `settings`. `seed` draws the held-out share.
+@dataclass(frozen=True, kw_only=True)
+class RenderedRows:
+    """Rows of the data, checked and filled into their templates.
+
+    Args:
+        rows: for "train" and, if there is one, "validation": rows with the columns prompt and completion, text, or
+            conversation; for classification text, text_pair and labels.
+        sources: origins of the rows, by the same names.
+        labels: labels of a classification, in the order of their numbers. None: no labels, or scores.
+    """
+
+    rows: dict[str, list[dict[str, Any]]]
+    sources: dict[str, Source]
+    labels: tuple[str, ...] | None = None
+
+
+def render_examples(settings: FileData, *, seed: int) -> RenderedRows:
+    """Read, check and render the rows of `settings`. `seed` draws the held-out share.
 
     Raises:
         UsageError: a file, column or row cannot be used; the error names it.
     """
     sources = _read_sources(settings, seed=seed)
     labels = _labels(sources["train"], settings)
-    rendered = {name: Dataset.from_list(_render_rows(source, settings, labels)) for name, source in sources.items()}
-    return Examples(train=rendered["train"], validation=rendered.get("validation"), sources=sources, labels=labels)
+    rows = {name: _render_rows(source, settings, labels) for name, source in sources.items()}
+    return RenderedRows(rows=rows, sources=sources, labels=labels)
 
 
 def _read_sources(settings: FileData, *, seed: int) -> dict[str, Source]:
@@ -172,12 +191,9 @@ def _render_row(row: Row, settings: FileData, labels: tuple[str, ...] | None) ->
             if not settings.as_chat:
                 return {"prompt": prompt, "completion": completion}
             question, answer = {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}
-            return {"prompt": [question], "completion": [answer]}
+            return {"conversation": Conversation(messages=[question, answer])}
         case ChatData():
-            messages = check_messages(row[settings.messages])
-            if settings.loss_on == "last-answer":
-                return {"prompt": messages[:-1], "completion": messages[-1:]}
-            return {"messages": messages}
+            return {"conversation": Conversation(messages=check_messages(row[settings.messages]))}
         case TextData():
             return {"text": render(settings.text, row)}
         case ClassificationData():

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradselect.app.recipe import ClassificationData, FileData, RandomData, Recipe
 
-from .examples import Examples, load_examples, random_examples, stand_in_tokenizer
+from .examples import Examples, random_examples, render_examples, stand_in_tokenizer
 from .model import load_classifier, load_model, load_tokenizer, num_embeddings, resolve_max_length
+from .tokenization import tokenize_examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,9 @@ def read_inputs(recipe: Recipe) -> Inputs:
 
 def _read_files(recipe: Recipe, data: FileData) -> Inputs:
     seed, device = recipe.run.seed, _device(recipe)
-    examples = load_examples(data, seed=seed)
+    rendered = render_examples(data, seed=seed)
     tokenizer = load_tokenizer(recipe.model, data)
+    examples = tokenize_examples(rendered, data, tokenizer)
     if isinstance(data, ClassificationData):
         model, head = load_classifier(recipe.model, labels=examples.labels, tokenizer=tokenizer, seed=seed)
     else:

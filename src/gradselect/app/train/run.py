@@ -53,7 +53,7 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         # 2 set up
         with _explained(recipe, folder):
             trainer = build_trainer(recipe, inputs, folder=folder)
-        notes = length_notes(trainer, inputs, recipe.data)
+        notes = [*inputs.examples.notes, *length_notes(trainer, inputs, recipe.data)]
         barrier()  # rank 0 has found the folder usable
         if is_rank_0():
             return_to(folder, checkpoint, damaged=damaged, keep=recipe.run.keep_checkpoints)

@@ -9,19 +9,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.trainer.sft_config import SFTConfig
 
 from gradselect import UsageError
 from gradselect.app.inputs import Inputs
 from gradselect.app.recipe import (
     AbstractMaskMethod,
-    ChatData,
     ClassificationData,
     Data,
-    PromptCompletionData,
     RandomData,
     Recipe,
     RunFacts,
@@ -164,29 +161,8 @@ def _arguments(recipe: Recipe, *, folder: RunFolder) -> dict[str, Any]:
 
 
 def _token_arguments(data: TokenData | RandomData, inputs: Inputs) -> dict[str, Any]:
-    """Return the keyword arguments that only `SFTConfig` has."""
-    if isinstance(data, ChatData) and data.loss_on == "answers":
-        _check_marks_answers(inputs.tokenizer)
-    return {
-        "max_length": inputs.max_length,
-        "packing": is_packed(data),
-        "eval_packing": False,
-        "assistant_only_loss": isinstance(data, ChatData) and data.loss_on == "answers",
-        "completion_only_loss": False if isinstance(data, PromptCompletionData) and data.loss_on == "all" else None,
-    }
-
-
-def _check_marks_answers(tokenizer: PreTrainedTokenizerBase) -> None:
-    if isinstance(tokenizer.chat_template, str) and has_generation_markers(tokenizer.chat_template):
-        return
-    try:
-        # TRL has templates with marks for common model families.
-        get_training_chat_template(tokenizer)
-    except ValueError:
-        raise UsageError(
-            "data.loss_on=answers: the model's chat template does not mark the assistant's turns "
-            "({% generation %}); write data.loss_on=last-answer"
-        ) from None
+    """Return the keyword arguments that only `SFTConfig` has. The examples are token ids and labels already."""
+    return {"max_length": inputs.max_length, "packing": is_packed(data), "eval_packing": False}
 
 
 def _as_dataset(dataset: Any) -> Dataset:
