@@ -29,6 +29,7 @@ from gradselect.app.runtime import RunFolder, num_processes
 
 from .classifier import batch_loss, classifier_options
 from .method_setup import mask_optimizer, method_parts
+from .packing_check import check_packing
 from .trackers import trackers
 from .trainer import RunTrainer, TokenTrainer
 
@@ -69,6 +70,9 @@ def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> RunTr
             raise UsageError(
                 f"data.max_length={inputs.max_length} leaves nothing of {name}: every prompt alone is longer; raise it"
             )
+    if is_packed(recipe.data):
+        # Before the optimizer marks what trains, and before anything is written.
+        check_packing(trainer, _as_dataset(trainer.train_dataset)[:4]["input_ids"], max_length=inputs.max_length)
     if isinstance(recipe.method, AbstractMaskMethod):
         facts = _facts(trainer, recipe, num_batches=recipe.method.num_batches)
         trainer.optimizer_cls_and_kwargs = mask_optimizer(recipe.method, recipe, inputs, parts.model, facts)
