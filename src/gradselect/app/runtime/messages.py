@@ -1,12 +1,26 @@
-"""Warnings and log lines of the libraries: collected for a file instead of shown."""
+"""Warnings and log lines of the libraries: collected for a file, shown only where they are about missing weights."""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_ABOUT_WEIGHTS = re.compile(
+    r"\b(missing|unexpected|mismatched|unused) (\w+ )?(keys?|weights?|tensors?|param\w*)\b"
+    r"|\b(keys?|weights?|tensors?|param\w*)\b.{0,80}\b(missing|unexpected|mismatch\w*|not (used|loaded|found))\b"
+    r"|not initiali[sz]ed|newly initiali[sz]ed|size mismatch|LOAD REPORT",
+    re.IGNORECASE,
+)
+"""Wordings of torch, transformers and PEFT for weights that a checkpoint lacks, or that were not taken from it."""
+_REPORT = re.compile(r"(\S+) +\| (MISSING|UNEXPECTED|MISMATCH|CONVERSION)\b")
+"""A row of the table of transformers."""
+_MOST_SHOWN = 600
+"""Letters of such a message on the console; it may list every tensor."""
 
 
 class _Collector(logging.Handler):
@@ -17,19 +31,33 @@ class _Collector(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name.startswith("gradselect"):
-            self._console.print(f"note       {record.getMessage()}", highlight=False, markup=False, soft_wrap=True)
+            self._show(record.getMessage())
             return
-        line = f"{record.levelname} {record.name}: {' '.join(record.getMessage().split())}"
+        text = " ".join(_COLOUR.sub("", record.getMessage()).split())
+        line = f"{record.levelname} {record.name}: {text}"
         # Libraries repeat a warning for every example or step.
         if line not in self.lines:
             self.lines.append(line)
+            if _ABOUT_WEIGHTS.search(text):
+                self._show(f"{record.name.partition('.')[0]}: {_shortened(text)}")
+
+    def _show(self, text: str) -> None:
+        self._console.print(f"note       {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _shortened(text: str) -> str:
+    rows = _REPORT.findall(text)
+    if rows:
+        title = text.partition(" LOAD REPORT")[0]
+        text = f"{title} is not as its checkpoint: {', '.join(f'{name} {status}' for name, status in rows)}"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]} ... (all of it in messages.log)"
 
 
 @contextmanager
 def collected_messages(console: Console) -> Iterator[list[str]]:
     """Collect warnings and log lines of the libraries in a list that grows; switch their progress bars off.
 
-    Messages of gradselect itself are shown on the console.
+    Messages of gradselect itself are shown on the console, and warnings about weights that were not loaded.
     """
     collector = _Collector(console)
     root = logging.getLogger()

@@ -6,9 +6,11 @@ import logging
 import math
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
@@ -19,6 +21,7 @@ from gradselect.integrations.transformers import SelectionCallback
 
 from .checkpoints import delete_old_checkpoints, last_records, read_window, write_window, writing_checkpoint
 from .failures import Fault
+from .restoring import check_adapter, restore_weights
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +167,15 @@ class RunTrainer(Trainer):
             self._writing_to = str(self._folder.checkpoints)
         if is_rank_0():
             delete_old_checkpoints(self._folder, keep=self._keep_checkpoints)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load all weights of a checkpoint, or refuse: the Trainer's own loading skips tensors of other names."""
+        live: Any = self.accelerator.unwrap_model(self.model if model is None else model)
+        if isinstance(live, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            check_adapter(live, Path(resume_from_checkpoint))
+        else:
+            restore_weights(live, Path(resume_from_checkpoint))
 
     def resume_log(self) -> None:
         """Restore what the checkpoint of this step had not logged yet."""
