@@ -213,6 +213,42 @@ def tiny_qwen2_moe(*, layers: int = 3) -> nn.Module:
     return causal(config)
 
 
+def tiny_gemma3_vision(*, layers: int = 3) -> nn.Module:
+    """A vision tower, a projector and a language model, tied."""
+    config = transformers.Gemma3Config(
+        text_config={**decoder(layers=layers, tied=True), "head_dim": 4},
+        vision_config={**vision(), "num_hidden_layers": 2},
+        mm_tokens_per_image=4,
+        image_token_index=60,
+        boi_token_index=61,
+        eoi_token_index=62,
+    )
+    return seeded(lambda: transformers.Gemma3ForConditionalGeneration(config))
+
+
+def tiny_qwen2_vl(*, layers: int = 3) -> nn.Module:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 0]}
+    config = transformers.Qwen2VLConfig(
+        text_config={**decoder(layers=layers, tied=False), "rope_parameters": rope},
+        vision_config={"depth": 2, "embed_dim": 16, "hidden_size": HIDDEN, "num_heads": 2, "mlp_ratio": 2},
+        image_token_id=60,
+        video_token_id=61,
+        vision_start_token_id=62,
+        vision_end_token_id=63,
+    )
+    return seeded(lambda: transformers.Qwen2VLForConditionalGeneration(config))
+
+
+def tiny_smolvlm(*, layers: int = 3) -> nn.Module:
+    config = transformers.SmolVLMConfig(
+        text_config={"model_type": "llama", **decoder(layers=layers, tied=False), "pad_token_id": 0},
+        vision_config={**vision(), "num_hidden_layers": 2},
+        image_token_id=60,
+        scale_factor=2,
+    )
+    return seeded(lambda: transformers.SmolVLMForConditionalGeneration(config))
+
+
 def tiny_lora(*, layers: int = 4, modules_to_save: tuple[str, ...] = ()) -> nn.Module:
     """A tiny Llama in PEFT: only the adapters train, and whole copies of `modules_to_save`."""
     import peft  # here: slow to import, and most tests do not need it
@@ -245,6 +281,17 @@ def decoder(*, layers: int, tied: bool) -> dict[str, Any]:
         "num_key_value_heads": 2,
         "max_position_embeddings": 32,
         "tie_word_embeddings": tied,
+    }
+
+
+def vision() -> dict[str, Any]:
+    """The fields of a small vision tower of SigLIP's kind."""
+    return {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
     }
 
 

@@ -186,7 +186,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         model = check_model(model, update.rule)
         blocks = partition(model) if blocks is None else check_partition(model, blocks)
         self._always = resolve_names(blocks, always)
-        self.policy = bind_policy(policy, blocks, always=self._always)
+        self.policy = bind_policy(policy, model, blocks, always=self._always)
         super().__init__(model, blocks, update)
         self._start(accumulation_steps, grad_scaler, update_in_backward=update_in_backward)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from torch import nn
 from torch.nn import Parameter
 
-from gradselect.core import Block, is_frozen_for_now
+from gradselect.core import Block, can_train, is_frozen_for_now, nothing_trains
 from gradselect.usage import UsageError, as_tuple, matches_any, matching, nearest, parent
 
 from .structure import Layout, Place
@@ -35,7 +36,9 @@ def partition(
         pooler, ...    anything else, under its module's name; what has one name is one block
 
     With several stacks of layers the name of its stack goes before all that belongs to one: "encoder.layer.0",
-    "encoder.norm", "decoder.layer.0", "decoder.norm". If the stacks share an embedding, all of it is "embedding".
+    "encoder.norm", "decoder.layer.0", "decoder.norm". If the stacks share an embedding, all of it is "embedding". Where
+    one stack stands with the input embeddings, as the language model's beside a vision tower, its blocks have aliases
+    without the stack's name: "layer.0" for "language_model.layer.0".
 
     Args:
         model: any module; of transformers' methods it may have `get_input_embeddings` and `get_output_embeddings`.
@@ -61,7 +64,7 @@ def partition(
         raise UsageError(f'by={by!r} is unknown; write by="layer" or by="matrix"')
     names = names_of_trained(model)
     if not names:
-        raise UsageError(f"no parameter of {type(model).__name__} requires a gradient; call model.requires_grad_(True)")
+        raise UsageError(nothing_trains(model))
     claimed = claim(names, patterns or {})
     layout = Layout(model, matrices=matrices_of(names) if by == "matrix" else None)
     unclaimed = [parameter for parameter in names if parameter not in claimed]
@@ -78,7 +81,7 @@ def partition(
             )
     for parameter, block in claimed.items():
         places[parameter] = [places[parameter][0]._replace(block=block)]
-    return assemble(names, places)
+    return with_short_names(assemble(names, places), main=layout.main)
 
 
 def resolve_names(blocks: Sequence[Block], patterns: str | Sequence[str]) -> tuple[str, ...]:
@@ -118,6 +121,18 @@ def assemble(names: Mapping[Parameter, list[str]], places: Mapping[Parameter, li
     return tuple(blocks)
 
 
+def with_short_names(blocks: Sequence[Block], *, main: str) -> tuple[Block, ...]:
+    """Return the blocks; those of the main stack get their names without its label as aliases, where they are free."""
+    if not main:
+        return tuple(blocks)
+    taken = {name for block in blocks for name in (block.name, *block.aliases)}
+    short = {block.name: block.name.removeprefix(f"{main}.") for block in blocks}
+    return tuple(
+        block if short[block.name] in taken else replace(block, aliases=(*block.aliases, short[block.name]))
+        for block in blocks
+    )
+
+
 def check_partition(model: nn.Module, blocks: Sequence[Block]) -> tuple[Block, ...]:
     """The blocks, which hold every parameter of the model that trains exactly once.
 
@@ -151,7 +166,7 @@ def names_of_trained(model: nn.Module) -> dict[Parameter, list[str]]:
     names: dict[Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         # so the blocks stay the same while an optimizer freezes some of them
-        if parameter.requires_grad or is_frozen_for_now(parameter):
+        if can_train(parameter) and (parameter.requires_grad or is_frozen_for_now(parameter)):
             names.setdefault(parameter, []).append(name)
     return names
 

@@ -13,6 +13,7 @@ from gradselect.usage import UsageError, check_is, check_whole
 
 from .compile_check import warn_of_compiled_model
 from .policy import AbstractPolicy
+from .quantised_blocks import said_of, without_quantised
 
 
 def check_model(model: nn.Module, rule: AbstractRule) -> nn.Module:
@@ -59,16 +60,20 @@ def check_window(accumulation_steps: int, grad_scaler: GradScaler | None, *, in_
         )
 
 
-def bind_policy(policy: AbstractPolicy, blocks: Sequence[Block], *, always: Sequence[str]) -> AbstractPolicy:
-    """Return a copy of the policy that selects among the blocks that are not in `always`.
+def bind_policy(
+    policy: AbstractPolicy, model: nn.Module, blocks: Sequence[Block], *, always: Sequence[str]
+) -> AbstractPolicy:
+    """Return a copy of the policy that selects among the blocks that are not in `always` and that can train.
 
     Raises:
         UsageError: it is no policy, or its settings do not fit these blocks.
     """
     check_is(policy, AbstractPolicy, name="policy", example="policy=gs.AdaGradSelect(fraction=0.2)")
+    candidates = without_quantised(model, blocks, always=always)
+    left_out = [block.name for block in blocks if block not in candidates and block.name not in always]
     try:
-        return policy.bind([block for block in blocks if block.name not in always])
+        return policy.bind(candidates)
     except UsageError as error:
-        if not always:
-            raise
-        raise UsageError(f"{error} (the policy does not select blocks in `always`: {', '.join(always)})") from None
+        quantised = f" ({said_of(left_out, blocks)})" if left_out else ""
+        named = f" (the policy does not select blocks in `always`: {', '.join(always)})" if always else ""
+        raise UsageError(f"{error}{named}{quantised}") from None

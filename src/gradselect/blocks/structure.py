@@ -69,6 +69,7 @@ class Layout:
             component for component, module in modules if module is inputs or isinstance(module, nn.Embedding)
         }
         self.heads = {component for component, module in modules if module is outputs} or self.outermost_matrices()
+        self.main = self.main_label(model, inputs)
 
     def place(self, name: str) -> Place:
         """Return the place of the parameter of this name."""
@@ -118,6 +119,19 @@ class Layout:
         if component != name and all(parameter.ndim <= 1 for parameter in self.components[component]):
             return "norm"
         return "other"
+
+    def main_label(self, model: nn.Module, inputs: nn.Module | None) -> str:
+        """Label of the stack of the language model in a model that holds others too; "" if no single one is it.
+
+        That is the stack nearest to the input embeddings, if the model names them. In an encoder-decoder model both
+        stacks are the language model's.
+        """
+        if inputs is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            return ""
+        path = next((path for path, module in model.named_modules() if module is inputs), "")
+        shared = [len(set(beginnings(path)) & set(beginnings(stack.path))) for stack in self.stacks]
+        nearest = [label for label, count in zip(self.labels, shared, strict=True) if count == max(shared, default=0)]
+        return nearest[0] if len(nearest) == 1 else ""
 
     def outermost_matrices(self) -> set[str]:
         """Return heads by their place: the outermost component with a matrix, the last of several; one in each scope.

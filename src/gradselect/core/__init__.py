@@ -9,6 +9,7 @@ from .gradients import AbstractGradientHooks, at_end_of_pass, dense, gradient_no
 from .optimizer import SelectiveOptimizer
 from .parameter_groups import Group, ParameterTable
 from .phases import SELECTION, Phases, in_phase
+from .quantised import ADVICE, below, can_train, is_chosen, nothing_trains, quantised_weights
 from .records import MEMORY_CATEGORIES, JsonlWriter, MaskRecord, MemoryBytes, StepRecord, selection_entropy
 from .residency import AbstractResidency, Drop, Keep, Offload
 from .rules import AbstractRule, Ages, check_shards
@@ -17,6 +18,7 @@ from .sgd import SGDRule
 from .state import HALF, MASTER, BlockStates, num_bytes
 
 __all__ = [
+    "ADVICE",
     "HALF",
     "MASTER",
     "MEMORY_CATEGORIES",
@@ -45,15 +47,20 @@ __all__ = [
     "UpdateSettings",
     "as_text",
     "at_end_of_pass",
+    "below",
+    "can_train",
     "check_same",
     "check_shards",
     "dense",
     "freeze",
     "gradient_norm",
     "in_phase",
+    "is_chosen",
     "is_frozen_for_now",
     "norm_of",
+    "nothing_trains",
     "num_bytes",
+    "quantised_weights",
     "selection_entropy",
     "selection_of",
     "squared_norm",

@@ -29,6 +29,7 @@ from .gradient_reader import GradientReader
 from .mask import AbstractDenseMask, AbstractMask, MaskTensor
 from .selector import EntrySelector
 from .set_up import (
+    bind_mask,
     blocks_of,
     check_arguments,
     check_lean,
@@ -169,7 +170,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         model = check_model(model, update.rule)
         tensors = trainable_tensors(model)
         self._always = matching([t.name for t in tensors], always, kind="parameter that trains", key="always")
-        self.mask = mask.bind([tensor for tensor in tensors if tensor.name not in self._always])
+        self.mask = bind_mask(mask, [tensor for tensor in tensors if tensor.name not in self._always], model)
         blocks = blocks_of(tensors, {*self._always, *self.mask.names})
         super().__init__(model, blocks, update, owned=[tensor.parameter for tensor in tensors])
         self.max_grad_norm = max_grad_norm

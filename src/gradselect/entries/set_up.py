@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from gradselect.core import AbstractRule, Block, check_shards, is_frozen_for_now
+from gradselect.core import (
+    ADVICE,
+    AbstractRule,
+    Block,
+    can_train,
+    check_shards,
+    is_chosen,
+    is_frozen_for_now,
+    nothing_trains,
+    quantised_weights,
+)
 from gradselect.parallel import check_placement, local_part, shard_groups, unwrapped
 from gradselect.usage import UsageError, check_is, check_whole
 
 from .mask import AbstractDenseMask, AbstractMask, MaskTensor
+
+logger = logging.getLogger(__name__)
 
 
 def check_model(model: nn.Module, rule: AbstractRule) -> nn.Module:
@@ -92,6 +105,37 @@ def marks_of_replicas(entries: Mapping[str, Tensor], parameters: Mapping[str, Pa
     }
 
 
+def bind_mask(mask: AbstractMask, tensors: Sequence[MaskTensor], model: nn.Module) -> AbstractMask:
+    """Return a copy of the mask that selects among the tensors. Says what a quantised model leaves to select from.
+
+    Raises:
+        UsageError: its settings do not fit the tensors.
+    """
+    fixed = quantised_weights(model)
+    num_fixed = 0 if not fixed or is_chosen(model, "", fixed) else sum(fixed.values())
+    try:
+        bound = mask.bind(tensors)
+    except UsageError as error:
+        if not num_fixed:
+            raise
+        raise UsageError(
+            f"{error} ({num_fixed:,} weights are quantised or integers and cannot train; {ADVICE})"
+        ) from None
+    if num_fixed:
+        num_usable = sum(tensor.numel for tensor in bound.tensors)
+        logger.warning(
+            "quantised or integer weights cannot train: %s selects among %.1f %% of the weights (%s of %s, in %d "
+            "tensors); %s",
+            type(mask).__name__,
+            100 * num_usable / (num_usable + num_fixed),
+            f"{num_usable:,}",
+            f"{num_usable + num_fixed:,}",
+            len(bound.tensors),
+            ADVICE,
+        )
+    return bound
+
+
 def blocks_of(tensors: Sequence[MaskTensor], names: Collection[str]) -> list[Block]:
     """Return the tensors of these names as blocks of one parameter each."""
     return [
@@ -110,10 +154,10 @@ def trainable_tensors(model: nn.Module) -> list[MaskTensor]:
     tensors = [
         MaskTensor(name=name, parameter=parameter, module=model.get_submodule(name.rpartition(".")[0]))
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad or is_frozen_for_now(parameter)
+        if can_train(parameter) and (parameter.requires_grad or is_frozen_for_now(parameter))
     ]
     if not tensors:
-        raise UsageError(f"no parameter of {type(model).__name__} requires a gradient; call model.requires_grad_(True)")
+        raise UsageError(nothing_trains(model))
     for tensor in tensors:
         if not local_part(tensor.parameter).is_contiguous():
             raise UsageError(

@@ -155,8 +155,9 @@ def _block_options(
     """Return arguments of `gradselect.BlockOptimizer`; `head` names parameters that train at every step."""
     blocks = partition(model, by=method.blocks)
     heads = [block.name for block in blocks if not set(head).isdisjoint(block.parameter_names)]
+    names = [name for block in blocks for name in (block.name, *block.aliases)]
     return {
-        "policy": method.policy(seed=recipe.run.seed, block_names=[block.name for block in blocks]),
+        "policy": method.policy(seed=recipe.run.seed, block_names=names),
         "always": (*method.always, *heads),
         "residency": method.place(),
         "rule": method.rule(),

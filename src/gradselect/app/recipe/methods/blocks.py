@@ -51,7 +51,7 @@ class AbstractBlockMethod(AbstractMethod):
 
     @abstractmethod
     def policy(self, *, seed: int, block_names: Sequence[str]) -> AbstractPolicy:
-        """Return the policy for a model with these blocks."""
+        """Return the policy for a model with these blocks, given by names and aliases."""
 
     def place(self) -> AbstractResidency:
         """Return the residency as an object."""
@@ -80,6 +80,15 @@ class LastMethod(AbstractBlockMethod):
         layers = list(dict.fromkeys(name.split(".")[1] for name in in_layers))
         last = [name for name in in_layers if name.split(".")[1] in layers[-self.count :]]
         return Fixed(tuple(last) or ("layer.*",))
+
+
+def has_other_layers(names: Sequence[str]) -> bool:
+    """True if the layers of the language model are one of several stacks, as beside a vision tower.
+
+    Args:
+        names: of the blocks, aliases included; the language model's layers are "layer.0" and so on.
+    """
+    return any(name.startswith("layer.") for name in names) and any(".layer." in name for name in names)
 
 
 class FixedMethod(AbstractBlockMethod):

@@ -10,12 +10,14 @@ from pydantic import create_model
 
 from gradselect import MISA, AbstractPolicy, Cyclic, GradNormTopK, Uniform, policies
 
-from .blocks import AbstractBlockMethod
+from .blocks import AbstractBlockMethod, has_other_layers
 from .dataclass_keys import dataclass_keys, describe, named_classes, one_of
 
 
 class AbstractPolicyMethod(AbstractBlockMethod):
     """A method whose own keys are the settings of a policy; `seed` is the run's.
+
+    Where `among` is no key and the model holds several stacks of layers, the language model's layers are meant.
 
     Attributes:
         policy_class: class of the policy.
@@ -25,7 +27,10 @@ class AbstractPolicyMethod(AbstractBlockMethod):
 
     def policy(self, *, seed: int, block_names: Sequence[str]) -> AbstractPolicy:
         own = self.model_dump(exclude={"name", *AbstractBlockMethod.model_fields})
-        seeded = {"seed": seed} if any(setting.name == "seed" for setting in fields(self.policy_class)) else {}
+        settings = {setting.name for setting in fields(self.policy_class)}
+        seeded = {"seed": seed} if "seed" in settings else {}
+        if "among" in settings and "among" not in own and has_other_layers(block_names):
+            own["among"] = ("layer.*",)
         return self.policy_class(**own, **seeded)
 
 
