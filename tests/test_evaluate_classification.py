@@ -180,7 +180,7 @@ WRONG = {
     "text without a column": ({"text": "always the same"}, "names no column"),
     "no such column": ({"label": "mark"}, "has no column 'mark'"),
     "too many labels": ({"labels": ("good", "bad", "fair")}, "names 3, but the model has 2 outputs"),
-    "other labels": ({"labels": ("yes", "no")}, "row 1: the label 'bad' is none of yes, no"),
+    "other labels": ({"labels": ("yes", "no")}, "line [12]: the label 'bad' is none of yes, no"),
     "labels of scores": ({"model": "scores", "labels": ("a", "b")}, "the model has one output"),
     "no head": ({"model": "bert"}, "a model with a classification head"),
 }

@@ -135,20 +135,20 @@ def test_as_chat_a_pair_is_a_question_and_its_answer(write: Write) -> None:
 
 
 WRONG_ROWS = [
-    ("gsm8k", [GSM8K, {"question": "?"}], {}, r"row 2 has no column 'answer'; its columns are: .*question"),
-    ("gsm8k", [{"a": 1, "b": 2}], {}, r"row 1 has no column 'answer'; its columns are: a, b"),
-    ("gsm8k", [{"a": 1, "answer": 2}], {}, r"row 1 has no column 'question'; its columns are: a, answer"),
-    ("gsm8k", [GSM8K], {"prompt": "{body}"}, r"row 1 has no column 'body'"),
-    ("gsm8k", [GSM8K], {"completion": "{worked}"}, r"row 1 has no column 'worked'"),
-    ("gsm8k", [GSM8K, {"question": "?", "answer": None}], {}, r"row 2: column 'answer' is null"),
-    ("gsm8k", [GSM8K, {"question": "?", "answer": "none"}], {}, r"row 2: the answer 'none' holds no number"),
-    ("gsm8k", [{"question": " ", "answer": "1"}], {"prompt": "{question}"}, r"row 1: the prompt is empty"),
-    ("math", [{**MATH, "solution": "no\nbox"}], {}, r"row 1: the answer 'no\\nbox' holds no \\boxed"),
-    ("loss", [{"a": 1}], {}, r"row 1 has no column 'answer'; its columns are: a"),
-    ("loss", [{"prompt": "p", "completion": "c"}, {"prompt": "p"}], {}, r"row 2 has no column 'completion'"),
-    ("loss", [{"messages": [{"role": "user", "content": "?"}]}], {}, r"row 1: a conversation must end"),
-    ("loss", [{"messages": "?"}], {}, r"row 1: expected a list of messages"),
-    ("loss", [{"text": "t"}, {"txt": "t"}], {}, r"row 2 has no column 'text'; its columns are: txt"),
+    ("gsm8k", [GSM8K, {"question": "?"}], {}, r"line 2 has no column 'answer'; its columns are: .*question"),
+    ("gsm8k", [{"a": 1, "b": 2}], {}, r"line 1 has no column 'answer'; its columns are: a, b"),
+    ("gsm8k", [{"a": 1, "answer": 2}], {}, r"line 1 has no column 'question'; its columns are: a, answer"),
+    ("gsm8k", [GSM8K], {"prompt": "{body}"}, r"line 1 has no column 'body'"),
+    ("gsm8k", [GSM8K], {"completion": "{worked}"}, r"line 1 has no column 'worked'"),
+    ("gsm8k", [GSM8K, {"question": "?", "answer": None}], {}, r"line 2: column 'answer' is null"),
+    ("gsm8k", [GSM8K, {"question": "?", "answer": "none"}], {}, r"line 2: the answer 'none' holds no number"),
+    ("gsm8k", [{"question": " ", "answer": "1"}], {"prompt": "{question}"}, r"line 1: the prompt is empty"),
+    ("math", [{**MATH, "solution": "no\nbox"}], {}, r"line 1: the answer 'no\\nbox' holds no \\boxed"),
+    ("loss", [{"a": 1}], {}, r"line 1 has no column 'answer'; its columns are: a"),
+    ("loss", [{"prompt": "p", "completion": "c"}, {"prompt": "p"}], {}, r"line 2 has no column 'completion'"),
+    ("loss", [{"messages": [{"role": "user", "content": "?"}]}], {}, r"line 1: a conversation must end"),
+    ("loss", [{"messages": "?"}], {}, r"line 1: expected a list of messages"),
+    ("loss", [{"text": "t"}, {"txt": "t"}], {}, r"line 2 has no column 'text'; its columns are: txt"),
 ]
 
 

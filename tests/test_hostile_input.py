@@ -21,7 +21,7 @@ from train_fixtures import recipe_values, write_model
 
 from gradselect import UsageError, delta
 from gradselect.app.compare.suite import load_suite
-from gradselect.app.data import rows as files_module
+from gradselect.app.data import columnar_rows, text_lines
 from gradselect.app.data.rows import read_rows
 from gradselect.app.evaluate import EvaluationSettings, read_evaluation
 from gradselect.app.evaluate.language_model import load
@@ -285,7 +285,7 @@ def test_what_no_text_holds_is_named_with_its_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, said: str
 ) -> None:
     if "gigantic" in said or "longer" in said:
-        monkeypatch.setattr(files_module, "LONGEST_LINE", 1000)
+        monkeypatch.setattr(text_lines, "LONGEST_LINE", 1000)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError) as raised:
         read_rows(tmp_path / name)
@@ -295,7 +295,7 @@ def test_what_no_text_holds_is_named_with_its_line(
 
 def test_a_line_is_not_read_beyond_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of zeros as large as the disk would have been read whole before its first byte was looked at."""
-    monkeypatch.setattr(files_module, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(text_lines, "LONGEST_LINE", 1000)
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         file.truncate(2**40)
@@ -309,7 +309,7 @@ def test_parquet_that_unpacks_to_more_than_the_machine_is_refused(
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x"] * 100_000}), path)
     assert len(read_rows(path)) == 100_000
-    monkeypatch.setattr(files_module, "machine_bytes", lambda: 2**19)
+    monkeypatch.setattr(columnar_rows, "machine_bytes", lambda: 2**19)
     with pytest.raises(UsageError, match=r"100,000 rows are .* unpacked, more than this machine holds"):
         read_rows(path)
 

@@ -273,9 +273,9 @@ def test_texts_beyond_the_length_are_cut_and_counted(place: Path, tmp_path: Path
 
 
 BAD_DATA = {
-    "unknown label": ({"labels": ["good", "fine"]}, "row 1: the label 'bad' is none of good, fine"),
+    "unknown label": ({"labels": ["good", "fine"]}, "line [12]: the label 'bad' is none of good, fine"),
     "scores without a word": ({"path": "{place}/scores.tsv"}, r"write data\.regression=true"),
-    "words as scores": ({"regression": True}, "row 1: the score 'bad' is no finite number"),
+    "words as scores": ({"regression": True}, "line [12]: the score 'bad' is no finite number"),
     "one label": ({"limit": 1}, "two or more"),
     "no such column": ({"label": "mark"}, "has no column 'mark'"),
     "no such text": ({"text": "{words}"}, "has no column 'words'"),

@@ -91,13 +91,13 @@ def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_column_is_named_with_its_row(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="row 1 has no column 'query'; its columns are: question, answer"):
+    with pytest.raises(UsageError, match="line 1 has no column 'query'; its columns are: question, answer"):
         load(write(tmp_path, ROWS), prompt="{query}")
 
 
 def test_an_empty_value_is_named_with_its_row(tmp_path: Path) -> None:
     path = write(tmp_path, [*ROWS[:2], {"question": "q", "answer": None}])
-    with pytest.raises(UsageError, match=r"data\.jsonl: row 3: column 'answer' is null"):
+    with pytest.raises(UsageError, match=r"data\.jsonl, line 3: column 'answer' is null"):
         load(path)
 
 
@@ -114,7 +114,7 @@ def test_an_empty_value_is_named_with_its_row(tmp_path: Path) -> None:
 )
 def test_what_is_no_conversation_is_named_with_its_row(tmp_path: Path, messages: Any, said: str) -> None:
     path = write(tmp_path, [{"messages": CONVERSATION}, {"messages": messages}])
-    with pytest.raises(UsageError, match="row 2: ") as raised:
+    with pytest.raises(UsageError, match="line 2: ") as raised:
         load(path, format="chat")
     assert said in str(raised.value)
 

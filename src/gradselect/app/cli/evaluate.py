@@ -29,6 +29,7 @@ def evaluate(
     columns: Annotated[
         str | None, typer.Option(help="Columns of a file without a header, separated by commas.")
     ] = None,
+    rows_key: Annotated[str | None, typer.Option(help="Key of the rows in a JSON file that holds one object.")] = None,
     as_chat: Annotated[bool, typer.Option("--as-chat", help="Send the prompt through the chat template.")] = False,
     batch_size: Annotated[int, typer.Option(help="Items per forward pass.")] = 16,
     max_new_tokens: Annotated[int | None, typer.Option(help="Token limit of an answer.")] = None,

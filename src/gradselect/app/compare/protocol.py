@@ -32,6 +32,9 @@ FREE = {
 }
 """Keys of a recipe in which runs of one protocol may differ. Of paths the contents are compared."""
 
+ADDED = {"rows_key"}
+"""Keys that earlier versions did not have. At their default they are no part of a protocol, so that old results fit."""
+
 MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.model", "vocab*", "merges.txt", "*.jinja")
 """Files that decide what a model computes."""
 
@@ -90,6 +93,7 @@ def _recipe_settings(recipe: Recipe) -> dict[str, Any]:
     data = recipe.data
     model = place_fingerprint(recipe.model.path, kind="model", revision=recipe.model.revision)
     values["model"]["fingerprint"] = model
+    values["data"] = _without_unset(values["data"])
     if not isinstance(data, RandomData):
         values["data"]["fingerprint"] = place_fingerprint(data.path, kind="dataset")
         is_file = isinstance(data.validation, str) and Path(data.validation).exists()
@@ -100,9 +104,13 @@ def _recipe_settings(recipe: Recipe) -> dict[str, Any]:
 def _evaluation_settings(evaluation: Evaluation) -> dict[str, Any]:
     # Results without the key `metric` stay of the same protocol.
     free = {"data", "device", "batch_size"} | ({"metric"} if evaluation.metric is None else set())
-    values = evaluation.model_dump(mode="json", exclude=free)
+    values = _without_unset(evaluation.model_dump(mode="json", exclude=free))
     data = HUB_DATA[evaluation.task][0] if evaluation.data is None else evaluation.data
     return {**values, "fingerprint": place_fingerprint(data, kind="dataset")}
+
+
+def _without_unset(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in ADDED or value is not None}
 
 
 def _hub_commit(name: str, *, kind: Literal["model", "dataset"], revision: str | None) -> str:

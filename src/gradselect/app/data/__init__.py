@@ -1,20 +1,31 @@
 """Data files: rows, templates, chat messages, labels, read and checked line by line."""
 
+from .cells import cell_text, is_empty, label_text
 from .chat import Conversation, check_messages
 from .labels import label_names, read_label
-from .rows import ENDINGS, Row, read_rows, require_columns
-from .template import check_template, columns_of, render
+from .row import Origin, Row, Rows, place_of
+from .rows import ENDINGS, ending_of, read_rows, require_columns
+from .template import check_template, columns_of, optional_columns_of, render, says_nothing
 
 __all__ = [
     "ENDINGS",
     "Conversation",
+    "Origin",
     "Row",
+    "Rows",
+    "cell_text",
     "check_messages",
     "check_template",
     "columns_of",
+    "ending_of",
+    "is_empty",
     "label_names",
+    "label_text",
+    "optional_columns_of",
+    "place_of",
     "read_label",
     "read_rows",
     "render",
     "require_columns",
+    "says_nothing",
 ]

@@ -31,13 +31,11 @@ class LabelledText:
         index: number of the row, from 0.
         text: the filled template.
         pair: the second text, if any.
-        label: label as in the data.
     """
 
     index: int
     text: str
     pair: str | None
-    label: Any
 
 
 def with_recipe(settings: EvaluationSettings) -> EvaluationSettings:
@@ -68,7 +66,7 @@ def labelled_texts(source: Source, settings: EvaluationSettings) -> list[Labelle
 
     def labelled(index: int, row: Row) -> LabelledText:
         second = None if pair is None else render(pair, row)
-        return LabelledText(index=index, text=render(text, row), pair=second, label=row[label])
+        return LabelledText(index=index, text=render(text, row), pair=second)
 
     return list(each_row(source.rows, labelled, name=source.name))
 
@@ -87,7 +85,7 @@ def measure_classification(
     """
     started = time.perf_counter()
     labels = _labels(language_model.model.config, settings)
-    references = _references(texts, labels, name=source.name)
+    references = _references(source, settings, labels)
     max_length = _max_length(settings, language_model)
     encoded = [encode_texts(language_model.tokenizer, each.text, each.pair, max_length=None) for each in texts]
     num_truncated = 0 if max_length is None else sum(len(row["input_ids"]) > max_length for row in encoded)
@@ -132,9 +130,10 @@ def _labels(config: Any, settings: EvaluationSettings) -> tuple[str, ...] | None
     return labels
 
 
-def _references(texts: Sequence[LabelledText], labels: Sequence[str] | None, *, name: str) -> list[int | float]:
-    rows = [{"label": each.label} for each in texts]
-    return list(each_row(rows, lambda _, row: read_label(row["label"], labels=labels), name=name))
+def _references(source: Source, settings: EvaluationSettings, labels: Sequence[str] | None) -> list[int | float]:
+    label = settings.label
+    assert label is not None
+    return list(each_row(source.rows, lambda _, row: read_label(row[label], labels=labels), name=source.name))
 
 
 def _max_length(settings: EvaluationSettings, language_model: LanguageModel) -> int | None:

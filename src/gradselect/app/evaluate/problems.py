@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradselect.app.data import ENDINGS, Row, columns_of, read_rows, render, require_columns
+from gradselect.app.data import (
+    ENDINGS,
+    Origin,
+    Row,
+    Rows,
+    columns_of,
+    ending_of,
+    place_of,
+    read_rows,
+    render,
+    require_columns,
+)
 from gradselect.app.recipe import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
 from gradselect.files import sha256
 from gradselect.usage import UsageError
@@ -36,7 +47,7 @@ class Source:
 
     name: str
     fingerprint: str
-    rows: Sequence[Row]
+    rows: Rows
 
     def describe(self) -> dict[str, str | int]:
         """Return the description that a result keeps."""
@@ -84,12 +95,13 @@ def read_source(settings: EvaluationSettings) -> Source:
     assert settings.task is not None
     data, subset = (settings.data, settings.subset) if settings.data is not None else HUB_DATA[settings.task]
     path = Path(data)
-    if path.suffix.lower() not in ENDINGS and not path.exists():
+    if ending_of(path) is None and not path.exists():
         rows, fingerprint = _read_hub(str(data), subset=subset, split=settings.split)
     elif path.suffix.lower() == ".txt" and settings.task == "loss":
-        rows, fingerprint = [{"text": _read_text(path)}], sha256(path)
+        rows, fingerprint = Rows.counted([{"text": _read_text(path)}], Origin(str(data))), sha256(path)
     else:
-        rows, fingerprint = read_rows(path, columns=settings.columns), sha256(path)
+        rows = read_rows(path, columns=settings.columns, rows_key=settings.rows_key)
+        fingerprint = sha256(path)
     return Source(name=str(data), fingerprint=fingerprint, rows=rows[: settings.limit])
 
 
@@ -100,7 +112,7 @@ def problems(source: Source, settings: EvaluationSettings) -> list[Problem]:
         UsageError: a missing column, an empty value, or a reference without an answer; names the row.
     """
     assert settings.task is not None
-    rows = [_with_question(row) for row in source.rows]
+    rows = source.rows.map(_with_question)
     prompt = settings.prompt or DEFAULT_PROMPT
     completion = settings.completion or _answer_template(source, ANSWER_COLUMNS[settings.task])
     _require(rows, prompt, completion, name=source.name)
@@ -134,7 +146,7 @@ def passages(source: Source, settings: EvaluationSettings) -> list[Passage]:
 
 def _completions(source: Source, settings: EvaluationSettings) -> list[Passage]:
     as_is = "prompt" in source.rows[0] and "completion" in source.rows[0]
-    rows = [_with_question(row) for row in source.rows]
+    rows = source.rows.map(_with_question)
     prompt = settings.prompt or ("{prompt}" if as_is else DEFAULT_PROMPT)
     completion = settings.completion or (
         "{completion}" if as_is else f" {_answer_template(source, ANSWER_COLUMNS['loss'])}"
@@ -202,7 +214,7 @@ def each_row(rows: Sequence[Row], make: Callable[[int, Row], Any], *, name: str)
         try:
             yield make(index, row)
         except UsageError as error:
-            raise UsageError(f"{name}: row {index + 1}: {error}") from None
+            raise UsageError(f"{place_of(rows, index, path=name)}: {error}") from None
 
 
 def _read_text(path: Path) -> str:
@@ -222,7 +234,7 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _read_hub(name: str, *, subset: str | None, split: str) -> tuple[list[Row], str]:
+def _read_hub(name: str, *, subset: str | None, split: str) -> tuple[Rows, str]:
     from datasets import Dataset, load_dataset
 
     try:
@@ -233,7 +245,7 @@ def _read_hub(name: str, *, subset: str | None, split: str) -> tuple[list[Row], 
             f"data={name!r} is neither a file ({', '.join(ENDINGS)}) nor a data set on the hub: {reason}"
         ) from None
     assert isinstance(data, Dataset)
-    rows = data.to_list()
+    rows = Rows.counted(data.to_list(), Origin(name))
     if not rows:
         raise UsageError(f"{name}: the split {split!r} holds no rows")
     return rows, data._fingerprint

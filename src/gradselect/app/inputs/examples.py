@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,14 @@ from gradselect import UsageError
 from gradselect.app.data import (
     ENDINGS,
     Conversation,
+    Origin,
     Row,
+    Rows,
     check_messages,
     columns_of,
+    ending_of,
     label_names,
+    place_of,
     read_label,
     read_rows,
     render,
@@ -45,7 +48,7 @@ class Source:
 
     path: str
     fingerprint: str
-    rows: Sequence[Row]
+    rows: Rows
 
     def describe(self) -> dict[str, str | int]:
         """Return the entry of `run.json`."""
@@ -117,7 +120,7 @@ def _read_sources(settings: FileData, *, seed: int) -> dict[str, Source]:
 
 def _read(path: str, settings: FileData, *, split: str) -> Source:
     if _is_file(path):
-        rows = read_rows(path, columns=settings.columns)
+        rows = read_rows(path, columns=settings.columns, rows_key=settings.rows_key)
         return Source(path=path, fingerprint=sha256(path), rows=rows)
     try:
         dataset = load_dataset(path, settings.subset if path == settings.path else None, split=split)
@@ -127,11 +130,12 @@ def _read(path: str, settings: FileData, *, split: str) -> Source:
             f"{str(error).splitlines()[0]}"
         ) from None
     assert isinstance(dataset, Dataset)
-    return Source(path=f"{path} [{split}]", fingerprint=dataset._fingerprint, rows=dataset.to_list())
+    name = f"{path} [{split}]"
+    return Source(path=name, fingerprint=dataset._fingerprint, rows=Rows.counted(dataset.to_list(), Origin(name)))
 
 
 def _is_file(path: str) -> bool:
-    return Path(path).suffix.lower() in ENDINGS or Path(path).exists()
+    return ending_of(path) is not None or Path(path).exists()
 
 
 def _first(source: Source, limit: int | None) -> Source:
@@ -147,8 +151,8 @@ def _hold_out(source: Source, share: float, *, seed: int) -> tuple[Source, Sourc
             "train on; use a file with more rows, or name a validation file"
         )
     held_out = set(random.Random(f"validation/{seed}").sample(range(len(source.rows)), count))
-    kept = [row for place, row in enumerate(source.rows) if place not in held_out]
-    taken = [row for place, row in enumerate(source.rows) if place in held_out]
+    kept = source.rows.take([index for index in range(len(source.rows)) if index not in held_out])
+    taken = source.rows.take(sorted(held_out))
     return replace(source, rows=kept), replace(source, path=f"{source.path} [{share} held out]", rows=taken)
 
 
@@ -156,18 +160,18 @@ def _labels(train: Source, settings: FileData) -> tuple[str, ...] | None:
     if not isinstance(settings, ClassificationData) or settings.regression:
         return None
     require_columns(train.rows, [settings.label], path=train.path)
-    return settings.labels or label_names([row[settings.label] for row in train.rows], path=train.path)
+    return settings.labels or label_names([row[settings.label] for row in train.rows], path=train.path, rows=train.rows)
 
 
 def _render_rows(source: Source, settings: FileData, labels: tuple[str, ...] | None) -> list[dict[str, Any]]:
     """Return the rows in the form of `Examples`."""
     require_columns(source.rows, _columns_read(settings), path=source.path)
     examples = []
-    for number, row in enumerate(source.rows, start=1):
+    for index, row in enumerate(source.rows):
         try:
             examples.append(_render_row(row, settings, labels))
         except UsageError as error:
-            raise UsageError(f"{source.path}: row {number}: {error}") from None
+            raise UsageError(f"{place_of(source.rows, index, path=source.path)}: {error}") from None
     return examples
 
 
@@ -231,7 +235,13 @@ def random_examples(settings: RandomData, *, num_embeddings: int, seed: int) -> 
     return Examples(
         train=Dataset.from_list(rows),
         validation=None,
-        sources={"train": Source(path=f"random tokens [{vocabulary}]", fingerprint=fingerprint, rows=rows)},
+        sources={
+            "train": Source(
+                path=f"random tokens [{vocabulary}]",
+                fingerprint=fingerprint,
+                rows=Rows.counted(rows, Origin("random tokens")),
+            )
+        },
     )
 
 

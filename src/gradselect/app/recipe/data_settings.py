@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from gradselect.app.data import check_template
+from gradselect.app.data import check_template, label_text
 
 from .settings import Settings
 from .values import Count, Place, Tokens
@@ -14,7 +14,7 @@ from .values import Count, Place, Tokens
 Template = Annotated[str, AfterValidator(check_template)]
 """Text with columns of the data in braces: "Question: {question}\\nAnswer:"."""
 
-LabelName = Annotated[str, BeforeValidator(str)]
+LabelName = Annotated[str, BeforeValidator(label_text)]
 """A label as in the data's column. YAML reads a bare 0 as a number."""
 
 
@@ -24,6 +24,7 @@ class AbstractDataSettings(Settings):
     Attributes:
         path: a `.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv` or `.txt` file, or the id of a data set on the hub.
         columns: column names of CSV and TSV files without a header. A first line with exactly these names is skipped.
+        rows_key: key of the rows in a JSON file that holds one object. Default: the only list of objects.
         subset: name of a configuration of the hub data set.
         split: split of the hub data set.
         limit: use only this many rows, from the first.
@@ -35,6 +36,7 @@ class AbstractDataSettings(Settings):
 
     path: Place
     columns: tuple[str, ...] | None = None
+    rows_key: str | None = None
     subset: str | None = None
     split: str = "train"
     limit: Count | None = None

@@ -42,6 +42,7 @@ class EvaluationSettings:
         label: column that holds the label or the score.
         labels: labels as in that column, in the order of the head's outputs. Default: the labels of the model.
         columns: column names of a CSV or TSV file without a header.
+        rows_key: key of the rows in a JSON file that holds one object. Default: the only list of objects.
         as_chat: send the prompt as a user's message through the tokenizer's chat template.
         batch_size: items per forward pass.
         max_new_tokens: limit of one answer. Default: 512 for gsm8k and 1024 for math, at most half of the context.
@@ -73,6 +74,7 @@ class EvaluationSettings:
     label: str | None = None
     labels: tuple[str, ...] | None = None
     columns: tuple[str, ...] | None = None
+    rows_key: str | None = None
     as_chat: bool = False
     batch_size: int = 16
     max_new_tokens: int | None = None
@@ -116,7 +118,7 @@ class EvaluationSettings:
             raise UsageError(f"{name}={getattr(self, name)!r} is not for the task {self.task}; leave it out")
 
     def _check_harness(self) -> None:
-        for name in ("data", "subset", "prompt", "completion", "max_new_tokens", *CLASSIFICATION_KEYS):
+        for name in ("data", "subset", "rows_key", "prompt", "completion", "max_new_tokens", *CLASSIFICATION_KEYS):
             if getattr(self, name) is not None:
                 raise UsageError(f"{name}={getattr(self, name)!r}: tasks of lm-eval bring their own; leave it out")
 
