@@ -49,13 +49,23 @@ TOGETHER: dict[str, dict[str, Any]] = {
 }
 UNREADABLE: dict[str, dict[str, Any]] = {
     "Mamba2Config": {
-        **{"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
-        **{"num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "state_size": 4,
+        "num_heads": 4,
+        "head_dim": 8,
+        "n_groups": 1,
+        "chunk_size": 8,
     },
     "Lfm2Config": {**DECODER, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
     "GraniteMoeHybridConfig": {
-        **{**DECODER, **CONVOLUTION, "layer_types": ["mamba", "attention"]},
-        **{"num_local_experts": 2, "num_experts_per_tok": 1, "shared_intermediate_size": 16},
+        **DECODER,
+        **CONVOLUTION,
+        "layer_types": ["mamba", "attention"],
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "shared_intermediate_size": 16,
     },
 }
 
