@@ -27,7 +27,7 @@ from gradselect.app.inputs import read_inputs
 from gradselect.app.inputs.examples import render_examples
 from gradselect.app.runtime.run_folder import RunFolder
 from gradselect.app.train import train
-from gradselect.app.train.setup import build_trainer, length_notes
+from gradselect.app.train.setup import build_trainer
 from gradselect.app.train.trainer import RunTrainer
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
@@ -269,7 +269,8 @@ def test_texts_beyond_the_length_are_cut_and_counted(place: Path, tmp_path: Path
     trainer = build_trainer(recipe, inputs, folder=RunFolder(tmp_path))
     dataset: Any = trainer.train_dataset
     assert max(len(ids) for ids in dataset["input_ids"]) == 16
-    assert length_notes(trainer, inputs, recipe.data)[0].startswith("24 of 24 examples reach data.max_length=16")
+    (note,) = row_notes(trainer.token_counts, recipe.data, max_length=inputs.max_length)
+    assert note.startswith("24 of 24 texts are longer than data.max_length=16 and lose their end: ")
 
 
 BAD_DATA = {

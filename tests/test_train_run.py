@@ -28,7 +28,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gradselect import UsageError
 from gradselect.app.recipe import load_recipe
 from gradselect.app.train import train
-from gradselect.app.train.setup import length_notes
 from gradselect.app.train.trainer import RunTrainer
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
@@ -212,8 +211,8 @@ def test_conversations_need_a_chat_template(chat_place: Path, place: Path, tmp_p
 
 def test_what_the_length_limit_does_is_said(place: Path, tmp_path: Path) -> None:
     trainer, inputs = build(place, tmp_path, data={"max_length": 5})
-    cut, dropped = length_notes(trainer, inputs, parse(place).data)
-    assert "reach data.max_length=5" in cut
+    cut, dropped = row_notes(trainer.token_counts, parse(place).data, max_length=inputs.max_length)
+    assert "longer than data.max_length=5 and lose their end" in cut
     assert "were dropped" in dropped
 
 

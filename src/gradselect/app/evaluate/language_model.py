@@ -69,7 +69,7 @@ def wrap(model: Any, tokenizer: Any) -> LanguageModel:
     if model.config.get_text_config().is_encoder_decoder:
         raise UsageError(f"{type(model).__name__} is an encoder-decoder model; evaluate supports decoder-only models")
     check_tokens(model, tokenizer)
-    return LanguageModel(model=model, tokenizer=tokenizer, context=context_of(model, tokenizer))
+    return LanguageModel(model=model, tokenizer=tokenizer, context=context_of(model.config, tokenizer))
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,7 +1,21 @@
 """Model, tokenizer and data of a run: read and checked."""
 
 from .model import fingerprint
-from .run_inputs import Inputs, read_inputs
-from .tokens import end_of_turn_tokens
+from .row_notes import as_percent, row_notes
+from .rows import Rows, make_rows
+from .run_inputs import DataInputs, Inputs, read_data, read_inputs
+from .tokens import IGNORED, end_of_turn_tokens
 
-__all__ = ["Inputs", "end_of_turn_tokens", "fingerprint", "read_inputs"]
+__all__ = [
+    "IGNORED",
+    "DataInputs",
+    "Inputs",
+    "Rows",
+    "as_percent",
+    "end_of_turn_tokens",
+    "fingerprint",
+    "make_rows",
+    "read_data",
+    "read_inputs",
+    "row_notes",
+]

@@ -20,7 +20,6 @@ from transformers import (
 from gradselect import UsageError
 from gradselect.app.models import (
     check_complete,
-    check_tokens,
     context_of,
     draw_weights,
     load_configuration,
@@ -88,6 +87,18 @@ def load_classifier(
     return model, tuple(head)
 
 
+def load_config(settings: ModelSettings) -> Any:
+    """Return the configuration of the model at `settings.path`.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    _check_configuration(settings.path)
+    return load_configuration(
+        settings.path, key="model.path", revision=settings.revision, trust_remote_code=settings.trust_remote_code
+    )
+
+
 def load_tokenizer(settings: ModelSettings, data: FileData) -> PreTrainedTokenizerBase:
     """Load the tokenizer at `settings.path` and check that it can end or pad a text, or render a chat, as `data` needs.
 
@@ -114,20 +125,19 @@ def load_tokenizer(settings: ModelSettings, data: FileData) -> PreTrainedTokeniz
     return tokenizer
 
 
-def resolve_max_length(data: Data, *, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the tokens of an example: `data.max_length`, or the model's context but at most 1024.
+def resolve_max_length(data: Data, *, config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the tokens of a row: `data.max_length`, or the context of the model with this `config` but at most 1024.
 
     Raises:
-        UsageError: the model has too few positions, or no embedding for some tokens of the tokenizer.
+        UsageError: the model has too few positions.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(data, ClassificationData):
-        positions = context_of(model, tokenizer)
+        positions = context_of(config, tokenizer)
     if data.max_length is not None and positions is not None and data.max_length > positions:
         raise UsageError(
             f"data.max_length={data.max_length} is more than the model's {positions} positions; write at most that"
         )
-    check_tokens(model, tokenizer)
     return data.max_length or min(1024, positions or 1024)
 
 

@@ -8,11 +8,27 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gradselect.app.models import check_tokens
 from gradselect.app.recipe import ClassificationData, FileData, RandomData, Recipe
 
 from .examples import Examples, random_examples, render_examples, stand_in_tokenizer
-from .model import load_classifier, load_model, load_tokenizer, num_embeddings, resolve_max_length
+from .model import load_classifier, load_config, load_model, load_tokenizer, num_embeddings, resolve_max_length
 from .tokenization import tokenize_examples
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataInputs:
+    """Data of a run, read without the weights of its model.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        examples: data to train and evaluate on.
+        max_length: tokens of a row.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    examples: Examples
+    max_length: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +63,29 @@ def read_inputs(recipe: Recipe) -> Inputs:
             return _read_files(recipe, recipe.data)
 
 
+def read_data(recipe: Recipe) -> DataInputs:
+    """Read data, tokenizer and configuration of the recipe, but no weights.
+
+    Raises:
+        UsageError: a file, configuration or tokenizer cannot be used.
+
+    Example:
+        >>> read_data(load_recipe("recipes/quickstart.yaml")).max_length
+        128
+    """
+    data, settings = recipe.data, recipe.model
+    if isinstance(data, RandomData):
+        tokenizer, config = stand_in_tokenizer(), load_config(settings)
+        size = config.get_text_config().vocab_size
+        examples = random_examples(data, num_embeddings=size, seed=recipe.run.seed)
+    else:
+        rendered = render_examples(data, seed=recipe.run.seed)
+        tokenizer, config = load_tokenizer(settings, data), load_config(settings)
+        examples = tokenize_examples(rendered, data, tokenizer)
+    max_length = resolve_max_length(data, config=config, tokenizer=tokenizer)
+    return DataInputs(tokenizer=tokenizer, examples=examples, max_length=max_length)
+
+
 def _read_files(recipe: Recipe, data: FileData) -> Inputs:
     seed, device = recipe.run.seed, _device(recipe)
     rendered = render_examples(data, seed=seed)
@@ -56,13 +95,15 @@ def _read_files(recipe: Recipe, data: FileData) -> Inputs:
         model, head = load_classifier(recipe.model, labels=examples.labels, tokenizer=tokenizer, seed=seed)
     else:
         model, head = load_model(recipe.model, seed=seed, device=device), ()
-    max_length = resolve_max_length(data, model=model, tokenizer=tokenizer)
+    max_length = resolve_max_length(data, config=model.config, tokenizer=tokenizer)
+    check_tokens(model, tokenizer)
     return Inputs(model=model, tokenizer=tokenizer, examples=examples, max_length=max_length, head=head)
 
 
 def _read_random(recipe: Recipe, data: RandomData) -> Inputs:
     model, tokenizer = load_model(recipe.model, seed=recipe.run.seed, device=_device(recipe)), stand_in_tokenizer()
-    max_length = resolve_max_length(data, model=model, tokenizer=tokenizer)
+    max_length = resolve_max_length(data, config=model.config, tokenizer=tokenizer)
+    check_tokens(model, tokenizer)
     examples = random_examples(data, num_embeddings=num_embeddings(model), seed=recipe.run.seed)
     return Inputs(model=model, tokenizer=tokenizer, examples=examples, max_length=max_length)
 

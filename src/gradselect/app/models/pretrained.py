@@ -112,12 +112,12 @@ def check_tokens(model: Any, tokenizer: Any) -> None:
         )
 
 
-def context_of(model: Any, tokenizer: Any) -> int | None:
+def context_of(config: Any, tokenizer: Any) -> int | None:
     """Return the number of tokens that the model can read at once; None where the architecture sets no limit.
 
     The tokenizer's limit counts too: models like RoBERTa never use two of their positions.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     # A tokenizer without a limit stores a huge number.
     known = [int(limit) for limit in (positions, tokenizer.model_max_length) if limit is not None and 0 < limit < 10**9]
     return min(known, default=None)

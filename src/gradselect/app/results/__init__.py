@@ -26,6 +26,7 @@ from .run_record import (
     RunRecord,
     Selection,
     StepSeconds,
+    TokenCounts,
     read_finished_run,
     read_run,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "Selection",
     "Skipped",
     "StepSeconds",
+    "TokenCounts",
     "TrainInfo",
     "read_finished_run",
     "read_result",

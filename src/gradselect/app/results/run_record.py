@@ -27,6 +27,51 @@ class MachineFacts(Record):
     threads: int | None = None
 
 
+class TokenCounts(Record):
+    """Tokens of one pass over the data.
+
+    Attributes:
+        examples: in the data.
+        rows: that the trainer reads. A packed row holds several examples.
+        examples_cut: that lost their end, because they are longer than `data.max_length`.
+        examples_continued: that go on in further rows.
+        examples_dropped: without a token to train on, at least after the cut.
+        examples_untrained: in the rows, but without a token to train on, e.g. an empty text.
+        tokens: in the data.
+        tokens_in_rows: without those that were cut off or dropped.
+        share_left_out: share of the data's tokens that are in no row.
+        tokens_to_train: in the data, that the loss should count. None for classification.
+        tokens_trained: in the rows, that the loss counts. Nothing predicts the first token of an example or piece.
+        trained_share_left_out: share of the tokens to train on that the loss does not count.
+    """
+
+    examples: int
+    rows: int
+    examples_cut: int = 0
+    examples_continued: int = 0
+    examples_dropped: int = 0
+    examples_untrained: int = 0
+    tokens: int
+    tokens_in_rows: int
+    share_left_out: Number = 0.0
+    tokens_to_train: int | None = None
+    tokens_trained: int | None = None
+    trained_share_left_out: Number | None = None
+
+    @classmethod
+    def of(cls, *, tokens: int, in_rows: int, to_train: int | None, trained: int | None, **examples: int) -> Self:
+        """Return the counts with their shares."""
+        return cls(
+            **examples,
+            tokens=tokens,
+            tokens_in_rows=in_rows,
+            share_left_out=_share_lost(in_rows, tokens) or 0.0,
+            tokens_to_train=to_train,
+            tokens_trained=trained,
+            trained_share_left_out=_share_lost(trained, to_train),
+        )
+
+
 class StepSeconds(Record):
     """Median seconds over the steps of one kind."""
 
@@ -114,6 +159,7 @@ class RunRecord(Record):
         resumed_from: name of the checkpoint.
         recipe: every key, defaults written out.
         data: path, fingerprint and rows of "train" and "validation".
+        token_counts: tokens of one pass over each of them: in the data, in the rows, trained on.
     """
 
     status: Literal["started", "finished"]
@@ -124,6 +170,7 @@ class RunRecord(Record):
     recipe: dict[str, Any]
     model: ModelFacts
     data: dict[str, dict[str, Any]]
+    token_counts: dict[str, TokenCounts] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     machine: MachineFacts = MachineFacts()
 
@@ -161,6 +208,10 @@ class FinishedRun(RunRecord):
         if status != "finished":
             raise ValueError(f"{status!r}; the run has not finished")
         return status
+
+
+def _share_lost(left: int | None, whole: int | None) -> float | None:
+    return round(1 - left / whole, 6) if left is not None and whole else None
 
 
 def read_run(path: Path) -> RunRecord:

@@ -1,4 +1,4 @@
-"""Training of a model with a classification head: tokens, loss, metrics."""
+"""Training of a model with a classification head: padding, loss, metrics."""
 
 from __future__ import annotations
 
@@ -6,23 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DataCollatorWithPadding, EvalPrediction
+from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase
 
-from gradselect.app.inputs import Inputs
-from gradselect.app.models import encode_texts
 from gradselect.app.stats import class_metrics, score_metrics
 
 
-def classifier_options(inputs: Inputs) -> dict[str, Any]:
-    """Return the options of `RunTrainer` for the examples: tokens, padded by batch, loss and metrics."""
-    examples = inputs.examples
+def classifier_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the options of `RunTrainer` that a classifier needs: padding by batch, loss and metrics."""
     return {
-        "train_dataset": _encode(examples.train, inputs),
-        "eval_dataset": None if examples.validation is None else _encode(examples.validation, inputs),
-        "data_collator": DataCollatorWithPadding(inputs.tokenizer),
+        "data_collator": DataCollatorWithPadding(tokenizer),
         "compute_loss_func": label_loss,
         "compute_metrics": validation_metrics,
     }
@@ -59,14 +53,3 @@ def validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
     else:
         metrics = class_metrics(labels.tolist(), logits.argmax(-1).tolist(), num_labels=logits.shape[-1])
     return {name: value for name, value in metrics.items() if value is not None}
-
-
-def _encode(dataset: Dataset, inputs: Inputs) -> Dataset:
-    rows = [
-        {
-            **encode_texts(inputs.tokenizer, row["text"], row["text_pair"], max_length=inputs.max_length),
-            "labels": row["labels"],
-        }
-        for row in dataset.to_list()
-    ]
-    return Dataset.from_list(rows)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from gradselect import UsageError
-from gradselect.app.inputs import read_inputs
+from gradselect.app.inputs import read_inputs, row_notes
 from gradselect.app.recipe import RandomData, Recipe
 from gradselect.app.recipe import dump_recipe as dump_recipe
 from gradselect.app.recipe import load_recipe as load_recipe
@@ -31,7 +31,7 @@ from .failures import describe_kept, describe_out_of_memory, is_dead_worker, is_
 from .meter import Meter
 from .progress import ProgressDisplay, show_start, show_summary
 from .run_record import check_same_run, describe_end, describe_start, save_model, write_run, write_start
-from .setup import build_trainer, length_notes
+from .setup import build_trainer
 from .trainer import RunTrainer
 
 
@@ -53,7 +53,8 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         # 2 set up
         with _explained(recipe, folder):
             trainer = build_trainer(recipe, inputs, folder=folder)
-        notes = [*inputs.examples.notes, *length_notes(trainer, inputs, recipe.data)]
+        notes = [*inputs.examples.notes, *row_notes(trainer.token_counts, recipe.data, max_length=inputs.max_length)]
+        start = start.model_copy(update={"token_counts": trainer.token_counts})
         barrier()  # rank 0 has found the folder usable
         if is_rank_0():
             return_to(folder, checkpoint, damaged=damaged, keep=recipe.run.keep_checkpoints)

@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_config import SFTConfig
 
 from gradselect import UsageError
-from gradselect.app.inputs import Inputs
+from gradselect.app.inputs import Inputs, make_rows
 from gradselect.app.recipe import (
     AbstractMaskMethod,
     ClassificationData,
@@ -40,6 +40,7 @@ def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> RunTr
     Raises:
         UsageError: the method does not fit the model, or no example fits into `data.max_length`.
     """
+    rows = make_rows(inputs.examples, recipe.data, tokenizer=inputs.tokenizer, max_length=inputs.max_length)
     parts = method_parts(recipe, inputs, folder=folder)
     arguments = _arguments(recipe, folder=folder)
     if isinstance(recipe.method, AbstractMaskMethod):
@@ -48,28 +49,21 @@ def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> RunTr
         "folder": folder,
         "keep_checkpoints": recipe.run.keep_checkpoints,
         "max_skipped_steps": recipe.run.max_skipped_steps,
+        "token_counts": {name: part.counts for name, part in rows.items()},
         "can_resume": parts.can_resume,
         "model": parts.model,
         "processing_class": inputs.tokenizer,
         "optimizer_cls_and_kwargs": parts.optimizer,
         "penalty": parts.penalty,
+        "train_dataset": rows["train"].dataset,
+        "eval_dataset": rows["validation"].dataset if "validation" in rows else None,
         "callbacks": [*parts.callbacks, *trackers(recipe, folder)],
     }
     if isinstance(recipe.data, ClassificationData):
-        trainer = RunTrainer(args=TrainingArguments(**arguments), **classifier_options(inputs), **shared)
+        trainer = RunTrainer(args=TrainingArguments(**arguments), **classifier_options(inputs.tokenizer), **shared)
     else:
-        trainer = TokenTrainer(
-            args=SFTConfig(**arguments, **_token_arguments(recipe.data, inputs)),
-            train_dataset=inputs.examples.train,
-            eval_dataset=inputs.examples.validation,
-            **shared,
-        )
+        trainer = TokenTrainer(args=SFTConfig(**arguments, **_token_arguments(recipe.data, inputs)), **shared)
     trainer.remove_callback(PrinterCallback)
-    for name, dataset in (("data.path", trainer.train_dataset), ("data.validation", trainer.eval_dataset)):
-        if dataset is not None and len(_as_dataset(dataset)) == 0:
-            raise UsageError(
-                f"data.max_length={inputs.max_length} leaves nothing of {name}: every prompt alone is longer; raise it"
-            )
     if is_packed(recipe.data):
         # Before the optimizer marks what trains, and before anything is written.
         check_packing(trainer, _as_dataset(trainer.train_dataset)[:4]["input_ids"], max_length=inputs.max_length)
@@ -79,23 +73,6 @@ def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> RunTr
     # Now rather than at the first step: a method that does not fit the model fails before anything is written.
     trainer.create_optimizer()
     return trainer
-
-
-def length_notes(trainer: RunTrainer, inputs: Inputs, data: Data) -> list[str]:
-    """Say how many training examples were packed, cut or dropped because of `data.max_length`."""
-    prepared = _as_dataset(trainer.train_dataset)
-    if isinstance(data, RandomData):
-        return []
-    if is_packed(data):
-        return [f"{len(inputs.examples.train):,} examples were packed into {len(prepared):,} rows"]
-    limit = inputs.max_length
-    num_cut = sum(len(tokens) >= limit for tokens in prepared["input_ids"])
-    num_dropped = len(inputs.examples.train) - len(prepared)
-    notes = {
-        f"{num_cut:,} of {len(prepared):,} examples reach data.max_length={limit} and may be cut off": num_cut,
-        f"{num_dropped:,} examples were dropped: their prompts alone reach data.max_length={limit}": num_dropped,
-    }
-    return [note for note, count in notes.items() if count]
 
 
 def _facts(trainer: RunTrainer, recipe: Recipe, *, num_batches: int) -> RunFacts:
@@ -165,8 +142,13 @@ def _arguments(recipe: Recipe, *, folder: RunFolder) -> dict[str, Any]:
 
 
 def _token_arguments(data: TokenData | RandomData, inputs: Inputs) -> dict[str, Any]:
-    """Return the keyword arguments that only `SFTConfig` has. The examples are token ids and labels already."""
-    return {"max_length": inputs.max_length, "packing": is_packed(data), "eval_packing": False}
+    """Return the keyword arguments that only `SFTConfig` has. The rows are cut and packed already."""
+    return {
+        "max_length": inputs.max_length,
+        "packing": is_packed(data),
+        "eval_packing": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
 
 
 def _as_dataset(dataset: Any) -> Dataset:

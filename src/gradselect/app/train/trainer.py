@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from gradselect import BlockOptimizer, SparseOptimizer, UsageError
+from gradselect.app.results import TokenCounts
 from gradselect.app.runtime import Preempted, RunFolder, SignalWatch, is_rank_0, max_over_ranks
 from gradselect.integrations.transformers import SelectionCallback
 
@@ -37,6 +38,7 @@ class RunTrainer(Trainer):
         folder: folder of the run; checkpoints are written atomically to `folder.checkpoints`.
         keep_checkpoints: maximum number of checkpoints; older ones are deleted.
         max_skipped_steps: maximum number of skipped steps in a row; one more ends the run.
+        token_counts: tokens of the rows "train" and "validation", before and after cutting.
         can_resume: True if a checkpoint holds everything that decides the next step.
         penalty: added to the loss of each step.
         others: keyword arguments of the parent class.
@@ -52,6 +54,7 @@ class RunTrainer(Trainer):
         folder: RunFolder,
         keep_checkpoints: int,
         max_skipped_steps: int,
+        token_counts: Mapping[str, TokenCounts],
         can_resume: bool = True,
         penalty: Callable[[], Tensor] | None = None,
         **others: Any,
@@ -59,6 +62,7 @@ class RunTrainer(Trainer):
         self._folder = folder
         self._keep_checkpoints = keep_checkpoints
         self._max_skipped_steps = max_skipped_steps
+        self.token_counts = token_counts
         self._can_resume = can_resume
         self._penalty = penalty
         self._writing_to = str(folder.checkpoints)

@@ -1,0 +1,193 @@
+"""Rows that a trainer reads, made from examples: cut to `data.max_length`, or packed. Every token is accounted for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import pack_dataset
+
+from gradselect import UsageError
+from gradselect.app.models import encode_texts
+from gradselect.app.recipe import ClassificationData, Data, TextData, is_packed
+from gradselect.app.results import TokenCounts
+
+from .examples import Examples
+from .tokens import IGNORED
+
+Numbers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows to train or evaluate on.
+
+    Args:
+        dataset: columns input_ids and labels; packed rows also have seq_lengths, the lengths of their pieces.
+            For classification: what the tokenizer gives, and labels.
+        counts: tokens before and after.
+    """
+
+    dataset: Dataset
+    counts: TokenCounts
+
+
+def make_rows(
+    examples: Examples, settings: Data, *, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, Rows]:
+    """Return the rows for "train" and, if there are such examples, "validation", which is never packed.
+
+    Without packing, longer examples lose their end. With packing, a text goes on in further rows; an answer does not,
+    because a row without its prompt would teach to write it from nothing.
+
+    Raises:
+        UsageError: nothing is left to train or evaluate on.
+    """
+    datasets = {"train": examples.train, "validation": examples.validation}
+    rows = {}
+    for name, dataset in datasets.items():
+        if dataset is None:
+            continue
+        if isinstance(settings, ClassificationData):
+            rows[name] = _classification_rows(dataset, tokenizer, max_length=max_length)
+        else:
+            packing = is_packed(settings) and name == "train"
+            goes_on = packing and isinstance(settings, TextData)
+            rows[name] = token_rows(dataset, max_length=max_length, packing=packing, goes_on=goes_on)
+        if not len(rows[name].dataset):
+            key = "data.path" if name == "train" else "data.validation"
+            raise UsageError(_explain_nothing(rows[name].counts, key, max_length=max_length))
+    return rows
+
+
+def token_rows(examples: Dataset, *, max_length: int, packing: bool, goes_on: bool) -> Rows:
+    """Return rows of token ids and labels.
+
+    Args:
+        examples: columns input_ids and labels.
+        max_length: tokens of a row.
+        packing: put several examples into one row.
+        goes_on: with packing, an example that is longer than a row goes on in further ones instead of being cut.
+    """
+    found = _survey(examples, max_length=max_length)
+    is_long = found.lengths > max_length
+    # A text of one token has no next token to predict, but it is there. Without labels there is nothing to see.
+    is_kept = found.labelled if goes_on else found.labelled_after_cut
+    kept = examples.select_columns(["input_ids", "labels"])
+    if not is_kept.all():
+        kept = kept.select(np.flatnonzero(is_kept))
+    if is_long.any() and not goes_on:
+        kept = kept.with_format("arrow").map(_cut, batched=True, fn_kwargs={"max_length": max_length}).with_format(None)
+    if packing:
+        kept = pack_dataset(kept, max_length, "bfd_split" if goes_on else "bfd") if len(kept) else kept
+    left = found.lengths if goes_on else np.minimum(found.lengths, max_length)
+    trained = found.trained - _num_pieces_behind(found.lengths, max_length) if goes_on else found.trained_after_cut
+    return Rows(
+        dataset=kept,
+        counts=TokenCounts.of(
+            examples=len(examples),
+            rows=len(kept),
+            examples_cut=0 if goes_on else int((is_long & is_kept).sum()),
+            examples_continued=int((is_long & is_kept).sum()) if goes_on else 0,
+            examples_dropped=int((~is_kept).sum()),
+            examples_untrained=int((is_kept & (found.trained == 0)).sum()),
+            tokens=int(found.lengths.sum()),
+            in_rows=int(left[is_kept].sum()),
+            to_train=int(found.trained.sum()),
+            trained=int(trained[is_kept].sum()),
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Survey:
+    """Numbers of each example.
+
+    Args:
+        lengths: tokens.
+        trained: tokens that count in the loss; never the first, which nothing predicts.
+        trained_after_cut: the same within the first `max_length` tokens.
+        labelled: True if any token has a label.
+        labelled_after_cut: the same within the first `max_length` tokens.
+    """
+
+    lengths: Numbers
+    trained: Numbers
+    trained_after_cut: Numbers
+    labelled: NDArray[np.bool_]
+    labelled_after_cut: NDArray[np.bool_]
+
+
+def _survey(examples: Dataset, *, max_length: int) -> _Survey:
+    parts = [_survey_table(table, max_length) for table in examples.with_format("arrow").iter(batch_size=10_000)]
+    lengths, *rest = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    trained, trained_after_cut, labelled, labelled_after_cut = rest
+    return _Survey(
+        lengths=lengths,
+        trained=trained,
+        trained_after_cut=trained_after_cut,
+        labelled=labelled > 0,
+        labelled_after_cut=labelled_after_cut > 0,
+    )
+
+
+def _survey_table(table: Any, max_length: int) -> tuple[Numbers, ...]:
+    labels = table["labels"].combine_chunks()
+    lengths = labels.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    # total[i]: labels before token i of all examples, end to end
+    total = np.concatenate([[0], np.cumsum(labels.flatten().to_numpy() != IGNORED)])
+    starts = np.cumsum(lengths) - lengths
+    ends, cuts = starts + lengths, starts + np.minimum(lengths, max_length)
+    seconds = starts + np.minimum(lengths, 1)
+    return (
+        lengths,
+        total[ends] - total[seconds],
+        total[cuts] - total[seconds],
+        total[ends] - total[starts],
+        total[cuts] - total[starts],
+    )
+
+
+def _num_pieces_behind(lengths: Numbers, max_length: int) -> Numbers:
+    """Return the number of further pieces of each text: nothing predicts the first token of a piece."""
+    return np.maximum(0, -(-lengths // max_length) - 1)
+
+
+def _cut(table: Any, *, max_length: int) -> Any:
+    return pa.table({name: pc.list_slice(table[name], 0, max_length) for name in table.column_names})
+
+
+def _explain_nothing(counts: TokenCounts, key: str, *, max_length: int) -> str:
+    if not counts.tokens_to_train:
+        return f"{key}: no example has a token to train on"
+    return f"data.max_length={max_length} leaves nothing of {key}: every prompt alone is longer; raise it"
+
+
+def _classification_rows(examples: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Rows:
+    rows, lengths = [], []
+    for example in examples.to_list():
+        encoded = encode_texts(tokenizer, example["text"], example["text_pair"], max_length=max_length)
+        length = len(encoded["input_ids"])
+        if length >= max_length:
+            whole = encode_texts(tokenizer, example["text"], example["text_pair"], max_length=None)
+            length = len(whole["input_ids"])
+        rows.append({**encoded, "labels": example["labels"]})
+        lengths.append(length)
+    return Rows(
+        dataset=Dataset.from_list(rows),
+        counts=TokenCounts.of(
+            examples=len(rows),
+            rows=len(rows),
+            examples_cut=sum(length > max_length for length in lengths),
+            tokens=sum(lengths),
+            in_rows=sum(len(row["input_ids"]) for row in rows),
+            to_train=None,
+            trained=None,
+        ),
+    )
