@@ -23,7 +23,7 @@ from transformers import (
 from gradselect import UsageError
 from gradselect.app.data.labels import label_names
 from gradselect.app.data.rows import read_rows
-from gradselect.app.inputs import read_inputs
+from gradselect.app.inputs import read_inputs, row_notes
 from gradselect.app.inputs.examples import render_examples
 from gradselect.app.runtime.run_folder import RunFolder
 from gradselect.app.train import train

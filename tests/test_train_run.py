@@ -26,6 +26,7 @@ from train_fixtures import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradselect import UsageError
+from gradselect.app.inputs import row_notes
 from gradselect.app.recipe import load_recipe
 from gradselect.app.train import train
 from gradselect.app.train.trainer import RunTrainer
@@ -136,7 +137,7 @@ def test_progress_names_loss_speed_memory_and_blocks(finished: Path) -> None:
     (first,) = (line for line in lines if line.startswith("step 1/5"))
     assert all(word in first for word in ("loss ", "lr ", "tokens/s", "MiB: weights", "gradients", "explored"))
     assert any(line.startswith("step 2/5  validation loss") for line in lines)
-    assert any("may be cut off" in line for line in lines)
+    assert any("lose their end" in line for line in lines)
     assert f"gradselect evaluate {finished} --task loss" in lines[-1]
 
 

@@ -1,7 +1,7 @@
 """Model, tokenizer and data of a run: read and checked."""
 
+from .length_notes import as_percent, row_notes
 from .model import fingerprint
-from .row_notes import as_percent, row_notes
 from .rows import Rows, make_rows
 from .run_inputs import DataInputs, Inputs, read_data, read_inputs
 from .tokens import IGNORED, end_of_turn_tokens

@@ -160,7 +160,8 @@ def _num_pieces_behind(lengths: Numbers, max_length: int) -> Numbers:
 
 
 def _cut(table: Any, *, max_length: int) -> Any:
-    return pa.table({name: pc.list_slice(table[name], 0, max_length) for name in table.column_names})
+    cut: Any = pc.list_slice  # pyright: ignore[reportAttributeAccessIssue]
+    return pa.table({name: cut(table[name], 0, max_length) for name in table.column_names})
 
 
 def _explain_nothing(counts: TokenCounts, key: str, *, max_length: int) -> str:

@@ -13,12 +13,10 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_config import SFTConfig
 
-from gradselect import UsageError
 from gradselect.app.inputs import Inputs, make_rows
 from gradselect.app.recipe import (
     AbstractMaskMethod,
     ClassificationData,
-    Data,
     RandomData,
     Recipe,
     RunFacts,

@@ -17,8 +17,10 @@ def row_notes(counts: Mapping[str, TokenCounts], settings: Data, *, max_length: 
         max_length: tokens of a row.
 
     Example:
-        >>> row_notes(trainer.token_counts, recipe.data, max_length=256)
-        ['17 of 8,000 documents are longer than data.max_length=256 and lose their end: 41 % of the tokens ...']
+        >>> counts = TokenCounts(examples=9, rows=9, examples_cut=2, tokens=900, tokens_in_rows=600)
+        >>> settings = TextData(format="text", path="books.txt", packing=False)
+        >>> row_notes({"train": counts}, settings, max_length=100)[0][:70]
+        '2 of 9 documents are longer than data.max_length=100 and lose their en'
     """
     if isinstance(settings, RandomData):
         return []
