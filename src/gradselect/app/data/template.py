@@ -80,8 +80,13 @@ def render(template: str, row: Mapping[str, Any]) -> str:
 
 def says_nothing(template: str, row: Mapping[str, Any]) -> bool:
     """True if the template reads columns, and all that it reads are missing or empty in this row."""
-    columns = (*columns_of(template), *optional_columns_of(template))
+    columns = _all_columns(template)
     return bool(columns) and all(is_empty(row.get(column)) for column in columns)
+
+
+@lru_cache(maxsize=256)
+def _all_columns(template: str) -> tuple[str, ...]:
+    return (*columns_of(template), *optional_columns_of(template))
 
 
 def _written(pieces: Sequence[Piece], row: Mapping[str, Any]) -> str:
@@ -112,8 +117,8 @@ def _parsed(text: str, *, of: str, is_part: bool = False) -> Iterator[Piece]:
     try:
         fields = list(Formatter().parse(text))
     except ValueError as error:
-        where = f" (in the optional part {text!r}, where literal braces come in pairs)" if is_part else ""
-        raise UsageError(f"template {of!r}: {error}{where}; {_ADVICE}") from None
+        part = "; an optional part ends with a brace of its own, as in {?input:Input: {input}}" if "{?" in of else ""
+        raise UsageError(f"template {of!r}: {error}; {_ADVICE}{part}") from None
     for literal, column, spec, conversion in fields:
         if column is not None and column.startswith("?") and spec and not conversion and not is_part:
             name = _checked(column[1:], of=of)

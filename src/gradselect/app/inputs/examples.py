@@ -3,56 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import random
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gradselect import UsageError
 from gradselect.app.data import (
-    ENDINGS,
     Conversation,
     Origin,
     Row,
     Rows,
     check_messages,
     columns_of,
-    ending_of,
     label_names,
     place_of,
     read_label,
-    read_rows,
     render,
     require_columns,
 )
 from gradselect.app.recipe import ChatData, ClassificationData, FileData, PromptCompletionData, RandomData, TextData
-from gradselect.files import sha256
 
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Rows and their origin.
-
-    Args:
-        path: path of the file, or id and split of the hub data set.
-        fingerprint: SHA-256 of the file, or the fingerprint of the datasets library.
-        rows: rows that are used.
-    """
-
-    path: str
-    fingerprint: str
-    rows: Rows
-
-    def describe(self) -> dict[str, str | int]:
-        """Return the entry of `run.json`."""
-        return {"path": self.path, "fingerprint": self.fingerprint, "rows_used": len(self.rows)}
+from .empty_rows import without_empty_rows
+from .sources import Source, read_sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +61,13 @@ class RenderedRows:
             conversation; for classification text, text_pair and labels.
         sources: origins of the rows, by the same names.
         labels: labels of a classification, in the order of their numbers. None: no labels, or scores.
+        notes: facts about the rows that the user must see, with numbers.
     """
 
     rows: dict[str, list[dict[str, Any]]]
     sources: dict[str, Source]
     labels: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def render_examples(settings: FileData, *, seed: int) -> RenderedRows:
@@ -97,63 +76,14 @@ def render_examples(settings: FileData, *, seed: int) -> RenderedRows:
     Raises:
         UsageError: a file, column or row cannot be used; the error names it.
     """
-    sources = _read_sources(settings, seed=seed)
+    sources = read_sources(settings, seed=seed)
     labels = _labels(sources["train"], settings)
-    rows = {name: _render_rows(source, settings, labels) for name, source in sources.items()}
-    return RenderedRows(rows=rows, sources=sources, labels=labels)
-
-
-def _read_sources(settings: FileData, *, seed: int) -> dict[str, Source]:
-    """Return the rows to train on and those to evaluate on, if any."""
-    train = _first(_read(settings.path, settings, split=settings.split), settings.limit)
-    match settings.validation:
-        case None:
-            return {"train": train}
-        case str(name) if _is_file(name) or _is_file(settings.path):
-            validation = _read(name, settings, split="train")
-        case str(name):
-            validation = _read(settings.path, settings, split=name)
-        case share:
-            train, validation = _hold_out(train, share, seed=seed)
-    return {"train": train, "validation": _first(validation, settings.validation_limit)}
-
-
-def _read(path: str, settings: FileData, *, split: str) -> Source:
-    if _is_file(path):
-        rows = read_rows(path, columns=settings.columns, rows_key=settings.rows_key)
-        return Source(path=path, fingerprint=sha256(path), rows=rows)
-    try:
-        dataset = load_dataset(path, settings.subset if path == settings.path else None, split=split)
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
-        raise UsageError(
-            f"data.path={path!r} is neither a file ({', '.join(ENDINGS)}) nor a data set on the hub: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-    assert isinstance(dataset, Dataset)
-    name = f"{path} [{split}]"
-    return Source(path=name, fingerprint=dataset._fingerprint, rows=Rows.counted(dataset.to_list(), Origin(name)))
-
-
-def _is_file(path: str) -> bool:
-    return ending_of(path) is not None or Path(path).exists()
-
-
-def _first(source: Source, limit: int | None) -> Source:
-    return replace(source, rows=source.rows[:limit])
-
-
-def _hold_out(source: Source, share: float, *, seed: int) -> tuple[Source, Source]:
-    """Split off a random share of the rows. Both parts keep the file's order and have at least one row."""
-    count = max(1, round(share * len(source.rows)))
-    if count >= len(source.rows):
-        raise UsageError(
-            f"{source.path}: data.validation={share} holds out {count} of {len(source.rows)} rows and leaves none to "
-            "train on; use a file with more rows, or name a validation file"
-        )
-    held_out = set(random.Random(f"validation/{seed}").sample(range(len(source.rows)), count))
-    kept = source.rows.take([index for index in range(len(source.rows)) if index not in held_out])
-    taken = source.rows.take(sorted(held_out))
-    return replace(source, rows=kept), replace(source, path=f"{source.path} [{share} held out]", rows=taken)
+    rows, notes = {}, []
+    for name, source in sources.items():
+        rendered = _render_rows(source, settings, labels)
+        sources[name], rows[name], said = without_empty_rows(source, rendered, settings)
+        notes += said
+    return RenderedRows(rows=rows, sources=sources, labels=labels, notes=tuple(notes))
 
 
 def _labels(train: Source, settings: FileData) -> tuple[str, ...] | None:

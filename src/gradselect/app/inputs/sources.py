@@ -1,0 +1,96 @@
+"""Rows of a run and their origins: files, folders, and data sets on the hub."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+
+from gradselect import UsageError
+from gradselect.app.data import ENDINGS, Origin, Rows, ending_of, read_rows
+from gradselect.app.recipe import FileData
+from gradselect.files import sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Rows and their origin.
+
+    Args:
+        path: path of the file, or id and split of the hub data set.
+        fingerprint: SHA-256 of the file, or the fingerprint of the datasets library.
+        rows: rows that are used.
+        num_empty: rows that are left out because they are empty.
+    """
+
+    path: str
+    fingerprint: str
+    rows: Rows
+    num_empty: int = 0
+
+    def describe(self) -> dict[str, str | int]:
+        """Return the entry of `run.json`."""
+        empty = {"rows_empty": self.num_empty} if self.num_empty else {}
+        return {"path": self.path, "fingerprint": self.fingerprint, "rows_used": len(self.rows), **empty}
+
+
+def read_sources(settings: FileData, *, seed: int) -> dict[str, Source]:
+    """Return the rows to train on ("train") and those to evaluate on, if any ("validation").
+
+    `seed` draws the held-out share.
+
+    Raises:
+        UsageError: a file cannot be read, or too few rows are left.
+    """
+    train = _first(_read(settings.path, settings, split=settings.split), settings.limit)
+    match settings.validation:
+        case None:
+            return {"train": train}
+        case str(name) if _is_file(name) or _is_file(settings.path):
+            validation = _read(name, settings, split="train")
+        case str(name):
+            validation = _read(settings.path, settings, split=name)
+        case share:
+            train, validation = _hold_out(train, share, seed=seed)
+    return {"train": train, "validation": _first(validation, settings.validation_limit)}
+
+
+def _read(path: str, settings: FileData, *, split: str) -> Source:
+    if _is_file(path):
+        rows = read_rows(path, columns=settings.columns, rows_key=settings.rows_key)
+        return Source(path=path, fingerprint=sha256(path), rows=rows)
+    try:
+        dataset = load_dataset(path, settings.subset if path == settings.path else None, split=split)
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
+        raise UsageError(
+            f"data.path={path!r} is neither a file ({', '.join(ENDINGS)}) nor a data set on the hub: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    assert isinstance(dataset, Dataset)
+    name = f"{path} [{split}]"
+    return Source(path=name, fingerprint=dataset._fingerprint, rows=Rows.counted(dataset.to_list(), Origin(name)))
+
+
+def _is_file(path: str) -> bool:
+    return ending_of(path) is not None or Path(path).exists()
+
+
+def _first(source: Source, limit: int | None) -> Source:
+    return replace(source, rows=source.rows[:limit])
+
+
+def _hold_out(source: Source, share: float, *, seed: int) -> tuple[Source, Source]:
+    """Split off a random share of the rows. Both parts keep the file's order and have at least one row."""
+    count = max(1, round(share * len(source.rows)))
+    if count >= len(source.rows):
+        raise UsageError(
+            f"{source.path}: data.validation={share} holds out {count} of {len(source.rows)} rows and leaves none to "
+            "train on; use a file with more rows, or name a validation file"
+        )
+    held_out = set(random.Random(f"validation/{seed}").sample(range(len(source.rows)), count))
+    kept = source.rows.take([index for index in range(len(source.rows)) if index not in held_out])
+    taken = source.rows.take(sorted(held_out))
+    return replace(source, rows=kept), replace(source, path=f"{source.path} [{share} held out]", rows=taken)
