@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gradselect import UsageError
+from gradselect.app.data import Conversation
 from gradselect.app.evaluate import EvaluationSettings
 from gradselect.app.evaluate.problems import passages, problems, read_source
 
@@ -115,7 +116,8 @@ def test_a_loss_reads_questions_pairs_conversations_and_text(write: Write) -> No
     assert (passage.prompt, passage.target, passage.ends) == (None, "a story", True)
     messages = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user", "assistant")]
     (passage,) = read_passages(settings("loss", write({"messages": messages})))
-    assert (passage.prompt, passage.target) == (messages[:-1], "a")
+    assert isinstance(passage.prompt, Conversation)
+    assert passage.prompt.messages == messages
 
 
 def test_a_loss_prefers_the_worked_answer_to_the_bare_one(write: Write) -> None:
@@ -130,8 +132,11 @@ def test_a_text_file_is_one_running_text_with_its_empty_lines(write: Write) -> N
 
 def test_as_chat_a_pair_is_a_question_and_its_answer(write: Write) -> None:
     (passage,) = read_passages(settings("loss", write(GSM8K), as_chat=True, prompt="{question}"))
-    assert passage.prompt == [{"role": "user", "content": "How many is 2 + 3?"}]
-    assert passage.target == "2 + 3 = 5\n#### 5"
+    assert isinstance(passage.prompt, Conversation)
+    assert passage.prompt.messages == [
+        {"role": "user", "content": "How many is 2 + 3?"},
+        {"role": "assistant", "content": "2 + 3 = 5\n#### 5"},
+    ]
 
 
 WRONG_ROWS = [
@@ -146,8 +151,8 @@ WRONG_ROWS = [
     ("math", [{**MATH, "solution": "no\nbox"}], {}, r"line 1: the answer 'no\\nbox' holds no \\boxed"),
     ("loss", [{"a": 1}], {}, r"line 1 has no column 'answer'; its columns are: a"),
     ("loss", [{"prompt": "p", "completion": "c"}, {"prompt": "p"}], {}, r"line 2 has no column 'completion'"),
-    ("loss", [{"messages": [{"role": "user", "content": "?"}]}], {}, r"line 1: a conversation must end"),
-    ("loss", [{"messages": "?"}], {}, r"line 1: expected a list of messages"),
+    ("loss", [{"messages": [{"role": "user"}]}], {}, r"line 1: message 1: \"content\" .* is null or missing"),
+    ("loss", [{"messages": "?"}], {}, r"line 1: the text in column 'messages' is no JSON"),
     ("loss", [{"text": "t"}, {"txt": "t"}], {}, r"line 2 has no column 'text'; its columns are: txt"),
 ]
 

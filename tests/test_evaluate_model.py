@@ -19,13 +19,15 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from gradselect import UsageError
+from gradselect.app.data import Conversation
 from gradselect.app.evaluate import EvaluationSettings, evaluate, evaluate_model, read_evaluation
 from gradselect.app.evaluate.answer_judge import Judge
 from gradselect.app.evaluate.generation import answer_all, greedy_config
 from gradselect.app.evaluate.language_model import LanguageModel, wrap
 from gradselect.app.evaluate.problems import Passage
 from gradselect.app.evaluate.results import ItemWriter
-from gradselect.app.evaluate.tokens import encode_prompt, segments
+from gradselect.app.evaluate.tokens import conversation_segments, encode_prompt, segments
+from gradselect.app.inputs import Notices
 
 CONTEXT = 96
 HOSTILE = r"\boxed{9^{9^{9^9}}}"
@@ -406,11 +408,8 @@ def test_a_conversation_is_scored_in_its_last_answer(model: Any, tokenizer: Any,
     before = "<s>user>Hi\nassistant>Yes?</s>\nuser>2 + 3?\nassistant>"
     talk = [("user", "Hi"), ("assistant", "Yes?"), ("user", "2 + 3?"), ("assistant", "5")]
     rows = [{"messages": [{"role": role, "content": content} for role, content in talk]}]
-    (segment,) = segments(
-        0,
-        Passage(prompt=rows[0]["messages"][:-1], target="5", ends=True),
-        language_model=wrap(model, tokenizer),
-    )
+    talks = [Conversation(messages=row["messages"]) for row in rows]
+    (segment,) = conversation_segments(talks, language_model=wrap(model, tokenizer), notices=Notices())
     assert tokenizer.decode(segment.ids[: segment.start]) == before
     assert tokenizer.decode(segment.ids[segment.start :]) == "5</s>\n"
     result = evaluate_model(model, tokenizer, settings(write(tmp_path / "d.jsonl", rows), task="loss"))

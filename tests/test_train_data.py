@@ -104,12 +104,14 @@ def test_an_empty_value_is_named_with_its_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
-        ("hello", "expected a list of messages"),
-        ([{"role": "user"}], "expected a list of messages"),
-        ([{"role": "user", "content": 1}], "expected a list of messages"),
-        (CONVERSATION[:3], "must end with a message of the role 'assistant'"),
-        (CONVERSATION[1:2], "must end with a message of the role 'assistant'"),
-        ([], "must end with a message of the role 'assistant'"),
+        ("hello", "the text in column 'messages' is no JSON ('hello')"),
+        ("[{'role': 'user'}]", "is no JSON"),
+        ({"role": "user"}, "expected a list of messages like"),
+        ([{"role": "user"}], "message 1: \"content\" of a message of the role 'user' is null or missing"),
+        ([{"role": "user", "content": 1}], 'message 1: "content" is 1; expected text'),
+        ([{"content": "a"}], 'message 1: the message has no "role"'),
+        (["a"], "message 1: expected an object like"),
+        ([], "the list of messages is empty"),
     ],
 )
 def test_what_is_no_conversation_is_named_with_its_row(tmp_path: Path, messages: Any, said: str) -> None:

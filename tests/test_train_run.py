@@ -189,7 +189,12 @@ def test_questions_and_answers_can_go_through_the_chat_template(chat_place: Path
 
 @pytest.mark.parametrize(
     ("model", "loss_on", "text"),
-    [("unmarked", "last-answer", "d<end>"), ("model", "last-answer", "d<end>"), ("model", "answers", "b<end>d<end>")],
+    [
+        ("unmarked", "last-answer", "d<end>"),
+        ("model", "last-answer", "d<end>"),
+        ("model", "answers", "b<end>d<end>"),
+        ("unmarked", "answers", "b<end>d<end>"),
+    ],
 )
 def test_of_a_conversation_the_answers_count(
     chat_place: Path, tmp_path: Path, model: str, loss_on: str, text: str
@@ -197,12 +202,6 @@ def test_of_a_conversation_the_answers_count(
     data = {"format": "chat", "path": str(chat_place / "chat.jsonl"), "loss_on": loss_on}
     trainer, inputs = build(chat_place, tmp_path, data=data, model={"path": str(chat_place / model)})
     assert learnt(trainer, inputs.tokenizer) == [text]
-
-
-def test_answers_need_a_template_that_marks_them(chat_place: Path, tmp_path: Path) -> None:
-    data = {"format": "chat", "path": str(chat_place / "chat.jsonl"), "loss_on": "answers"}
-    with pytest.raises(UsageError, match=r"write data\.loss_on=last-answer"):
-        build(chat_place, tmp_path, data=data, model={"path": str(chat_place / "unmarked")})
 
 
 def test_conversations_need_a_chat_template(chat_place: Path, place: Path, tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ from gradselect.app.data import Row, columns_of, read_label, render, require_col
 from gradselect.app.models import encode_texts
 from gradselect.app.recipe import EvaluationSettings
 from gradselect.app.stats import class_metrics, score_metrics, wilson_interval
-from gradselect.files import read_sealed
 from gradselect.usage import UsageError
 
 from .language_model import LanguageModel
 from .problems import Source, each_row
 from .results import EvaluationResult, Item, ItemWriter, plain_settings, versions
 from .tokens import longest_first
+from .trained_on import data_of_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class LabelledText:
 
 def with_recipe(settings: EvaluationSettings) -> EvaluationSettings:
     """Fill missing settings from the recipe of the training, else with the usual column names."""
-    known = {"text": "{sentence}", "label": "label"} | _trained_on(settings.model)
+    known = {"text": "{sentence}", "label": "label"} | data_of_recipe(settings.model, format="classification")
     columns = settings.columns
     if columns is None and known.get("columns") and Path(str(settings.data)).suffix.lower() in (".csv", ".tsv"):
         columns = tuple(known["columns"])
@@ -111,13 +111,6 @@ def measure_classification(
         )
 
 
-def _trained_on(model: str | Path) -> dict[str, Any]:
-    """Return section `data` of the recipe if `gradselect train` trained this classifier; else {}."""
-    file = Path(model) / "run.json"
-    data = read_sealed(file, needed=["recipe"])["recipe"]["data"] if file.is_file() else {}
-    return data if data.get("format") == "classification" else {}
-
-
 def _labels(config: Any, settings: EvaluationSettings) -> tuple[str, ...] | None:
     """Return the label of each output; None if the single output is a score."""
     if config.num_labels == 1:
@@ -138,7 +131,7 @@ def _references(source: Source, settings: EvaluationSettings, labels: Sequence[s
 
 def _max_length(settings: EvaluationSettings, language_model: LanguageModel) -> int | None:
     """Return the `max_length` of the training, limited to the context."""
-    limits = (_trained_on(settings.model).get("max_length"), language_model.context)
+    limits = (data_of_recipe(settings.model, format="classification").get("max_length"), language_model.context)
     return min((limit for limit in limits if limit is not None), default=None)
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from gradselect.app.data import Conversation
 from gradselect.app.recipe import DEFAULT_PROMPT, EvaluationSettings
 from gradselect.app.stats import mean_loss, mean_loss_interval, wilson_interval
 from gradselect.usage import UsageError
@@ -19,7 +20,7 @@ from .language_model import LanguageModel, load, wrap
 from .problems import Passage, Problem, Source, passages, problems, read_source
 from .results import EvaluationResult, Item, ItemWriter, check_new_folder, plain_settings, versions
 from .text_loss import SegmentLoss, score_all
-from .tokens import Prompt, Segment, encode_prompt, segments
+from .tokens import Prompt, Segment, conversation_segments, encode_prompt, segments
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished items and of all items."""
@@ -200,11 +201,27 @@ def _scored_batches(
 
 def _segments(texts: Sequence[Passage], language_model: LanguageModel, *, name: str) -> list[Segment]:
     """Return every segment with tokens to score."""
-    cut = (segments(row, passage, language_model=language_model) for row, passage in enumerate(texts))
+    if isinstance(texts[0].prompt, Conversation):
+        cut = [_conversation_segments(texts, language_model, name=name)]
+    else:
+        cut = (segments(row, passage, language_model=language_model) for row, passage in enumerate(texts))
     scored = [segment for row in cut for segment in row if segment.num_tokens > 0]
     if not scored:
         raise UsageError(f"{name}: nothing to score; a text needs two tokens, a target one")
     return scored
+
+
+def _conversation_segments(texts: Sequence[Passage], language_model: LanguageModel, *, name: str) -> list[Segment]:
+    from gradselect.app.inputs import Notices
+
+    talks, notices = [each.prompt for each in texts if isinstance(each.prompt, Conversation)], Notices()
+    try:
+        found = list(conversation_segments(talks, language_model=language_model, notices=notices))
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
+    for line in notices.lines(len(talks), what="conversations", where=""):
+        _log.warning("%s", line)
+    return found
 
 
 def _judged(

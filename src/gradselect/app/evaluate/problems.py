@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gradselect.app.data import (
     ENDINGS,
+    ChatColumns,
+    Conversation,
     Origin,
     Row,
     Rows,
     columns_of,
     ending_of,
     place_of,
+    read_conversation,
     read_rows,
     render,
     require_columns,
@@ -24,6 +27,7 @@ from gradselect.files import sha256
 from gradselect.usage import UsageError
 
 from .answers import boxed_or_stated, gsm8k_answer, trimmed
+from .trained_on import data_of_recipe
 
 QUESTION_COLUMNS = ("question", "query", "problem", "instruction", "input", "prompt")
 ANSWER_COLUMNS = {
@@ -76,12 +80,13 @@ class Passage:
     """Text whose loss is measured.
 
     Args:
-        prompt: text or conversation before the target, not scored. None for a running text.
-        target: text to score.
+        prompt: text before the target, not scored. None for a running text. A conversation is scored in its last
+            answer.
+        target: text to score; empty for a conversation.
         ends: True if the end-of-text token belongs to the target.
     """
 
-    prompt: str | Sequence[Mapping[str, str]] | None
+    prompt: str | Conversation | None
     target: str
     ends: bool
 
@@ -135,8 +140,13 @@ def passages(source: Source, settings: EvaluationSettings) -> list[Passage]:
         UsageError: columns of no known format, a missing column or an empty value; names the row.
     """
     columns = source.rows[0]
-    if "messages" in columns:
-        return list(each_row(source.rows, _conversation, name=source.name))
+    if (chat := chat_columns(source, settings)) is not None:
+        _require(source.rows, *(f"{{{column}}}" for column in chat.messages), name=source.name)
+
+        def conversation(_: int, row: Row) -> Passage:
+            return Passage(prompt=read_conversation(row, chat), target="", ends=True)
+
+        return list(each_row(source.rows, conversation, name=source.name))
     if "text" in columns and settings.prompt is None:
         ends = Path(source.name).suffix.lower() != ".txt"
         _require(source.rows, "{text}", name=source.name)
@@ -156,18 +166,32 @@ def _completions(source: Source, settings: EvaluationSettings) -> list[Passage]:
     def passage(_: int, row: Row) -> Passage:
         asked, target = render(prompt, row), render(completion, row)
         if settings.as_chat:
-            return Passage(prompt=[{"role": "user", "content": asked}], target=target.strip(), ends=True)
+            talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": target.strip()}]
+            return Passage(prompt=Conversation(messages=talk), target="", ends=True)
         return Passage(prompt=asked, target=target, ends=True)
 
     return list(each_row(rows, passage, name=source.name))
 
 
-def _conversation(_: int, row: Row) -> Passage:
-    """Return the last answer of a conversation as target, everything before it as prompt."""
-    from gradselect.app.data import check_messages
+def chat_columns(source: Source, settings: EvaluationSettings) -> ChatColumns | None:
+    """Return where a row's conversation stands: as in the recipe of the training, or in the usual columns.
 
-    *before, last = check_messages(row.get("messages"))
-    return Passage(prompt=before, target=last["content"], ends=True)
+    None: the rows hold no conversations.
+    """
+    known = data_of_recipe(settings.model, format="chat")
+    named = known.get("messages") or "messages"
+    messages = tuple([named] if isinstance(named, str) else named)
+    if any(column not in source.rows[0] for column in messages):
+        messages = tuple(column for column in ("messages", "conversations") if column in source.rows[0])[:1]
+    if not messages:
+        return None
+    return ChatColumns(
+        messages=messages,
+        tools=known.get("tools") or "tools",
+        ignore=frozenset(known.get("ignore") or ()),
+        roles=known.get("roles") or {},
+        nulls_are_absent=".json" not in source.name,
+    )
 
 
 def _document(text: str, *, ends: bool) -> Passage:

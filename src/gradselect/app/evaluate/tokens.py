@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from gradselect.app.data import Conversation
 from gradselect.usage import UsageError
 
 from .language_model import LanguageModel
 from .problems import Passage
 
-Messages = Sequence[Mapping[str, str]]
+if TYPE_CHECKING:
+    from gradselect.app.inputs import Notices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +58,27 @@ def encode_prompt(text: str, *, language_model: LanguageModel, as_chat: bool, ro
     """
     tokenizer = language_model.tokenizer
     if as_chat:
-        ids = _encode(tokenizer, _chat(tokenizer, [{"role": "user", "content": text}], answered=False), special=False)
+        ids = _encode(tokenizer, _chat(tokenizer, text), special=False)
     else:
         ids = _open_ended(_encode(tokenizer, text, special=True), tokenizer)
     return Prompt(ids=_last(ids, room, tokenizer), truncated=room is not None and len(ids) > room)
+
+
+def conversation_segments(
+    conversations: Sequence[Conversation], *, language_model: LanguageModel, notices: Notices
+) -> Iterator[Segment]:
+    """Yield each conversation as one segment that is scored in its last answer, with the tokens of a training.
+
+    Raises:
+        UsageError: the tokenizer has no chat template, or it leaves something out that a conversation says.
+    """
+    from gradselect.app.inputs import chat_tokens
+
+    tokenizer: Any = language_model.tokenizer
+    _check_chat(tokenizer)
+    for example in chat_tokens(conversations, tokenizer, loss_on="last-answer", notices=notices):
+        start = example.is_trained.index(True) if any(example.is_trained) else len(example.ids)
+        yield _segment(example.row - 1, list(example.ids), start, language_model)
 
 
 def segments(row: int, passage: Passage, *, language_model: LanguageModel) -> list[Segment]:
@@ -71,13 +90,17 @@ def segments(row: int, passage: Passage, *, language_model: LanguageModel) -> li
     """
     if passage.prompt is None:
         return _pieces(row, passage, language_model=language_model)
-    tokenizer, context = language_model.tokenizer, language_model.context
-    before, ids = _encode_pair(passage, tokenizer)
+    before, ids = _encode_pair(passage, language_model.tokenizer)
     # A tokenizer may merge the end of the prompt with the beginning of the target; the merged token is scored.
-    start = max(1, sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False))))
-    kept = _last(ids, context, tokenizer)
-    start = max(1, start - (len(ids) - len(kept)))
-    return [Segment(row=row, ids=kept, start=start, truncated=len(kept) < len(ids))]
+    start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False)))
+    return [_segment(row, ids, start, language_model)]
+
+
+def _segment(row: int, ids: list[int], start: int, language_model: LanguageModel) -> Segment:
+    """Return the last tokens that fit into the context, scored from `start`."""
+    kept = _last(ids, language_model.context, language_model.tokenizer)
+    start = max(1, max(1, start) - (len(ids) - len(kept)))
+    return Segment(row=row, ids=kept, start=start, truncated=len(kept) < len(ids))
 
 
 def pad(rows: Sequence[Sequence[int]], *, token: int, left: bool) -> tuple[Tensor, Tensor]:
@@ -106,21 +129,22 @@ def _pieces(row: int, passage: Passage, *, language_model: LanguageModel) -> lis
 
 def _encode_pair(passage: Passage, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the ids of the prompt, and of prompt and target together."""
-    if isinstance(passage.prompt, str):
-        before = _open_ended(_encode(tokenizer, passage.prompt, special=True), tokenizer)
-        both = _open_ended(_encode(tokenizer, passage.prompt + passage.target, special=True), tokenizer)
-        return before, _ended(both, tokenizer) if passage.ends else both
-    assert passage.prompt is not None
-    answer = {"role": "assistant", "content": passage.target}
-    asked = _chat(tokenizer, passage.prompt, answered=False)
-    answered = _chat(tokenizer, [*passage.prompt, answer], answered=True)
-    return _encode(tokenizer, asked, special=False), _encode(tokenizer, answered, special=False)
+    assert isinstance(passage.prompt, str)
+    before = _open_ended(_encode(tokenizer, passage.prompt, special=True), tokenizer)
+    both = _open_ended(_encode(tokenizer, passage.prompt + passage.target, special=True), tokenizer)
+    return before, _ended(both, tokenizer) if passage.ends else both
 
 
-def _chat(tokenizer: Any, messages: Messages, *, answered: bool) -> str:
+def _chat(tokenizer: Any, text: str) -> str:
+    """Return a user's message with the beginning of its answer."""
+    _check_chat(tokenizer)
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _check_chat(tokenizer: Any) -> None:
     if tokenizer.chat_template is None:
         raise UsageError("the model's tokenizer has no chat template; leave as_chat off, or evaluate a chat model")
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=not answered)
 
 
 def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:

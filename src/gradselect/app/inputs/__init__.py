@@ -1,7 +1,9 @@
 """Model, tokenizer and data of a run: read and checked."""
 
+from .chat_tokens import chat_tokens
 from .length_notes import as_percent, row_notes
 from .model import fingerprint
+from .notices import Notices
 from .rows import Rows, make_rows
 from .run_inputs import DataInputs, Inputs, read_data, read_inputs
 from .tokens import IGNORED, end_of_turn_tokens
@@ -10,8 +12,10 @@ __all__ = [
     "IGNORED",
     "DataInputs",
     "Inputs",
+    "Notices",
     "Rows",
     "as_percent",
+    "chat_tokens",
     "end_of_turn_tokens",
     "fingerprint",
     "make_rows",

@@ -14,14 +14,16 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gradselect import UsageError
 from gradselect.app.data import (
+    ChatColumns,
     Conversation,
     Origin,
     Row,
     Rows,
-    check_messages,
     columns_of,
+    holds_messages,
     label_names,
     place_of,
+    read_conversation,
     read_label,
     render,
     require_columns,
@@ -95,14 +97,49 @@ def _labels(train: Source, settings: FileData) -> tuple[str, ...] | None:
 
 def _render_rows(source: Source, settings: FileData, labels: tuple[str, ...] | None) -> list[dict[str, Any]]:
     """Return the rows in the form of `Examples`."""
-    require_columns(source.rows, _columns_read(settings), path=source.path)
+    _require_columns(source, settings)
+    columns = _chat_columns(source, settings) if isinstance(settings, ChatData) else None
     examples = []
     for index, row in enumerate(source.rows):
         try:
-            examples.append(_render_row(row, settings, labels))
+            _check_cells(row, settings)
+            examples.append(_render_row(row, settings, labels, columns))
         except UsageError as error:
             raise UsageError(f"{place_of(source.rows, index, path=source.path)}: {error}") from None
     return examples
+
+
+def _require_columns(source: Source, settings: FileData) -> None:
+    """Check that every row has the columns that are read."""
+    if isinstance(settings, ChatData) and settings.messages == "messages" and "messages" not in source.rows[0]:
+        other = next((name for name in ("conversations", "conversation") if name in source.rows[0]), None)
+        if other is not None:
+            raise UsageError(
+                f"{source.path}: row 1 has no column 'messages', but one named {other!r}; write data.messages={other}"
+            )
+    require_columns(source.rows, _columns_read(settings), path=source.path)
+
+
+def _chat_columns(source: Source, settings: ChatData) -> ChatColumns:
+    """Return where a row's conversation stands."""
+    return ChatColumns(
+        messages=settings.message_columns,
+        tools=settings.tools or "tools",
+        ignore=frozenset(settings.ignore or ()),
+        roles=settings.roles or {},
+        nulls_are_absent=".json" not in source.path,
+    )
+
+
+def _check_cells(row: Row, settings: FileData) -> None:
+    """Refuse messages where text is expected."""
+    if not isinstance(settings, ChatData):
+        found = [column for column in _columns_read(settings) if holds_messages(row[column])]
+        if found:
+            raise UsageError(
+                f"column {found[0]!r} holds messages of a conversation; write data.format=chat "
+                f"data.messages=[{','.join(found)}]"
+            )
 
 
 def _columns_read(settings: FileData) -> tuple[str, ...]:
@@ -111,14 +148,16 @@ def _columns_read(settings: FileData) -> tuple[str, ...]:
         case PromptCompletionData():
             return (*columns_of(settings.prompt), *columns_of(settings.completion))
         case ChatData():
-            return (settings.messages,)
+            return settings.message_columns if settings.tools is None else (*settings.message_columns, settings.tools)
         case TextData():
             return columns_of(settings.text)
         case ClassificationData():
             return (*columns_of(settings.text), *columns_of(settings.text_pair or ""), settings.label)
 
 
-def _render_row(row: Row, settings: FileData, labels: tuple[str, ...] | None) -> dict[str, Any]:
+def _render_row(
+    row: Row, settings: FileData, labels: tuple[str, ...] | None, columns: ChatColumns | None
+) -> dict[str, Any]:
     match settings:
         case PromptCompletionData():
             prompt, completion = render(settings.prompt, row), render(settings.completion, row)
@@ -127,7 +166,8 @@ def _render_row(row: Row, settings: FileData, labels: tuple[str, ...] | None) ->
             question, answer = {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}
             return {"conversation": Conversation(messages=[question, answer])}
         case ChatData():
-            return {"conversation": Conversation(messages=check_messages(row[settings.messages]))}
+            assert columns is not None
+            return {"conversation": read_conversation(row, columns)}
         case TextData():
             return {"text": render(settings.text, row)}
         case ClassificationData():

@@ -8,11 +8,13 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from gradselect import UsageError
 from gradselect.app.recipe import ChatData, ClassificationData, FileData, PromptCompletionData, TextData
 
 from .chat_tokens import chat_tokens
 from .examples import Examples, RenderedRows
-from .tokens import TokenExample, completion_tokens, text_tokens, token_dataset
+from .notices import Notices
+from .tokens import TokenExample, completion_tokens, end_of_turn_tokens, text_tokens, token_dataset
 
 
 def tokenize_examples(rendered: RenderedRows, settings: FileData, tokenizer: PreTrainedTokenizerBase) -> Examples:
@@ -21,29 +23,59 @@ def tokenize_examples(rendered: RenderedRows, settings: FileData, tokenizer: Pre
     Raises:
         UsageError: the chat template cannot be used for a row, or for what is asked.
     """
-    made = {name: _dataset(rows, settings, tokenizer) for name, rows in rendered.rows.items()}
+    made, notes = {}, []
+    for name, rows in rendered.rows.items():
+        notices = Notices()
+        try:
+            made[name] = _dataset(rows, settings, tokenizer, notices)
+        except UsageError as error:
+            raise UsageError(f"{rendered.sources[name].path}: {error}") from None
+        where = "" if name == "train" else " of the validation data"
+        what = "conversations" if is_chat(settings) else "examples"
+        notes += notices.lines(len(rows), what=what, where=where)
+    if isinstance(settings, ChatData) and not end_of_turn_tokens(tokenizer, made["train"]):
+        notes.append(NO_END)
     return Examples(
-        train=made["train"], validation=made.get("validation"), sources=rendered.sources, labels=rendered.labels
+        train=made["train"],
+        validation=made.get("validation"),
+        sources=rendered.sources,
+        labels=rendered.labels,
+        notes=tuple(notes),
     )
 
 
-def _dataset(rows: Sequence[dict[str, Any]], settings: FileData, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+NO_END = (
+    "the chat template puts no special token behind an answer, or its marks leave it out: the model does not learn to "
+    "stop, and generates until its limit"
+)
+
+
+def is_chat(settings: FileData) -> bool:
+    """Return True if the examples go through the chat template."""
+    return isinstance(settings, ChatData) or (isinstance(settings, PromptCompletionData) and settings.as_chat)
+
+
+def _dataset(
+    rows: Sequence[dict[str, Any]], settings: FileData, tokenizer: PreTrainedTokenizerBase, notices: Notices
+) -> Dataset:
     if isinstance(settings, ClassificationData):
         return Dataset.from_list(list(rows))
-    return token_dataset(_tokens(rows, settings, tokenizer))
+    return token_dataset(_tokens(rows, settings, tokenizer, notices))
 
 
 def _tokens(
     rows: Sequence[dict[str, Any]],
     settings: PromptCompletionData | ChatData | TextData,
     tokenizer: PreTrainedTokenizerBase,
+    notices: Notices,
 ) -> Iterator[TokenExample]:
     match settings:
         case TextData():
             return text_tokens([row["text"] for row in rows], tokenizer)
         case PromptCompletionData() if not settings.as_chat:
             prompts, completions = [row["prompt"] for row in rows], [row["completion"] for row in rows]
-            return completion_tokens(prompts, completions, tokenizer, train_prompts=settings.loss_on == "all")
+            train_prompts = settings.loss_on == "all"
+            return completion_tokens(prompts, completions, tokenizer, train_prompts=train_prompts, notices=notices)
         case _:
             loss_on = "last-answer" if settings.loss_on == "completion" else settings.loss_on
-            return chat_tokens([row["conversation"] for row in rows], tokenizer, loss_on=loss_on)
+            return chat_tokens([row["conversation"] for row in rows], tokenizer, loss_on=loss_on, notices=notices)

@@ -15,8 +15,15 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
+from .notices import Notices
+
 IGNORED = -100
 """Label of a token that counts in no loss."""
+
+BROKEN_PROMPT = (
+    "have a prompt that is encoded otherwise alone than with its answer behind it (a token spans both, or the template "
+    "renders it otherwise): the answer is trained from where they differ"
+)
 
 ROWS_AT_ONCE = 1000
 """Rows whose tokens are held as Python numbers, which take eight times the memory of a table."""
@@ -29,10 +36,12 @@ class TokenExample:
     Args:
         ids: token ids.
         is_trained: for each of them, True if it counts in the loss.
+        row: number of its row, from 1; 0 where every row gives one example.
     """
 
     ids: Sequence[int]
     is_trained: Sequence[bool]
+    row: int = 0
 
 
 def token_dataset(examples: Iterable[TokenExample]) -> Dataset:
@@ -55,14 +64,26 @@ def text_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Ite
 
 
 def completion_tokens(
-    prompts: Sequence[str], completions: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, train_prompts: bool
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train_prompts: bool,
+    notices: Notices | None = None,
 ) -> Iterator[TokenExample]:
-    """Yield the tokens of prompts with their completions, each ended by the end-of-text token."""
+    """Yield the tokens of prompts with their completions, each ended by the end-of-text token.
+
+    `notices` takes prompts whose last token does not end with them.
+    """
+    row = 0
     wholes = [prompt + ended(completion, tokenizer) for prompt, completion in zip(prompts, completions, strict=True)]
     for some_prompts, some_wholes in zip(_batches(prompts), _batches(wholes), strict=True):
         before, both = (encode(texts, tokenizer, special=True) for texts in (some_prompts, some_wholes))
         for prompt, whole in zip(before, both, strict=True):
+            row += 1
             start = 0 if train_prompts else common_prefix(prompt, whole)
+            if notices is not None and not train_prompts and start < len(prompt):
+                notices.add(BROKEN_PROMPT, row)
             yield TokenExample(ids=whole, is_trained=[place >= start for place in range(len(whole))])
 
 

@@ -73,17 +73,37 @@ class PromptCompletionData(AbstractTokenData):
 
 
 class ChatData(AbstractTokenData):
-    """Conversations, rendered with the model's own chat template.
+    """Conversations, rendered with the model's own chat template. docs/chat.md has the forms that are read.
+
+    Beside the messages a row may have the columns `tools`, `documents`, `system` and `chat_template_kwargs`.
 
     Attributes:
-        messages: column that holds a list of messages, each an object with `role` and `content`.
-        loss_on: tokens that count in the loss. "answers" are all turns of the assistant and need a chat template that
-            marks them. "last-answer" works with every template.
+        messages: column that holds a list of messages, each an object with `role` and `content`, or `from` and `value`.
+            Several columns are joined: [prompt, completion].
+        tools: column that holds the tools of a row. Default: `tools`, if there is one.
+        roles: roles of the chat template, by the names that the data has for them: {Mensch: user}.
+        ignore: columns and keys of messages that are left out on purpose. Everything else must reach the model.
+        loss_on: tokens that count in the loss. "answers" are all turns of the assistant. "last-answer" is the last of
+            them.
     """
 
     format: Literal["chat"]
-    messages: str = "messages"
+    messages: str | Annotated[tuple[str, ...], Field(min_length=1)] = "messages"
+    tools: str | None = None
+    roles: dict[str, str] | None = None
+    ignore: tuple[str, ...] | None = None
     loss_on: Literal["last-answer", "answers", "all"] = "last-answer"
+
+    @model_validator(mode="after")
+    def check_ignore(self) -> Self:
+        if needed := {"role", "content", "from", "value", *self.message_columns}.intersection(self.ignore or ()):
+            raise ValueError(f"ignore={list(self.ignore or ())}: {min(needed)!r} is what a run trains on; take it out")
+        return self
+
+    @property
+    def message_columns(self) -> tuple[str, ...]:
+        """Columns that hold messages."""
+        return (self.messages,) if isinstance(self.messages, str) else self.messages
 
 
 class TextData(AbstractTokenData):
