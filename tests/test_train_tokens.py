@@ -15,7 +15,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from gradselect.app.data import Conversation
 from gradselect.app.inputs import end_of_turn_tokens
-from gradselect.app.inputs.chat_tokens import chat_tokens
+from gradselect.app.inputs.chat_examples import chat_tokens
 from gradselect.app.inputs.tokens import completion_tokens, text_tokens, token_dataset
 
 TURNS = [

@@ -1,6 +1,6 @@
 """Model, tokenizer and data of a run: read and checked."""
 
-from .chat_tokens import chat_tokens
+from .chat_examples import chat_tokens
 from .length_notes import as_percent, row_notes
 from .model import fingerprint
 from .notices import Notices

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from gradselect import UsageError
 from gradselect.app.recipe import ChatData, ClassificationData, FileData, PromptCompletionData, TextData
 
-from .chat_tokens import chat_tokens
+from .chat_examples import chat_tokens
 from .examples import Examples, RenderedRows
 from .notices import Notices
 from .tokens import TokenExample, completion_tokens, end_of_turn_tokens, text_tokens, token_dataset
