@@ -149,7 +149,7 @@ def _measure_loss(
     progress: Progress,
 ) -> EvaluationResult:
     started = time.perf_counter()
-    scored = _segments(texts, language_model, name=source.name)
+    scored = _segments(texts, language_model, source)
     with ItemWriter(settings.output) as writer:
         items = _collect(_scored_batches(scored, language_model, settings), writer, progress, total=len(scored))
         losses = [item["loss"] * item["num_tokens"] for item in items]
@@ -199,27 +199,29 @@ def _scored_batches(
         yield [_scored(scored[loss.index], loss) for loss in losses]
 
 
-def _segments(texts: Sequence[Passage], language_model: LanguageModel, *, name: str) -> list[Segment]:
+def _segments(texts: Sequence[Passage], language_model: LanguageModel, source: Source) -> list[Segment]:
     """Return every segment with tokens to score."""
     if isinstance(texts[0].prompt, Conversation):
-        cut = [_conversation_segments(texts, language_model, name=name)]
+        cut = [_conversation_segments(texts, language_model, source)]
     else:
         cut = (segments(row, passage, language_model=language_model) for row, passage in enumerate(texts))
     scored = [segment for row in cut for segment in row if segment.num_tokens > 0]
     if not scored:
-        raise UsageError(f"{name}: nothing to score; a text needs two tokens, a target one")
+        raise UsageError(f"{source.name}: nothing to score; a text needs two tokens, a target one")
     return scored
 
 
-def _conversation_segments(texts: Sequence[Passage], language_model: LanguageModel, *, name: str) -> list[Segment]:
-    from gradselect.app.inputs import Notices
+def _conversation_segments(texts: Sequence[Passage], language_model: LanguageModel, source: Source) -> list[Segment]:
+    from gradselect.app.inputs import Notices, RowError
 
     talks, notices = [each.prompt for each in texts if isinstance(each.prompt, Conversation)], Notices()
     try:
         found = list(conversation_segments(talks, language_model=language_model, notices=notices))
+    except RowError as error:
+        raise error.at(source.name_row) from None
     except UsageError as error:
-        raise UsageError(f"{name}: {error}") from None
-    for line in notices.lines(len(talks), what="conversations", where=""):
+        raise UsageError(f"{source.name}: {error}") from None
+    for line in notices.lines(len(talks), what="conversations", name_row=source.name_row):
         _log.warning("%s", line)
     return found
 

@@ -53,6 +53,10 @@ class Source:
     fingerprint: str
     rows: Rows
 
+    def name_row(self, number: int) -> str:
+        """Return the place of a row, counted from 1, for messages."""
+        return place_of(self.rows, number - 1, path=self.name)
+
     def describe(self) -> dict[str, str | int]:
         """Return the description that a result keeps."""
         return {"name": self.name, "fingerprint": self.fingerprint, "rows_used": len(self.rows)}

@@ -3,7 +3,7 @@
 from .chat_examples import chat_tokens
 from .length_notes import as_percent, row_notes
 from .model import fingerprint
-from .notices import Notices
+from .notices import Notices, RowError
 from .rows import Rows, make_rows
 from .run_inputs import DataInputs, Inputs, read_data, read_inputs
 from .tokens import IGNORED, end_of_turn_tokens
@@ -13,6 +13,7 @@ __all__ = [
     "DataInputs",
     "Inputs",
     "Notices",
+    "RowError",
     "Rows",
     "as_percent",
     "chat_tokens",

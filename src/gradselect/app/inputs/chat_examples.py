@@ -16,7 +16,7 @@ from .chat_fields import FieldCheck
 from .chat_selection import LossOn, Selected, select
 from .chat_shapes import best_shape
 from .chat_template import ChatTemplate, Span, marking_template
-from .notices import Notices
+from .notices import Notices, RowError
 from .tokens import BROKEN_PROMPT, ROWS_AT_ONCE, TokenExample, common_prefix, encode
 
 OTHERWISE = "are rendered by TRL's training template otherwise than by the model's own chat template"
@@ -133,7 +133,7 @@ def _in_row(row: int, do: Callable[[], Any]) -> Any:
     try:
         return do()
     except UsageError as error:
-        raise UsageError(f"row {row}: {error}") from None
+        raise RowError(row, error) from None
 
 
 def _marked(encoded: Any, number: int, spans: Sequence[Span]) -> TokenExample:

@@ -15,7 +15,7 @@ from gradselect.app.data import REASONING, TEMPLATE_ARGUMENTS, Conversation, Mes
 
 from .chat_shapes import NUM_TRIED, shows_python, texts_of
 from .chat_template import ChatTemplate
-from .notices import Notices
+from .notices import Notices, RowError
 
 _STAND_IN = "\u2042 another text \u2042"
 """Takes the place of a content: if the rendered text stays the same, the content is not in it."""
@@ -84,15 +84,17 @@ class FieldCheck:
                 tried = found.setdefault(one.kind, [])
                 if len(tried) < NUM_TRIED:
                     tried.append((row, conversation, one))
-        never = {
-            kind: tried
-            for kind, tried in found.items()
-            if not any(self._is_rendered(conversation, one) for _, conversation, one in tried)
-        }
+        never = {kind: tried for kind, tried in found.items() if not any(self._survives(*one) for one in tried)}
         self.left_out = {kind for kind, tried in never.items() if all(map(_is_link, *zip(*tried, strict=True)))}
         lost = {kind: tried for kind, tried in never.items() if kind not in self.left_out}
         if lost:
             raise _never_rendered(lost, conversations)
+
+    def _survives(self, row: int, conversation: Conversation, one: Field) -> bool:
+        try:
+            return self._is_rendered(conversation, one)
+        except UsageError as error:
+            raise RowError(row, error) from None
 
     def check(self, row: int, conversation: Conversation, text: str) -> None:
         """Check that a text holds all that its conversation says.

@@ -9,7 +9,7 @@ from typing import Literal
 from gradselect import UsageError
 from gradselect.app.data import Conversation, is_blank
 
-from .notices import Notices
+from .notices import Notices, RowError
 
 LossOn = Literal["last-answer", "answers", "all"]
 
@@ -41,7 +41,7 @@ def select(conversations: Sequence[Conversation], *, loss_on: LossOn, notices: N
         try:
             one = _select_whole(row, conversation) if loss_on == "all" else _select(row, conversation, loss_on, notices)
         except UsageError as error:
-            raise UsageError(f"row {row}: {error}") from None
+            raise RowError(row, error) from None
         if one is not None:
             selected.append(one)
     if not selected:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,7 +91,6 @@ def _read_files(recipe: Recipe, data: FileData) -> Inputs:
     rendered = render_examples(data, seed=seed)
     tokenizer = load_tokenizer(recipe.model, data)
     examples = tokenize_examples(rendered, data, tokenizer)
-    examples = replace(examples, notes=(*rendered.notes, *examples.notes))
     if isinstance(data, ClassificationData):
         model, head = load_classifier(recipe.model, labels=examples.labels, tokenizer=tokenizer, seed=seed)
     else:

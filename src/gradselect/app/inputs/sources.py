@@ -10,7 +10,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from gradselect import UsageError
-from gradselect.app.data import ENDINGS, Origin, Rows, ending_of, read_rows
+from gradselect.app.data import ENDINGS, Origin, Rows, ending_of, place_of, read_rows
 from gradselect.app.recipe import FileData
 from gradselect.files import sha256
 
@@ -30,6 +30,10 @@ class Source:
     fingerprint: str
     rows: Rows
     num_empty: int = 0
+
+    def name_row(self, number: int) -> str:
+        """Return the place of a row, counted from 1, for messages."""
+        return place_of(self.rows, number - 1, path=self.path)
 
     def describe(self) -> dict[str, str | int]:
         """Return the entry of `run.json`."""

@@ -13,7 +13,7 @@ from gradselect.app.recipe import ChatData, ClassificationData, FileData, Prompt
 
 from .chat_examples import chat_tokens
 from .examples import Examples, RenderedRows
-from .notices import Notices
+from .notices import Notices, RowError
 from .tokens import TokenExample, completion_tokens, end_of_turn_tokens, text_tokens, token_dataset
 
 
@@ -23,16 +23,17 @@ def tokenize_examples(rendered: RenderedRows, settings: FileData, tokenizer: Pre
     Raises:
         UsageError: the chat template cannot be used for a row, or for what is asked.
     """
-    made, notes = {}, []
+    made, notes = {}, [*rendered.notes]
     for name, rows in rendered.rows.items():
-        notices = Notices()
+        source, notices = rendered.sources[name], Notices()
         try:
             made[name] = _dataset(rows, settings, tokenizer, notices)
+        except RowError as error:
+            raise error.at(source.name_row) from None
         except UsageError as error:
-            raise UsageError(f"{rendered.sources[name].path}: {error}") from None
-        where = "" if name == "train" else " of the validation data"
+            raise UsageError(f"{source.path}: {error}") from None
         what = "conversations" if is_chat(settings) else "examples"
-        notes += notices.lines(len(rows), what=what, where=where)
+        notes += notices.lines(len(rows), what=what, name_row=source.name_row)
     if isinstance(settings, ChatData) and not end_of_turn_tokens(tokenizer, made["train"]):
         notes.append(NO_END)
     return Examples(
