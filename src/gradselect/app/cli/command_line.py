@@ -15,6 +15,7 @@ except ModuleNotFoundError as missing:
 from gradselect import UsageError, __version__
 
 from .compare import compare
+from .data import data
 from .delta import app as delta_commands
 from .evaluate import evaluate
 from .plan import plan
@@ -35,6 +36,7 @@ app.command()(report)
 app.command()(compare)
 app.command()(tune)
 app.command()(plan)
+app.command()(data)
 app.command(
     epilog="Exit codes: 0 finished; 2 usage error, explained in one message; 143 stopped by SIGTERM, 130 by SIGINT "
     "(Ctrl-C). Both signals finish the current step and write a checkpoint; a second signal stops at once. The same "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,14 @@ class Rows:
         dataset: columns input_ids and labels; packed rows also have seq_lengths, the lengths of their pieces.
             For classification: what the tokenizer gives, and labels.
         counts: tokens before and after.
+        lengths: tokens of each example, before it was cut.
+        trained: those of them that count in the loss. None for classification.
     """
 
     dataset: Dataset
     counts: TokenCounts
+    lengths: Sequence[int]
+    trained: Sequence[int] | None
 
 
 def make_rows(
@@ -102,6 +107,8 @@ def token_rows(examples: Dataset, *, max_length: int, packing: bool, goes_on: bo
             to_train=int(found.trained.sum()),
             trained=int(trained[is_kept].sum()),
         ),
+        lengths=found.lengths.tolist(),
+        trained=found.trained.tolist(),
     )
 
 
@@ -191,4 +198,6 @@ def _classification_rows(examples: Dataset, tokenizer: PreTrainedTokenizerBase, 
             to_train=None,
             trained=None,
         ),
+        lengths=lengths,
+        trained=None,
     )

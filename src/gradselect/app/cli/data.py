@@ -1,0 +1,45 @@
+"""The command `gradselect data`."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+
+def data(
+    recipe: Annotated[str, typer.Argument(help="Recipe, a YAML file. See recipes/ for examples.", metavar="RECIPE")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Values that replace the recipe's, e.g. data.max_length=512.", metavar="KEY=VALUE"),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Number of rows to show, spread over the data.")] = 3,
+    row: Annotated[int | None, typer.Option(help="Show this row, whole. They are numbered from 1.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Show what RECIPE would train on: rows as the model reads them, token counts, what is cut or dropped.
+
+    Reads tokenizer and configuration of the model, but no weights.
+    """
+    from rich.console import Console
+
+    from gradselect.app.recipe import load_recipe
+    from gradselect.app.runtime import collected_messages
+
+    loaded = load_recipe(recipe, overrides or [])
+    # Imported late because it is slow: errors in the recipe come first.
+    from gradselect.app.preview import as_json as to_json
+    from gradselect.app.preview import preview_data, show
+
+    with collected_messages(Console(stderr=True)):
+        found = preview_data(loaded, num_examples=examples, row=row)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The data may hold characters that the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if as_json:
+        typer.echo(json.dumps(to_json(found), indent=2))
+    else:
+        show(found, Console(), whole=row is not None)

@@ -1,0 +1,155 @@
+"""Data of a recipe, prepared as `gradselect train` prepares it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from gradselect import UsageError
+from gradselect.app.inputs import DataInputs, make_rows, read_data, row_notes
+from gradselect.app.recipe import ClassificationData, RandomData, Recipe, is_packed
+from gradselect.app.results import TokenCounts
+
+from .spans import Piece, pieces_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Distribution of numbers, e.g. tokens of the examples."""
+
+    smallest: float
+    median: float
+    percentile_95: float
+    largest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownRow:
+    """A row as the model reads it.
+
+    Args:
+        number: its place, from 1.
+        pieces: examples in it; one, unless it is packed.
+        label: label of a classified text, or its score.
+    """
+
+    number: int
+    pieces: tuple[Piece, ...]
+    label: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPreview:
+    """Data that a run would train on.
+
+    Args:
+        recipe: the recipe.
+        sources: path, fingerprint and number of rows of "train" and "validation".
+        max_length: tokens of a row.
+        counts: tokens of the rows "train" and "validation".
+        lengths: tokens of the training examples, before they are cut.
+        trained_lengths: those of them that count in the loss. None for classification.
+        steps_per_epoch: on one process.
+        labels: number of training examples with each label. Empty if there are none.
+        scores: distribution of the scores of a regression.
+        notes: what is cut, dropped, packed, empty or left out.
+        rows: rows to show.
+    """
+
+    recipe: Recipe
+    sources: dict[str, dict[str, str | int]]
+    max_length: int
+    counts: dict[str, TokenCounts]
+    lengths: Lengths
+    trained_lengths: Lengths | None
+    steps_per_epoch: int
+    labels: dict[str, int]
+    scores: Lengths | None
+    notes: tuple[str, ...]
+    rows: tuple[ShownRow, ...]
+
+
+def preview_data(recipe: Recipe, *, num_examples: int = 3, row: int | None = None) -> DataPreview:
+    """Read and prepare the data of a recipe. Needs tokenizer and configuration of the model, but no weights.
+
+    Args:
+        recipe: the recipe.
+        num_examples: number of rows to show, spread over the data.
+        row: show only this row, from 1.
+
+    Raises:
+        UsageError: data, tokenizer or configuration cannot be used, nothing is left to train on, or there is no such
+            row.
+    """
+    data, run = read_data(recipe), recipe.run
+    rows = make_rows(data.examples, recipe.data, tokenizer=data.tokenizer, max_length=data.max_length)
+    counts = {name: part.counts for name, part in rows.items()}
+    train = rows["train"].dataset
+    numbers = _spread(train, num_examples) if row is None else [_checked(row, len(train))]
+    targets = train["labels"] if isinstance(recipe.data, ClassificationData) else []
+    has_scores = isinstance(recipe.data, ClassificationData) and recipe.data.regression
+    trained = rows["train"].trained
+    return DataPreview(
+        recipe=recipe,
+        sources={name: source.describe() for name, source in data.examples.sources.items()},
+        max_length=data.max_length,
+        counts=counts,
+        lengths=_distribution(rows["train"].lengths),
+        trained_lengths=None if trained is None else _distribution(trained),
+        steps_per_epoch=-(-len(train) // (run.batch_size * run.accumulation)),
+        labels={} if has_scores else _count_labels(targets, data.examples.labels),
+        scores=_distribution(targets) if has_scores else None,
+        notes=(*data.examples.notes, *row_notes(counts, recipe.data, max_length=data.max_length), *_checks(recipe)),
+        rows=tuple(_shown(train, number, recipe, data) for number in numbers),
+    )
+
+
+def _checks(recipe: Recipe) -> list[str]:
+    """Name the checks that need the model's weights."""
+    if not is_packed(recipe.data):
+        return []
+    return ["gradselect train also checks that the model does not let packed examples see one another"]
+
+
+def _distribution(numbers: Sequence[float]) -> Lengths:
+    # A value that occurs, not one between two.
+    found = np.percentile(np.asarray(numbers), [0, 50, 95, 100], method="inverted_cdf")
+    smallest, median, percentile_95, largest = found.tolist()
+    return Lengths(smallest=smallest, median=median, percentile_95=percentile_95, largest=largest)
+
+
+def _count_labels(targets: Sequence[int], names: Sequence[str] | None) -> dict[str, int]:
+    counts = Counter(targets)
+    return {name: counts[number] for number, name in enumerate(names or ())}
+
+
+def _spread(rows: Dataset, count: int) -> list[int]:
+    """Return up to `count` numbers of rows, evenly spaced; packed rows from the fewest pieces to the most."""
+    order = list(range(len(rows)))
+    if "seq_lengths" in rows.column_names:
+        pieces = [len(lengths) for lengths in rows["seq_lengths"]]
+        order.sort(key=pieces.__getitem__)
+    last, steps = len(order) - 1, max(1, count - 1)
+    places = {round(place * last / steps) for place in range(count)}
+    return [order[place] + 1 for place in sorted(places)]
+
+
+def _checked(row: int, num_rows: int) -> int:
+    if not 1 <= row <= num_rows:
+        raise UsageError(f"--row={row}: the rows are numbered from 1 to {num_rows}")
+    return row
+
+
+def _shown(train: Dataset, number: int, recipe: Recipe, data: DataInputs) -> ShownRow:
+    row: Any = train[number - 1]
+    tokenizer = None if isinstance(recipe.data, RandomData) else data.tokenizer
+    label = None
+    if isinstance(recipe.data, ClassificationData):
+        names = data.examples.labels
+        label = str(row["labels"]) if names is None else names[row["labels"]]
+    return ShownRow(number=number, pieces=pieces_of(row, tokenizer), label=label)
