@@ -16,7 +16,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 from gradselect import UsageError
 from gradselect.app.inputs import IGNORED, row_notes
 from gradselect.app.inputs.rows import token_rows
-from gradselect.app.results import read_finished_run, read_run
+from gradselect.app.recipe import TextData
+from gradselect.app.results import TokenCounts, read_finished_run, read_run
 from gradselect.app.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -24,11 +25,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, sums, and documents of 50, 130 and 0 letters."""
+    """A folder with a model, sums, and documents of 50 and 130 letters."""
     folder = tmp_path_factory.mktemp("rows")
     write_model(folder / "model")
     write_sums(folder / "sums.jsonl")
-    texts = ["a" * 50, "b" * 130, ""]
+    texts = ["a" * 50, "b" * 130]
     (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     return folder
 
@@ -119,15 +120,11 @@ def columns(rows: Dataset) -> tuple[Any, Any]:
 NOTES = {
     "packed text": (
         {"format": "text", "path": "{place}/texts.jsonl", "max_length": 64, "packing": True},
-        ["3 examples were packed into", "1 of 3 documents are longer than data.max_length=64 and go on in further"],
+        ["2 examples were packed into", "1 of 2 documents are longer than data.max_length=64 and go on in further"],
     ),
     "text": (
         {"format": "text", "path": "{place}/texts.jsonl", "max_length": 64},
-        ["1 of 3 documents are longer than data.max_length=64 and lose their end: 37 % of the tokens (67 of 183)"],
-    ),
-    "empty": (
-        {"format": "text", "path": "{place}/texts.jsonl", "max_length": 64},
-        ["1 of 3 documents have nothing to train on: they are empty"],
+        ["1 of 2 documents are longer than data.max_length=64 and lose their end: 37 % of the tokens (67 of 182)"],
     ),
     "answers": (
         {"max_length": 10, "packing": True},
@@ -150,6 +147,12 @@ def test_what_is_cut_dropped_or_empty_is_said_with_numbers(place: Path, tmp_path
     assert all(any(words in note for note in notes) for words in expected), notes
 
 
+def test_texts_of_one_token_are_said() -> None:
+    counts = TokenCounts(examples=9, rows=9, examples_untrained=2, tokens=90, tokens_in_rows=90)
+    (note,) = row_notes({"train": counts}, TextData(format="text", path="texts.txt"), max_length=64)
+    assert note == "2 of 9 documents have nothing to train on: they have a single token"
+
+
 def test_a_text_is_advised_to_be_packed_only_where_that_helps(place: Path, tmp_path: Path) -> None:
     data = {"format": "text", "path": str(place / "texts.jsonl"), "max_length": 64}
     for packing in (False, True):
@@ -164,15 +167,15 @@ def test_run_json_has_the_counts(place: Path, tmp_path: Path) -> None:
     train(parse(place, data=data, run=run), console=quiet())
     counts = json.loads((tmp_path / "out" / "run.json").read_text())["token_counts"]["train"]
     assert {name: counts[name] for name in ("examples", "examples_continued", "tokens", "tokens_in_rows")} == {
-        "examples": 3,
+        "examples": 2,
         "examples_continued": 1,
-        "tokens": 183,
-        "tokens_in_rows": 183,
+        "tokens": 182,
+        "tokens_in_rows": 182,
     }
     assert counts["share_left_out"] == 0
     end = read_finished_run(tmp_path / "out" / "run.json")
-    assert end.tokens == 183
-    assert end.token_counts["train"].tokens_trained == 183 - 3 - 2
+    assert end.tokens == 182
+    assert end.token_counts["train"].tokens_trained == 182 - 2 - 2
 
 
 def test_run_files_without_counts_are_still_read(tmp_path: Path) -> None:

@@ -81,34 +81,40 @@ def token_rows(examples: Dataset, *, max_length: int, packing: bool, goes_on: bo
         goes_on: with packing, an example that is longer than a row goes on in further ones instead of being cut.
     """
     found = _survey(examples, max_length=max_length)
-    is_long = found.lengths > max_length
     # A text of one token has no next token to predict, but it is there. Without labels there is nothing to see.
     is_kept = found.labelled if goes_on else found.labelled_after_cut
-    kept = examples.select_columns(["input_ids", "labels"])
+    rows = examples.select_columns(["input_ids", "labels"])
     if not is_kept.all():
-        kept = kept.select(np.flatnonzero(is_kept))
-    if is_long.any() and not goes_on:
-        kept = kept.with_format("arrow").map(_cut, batched=True, fn_kwargs={"max_length": max_length}).with_format(None)
-    if packing:
-        kept = pack_dataset(kept, max_length, "bfd_split" if goes_on else "bfd") if len(kept) else kept
-    left = found.lengths if goes_on else np.minimum(found.lengths, max_length)
-    trained = found.trained - _num_pieces_behind(found.lengths, max_length) if goes_on else found.trained_after_cut
+        rows = rows.select(np.flatnonzero(is_kept))
+    if not goes_on and len(rows) and found.lengths.max() > max_length:
+        rows = rows.with_format("arrow").map(_cut, batched=True, fn_kwargs={"max_length": max_length}).with_format(None)
+    if packing and len(rows):
+        rows = pack_dataset(rows, max_length, "bfd_split" if goes_on else "bfd")
     return Rows(
-        dataset=kept,
-        counts=TokenCounts.of(
-            examples=len(examples),
-            rows=len(kept),
-            examples_cut=0 if goes_on else int((is_long & is_kept).sum()),
-            examples_continued=int((is_long & is_kept).sum()) if goes_on else 0,
-            examples_dropped=int((~is_kept).sum()),
-            examples_untrained=int((is_kept & (found.trained == 0)).sum()),
-            tokens=int(found.lengths.sum()),
-            in_rows=int(left[is_kept].sum()),
-            to_train=int(found.trained.sum()),
-            trained=int(trained[is_kept].sum()),
-        ),
+        dataset=rows,
+        counts=_count(found, is_kept, num_rows=len(rows), max_length=max_length, goes_on=goes_on),
         lengths=found.lengths.tolist(),
         trained=found.trained.tolist(),
+    )
+
+
+def _count(found: _Survey, is_kept: NDArray[np.bool_], *, num_rows: int, max_length: int, goes_on: bool) -> TokenCounts:
+    num_long = int(((found.lengths > max_length) & is_kept).sum())
+    left = found.lengths if goes_on else np.minimum(found.lengths, max_length)
+    # Nothing predicts the first token of a further piece.
+    num_further = np.maximum(0, -(-found.lengths // max_length) - 1)
+    trained = found.trained - num_further if goes_on else found.trained_after_cut
+    return TokenCounts.of(
+        examples=len(is_kept),
+        rows=num_rows,
+        examples_cut=0 if goes_on else num_long,
+        examples_continued=num_long if goes_on else 0,
+        examples_dropped=int((~is_kept).sum()),
+        examples_untrained=int((is_kept & (found.trained == 0)).sum()),
+        tokens=int(found.lengths.sum()),
+        in_rows=int(left[is_kept].sum()),
+        to_train=int(found.trained.sum()),
+        trained=int(trained[is_kept].sum()),
     )
 
 
@@ -159,11 +165,6 @@ def _survey_table(table: Any, max_length: int) -> tuple[Numbers, ...]:
         total[ends] - total[starts],
         total[cuts] - total[starts],
     )
-
-
-def _num_pieces_behind(lengths: Numbers, max_length: int) -> Numbers:
-    """Return the number of further pieces of each text: nothing predicts the first token of a piece."""
-    return np.maximum(0, -(-lengths // max_length) - 1)
 
 
 def _cut(table: Any, *, max_length: int) -> Any:

@@ -94,13 +94,9 @@ def _facts(found: DataPreview) -> Iterator[tuple[str, str]]:
     if is_packed(data):
         packed = f", {as_percent(train.tokens_in_rows / (train.rows * found.max_length))} full"
     yield "rows", f"{train.rows:,} of at most {found.max_length:,} tokens{packed}"
-    yield (
-        "cut",
-        (
-            f"{train.examples_cut:,} examples, {train.examples_continued:,} go on in further rows, "
-            f"{train.examples_dropped:,} are dropped, {train.examples_untrained:,} are empty"
-        ),
-    )
+    continued = f"{train.examples_continued:,} go on in further rows, "
+    lost = f"{train.examples_dropped:,} dropped, {train.examples_untrained:,} of a single token"
+    yield "cut", f"{train.examples_cut:,} examples lose their end, {continued if is_packed(data) else ''}{lost}"
     if found.labels:
         shares = [f"{printable(name)} {count:,}" for name, count in found.labels.items()]
         more = f" and {len(shares) - MOST_LABELS:,} more" if len(shares) > MOST_LABELS else ""
@@ -114,6 +110,7 @@ def _facts(found: DataPreview) -> Iterator[tuple[str, str]]:
 
 def _print(console: Console, line: Text, *, indent: int = 0) -> None:
     """Print a line; what is wrapped stands `indent` columns to the right."""
+    line.rstrip()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.print(line, soft_wrap=True)
         return

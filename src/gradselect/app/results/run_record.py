@@ -36,7 +36,7 @@ class TokenCounts(Record):
         examples_cut: that lost their end, because they are longer than `data.max_length`.
         examples_continued: that go on in further rows.
         examples_dropped: without a token to train on, at least after the cut.
-        examples_untrained: in the rows, but without a token to train on, e.g. an empty text.
+        examples_untrained: in the rows, but with a single token, which nothing predicts.
         tokens: in the data.
         tokens_in_rows: without those that were cut off or dropped.
         share_left_out: share of the data's tokens that are in no row.
