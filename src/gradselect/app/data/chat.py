@@ -44,6 +44,7 @@ class Conversation:
         documents: documents for the assistant to read.
         template_arguments: further variables of the chat template.
         untrained: positions of the messages that the file takes out of the training, as with `weight: 0`.
+        wanted: positions of the messages that the file marks as to be trained on, as with `weight: 1`.
         facts: what the user must be told of it: "hold `name`, which data.ignore leaves out".
     """
 
@@ -52,6 +53,7 @@ class Conversation:
     documents: list[Any] | None = None
     template_arguments: dict[str, Any] = field(default_factory=dict)
     untrained: frozenset[int] = frozenset()
+    wanted: frozenset[int] = frozenset()
     facts: tuple[str, ...] = ()
 
     @property
@@ -85,6 +87,7 @@ def read_conversation(row: Mapping[str, Any], columns: ChatColumns) -> Conversat
         documents=_objects(row.get(DOCUMENTS), DOCUMENTS, like='{"title": "...", "text": "..."}'),
         template_arguments=_template_arguments(row.get(TEMPLATE_ARGUMENTS)),
         untrained=frozenset(place + moved for place in read.untrained),
+        wanted=frozenset(place + moved for place in read.wanted),
         facts=(*(f"have the column `{name}`, which data.ignore leaves out" for name in ignored), *read.facts),
     )
 

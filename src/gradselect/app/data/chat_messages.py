@@ -30,11 +30,13 @@ class ReadMessages:
     Args:
         messages: messages with role, content and further keys. None of their values is null.
         untrained: positions of messages that the file takes out of the training.
+        wanted: positions of messages that the file marks as to be trained on.
         facts: what the user must be told: "hold `name`, which data.ignore leaves out".
     """
 
     messages: list[Message] = field(default_factory=list)
     untrained: set[int] = field(default_factory=set)
+    wanted: set[int] = field(default_factory=set)
     facts: list[str] = field(default_factory=list)
 
 
@@ -72,8 +74,10 @@ def _read_message(item: Any, read: ReadMessages, *, ignore: Set[str], roles: Map
         del message[key]
         read.facts.append(f"hold `{key}` in a message, which data.ignore leaves out")
     message = _with_role(message, read, roles)
-    if _train_mark(message, read) is False:
-        read.untrained.add(len(read.messages))
+    mark = _train_mark(message, read)
+    if mark is not None:
+        (read.wanted if mark else read.untrained).add(len(read.messages))
+    _drop_copies(message)
     read_calls(message)
     _check_content(message)
     return message
@@ -119,6 +123,13 @@ def _train_mark(message: Message, read: ReadMessages) -> bool | None:
                 f"have `{key}: {shown(value)}` on a message of the role {message['role']!r}; only the assistant's train"
             )
     return all(marks) if marks else None
+
+
+def _drop_copies(message: Message) -> None:
+    """Keep one of several keys with the same thoughts: servers write them under all names."""
+    for key in REASONING[1:]:
+        if key in message and message[key] == message.get(REASONING[0]):
+            del message[key]
 
 
 def _check_content(message: Message) -> None:

@@ -109,20 +109,21 @@ class FieldCheck:
             )
         for one in fields_of(conversation):
             if one.kind in self.left_out:
-                self.notices.add(f"have {one.kind}, which the chat template does not render", row)
+                self.notices.add(UNRENDERED_LINKS, row)
             elif not _is_evident(one, text) and not self._is_rendered(conversation, one, text=text):
                 if one.name not in _OPTIONAL:
                     raise _lost(one)
                 self.notices.add(f"have {one.kind} in a place where the chat template does not render it", row)
 
     def _is_rendered(self, conversation: Conversation, one: Field, *, text: str | None = None) -> bool:
-        """Return True if the text changes with the field."""
+        """Return True if the text changes with the field: the given text, or, without one, any that could hold it."""
         if one.name in conversation.template_arguments and one.place is None:
             return re.search(rf"\b{re.escape(one.name)}\b", self.template.source(conversation)) is not None
+        other, ends = without(conversation, one), [None]
+        if text is None and one.place is not None and one.name in _OPTIONAL:
+            # Thoughts of earlier turns may be left out by design: if they are the last ones, they should be there.
+            ends.append(one.place + 1)
         text = self.template.render(conversation) if text is None else text
-        other = without(conversation, one)
-        # Thoughts of earlier turns may be left out by design: if they are the last ones, they should be there.
-        ends = [None] if one.place is None or one.name not in REASONING else [None, one.place + 1]
         for end in ends:
             try:
                 before = text if end is None else self.template.render(conversation, count=end)
@@ -132,6 +133,8 @@ class FieldCheck:
                 return True  # the template reads the field: it cannot do without
         return False
 
+
+UNRENDERED_LINKS = "have `tool_call_id` or `name` in a tool's message, which the chat template leaves out, as most do"
 
 _OPTIONAL = REASONING
 """Keys that templates leave out in some places by design."""
@@ -228,21 +231,30 @@ def _without_arguments(call: Message) -> Message:
 
 def _never_rendered(
     lost: dict[str, list[tuple[int, Conversation, Field]]], conversations: Sequence[tuple[int, Conversation]]
-) -> UsageError:
+) -> RowError:
     """Return the error that names all kinds of fields that the template never renders."""
-    rows = {
-        kind: [row for row, one in conversations if kind in {each.kind for each in fields_of(one)}] for kind in lost
-    }
-    named = " and ".join(f"{kind} ({len(rows[kind]):,} rows, the first is row {rows[kind][0]:,})" for kind in lost)
-    names = list(dict.fromkeys(tried[0][2].key for tried in lost.values()))
-    roles = [tried[0][2].role for tried in lost.values() if tried[0][2].name == "content"]
-    keys = [name for name in names if name != "content"]
+    fields = [tried[0][2] for tried in lost.values()]
+    # Arguments are lost with their calls.
+    fields = [
+        one for one in fields if not one.call or not any(each.name == one.name and not each.call for each in fields)
+    ]
+    rows = {one.kind: [row for row, each in conversations if _has(each, one.kind)] for one in fields}
+    named = " and ".join(f"{kind} ({_conversations(len(found))})" for kind, found in rows.items())
+    roles = [one.role for one in fields if one.name == "content"]
+    keys = list(dict.fromkeys(one.key for one in fields if one.name != "content"))
     advice = ["use a model whose template does"]
     advice += [f"leave them out with data.ignore=[{','.join(keys)}]"] if keys else []
     advice += [f'give that role another name, e.g. data.roles={{"{roles[0]}": "user"}}'] if roles else []
-    return UsageError(
-        f"the chat template never renders {named}, so the model would not see them: {', or '.join(advice)}"
-    )
+    reason = f"the chat template never renders {named}, so the model would not see them: {', or '.join(advice)}"
+    return RowError(min(found[0] for found in rows.values()), reason)
+
+
+def _has(conversation: Conversation, kind: str) -> bool:
+    return any(one.kind == kind for one in fields_of(conversation))
+
+
+def _conversations(count: int) -> str:
+    return f"{count:,} conversation{'s' if count > 1 else ''}"
 
 
 def _lost(one: Field) -> UsageError:

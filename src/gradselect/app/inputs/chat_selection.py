@@ -65,6 +65,10 @@ UNTRAINED_LAST = (
     "are left out: their last answer is not to be trained on (weight 0); data.loss_on=answers trains on the others"
 )
 UNTRAINED_ALL = "are left out: no answer in them is to be trained on"
+WANTED_EARLIER = (
+    "mark an earlier answer as to be trained on (weight 1), but data.loss_on=last-answer trains on the last alone; "
+    "data.loss_on=answers trains on all"
+)
 WEIGHTS = "have answers that are not to be trained on (weight 0)"
 
 
@@ -93,6 +97,10 @@ def _select(row: int, conversation: Conversation, loss_on: LossOn, notices: Noti
         notices.add("end with messages of other roles than the assistant; these are cut off: nothing answers them", row)
     cut = replace(conversation, messages=messages[: last + 1])
     wanted = [last] if loss_on == "last-answer" else [i for i in range(last + 1) if messages[i]["role"] == "assistant"]
+    if loss_on == "last-answer" and any(
+        messages[place]["role"] == "assistant" for place in conversation.wanted - {last}
+    ):
+        notices.add(WANTED_EARLIER, row)
     spoken = [place for place in wanted if not is_blank(messages[place])]
     if len(spoken) < len(wanted):
         notices.add(BLANK, row)

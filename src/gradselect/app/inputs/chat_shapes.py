@@ -38,6 +38,8 @@ class Shape:
 
     def apply(self, conversation: Conversation) -> Conversation:
         """Return the conversation in this form."""
+        if self == _SHAPES[0]:
+            return conversation
         return replace(conversation, messages=[self._message(message) for message in conversation.messages])
 
     def _message(self, message: Message) -> Message:

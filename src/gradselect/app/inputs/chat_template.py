@@ -98,5 +98,5 @@ def marking_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
         return ChatTemplate(tokenizer=tokenizer)
     try:
         return ChatTemplate(tokenizer=tokenizer, template=get_training_chat_template(tokenizer))
-    except ValueError:
+    except _TEMPLATE_FAULTS:
         return None

@@ -127,7 +127,7 @@ def _chat_columns(source: Source, settings: ChatData) -> ChatColumns:
         tools=settings.tools or "tools",
         ignore=frozenset(settings.ignore or ()),
         roles=settings.roles or {},
-        nulls_are_absent=".json" not in source.path,
+        nulls_are_absent=".json" not in place_of(source.rows, 0, path=source.path),
     )
 
 

@@ -34,8 +34,10 @@ def tokenize_examples(rendered: RenderedRows, settings: FileData, tokenizer: Pre
             raise UsageError(f"{source.path}: {error}") from None
         what = "conversations" if is_chat(settings) else "examples"
         notes += notices.lines(len(rows), what=what, name_row=source.name_row)
-    if isinstance(settings, ChatData) and not end_of_turn_tokens(tokenizer, made["train"]):
+    if is_chat(settings) and not end_of_turn_tokens(tokenizer, made["train"]):
         notes.append(NO_END)
+    if isinstance(settings, ChatData):
+        notes += _idle_ignores(rendered, settings)
     return Examples(
         train=made["train"],
         validation=made.get("validation"),
@@ -54,6 +56,16 @@ NO_END = (
 def is_chat(settings: FileData) -> bool:
     """Return True if the examples go through the chat template."""
     return isinstance(settings, ChatData) or (isinstance(settings, PromptCompletionData) and settings.as_chat)
+
+
+def _idle_ignores(rendered: RenderedRows, settings: ChatData) -> list[str]:
+    """Return a note for each name in data.ignore that no row has."""
+    facts = {fact for rows in rendered.rows.values() for row in rows for fact in row["conversation"].facts}
+    return [
+        f"data.ignore names {name!r}, which no row and no message has"
+        for name in settings.ignore or ()
+        if not any(f"`{name}`" in fact for fact in facts)
+    ]
 
 
 def _dataset(
