@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 from pydantic import TypeAdapter
 from train_fixtures import recipe_values, write_model
 
@@ -27,7 +29,7 @@ from gradselect.app.data import (
 from gradselect.app.inputs import read_inputs
 from gradselect.app.inputs.examples import RenderedRows, render_examples
 from gradselect.app.recipe import Data
-from gradselect.app.recipe.load import parse_recipe
+from gradselect.app.recipe.load import parse_override, parse_recipe
 
 FORMATS = {
     "prompt-completion": {"prompt": "{question}", "completion": " {answer}"},
@@ -274,3 +276,49 @@ def test_a_boolean_label_is_that_of_json_and_that_of_older_models() -> None:
     assert read_label(True, labels=("False", "True")) == 1
     settings = TypeAdapter(Data).validate_python({"format": "classification", "path": "x", "labels": [False, True]})
     assert settings.labels == ("false", "true")
+
+
+# Templates in recipes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("data.prompt={instruction} {input}", "{instruction} {input}"),
+        ("data.prompt=Question: {q}\\nAnswer:", "Question: {q}\nAnswer:"),
+        ("data.completion= {answer}", " {answer}"),
+        ("data.text=### {a} # {b}", "### {a} # {b}"),
+        ("data.prompt={a}{?b:\\n{b}}", "{a}{?b:\n{b}}"),
+        ('data.prompt="{a}\\n"', "{a}\n"),
+        ("data.prompt='{a}\\n'", "{a}\\n"),
+        ("data.text_pair=null", None),
+    ],
+)
+def test_a_template_on_the_command_line_is_text_as_typed(typed: str, value: str | None) -> None:
+    (found,) = parse_override(typed)["data"].values()
+    assert found == value
+
+
+def test_other_values_on_the_command_line_say_which_quotes_are_missing() -> None:
+    with pytest.raises(UsageError) as raised:
+        parse_override("run.output={a} {b}")
+    assert "needs quotes of its own: 'run.output=\"...\"'" in str(raised.value)
+
+
+def test_a_template_without_quotes_in_a_file_says_so(tmp_path: Path) -> None:
+    values = recipe_values(tmp_path, data={"completion": {"answer": None}})
+    with pytest.raises(UsageError, match=r'data\.completion: in YAML a text that begins.*; write "\{answer\}"'):
+        parse_recipe(values, source="recipe")
+
+
+def test_the_recipe_for_alpaca_in_the_docs_fills_both_kinds_of_rows(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text("utf-8")
+    (block,) = (block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "alpaca" in block)
+    rows = [
+        {"instruction": "Add.", "input": "2, 3", "output": "5"},
+        {"instruction": "Rest.", "input": "", "output": "."},
+    ]
+    settings = {**yaml.safe_load(block)["data"], "path": write(tmp_path, *rows)}
+    first, second = render_examples(TypeAdapter(Data).validate_python(settings), seed=0).rows["train"]
+    assert first["prompt"] == "### Instruction:\nAdd.\n\n### Input:\n2, 3\n\n### Response:\n"
+    assert second["prompt"] == "### Instruction:\nRest.\n\n### Response:\n"

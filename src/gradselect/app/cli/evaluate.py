@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or an id on the hub.", metavar="MODEL")],
     task: Annotated[str | None, typer.Option(help="gsm8k, math, loss or classification.")] = None,
-    data: Annotated[str | None, typer.Option(help="Data file, or the id of a data set on the hub.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data file or folder, or the id of a data set on the hub.")] = None,
     subset: Annotated[str | None, typer.Option(help="Configuration of a data set on the hub.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a data set on the hub.")] = "test",
+    split: Annotated[str, typer.Option(help="Split of a data set on the hub, or of a folder.")] = "test",
     limit: Annotated[int | None, typer.Option(help="Number of rows to use, from the first.")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Template of the prompt, with columns in braces, as in a recipe.")

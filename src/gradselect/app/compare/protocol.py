@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gradselect import UsageError
+from gradselect.app.data import VALIDATION_SPLITS, data_fingerprint, is_pattern
 from gradselect.app.recipe import HUB_DATA, RandomData, Recipe
 from gradselect.files import sha256
 from gradselect.usage import find_differences, first_line
@@ -64,13 +65,19 @@ def protocol_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> l
     return [f"{key}: {old!r} there, {new!r} here" for key, old, new in find_differences(there, here)]
 
 
-def place_fingerprint(place: str | Path, *, kind: Literal["model", "dataset"], revision: str | None = None) -> str:
-    """SHA-256 of a file or of the files of a model; for an id on the hub, the id and its commit.
+def place_fingerprint(
+    place: str | Path, *, kind: Literal["model", "dataset"], revision: str | None = None, split: str = "train"
+) -> str:
+    """SHA-256 of a file or of the files of a model or data set; for an id on the hub, the id and its commit.
+
+    `split` says which files of a folder of data are meant.
 
     Raises:
         UsageError: there is neither.
     """
     path = Path(place)
+    if kind == "dataset" and (path.exists() or is_pattern(path)):
+        return data_fingerprint(path, (split,))
     if path.is_file():
         return sha256(path)
     if path.is_dir():
@@ -95,9 +102,13 @@ def _recipe_settings(recipe: Recipe) -> dict[str, Any]:
     values["model"]["fingerprint"] = model
     values["data"] = _without_unset(values["data"])
     if not isinstance(data, RandomData):
-        values["data"]["fingerprint"] = place_fingerprint(data.path, kind="dataset")
-        is_file = isinstance(data.validation, str) and Path(data.validation).exists()
-        values["data"]["validation"] = sha256(str(data.validation)) if is_file else data.validation
+        values["data"]["fingerprint"] = place_fingerprint(data.path, kind="dataset", split=data.split)
+        if isinstance(data.validation, str) and Path(data.validation).exists():
+            values["data"]["validation"] = data_fingerprint(data.validation, VALIDATION_SPLITS)
+        elif isinstance(data.validation, str) and Path(data.path).is_dir():
+            values["data"]["validation"] = data_fingerprint(data.path, (data.validation,), needs_split=True)
+        else:
+            values["data"]["validation"] = data.validation
     return values
 
 
@@ -106,7 +117,7 @@ def _evaluation_settings(evaluation: Evaluation) -> dict[str, Any]:
     free = {"data", "device", "batch_size"} | ({"metric"} if evaluation.metric is None else set())
     values = _without_unset(evaluation.model_dump(mode="json", exclude=free))
     data = HUB_DATA[evaluation.task][0] if evaluation.data is None else evaluation.data
-    return {**values, "fingerprint": place_fingerprint(data, kind="dataset")}
+    return {**values, "fingerprint": place_fingerprint(data, kind="dataset", split=evaluation.split)}
 
 
 def _without_unset(values: dict[str, Any]) -> dict[str, Any]:

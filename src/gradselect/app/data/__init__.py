@@ -3,15 +3,19 @@
 from .cells import cell_text, is_empty, label_text
 from .chat import TEMPLATE_ARGUMENTS, ChatColumns, Conversation, holds_messages, read_conversation
 from .chat_messages import REASONING, Message, is_blank
+from .endings import ENDINGS, ending_of
 from .labels import label_names, read_label
 from .row import Origin, Row, Rows, place_of
-from .rows import ENDINGS, ending_of, read_rows, require_columns
+from .rows import read_rows, require_columns
+from .shards import VALIDATION_SPLITS, data_fingerprint, files_of, is_local, is_pattern
 from .template import check_template, columns_of, optional_columns_of, render, says_nothing
+from .text_lines import read_bytes
 
 __all__ = [
     "ENDINGS",
     "REASONING",
     "TEMPLATE_ARGUMENTS",
+    "VALIDATION_SPLITS",
     "ChatColumns",
     "Conversation",
     "Message",
@@ -21,14 +25,19 @@ __all__ = [
     "cell_text",
     "check_template",
     "columns_of",
+    "data_fingerprint",
     "ending_of",
+    "files_of",
     "holds_messages",
     "is_blank",
     "is_empty",
+    "is_local",
+    "is_pattern",
     "label_names",
     "label_text",
     "optional_columns_of",
     "place_of",
+    "read_bytes",
     "read_conversation",
     "read_label",
     "read_rows",

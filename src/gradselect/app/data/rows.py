@@ -5,32 +5,46 @@ Not by `datasets`: it changes values ("007" to 7) and accepts broken files; LOG.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from gradselect.usage import UsageError, printable
 
 from .columnar_rows import read_arrow, read_parquet
+from .endings import ENDINGS, ending_of
 from .json_rows import MOST_NAMES, read_json, read_jsonl
 from .row import NumberedRow, Origin, Row, Rows, place_of
+from .shards import describe_files, files_of
 from .table_rows import read_csv, read_tsv
 from .text_lines import COMPRESSIONS, lines
 
+_log = logging.getLogger(__name__)
 
-def read_rows(path: str | Path, *, columns: Sequence[str] | None = None, rows_key: str | None = None) -> Rows:
-    """Return all rows of a `.jsonl`, `.json`, `.parquet`, `.arrow`, `.csv`, `.tsv` or `.txt` file, in order.
+
+def read_rows(
+    path: str | Path,
+    *,
+    columns: Sequence[str] | None = None,
+    rows_key: str | None = None,
+    splits: Sequence[str] = ("train",),
+    needs_split: bool = False,
+) -> Rows:
+    """Return all rows of a file, of the files in a folder, or of those that match a pattern, in order.
 
     JSON holds one list of objects, an object with such a list under a key, or one object a line; JSONL one object a
     line; CSV and TSV name their columns in the first line; TXT gives one row with the column `text` per line. Empty
     lines of JSONL and TXT are skipped. Text is UTF-8, plain or compressed (`.jsonl.gz`, `.zst`, `.bz2`, `.xz`). In a
-    TSV file a quote sign is a character like any other.
+    TSV file a quote sign is a character like any other. docs/data.md has the table.
 
     Args:
-        path: the file.
+        path: the file, folder or pattern.
         columns: names of the columns of a CSV or TSV file without a header. A first line that is just these names is
             skipped.
         rows_key: key of the rows in a JSON file that holds one object, "data" or "data.train". Default: the only list
             of objects.
+        splits: for a folder with the files of several splits: the first of these that it has is read.
+        needs_split: a folder whose files are of no split is refused.
 
     Raises:
         UsageError: no such file, an unknown ending, no rows, or a line that cannot be read; names file and line.
@@ -39,7 +53,19 @@ def read_rows(path: str | Path, *, columns: Sequence[str] | None = None, rows_ke
         >>> read_rows("train.jsonl")[0]
         {'question': 'How many is 2 + 3?', 'answer': '2 + 3 = 5\\n#### 5'}
     """
-    path = Path(path)
+    files = files_of(path, splits, needs_split=needs_split)
+    rows = _read_file(files[0], columns=columns, rows_key=rows_key)
+    for file in files[1:]:
+        rows.add(_read_file(file, columns=columns, rows_key=rows_key))
+    if not rows:
+        what = "the file holds" if len(files) == 1 else f"the {len(files):,} files hold"
+        raise UsageError(f"{path}: {what} no rows; give a file with at least one example")
+    if files != [Path(path)]:
+        _log.warning("%s: read %s rows from %s", path, f"{len(rows):,}", describe_files(path, files))
+    return rows
+
+
+def _read_file(path: Path, *, columns: Sequence[str] | None, rows_key: str | None) -> Rows:
     ending = ending_of(path)
     if ending is None:
         known = f"{', '.join(ENDINGS)}, text files also with {', '.join(COMPRESSIONS)} after it"
@@ -51,25 +77,7 @@ def read_rows(path: str | Path, *, columns: Sequence[str] | None = None, rows_ke
     if not path.is_file():
         raise UsageError(f"{path}: no such file; paths are relative to the folder the command runs in")
     options = {"columns": columns} if columns is not None else {"rows_key": rows_key} if rows_key is not None else {}
-    rows = _READERS[ending](path, **options)
-    if not rows:
-        raise UsageError(f"{path}: the file holds no rows; give a file with at least one example")
-    return rows
-
-
-def ending_of(path: str | Path) -> str | None:
-    """Return the ending in `ENDINGS` that a name has, also before that of a compressed file; None if it has none.
-
-    Example:
-        >>> ending_of("data/train.jsonl.gz"), ending_of("train.parquet"), ending_of("train.xlsx")
-        ('.jsonl', '.parquet', None)
-    """
-    path = Path(path)
-    last = path.suffix.lower()
-    if last not in COMPRESSIONS:
-        return last if last in ENDINGS else None
-    inner = Path(path.stem).suffix.lower()
-    return inner if inner in TEXT_ENDINGS else None
+    return _READERS[ending](path, **options)
 
 
 def require_columns(rows: Sequence[Row], columns: Sequence[str], *, path: str | Path) -> None:
@@ -106,9 +114,3 @@ _READERS: dict[str, Callable[..., Rows]] = {
     ".tsv": read_tsv,
     ".txt": _read_txt,
 }
-
-ENDINGS = tuple(_READERS)
-"""File name endings that `read_rows` reads."""
-
-TEXT_ENDINGS = tuple(ending for ending in ENDINGS if ending not in (".parquet", ".arrow"))
-"""Endings of files that may also be compressed: `.jsonl.gz`."""

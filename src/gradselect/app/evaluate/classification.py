@@ -17,7 +17,7 @@ from gradselect.app.stats import class_metrics, score_metrics, wilson_interval
 from gradselect.usage import UsageError
 
 from .language_model import LanguageModel
-from .problems import Source, each_row
+from .problems import Source, each_row, say_empty
 from .results import EvaluationResult, Item, ItemWriter, plain_settings, versions
 from .tokens import longest_first
 from .trained_on import data_of_recipe
@@ -68,7 +68,9 @@ def labelled_texts(source: Source, settings: EvaluationSettings) -> list[Labelle
         second = None if pair is None else render(pair, row)
         return LabelledText(index=index, text=render(text, row), pair=second)
 
-    return list(each_row(source.rows, labelled, name=source.name))
+    found = list(each_row(source.rows, labelled, name=source.name))
+    say_empty(source.rows, (text, *([pair] if pair else [])), what="text", name=source.name)
+    return found
 
 
 def measure_classification(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +16,25 @@ from gradselect.app.data import (
     Row,
     Rows,
     columns_of,
+    data_fingerprint,
     ending_of,
+    is_local,
+    is_pattern,
     place_of,
+    read_bytes,
     read_conversation,
     read_rows,
     render,
     require_columns,
+    says_nothing,
 )
 from gradselect.app.recipe import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
-from gradselect.files import sha256
 from gradselect.usage import UsageError
 
 from .answers import boxed_or_stated, gsm8k_answer, trimmed
 from .trained_on import data_of_recipe
+
+_log = logging.getLogger(__name__)
 
 QUESTION_COLUMNS = ("question", "query", "problem", "instruction", "input", "prompt")
 ANSWER_COLUMNS = {
@@ -47,11 +54,13 @@ class Source:
         name: name of the file or data set.
         fingerprint: SHA-256 of the file, or the fingerprint of the datasets library.
         rows: the rows in use.
+        is_running_text: the only row is the text of a whole file.
     """
 
     name: str
     fingerprint: str
     rows: Rows
+    is_running_text: bool = False
 
     def name_row(self, number: int) -> str:
         """Return the place of a row, counted from 1, for messages."""
@@ -103,15 +112,17 @@ def read_source(settings: EvaluationSettings) -> Source:
     """
     assert settings.task is not None
     data, subset = (settings.data, settings.subset) if settings.data is not None else HUB_DATA[settings.task]
-    path = Path(data)
-    if ending_of(path) is None and not path.exists():
+    path, splits = Path(data), (settings.split,)
+    if not is_local(path):
         rows, fingerprint = _read_hub(str(data), subset=subset, split=settings.split)
-    elif path.suffix.lower() == ".txt" and settings.task == "loss":
-        rows, fingerprint = Rows.counted([{"text": _read_text(path)}], Origin(str(data))), sha256(path)
+        return Source(name=str(data), fingerprint=fingerprint, rows=rows[: settings.limit])
+    is_text = settings.task == "loss" and ending_of(path) == ".txt" and not is_pattern(path)
+    if is_text:
+        rows = Rows.counted([{"text": _read_text(path)}], Origin(str(data)))
     else:
-        rows = read_rows(path, columns=settings.columns, rows_key=settings.rows_key)
-        fingerprint = sha256(path)
-    return Source(name=str(data), fingerprint=fingerprint, rows=rows[: settings.limit])
+        rows = read_rows(path, columns=settings.columns, rows_key=settings.rows_key, splits=splits)
+    fingerprint = data_fingerprint(path, splits)
+    return Source(name=str(data), fingerprint=fingerprint, rows=rows[: settings.limit], is_running_text=is_text)
 
 
 def problems(source: Source, settings: EvaluationSettings) -> list[Problem]:
@@ -129,7 +140,7 @@ def problems(source: Source, settings: EvaluationSettings) -> list[Problem]:
 
     def problem(index: int, row: Row) -> Problem:
         text = render(prompt, row)
-        if not text.strip():
+        if says_nothing(prompt, row) or not text.strip():
             raise UsageError("the prompt is empty")
         reference = find(render(completion, row))
         return Problem(index=index, question=str(row.get("question", text)), prompt=text, reference=reference)
@@ -152,8 +163,9 @@ def passages(source: Source, settings: EvaluationSettings) -> list[Passage]:
 
         return list(each_row(source.rows, conversation, name=source.name))
     if "text" in columns and settings.prompt is None:
-        ends = Path(source.name).suffix.lower() != ".txt"
+        ends = not source.is_running_text
         _require(source.rows, "{text}", name=source.name)
+        say_empty(source.rows, ("{text}",), what="text", name=source.name)
         return list(each_row(source.rows, lambda _, row: _document(render("{text}", row), ends=ends), name=source.name))
     return _completions(source, settings)
 
@@ -174,7 +186,9 @@ def _completions(source: Source, settings: EvaluationSettings) -> list[Passage]:
             return Passage(prompt=Conversation(messages=talk), target="", ends=True)
         return Passage(prompt=asked, target=target, ends=True)
 
-    return list(each_row(rows, passage, name=source.name))
+    found = list(each_row(rows, passage, name=source.name))
+    say_empty(rows, (completion,), what="target", name=source.name)
+    return found
 
 
 def chat_columns(source: Source, settings: EvaluationSettings) -> ChatColumns | None:
@@ -245,10 +259,27 @@ def each_row(rows: Sequence[Row], make: Callable[[int, Row], Any], *, name: str)
             raise UsageError(f"{place_of(rows, index, path=name)}: {error}") from None
 
 
+def say_empty(rows: Rows, templates: Sequence[str], *, what: str, name: str) -> None:
+    """Say how many rows have an empty text: they count in the figures, as in those of others.
+
+    Raises:
+        UsageError: all have.
+    """
+    empty = [index for index, row in enumerate(rows) if all(says_nothing(template, row) for template in templates)]
+    if not empty:
+        return
+    if len(empty) == len(rows):
+        raise UsageError(f"{name}: all {len(rows):,} rows have an empty {what}; name columns that hold text")
+    _log.warning(
+        "%d of %d rows have an empty %s and count as they are; the first: %s",
+        *(len(empty), len(rows), what, place_of(rows, empty[0], path=name)),
+    )
+
+
 def _read_text(path: Path) -> str:
     if not path.is_file():
         raise UsageError(f"{path}: no such file; paths are relative to the folder the command runs in")
-    data = path.read_bytes()
+    data = read_bytes(path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

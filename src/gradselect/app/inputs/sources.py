@@ -10,9 +10,18 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from gradselect import UsageError
-from gradselect.app.data import ENDINGS, Origin, Rows, ending_of, place_of, read_rows
+from gradselect.app.data import (
+    ENDINGS,
+    VALIDATION_SPLITS,
+    Origin,
+    Rows,
+    data_fingerprint,
+    ending_of,
+    is_local,
+    place_of,
+    read_rows,
+)
 from gradselect.app.recipe import FileData
-from gradselect.files import sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,23 +58,31 @@ def read_sources(settings: FileData, *, seed: int) -> dict[str, Source]:
     Raises:
         UsageError: a file cannot be read, or too few rows are left.
     """
-    train = _first(_read(settings.path, settings, split=settings.split), settings.limit)
+    train = _first(_read(settings.path, settings, splits=(settings.split,)), settings.limit)
     match settings.validation:
         case None:
             return {"train": train}
-        case str(name) if _is_file(name) or _is_file(settings.path):
-            validation = _read(name, settings, split="train")
+        case str(name) if is_local(name):
+            validation = _read(name, settings, splits=VALIDATION_SPLITS)
         case str(name):
-            validation = _read(settings.path, settings, split=name)
+            validation = _read(settings.path, settings, splits=(name,), is_validation=True)
         case share:
             train, validation = _hold_out(train, share, seed=seed)
     return {"train": train, "validation": _first(validation, settings.validation_limit)}
 
 
-def _read(path: str, settings: FileData, *, split: str) -> Source:
-    if _is_file(path):
-        rows = read_rows(path, columns=settings.columns, rows_key=settings.rows_key)
-        return Source(path=path, fingerprint=sha256(path), rows=rows)
+def _read(path: str, settings: FileData, *, splits: tuple[str, ...], is_validation: bool = False) -> Source:
+    """Read a file, a folder, or a data set on the hub.
+
+    Args:
+        path: file, folder, or id on the hub.
+        settings: how it is read.
+        splits: splits that are meant, the best first.
+        is_validation: they name a part of the source of the training data.
+    """
+    if is_local(path):
+        return _read_local(path, settings, splits=splits, is_validation=is_validation)
+    split = splits[0]
     try:
         dataset = load_dataset(path, settings.subset if path == settings.path else None, split=split)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
@@ -78,8 +95,17 @@ def _read(path: str, settings: FileData, *, split: str) -> Source:
     return Source(path=name, fingerprint=dataset._fingerprint, rows=Rows.counted(dataset.to_list(), Origin(name)))
 
 
-def _is_file(path: str) -> bool:
-    return ending_of(path) is not None or Path(path).exists()
+def _read_local(path: str, settings: FileData, *, splits: tuple[str, ...], is_validation: bool) -> Source:
+    name, rows_key = path, settings.rows_key
+    if is_validation:
+        if not Path(path).is_dir() and ending_of(path) != ".json":
+            raise UsageError(
+                f"data.validation={splits[0]!r} is no file here, and {path} has no splits; write a share (0.02) "
+                "or a file"
+            )
+        name, rows_key = f"{path} [{splits[0]}]", None if Path(path).is_dir() else splits[0]
+    rows = read_rows(path, columns=settings.columns, rows_key=rows_key, splits=splits, needs_split=is_validation)
+    return Source(path=name, fingerprint=data_fingerprint(path, splits, needs_split=is_validation), rows=rows)
 
 
 def _first(source: Source, limit: int | None) -> Source:

@@ -11,8 +11,17 @@ from gradselect.app.data import check_template, label_text
 from .settings import Settings
 from .values import Count, Place, Tokens
 
-Template = Annotated[str, AfterValidator(check_template)]
-"""Text with columns of the data in braces: "Question: {question}\\nAnswer:"."""
+
+def _check_text(value: object) -> object:
+    """Explain what YAML makes of a template without quotes: {answer} is an object with the key answer."""
+    if isinstance(value, dict) and all(item is None for item in value.values()):
+        columns = ", ".join(map(str, value))
+        raise ValueError(f'in YAML a text that begins with a brace needs quotes; write "{{{columns}}}"')
+    return value
+
+
+Template = Annotated[str, BeforeValidator(_check_text), AfterValidator(check_template)]
+"""Text with columns of the data in braces, and optional parts: "Question: {question}{?hint: ({hint})}\\nAnswer:"."""
 
 LabelName = Annotated[str, BeforeValidator(label_text)]
 """A label as in the data's column. YAML reads a bare 0 as a number."""
@@ -22,14 +31,15 @@ class AbstractDataSettings(Settings):
     """Source of the examples, and limits on them.
 
     Attributes:
-        path: a `.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv` or `.txt` file, or the id of a data set on the hub.
+        path: a `.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv` or `.txt` file (docs/data.md has all), a folder of such
+            files, a pattern (`data/part-*.jsonl`), or the id of a data set on the hub.
         columns: column names of CSV and TSV files without a header. A first line with exactly these names is skipped.
         rows_key: key of the rows in a JSON file that holds one object. Default: the only list of objects.
         subset: name of a configuration of the hub data set.
-        split: split of the hub data set.
+        split: split of the hub data set, or of a folder whose files are named after splits.
         limit: use only this many rows, from the first.
-        validation: data for evaluation during training: a share of the training rows, held out (0.02); a file; or, for
-            a hub data set, the name of one of its splits.
+        validation: data for evaluation during training: a share of the training rows, held out (0.02); a file or
+            folder; or, for a hub data set or a folder, the name of one of its splits.
         validation_limit: use only this many rows of the validation data, from the first.
         max_length: tokens of an example; longer ones are cut at the end. Default: the model's context, at most 1024.
     """

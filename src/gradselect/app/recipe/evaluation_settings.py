@@ -26,10 +26,10 @@ class EvaluationSettings:
         model: a folder with a checkpoint (or a PEFT adapter), or the id of a model on the hub.
         task: "gsm8k" (a number after `####`), "math" (a boxed expression), "loss" (nats per target token) or
             "classification" (labels or scores, by a model with a head for them).
-        data: a `.jsonl .json .csv .tsv .parquet .txt` file, or the id of a data set on the hub. Default: the hub's test
-            set of gsm8k or math.
+        data: a `.jsonl .json .csv .tsv .parquet .txt` file (docs/data.md has all), a folder of such files, or the id of
+            a data set on the hub. Default: the hub's test set of gsm8k or math.
         subset: configuration of a data set on the hub.
-        split: split of a data set on the hub.
+        split: split of a data set on the hub, or of a folder whose files are named after splits.
         limit: evaluate only this many rows, from the first.
         prompt: template with columns in braces, as in the recipe of the training. `{question}` and `{query}` stand for
             the question, whatever its column is called. Default: "Question: {question}\\nAnswer:"; for a loss on data

@@ -13,11 +13,14 @@ from gradselect import UsageError
 
 from .explanations import MAX_LINE, brief, cut, explain
 from .methods import todays_method
-from .plain_yaml import read_yaml
+from .plain_yaml import read_typed, read_yaml
 from .schema import Recipe
 
 MAX_BYTES = 2**18
 """Far above the largest recipe or suite that makes sense."""
+
+TEMPLATES = ("prompt", "completion", "text", "text_pair")
+"""Keys whose values are templates. In YAML their braces, colons and # would have a meaning of their own."""
 
 MAX_LINES = 20
 """Explanations in one error."""
@@ -95,16 +98,23 @@ def read_values(path: Path, *, kind: str, sections: Sequence[str], above: tuple[
 def parse_override(override: str) -> dict[str, Any]:
     """Return `{"optimizer": {"lr": "1e-4"}}` for "optimizer.lr=1e-4".
 
+    The value is YAML, except that of a template, which is text as typed unless it begins with a quote sign:
+    `data.prompt={instruction} {input}\\nAnswer:`.
+
     Raises:
         UsageError: the text is not of the form key=value.
     """
     key, equals, text = override.partition("=")
     if not (key and equals):
         raise UsageError(f"{override!r} is no override; write key=value, e.g. optimizer.lr=1e-4")
+    is_text = key.rpartition(".")[2] in TEMPLATES and text.strip()[:1] not in ("", '"', "'") and text != "null"
     try:
-        value = read_yaml(text)
+        value: Any = read_typed(text) if is_text else read_yaml(text)
     except ValueError as error:
-        raise UsageError(f"{override!r:.80}: the value is no valid YAML: {cut(str(error), MAX_LINE)}") from None
+        raise UsageError(
+            f"{override!r:.80}: the value is no valid YAML: {cut(str(error), MAX_LINE)}; a text with signs of YAML "
+            f"needs quotes of its own: '{key}=\"...\"'"
+        ) from None
     for part in reversed(key.split(".")):
         value = {part: value}
     return value

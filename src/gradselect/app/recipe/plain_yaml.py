@@ -33,6 +33,17 @@ def read_yaml(text: str) -> Any:
         raise ValueError(printable(" ".join(str(error).split()))) from None
 
 
+def read_typed(text: str) -> str:
+    """Return a text as it was typed, with line ends and tabs for the two characters \\n and \\t, which shells pass on.
+
+    Raises:
+        ValueError: it holds a character that no file can hold.
+    """
+    if _UNWRITABLE.search(text):
+        raise ValueError(f"{printable(text)!r:.60} holds a character that cannot be written")
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
 class _PlainLoader(yaml.SafeLoader):
     """Loader without tags of objects, duplicate keys, or aliases that grow far beyond their text.
 

@@ -1,0 +1,402 @@
+"""Data files as they are found: JSON of every shape, long cells, compressed files, folders of shards."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import logging
+import lzma
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets import Dataset, DatasetDict
+from pydantic import TypeAdapter
+
+from gradselect import UsageError
+from gradselect.app.data import ENDINGS, data_fingerprint, ending_of, files_of, place_of, read_rows, text_lines
+from gradselect.app.data.rows import _READERS
+from gradselect.app.data.text_lines import COMPRESSIONS
+from gradselect.app.evaluate import EvaluationSettings
+from gradselect.app.evaluate.problems import passages, read_source
+from gradselect.app.inputs.examples import render_examples
+from gradselect.app.recipe import Data
+
+ROWS = [{"text": "one"}, {"text": "zwei ü"}, {"text": "three\u2028still three"}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def put(folder: Path, files: dict[str, Any]) -> Path:
+    """Write text, bytes or Parquet rows under their names."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".parquet"):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
+        else:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def texts(path: Path | str, **options: Any) -> list[str]:
+    return [row["text"] for row in read_rows(path, **options)]
+
+
+# JSON of every shape -------------------------------------------------------------------------------------------------
+
+SHAPES: dict[str, tuple[str, str]] = {
+    "lines in .json": ("a.json", LINES),
+    "lines in .json after empty ones": ("a.json", "\n \n" + LINES.replace("\n", "\n\n")),
+    "lines in .ndjson": ("a.ndjson", LINES),
+    "a list in .jsonl": ("a.jsonl", json.dumps(ROWS)),
+    "a long list in .jsonl": ("a.jsonl", json.dumps(ROWS, indent=2)),
+    "under a key": ("a.json", json.dumps({"version": 1, "data": ROWS, "empty": [], "tags": ["x"]})),
+    "below two keys": ("a.json", json.dumps({"data": {"train": ROWS}, "about": {"name": "x"}})),
+    "as pandas writes a table": (
+        "a.json",
+        json.dumps({"schema": {"fields": [{"name": "text"}], "primaryKey": ["index"]}, "data": ROWS}),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "text"), SHAPES.values(), ids=list(SHAPES))
+def test_json_of_every_shape_gives_the_same_rows(tmp_path: Path, name: str, text: str) -> None:
+    assert read_rows(put(tmp_path, {name: text}) / name) == ROWS
+
+
+def test_the_key_of_the_rows_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = put(tmp_path, {"a.json": json.dumps({"data": ROWS})}) / "a.json"
+    read_rows(path)
+    assert caplog.messages == [f"{path}: read the 3 rows under the key 'data'"]
+
+
+def test_several_lists_are_named_with_what_to_type(tmp_path: Path) -> None:
+    path = put(tmp_path, {"a.json": json.dumps({"train": ROWS, "test": ROWS[:1]})}) / "a.json"
+    with pytest.raises(
+        UsageError, match=r"several lists of rows: train \(3 rows\), test \(1 rows\); write data\.rows_key=tr"
+    ):
+        read_rows(path)
+    assert read_rows(path, rows_key="test") == ROWS[:1]
+    with pytest.raises(UsageError, match=r"rows_key='dev' holds no list of objects; lists of objects are: train"):
+        read_rows(path, rows_key="dev")
+
+
+def test_a_recipe_names_the_key_and_the_key_of_its_validation_data(tmp_path: Path) -> None:
+    path = put(tmp_path, {"a.json": json.dumps({"train": ROWS, "test": ROWS[:1]})}) / "a.json"
+    values = {"format": "text", "path": str(path), "rows_key": "train", "validation": "test"}
+    rendered = render_examples(TypeAdapter(Data).validate_python(values), seed=0)
+    assert {name: len(rows) for name, rows in rendered.rows.items()} == {"train": 3, "validation": 1}
+    given = EvaluationSettings(model="any", task="loss", data=path, rows_key="test")
+    assert len(read_source(given).rows) == 1
+
+
+BROKEN_JSON: dict[str, tuple[str, str, list[str]]] = {
+    "second line": ("a.json", '{"text": "a"}\n{"text": }\n', ["a.json, line 2: broken JSON"]),
+    "second line no object": (
+        "a.json",
+        '{"text": "a"}\n\n[1]\n',
+        ["a.json, line 3: expected an object", "a list: [1]"],
+    ),
+    "objects of several lines": ("a.json", '{\n"a": 1\n}\n{\n"a": 2\n}', ["line 3: another object follows", "jq -c"]),
+    "list after a list": ("a.json", '[{"a": 1}]\n[{"a": 1}]', ["a.json, line 2: broken JSON (Extra data"]),
+    "columns": ("a.json", '{"text": {"0": "a", "1": "b"}}', ["expected a list of objects", "orient='records'"]),
+    "item under a key": ("a.json", '{"data": [{"text": "a"}, 7]}', ["a.json, item 2 of 'data': expected an object"]),
+    "list with a number in .jsonl": ("a.jsonl", '[{"a": 1}, 7]', ["a.jsonl, line 1: expected an object", "a list"]),
+    "key twice": ("a.json", '{"data": [{"a": 1}], "data": [{"a": 2}]}', ["the key 'data' stands twice"]),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "said"), BROKEN_JSON.values(), ids=list(BROKEN_JSON))
+def test_broken_json_is_named_with_its_line(tmp_path: Path, name: str, text: str, said: list[str]) -> None:
+    with pytest.raises(UsageError) as raised:
+        read_rows(put(tmp_path, {name: text}) / name)
+    assert all(part in str(raised.value) for part in said), raised.value
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.json", "[{}]"), ("a.json", LINES), ("a.jsonl", LINES), ("a.csv", "a\n1\n")]
+)
+def test_a_key_of_rows_that_does_not_fit_the_file_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    with pytest.raises(UsageError, match=r"data\.rows_key='data' is for .*leave it out"):
+        read_rows(put(tmp_path, {name: text}) / name, rows_key="data")
+
+
+# Places --------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_know_their_lines_through_slices_and_choices(tmp_path: Path) -> None:
+    folder = put(
+        tmp_path, {"a.jsonl": '{"n": 1}\n\n\n{"n": 2}\n{"n": 3}\n', "b.csv": 'n\n"1\n1"\n2\n', "c.txt": "\nx\n"}
+    )
+    rows = read_rows(folder / "a.jsonl")
+    assert [rows.place(index) for index in range(3)] == [f"{folder / 'a.jsonl'}, line {line}" for line in (1, 4, 5)]
+    assert rows[1:].place(0).endswith("line 4")
+    assert rows[-1:] == [{"n": 3}]
+    assert rows.take([2, 0]).place(0).endswith("line 5")
+    assert rows.map(lambda row: {**row, "m": 1})[1:].place(1).endswith("line 5")
+    table = read_rows(folder / "b.csv")
+    assert [table.place(index)[-6:] for index in range(2)] == ["line 2", "line 4"]
+    assert read_rows(folder / "c.txt").place(0).endswith("c.txt, line 2")
+    assert place_of([{}], 0, path="x") == "x: row 1"
+
+
+def test_held_out_rows_are_named_by_their_own_lines(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": None if number == 7 else "t"}) for number in range(1, 9)]
+    path = put(tmp_path, {"a.jsonl": "\n".join(lines)}) / "a.jsonl"
+    for seed in range(6):
+        values = {"format": "text", "path": str(path), "validation": 0.5}
+        with pytest.raises(UsageError, match=r"a\.jsonl, line 7: column 'text' is null"):
+            render_examples(TypeAdapter(Data).validate_python(values), seed=seed)
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz"])
+def test_long_cells_are_read_and_the_limit_of_the_process_stays(tmp_path: Path, name: str) -> None:
+    before = csv.field_size_limit()
+    long = "word " * 40_000 if "tsv" in name else 'line, "one"\n' * 20_000
+    quoted = long if "tsv" in name else '"' + long.replace('"', '""') + '"'
+    content = f"text\n{quoted}\nshort\n".encode()
+    path = put(tmp_path, {name: gzip.compress(content) if name.endswith("gz") else content}) / name
+    assert texts(path) == [long, "short"]
+    assert csv.field_size_limit() == before
+
+
+def test_an_open_quote_is_named_with_the_line_where_it_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradselect.app.data.table_rows.LONGEST_FIELD", 200_000)
+    before = csv.field_size_limit()
+    text = 'a,b\n1,2\n3,"open\n' + "x,y\n" * 60_000
+    path = put(tmp_path, {"a.csv": text}) / "a.csv"
+    with pytest.raises(UsageError, match=r"a\.csv, line 3: broken line \(a cell of more than 200,000 char.*left open"):
+        read_rows(path)
+    path.write_text('a,b\n1,2\n3,"open\n4,5\n')
+    with pytest.raises(UsageError, match=r"a\.csv, line 3: broken line \(unexpected end of data; is a quote sign left"):
+        read_rows(path)
+    assert csv.field_size_limit() == before
+
+
+def test_tables_are_read_by_several_threads_at_once(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    path = put(tmp_path, {"a.csv": "text\n" + f"{'w' * 200_000}\n" * 20}) / "a.csv"
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(len(read_rows(path)))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [20] * 4
+    assert csv.field_size_limit() == before
+
+
+# Compressed files ----------------------------------------------------------------------------------------------------
+
+
+def zstd(content: bytes) -> bytes:
+    return bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".zst": zstd,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+def test_compressed_files_give_the_same_rows_or_are_refused(tmp_path: Path, ending: str) -> None:
+    pack, content = PACKERS[ending], LINES.encode() * 400
+    folder = put(tmp_path, {f"a.jsonl{ending}": pack(content), f"a.json{ending}": pack(json.dumps(ROWS).encode())})
+    assert read_rows(folder / f"a.jsonl{ending}") == ROWS * 400
+    assert read_rows(folder / f"a.json{ending}") == ROWS
+    put(folder, {f"two.jsonl{ending}": pack(LINES.encode()) * 2, f"cut.jsonl{ending}": pack(content)[:-9]})
+    assert read_rows(folder / f"two.jsonl{ending}") == ROWS * 2
+    put(folder, {f"plain.jsonl{ending}": LINES})
+    for name in (f"cut.jsonl{ending}", f"plain.jsonl{ending}"):
+        with pytest.raises(UsageError, match=rf"{name}: damaged or cut off, or no \{ending} file"):
+            read_rows(folder / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.zst"])
+def test_a_file_that_unpacks_to_more_than_the_machine_holds_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pack = PACKERS[Path(name).suffix]
+    content = b'[{"a": "' + b" " * 3_000_000 if name == "a.json.gz" else b'{"text": "t"}\n' * 200_000
+    path = put(tmp_path, {name: pack(content)}) / name
+    monkeypatch.setattr(text_lines, "machine_bytes", lambda: 2**21)
+    with pytest.raises(UsageError, match=rf"{name}: its text is more than .* more than this machine can hold"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (gzip.compress(b"{}"), "this is gzip; add .gz to its name"),
+        (zstd(b"{}" * 50), "this is zstd; add .zst to its name"),
+        (b"PK\x03\x04\x14\x00\xff", "a zip archive or a spreadsheet; unpack it"),
+    ],
+)
+def test_a_file_under_a_wrong_name_is_recognised(tmp_path: Path, content: bytes, said: str) -> None:
+    with pytest.raises(UsageError, match=rf"a\.jsonl, line 1: not UTF-8 .*{said}"):
+        read_rows(put(tmp_path, {"a.jsonl": content}) / "a.jsonl")
+
+
+# Folders -------------------------------------------------------------------------------------------------------------
+
+
+def shards(name: str, count: int, *, of: int | None = None) -> dict[str, Any]:
+    return {f"{name}-{n:05d}-of-{of or count:05d}.parquet": [{"text": f"{name}{n}"}] for n in range(count)}
+
+
+FOLDERS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "shards": (shards("part", 3), ["part0", "part1", "part2"]),
+    "numbered lines": ({f"{n}.jsonl": f'{{"text": "{n}"}}' for n in (10, 2, 1)}, ["1", "2", "10"]),
+    "with other files": ({"a.txt": "x", "README.md": "#", "_SUCCESS": "", ".hidden.csv": "a"}, ["x"]),
+    "train and test": ({**shards("train", 2), **shards("test", 1)}, ["train0", "train1"]),
+    "below data": ({f"data/{k}": v for k, v in {**shards("train", 1), **shards("validation", 1)}.items()}, ["train0"]),
+    "folders of splits": (
+        {"train/a.csv": "text\n1\n", "train/b.csv": "text\n2\n", "dev/a.csv": "text\n3\n"},
+        ["1", "2"],
+    ),
+    "names of splits": ({"my-train.txt": "1", "my-dev.txt": "2", "test.csv": "text\n3\n"}, ["1"]),
+    "an empty shard": ({"a.txt": "1", "b.txt": ""}, ["1"]),
+    "compressed": ({"a.txt.gz": gzip.compress(b"1"), "b.txt.gz": gzip.compress(b"2")}, ["1", "2"]),
+}
+
+
+@pytest.mark.parametrize(("files", "expected"), FOLDERS.values(), ids=list(FOLDERS))
+def test_a_folder_is_read_as_one_data_set(tmp_path: Path, files: dict[str, Any], expected: list[str]) -> None:
+    assert texts(put(tmp_path, files)) == expected
+
+
+def test_what_is_read_of_a_folder_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, {**shards("train", 2), **shards("test", 1)})
+    rows = read_rows(tmp_path)
+    assert caplog.messages == [
+        f"{tmp_path}: read 2 rows from 2 files, train-00000-of-00002.parquet to train-00001-of-00002.parquet; "
+        "not read: 1 files of other splits, test-00000-of-00001.parquet"
+    ]
+    assert rows.place(1) == f"{tmp_path / 'train-00001-of-00002.parquet'}, row 1"
+
+
+WRONG_FOLDERS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "two kinds": ({"a.jsonl": LINES, "b.csv": "text\n1\n"}, ["2 kinds: a.jsonl, b.csv", "/*.csv'"]),
+    "packed and plain": ({"a.txt": "1", "a.txt.gz": gzip.compress(b"1")}, ["2 kinds: a.txt, a.txt.gz"]),
+    "no data": ({"model.bin": "x"}, ["a folder without data files; it holds: model.bin"]),
+    "a shard is missing": (shards("train", 3, of=4), ["1 of 4 shards are missing, the first is number 00003"]),
+    "no such split": (shards("test", 2), ["no file of the split 'train'; there is: test (2 files", "data.split=test"]),
+    "beside the splits": ({"train.txt": "1", "more.txt": "2"}, ["files of no split: more.txt", "train*'"]),
+    "several fit": (
+        {**shards("train_sft", 1), **shards("train_gen", 1)},
+        ["several splits fit 'train'", "data.split=train_"],
+    ),
+    "languages": (
+        {"en/a.txt": "1", "de/a.txt": "2"},
+        ["no file of the split 'train'; there is: de (a.txt), en (a.txt)"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "said"), WRONG_FOLDERS.values(), ids=list(WRONG_FOLDERS))
+def test_a_folder_that_is_not_clear_is_refused_by_name(tmp_path: Path, files: dict[str, Any], said: list[str]) -> None:
+    with pytest.raises(UsageError) as raised:
+        read_rows(put(tmp_path, files))
+    assert all(part in str(raised.value) for part in [str(tmp_path), *said]), raised.value
+
+
+def test_a_split_and_a_pattern_choose_files(tmp_path: Path) -> None:
+    put(tmp_path, {**shards("train_sft", 2), **shards("train_gen", 1), "notes.txt": "x"})
+    assert texts(tmp_path / "train*") == ["train_gen0", "train_sft0", "train_sft1"]
+    (tmp_path / "notes.txt").unlink()
+    assert texts(tmp_path, splits=("train_gen",)) == ["train_gen0"]
+    with pytest.raises(UsageError, match="no file matches"):
+        read_rows(tmp_path / "*.csv")
+
+
+def test_a_run_reads_the_splits_of_a_folder(tmp_path: Path) -> None:
+    put(tmp_path, {**shards("train", 3), **shards("validation", 2)})
+
+    def lengths(**changes: Any) -> dict[str, int]:
+        values = {"format": "text", "path": str(tmp_path), **changes}
+        rendered = render_examples(TypeAdapter(Data).validate_python(values), seed=0)
+        return {name: len(rows) for name, rows in rendered.rows.items()}
+
+    assert lengths() == {"train": 3}
+    assert lengths(validation="validation") == {"train": 3, "validation": 2}
+    assert lengths(split="validation", validation=str(tmp_path)) == {"train": 2, "validation": 2}
+    with pytest.raises(UsageError, match="no file of the split 'holdout'"):
+        lengths(validation="holdout")
+
+
+def test_training_data_never_stand_in_for_a_split_that_is_not_there(tmp_path: Path) -> None:
+    put(tmp_path, {"a.txt": "1\n", "b.txt": "2\n"})
+    values = {"format": "text", "path": str(tmp_path), "validation": "validation"}
+    with pytest.raises(UsageError, match="no file of the split 'validation'"):
+        render_examples(TypeAdapter(Data).validate_python(values), seed=0)
+    values["path"] = str(tmp_path / "a.txt")
+    with pytest.raises(UsageError, match=r"data\.validation='validation' is no file here, and .*a\.txt has no splits"):
+        render_examples(TypeAdapter(Data).validate_python(values), seed=0)
+
+
+def test_what_the_datasets_library_saved_is_read(tmp_path: Path) -> None:
+    data = Dataset.from_list([*ROWS, {"text": "four"}])
+    data.save_to_disk(tmp_path / "one", num_shards=2)
+    DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(tmp_path / "both")
+    assert read_rows(tmp_path / "one") == [*ROWS, {"text": "four"}]
+    assert len(read_rows(tmp_path / "both")) == 4
+    assert read_rows(tmp_path / "both", splits=("test",)) == ROWS[:1]
+
+
+def test_an_evaluation_reads_folders_and_running_text(tmp_path: Path) -> None:
+    put(tmp_path, {**{f"d/{k}": v for k, v in shards("test", 2).items()}, "a.txt.gz": gzip.compress(b"one\n\ntwo\n")})
+    assert len(read_source(EvaluationSettings(model="any", task="loss", data=tmp_path / "d")).rows) == 2
+    given = EvaluationSettings(model="any", task="loss", data=tmp_path / "a.txt.gz")
+    (passage,) = passages(read_source(given), given)
+    assert (passage.target, passage.ends) == ("one\n\ntwo\n", False)
+
+
+def test_empty_texts_of_an_evaluation_are_counted_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    path = put(tmp_path, {"a.jsonl": '{"text": "t"}\n\n{"text": " "}\n'}) / "a.jsonl"
+    given = EvaluationSettings(model="any", task="loss", data=path)
+    assert len(passages(read_source(given), given)) == 2
+    assert caplog.messages == [f"1 of 2 rows have an empty text and count as they are; the first: {path}, line 3"]
+    path.write_text('{"text": ""}\n')
+    with pytest.raises(UsageError, match="all 1 rows have an empty text"):
+        passages(read_source(given), given)
+
+
+def test_the_fingerprint_of_a_folder_is_that_of_the_files_that_are_read(tmp_path: Path) -> None:
+    put(tmp_path, {**shards("train", 2), **shards("test", 1)})
+    before = data_fingerprint(tmp_path)
+    put(tmp_path, {"test-00000-of-00001.parquet": [{"text": "other"}]})
+    assert data_fingerprint(tmp_path) == before
+    put(tmp_path, {"train-00001-of-00002.parquet": [{"text": "other"}]})
+    assert data_fingerprint(tmp_path) != before
+    assert files_of(tmp_path / "x.jsonl") == [tmp_path / "x.jsonl"]
+
+
+# The table of the docs -----------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_the_docs_names_every_ending_and_no_other() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text("utf-8")
+    table = page.split("## Files")[1].split("\n## ")[0]
+    named = {
+        ending
+        for line in table.splitlines()
+        if line.startswith("|")
+        for ending in re.findall(r"`(\.\w+)`", line.split("|")[1])
+    }
+    assert named == {*ENDINGS, *COMPRESSIONS}
+    assert set(_READERS) == set(ENDINGS)
+    assert all(ending_of(f"x{ending}") == ending for ending in ENDINGS)
