@@ -599,15 +599,23 @@ def test_bad_settings_are_named(settings, message):
         gs.BlockOptimizer(tiny_llama(), gs.All(), **settings)
 
 
-def test_unannounced_second_backward_pass_is_refused():
-    model = tiny_llama()
-    gs.BlockOptimizer(model, gs.GradNormTopK(count=1), lr=1e-2)
-    optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=1), lr=1e-2)
-    model(**tiny_batch(model, seed=0)).loss.backward()
-    with pytest.raises(gs.UsageError, match="accumulation_steps"):
-        model(**tiny_batch(model, seed=0)).loss.backward()
-    optimizer.zero_grad()
-    train(model, optimizer, 1)
+def test_unannounced_backward_passes_are_expected_from_the_next_step_on(caplog):
+    """Contrastive losses with a gradient cache, and loops that accumulate, run several passes per step."""
+
+    def records(**settings):
+        model = tiny_llama()
+        optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=1), lr=0.0, **settings)
+        for step in range(3):
+            for part in range(3):
+                model(**tiny_batch(model, seed=3 * step + part)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield optimizer.last_record
+
+    announced, found = list(records(accumulation_steps=3)), list(records())
+    assert caplog.text.count("accumulation_steps=<backward passes per step>") == 1
+    assert found[0] != announced[0]
+    assert found[1:] == announced[1:]
 
 
 def test_sparse_gradients_are_refused():

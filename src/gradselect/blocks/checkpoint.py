@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gradselect.core import as_text, check_same, selection_of, states_by_name
+from gradselect.core import NOT_OF_A_GROUP, as_text, check_same, selection_of, states_by_name
 from gradselect.parallel import is_dtensor
 from gradselect.usage import UsageError
 
 if TYPE_CHECKING:
     from .optimizer import BlockOptimizer
-
-NOT_OF_A_GROUP = ("params", "param_names", "selection")
-
 
 def identity_of(optimizer: BlockOptimizer) -> dict[str, Any]:
     """Return the facts that a checkpoint must share with the run that loads it."""
@@ -30,9 +27,9 @@ def identity_of(optimizer: BlockOptimizer) -> dict[str, Any]:
 def write_state_dict(optimizer: BlockOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Add `selection` to torch's state_dict: everything else that decides the next step.
 
-    For a sharded model every parameter gets a state, zeros if it has none (`selection` lists those that have one), and
-    the first group holds `selection` as text. The reason: `torch.distributed.checkpoint.state_dict` keeps only `state`
-    and `param_groups`, and loads only what both the checkpoint and the new optimizer hold.
+    The first group holds `selection` too, as text, because `torch.distributed.checkpoint.state_dict` keeps only `state`
+    and `param_groups`. It also loads only what both the checkpoint and the new optimizer hold, so for a sharded model
+    every parameter gets a state, zeros if it has none; `selection` lists those that have one.
 
     Args:
         optimizer: between two steps.
@@ -56,11 +53,13 @@ def write_state_dict(optimizer: BlockOptimizer, state_dict: dict[str, Any]) -> d
         "update_counts": optimizer.update_counts,
         "resident": [name for name in optimizer.blocks if name in states.resident],
         "moved_bytes": states.moved_bytes,
+        "num_passes": optimizer._hooks.num_passes_before,
+        "weights": optimizer._watch.fingerprints() if optimizer.num_steps else {},
     }
     if any(map(is_dtensor, table.all())):
         selection["with_state"] = [table.names[number] for number, state in state_dict["state"].items() if state]
         state_dict["state"] = states.filled(state_dict["state"], is_to_load=not optimizer._may_freeze())
-        state_dict["param_groups"][0]["selection"] = as_text(selection)
+    state_dict["param_groups"][0]["selection"] = as_text(selection)
     return state_dict
 
 
@@ -83,6 +82,7 @@ def read_state_dict(optimizer: BlockOptimizer, state_dict: Mapping[str, Any]) ->
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         group.update({key: value for key, value in saved.items() if key not in NOT_OF_A_GROUP})
     optimizer._step = selection["step"]
+    optimizer._hooks.num_passes_before = selection.get("num_passes", 0)
     optimizer._update_counts = dict(selection["update_counts"])
     optimizer.policy.load_state(selection["policy_state"])
     optimizer._propose()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -22,6 +23,8 @@ from gradselect.core import (
 )
 from gradselect.parallel import SquareSums
 
+logger = logging.getLogger(__name__)
+
 Score = Callable[[str, float], float]
 
 
@@ -33,6 +36,9 @@ class GradientObserver(AbstractGradientHooks):
     at most `keep + 1` watched blocks hold gradients at any time. A block whose norm is NaN or infinite keeps its
     gradients and takes no place among the `keep`: a gradient scaler or clipping must see the overflow.
 
+    A pass beyond the expected ones adds to the gradients that are left; those of freed blocks are freed again. The
+    blocks are then those of the passes that were read.
+
     A block never completes during the backward pass if one of its parameters gets no gradient (an expert without
     tokens, for example). It is measured when the pass ends.
 
@@ -42,7 +48,8 @@ class GradientObserver(AbstractGradientHooks):
     Args:
         blocks: parameters of each block, by block name, in model order.
         ownership: of the optimizer.
-        accumulation_steps: backward passes before an optimizer step; gradients are measured in the last.
+        accumulation_steps: backward passes before an optimizer step; gradients are measured in the last, see
+            `AbstractGradientHooks`.
         grad_scaler: scales the loss, or None; norms are divided by its scale.
         is_one_of_many: True if there are several ranks.
         phases: of the optimizer.
@@ -65,6 +72,7 @@ class GradientObserver(AbstractGradientHooks):
         self._watched: frozenset[str] = frozenset()
         self._score: Score | None = None
         self._keep = 0
+        self._has_said_late = False
         self._sums = SquareSums(gradient_norm) if is_one_of_many else None
         self.follow(blocks)
 
@@ -91,6 +99,7 @@ class GradientObserver(AbstractGradientHooks):
         self._parts: dict[Parameter, Tensor] = {}
         self._leaders: dict[str, float] = {}
         self._incomplete = {name: len(self._blocks[name]) for name in self._watched}
+        self._end_window()
         self._num_passes = 0
         self._in_pass = False
         self._known_scale: float | None = None
@@ -119,13 +128,13 @@ class GradientObserver(AbstractGradientHooks):
     def arrived(self, name: str, parameter: Parameter) -> None:
         if name not in self._watched:
             return
-        if self._num_passes >= self.accumulation_steps:
-            self._refuse_pass(self._num_passes + 1, optimizer="BlockOptimizer", lost="read, and some released,")
         if not self._in_pass:
             self._in_pass = True
             # Data-parallel wrappers also finish at the end of the pass: a call queued there runs after them.
             at_end_of_pass(self._end_pass if self._sums is None else partial(at_end_of_pass, self._end_shared_pass))
-        if self._num_passes == self.accumulation_steps - 1 and self._sums is None:
+        if self._is_released(name) and self._sums is None:
+            parameter.grad = None
+        elif self._is_last_pass() and self._sums is None:
             # Measure now: an update inside the backward pass frees the gradient next.
             self._parts[parameter] = norm_of(parameter)
             self._incomplete[name] -= 1
@@ -135,22 +144,62 @@ class GradientObserver(AbstractGradientHooks):
 
     @in_phase(SELECTION)
     def _end_pass(self) -> None:
-        self._in_pass = False
-        self._num_passes += 1
-        if self._num_passes == self.accumulation_steps:
+        is_last = self._is_last_pass()
+        self._count_pass()
+        if is_last:
             for name in self._blocks:
                 if name in self._watched and name not in self._norms:
                     self._complete(name, scale=self._scale())
+        elif self._is_late:
+            self._take_late_pass()
 
     def _end_shared_pass(self) -> None:
         """Measure local parts after every pass, because only the wrapper knows in which pass it averages."""
-        self._in_pass = False
-        self._num_passes += 1
+        is_last = self._is_last_pass()
+        self._count_pass()
         self._measure_shared(self._watched, scale=self._scale())
-        if self._num_passes == self.accumulation_steps and self._score is not None:
+        if is_last and self._score is not None:
             self._norms.update(self._shared_norms())
             for name in self._norms:
                 self._consider(name)
+        elif self._is_late:
+            self._take_late_pass()
+
+    def _count_pass(self) -> None:
+        self._in_pass = False
+        self._num_passes += 1
+        self._num_counted += self._counts()
+
+    @property
+    def _is_late(self) -> bool:
+        """True after a pass beyond those in which gradients were measured."""
+        return self._num_counted > self.num_expected
+
+    def _is_released(self, name: str) -> bool:
+        """True if the gradients of a measured block were freed, because it cannot be among the best."""
+        return self._score is not None and name in self._norms and name not in self._leaders and self._is_finite(name)
+
+    def _is_finite(self, name: str) -> bool:
+        return math.isfinite(self._norms[name])
+
+    def _take_late_pass(self) -> None:
+        """Free what a late pass has added to freed gradients; norms of blocks that all kept theirs are measured anew."""
+        if self._score is None and self._sums is None:
+            self._parts.clear()
+            for name in self._norms:
+                self._complete(name, scale=self._scale())
+        for name in self._norms:
+            if self._is_released(name):
+                for parameter in self._blocks[name]:
+                    parameter.grad = None
+        if self._score is not None and not self._has_said_late:
+            self._has_said_late = True
+            logger.warning(
+                "a step has more than %d backward passes, which is what accumulation_steps or the step before announced: "
+                "its blocks are selected by the gradients of the first %d. From the next step on as many passes are "
+                "expected as this one has; with accumulation_steps=<backward passes per step> that holds at once",
+                *(self.num_expected, self.num_expected),
+            )
 
     def _measure_shared(self, names: Collection[str], *, scale: float) -> None:
         assert self._sums is not None

@@ -77,6 +77,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
                 one; the state of the selection exceeds `max_device_bytes`.
         """
         loss = self._evaluate(closure)
+        self._watch.check()
         if not self._saw_gradients() or self._is_skipped():
             return loss
         norms = self._observer.norms()
@@ -250,6 +251,13 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     def close(self) -> None:
         self._in_backward.close()
         super().close()
+
+    def _continue(self) -> None:
+        self._in_backward.open()
+        self._propose()
+
+    def _is_idle(self) -> bool:
+        return super()._is_idle() and not self._in_backward.has_moved and not any(self._observer.norms().values())
 
     def _facts(self) -> dict[str, Any]:
         return {**super()._facts(), "policy_state": self.policy.state()}

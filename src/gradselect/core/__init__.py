@@ -3,8 +3,8 @@
 from .adamw import AdamWRule
 from .adamw_8bit import AdamW8bitRule
 from .block import Block
-from .checkpoint_identity import as_text, check_same, selection_of, states_by_name
-from .freezing import Ownership, freeze, is_frozen_for_now
+from .checkpoint_identity import NOT_OF_A_GROUP, as_text, check_same, selection_of, states_by_name
+from .freezing import Ownership, freeze, is_frozen_for_now, settle
 from .gradients import AbstractGradientHooks, at_end_of_pass, dense, gradient_norm, norm_of, squared_norm
 from .optimizer import SelectiveOptimizer
 from .parameter_groups import Group, ParameterTable
@@ -22,6 +22,7 @@ __all__ = [
     "HALF",
     "MASTER",
     "MEMORY_CATEGORIES",
+    "NOT_OF_A_GROUP",
     "SELECTION",
     "AbstractGradientHooks",
     "AbstractResidency",
@@ -63,6 +64,7 @@ __all__ = [
     "quantised_weights",
     "selection_entropy",
     "selection_of",
+    "settle",
     "squared_norm",
     "states_by_name",
 ]

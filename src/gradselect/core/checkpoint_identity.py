@@ -9,6 +9,10 @@ from typing import Any
 from gradselect.usage import UsageError, find_differences
 
 
+NOT_OF_A_GROUP = ("params", "param_names", "selection")
+"""Keys of a saved parameter group that are no hyper-parameters."""
+
+
 def check_same(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Check that `saved` holds every key of `ours` with an equal value.
 
@@ -31,7 +35,7 @@ def as_text(selection: Mapping[str, Any]) -> str:
     return json.dumps(selection)
 
 
-def selection_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def selection_of(state_dict: Mapping[str, Any], *, kind: str = "BlockOptimizer") -> dict[str, Any]:
     """Return `selection` of a state_dict, from the text in the first group if torch.distributed.checkpoint dropped it.
 
     Raises:
@@ -41,9 +45,9 @@ def selection_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         return state_dict["selection"]
     if "selection" not in state_dict["param_groups"][0]:
         raise UsageError(
-            "this state_dict was not written by BlockOptimizer: it has no key 'selection'. If it went through "
-            "torch.distributed.checkpoint.state_dict, which keeps that key for sharded models only, save and load with "
-            "gradselect.integrations.distributed"
+            f"this state_dict was not written by {kind}: it has no key 'selection', not even in its first parameter "
+            "group. If something rebuilds state_dicts on the way, let it keep the keys of the groups, or save and load "
+            "with gradselect.integrations.distributed"
         )
     return json.loads(state_dict["param_groups"][0]["selection"])
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from gradselect.parallel import Groups, local_part, shard_groups, total
+from gradselect.parallel import Groups, has_other_ranks, local_part, shard_groups, total
 from gradselect.usage import UsageError
 
-from .freezing import Ownership
+from .freezing import Ownership, is_frozen_for_now
 from .hooks import weak_hook
 
 
@@ -22,10 +22,18 @@ class AbstractGradientHooks(ABC):
     """Calls `arrived(name, parameter)` each time a backward pass has added to the gradient of a parameter.
 
     Hooks are registered while everything is trainable: torch refuses a hook on a frozen parameter, but an earlier one
-    survives freezing. Parameters of a newer optimizer are ignored.
+    survives freezing. Parameters of a newer optimizer are ignored. The gradient of a parameter that is frozen for the
+    moment is freed: somebody thawed it after the selection was made.
+
+    **Windows.** Gradients are read in the last backward pass of a step's window. It is pass number `accumulation_steps`
+    or, after a window with more passes, the number that the last window had. Only passes count for which `is_counted`
+    returns True.
 
     Attributes:
-        accumulation_steps: backward passes before an optimizer step, >= 1.
+        accumulation_steps: backward passes before an optimizer step, >= 1, as announced.
+        is_counted: returns True in passes after which the optimizer may step; None: in all. In a Trainer, those of the
+            last micro-batch.
+        num_passes_before: counted passes of the last window if they were more than announced, else 0.
 
     Args:
         ownership: of the optimizer.
@@ -34,17 +42,32 @@ class AbstractGradientHooks(ABC):
 
     def __init__(self, ownership: Ownership, *, accumulation_steps: int) -> None:
         self.accumulation_steps = accumulation_steps
+        self.is_counted: Callable[[], bool] | None = None
+        self.num_passes_before = 0
+        self._num_counted = 0
         self._ownership = ownership
+        self._named: list[tuple[str, Parameter]] = []
         self._handles: list[RemovableHandle] = []
 
     def _register(self, named: Iterable[tuple[str, Parameter]]) -> None:
+        self._named = list(named)
+        self.open()
+
+    def open(self) -> None:
+        """Register the hooks, again after `close`. Parameters that the user froze in between get none."""
         self.close()
         self._handles = [
-            parameter.register_post_accumulate_grad_hook(weak_hook(self._arrived, name)) for name, parameter in named
+            parameter.register_post_accumulate_grad_hook(weak_hook(self._arrived, name))
+            for name, parameter in self._named
+            if parameter.requires_grad
         ]
 
     def _arrived(self, name: str, parameter: Parameter) -> None:
-        if self._ownership.covers(parameter):
+        if not self._ownership.covers(parameter):
+            return
+        if is_frozen_for_now(parameter):
+            _free(parameter)
+        else:
             self.arrived(name, parameter)
 
     @abstractmethod
@@ -60,18 +83,36 @@ class AbstractGradientHooks(ABC):
         for handle in self._handles:
             handle.remove()
 
-    def _refuse_pass(self, number: int, *, optimizer: str, lost: str) -> None:
-        """Refuse a backward pass beyond `accumulation_steps`.
+    @property
+    def num_expected(self) -> int:
+        """Number of counted passes after which gradients are read."""
+        return max(self.accumulation_steps, self.num_passes_before)
 
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError(
-            f"backward pass {number} before optimizer.step(), but accumulation_steps={self.accumulation_steps}: "
-            f"gradients were {lost} before it; for gradient accumulation write {optimizer}(..., "
-            "accumulation_steps=<backward passes per step>), in a Trainer callbacks=[SelectionCallback()]; where a "
-            "step was skipped call optimizer.zero_grad(); checkpoint activations with use_reentrant=False"
-        )
+    def _counts(self) -> bool:
+        return self.is_counted is None or self.is_counted()
+
+    def _is_last_pass(self) -> bool:
+        """True in the pass in which gradients are read."""
+        return self._num_counted == self.num_expected - 1 and self._counts()
+
+    def _end_window(self) -> None:
+        """Expect as many passes in the next window as this one had."""
+        if self._num_counted:
+            self.num_passes_before = self._num_counted if self._num_counted > self.accumulation_steps else 0
+        self._num_counted = 0
+
+
+def _free(parameter: Parameter) -> None:
+    """Free a gradient that nobody wants; where a data-parallel wrapper still needs it, when the pass has ended."""
+
+    def drop() -> None:
+        if is_frozen_for_now(parameter):
+            parameter.grad = None
+
+    if has_other_ranks():
+        at_end_of_pass(lambda: at_end_of_pass(drop))
+    else:
+        drop()
 
 
 def gradient_norm(

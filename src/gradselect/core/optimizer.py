@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, ClassVar, Generic, NoReturn, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, Protocol, Self, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from gradselect.parallel import RankAgreement, is_running
 from gradselect.usage import UsageError, check_whole
 
 from .block import Block
+from .checkpoint_identity import selection_of
 from .freezing import Ownership, freeze
 from .gradients import AbstractGradientHooks, total_norm
 from .parameter_groups import ParameterTable, decay_groups
@@ -26,6 +27,7 @@ from .phases import SELECTION, Phases, Span, in_phase
 from .records import MemoryBytes
 from .settings import UpdateSettings
 from .state import BlockStates, StateStore, num_bytes
+from .watch import ModelWatch
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +95,9 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         self._table = ParameterTable(self.param_groups, {block.name: block.parameter_names for block in blocks})
         self._states = BlockStates(self.state, self._table, update, phases=self._phases)
         self._model = model
-        self._ownership = Ownership(self, self._table.all() if owned is None else owned)
+        self._extra_owned = owned
+        self._ownership = Ownership(self, self._owned())
+        self._watch = ModelWatch(model, self._owned)
         self._agreement = RankAgreement(model, self, type(self)._begin_training) if is_running() else None
 
     # For users -----------------------------------------------------------------------------------------------------
@@ -149,7 +153,12 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
 
     @torch.no_grad()
     def refresh_masters(self) -> None:
-        """Set master weights to the model's weights, after something else than `step` changed those."""
+        """Go on from the model's weights as they are, and set master weights to them.
+
+        A step finds by itself that something else has changed weights. This call is for a run that continues from a
+        state_dict with other weights than those it was saved with, which is refused otherwise.
+        """
+        self._watch.expect(None)
         self._states.refresh_masters()
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,6 +180,7 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
             UsageError: written by another optimizer, or for another model, policy or mask; says what differs.
         """
         self._checkpoint.read_state_dict(self, state_dict)
+        self._watch.expect(selection_of(state_dict).get("weights"))
         if self._agreement is not None:
             self._agreement.check_soon()
 
@@ -196,9 +206,29 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         return self._phases.listen(span)
 
     def close(self) -> None:
-        """Give the model back: hooks are removed, frozen parameters trainable again, weights untouched."""
+        """Give the model back: hooks are removed, frozen parameters trainable again, weights untouched.
+
+        The optimizer keeps its state; `reopen` continues. As a context manager it closes itself at the end of the
+        `with` block, whatever ends that.
+        """
         self._hooks.close()
+        self._watch.close()
         self._ownership.release()
+
+    def reopen(self) -> None:
+        """Take the model again after `close`. Parameters that were frozen meanwhile stay frozen and do not train."""
+        if not self._ownership.is_held:
+            self._ownership.retake(self._owned())
+            self._hooks.open()
+            self._watch.open()
+            self._continue()
+
+    def __enter__(self) -> Self:
+        self.reopen()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse new groups: parameters and groups are fixed for life.
@@ -215,6 +245,13 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         raise UsageError(f"{type(self).__name__} cannot be copied or pickled whole; save optimizer.state_dict()")
 
     # For the two optimizers ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _continue(self) -> None:
+        """Freeze and observe for the coming step, whose selection is known."""
+
+    def _owned(self) -> Sequence[Parameter]:
+        return self._table.all() if self._extra_owned is None else self._extra_owned
 
     @abstractmethod
     def _begin_training(self) -> None:
@@ -245,7 +282,7 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
 
     def _may_freeze(self) -> bool:
         """True once a data-parallel wrapper cannot come any more."""
-        return self._agreement is None or self._agreement.has_begun
+        return self._ownership.is_held and (self._agreement is None or self._agreement.has_begun)
 
     def _evaluate(self, closure: Callable[[], float] | None) -> float | None:
         if closure is None:
@@ -260,6 +297,9 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
             UsageError: a newer optimizer owns the model.
         """
         self._ownership.check(self._table.all())
+        if self._is_idle():
+            self.zero_grad()
+            return True
         if not self.skip_nonfinite or math.isfinite(norm := self.grad_norm):
             self.num_skipped_in_a_row = 0
             return False
@@ -272,6 +312,13 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         )
         return True
 
+    def _is_idle(self) -> bool:
+        """True if the step is none: learning rate and gradients are zero, as where state is made before it is loaded.
+
+        `torch.distributed.checkpoint.state_dict` and torchtitan step an optimizer so.
+        """
+        return not any(float(group["lr"]) for group in self.param_groups) and self.grad_norm == 0.0
+
     @in_phase(SELECTION)
     def _release(self, selected: Collection[str]) -> None:
         """Free the gradients of all other blocks."""
@@ -282,6 +329,8 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
 
     def _set_trainable(self, names: Collection[str]) -> None:
         """Freeze all blocks but these, once no data-parallel wrapper can come any more."""
+        if not self._ownership.is_held:
+            return
         for name in self._table.blocks:
             for parameter in self._table.of(name):
                 freeze(parameter, name not in names and self._may_freeze())

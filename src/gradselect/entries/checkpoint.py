@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gradselect.core import check_same
+from gradselect.core import NOT_OF_A_GROUP, as_text, check_same, selection_of
 from gradselect.usage import UsageError
 
 from .selector import Change
@@ -39,7 +39,14 @@ def write_state_dict(optimizer: SparseOptimizer, state_dict: dict[str, Any]) -> 
         if name in optimizer._entries.names:
             state_dict["state"][index] = optimizer._shards.gather_state(name, optimizer._entries.state(name))
     change = list(optimizer._change)
-    state_dict["selection"] = {**identity_of(optimizer), "step": optimizer.num_steps, "change": change}
+    state_dict["selection"] = selection = {
+        **identity_of(optimizer),
+        "step": optimizer.num_steps,
+        "change": change,
+        "num_passes": optimizer._hooks.num_passes_before,
+        "weights": optimizer._watch.fingerprints() if optimizer.num_steps else {},
+    }
+    state_dict["param_groups"][0]["selection"] = as_text(selection)
     return state_dict
 
 
@@ -49,13 +56,14 @@ def read_state_dict(optimizer: SparseOptimizer, state_dict: Mapping[str, Any]) -
     Raises:
         UsageError: written by another optimizer, or for another model or mask; says what differs.
     """
-    if "mask" not in state_dict.get("selection", {}):
-        raise UsageError("this state_dict was not written by SparseOptimizer: it has no key 'selection' with a mask")
+    selection = selection_of(state_dict, kind="SparseOptimizer")
+    if "mask" not in selection:
+        raise UsageError("this state_dict was not written by SparseOptimizer: its 'selection' has no mask")
     # Checkpoints from before there were rules hold AdamW's state.
-    selection = {"rule": "AdamWRule", **state_dict["selection"]}
+    selection = {"rule": "AdamWRule", **selection}
     check_same(selection, identity_of(optimizer))
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+        group.update({key: value for key, value in saved.items() if key not in NOT_OF_A_GROUP})
     states = {name: state_dict["state"].get(index, {}) for index, name in enumerate(optimizer._table.names)}
     entries, shards = optimizer._entries, optimizer._shards
     whole = {name: {} if name in entries.names else state for name, state in states.items()}
@@ -63,7 +71,6 @@ def read_state_dict(optimizer: SparseOptimizer, state_dict: Mapping[str, Any]) -
     entries.load({name: shards.local_state(name, states[name]) for name in entries.names})
     optimizer._selector.count()
     optimizer._step = selection["step"]
+    optimizer._hooks.num_passes_before = selection.get("num_passes", 0)
     optimizer._change = Change(*selection["change"])
-    # The entries already hold what the mask selected by weights for the next step.
-    optimizer._selector.ask(optimizer._step)
-    optimizer._prepare()
+    optimizer._continue()

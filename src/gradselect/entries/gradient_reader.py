@@ -26,7 +26,8 @@ class GradientReader(AbstractGradientHooks):
     ways:
 
     * Gradients accumulate in `parameter.grad` and are read in the last pass: exact, but as large as the model.
-    * `lean`: each pass is read by itself and freed; entries are selected by the gradient of the first.
+    * `lean`: each pass is read by itself and freed; entries are selected by the gradient of the first. A pass beyond the
+      expected ones is read so too.
 
     On several ranks a gradient is read when it is averaged. The local part of a DTensor's gradient (`fully_shard`,
     `replicate`) is read as above. DistributedDataParallel averages after the hooks, so `read_rest` reads the others.
@@ -67,7 +68,8 @@ class GradientReader(AbstractGradientHooks):
         self._active = names
 
     def restart(self) -> None:
-        self._num_passes = dict.fromkeys(self.parameters, 0)
+        self._end_window()
+        self._in_pass = False
         self._taken: set[str] = set()
         self._waiting: list[tuple[str, Tensor, bool]] = []
 
@@ -91,15 +93,19 @@ class GradientReader(AbstractGradientHooks):
     def arrived(self, name: str, parameter: Parameter) -> None:
         if name not in self._active:
             return
-        self._num_passes[name] += 1
-        if self._num_passes[name] > self.accumulation_steps:
-            self._refuse_pass(self._num_passes[name], optimizer="SparseOptimizer", lost="read and freed")
+        if not self._in_pass:
+            self._in_pass = True
+            at_end_of_pass(self._end_pass)
         if name in self.late:
             return
-        if self._lean or self._num_passes[name] == self.accumulation_steps:
+        if self._lean or self._num_counted >= self.num_expected or self._is_last_pass():
             if not self._waiting:
                 at_end_of_pass(self._read_waiting)
             self._take(name, parameter)
+
+    def _end_pass(self) -> None:
+        self._in_pass = False
+        self._num_counted += self._counts()
 
     def _take(self, name: str, parameter: Parameter) -> None:
         # Only once: an entry that is ranked twice could be selected twice.

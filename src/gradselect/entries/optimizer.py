@@ -242,11 +242,16 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         """Sums of squares of the gradients that are applied, each with a tensor that is sharded as they are."""
         return [*self._entries.squared_norms(), *self._dense.squared_norms()]
 
+    def _continue(self) -> None:
+        # The entries already hold what the mask selected by weights for the coming step.
+        self._selector.ask(self._step)
+        self._prepare()
+
     def _prepare(self) -> None:
         """Freeze what cannot train in the coming step, and watch the rest."""
         names = self._entries.names
         watched = {name for name in names if self._selector.sizes[name] or self._selector.can_select(name)}
-        for name, parameter in self._reader.parameters.items():
+        for name, parameter in self._reader.parameters.items() if self._ownership.is_held else ():
             freeze(parameter, self._may_freeze() and name not in watched and name not in self._dense.names)
         self._reader.watch(frozenset(watched))
         self._reader.restart()
@@ -289,5 +294,6 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
             raise UsageError(
                 "SparseOptimizer works without a GradScaler; train in bfloat16: torch.autocast or the model"
             )
+        self._watch.check()
         self._ownership.check(self._table.all())
         self._check_ranks(lambda: {name: [p] for name, p in self._table.named() if p.requires_grad}, self._all_facts)

@@ -18,6 +18,7 @@ from gradselect.core import (
     is_frozen_for_now,
     nothing_trains,
     quantised_weights,
+    settle,
 )
 from gradselect.parallel import check_placement, local_part, shard_groups, unwrapped
 from gradselect.usage import UsageError, check_is, check_whole
@@ -151,6 +152,7 @@ def trainable_tensors(model: nn.Module) -> list[MaskTensor]:
     Raises:
         UsageError: there is none, or one is not contiguous in memory.
     """
+    settle(model.parameters())
     tensors = [
         MaskTensor(name=name, parameter=parameter, module=model.get_submodule(name.rpartition(".")[0]))
         for name, parameter in model.named_parameters()
