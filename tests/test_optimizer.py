@@ -615,7 +615,7 @@ def test_unannounced_backward_passes_are_expected_from_the_next_step_on(caplog):
     announced, found = list(records(accumulation_steps=3)), list(records())
     assert caplog.text.count("accumulation_steps=<backward passes per step>") == 1
     assert found[0] != announced[0]
-    assert found[1:] == announced[1:]
+    assert [record.norms for record in found[1:]] == [record.norms for record in announced[1:]]
 
 
 def test_sparse_gradients_are_refused():

@@ -84,6 +84,7 @@ class BackwardUpdates(AbstractGradientHooks):
             )
         if not self._moved:
             self._states.admit(self._names)
+            self._states.follow_weights(self._names)
         self._moved.add(parameter)
         self._states.update([parameter], group)
         parameter.grad = None

@@ -12,6 +12,7 @@ from gradselect.usage import UsageError
 if TYPE_CHECKING:
     from .optimizer import BlockOptimizer
 
+
 def identity_of(optimizer: BlockOptimizer) -> dict[str, Any]:
     """Return the facts that a checkpoint must share with the run that loads it."""
     return {

@@ -29,7 +29,7 @@ from .compile_check import UnreachedBlocks
 from .observer import GradientObserver
 from .partitioning import check_partition, partition, resolve_names
 from .policy import AbstractPolicy
-from .set_up import bind_policy, check_model, check_window
+from .set_up import bind_policy, check_model, check_window, warn_of_dropped_masters
 
 
 class BlockOptimizer(SelectiveOptimizer[StepRecord]):
@@ -84,6 +84,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         selected = self._decide(norms)  # 1
         self._unreached.check(selected, norms, has_gradient=self._in_backward.has_gradient)
         self._states.admit(selected)  # 2
+        self._states.follow_weights(selected)
         self._update(selected)  # 3
         self._release(selected)  # 4
         record = self._commit(selected, norms)
@@ -119,6 +120,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             moved_bytes=self._states.moved_bytes,
             selection_entropy=selection_entropy({name: self._update_counts[name] for name in self.policy.names}),
             norms=norms,
+            refreshed=self._states.take_refreshed(),
         )
         self._step += 1
         self._states.moved_bytes = 0
@@ -186,6 +188,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         check_window(accumulation_steps, grad_scaler, in_backward=update_in_backward, skips=skip_nonfinite)
         model = check_model(model, update.rule)
         blocks = partition(model) if blocks is None else check_partition(model, blocks)
+        warn_of_dropped_masters(blocks, update)
         self._always = resolve_names(blocks, always)
         self.policy = bind_policy(policy, model, blocks, always=self._always)
         super().__init__(model, blocks, update)

@@ -116,6 +116,10 @@ class AbstractPolicy(ABC):
     def fill_explore_steps(self, num_steps: int) -> None:
         """Use `num_steps`, the optimizer steps of the first epoch, if the explore phase was left open."""
 
+    def expected_explore_steps(self, num_steps: int) -> float:
+        """Expected number of those of the first `num_steps` steps that look at the gradients of all blocks."""
+        return 0.0
+
     @property
     def coverage_steps(self) -> int | None:
         """Number of consecutive steps that surely train every candidate at least once; None: no such number."""

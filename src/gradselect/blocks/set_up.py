@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
-from gradselect.core import AbstractRule, Block, check_shards
+from gradselect.core import HALF, AbstractRule, Block, Drop, UpdateSettings, check_shards
 from gradselect.parallel import check_placement, is_running, unwrapped
 from gradselect.usage import UsageError, check_is, check_whole
 
 from .compile_check import warn_of_compiled_model
 from .policy import AbstractPolicy
 from .quantised_blocks import said_of, without_quantised
+
+logger = logging.getLogger(__name__)
 
 
 def check_model(model: nn.Module, rule: AbstractRule) -> nn.Module:
@@ -57,6 +60,19 @@ def check_window(accumulation_steps: int, grad_scaler: GradScaler | None, *, in_
         raise UsageError(
             "update_in_backward=True under torch.distributed, where a gradient is averaged after it has arrived; leave "
             "update_in_backward out on several processes"
+        )
+
+
+def warn_of_dropped_masters(blocks: Sequence[Block], update: UpdateSettings) -> None:
+    """Warn that `Drop` loses what half-precision weights cannot hold."""
+    half = {each.dtype for block in blocks for each in block.parameters} & set(HALF)
+    if half and update.master_dtype is not None and isinstance(update.residency, Drop):
+        name = str(half.pop()).removeprefix("torch.")
+        logger.warning(
+            "Drop() forgets the master weights of a block that leaves the selection: updates that are too small for "
+            "%s, and had added up in the masters, are lost; write residency=gs.Offload() or gs.Keep(), or let "
+            "the policy keep a selection for longer, e.g. gs.Cyclic(every=100)",
+            name,
         )
 
 

@@ -6,6 +6,7 @@ from .block import Block
 from .checkpoint_identity import NOT_OF_A_GROUP, as_text, check_same, selection_of, states_by_name
 from .freezing import Ownership, freeze, is_frozen_for_now, settle
 from .gradients import AbstractGradientHooks, at_end_of_pass, dense, gradient_norm, norm_of, squared_norm
+from .masters import take_over
 from .optimizer import SelectiveOptimizer
 from .parameter_groups import Group, ParameterTable
 from .phases import SELECTION, Phases, in_phase
@@ -67,4 +68,5 @@ __all__ = [
     "settle",
     "squared_norm",
     "states_by_name",
+    "take_over",
 ]

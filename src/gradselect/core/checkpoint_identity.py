@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from gradselect.usage import UsageError, find_differences
 
-
 NOT_OF_A_GROUP = ("params", "param_names", "selection")
 """Keys of a saved parameter group that are no hyper-parameters."""
+
+
+class CheckpointFormat(Protocol):
+    """Reader and writer of all that a state_dict holds beside `state` and `param_groups`."""
+
+    def identity_of(self, optimizer: Any, /) -> dict[str, Any]:
+        """Return what a checkpoint and the run that loads it must agree on."""
+        ...
+
+    def write_state_dict(self, optimizer: Any, state_dict: dict[str, Any], /) -> dict[str, Any]:
+        """Complete torch's state_dict."""
+        ...
+
+    def read_state_dict(self, optimizer: Any, state_dict: Mapping[str, Any], /) -> None:
+        """Continue from a completed state_dict."""
+        ...
 
 
 def check_same(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -53,7 +53,9 @@ def settle(parameters: Iterable[Parameter]) -> None:
     """
     owned = [parameter for parameter in parameters if _OWNER in parameter.__dict__]
     left = [parameter for parameter in owned if not is_frozen_for_now(parameter)]
-    changed = [parameter for parameter in left if not parameter.requires_grad and _KEPT_FROZEN not in parameter.__dict__]
+    changed = [
+        parameter for parameter in left if not parameter.requires_grad and _KEPT_FROZEN not in parameter.__dict__
+    ]
     if not changed:
         return
     if any(parameter.requires_grad for parameter in left):

@@ -4,53 +4,33 @@ from __future__ import annotations
 
 import logging
 import math
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, ClassVar, Generic, NoReturn, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 import torch
 from torch import nn
 from torch.nn import Parameter
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gradselect.parallel import RankAgreement, is_running
 from gradselect.usage import UsageError, check_whole
 
 from .block import Block
-from .checkpoint_identity import selection_of
-from .freezing import Ownership, freeze
-from .gradients import AbstractGradientHooks, total_norm
+from .checkpoint_identity import CheckpointFormat, selection_of
+from .gradients import total_norm
+from .holding import AbstractHoldingOptimizer
 from .parameter_groups import ParameterTable, decay_groups
 from .phases import SELECTION, Phases, Span, in_phase
 from .records import MemoryBytes
 from .settings import UpdateSettings
 from .state import BlockStates, StateStore, num_bytes
-from .watch import ModelWatch
 
 logger = logging.getLogger(__name__)
 
 Record = TypeVar("Record")
 
 
-class CheckpointFormat(Protocol):
-    """Reader and writer of all that a state_dict holds beside `state` and `param_groups`."""
-
-    def identity_of(self, optimizer: Any, /) -> dict[str, Any]:
-        """Return what a checkpoint and the run that loads it must agree on."""
-        ...
-
-    def write_state_dict(self, optimizer: Any, state_dict: dict[str, Any], /) -> dict[str, Any]:
-        """Complete torch's state_dict."""
-        ...
-
-    def read_state_dict(self, optimizer: Any, state_dict: Mapping[str, Any], /) -> None:
-        """Continue from a completed state_dict."""
-        ...
-
-
-class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
+class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
     """A torch optimizer with fixed groups that trains a selection and reports each step as a record.
 
     Attributes:
@@ -68,9 +48,6 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
 
     _checkpoint: ClassVar[CheckpointFormat]
     """Module that writes and reads the state_dict."""
-
-    _hooks: AbstractGradientHooks
-    """Reads gradients as they arrive; set by the optimizer when it starts."""
 
     def __init__(
         self,
@@ -94,11 +71,7 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         self._record_hooks: OrderedDict[int, Callable[[Record], None]] = OrderedDict()
         self._table = ParameterTable(self.param_groups, {block.name: block.parameter_names for block in blocks})
         self._states = BlockStates(self.state, self._table, update, phases=self._phases)
-        self._model = model
-        self._extra_owned = owned
-        self._ownership = Ownership(self, self._owned())
-        self._watch = ModelWatch(model, self._owned)
-        self._agreement = RankAgreement(model, self, type(self)._begin_training) if is_running() else None
+        self._hold(model, owned)
 
     # For users -----------------------------------------------------------------------------------------------------
 
@@ -117,6 +90,13 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         check_whole("accumulation_steps", value)
         self._check_window(value, skips=self.skip_nonfinite)
         self._hooks.accumulation_steps = value
+
+    def count_passes_if(self, predicate: Callable[[], bool] | None) -> None:
+        """Count only backward passes for which `predicate()` is True toward `accumulation_steps`; None: all of them.
+
+        For a loop that knows in each pass whether a step follows, as Accelerate's `sync_gradients` does.
+        """
+        self._hooks.is_counted = predicate
 
     @property
     def skip_nonfinite(self) -> bool:
@@ -205,31 +185,6 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         """
         return self._phases.listen(span)
 
-    def close(self) -> None:
-        """Give the model back: hooks are removed, frozen parameters trainable again, weights untouched.
-
-        The optimizer keeps its state; `reopen` continues. As a context manager it closes itself at the end of the
-        `with` block, whatever ends that.
-        """
-        self._hooks.close()
-        self._watch.close()
-        self._ownership.release()
-
-    def reopen(self) -> None:
-        """Take the model again after `close`. Parameters that were frozen meanwhile stay frozen and do not train."""
-        if not self._ownership.is_held:
-            self._ownership.retake(self._owned())
-            self._hooks.open()
-            self._watch.open()
-            self._continue()
-
-    def __enter__(self) -> Self:
-        self.reopen()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse new groups: parameters and groups are fixed for life.
 
@@ -245,17 +200,6 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         raise UsageError(f"{type(self).__name__} cannot be copied or pickled whole; save optimizer.state_dict()")
 
     # For the two optimizers ----------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def _continue(self) -> None:
-        """Freeze and observe for the coming step, whose selection is known."""
-
-    def _owned(self) -> Sequence[Parameter]:
-        return self._table.all() if self._extra_owned is None else self._extra_owned
-
-    @abstractmethod
-    def _begin_training(self) -> None:
-        """Several ranks, first forward pass: the model is wrapped as it will be trained. Freeze now."""
 
     def _check_window(self, accumulation_steps: int, *, skips: bool) -> None:
         """Refuse an accumulation window, or skipping of steps, that does not fit the other settings."""
@@ -279,10 +223,6 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
         if not self._agreement.has_begun:
             self._begin_training()  # a loop that never calls the model as a whole
         self._agreement.check_step(self._step, parameters(), facts)
-
-    def _may_freeze(self) -> bool:
-        """True once a data-parallel wrapper cannot come any more."""
-        return self._ownership.is_held and (self._agreement is None or self._agreement.has_begun)
 
     def _evaluate(self, closure: Callable[[], float] | None) -> float | None:
         if closure is None:
@@ -317,7 +257,10 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
 
         `torch.distributed.checkpoint.state_dict` and torchtitan step an optimizer so.
         """
-        return not any(float(group["lr"]) for group in self.param_groups) and self.grad_norm == 0.0
+        return not self._has_rate() and self.grad_norm == 0.0
+
+    def _has_rate(self) -> bool:
+        return any(float(group["lr"]) for group in self.param_groups)
 
     @in_phase(SELECTION)
     def _release(self, selected: Collection[str]) -> None:
@@ -326,14 +269,6 @@ class SelectiveOptimizer(Optimizer, ABC, Generic[Record]):
             if name not in selected:
                 for parameter in self._table.of(name):
                     parameter.grad = None
-
-    def _set_trainable(self, names: Collection[str]) -> None:
-        """Freeze all blocks but these, once no data-parallel wrapper can come any more."""
-        if not self._ownership.is_held:
-            return
-        for name in self._table.blocks:
-            for parameter in self._table.of(name):
-                freeze(parameter, name not in names and self._may_freeze())
 
     def _parameters_by_block(self, names: Collection[str] | None = None) -> dict[str, list[Parameter]]:
         return {name: self._table.of(name) for name in self._table.blocks if names is None or name in names}

@@ -40,6 +40,7 @@ class StepRecord:
         moved_bytes: bytes of state and masters that moved between device and host for this step, both directions.
         selection_entropy: evenness of the updates so far over the policy's candidates, in [0, 1].
         norms: L2 norm of the gradient of each observed block, by block; empty if none was observed.
+        refreshed: blocks whose master weights were set to weights that something else had changed before this step.
 
     Example:
         >>> import torch
@@ -59,6 +60,7 @@ class StepRecord:
     moved_bytes: int
     selection_entropy: float
     norms: Mapping[str, float] = field(default_factory=dict)
+    refreshed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,7 @@ class MaskRecord:
         overlap: share of the last step's set that is still in the set; 1.0 at the first step.
         grad_norm: L2 norm of the applied gradients before clipping, over all ranks.
         state_bytes: bytes of indices, moments and masters on the model's device during the update, of this rank.
+        refreshed: tensors whose master weights were set to weights that something else had changed before this step.
 
     Example:
         >>> import torch
@@ -91,6 +94,7 @@ class MaskRecord:
     overlap: float
     grad_norm: float
     state_bytes: int
+    refreshed: tuple[str, ...] = ()
 
 
 def selection_entropy(counts: Mapping[str, int]) -> float:

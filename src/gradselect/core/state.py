@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -14,11 +15,14 @@ from gradselect.parallel import as_dtensor, local_part, local_part_like
 from gradselect.usage import UsageError
 
 from .gradients import dense
+from .masters import MasterWatch
 from .parameter_groups import ParameterTable
 from .phases import STATE, Phases, in_phase
 from .residency import AbstractMover, StateCopy
 from .rules import State
 from .settings import UpdateSettings
+
+logger = logging.getLogger(__name__)
 
 MASTER = "master"
 
@@ -65,8 +69,10 @@ class BlockStates:
         self._residency = update.residency
         self._master_dtype = update.master_dtype
         self._open: tuple[torch.device, AbstractMover] | None = None
+        self._masters = MasterWatch()
         self.resident: set[str] = set()
         self.moved_bytes = 0
+        self.refreshed: list[str] = []
 
     def admit(self, names: Collection[str]) -> None:
         """Make the state of these blocks ready on the device; if the residency frees, no other state stays there."""
@@ -97,6 +103,35 @@ class BlockStates:
         if self._residency.frees_device:
             # Dropped state no longer exists, so it counts as not moved.
             self.moved_bytes += sum(map(self.num_bytes, (*leaving, *coming)))
+
+    def follow_weights(self, names: Collection[str]) -> None:
+        """Let masters of resident blocks follow weights that others have changed; `refreshed` names those blocks.
+
+        A weight that was cast to half precision after its first update gets its master now.
+        """
+        if self._master_dtype is None:
+            return
+        masters = {}
+        for name in names:
+            for parameter, state in self._existing(name):
+                if state and MASTER not in state and parameter.dtype in HALF:
+                    state[MASTER] = local_part(parameter).detach().to(self._master_dtype, copy=True)
+                    self._mover.adopt(state, [MASTER])
+                if MASTER in state and parameter.dtype in HALF:
+                    masters[parameter] = state[MASTER]
+        changed = set(map(id, self._masters.follow(masters))) if masters else ()
+        if changed:
+            self.refreshed += [name for name in names if not changed.isdisjoint(map(id, self._table.of(name)))]
+            logger.info("weights of %s were changed by something else; masters follow", ", ".join(self.refreshed))
+
+    def wrote(self, parameter: Parameter) -> None:
+        """Note that the optimizer itself has just written a weight, beside `update`."""
+        self._masters.wrote(parameter)
+
+    def take_refreshed(self) -> tuple[str, ...]:
+        """Return the blocks whose masters followed since the last call."""
+        taken, self.refreshed = tuple(self.refreshed), []
+        return taken
 
     def wait(self) -> None:
         """Wait until all state may be read, wherever it is."""
@@ -134,9 +169,10 @@ class BlockStates:
         weights = [state.get(MASTER, target) for state, target in zip(states, targets, strict=True)]
         grads = [dense(local_part(grad)).to(weight.dtype) for weight, (_, grad) in zip(weights, moving, strict=True)]
         self._rule.update(weights, grads, states, group)
-        for weight, target in zip(weights, targets, strict=True):
+        for weight, target, (parameter, _) in zip(weights, targets, moving, strict=True):
             if weight is not target:
                 target.copy_(weight)
+                self._masters.wrote(parameter)
 
     def num_bytes(self, name: str) -> int:
         """Bytes of the block's moments and masters, on device or host."""
@@ -194,6 +230,7 @@ class BlockStates:
         for name, parameter in self._table.named():
             self._check_master(name, saved[name], parameter)
         self._mover.forget()
+        self._masters.forget()
         self._store.clear()
         self.resident = set()
         for block in sorted(self._table.blocks, key=lambda block: block in resident):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
@@ -20,10 +20,10 @@ from .freezing import freeze, is_frozen_for_now
 class ModelWatch:
     """Keeps a selection as it was selected, and refuses a model that is not the one the optimizer was built for.
 
-    **Thawed by others.** `disable_adapter()` of PEFT leaves every weight of the adapter trainable. Before a forward
-    pass that records a graph, parameters that are marked as frozen are frozen again. The whole model and its outermost
-    repeated layers are watched: a checkpoint that recomputes activations in the backward pass runs a layer alone, and a
-    loss may call the inner model.
+    **Thawed by others.** `disable_adapter()` of PEFT leaves every weight of the adapter trainable. Parameters that are
+    marked as frozen are frozen again before a forward pass that records a graph, and at the start of its backward pass,
+    in which checkpointed layers run once more. A loss may call an inner model, so every module around the layers is
+    watched; only the outermost one that is called does something.
 
     **Added by others.** A trainer that wraps the model with an adapter after the optimizer was built adds weights that
     nothing would train.
@@ -40,13 +40,16 @@ class ModelWatch:
         self._owned = weakref.WeakMethod(owned)  # pyright: ignore[reportArgumentType]
         self._expected: Mapping[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
+        self._called: nn.Module | None = None
         self.open()
 
     def open(self) -> None:
         """Begin to watch, at the start and after `close`."""
         self._is_checked = False
-        for module in (self._model, *outermost_layers(self._model)):
-            self._handles.append(module.register_forward_pre_hook(_BeforeForward(self)))
+        before, after = _BeforeForward(self), _AfterForward(self)
+        for module in modules_around_layers(self._model):
+            self._handles.append(module.register_forward_pre_hook(before))
+            self._handles.append(module.register_forward_hook(after, always_call=True))
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     def close(self) -> None:
@@ -95,41 +98,78 @@ class ModelWatch:
                 "itself, give optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, {...}) instead of an optimizer"
             )
 
+    def before_forward(self, module: nn.Module) -> None:
+        """Prepare the pass if the module is the outermost one that is called."""
+        if self._called is None:
+            self._called = module
+            self.check_weights()
+            self.refreeze()
 
-class _BeforeForward:
-    """Hook before the forward pass of one module. It does not keep the watch alive."""
+    def after_forward(self, module: nn.Module, output: Any) -> None:
+        """Prepare the backward pass in the same way."""
+        if self._called is module:
+            self._called = None
+            hook = _AtBackward(self)
+            for tensor in tensors_of(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(hook)
+
+    def refreeze(self) -> None:
+        """Freeze the parameters that are marked as frozen for the moment, and are not frozen."""
+        owned = self._owned()
+        for parameter in () if owned is None else owned():
+            if parameter.requires_grad and is_frozen_for_now(parameter):
+                freeze(parameter, True)
+
+
+class _Hook:
+    """Hook that does not keep the watch alive."""
 
     def __init__(self, watch: ModelWatch) -> None:
         self._watch = weakref.ref(watch)
-        self._parameters: tuple[Parameter, ...] | None = None
 
-    def __call__(self, module: nn.Module, _: Any) -> None:
+    @property
+    def watch(self) -> ModelWatch | None:
         # torch.compile leaves this out: it could not see the flags of a later selection.
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
-        watch = self._watch()
-        if watch is None:
-            return
-        watch.check_weights()
-        if self._parameters is None:  # in the first pass: until then a wrapper may replace them
-            self._parameters = tuple(module.parameters())
-        refreeze(self._parameters)
+        return None if torch.compiler.is_compiling() else self._watch()
 
 
-def refreeze(parameters: Iterable[Parameter]) -> None:
-    """Freeze the parameters that are marked as frozen for the moment, and are not frozen."""
-    for parameter in parameters:
-        if parameter.requires_grad and is_frozen_for_now(parameter):
-            freeze(parameter, True)
+class _BeforeForward(_Hook):
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        if (watch := self.watch) is not None and torch.is_grad_enabled():
+            watch.before_forward(module)
 
 
-def outermost_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the children of each `nn.ModuleList` and `nn.Sequential`, but not those inside of such a child."""
+class _AfterForward(_Hook):
+    def __call__(self, module: nn.Module, _: Any, output: Any) -> None:
+        if (watch := self.watch) is not None:
+            watch.after_forward(module, output)
+
+
+class _AtBackward(_Hook):
+    def __call__(self, _: Tensor) -> None:
+        if (watch := self.watch) is not None:
+            watch.refreeze()
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a model's output: a tensor, or sequences and mappings of outputs."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from (tensor for value in output.values() for tensor in tensors_of(value))
+    elif isinstance(output, list | tuple):
+        yield from (tensor for value in output for tensor in tensors_of(value))
+
+
+def modules_around_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the model and the modules inside it that contain an `nn.ModuleList` or `nn.Sequential`, down to those."""
+    around = [model]
     for child in model.children():
-        if isinstance(model, nn.ModuleList | nn.Sequential):
-            yield child
-        else:
-            yield from outermost_layers(child)
+        is_list = isinstance(child, nn.ModuleList | nn.Sequential)
+        if not is_list and any(isinstance(inner, nn.ModuleList | nn.Sequential) for inner in child.modules()):
+            around += modules_around_layers(child)
+    return around
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -121,6 +121,7 @@ class DenseTensors:
             self._states.update([parameter], group)
             weight.copy_(torch.where(mask, weight, before))
             mine.copy_(weight)
+            self._states.wrote(parameter)
             return
         assert parameter.grad is not None
         gradient, decay = local_part(parameter.grad), group["weight_decay"]

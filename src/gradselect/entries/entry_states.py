@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradselect.core import HALF, AbstractRule, Group, squared_norm
+from gradselect.core import AbstractRule, Group, squared_norm
 from gradselect.parallel import local_part, shard_groups
 
 from .store import EntryStore
@@ -46,8 +46,8 @@ class EntryStates:
                     apart.setdefault(key, {})[name] = parameter
         self._groups = groups
         self._by_group = [
-            (index, EntryStore(parameters, rule=rule, master_dtype=master_dtype if dtype in HALF else None))
-            for (index, _, dtype, _), parameters in apart.items()
+            (index, EntryStore(parameters, rule=rule, master_dtype=master_dtype))
+            for (index, *_), parameters in apart.items()
         ]
         self.stores = tuple(store for _, store in self._by_group)
         self._store_of = {name: store for store in self.stores for name in store.names}
@@ -127,6 +127,11 @@ class EntryStates:
         """Apply the rule once to every entry whose tensor had a gradient."""
         for index, store in self._by_group:
             store.update(self._groups[index])
+
+    @property
+    def refreshed(self) -> tuple[str, ...]:
+        """Tensors whose masters took over weights in the last update, with their neighbours in the same run."""
+        return tuple(name for store in self.stores for name in store.refreshed)
 
     def restart(self) -> None:
         """Forget the gradients that were read."""

@@ -91,6 +91,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         self._change = self._selector.select_by_gradient() or self._change  # 1
         masks = self._dense.select()
         grad_norm = self._clip()  # 2
+        self._states.follow_weights(self._dense.names)
         self._entries.update()  # 3
         self._dense.update(masks)
         record = self._describe(grad_norm, masks)
@@ -101,6 +102,8 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
 
     def _read(self, name: str, gradient: Tensor, decisive: bool) -> None:
         """In the backward pass: take from a whole gradient, which is freed after this, what the mask needs of it."""
+        if not self._has_rate():
+            self._saw_nonzero = self._saw_nonzero or bool(gradient.any())
         # An entry without a gradient does not join, so one that has joined does not join again.
         self._entries.read(name, gradient, clear=decisive and self._selector.only_adds)
         if decisive:
@@ -180,6 +183,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         self, tensors: Sequence[MaskTensor], update: UpdateSettings, accumulation_steps: int, *, lean: bool
     ) -> None:
         """Make the state, register hooks while everything is trainable, then select and freeze."""
+        self._saw_nonzero = False
         is_dense = isinstance(self.mask, AbstractDenseMask)
         dense = [name for name in self._table.blocks if is_dense or name in self._always]
         compact = [name for name in self._table.blocks if name not in dense]
@@ -234,6 +238,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, those that were read too, and begin a new accumulation window."""
         super().zero_grad(set_to_none=set_to_none)
+        self._saw_nonzero = False
         self._selector.restart()
         self._reader.restart()
         self._entries.restart()
@@ -241,6 +246,10 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
     def _squared_norms(self) -> list[tuple[Tensor, Tensor]]:
         """Sums of squares of the gradients that are applied, each with a tensor that is sharded as they are."""
         return [*self._entries.squared_norms(), *self._dense.squared_norms()]
+
+    def _is_idle(self) -> bool:
+        # Before a selection nothing is applied, and the norm of what is applied is 0.0.
+        return super()._is_idle() and not self._saw_nonzero
 
     def _continue(self) -> None:
         # The entries already hold what the mask selected by weights for the coming step.
@@ -253,6 +262,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         watched = {name for name in names if self._selector.sizes[name] or self._selector.can_select(name)}
         for name, parameter in self._reader.parameters.items() if self._ownership.is_held else ():
             freeze(parameter, self._may_freeze() and name not in watched and name not in self._dense.names)
+        self._saw_nonzero = False
         self._reader.watch(frozenset(watched))
         self._reader.restart()
         self._entries.restart()
@@ -269,6 +279,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
             overlap=change.num_kept / change.num_previous if change.num_previous else 1.0,
             grad_norm=grad_norm,
             state_bytes=sum(self._entries.num_bytes()) + self._dense.num_bytes(),
+            refreshed=(*self._entries.refreshed, *self._states.take_refreshed()),
         )
 
     def _facts(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradselect.core import MASTER, AbstractRule
+from gradselect.core import HALF, MASTER, AbstractRule, take_over
 from gradselect.parallel import local_part
 
 from .cohorts import Cohorts
@@ -39,7 +39,10 @@ class EntryStore:
     Args:
         parameters: the tensors, by name; they share device, dtype and parameter group.
         rule: the update formula.
-        master_dtype: dtype of master weights, and of the state beside them; None: no masters.
+        master_dtype: dtype of master weights of half-precision tensors, and of the state beside them; None: no masters.
+
+    Attributes:
+        refreshed: tensors of the runs of the last update in which masters took over weights that others had changed.
     """
 
     def __init__(
@@ -50,10 +53,13 @@ class EntryStore:
         self._rule = rule
         self._segments = Segments(self.names)
         first = next(iter(parameters.values()))
-        dtype = master_dtype or torch.promote_types(first.dtype, torch.float32)
+        is_half = first.dtype in HALF
+        dtype = (is_half and master_dtype) or torch.promote_types(first.dtype, torch.float32)
         largest = max(local_part(parameter).numel() for parameter in parameters.values())
         self._indices = torch.empty(0, dtype=index_dtype(largest), device=first.device)
-        kinds = (*rule.state_names, *(() if master_dtype is None else (MASTER,)))
+        self._master_dtype = master_dtype
+        self.refreshed: list[str] = []
+        kinds = (*rule.state_names, *((MASTER,) if is_half and master_dtype else ()))
         self._empty = torch.empty(0, dtype=dtype, device=first.device)
         self._arrays = {kind: self._empty.clone() for kind in kinds}
         self._cohorts = Cohorts(len(self.names), index_dtype=self._indices.dtype, device=first.device)
@@ -201,10 +207,18 @@ class EntryStore:
 
     def update(self, group: Group) -> None:
         """Apply the rule once to every entry whose tensor had a gradient."""
+        self.refreshed.clear()
+        self._add_masters()
         if self._gradients is not None:
             for names in self._runs():
                 self._update_run(names, group)
         self.restart()
+
+    def _add_masters(self) -> None:
+        """Make masters of weights that were cast to half precision after the optimizer was built."""
+        if self._master_dtype is not None and MASTER not in self._arrays and self._flat(self.names[0]).dtype in HALF:
+            self._arrays[MASTER] = self._empty.new_empty(self._indices.shape)
+            self.refresh_masters()
 
     def refresh_masters(self) -> None:
         """Set master weights to the weights."""
@@ -224,11 +238,11 @@ class EntryStore:
         assert self._gradients is not None
         flats = [self._flat(name) for name in names]
         places = self._segments.split(self._plain()[part], names)
-        if MASTER in self._arrays:
-            weights = self._arrays[MASTER][part]
-        else:
-            gathered = [flat.index_select(0, some) for flat, some in zip(flats, places, strict=True)]
-            weights = torch.cat(gathered).to(self._empty.dtype)
+        gathered = torch.cat([flat.index_select(0, some) for flat, some in zip(flats, places, strict=True)])
+        weights = self._arrays[MASTER][part] if MASTER in self._arrays else gathered.to(self._empty.dtype)
+        if MASTER in self._arrays and not torch.equal(weights.to(gathered.dtype), gathered):
+            take_over(gathered, weights)
+            self.refreshed += names
         state = {kind: self._arrays[kind][part] for kind in self._rule.state_names}
         ages = self._cohorts.ages(positions, self._indices[part])
         self._rule.update_entries(weights, self._gradients[part], state, ages, group)

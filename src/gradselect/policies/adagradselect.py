@@ -137,6 +137,9 @@ class AdaGradSelect(AbstractPolicy):
         num_steps = self._known_explore_steps()
         return self.epsilon_end ** (step / num_steps) if step < num_steps else 0.0
 
+    def expected_explore_steps(self, num_steps: int) -> float:
+        return sum(map(self.explore_probability, range(num_steps)))
+
     def propose(self, step: int) -> tuple[str, ...] | None:
         if step % self.every:
             return tuple(self.selection)

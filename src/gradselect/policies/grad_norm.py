@@ -90,6 +90,10 @@ class GradNormTopK(AbstractPolicy):
         self.averages = {}
         self.selection = []
 
+    def expected_explore_steps(self, num_steps: int) -> float:
+        later = max(0, num_steps - self.probe_steps)
+        return min(num_steps, self.probe_steps) + (0 if self.probe_steps else -(-later // self.refresh))
+
     def propose(self, step: int) -> tuple[str, ...] | None:
         if step < self.probe_steps:
             return None

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from torch.distributed.fsdp import FSDPModule
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from accelerate.state import GradientState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import has_length
 
 from gradselect import BlockOptimizer, JsonlWriter, SparseOptimizer, UsageError
 
 from .checkpointing import keep_backward_short
-from .checks import check_clipping, check_resumed, warn_of_settings
+from .checks import check_clipping, check_deepspeed, check_resumed, say_explore_steps, warn_of_settings
+from .frames import call_after_training, caller_of
 from .log_values import summarise
 
 
 class SelectionCallback(TrainerCallback):
     """Connects the Trainer with its `BlockOptimizer` or `SparseOptimizer`.
 
-    **To the optimizer**, when training begins: the number of micro-batches per step, the gradient scaler and, for a
-    policy that left it open (`AdaGradSelect(explore_steps=None)`), the number of steps of the first epoch.
+    **To the optimizer**, when training begins: which micro-batch is the last of a step, the gradient scaler and, for a
+    policy that left it open (`AdaGradSelect(explore_steps=None)`), the number of steps of the first epoch, or of the
+    run if that is shorter. A log line says how many steps will look at all gradients.
+
+    **The model** is given back when `train()` ends in any way: what you had left trainable is trainable again, and
+    hooks are gone. The next `train()` takes it again; what you froze in between stays frozen.
 
     **Activation checkpointing.** transformers makes the output of the embedding require a gradient, so the backward
     pass would visit every layer. The callback undoes that unless checkpoints are reentrant.
@@ -55,8 +59,9 @@ class SelectionCallback(TrainerCallback):
         jsonl: file for the records, one a line; its folder must exist when training begins.
 
     Raises:
-        UsageError: when training begins, if the optimizer is not one of ours, or if training resumes from a checkpoint
-            without optimizer state.
+        UsageError: DeepSpeed ZeRO is on; and when training begins, if the optimizer is not one of ours, if the model has
+            changed since it was built (an adapter), or if training resumes from a checkpoint without optimizer state or
+            with other weights than its own.
 
     Example:
         >>> callback = SelectionCallback(jsonl="selection.jsonl")  # for Trainer(..., callbacks=[callback])
@@ -66,26 +71,38 @@ class SelectionCallback(TrainerCallback):
         self._jsonl = jsonl
         self._connected: BlockOptimizer | SparseOptimizer | None = None
         self._since_log: list[Any] = []
-        self._max_grad_norm: float | None = None
+        self._max_grad_norm: tuple[TrainingArguments, float] | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        check_deepspeed(args)
         # TRL makes the embedding's output require a gradient here. The Trainer does so again in train(), and can undo
         # only that.
         keep_backward_short(parts["model"], args)
+        trainer = caller_of(Trainer)
+        if trainer is not None:
+            call_after_training(trainer, self._give_back)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
+        check_deepspeed(args)
         optimizer = _unwrap_optimizer(parts["optimizer"])
         check_resumed(optimizer, state)
         warn_of_settings(args, optimizer)
+        optimizer.reopen()
+        optimizer.check_model()
         if isinstance(optimizer, BlockOptimizer):
             if optimizer.update_in_backward:
                 check_clipping(args)
             optimizer.grad_scaler = parts["optimizer"].scaler
-            optimizer.policy.fill_explore_steps(_num_steps_of_epoch(args, state, parts["train_dataloader"]))
+            num_steps = min(_num_steps_of_epoch(args, state, parts["train_dataloader"]), state.max_steps)
+            optimizer.policy.fill_explore_steps(num_steps)
+            say_explore_steps(optimizer, num_steps=state.max_steps)
         else:
             self._take_over_clipping(args, optimizer)
+        # The Trainer knows in each micro-batch whether a step follows; a stream has no length to count by.
+        optimizer.accumulation_steps = 1
+        optimizer.count_passes_if(_step_follows)
         # An interrupted train() leaves its window of micro-batches open.
         optimizer.zero_grad()
         keep_backward_short(parts["model"], args)
@@ -93,16 +110,7 @@ class SelectionCallback(TrainerCallback):
         self._report_before_others()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        if self._max_grad_norm is not None:
-            args.max_grad_norm, self._max_grad_norm = self._max_grad_norm, None
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
-    ) -> None:
-        # Accelerate reduces the gradients of shards in the last micro-batch only; hooks run for no other.
-        is_sharded = isinstance(parts["model"], FSDPModule)
-        num_passes = 1 if is_sharded else _num_micro_batches(args, state, parts["train_dataloader"])
-        _unwrap_optimizer(parts["optimizer"]).accumulation_steps = num_passes
+        self._give_back()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         # The Trainer clears gradients through the model, so the optimizer does not see that the window has ended.
@@ -129,11 +137,19 @@ class SelectionCallback(TrainerCallback):
         state.log_history[-1].update(values)
 
     def _take_over_clipping(self, args: TrainingArguments, optimizer: SparseOptimizer) -> None:
-        # An interrupted train() has not restored it.
-        asked = args.max_grad_norm if self._max_grad_norm is None else self._max_grad_norm
+        asked = args.max_grad_norm
         if optimizer.max_grad_norm is None:
             optimizer.max_grad_norm = asked or None
-        self._max_grad_norm, args.max_grad_norm = asked, 0.0
+        self._max_grad_norm, args.max_grad_norm = (args, asked), 0.0
+
+    def _give_back(self) -> None:
+        """Leave model and arguments as the user had them, until the next `train()`."""
+        if self._connected is not None:
+            self._connected.count_passes_if(None)
+            self._connected.close()
+        if self._max_grad_norm is not None:
+            args, asked = self._max_grad_norm
+            args.max_grad_norm, self._max_grad_norm = asked, None
 
     def _connect(self, optimizer: BlockOptimizer | SparseOptimizer, *, writes: bool) -> None:
         """Receive the records of `optimizer`; a second `train()` of the same Trainer continues with it."""
@@ -146,10 +162,14 @@ class SelectionCallback(TrainerCallback):
             optimizer.add_record_hook(JsonlWriter(self._jsonl))
 
     def _report_before_others(self) -> None:
-        handler = _calling_handler()
+        handler = caller_of(CallbackHandler)
         if handler is not None and self in handler.callbacks:
             handler.callbacks.remove(self)
             handler.callbacks.insert(0, self)
+
+
+def _step_follows() -> bool:
+    return GradientState().sync_gradients
 
 
 def _unwrap_optimizer(optimizer: torch.optim.Optimizer) -> BlockOptimizer | SparseOptimizer:
@@ -170,24 +190,3 @@ def _num_steps_of_epoch(args: TrainingArguments, state: TrainerState, loader: An
     if not has_length(loader):
         return state.max_steps
     return max(1, -(-len(loader) // args.gradient_accumulation_steps))
-
-
-def _num_micro_batches(args: TrainingArguments, state: TrainerState, loader: Any) -> int:
-    """Return the number of backward passes in the coming step; the last step of an epoch may have fewer."""
-    window = args.gradient_accumulation_steps
-    if not has_length(loader):
-        return window
-    num_steps = _num_steps_of_epoch(args, state, loader)
-    is_last = state.global_step % num_steps == num_steps - 1
-    return len(loader) % window or window if is_last else window
-
-
-def _calling_handler() -> CallbackHandler | None:
-    """Return the handler that calls us. Stack frames are the only way to it: no callback gets the Trainer."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, CallbackHandler):
-            return caller
-        frame = frame.f_back
-    return None

@@ -1,0 +1,66 @@
+"""Master weights that follow their weights when something else than the optimizer has changed those."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gradselect.parallel import local_part
+
+SAMPLES = 64
+"""Values of each tensor that are compared with its master at every step."""
+
+
+class MasterWatch:
+    """Finds weights that are no longer their masters, rounded: a loaded checkpoint, an average, a reset.
+
+    A write through the parameter raises its version counter; then all values are compared. A write through `.data` does
+    not, so `SAMPLES` evenly spaced values of each tensor are compared at every step too. Only values that differ are
+    taken over, so the others keep the digits that their weights cannot hold.
+    """
+
+    def __init__(self) -> None:
+        self._versions: dict[Tensor, int] = {}
+
+    def wrote(self, parameter: Parameter) -> None:
+        """Note that the optimizer itself has just written the weight."""
+        self._versions[parameter] = local_part(parameter)._version
+
+    def follow(self, masters: Mapping[Parameter, Tensor]) -> list[Parameter]:
+        """Take over weights that others have changed; return the parameters where something differed."""
+        written = [each for each in masters if self._versions.get(each) != local_part(each)._version]
+        if len(written) < len(masters) and not _agree_in_samples(masters):
+            written = list(masters)
+        changed = [each for each in written if not _agrees(local_part(each), masters[each])]
+        for parameter in changed:
+            take_over(local_part(parameter), masters[parameter])
+        for parameter in written:
+            self.wrote(parameter)
+        return changed
+
+    def forget(self) -> None:
+        """Compare all values at the next step."""
+        self._versions.clear()
+
+
+def take_over(weight: Tensor, master: Tensor) -> None:
+    """Set a master to its weight where the two differ."""
+    master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight.to(master.dtype)))
+
+
+def _agrees(weight: Tensor, master: Tensor) -> bool:
+    return torch.equal(weight, master.to(weight.dtype))
+
+
+def _agree_in_samples(masters: Mapping[Parameter, Tensor]) -> bool:
+    pairs = [(_sampled(local_part(parameter)), _sampled(master)) for parameter, master in masters.items()]
+    weights, others = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    return torch.equal(weights, others.to(weights.dtype))
+
+
+def _sampled(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLES)]
