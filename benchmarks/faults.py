@@ -101,7 +101,7 @@ def _fuzz_recipes(place: Path, *, count: int, seed: int, failures: list[str]) ->
 def _fuzz_data(*, count: int, seed: int, failures: list[str]) -> dict[str, int]:
     from pydantic import TypeAdapter
 
-    from gradselect.app.inputs.examples import load_examples
+    from gradselect.app.inputs.examples import render_examples
     from gradselect.app.recipe.schema import Data
 
     outcomes: Counter[str] = Counter()
@@ -112,7 +112,7 @@ def _fuzz_data(*, count: int, seed: int, failures: list[str]) -> dict[str, int]:
         path.write_bytes(fault_inputs.fuzzed_data(ending, draw))
         settings: Any = TypeAdapter(Data).validate_python({**section, "path": str(path)})
         what = f"data {number} of seed {seed}, {ending}, {section['format']}"
-        _judge(lambda settings=settings: load_examples(settings, seed=0), what, outcomes, failures)
+        _judge(lambda settings=settings: render_examples(settings, seed=0), what, outcomes, failures)
     return dict(outcomes)
 
 

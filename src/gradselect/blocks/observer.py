@@ -183,7 +183,7 @@ class GradientObserver(AbstractGradientHooks):
         return math.isfinite(self._norms[name])
 
     def _take_late_pass(self) -> None:
-        """Free what a late pass has added to freed gradients; norms of blocks that all kept theirs are measured anew."""
+        """Free what a late pass added to freed gradients; if none was freed, measure all norms anew."""
         if self._score is None and self._sums is None:
             self._parts.clear()
             for name in self._norms:
@@ -195,7 +195,7 @@ class GradientObserver(AbstractGradientHooks):
         if self._score is not None and not self._has_said_late:
             self._has_said_late = True
             logger.warning(
-                "a step has more than %d backward passes, which is what accumulation_steps or the step before announced: "
+                "a step has more than the %d backward passes that accumulation_steps or the step before announced: "
                 "its blocks are selected by the gradients of the first %d. From the next step on as many passes are "
                 "expected as this one has; with accumulation_steps=<backward passes per step> that holds at once",
                 *(self.num_expected, self.num_expected),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradselect.parallel import is_dtensor, local_part, shard_groups, sum_over_ranks
+from gradselect.parallel import collective_device, is_dtensor, local_part, shard_groups, sum_over_ranks
 from gradselect.usage import UsageError
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,9 @@ def fingerprints(named: Iterable[tuple[str, Parameter]]) -> Fingerprints:
     for groups in dict.fromkeys(map(shard_groups, tensors.values())):
         names = [name for name, each in tensors.items() if shard_groups(each) == groups]
         if groups:
-            device = sums[names[0]].device
-            sums |= dict(zip(names, sum_over_ranks({groups: torch.stack([sums[n] for n in names])}, device=device)))
+            parts = torch.stack([sums[name] for name in names])
+            totals = sum_over_ranks({groups: parts}, device=collective_device(tensors[names[0]]))
+            sums |= dict(zip(names, totals, strict=True))
     return {name: [str(each.dtype).removeprefix("torch."), int(sums[name])] for name, each in tensors.items()}
 
 

@@ -25,7 +25,7 @@ def freeze(parameter: Parameter, frozen: bool) -> None:
     A frozen parameter carries the mark `gradselect_frozen`, so that a partition still counts it as trainable. What the
     user froze while its optimizer was closed stays frozen.
     """
-    if _KEPT_FROZEN in parameter.__dict__:
+    if _KEPT_FROZEN in vars(parameter):
         return
     if parameter.requires_grad == frozen:
         parameter.requires_grad_(not frozen)
@@ -38,7 +38,7 @@ def freeze(parameter: Parameter, frozen: bool) -> None:
 
 def is_frozen_for_now(parameter: Tensor) -> bool:
     """True if an optimizer of this package froze the parameter, not the user."""
-    return _FROZEN in parameter.__dict__
+    return _FROZEN in vars(parameter)
 
 
 def settle(parameters: Iterable[Parameter]) -> None:
@@ -51,11 +51,9 @@ def settle(parameters: Iterable[Parameter]) -> None:
     Raises:
         UsageError: in the second case.
     """
-    owned = [parameter for parameter in parameters if _OWNER in parameter.__dict__]
+    owned = [parameter for parameter in parameters if _OWNER in vars(parameter)]
     left = [parameter for parameter in owned if not is_frozen_for_now(parameter)]
-    changed = [
-        parameter for parameter in left if not parameter.requires_grad and _KEPT_FROZEN not in parameter.__dict__
-    ]
+    changed = [parameter for parameter in left if not parameter.requires_grad and _KEPT_FROZEN not in vars(parameter)]
     if not changed:
         return
     if any(parameter.requires_grad for parameter in left):
@@ -97,7 +95,7 @@ class Ownership:
         for parameter in parameters:
             parameter.gradselect_owner = self._number  # pyright: ignore[reportAttributeAccessIssue]
             for name, copy in zip(_COPIES, (_DeepCopy(parameter), _Reduce(parameter)), strict=True):
-                parameter.__dict__[name] = copy
+                vars(parameter)[name] = copy
         self._finalizer = weakref.finalize(self._optimizer(), _give_back, list(parameters), self._number)
         self._finalizer.atexit = False
 
@@ -150,14 +148,14 @@ class _Reduce:
     def __call__(self, protocol: int) -> Any:
         parameter = self._parameter()
         assert parameter is not None
-        marks = {name: parameter.__dict__.pop(name) for name in _MARKS if name in parameter.__dict__}
+        marks = {name: vars(parameter).pop(name) for name in _MARKS if name in vars(parameter)}
         is_trainable = parameter.requires_grad
         try:
             parameter.requires_grad_(is_trainable or _FROZEN in marks)
             return type(parameter).__reduce_ex__(parameter, protocol)
         finally:
             parameter.requires_grad_(is_trainable)
-            parameter.__dict__.update(marks)
+            vars(parameter).update(marks)
 
 
 def _give_back(parameters: Sequence[Parameter], owner: int) -> None:
@@ -171,4 +169,4 @@ def _give_back(parameters: Sequence[Parameter], owner: int) -> None:
 
 def _unmark(parameter: Parameter) -> None:
     for name in _MARKS:
-        parameter.__dict__.pop(name, None)
+        vars(parameter).pop(name, None)

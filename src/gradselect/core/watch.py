@@ -92,10 +92,10 @@ class ModelWatch:
         added = [name for name, parameter in named if parameter.requires_grad and id(parameter) not in known]
         if added:
             raise UsageError(
-                f"{len(added)} parameters of the model are trainable and not among those of its optimizer, {added[0]!r} "
-                "among them: an adapter was added, or weights were thawed, after the optimizer was built, and nothing "
+                f"{len(added)} parameters of the model are trainable and unknown to its optimizer, {added[0]!r} among "
+                "them: an adapter was added, or weights were thawed, after the optimizer was built, and nothing "
                 "would train them. Build the optimizer from the finished model; in a trainer that adds an adapter "
-                "itself, give optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, {...}) instead of an optimizer"
+                "itself, write optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, {...}) instead of an optimizer"
             )
 
     def before_forward(self, module: nn.Module) -> None:

@@ -26,8 +26,8 @@ class GradientReader(AbstractGradientHooks):
     ways:
 
     * Gradients accumulate in `parameter.grad` and are read in the last pass: exact, but as large as the model.
-    * `lean`: each pass is read by itself and freed; entries are selected by the gradient of the first. A pass beyond the
-      expected ones is read so too.
+    * `lean`: each pass is read by itself and freed; entries are selected by the gradient of the first. A pass
+      beyond the expected ones is read so too.
 
     On several ranks a gradient is read when it is averaged. The local part of a DTensor's gradient (`fully_shard`,
     `replicate`) is read as above. DistributedDataParallel averages after the hooks, so `read_rest` reads the others.

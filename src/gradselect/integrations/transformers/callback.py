@@ -59,9 +59,9 @@ class SelectionCallback(TrainerCallback):
         jsonl: file for the records, one a line; its folder must exist when training begins.
 
     Raises:
-        UsageError: DeepSpeed ZeRO is on; and when training begins, if the optimizer is not one of ours, if the model has
-            changed since it was built (an adapter), or if training resumes from a checkpoint without optimizer state or
-            with other weights than its own.
+        UsageError: DeepSpeed ZeRO is on. When training begins: the optimizer is not one of ours; the model has changed
+            since it was built (an adapter); or training resumes from a checkpoint without optimizer state, or with
+            other weights than its own.
 
     Example:
         >>> callback = SelectionCallback(jsonl="selection.jsonl")  # for Trainer(..., callbacks=[callback])

@@ -43,9 +43,9 @@ def check_deepspeed(args: TrainingArguments) -> None:
     stage = 0 if plugin is None else plugin.zero_stage
     if args.deepspeed and stage:
         raise UsageError(
-            f"deepspeed with zero_optimization.stage={stage}: ZeRO puts gradients and optimizer state into flat buffers of "
-            "its own, in which no block can be selected; leave deepspeed out and shard with FSDP2 (fsdp='full_shard', "
-            "fsdp_config={'version': 2}), or train replicas with DDP (no argument, started by torchrun)"
+            f"deepspeed with zero_optimization.stage={stage}: ZeRO puts gradients and optimizer state into flat "
+            "buffers of its own, in which no block can be selected; leave deepspeed out, and shard with FSDP2 "
+            "(fsdp='full_shard', fsdp_config={'version': 2}) or train replicas with DDP (start with torchrun)"
         )
 
 
@@ -53,7 +53,8 @@ def say_explore_steps(optimizer: BlockOptimizer, *, num_steps: int) -> None:
     """Say how many steps of the run will look at all gradients, if any will."""
     expected = optimizer.policy.expected_explore_steps(num_steps)
     if expected:
-        logger.info("about %d of %d steps will look at the gradients of all blocks", round(expected), num_steps)
+        # A warning, because other levels are not shown unless somebody asks for them.
+        logger.warning("about %d of %d steps will look at the gradients of all blocks", round(expected), num_steps)
 
 
 def check_resumed(optimizer: BlockOptimizer | SparseOptimizer, state: TrainerState) -> None:
