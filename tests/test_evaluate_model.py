@@ -416,6 +416,25 @@ def test_a_conversation_is_scored_in_its_last_answer(model: Any, tokenizer: Any,
     assert result.num_tokens == segment.num_tokens
 
 
+def test_a_conversation_is_scored_with_its_calls_or_refused(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"place": "Oslo"}'}}
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    data = write(tmp_path / "d.jsonl", [{"messages": talk}])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    with pytest.raises(UsageError, match=r"d\.jsonl, line 1: the chat template never renders `tool_calls`"):
+        evaluate_model(model, tokenizer, settings(data, task="loss"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}>{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant>{% endif %}"
+    )
+    scored = tokenizer(json.dumps([call | {"function": {"name": "weather", "arguments": {"place": "Oslo"}}}]))
+    result = evaluate_model(model, tokenizer, settings(data, task="loss"))
+    assert result.num_tokens == len(scored["input_ids"]) - sum(
+        one == tokenizer.bos_token_id for one in scored["input_ids"]
+    )
+
+
 def test_as_chat_a_prompt_is_a_message_and_begins_once(model: Any, tokenizer: Any, data: Path) -> None:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = CHAT_TEMPLATE

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +143,10 @@ def test_thoughts_that_a_template_drops_from_earlier_turns_are_counted(load: Loa
 
 @pytest.mark.parametrize(("template", "text"), [(FULL_TEMPLATE, "a\nb"), (None, "ab")])
 def test_parts_of_a_content_are_text(load: Load, template: str | None, text: str) -> None:
-    takes_parts = "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{{ p.text }}{% endfor %}{{ eos_token }}{% endfor %}"
+    takes_parts = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{% for p in m.content %}{{ p.text }}{% endfor %}{{ eos_token }}{% endfor %}"
+    )
     parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
     whole, _ = texts(load({"messages": [parts, ANSWER]}, template=template or takes_parts))
     assert f"<user>{text}" in whole
@@ -163,6 +168,17 @@ def test_keys_that_a_table_fills_with_null_are_absent(load: Load, tmp_path: Path
     examples = load(path=tmp_path / "chat.parquet", loss_on="answers")
     assert texts(examples)[1] == ['<call>{"name": "weather", "arguments": {"place": "Oslo"}}</call><end>']
     assert texts(examples, number=1)[1][0] == '<call>{"name": "weather", "arguments": {"time": 3}}</call><end>'
+
+
+def test_values_that_json_lacks_are_written_out_or_refused(load: Load, tmp_path: Path) -> None:
+    path = tmp_path / "chat.parquet"
+    for value, said in ((datetime(2024, 5, 1, 12), '{"when": "2024-05-01T12:00:00"}'), (b"x", None), (math.nan, None)):
+        pq.write_table(pa.table({"messages": [[ASK, calling({"when": value})]]}), path)
+        if said is not None:
+            assert said in texts(load(path=path))[0]
+            continue
+        with pytest.raises(UsageError, match=r"chat\.parquet, row 1: column 'messages' holds (bytes|nan)"):
+            load(path=path)
 
 
 def test_messages_may_be_json_text_or_an_object_of_lists_or_several_columns(load: Load) -> None:

@@ -43,8 +43,8 @@ def cell_text(value: Any) -> str:
         case None:
             raise UsageError("is null; fill it in, or drop the row")
         case bool() | int() | float() | Mapping() | list() | tuple():
-            return json.dumps(_plain(value), ensure_ascii=False)
-    return str(_plain(value))
+            return json.dumps(plain_value(value), ensure_ascii=False)
+    return str(plain_value(value))
 
 
 def is_empty(value: Any) -> bool:
@@ -74,8 +74,12 @@ def label_text(value: Any) -> str:
     return cell_text(value)
 
 
-def _plain(value: Any) -> Any:
-    """Return the value with only types that JSON has."""
+def plain_value(value: Any) -> Any:
+    """Return the value with only types that JSON has.
+
+    Raises:
+        UsageError: it holds something that no JSON has, as NaN or bytes.
+    """
     match value:
         case str() | bool() | int() | None:
             return value
@@ -90,9 +94,9 @@ def _plain(value: Any) -> Any:
         case UUID():
             return str(value)
         case Mapping():
-            return {cell_text(key): _plain(item) for key, item in value.items()}
+            return {cell_text(key): plain_value(item) for key, item in value.items()}
         case list() | tuple():
-            return [_plain(item) for item in value]
+            return [plain_value(item) for item in value]
     kind = "bytes" if isinstance(value, bytes | bytearray | memoryview) else f"a {type(value).__name__}"
     raise UsageError(
         f"holds {kind} ({_shown(value)}), which is no text; write text into the column, or use another one"

@@ -8,6 +8,7 @@ from typing import Any
 
 from gradselect import UsageError
 
+from .cells import plain_value
 from .chat_messages import Message, read_messages
 from .json_values import parse_json, shown, without_nulls
 
@@ -72,9 +73,8 @@ def read_conversation(row: Mapping[str, Any], columns: ChatColumns) -> Conversat
     reserved = {columns.tools, SYSTEM, DOCUMENTS, TEMPLATE_ARGUMENTS, OLD_TOOLS}
     ignore = columns.ignore | ({columns.tools} if "tools" in columns.ignore else set())
     ignored = sorted(name for name in ignore & reserved if row.get(name) is not None)
-    row = {name: value for name, value in row.items() if name not in ignored}
-    if columns.nulls_are_absent:
-        row = {name: without_nulls(row[name]) for name in row}
+    read_columns = [*columns.messages, *sorted(reserved - set(ignored))]
+    row = {name: _cell(row[name], name, columns) for name in read_columns if name in row}
     _check_reserved(row, columns)
     found: list[Any] = []
     for column in columns.messages:
@@ -90,6 +90,15 @@ def read_conversation(row: Mapping[str, Any], columns: ChatColumns) -> Conversat
         wanted=frozenset(place + moved for place in read.wanted),
         facts=(*(f"have the column `{name}`, which data.ignore leaves out" for name in ignored), *read.facts),
     )
+
+
+def _cell(value: Any, column: str, columns: ChatColumns) -> Any:
+    """Return a cell with only types that JSON has."""
+    try:
+        value = plain_value(value)
+    except UsageError as error:
+        raise UsageError(f"column {column!r} {error}") from None
+    return without_nulls(value) if columns.nulls_are_absent else value
 
 
 def holds_messages(value: Any) -> bool:

@@ -7,11 +7,15 @@ from typing import Any
 
 
 def parse_json(text: str) -> Any:
-    """Return the value that a text holds as JSON, or None if it is no JSON."""
+    """Return the value that a text holds as JSON, or None if it is no JSON. NaN is none."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
 
 
 def without_nulls(value: Any) -> Any:

@@ -119,7 +119,8 @@ class FieldCheck:
         """Return True if the text changes with the field: the given text, or, without one, any that could hold it."""
         if one.name in conversation.template_arguments and one.place is None:
             return re.search(rf"\b{re.escape(one.name)}\b", self.template.source(conversation)) is not None
-        other, ends = without(conversation, one), [None]
+        other = without(conversation, one)
+        ends: list[int | None] = [None]
         if text is None and one.place is not None and one.name in _OPTIONAL:
             # Thoughts of earlier turns may be left out by design: if they are the last ones, they should be there.
             ends.append(one.place + 1)
