@@ -17,8 +17,10 @@ from gradselect import UsageError
 from gradselect.app.inputs import IGNORED, row_notes
 from gradselect.app.inputs.rows import token_rows
 from gradselect.app.recipe import TextData
-from gradselect.app.results import TokenCounts, read_finished_run, read_run
+from gradselect.app.results import RunRecord, TokenCounts, read_finished_run, read_run
+from gradselect.app.runtime import RunFolder
 from gradselect.app.train import train
+from gradselect.app.train.run_record import write_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
@@ -176,6 +178,20 @@ def test_run_json_has_the_counts(place: Path, tmp_path: Path) -> None:
     end = read_finished_run(tmp_path / "out" / "run.json")
     assert end.tokens == 182
     assert end.token_counts["train"].tokens_trained == 182 - 2 - 2
+
+
+def test_a_run_that_began_on_other_rows_is_not_resumed(place: Path, tmp_path: Path) -> None:
+    """Earlier versions cut what goes on in further rows today: batches of the second half would be others."""
+    data = {"format": "text", "path": str(place / "texts.jsonl"), "max_length": 64, "packing": True}
+    recipe = parse(place, data=data, run={"output": str(tmp_path / "out"), "steps": 1, "batch_size": 1})
+    train(recipe, console=quiet())
+    file = tmp_path / "out" / "run.json"
+    record = read_run(file).values() | {"status": "started"}
+    del record["token_counts"]
+    write_run(RunFolder(tmp_path / "out"), RunRecord.model_validate(record))
+    with pytest.raises(UsageError, match="made other rows of the same data"):
+        train(recipe, resume=True, console=quiet())
+    assert read_run(file).token_counts == {}
 
 
 def test_run_files_without_counts_are_still_read(tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def _notes(counts: TokenCounts, settings: Data, *, is_train: bool, max_length: i
             f"them, e.g. because their prompts alone reach {limit}"
         )
     if counts.examples_untrained:
-        yield f"{counts.examples_untrained:,} of {counts.examples:,} {kind} have nothing to train on: they have a single token"
+        of_all = f"{counts.examples_untrained:,} of {counts.examples:,} {kind}"
+        yield f"{of_all} have nothing to train on: they have a single token"
 
 
 def _kind(settings: Data) -> str:

@@ -59,7 +59,8 @@ class AbstractTokenData(AbstractDataSettings):
     """Examples for a language model.
 
     Attributes:
-        packing: put several examples into one row of `max_length` tokens. Attention stays inside each example.
+        packing: put several examples into one row of `max_length` tokens. A text that is longer goes on in further
+            rows. Attention stays inside each example: a model that does not keep to it is refused.
     """
 
     packing: bool = False

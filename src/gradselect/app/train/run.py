@@ -30,7 +30,15 @@ from .checkpoints import find_checkpoint, return_to
 from .failures import describe_kept, describe_out_of_memory, is_dead_worker, is_out_of_memory
 from .meter import Meter
 from .progress import ProgressDisplay, show_start, show_summary
-from .run_record import check_same_run, describe_end, describe_start, save_model, write_run, write_start
+from .run_record import (
+    check_same_rows,
+    check_same_run,
+    describe_end,
+    describe_start,
+    save_model,
+    write_run,
+    write_start,
+)
 from .setup import build_trainer
 from .trainer import RunTrainer
 
@@ -55,6 +63,8 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
             trainer = build_trainer(recipe, inputs, folder=folder)
         notes = [*inputs.examples.notes, *row_notes(trainer.token_counts, recipe.data, max_length=inputs.max_length)]
         start = start.model_copy(update={"token_counts": trainer.token_counts})
+        if is_rank_0() and folder.run_file.exists():
+            check_same_rows(folder, trainer.token_counts)
         barrier()  # rank 0 has found the folder usable
         if is_rank_0():
             return_to(folder, checkpoint, damaged=damaged, keep=recipe.run.keep_checkpoints)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from gradselect import BlockOptimizer, SparseOptimizer, UsageError, __version__, sparsegrad
 from gradselect.app.inputs import Inputs, fingerprint
 from gradselect.app.recipe import Recipe, dump_recipe, todays_recipe
-from gradselect.app.results import FinishedRun, RunRecord, read_finished_run, read_run
+from gradselect.app.results import FinishedRun, RunRecord, TokenCounts, read_finished_run, read_run
 from gradselect.app.runtime import RunFolder, num_processes
 from gradselect.files import flush_names, sealed, write_manifest, writing_aside
 from gradselect.usage import find_differences
@@ -120,6 +120,22 @@ def check_same_run(folder: RunFolder, start: RunRecord) -> None:
             "These differ:"
         )
         raise UsageError("\n  ".join([heading, *different]))
+
+
+def check_same_rows(folder: RunFolder, counts: Mapping[str, TokenCounts]) -> None:
+    """Check that the run in `folder` began on rows with these counts; else its batches would change.
+
+    Raises:
+        UsageError: it did not.
+    """
+    before = read_run(folder.run_file).token_counts
+    # Versions that counted nothing cut what goes on in further rows today.
+    is_same = before == counts if before else not any(part.examples_continued for part in counts.values())
+    if not is_same:
+        raise UsageError(
+            f"the run in {folder.root} began with another version of gradselect or of its tokenizer, which made other "
+            "rows of the same data; resume it there, or start again with another run.output"
+        )
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
