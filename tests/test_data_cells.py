@@ -237,7 +237,7 @@ def test_what_is_left_out_stands_in_the_notes_of_a_run(tmp_path: Path) -> None:
     path = write(tmp_path, {"question": "1+1?", "answer": "2"}, {"question": "2+2?", "answer": ""})
     inputs = read_inputs(parse_recipe(recipe_values(tmp_path, data={"path": path}), source="recipe"))
     assert len(inputs.examples.train) == 1
-    assert inputs.examples.notes[0].startswith("1 of 2 rows have an empty completion and is left out")
+    assert inputs.examples.notes[0].startswith("1 of 2 rows has an empty completion and is left out")
 
 
 # Labels --------------------------------------------------------------------------------------------------------------

@@ -196,6 +196,30 @@ def test_tables_are_read_by_several_threads_at_once(tmp_path: Path) -> None:
     assert csv.field_size_limit() == before
 
 
+def test_cells_with_the_quotes_of_csv_in_a_tsv_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`to_csv(sep="\\t")` of pandas doubles quote signs; they would be trained on."""
+    path = put(tmp_path, {"a.tsv": 'text\n"plain"\n"he said ""so"""\n"\n'}) / "a.tsv"
+    assert texts(path) == ['"plain"', '"he said ""so"""', '"']
+    (said,) = caplog.messages
+    assert said.startswith(f"{path}: cells of 1 of 3 rows are quoted as in CSV, the first in line 3")
+
+
+@pytest.mark.parametrize(
+    ("sign", "said"), [(";", "semicolons; save it with commas"), ("\t", "tabs; let the name of the")]
+)
+def test_a_table_with_another_sign_between_its_cells_is_recognised(tmp_path: Path, sign: str, said: str) -> None:
+    path = put(tmp_path, {"a.csv": f"text{sign}label\na{sign}1\n"}) / "a.csv"
+    values = {"format": "text", "path": str(path)}
+    with pytest.raises(UsageError, match=rf"a\.csv, line 2 has no column 'text'.*separated by {said}"):
+        render_examples(TypeAdapter(Data).validate_python(values), seed=0)
+
+
+def test_tables_fill_with_nulls_and_json_does_not(tmp_path: Path) -> None:
+    put(tmp_path, {"a.ndjson": LINES, "b.json": json.dumps(ROWS), "c.parquet": ROWS})
+    found = [read_rows(tmp_path / name)[:2].fills_with_nulls for name in ("a.ndjson", "b.json", "c.parquet")]
+    assert found == [False, False, True]
+
+
 # Compressed files ----------------------------------------------------------------------------------------------------
 
 

@@ -53,6 +53,11 @@ class Rows(list[Row]):
     def __getitem__(self, index: SupportsIndex | slice) -> Row | Rows:
         return self.take(range(len(self))[index]) if isinstance(index, slice) else super().__getitem__(index)
 
+    @property
+    def fills_with_nulls(self) -> bool:
+        """True for tables (Parquet, Arrow, data sets on the hub): there, a key that an object lacks is null."""
+        return all(origin.unit == "row" for origin in self._origins)
+
     @classmethod
     def counted(cls, rows: Iterable[Row], origin: Origin) -> Rows:
         """Return rows whose places are their numbers from 1."""

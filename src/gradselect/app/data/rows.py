@@ -91,7 +91,14 @@ def require_columns(rows: Sequence[Row], columns: Sequence[str], *, path: str | 
         if missing:
             there = printable(", ".join(map(str, row)))[:MOST_NAMES] or "none"
             where = place_of(rows, index, path=path)
-            raise UsageError(f"{where} has no column {missing[0]!r}; its columns are: {there}")
+            raise UsageError(f"{where} has no column {missing[0]!r}; its columns are: {there}{_other_sign(row)}")
+
+
+def _other_sign(row: Row) -> str:
+    """Return advice if the only column of a table looks like several columns with another sign between them."""
+    name = next(iter(row)) if len(row) == 1 else ""
+    signs = {"\t": "tabs; let the name of the file end in .tsv", ";": "semicolons; save it with commas, or as .tsv"}
+    return next((f" (separated by {advice}?)" for sign, advice in signs.items() if sign in name), "")
 
 
 def _read_txt(path: Path) -> Rows:

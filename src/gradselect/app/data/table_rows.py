@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from .text_lines import lines
 LONGEST_FIELD = 2**26
 """Characters of a cell. A quote sign that nothing closes would take the rest of the file."""
 
+_log = logging.getLogger(__name__)
 _limit_lock = threading.RLock()
 
 
@@ -29,7 +31,21 @@ def read_csv(path: Path, columns: Sequence[str] | None = None) -> Rows:
 def read_tsv(path: Path, columns: Sequence[str] | None = None) -> Rows:
     """Return the rows of a table with tabs."""
     # Fields of a TSV hold no tabs and no line ends, so a quote sign is a character like any other.
-    return _rows(path, csv.reader(lines(path), delimiter="\t", quoting=csv.QUOTE_NONE), columns)
+    rows = _rows(path, csv.reader(lines(path), delimiter="\t", quoting=csv.QUOTE_NONE), columns)
+    quoted = [index for index, row in enumerate(rows) if any(_is_quoted(cell) for cell in row.values())]
+    if quoted:
+        _log.warning(
+            "%s: cells of %d of %d rows are quoted as in CSV, the first in line %s: in a .tsv file quote signs belong "
+            "to the text; save it as .csv, or without quotes (in pandas: sep='\\t', quoting=csv.QUOTE_NONE)",
+            *(path, len(quoted), len(rows), rows.place(quoted[0]).rpartition(" ")[2]),
+        )
+    return rows
+
+
+def _is_quoted(cell: str) -> bool:
+    """True for a cell between quote signs with doubled ones inside, as CSV has them."""
+    inside = cell[1:-1]
+    return cell[:1] == '"' == cell[-1:] and '""' in inside and '"' not in inside.replace('""', "")
 
 
 def _rows(path: Path, reader: Any, columns: Sequence[str] | None) -> Rows:

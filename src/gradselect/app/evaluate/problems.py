@@ -208,7 +208,7 @@ def chat_columns(source: Source, settings: EvaluationSettings) -> ChatColumns | 
         tools=known.get("tools") or "tools",
         ignore=frozenset(known.get("ignore") or ()),
         roles=known.get("roles") or {},
-        nulls_are_absent=".json" not in source.name_row(1),
+        nulls_are_absent=source.rows.fills_with_nulls,
     )
 
 

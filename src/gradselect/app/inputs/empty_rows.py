@@ -15,7 +15,7 @@ from .sources import Source
 
 
 def without_empty_rows(
-    source: Source, examples: Sequence[dict[str, Any]], settings: FileData
+    source: Source, examples: Sequence[dict[str, Any]], settings: FileData, *, where: str = ""
 ) -> tuple[Source, list[dict[str, Any]], list[str]]:
     """Return source and examples without the rows whose prompt, completion or text is empty.
 
@@ -25,6 +25,7 @@ def without_empty_rows(
         source: the rows.
         examples: what each row became.
         settings: the templates.
+        where: what the notes call the data: " of the validation data".
 
     Returns:
         The source and the examples that are left, and a note for each part that is empty somewhere.
@@ -43,7 +44,7 @@ def without_empty_rows(
         return source, list(examples), notes
     if len(left_out) == len(source.rows):
         raise _nothing_left(source, empty, parts)
-    notes += [_note(source, part, indices) for part, indices in empty.items()]
+    notes += [_note(source, part, indices, where=where) for part, indices in empty.items()]
     kept = [index for index in range(len(source.rows)) if index not in left_out]
     return (
         replace(source, rows=source.rows.take(kept), num_empty=len(left_out)),
@@ -68,12 +69,12 @@ def _is_empty(templates: Sequence[str], row: dict[str, Any]) -> bool:
     return all(says_nothing(template, row) for template in templates)
 
 
-def _note(source: Source, part: str, indices: Sequence[int]) -> str:
+def _note(source: Source, part: str, indices: Sequence[int], *, where: str) -> str:
     first = place_of(source.rows, indices[0], path=source.path)
-    have = "row has" if len(source.rows) == 1 else "rows have"
+    have, are = ("has", "is") if len(indices) == 1 else ("have", "are")
     return (
-        f"{len(indices):,} of {len(source.rows):,} {have} an empty {part} and {'is' if len(indices) == 1 else 'are'} "
-        f"left out; the first: {first}"
+        f"{len(indices):,} of {len(source.rows):,} rows{where} {have} an empty {part} and {are} left out; the first: "
+        f"{first}"
     )
 
 

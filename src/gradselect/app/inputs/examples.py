@@ -83,7 +83,9 @@ def render_examples(settings: FileData, *, seed: int) -> RenderedRows:
     rows, notes = {}, []
     for name, source in sources.items():
         rendered = _render_rows(source, settings, labels)
-        sources[name], rows[name], said = without_empty_rows(source, rendered, settings)
+        sources[name], rows[name], said = without_empty_rows(
+            source, rendered, settings, where="" if name == "train" else " of the validation data"
+        )
         notes += said
     return RenderedRows(rows=rows, sources=sources, labels=labels, notes=tuple(notes))
 
@@ -115,7 +117,8 @@ def _require_columns(source: Source, settings: FileData) -> None:
         other = next((name for name in ("conversations", "conversation") if name in source.rows[0]), None)
         if other is not None:
             raise UsageError(
-                f"{source.path}: row 1 has no column 'messages', but one named {other!r}; write data.messages={other}"
+                f"{place_of(source.rows, 0, path=source.path)} has no column 'messages', but one named {other!r}; "
+                f"write data.messages={other}"
             )
     require_columns(source.rows, _columns_read(settings), path=source.path)
 
@@ -127,7 +130,7 @@ def _chat_columns(source: Source, settings: ChatData) -> ChatColumns:
         tools=settings.tools or "tools",
         ignore=frozenset(settings.ignore or ()),
         roles=settings.roles or {},
-        nulls_are_absent=".json" not in place_of(source.rows, 0, path=source.path),
+        nulls_are_absent=source.rows.fills_with_nulls,
     )
 
 

@@ -152,6 +152,6 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     Example:
         >>> train(load_recipe("recipes/gsm8k.yaml", ["run.steps=100"]))  # doctest: +SKIP
     """
-    console = console or Console()
+    console = (console or Console()) if is_rank_0() else Console(quiet=True)
     with collected_messages(console) as messages:
         return run(recipe, resume=resume, command=command, console=console, messages=messages)
