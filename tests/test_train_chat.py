@@ -148,9 +148,11 @@ def test_parts_of_a_content_are_text(load: Load, template: str | None, text: str
         "{% for p in m.content %}{{ p.text }}{% endfor %}{{ eos_token }}{% endfor %}"
     )
     parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
-    whole, _ = texts(load({"messages": [parts, ANSWER]}, template=template or takes_parts))
+    examples = load({"messages": [parts, ANSWER]}, template=template or takes_parts)
+    whole, _ = texts(examples)
     assert f"<user>{text}" in whole
     assert "hello" in whole
+    assert ("joined by line ends" in "".join(examples.notes)) == (template is not None)
 
 
 def test_template_arguments_and_documents_and_the_column_system_are_used(load: Load) -> None:
@@ -201,6 +203,11 @@ def test_sharegpt_has_other_names_for_everything(load: Load) -> None:
     assert "<user>q\n" in whole
     assert "<tool>7\n" in whole
     assert trained == ['<call>{"name": "weather", "arguments": {}}</call><end>', "a<end>"]
+
+
+def test_names_of_both_forms_may_be_mixed(load: Load) -> None:
+    talk = [{"role": "user", "value": "q"}, {"from": "gpt", "content": "a"}]
+    assert texts(load({"messages": talk})) == ("<user>q\n<assistant>a<end>", ["a<end>"])
 
 
 def test_an_unknown_name_of_a_role_can_be_given(load: Load) -> None:
@@ -262,6 +269,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         r"line 1: the model's chat template cannot render the conversation: roles must alternate",
     ),
     "arguments that are no JSON": ({"messages": [ASK, calling("Oslo")]}, {}, r"'weather' are no JSON object: 'Oslo'"),
+    "a tool without a name": (
+        {"messages": [ASK, ANSWER], "tools": {"weather": {}}},
+        {},
+        r"column 'tools': a tool has no name",
+    ),
     "functions": ({"messages": [ASK, ANSWER], "functions": [{"name": "f"}]}, {}, r"data\.tools=functions"),
     "another column": ({"conversations": [ASK, ANSWER]}, {}, r"write data\.messages=conversations"),
     "no answers": ({"messages": [ASK]}, {}, r"none of the 1 conversations has an answer.*their roles are user"),
@@ -353,11 +365,13 @@ def test_empty_answers_are_not_trained_on_and_counted(load: Load) -> None:
 
 
 def test_conversations_that_end_with_the_user_are_cut_and_those_without_answers_left_out(load: Load) -> None:
-    examples = load({"messages": [ASK, ANSWER, ASK]}, {"messages": [ASK]})
+    rows = [[ASK, ANSWER, ASK], [ASK], [], [ANSWER]]
+    examples = load(*({"messages": one} for one in rows))
     assert texts(examples) == ("<user>hi\n<assistant>hello<end>", ["hello<end>"])
     assert [note.split(";")[0] for note in examples.notes] == [
-        "1 of 2 conversations end with messages of other roles than the assistant",
-        "1 of 2 conversations have no message of the assistant and are left out",
+        "1 of 4 conversations end with messages of other roles than the assistant",
+        "2 of 4 conversations have no message of the assistant and are left out",
+        "1 of 4 conversations begin with their only answer and are left out: it answers nothing",
     ]
     assert "line 2" in examples.notes[1]
 
@@ -400,3 +414,8 @@ def test_an_answer_without_an_end_is_said(load: Load) -> None:
     examples = load(row)
     assert examples.notes == ()
     assert end_of_turn_tokens(byte_tokenizer(), examples.train) == (256,)
+
+
+def test_a_template_that_asks_for_the_day_is_said(load: Load) -> None:
+    notes = load({"messages": [ASK, ANSWER]}, template=FULL_TEMPLATE + "{{ strftime_now('%d %b %Y') }}").notes
+    assert "asks for the day's date" in notes[-1]

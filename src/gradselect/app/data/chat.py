@@ -83,7 +83,7 @@ def read_conversation(row: Mapping[str, Any], columns: ChatColumns) -> Conversat
     messages, moved = _with_system(row, read.messages)
     return Conversation(
         messages=messages,
-        tools=_objects(row.get(columns.tools), columns.tools, like='{"type": "function", "function": {...}}'),
+        tools=_tools(row.get(columns.tools), columns.tools),
         documents=_objects(row.get(DOCUMENTS), DOCUMENTS, like='{"title": "...", "text": "..."}'),
         template_arguments=_template_arguments(row.get(TEMPLATE_ARGUMENTS)),
         untrained=frozenset(place + moved for place in read.untrained),
@@ -161,6 +161,15 @@ def _with_system(row: Mapping[str, Any], messages: list[Message]) -> tuple[list[
             "data.ignore=[system] to leave it out"
         )
     return [{"role": "system", "content": text}, *messages], 1
+
+
+def _tools(value: Any, column: str) -> list[Any] | None:
+    like = '{"type": "function", "function": {"name": "...", ...}}'
+    tools = _objects(value, column, like=like)
+    for tool in tools or []:
+        if not tool.keys() & {"function", "name", "type"}:
+            raise UsageError(f"column {column!r}: a tool has no name ({shown(tool)}); write it like {like}")
+    return tools
 
 
 def _objects(value: Any, column: str, *, like: str) -> list[Any] | None:

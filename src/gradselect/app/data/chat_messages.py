@@ -53,8 +53,6 @@ def read_messages(items: Sequence[Any], *, ignore: Set[str], roles: Mapping[str,
     Raises:
         UsageError: an item is no message; names its position from 1, and what to type.
     """
-    if not items:
-        raise UsageError("the list of messages is empty; drop the row")
     read = ReadMessages()
     for number, item in enumerate(items, start=1):
         try:
@@ -85,8 +83,10 @@ def _read_message(item: Any, read: ReadMessages, *, ignore: Set[str], roles: Map
 
 def _with_role(message: Message, read: ReadMessages, roles: Mapping[str, str]) -> Message:
     """Return the message with role and content, also if it is one of ShareGPT."""
+    if "content" not in message and "value" in message:
+        message["content"] = message.pop("value")
     if "from" in message and "role" not in message:
-        name, value = message.pop("from"), message.pop("value", None)
+        name = message.pop("from")
         role = sharegpt_role(name, roles) if isinstance(name, str) else None
         if role is None:
             raise UsageError(
@@ -94,8 +94,8 @@ def _with_role(message: Message, read: ReadMessages, roles: Mapping[str, str]) -
                 f'data.roles={{"{name}": "user"}}'
             )
         if role == CALL:
-            return {**spoken_calls(value), **message}
-        return {"role": role, **({} if value is None else {"content": value}), **message}
+            return {**spoken_calls(message.pop("content", None)), **message}
+        return {"role": role, **message}
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise UsageError(f'the message has no "role" ({shown(message)}); write {{"role": "user", "content": "..."}}')

@@ -19,6 +19,7 @@ from .chat_template import ChatTemplate, Span, marking_template
 from .notices import Notices, RowError
 from .tokens import BROKEN_PROMPT, ROWS_AT_ONCE, TokenExample, common_prefix, encode
 
+JOINED = "have contents of several parts, joined by line ends: the chat template takes text only"
 OTHERWISE = "are rendered by TRL's training template otherwise than by the model's own chat template"
 
 
@@ -45,6 +46,9 @@ def chat_tokens(
     marking = marking_template(tokenizer) if loss_on == "answers" else None
     template = marking or ChatTemplate(tokenizer=tokenizer)
     shape = best_shape(template, [one.conversation for one in selected])
+    for one in selected:
+        if shape.joins(one.conversation):
+            notices.add(JOINED, one.row)
     selected = [replace(one, conversation=shape.apply(one.conversation)) for one in selected]
     check = FieldCheck(template=template, notices=notices)
     check.probe([(one.row, one.conversation) for one in selected])

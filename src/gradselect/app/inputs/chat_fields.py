@@ -245,7 +245,8 @@ def _never_rendered(
     keys = list(dict.fromkeys(one.key for one in fields if one.name != "content"))
     advice = ["use a model whose template does"]
     advice += [f"leave them out with data.ignore=[{','.join(keys)}]"] if keys else []
-    advice += [f'give that role another name, e.g. data.roles={{"{roles[0]}": "user"}}'] if roles else []
+    other = "system" if roles == ["developer"] else "user"
+    advice += [f'give that role another name, e.g. data.roles={{"{roles[0]}": "{other}"}}'] if roles else []
     reason = f"the chat template never renders {named}, so the model would not see them: {', or '.join(advice)}"
     return RowError(min(found[0] for found in rows.values()), reason)
 

@@ -39,7 +39,10 @@ def select(conversations: Sequence[Conversation], *, loss_on: LossOn, notices: N
     for row, conversation in enumerate(conversations, start=1):
         notices.add(conversation.facts, row)
         try:
-            one = _select_whole(row, conversation) if loss_on == "all" else _select(row, conversation, loss_on, notices)
+            if loss_on == "all" and conversation.messages:
+                one = _select_whole(row, conversation)
+            else:
+                one = _select(row, conversation, loss_on, notices)
         except UsageError as error:
             raise RowError(row, error) from None
         if one is not None:
@@ -54,12 +57,13 @@ def select(conversations: Sequence[Conversation], *, loss_on: LossOn, notices: N
 
 
 def _all_reasons(notices: Notices) -> str:
-    reasons = [fact for fact in notices.rows if fact in (NO_ANSWER, BLANK, UNTRAINED_LAST, UNTRAINED_ALL)]
+    reasons = [fact for fact in notices.rows if fact in (NO_ANSWER, NO_QUESTION, BLANK, UNTRAINED_LAST, UNTRAINED_ALL)]
     renamed = 'if a role has another name, write e.g. data.roles={"bot": "assistant"}'
     return "; ".join([*(f"{len(notices.rows[fact]):,} {fact}" for fact in reasons), renamed])
 
 
 NO_ANSWER = "have no message of the assistant and are left out"
+NO_QUESTION = "begin with their only answer and are left out: it answers nothing; data.loss_on=answers trains on it"
 BLANK = "have an empty answer, which is not trained on"
 UNTRAINED_LAST = (
     "are left out: their last answer is not to be trained on (weight 0); data.loss_on=answers trains on the others"
@@ -88,10 +92,8 @@ def _select(row: int, conversation: Conversation, loss_on: LossOn, notices: Noti
         notices.add(NO_ANSWER, row)
         return None
     if last == 0 and loss_on == "last-answer":
-        raise UsageError(
-            "the conversation begins with its only answer; it must answer another message: drop the row, or write "
-            "data.loss_on=answers"
-        )
+        notices.add(NO_QUESTION, row)
+        return None
     messages = conversation.messages
     if last + 1 < len(messages):
         notices.add("end with messages of other roles than the assistant; these are cut off: nothing answers them", row)

@@ -42,6 +42,11 @@ class Shape:
             return conversation
         return replace(conversation, messages=[self._message(message) for message in conversation.messages])
 
+    def joins(self, conversation: Conversation) -> bool:
+        """Return True if several parts of a content become one text."""
+        contents = [message.get("content") for message in conversation.messages]
+        return self.contents == "text" and any(isinstance(one, list) and len(texts_of(one)) > 1 for one in contents)
+
     def _message(self, message: Message) -> Message:
         changed = dict(message)
         if self.missing == "empty":

@@ -90,6 +90,12 @@ def _cannot_render(error: Exception) -> UsageError:
     )
 
 
+def writes_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return True if the tokenizer's template asks for the day, as those of Llama 3.2 and gpt-oss do."""
+    template: Any = tokenizer.chat_template
+    return "strftime_now" in (template if isinstance(template, str) else " ".join((template or {}).values()))
+
+
 def marking_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
     """Return a template that marks the answers: the tokenizer's own, or TRL's for its model family, or None."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers

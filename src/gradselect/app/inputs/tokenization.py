@@ -12,6 +12,7 @@ from gradselect import UsageError
 from gradselect.app.recipe import ChatData, ClassificationData, FileData, PromptCompletionData, TextData
 
 from .chat_examples import chat_tokens
+from .chat_template import writes_the_date
 from .examples import Examples, RenderedRows
 from .notices import Notices, RowError
 from .tokens import TokenExample, completion_tokens, end_of_turn_tokens, text_tokens, token_dataset
@@ -36,6 +37,8 @@ def tokenize_examples(rendered: RenderedRows, settings: FileData, tokenizer: Pre
         notes += notices.lines(len(rows), what=what, name_row=source.name_row)
     if is_chat(settings) and not end_of_turn_tokens(tokenizer, made["train"]):
         notes.append(NO_END)
+    if is_chat(settings) and writes_the_date(tokenizer):
+        notes.append(DATED)
     if isinstance(settings, ChatData):
         notes += _idle_ignores(rendered, settings)
     return Examples(
@@ -50,6 +53,12 @@ def tokenize_examples(rendered: RenderedRows, settings: FileData, tokenizer: Pre
 NO_END = (
     "the chat template puts no special token behind an answer, or its marks leave it out: the model does not learn to "
     "stop, and generates until its limit"
+)
+
+
+DATED = (
+    "the chat template asks for the day's date: on another day, also after a stop, a run may read other tokens; the "
+    'column chat_template_kwargs can fix it, for many models with {"date_string": "26 Jul 2024"}'
 )
 
 
