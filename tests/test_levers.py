@@ -413,6 +413,7 @@ def test_only_layers_that_the_backward_pass_visits_run_twice():
             each(**tiny_batch(each, seed=step)).loss.backward()
         assert gradients(model) == gradients(plain)
         lowest = {"head": 4, "norm": 4, "embedding": 0}.get(selected[0]) or int(selected[0].rpartition(".")[2])
+        lowest = 0 if step == 0 else lowest  # the first step looks at everything that the loss reaches
         assert runs == {number: 1 + (number >= lowest) for number in range(4)}
         for optimizer in pair:
             optimizer.step()

@@ -4,7 +4,15 @@ from .draws import gumbel, log_gamma, random_stream
 from .flops import FULL_STEP, speed_up_limit, step_time, visited_share
 from .optimizer import BlockOptimizer
 from .partitioning import partition, resolve_names
-from .policy import AbstractPolicy, Norms, check_fraction_or_count, largest, resolve_count, taking_part
+from .policy import (
+    AbstractPolicy,
+    Norms,
+    check_fraction_or_count,
+    largest,
+    resolve_count,
+    resolve_count_now,
+    taking_part,
+)
 from .structure import Layout, module_of_getter
 
 __all__ = [
@@ -21,6 +29,7 @@ __all__ = [
     "partition",
     "random_stream",
     "resolve_count",
+    "resolve_count_now",
     "resolve_names",
     "speed_up_limit",
     "step_time",

@@ -56,6 +56,7 @@ def write_state_dict(optimizer: BlockOptimizer, state_dict: dict[str, Any]) -> d
         "moved_bytes": states.moved_bytes,
         "num_passes": optimizer._hooks.num_passes_before,
         "weights": optimizer._watch.fingerprints() if optimizer.num_steps else {},
+        "reach": optimizer._reach.state(),
     }
     if any(map(is_dtensor, table.all())):
         selection["with_state"] = [table.names[number] for number, state in state_dict["state"].items() if state]
@@ -86,5 +87,6 @@ def read_state_dict(optimizer: BlockOptimizer, state_dict: Mapping[str, Any]) ->
     optimizer._hooks.num_passes_before = selection.get("num_passes", 0)
     optimizer._update_counts = dict(selection["update_counts"])
     optimizer.policy.load_state(selection["policy_state"])
+    optimizer._reach.begin(selection.get("reach"))
     optimizer._propose()
     states.moved_bytes += selection["moved_bytes"]

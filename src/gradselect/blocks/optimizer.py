@@ -29,6 +29,7 @@ from .compile_check import UnreachedBlocks
 from .observer import GradientObserver
 from .partitioning import check_partition, partition, resolve_names
 from .policy import AbstractPolicy
+from .reach import Reach
 from .set_up import bind_policy, check_model, check_window, warn_of_dropped_masters
 
 
@@ -78,10 +79,15 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         """
         loss = self._evaluate(closure)
         self._watch.check()
-        if not self._saw_gradients() or self._is_skipped():
+        if not self._saw_gradients():
+            self._look_again(self.trainable)
+            return loss
+        if self._is_skipped():
             return loss
         norms = self._observer.norms()
         selected = self._decide(norms)  # 1
+        if selected is None:
+            return loss
         self._unreached.check(selected, norms, has_gradient=self._in_backward.has_gradient)
         self._states.admit(selected)  # 2
         self._states.follow_weights(selected)
@@ -93,12 +99,31 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         return loss
 
     @in_phase(SELECTION)
-    def _decide(self, norms: Mapping[str, float]) -> tuple[str, ...]:
-        """Return the selection of this step: as proposed, or from the norms; `always` blocks included."""
+    def _decide(self, norms: Mapping[str, float]) -> tuple[str, ...] | None:
+        """Return the selection of this step: as proposed, or from the norms; `always` blocks included.
+
+        Blocks that turn out to be unreached are left out; None if no other was selected.
+        """
         decided = self.policy.decide(self._step, norms) if self._proposal is None else self._proposal
         selected = self._with_always(decided)
         self._check_ranks(lambda: self._parameters_by_block(selected), lambda: {"selection": selected, **self._facts()})
+        if self._reach.conclude(selected, has_gradient=self._in_backward.has_gradient):
+            reached = self._with_always(selected)
+            if selected and not reached:
+                self._select_anew()
+                return None
+            return reached
         return selected
+
+    def _look_again(self, selected: Sequence[str]) -> None:
+        """Select anew if a backward pass has shown that the loss reaches none of these blocks."""
+        if self._reach.conclude(selected, has_gradient=self._in_backward.has_gradient):
+            self._select_anew()
+
+    def _select_anew(self) -> None:
+        self._reach.lose(self._step)
+        self.zero_grad()
+        self._propose()
 
     def _update(self, selected: Sequence[str]) -> None:
         """Apply the rule, block by block."""
@@ -129,8 +154,10 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     @in_phase(SELECTION)
     def _propose(self) -> None:
         """Ask for the next selection; freeze, thaw and observe accordingly; state begins to move."""
-        self._proposal = self.policy.propose(self._step)
-        self._set_trainable(self.trainable)
+        self.policy.candidates = self._reach.candidates_of(self._candidates)
+        self._proposal = self._reach.propose(self.policy, self._step)
+        self._set_trainable({*self.trainable, *self._reach.watched})
+        self._reach.expect(self.trainable)
         if self._proposal is None:
             self._observer.watch(self.policy.names)
             score = partial(self.policy.score, self._step)
@@ -191,6 +218,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         warn_of_dropped_masters(blocks, update)
         self._always = resolve_names(blocks, always)
         self.policy = bind_policy(policy, model, blocks, always=self._always)
+        self._candidates = self.policy.candidates
         super().__init__(model, blocks, update)
         self._start(accumulation_steps, grad_scaler, update_in_backward=update_in_backward)
 
@@ -208,7 +236,19 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         )
         self._in_backward = BackwardUpdates(self._states, self._table, self._ownership, is_active=update_in_backward)
         self._unreached = UnreachedBlocks()
+        self._reach = self._make_reach()
         self._propose()
+
+    def _make_reach(self) -> Reach:
+        observer, names = self._observer, {*self.policy.names, *self._always}
+        return Reach(
+            self._model,
+            self._table,
+            [name for name in self.blocks if name in names],
+            self._ownership,
+            needs_gradient=lambda: observer.grad_scaler is not None,
+            is_one_of_many=self._agreement is not None,
+        )
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -224,6 +264,15 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     def trainable(self) -> tuple[str, ...]:
         """Blocks that take part in the coming backward pass: the selection, or every candidate in an explore step."""
         return self._with_always(self.policy.names if self._proposal is None else self._proposal)
+
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """Blocks of which the loss was found to reach no weight, in model order: they are no candidates.
+
+        A vision tower on batches of text, an unused pooler, experts that get no tokens. The first step finds them, and
+        a warning names them. A block that a later backward pass reaches is a candidate again from the next step on.
+        """
+        return tuple(name for name in self.blocks if name in self._reach.unreached)
 
     @property
     def grad_scaler(self) -> GradScaler | None:
@@ -250,9 +299,11 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self._release(self.trainable)
         self._observer.restart()
         self._in_backward.restart()
+        self._reach.restart()
 
     def close(self) -> None:
         self._in_backward.close()
+        self._reach.end()
         super().close()
 
     def _continue(self) -> None:
@@ -263,7 +314,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         return super()._is_idle() and not self._in_backward.has_moved and not any(self._observer.norms().values())
 
     def _facts(self) -> dict[str, Any]:
-        return {**super()._facts(), "policy_state": self.policy.state()}
+        return {**super()._facts(), "policy_state": self.policy.state(), "unreached": self.unreached}
 
     @torch.no_grad()
     def _begin_training(self) -> None:
@@ -272,17 +323,22 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self._ownership.take(self._table.all())
         parameters = self._parameters_by_block()
         self._observer.follow(parameters)
+        self._reach.follow()
         is_full = self._proposal is not None and self.trainable == self.blocks
         self._agreement.check_start(parameters, self._facts(), trains_everything=is_full)
-        self._set_trainable(self.trainable)
+        self._set_trainable({*self.trainable, *self._reach.watched})
         self._agreement.carry_over(self._table.named())
 
     def _check_window(self, accumulation_steps: int, *, skips: bool) -> None:
         check_window(accumulation_steps, self.grad_scaler, in_backward=self.update_in_backward, skips=skips)
 
     def _saw_gradients(self) -> bool:
+        self._reach.take_back()
         # A decision that keeps no block has released all gradients; only the observer knows that there were some.
         return self._observer.saw_gradients or any(map(self._in_backward.has_gradient, self.blocks))
 
     def _with_always(self, selected: Collection[str]) -> tuple[str, ...]:
-        return tuple(name for name in self.blocks if name in selected or name in self._always)
+        unreached = self._reach.unreached
+        return tuple(
+            name for name in self.blocks if (name in selected or name in self._always) and name not in unreached
+        )

@@ -44,7 +44,8 @@ class AbstractPolicy(ABC):
 
     Attributes:
         candidates: the blocks to select from, in model order; empty until bound. `start` may narrow them: other blocks
-            are never selected and never observed.
+            are never selected and never observed. Between steps the optimizer leaves out those that the loss does not
+            reach, and puts back those that it reaches again; the state of a block that is out stays.
         num_elements: number of entries of each block, by block name.
         method_name: `method.name` in recipes that use it. None: no method is just this policy.
 
@@ -157,6 +158,11 @@ class AbstractPolicy(ABC):
         """Names of `candidates`."""
         return tuple(block.name for block in self.candidates)
 
+    def still_among(self, selection: Sequence[str]) -> tuple[str, ...] | None:
+        """Return the blocks of an earlier selection that are candidates now, in model order; None if none of it is."""
+        kept = tuple(name for name in self.names if name in selection)
+        return kept if kept or not selection else None
+
 
 def largest(names: Sequence[str], scores: Mapping[str, float], count: int) -> tuple[str, ...]:
     """Return the `count` names of largest score, in the order of `names`; NaN ranks last, ties go to the earlier."""
@@ -189,6 +195,13 @@ def resolve_count(*, num_blocks: int, fraction: float | None, count: int | None)
     if count > num_blocks:
         raise UsageError(f"count={count} is more than the {num_blocks} blocks to select from; write count={num_blocks}")
     return count
+
+
+def resolve_count_now(*, num_blocks: int, fraction: float | None, count: int | None) -> int:
+    """As `resolve_count`, but at most `num_blocks`: during training blocks may have dropped out."""
+    return resolve_count(
+        num_blocks=num_blocks, fraction=fraction, count=None if count is None else min(count, num_blocks)
+    )
 
 
 def check_fraction_or_count(*, fraction: float | None, count: int | None) -> None:

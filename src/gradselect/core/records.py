@@ -103,7 +103,7 @@ def selection_entropy(counts: Mapping[str, int]) -> float:
     1.0 if all blocks were updated equally often, or there is only one. 0.0 if always the same one was, or none yet.
     """
     total = sum(counts.values())
-    if len(counts) == 1:
+    if len(counts) <= 1:
         return 1.0
     shares = [count / total for count in counts.values() if count]
     return -sum(share * math.log(share) for share in shares) / math.log(len(counts)) + 0.0

@@ -16,6 +16,7 @@ from gradselect.blocks import (
     log_gamma,
     random_stream,
     resolve_count,
+    resolve_count_now,
     taking_part,
 )
 from gradselect.usage import UsageError, check_one_of, check_patterns, check_positive, check_whole
@@ -109,7 +110,8 @@ class AdaGradSelect(AbstractPolicy):
 
     def start(self) -> None:
         self.candidates = taking_part(self.candidates, self.among)
-        self._check_coverage(num_blocks=len(self.candidates), num_selected=self.keep_at(0))
+        count = resolve_count(num_blocks=len(self.candidates), fraction=self.fraction, count=self.count)
+        self._check_coverage(num_blocks=len(self.candidates), num_selected=count)
         self.counts = dict.fromkeys(self.names, 0.0)
         self.scores = dict.fromkeys(self.names, 0.0)
         self.last_steps = dict.fromkeys(self.names, -1)
@@ -141,8 +143,8 @@ class AdaGradSelect(AbstractPolicy):
         return sum(map(self.explore_probability, range(num_steps)))
 
     def propose(self, step: int) -> tuple[str, ...] | None:
-        if step % self.every:
-            return tuple(self.selection)
+        if step % self.every and (kept := self.still_among(self.selection)) is not None:
+            return kept
         if random_stream(seed=self.seed, step=step, purpose="explore").random() < self.explore_probability(step):
             return None
         due_first = self._exploit_keys(step) | dict.fromkeys(self._due(step), math.inf)
@@ -153,7 +155,7 @@ class AdaGradSelect(AbstractPolicy):
         return super().decide(step, norms)
 
     def keep_at(self, step: int) -> int:
-        return resolve_count(num_blocks=len(self.candidates), fraction=self.fraction, count=self.count)
+        return resolve_count_now(num_blocks=len(self.candidates), fraction=self.fraction, count=self.count)
 
     def score(self, step: int, block: str, norm: float) -> float:
         if block in self._due(step):
@@ -202,7 +204,7 @@ class AdaGradSelect(AbstractPolicy):
     def _due(self, step: int) -> tuple[str, ...]:
         if self.coverage is None:
             return ()
-        slacks = {name: (last + self.coverage - step) // self.every for name, last in self.last_steps.items()}
+        slacks = {name: (self.last_steps[name] + self.coverage - step) // self.every for name in self.names}
         return due(slacks, self.keep_at(step))
 
     def _check_coverage(self, *, num_blocks: int, num_selected: int) -> None:

@@ -15,6 +15,7 @@ from gradselect.blocks import (
     largest,
     random_stream,
     resolve_count,
+    resolve_count_now,
     taking_part,
 )
 from gradselect.usage import check_one_of, check_patterns, check_positive, check_whole
@@ -97,8 +98,8 @@ class GradNormTopK(AbstractPolicy):
     def propose(self, step: int) -> tuple[str, ...] | None:
         if step < self.probe_steps:
             return None
-        if (step - self.probe_steps) % self.refresh:
-            return tuple(self.selection)
+        if (step - self.probe_steps) % self.refresh and (kept := self.still_among(self.selection)) is not None:
+            return kept
         if self.probe_steps == 0:
             return None
         ranks = {name: self._rank(step, name, self.averages.get(name, -math.inf)) for name in self.names}
@@ -107,7 +108,7 @@ class GradNormTopK(AbstractPolicy):
     def keep_at(self, step: int) -> int:
         if step < self.probe_steps:
             return 0
-        return resolve_count(num_blocks=len(self.candidates), fraction=self.fraction, count=self.count)
+        return resolve_count_now(num_blocks=len(self.candidates), fraction=self.fraction, count=self.count)
 
     def score(self, step: int, block: str, norm: float) -> float:
         return self._rank(step, block, self._average(step, block, norm)) if math.isfinite(norm) else -math.inf

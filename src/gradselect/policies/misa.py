@@ -74,8 +74,8 @@ class MISA(AbstractPolicy):
         self.selection = []
 
     def propose(self, step: int) -> tuple[str, ...]:
-        if step % self.every:
-            return tuple(self.selection)
+        if step % self.every and (kept := self.still_among(self.selection)) is not None:
+            return kept
         generator = random_stream(seed=self.seed, step=step // self.every, purpose="misa")
         keys = {name: weight + gumbel(generator) for name, weight in self.log_weights().items()}
         drawn = sorted(self.names, key=lambda name: keys[name], reverse=True)
@@ -84,8 +84,9 @@ class MISA(AbstractPolicy):
 
     def log_weights(self) -> dict[str, float]:
         """Return log p_b of each block, up to a constant."""
-        mean = sum(self.importance.values()) / len(self.importance)
-        return {name: self.eta * value / mean if mean > 0 else 0.0 for name, value in self.importance.items()}
+        importance = {name: self.importance[name] for name in self.names}
+        mean = sum(importance.values()) / len(importance)
+        return {name: self.eta * value / mean if mean > 0 else 0.0 for name, value in importance.items()}
 
     def observes_selected(self, step: int) -> bool:
         return True
@@ -99,7 +100,7 @@ class MISA(AbstractPolicy):
             for name in selected:
                 mean = self.period_sums[name] / self.every
                 self.importance[name] = self.ema * self.importance[name] + (1 - self.ema) * mean
-            self.period_sums = dict.fromkeys(self.names, 0.0)
+            self.period_sums = dict.fromkeys(self.period_sums, 0.0)
 
 
 def within(drawn: Sequence[str], sizes: Mapping[str, int], *, limit: float) -> set[str]:

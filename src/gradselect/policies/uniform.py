@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from gradselect.blocks import AbstractPolicy, check_fraction_or_count, random_stream, resolve_count, taking_part
+from gradselect.blocks import (
+    AbstractPolicy,
+    check_fraction_or_count,
+    random_stream,
+    resolve_count,
+    resolve_count_now,
+    taking_part,
+)
 from gradselect.usage import check_patterns, check_whole
 
 
@@ -48,12 +55,10 @@ class Uniform(AbstractPolicy):
 
     def start(self) -> None:
         self.candidates = taking_part(self.candidates, self.among)
-        self._num_selected()
+        resolve_count(num_blocks=len(self.candidates), fraction=self.fraction, count=self.count)
 
     def propose(self, step: int) -> tuple[str, ...]:
         generator = random_stream(seed=self.seed, step=step // self.every, purpose="uniform")
-        positions = generator.sample(range(len(self.names)), self._num_selected())
+        count = resolve_count_now(num_blocks=len(self.candidates), fraction=self.fraction, count=self.count)
+        positions = generator.sample(range(len(self.names)), count)
         return tuple(self.names[position] for position in sorted(positions))
-
-    def _num_selected(self) -> int:
-        return resolve_count(num_blocks=len(self.candidates), fraction=self.fraction, count=self.count)

@@ -1,0 +1,145 @@
+"""Probes on outputs of modules: find what the loss reaches without the gradient of a single weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Arrived = Callable[[Tensor], None]
+
+
+class Listener(Protocol):
+    """Hears of the modules that a backward pass reaches."""
+
+    def is_listening(self) -> bool:
+        """Return False if the probes should do nothing now."""
+        ...
+
+    def reached(self, name: str) -> None:
+        """Hear that a gradient of an output of the module of this name has arrived."""
+        ...
+
+
+class OutputProbes:
+    """Tells a listener when a backward pass reaches the output of a module; outputs keep their values.
+
+    An output that requires no gradient is replaced by a copy that does, so that a loss over it can be differentiated
+    although everything below is frozen. No weight gets a gradient from that, and no input of a linear layer is kept for
+    one. Nothing happens in a forward pass without gradients, while torch.compile traces, and in copies of the model.
+
+    Args:
+        modules: by the name that the listener hears.
+        listener: held by a weak reference.
+        whole: a model: every tensor of its output that requires no gradient gets a probe, under the name "".
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        listener: Listener,
+        *,
+        whole: nn.Module | None = None,
+    ) -> None:
+        self._handles = {
+            name: module.register_forward_hook(_Probe(name, listener, _probe_first)) for name, module in modules.items()
+        }
+        if whole is not None:
+            self._handles[""] = whole.register_forward_hook(_Probe("", listener, _probe_all))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the modules that have probes."""
+        return tuple(self._handles)
+
+    def keep(self, names: Collection[str]) -> None:
+        """Remove all probes but these."""
+        for name in self.names:
+            if name not in names:
+                self._handles.pop(name).remove()
+
+
+class _Probe:
+    """Forward hook of one module."""
+
+    def __init__(self, name: str, listener: Listener, probe: Callable[[Any, Arrived], Any]) -> None:
+        self._name = name
+        self._listener = weakref.ref(listener)
+        self._probe = probe
+
+    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return None
+        listener = self._listener()
+        if listener is None or not listener.is_listening():
+            return None
+        return self._probe(output, self._arrived)
+
+    def _arrived(self, gradient: Tensor) -> None:
+        listener = self._listener()
+        if listener is not None:
+            listener.reached(self._name)
+
+    def __reduce__(self) -> Any:
+        return _make_no_probe, ()  # a copied or saved model belongs to no optimizer
+
+
+def _no_probe(module: nn.Module, arguments: Any, output: Any) -> None:
+    """Forward hook that does nothing."""
+
+
+def _make_no_probe() -> Callable[..., None]:
+    return _no_probe
+
+
+def _probe_first(output: Any, arrived: Arrived) -> Any:
+    """Put a probe on the output, or on the tensors of a tuple or list; other outputs have none."""
+    if isinstance(output, Tensor):
+        return _probed(output, arrived)
+    if type(output) in (tuple, list):
+        return type(output)(_probed(each, arrived) if isinstance(each, Tensor) else each for each in output)
+    return None
+
+
+def _probe_all(output: Any, arrived: Arrived) -> Any:
+    """Put a probe on each tensor that requires no gradient, also in mappings and dataclasses, which change in place."""
+    if isinstance(output, Mapping):
+        items = list(output.items())
+    elif dataclasses.is_dataclass(output):
+        items = [(field.name, getattr(output, field.name)) for field in dataclasses.fields(output)]
+    else:
+        return _probe_first(output, arrived)
+    for name, value in items:
+        if not isinstance(value, Tensor) or value.requires_grad:
+            continue
+        if isinstance(output, Mapping):
+            output[name] = _probed(value, arrived)  # pyright: ignore[reportIndexIssue]
+        else:
+            object.__setattr__(output, name, _probed(value, arrived))
+    return None
+
+
+def _probed(output: Tensor, arrived: Arrived) -> Tensor:
+    if not (output.is_floating_point() or output.is_complex()):
+        return output
+    if not output.requires_grad:
+        token = torch.empty(0, device=output.device, requires_grad=True)
+        output = _Differentiable.apply(output, token)  # pyright: ignore[reportAssignmentType]
+    output.register_hook(arrived)
+    return output
+
+
+class _Differentiable(torch.autograd.Function):
+    """Copies a tensor that requires no gradient into one that does. It is no leaf, so in-place changes are allowed."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, token: Tensor) -> Tensor:
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return None, None
