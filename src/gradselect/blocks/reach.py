@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import Parameter
 
-from gradselect.core import AbstractGradientHooks, Block, OutputProbes, Ownership, ParameterTable, at_end_of_pass
+from gradselect.core import WHOLE, AbstractGradientHooks, Block, OutputProbes, Ownership, ParameterTable, at_end_of_pass
 from gradselect.parallel import collective_device, naming_the_collective
 from gradselect.usage import UsageError, parent
 
@@ -46,8 +46,8 @@ class Reach(AbstractGradientHooks):
     Gradients of watched blocks that are not selected are freed: on arrival, or on several ranks at the end of the pass,
     when data-parallel wrappers are done.
 
-    After the first step one probe stays, on the module that the first backward pass reached first. Through it a loss
-    can be differentiated though no selected block takes part in it.
+    After the first step two probes stay: one on the module that the first backward pass reached first, one on the
+    model. Through them a loss can be differentiated though no selected block takes part in it.
 
     Attributes:
         unreached: names of the unreached blocks.
@@ -102,11 +102,11 @@ class Reach(AbstractGradientHooks):
         self._num_lost: int = state["lost"]
         self._forget()
         self._blocks_of = self._modules(self._unknown)
-        paths = self._blocks_of if self._unknown else [path for path in [self._anchor] if path]
-        modules = {path: self._model.get_submodule(path) for path in paths}
-        is_whole = "" not in modules and (bool(self._unknown) or self._anchor == "")
-        self._probes.keep(())
-        self._probes = OutputProbes(modules, self, whole=self._model if is_whole else None)
+        paths = self._blocks_of if self._unknown else [path for path in [self._anchor] if path is not None]
+        self._probes.remove()
+        self._probes = OutputProbes({path: self._model.get_submodule(path) for path in paths}, self, whole=self._model)
+        if not self._unknown:
+            self._probes.keep(self._anchor)
         self.follow()
 
     def state(self) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class Reach(AbstractGradientHooks):
 
     def end(self) -> None:
         """Remove hooks and probes."""
-        self._probes.keep(())
+        self._probes.remove()
         self.close()
 
     def follow(self) -> None:
@@ -192,7 +192,8 @@ class Reach(AbstractGradientHooks):
     def reached(self, name: str) -> None:
         self._begin_pass()
         self._seen.update(self._blocks_of.get(name, ()))
-        self._first = self._first or name
+        if self._first is None and name != WHOLE:
+            self._first = name
 
     def arrived(self, name: str, parameter: Parameter) -> None:
         self._begin_pass()
@@ -262,7 +263,7 @@ class Reach(AbstractGradientHooks):
         if has_compiled():
             # Probes are not traced, and a graph may leave out blocks that were frozen: `UnreachedBlocks` judges.
             self._unknown, self._missed = set(), set()
-            self._probes.keep(())
+            self._probes.remove()
             return
         if self._is_one_of_many and is_open:
             self._share()
@@ -273,7 +274,7 @@ class Reach(AbstractGradientHooks):
         self.unreached = (self.unreached - self._seen) | (unseen & were_watched)
         self._unknown, self._missed = set(), unseen - were_watched
         self._anchor = self._first if self._anchor is None else self._anchor
-        self._probes.keep(() if self._anchor is None else (self._anchor,))
+        self._probes.keep(self._anchor)
 
     def _forget(self) -> None:
         self._seen: set[str] = set()

@@ -8,7 +8,7 @@ from .freezing import Ownership, freeze, is_frozen_for_now, settle
 from .gradients import AbstractGradientHooks, at_end_of_pass, dense, gradient_norm, norm_of, squared_norm
 from .masters import take_over
 from .optimizer import SelectiveOptimizer
-from .output_probes import OutputProbes
+from .output_probes import WHOLE, OutputProbes
 from .parameter_groups import Group, ParameterTable
 from .phases import SELECTION, Phases, in_phase
 from .quantised import ADVICE, below, can_train, is_chosen, nothing_trains, quantised_weights
@@ -26,6 +26,7 @@ __all__ = [
     "MEMORY_CATEGORIES",
     "NOT_OF_A_GROUP",
     "SELECTION",
+    "WHOLE",
     "AbstractGradientHooks",
     "AbstractResidency",
     "AbstractRule",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+WHOLE = "the whole model"
+"""Name under which the probe of the model itself is heard."""
 
 Arrived = Callable[[Tensor], None]
 
@@ -35,7 +38,7 @@ class OutputProbes:
     Args:
         modules: by the name that the listener hears.
         listener: held by a weak reference.
-        whole: a model: every tensor of its output that requires no gradient gets a probe, under the name "".
+        whole: a model: every tensor of its output that requires no gradient gets a probe, under the name `WHOLE`.
     """
 
     def __init__(
@@ -45,22 +48,25 @@ class OutputProbes:
         *,
         whole: nn.Module | None = None,
     ) -> None:
+        self._whole = _Probe(WHOLE, listener, _probe_all)
         self._handles = {
             name: module.register_forward_hook(_Probe(name, listener, _probe_first)) for name, module in modules.items()
         }
         if whole is not None:
-            self._handles[""] = whole.register_forward_hook(_Probe("", listener, _probe_all))
+            self._handles[WHOLE] = whole.register_forward_hook(self._whole)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the modules that have probes."""
-        return tuple(self._handles)
+    def keep(self, name: str | None) -> None:
+        """Remove all probes but that of one module, and that of the whole model for outputs without any gradient."""
+        self._whole.probe = _probe_if_none
+        for other in [*self._handles]:
+            if other not in (name, WHOLE):
+                self._handles.pop(other).remove()
 
-    def keep(self, names: Collection[str]) -> None:
-        """Remove all probes but these."""
-        for name in self.names:
-            if name not in names:
-                self._handles.pop(name).remove()
+    def remove(self) -> None:
+        """Remove all probes."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles = {}
 
 
 class _Probe:
@@ -69,7 +75,7 @@ class _Probe:
     def __init__(self, name: str, listener: Listener, probe: Callable[[Any, Arrived], Any]) -> None:
         self._name = name
         self._listener = weakref.ref(listener)
-        self._probe = probe
+        self.probe = probe
 
     def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -77,7 +83,7 @@ class _Probe:
         listener = self._listener()
         if listener is None or not listener.is_listening():
             return None
-        return self._probe(output, self._arrived)
+        return self.probe(output, self._arrived)
 
     def _arrived(self, gradient: Tensor) -> None:
         listener = self._listener()
@@ -107,11 +113,8 @@ def _probe_first(output: Any, arrived: Arrived) -> Any:
 
 def _probe_all(output: Any, arrived: Arrived) -> Any:
     """Put a probe on each tensor that requires no gradient, also in mappings and dataclasses, which change in place."""
-    if isinstance(output, Mapping):
-        items = list(output.items())
-    elif dataclasses.is_dataclass(output):
-        items = [(field.name, getattr(output, field.name)) for field in dataclasses.fields(output)]
-    else:
+    items = _items(output)
+    if items is None:
         return _probe_first(output, arrived)
     for name, value in items:
         if not isinstance(value, Tensor) or value.requires_grad:
@@ -120,6 +123,23 @@ def _probe_all(output: Any, arrived: Arrived) -> Any:
             output[name] = _probed(value, arrived)  # pyright: ignore[reportIndexIssue]
         else:
             object.__setattr__(output, name, _probed(value, arrived))
+    return None
+
+
+def _probe_if_none(output: Any, arrived: Arrived) -> Any:
+    """As `_probe_all`, but only if no tensor of the output requires a gradient."""
+    values = [value for _, value in _items(output) or ()] or (output if isinstance(output, tuple | list) else [output])
+    if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+        return None
+    return _probe_all(output, arrived)
+
+
+def _items(output: Any) -> list[tuple[str, Any]] | None:
+    """Names and values of a mapping or dataclass; None for others."""
+    if isinstance(output, Mapping):
+        return list(output.items())
+    if dataclasses.is_dataclass(output):
+        return [(field.name, getattr(output, field.name)) for field in dataclasses.fields(output)]
     return None
 
 
