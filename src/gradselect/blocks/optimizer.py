@@ -308,6 +308,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
 
     def _continue(self) -> None:
         self._in_backward.open()
+        self._reach.begin(self._reach.state())
         self._propose()
 
     def _is_idle(self) -> bool:

@@ -13,7 +13,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import Parameter
 
-from gradselect.core import WHOLE, AbstractGradientHooks, Block, OutputProbes, Ownership, ParameterTable, at_end_of_pass
+from gradselect.core import (
+    WHOLE,
+    AbstractGradientHooks,
+    Block,
+    OutputProbes,
+    Ownership,
+    ParameterTable,
+    at_end_of_pass,
+    is_frozen_for_now,
+)
 from gradselect.parallel import collective_device, naming_the_collective
 from gradselect.usage import UsageError, parent
 
@@ -154,7 +163,7 @@ class Reach(AbstractGradientHooks):
         kept = tuple(name for name in proposal if name not in self.unreached)
         if not kept:
             raise UsageError(
-                f"{type(policy).__name__} proposes only blocks that the loss does not reach: {self._listed(proposal)}; "
+                f"{type(policy).__name__} proposes only blocks that the loss does not reach: {listed(proposal)}; "
                 "let propose() select among self.names, which holds the others"
             )
         return kept
@@ -179,7 +188,7 @@ class Reach(AbstractGradientHooks):
         if names and self._is_one_of_many:
             names = self._table.blocks  # a gradient that a wrapper averages may have arrived on another rank only
         named = [(name, parameter) for name in names for parameter in self._table.of(name)]
-        frozen = [parameter for _, parameter in named if not parameter.requires_grad]
+        frozen = [parameter for _, parameter in named if is_frozen_for_now(parameter)]
         for parameter in frozen:
             parameter.requires_grad_(True)  # torch refuses a hook otherwise
         self._register(named)
@@ -303,30 +312,21 @@ class Reach(AbstractGradientHooks):
         self.unreached = self.unreached.union(late)
 
     def _say(self, before: frozenset[str]) -> None:
-        gone, back = self.unreached - before, before - self.unreached
-        if not self.unreached.issuperset(self._names):
-            if gone:
-                logger.warning(
-                    "the loss reaches no weight of %d of %d blocks, which are no candidates any more: %s (%.0f %% of "
-                    "the weights)",
-                    *(len(gone), len(self._names), self._listed(gone), 100 * self._share_of(gone)),
-                )
-            if back:
-                logger.warning("the loss now reaches %s: candidates from the next step on", self._listed(back))
-            return
-        raise UsageError(
-            f"the loss reaches no weight of any block that may train: {self._listed(self._names)}; name blocks that it "
-            "reaches, in the policy's among=... or blocks=..., or in always=..."
-        )
-
-    def _share_of(self, names: Collection[str]) -> float:
-        sizes = {name: sum(map(Parameter.numel, self._table.of(name))) for name in self._table.blocks}
-        return sum(sizes[name] for name in names) / sum(sizes.values())
-
-    def _listed(self, names: Collection[str]) -> str:
-        ordered = self._in_order(names)
-        more = f" and {len(ordered) - MOST_NAMED} more" if len(ordered) > MOST_NAMED else ""
-        return ", ".join(ordered[:MOST_NAMED]) + more
+        if self.unreached.issuperset(self._names):
+            raise UsageError(
+                f"the loss reaches no weight of any block that may train: {listed(self._names)}; name blocks that it "
+                "reaches, in the policy's among=... or blocks=..., or in always=..."
+            )
+        if gone := self._in_order(self.unreached - before):
+            sizes = {name: sum(map(Parameter.numel, self._table.of(name))) for name in self._table.blocks}
+            share = sum(sizes[name] for name in gone) / sum(sizes.values())
+            logger.warning(
+                "the loss reaches no weight of %d of %d blocks, which are no candidates any more: %s (%.0f %% of the "
+                "weights)",
+                *(len(gone), len(self._names), listed(gone), 100 * share),
+            )
+        if back := self._in_order(before - self.unreached):
+            logger.warning("the loss now reaches %s: candidates from the next step on", listed(back))
 
     def _in_order(self, names: Collection[str]) -> list[str]:
         return [name for name in self._names if name in names]
@@ -340,3 +340,9 @@ class Reach(AbstractGradientHooks):
                 if not any(True for child in module.children() for _ in child.parameters()):
                     found.setdefault(path, []).append(block)
         return found
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first `MOST_NAMED` names, and how many more there are."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
