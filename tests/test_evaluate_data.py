@@ -120,6 +120,18 @@ def test_a_loss_reads_questions_pairs_conversations_and_text(write: Write) -> No
     assert passage.prompt.messages == messages
 
 
+TALK = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+
+
+def test_a_loss_reads_conversations_in_several_columns(write: Write) -> None:
+    (passage,) = read_passages(settings("loss", write({"prompt": TALK[:1], "completion": TALK[1:]})))
+    assert isinstance(passage.prompt, Conversation)
+    assert passage.prompt.messages == TALK
+    (passage,) = read_passages(settings("loss", write({"conversations": [{"from": "gpt", "value": "a"}]})))
+    assert isinstance(passage.prompt, Conversation)
+    assert passage.prompt.messages == TALK[1:]
+
+
 def test_a_loss_prefers_the_worked_answer_to_the_bare_one(write: Write) -> None:
     (passage,) = read_passages(settings("loss", write({**MATH, "answer": "0.5"})))
     assert passage.target == " It is $\\boxed{\\frac12}$."
@@ -152,6 +164,7 @@ WRONG_ROWS = [
     ("loss", [{"a": 1}], {}, r"line 1 has no column 'answer'; its columns are: a"),
     ("loss", [{"prompt": "p", "completion": "c"}, {"prompt": "p"}], {}, r"line 2 has no column 'completion'"),
     ("loss", [{"messages": [{"role": "user"}]}], {}, r"line 1: message 1: \"content\" .* is null or missing"),
+    ("gsm8k", [{"prompt": TALK, "answer": "1"}], {}, r"line 1: column 'question' holds messages of a conversation"),
     ("loss", [{"messages": "?"}], {}, r"line 1: the text in column 'messages' is no JSON"),
     ("loss", [{"text": "t"}, {"txt": "t"}], {}, r"line 2 has no column 'text'; its columns are: txt"),
 ]

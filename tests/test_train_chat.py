@@ -13,17 +13,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import TypeAdapter, ValidationError
-from train_fixtures import CHAT_TEMPLATE, MARKED_CHAT_TEMPLATE, byte_tokenizer
+from train_fixtures import CHAT_TEMPLATE, MARKED_CHAT_TEMPLATE, byte_tokenizer, parse, quiet, write_model
 from trl import chat_template_utils
 
 from gradselect import UsageError
 from gradselect.app.data import Conversation
+from gradselect.app.evaluate import EvaluationSettings, evaluate
 from gradselect.app.inputs import end_of_turn_tokens
 from gradselect.app.inputs.chat_examples import chat_tokens
 from gradselect.app.inputs.examples import Examples, render_examples
 from gradselect.app.inputs.tokenization import tokenize_examples
 from gradselect.app.inputs.tokens import token_dataset
 from gradselect.app.recipe import Data
+from gradselect.app.train import train
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
 FULL_TEMPLATE = (
     "{%- if tools %}<tools>{{ tools | tojson }}\n{% endif %}"
@@ -419,3 +423,20 @@ def test_an_answer_without_an_end_is_said(load: Load) -> None:
 def test_a_template_that_asks_for_the_day_is_said(load: Load) -> None:
     notes = load({"messages": [ASK, ANSWER]}, template=FULL_TEMPLATE + "{{ strftime_now('%d %b %Y') }}").notes
     assert "asks for the day's date" in notes[-1]
+
+
+def test_a_run_says_what_it_left_out_and_its_evaluation_reads_the_same_columns(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", chat_template=CHAT_TEMPLATE)
+    rows = [[("Mensch", "q"), ("gpt", str(n)), ("Mensch", "bye")] for n in range(4)]
+    talks = [{"talk": [{"from": name, "value": text, "id": text} for name, text in row]} for row in rows]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, talks)), "utf-8")
+    chat = {"messages": "talk", "roles": {"Mensch": "user"}, "ignore": ["id"], "path": str(tmp_path / "chat.jsonl")}
+    recipe = parse(tmp_path, data={"format": "chat", **chat}, run={"steps": 1})
+    folder = train(recipe, console=quiet())
+    notes = json.loads((folder / "run.json").read_text())["notes"]
+    assert [note.split(";")[0] for note in notes] == [
+        "4 of 4 conversations hold `id` in a message, which data.ignore leaves out",
+        "4 of 4 conversations end with messages of other roles than the assistant",
+    ]
+    result = evaluate(EvaluationSettings(model=folder, task="loss", data=tmp_path / "chat.jsonl", device="cpu"))
+    assert (result.num_items, result.num_tokens) == (4, 4 * len("0>"))  # the answer and the end of text

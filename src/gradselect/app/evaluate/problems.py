@@ -18,6 +18,7 @@ from gradselect.app.data import (
     columns_of,
     data_fingerprint,
     ending_of,
+    holds_messages,
     is_local,
     is_pattern,
     place_of,
@@ -139,6 +140,7 @@ def problems(source: Source, settings: EvaluationSettings) -> list[Problem]:
     find = _REFERENCES[settings.task]
 
     def problem(index: int, row: Row) -> Problem:
+        _check_cells(row, prompt)
         text = render(prompt, row)
         if says_nothing(prompt, row) or not text.strip():
             raise UsageError("the prompt is empty")
@@ -180,6 +182,7 @@ def _completions(source: Source, settings: EvaluationSettings) -> list[Passage]:
     _require(rows, prompt, completion, name=source.name)
 
     def passage(_: int, row: Row) -> Passage:
+        _check_cells(row, prompt + completion)
         asked, target = render(prompt, row), render(completion, row)
         if settings.as_chat:
             talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": target.strip()}]
@@ -201,6 +204,9 @@ def chat_columns(source: Source, settings: EvaluationSettings) -> ChatColumns | 
     messages = tuple([named] if isinstance(named, str) else named)
     if any(column not in source.rows[0] for column in messages):
         messages = tuple(column for column in ("messages", "conversations") if column in source.rows[0])[:1]
+    if not messages and settings.prompt is None:
+        pair = ("prompt", "completion")
+        messages = pair if all(holds_messages(source.rows[0].get(column)) for column in pair) else ()
     if not messages:
         return None
     return ChatColumns(
@@ -210,6 +216,16 @@ def chat_columns(source: Source, settings: EvaluationSettings) -> ChatColumns | 
         roles=known.get("roles") or {},
         nulls_are_absent=source.rows.fills_with_nulls,
     )
+
+
+def _check_cells(row: Row, template: str) -> None:
+    """Refuse messages where text is expected."""
+    found = [column for column in columns_of(template) if holds_messages(row.get(column))]
+    if found:
+        raise UsageError(
+            f"column {found[0]!r} holds messages of a conversation, where text is expected; name a column with text in "
+            "the templates, or, for the loss, call the column of the messages `messages`"
+        )
 
 
 def _document(text: str, *, ends: bool) -> Passage:
