@@ -20,7 +20,9 @@ class Parts(nn.Module):
         skipped: numbers of layers that the forward pass leaves out.
     """
 
-    def __init__(self, *, layers: int = 5, skipped: tuple[int, ...] = (), beside: bool = True) -> None:
+    def __init__(
+        self, *, layers: int = 5, skipped: tuple[int, ...] = (), beside: bool = True, head: bool = True
+    ) -> None:
         super().__init__()
         self.skipped = skipped
         self.tokens = nn.Embedding(11, HIDDEN)
@@ -31,7 +33,7 @@ class Parts(nn.Module):
             self.tower = nn.Linear(HIDDEN, HIDDEN)
             self.expert_0 = nn.Linear(HIDDEN, HIDDEN)
             self.expert_1 = nn.Linear(HIDDEN, HIDDEN)
-        self.head = nn.Linear(HIDDEN, 3)
+        self.head = nn.Linear(HIDDEN, 3) if head else nn.Identity()
 
     def forward(self, tokens: Tensor, *, pictures: bool = False, expert: int | None = None) -> Tensor:
         """A loss."""

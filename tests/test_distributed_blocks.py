@@ -462,3 +462,47 @@ def test_survivor_of_a_killed_rank_ends_soon_and_says_why(wrapper, within_step, 
     assert isinstance(survivor, Failure)
     assert survivor.kind == "RuntimeError"
     assert re.search(message, survivor.message), survivor.trace
+
+
+class PartlyUsed(TinyModel):
+    """Layer 1 is used on one rank only, or on none; layer 2 never."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=4)
+        self.uses = False
+
+    def forward(self, tokens):
+        hidden = self.tokens(tokens)
+        for number, layer in enumerate(self.layers):
+            if number != 2 and (number != 1 or self.uses):
+                hidden = layer(hidden)
+        return self.head(self.norm(hidden)).square().mean()
+
+
+def train_partly_used(rank, *, wrapper, policy):
+    torch.manual_seed(0)
+    model = PartlyUsed()
+    wrapped = wrap(model, wrapper)
+    # Of DistributedDataParallel alone: FSDP2 gathers and reduces on all ranks or on none.
+    is_mixed = wrapper == "ddp"
+    optimizer = gs.BlockOptimizer(wrapped, POLICIES[policy], lr=1e-2)
+    found, norms = [], []
+    for step in range(8):
+        model.uses = is_mixed and step >= 3 and rank == 1
+        wrapped(rows(step, rank=rank, world=2)).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)))
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((optimizer.unreached, optimizer.trainable, optimizer.num_steps))
+    return found, norms, whole(wrapped)
+
+
+@pytest.mark.parametrize("policy", ["uniform", "adagradselect"])
+@pytest.mark.parametrize("wrapper", ["ddp", "fully_shard", "replicate"])
+def test_what_no_rank_reaches_is_no_candidate_and_what_one_reaches_is_again(wrapper, policy):
+    first, second = succeed(train_partly_used, world=2, wrapper=wrapper, policy=policy)
+    assert first[:2] == second[:2]
+    assert all(torch.equal(weight, second[2][name]) for name, weight in first[2].items())
+    assert first[0][2][0] == ("layer.1", "layer.2")
+    assert first[0][-1][0] == (("layer.2",) if wrapper == "ddp" else ("layer.1", "layer.2"))
+    assert first[0][-1][2] >= 6

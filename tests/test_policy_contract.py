@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from policy_support import BLOCK_NAMES, NUM_STEPS, choose, make_blocks, run, through_torch
+from reach_support import parts, steps
 
-from gradselect import UsageError, policies
+from gradselect import BlockOptimizer, UsageError, policies
 from gradselect.blocks.policy import AbstractPolicy, resolve_count
 from gradselect.policies import MISA, AdaGradSelect, All, Cyclic, Fixed, GradNormTopK, Uniform
 
@@ -257,6 +258,33 @@ def test_one_block_is_enough(make: Callable[[int], AbstractPolicy]) -> None:
 def test_without_a_block_binding_raises(make: Callable[[int], AbstractPolicy]) -> None:
     with pytest.raises(UsageError, match="no block is left"):
         make(0).bind(())
+
+
+@each_policy
+def test_a_block_that_the_loss_does_not_reach_is_never_selected(make: Callable[[int], AbstractPolicy]) -> None:
+    """In the optimizer, on a model of the same blocks whose second and fourth layers are not used."""
+    dead = {"layer.1", "layer.3"}
+    model = parts(skipped=(1, 3), beside=False, head=False)
+    optimizer = BlockOptimizer(model, make(0), lr=1e-3)
+    candidates = optimizer.policy.names
+    selections = steps(model, optimizer, range(24))
+    assert len(selections) >= 22
+    assert all(dead.isdisjoint(selection) for selection in selections)
+    assert set(optimizer.unreached) == dead.intersection(candidates)
+    assert optimizer.policy.names == tuple(name for name in candidates if name not in dead)
+    assert {name for name, count in optimizer.update_counts.items() if count} <= set(optimizer.policy.names)
+
+
+@each_policy
+def test_blocks_that_drop_out_and_come_back_leave_the_state_whole(make: Callable[[int], AbstractPolicy]) -> None:
+    policy = make(0).bind(make_blocks())
+    blocks, keys = policy.candidates, policy.state().keys()
+    for step in range(NUM_STEPS):
+        policy.candidates = blocks[::2] if 10 <= step < 40 else blocks
+        selected, norms = choose(policy, step)
+        assert set(selected) <= set(policy.names)
+        policy.commit(step, selected, norms)
+    assert policy.state().keys() == keys
 
 
 BAD_SETTINGS: list[tuple[Callable[[], AbstractPolicy], str]] = [
