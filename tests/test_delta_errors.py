@@ -277,3 +277,35 @@ def test_a_place_that_cannot_be_written_to_is_said(tmp_path, models):
         delta.diff(base, tuned, path / "below" / "a_file")
     with pytest.raises(UsageError, match="could not write"):
         delta.apply(base, path, path / "out")
+
+
+def test_a_base_of_other_shapes_is_refused_and_nothing_is_written(tmp_path):
+    """It made a file of both models, and said that all of it had changed."""
+    base = write_model(tmp_path / "base", {f"layer.{n}": noise(8, 8) for n in range(4)})
+    tuned = write_model(tmp_path / "tuned", {f"layer.{n}": noise(8, 9) for n in range(4)})
+    with pytest.raises(UsageError, match=r"4 have another shape .*\(layer\.0: \[8, 8\] and \[8, 9\]\)"):
+        delta.diff(base, tuned, tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+    assert delta.diff(base, tuned, tmp_path / "d", unrelated=True).num_whole == 4
+
+
+def test_a_base_of_other_names_or_depth_is_refused(tmp_path):
+    tuned = write_model(tmp_path / "tuned", {f"layer.{n}": noise(8, 8) for n in range(12)})
+    for name, tensors in {
+        "prefixed": {f"model.layer.{n}": noise(8, 8) for n in range(12)},
+        "shallow": {f"layer.{n}": noise(8, 8) for n in range(3)},
+    }.items():
+        base = write_model(tmp_path / name, tensors)
+        with pytest.raises(UsageError, match=r"in the second \("):
+            delta.diff(base, tuned, tmp_path / "d")
+
+
+def test_a_base_of_another_vocabulary_is_refused_and_added_tokens_are_not(tmp_path):
+    """Rows of a resized embedding that came from the base are near what they were, or the layers are."""
+    rows, layers = noise(20, 8, seed=1), {f"layer.{n}": noise(8, 8, seed=n) for n in range(3)}
+    base = write_model(tmp_path / "base", {"embed": rows, **layers})
+    added = {"embed": torch.cat([rows + 0.01, noise(2, 8, seed=7)]), **layers}
+    assert delta.diff(base, write_model(tmp_path / "added", added), tmp_path / "a").num_whole == 1
+    other = {"embed": noise(30, 8, seed=9), **{name: noise(8, 8, seed=50) for name in layers}}
+    with pytest.raises(UsageError, match=r"other rows \(embed: \[20, 8\] and \[30, 8\]\)"):
+        delta.diff(base, write_model(tmp_path / "other", other), tmp_path / "o")

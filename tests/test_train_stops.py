@@ -42,7 +42,7 @@ from gradselect.app.runtime.signals import watched_signals
 from gradselect.app.train import run as run_module
 from gradselect.app.train import train
 from gradselect.app.train.checkpoints import delete_old_checkpoints, return_to
-from gradselect.app.train.run_record import save_model
+from gradselect.app.train.saving import save_model
 from gradselect.app.train.trainer import RunTrainer, TokenTrainer
 from gradselect.files.checked_json import sealed
 from gradselect.files.lock import locked

@@ -25,6 +25,7 @@ from .checkpoint import CheckpointFolder
 from .difference import write_delta
 from .file import DeltaFile, OtherSide, Side
 from .merging import MergedCheckpoint, Overlap, Whole
+from .related import check_related
 from .write import free_file, free_folder, write_checkpoint
 
 __all__ = ["DeltaSummary", "apply", "diff", "fingerprint", "merge", "revert", "summary"]
@@ -79,16 +80,18 @@ class DeltaSummary:
         return "\n".join(lines)
 
 
-def diff(base_dir: PathLike, tuned_dir: PathLike, path: PathLike) -> DeltaSummary:
+def diff(base_dir: PathLike, tuned_dir: PathLike, path: PathLike, *, unrelated: bool = False) -> DeltaSummary:
     """Write the changes from `base_dir` to `tuned_dir` into the file `path`.
 
     Args:
         base_dir: a Hugging Face checkpoint folder, one file or sharded, in safetensors.
         tuned_dir: another; it may be sharded differently, and have other tensors and small files.
         path: the delta; a new file.
+        unrelated: also write a delta between two models of which one was not trained from the other. It holds both.
 
     Raises:
-        UsageError: a folder holds no such weights, `path` is taken, or the disk is full.
+        UsageError: a folder holds no such weights, the tensors of `tuned_dir` are not those of `base_dir`, `path` is
+            taken, or the disk is full.
 
     Example:
         >>> diff("base", "tuned", "d.safetensors").num_changed_entries
@@ -96,6 +99,8 @@ def diff(base_dir: PathLike, tuned_dir: PathLike, path: PathLike) -> DeltaSummar
     """
     target = free_file(Path(path))
     base, tuned = CheckpointFolder(Path(base_dir)), CheckpointFolder(Path(tuned_dir))
+    if not unrelated:
+        check_related(base, tuned)
     with writing_aside(target) as aside:
         write_delta(aside, base, tuned)
     return summary(target)

@@ -18,25 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gradselect.files import belongs, beside_weights, is_safe
 from gradselect.usage import UsageError, matches_any
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Files that transformers reads besides the weights. Records of a run and optimizer state do not belong to a model.
-FILES = (
-    "*config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.jinja",
-    "chat_template*",
-    "*.py",
-)
-TEMPLATES = "additional_chat_templates"
+EARLIER = ("*config.json",)
+"""Names that deltas of earlier versions may list beside those that belong to a model today."""
 # An integer of the same width holds every bit pattern: NaN payloads and -0.0 are compared and kept exactly.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -210,13 +198,11 @@ def fingerprint(digests: Mapping[str, str]) -> str:
 
 
 def is_small_file(name: str) -> bool:
-    """Return True if a file of this name, relative to a checkpoint, belongs to the model."""
-    if name in (WEIGHTS, INDEX) or "\\" in name or not name.isprintable():
-        return False
-    *folders, last = name.split("/")
-    if folders:
-        return folders == [TEMPLATES] and last.endswith(".jinja")
-    return matches_any(last, FILES)
+    """Return True if a file of this name, relative to a checkpoint, may belong to the model.
+
+    Folders are those of chat templates and of modules; only the checkpoint itself knows their names.
+    """
+    return is_safe(name) and ("/" in name or belongs(name) or matches_any(name, EARLIER))
 
 
 def is_weight_file(name: str) -> bool:
@@ -224,10 +210,9 @@ def is_weight_file(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*\.safetensors", name) is not None
 
 
-def _small_files(folder: Path) -> list[str]:
-    paths = [*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")]
-    names = [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
-    return [name for name in names if is_small_file(name)]
+def _small_files(folder: Path) -> set[str]:
+    beside = beside_weights(folder)
+    return {*beside.belonging, *(name for name in beside.others if matches_any(name, EARLIER))}
 
 
 def _weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any] | None]:

@@ -101,5 +101,5 @@ def _header(parts: Mapping[str, Part], metadata: Mapping[str, str]) -> bytes:
 
 
 def _write_file(path: Path, content: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)

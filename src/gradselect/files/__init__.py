@@ -1,17 +1,26 @@
-"""Files that are whole or not there: atomic writes, checked JSON, locks, manifests."""
+"""Files that are whole or not there: atomic writes, checked JSON, locks, manifests; files of a model."""
 
 from .atomic import aside_of, flush_names, remove, write_atomically, writing_aside
 from .checked_json import read_sealed, sealed
 from .lock import LOCK_NAME, locked
 from .manifest import MANIFEST_NAME, digests_of_model, newest_whole, sha256, write_manifest
+from .model_files import BELONGING, BesideWeights, belongs, beside_weights, is_safe, module_folders
+from .model_files import FOLDERS as MODEL_FOLDERS
 
 __all__ = [
+    "BELONGING",
     "LOCK_NAME",
     "MANIFEST_NAME",
+    "MODEL_FOLDERS",
+    "BesideWeights",
     "aside_of",
+    "belongs",
+    "beside_weights",
     "digests_of_model",
     "flush_names",
+    "is_safe",
     "locked",
+    "module_folders",
     "newest_whole",
     "read_sealed",
     "remove",

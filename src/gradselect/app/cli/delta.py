@@ -22,9 +22,17 @@ NewFolder = Annotated[str, typer.Argument(help="New folder to write.", metavar="
 
 
 @app.command()
-def diff(base: Base, tuned: Tuned, path: NewDelta) -> None:
+def diff(
+    base: Base,
+    tuned: Tuned,
+    path: NewDelta,
+    unrelated: Annotated[
+        bool,
+        typer.Option("--unrelated", help="Write it even if TUNED was not trained from BASE."),
+    ] = False,
+) -> None:
     """Write the changes from BASE to TUNED into the new file DELTA."""
-    typer.echo(delta.diff(base, tuned, path))
+    typer.echo(delta.diff(base, tuned, path, unrelated=unrelated))
 
 
 @app.command()

@@ -25,8 +25,21 @@ from gradselect.app.models import (
     load_configuration,
     load_text_tokenizer,
     load_weights,
+    merge_command,
+    num_trainable,
+    quantisation_of,
 )
-from gradselect.app.recipe import ChatData, ClassificationData, Data, FileData, ModelSettings, PromptCompletionData
+from gradselect.app.recipe import (
+    AbstractAdapterMethod,
+    AbstractFreeMaskMethod,
+    ChatData,
+    ClassificationData,
+    Data,
+    FileData,
+    ModelSettings,
+    PromptCompletionData,
+    Recipe,
+)
 from gradselect.app.runtime import machine_bytes
 from gradselect.usage import first_line
 
@@ -49,6 +62,35 @@ def load_model(settings: ModelSettings, *, seed: int = 0, device: str = "cpu") -
     except ValueError as error:
         raise UsageError(f"model.path={settings.path!r} cannot be used: {first_line(error)}") from error
     return model
+
+
+def check_base_can_train(recipe: Recipe) -> None:
+    """Check that the method trains something of a quantised base, before its weights are loaded.
+
+    Raises:
+        UsageError: the base is quantised, and the method trains its own weights.
+    """
+    settings, method = recipe.model, recipe.method
+    adapter = method.adapter if isinstance(method, AbstractFreeMaskMethod) else method
+    if settings.random_weights or isinstance(adapter, AbstractAdapterMethod):
+        return
+    origin = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    try:
+        config = load_configuration(settings.path, key="model.path", **origin)
+    except UsageError:
+        return  # no configuration, or a damaged one: loading says more
+    quantised = quantisation_of(config)
+    if quantised is None:
+        return
+    is_classifier = isinstance(recipe.data, ClassificationData)
+    kind = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    found = num_trainable(config, kind, trust_remote_code=settings.trust_remote_code)
+    count = "few of its weights" if found is None else f"about {found[0]:,} of its {found[1]:,} weights"
+    raise UsageError(
+        f"model.path={settings.path!r} is quantised ({quantised}): {count} can train, its embeddings, head and norms; "
+        f"no gradient moves the others, and method.name={method.name} trains the model's own weights. Write "
+        "method.name=lora, which trains an adapter beside them; or give a copy of the model that is not quantised"
+    )
 
 
 def load_classifier(
@@ -166,12 +208,14 @@ def _load(
     if settings.random_weights:
         _check_configuration(settings.path)
         config = load_configuration(settings.path, key="model.path", most_weights=machine_bytes(), **origin, **options)
+        # Drawn weights are plain numbers, and the saved configuration must not say otherwise.
+        config.__dict__.pop("quantization_config", None)
         set_seed(seed)
         with torch.device(device):
             model = draw_weights(kind, config, dtype=settings.dtype, attention=attention)
         return model, ()
     _check_folder(settings.path)
-    return load_weights(
+    model, missing = load_weights(
         kind,
         settings.path,
         key="model.path",
@@ -180,6 +224,16 @@ def _load(
         attn_implementation=attention,
         **origin,
         **options,
+    )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UsageError(_adapter_as_base(settings.path))
+    return model, missing
+
+
+def _adapter_as_base(path: str) -> str:
+    return (
+        f"model.path={path!r} is an adapter: training would change its base too, and save the adapter only. Merge it "
+        f"first, and give the merged model: {merge_command(path)}"
     )
 
 
@@ -210,3 +264,5 @@ def _check_configuration(path: str) -> None:
 def _check_folder(path: str) -> None:
     if path.startswith((".", "/", "~")) and not Path(path).is_dir():
         raise UsageError(f"model.path={path!r}: no such folder; paths are relative to the folder the command runs in")
+    if (Path(path) / "adapter_config.json").is_file():
+        raise UsageError(_adapter_as_base(path))

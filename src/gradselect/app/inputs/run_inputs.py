@@ -12,7 +12,15 @@ from gradselect.app.models import check_tokens
 from gradselect.app.recipe import ClassificationData, FileData, RandomData, Recipe
 
 from .examples import Examples, random_examples, render_examples, stand_in_tokenizer
-from .model import load_classifier, load_config, load_model, load_tokenizer, num_embeddings, resolve_max_length
+from .model import (
+    check_base_can_train,
+    load_classifier,
+    load_config,
+    load_model,
+    load_tokenizer,
+    num_embeddings,
+    resolve_max_length,
+)
 from .tokenization import tokenize_examples
 
 
@@ -91,6 +99,7 @@ def _read_files(recipe: Recipe, data: FileData) -> Inputs:
     rendered = render_examples(data, seed=seed)
     tokenizer = load_tokenizer(recipe.model, data)
     examples = tokenize_examples(rendered, data, tokenizer)
+    check_base_can_train(recipe)
     if isinstance(data, ClassificationData):
         model, head = load_classifier(recipe.model, labels=examples.labels, tokenizer=tokenizer, seed=seed)
     else:
@@ -101,6 +110,7 @@ def _read_files(recipe: Recipe, data: FileData) -> Inputs:
 
 
 def _read_random(recipe: Recipe, data: RandomData) -> Inputs:
+    check_base_can_train(recipe)
     model, tokenizer = load_model(recipe.model, seed=recipe.run.seed, device=_device(recipe)), stand_in_tokenizer()
     max_length = resolve_max_length(data, config=model.config, tokenizer=tokenizer)
     check_tokens(model, tokenizer)

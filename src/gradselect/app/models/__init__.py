@@ -1,5 +1,6 @@
 """Pretrained models and tokenizers, from disk or from the hub, checked before they are loaded."""
 
+from .folder import files_beside_weights
 from .pretrained import (
     check_complete,
     check_tokens,
@@ -9,6 +10,7 @@ from .pretrained import (
     load_text_tokenizer,
     load_weights,
 )
+from .quantised import is_quantised, merge_command, num_trainable, quantisation_of
 from .tokens import encode_texts
 
 __all__ = [
@@ -17,7 +19,12 @@ __all__ = [
     "context_of",
     "draw_weights",
     "encode_texts",
+    "files_beside_weights",
+    "is_quantised",
     "load_configuration",
     "load_text_tokenizer",
     "load_weights",
+    "merge_command",
+    "num_trainable",
+    "quantisation_of",
 ]

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from gradselect import Keep, UsageError
-from gradselect.app.inputs import Inputs
-from gradselect.app.models import draw_weights, load_configuration
+from gradselect.app.inputs import Inputs, check_base_can_train
+from gradselect.app.models import draw_weights, load_configuration, quantisation_of
 from gradselect.app.recipe import (
     AbstractBlockMethod,
     AbstractMaskMethod,
@@ -97,7 +97,7 @@ class RecipePlanner:
             checkpointing=recipe.model.gradient_checkpointing,
         )
         steps = plan_steps(training, options.get("policy", options.get("mask")), forward)
-        return Plan(steps=steps, notes=_notes(recipe))
+        return Plan(steps=steps, notes=_notes(recipe, cast(Any, prepared.model).config))
 
     def _prepare(self, recipe: Recipe) -> _Prepared:
         method = recipe.method.model_dump(mode="json", exclude={"residency"})
@@ -135,6 +135,7 @@ def _length(recipe: Recipe, model: nn.Module) -> int:
 
 def _prepare(recipe: Recipe) -> _Prepared:
     model = meta_model(recipe)
+    check_base_can_train(recipe)
     base = f"{model.base_model_prefix}."
     is_classifier = isinstance(recipe.data, ClassificationData)
     head = [name for name, _ in model.named_parameters() if not name.startswith(base)] if is_classifier else []
@@ -195,7 +196,7 @@ def _trainer_has_chunks() -> bool:
     return "add_fused_lm_head" in vars(trl.trainer.utils)
 
 
-def _notes(recipe: Recipe) -> tuple[str, ...]:
+def _notes(recipe: Recipe, config: Any) -> tuple[str, ...]:
     notes = []
     if recipe.data.max_length is None:
         notes.append(
@@ -203,4 +204,9 @@ def _notes(recipe: Recipe) -> tuple[str, ...]:
         )
     if isinstance(recipe.data, ClassificationData) and recipe.data.labels is None and not recipe.data.regression:
         notes.append("data.labels is not set: the plan assumes a head with two outputs")
+    if not recipe.model.random_weights and (quantised := quantisation_of(config)):
+        notes.append(
+            f"the base is quantised ({quantised}), and the plan counts its weights in {recipe.model.dtype}: they will "
+            "take less"
+        )
     return tuple(notes)

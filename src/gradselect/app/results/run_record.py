@@ -175,6 +175,26 @@ class RunRecord(Record):
     machine: MachineFacts = MachineFacts()
 
 
+class SavedModel(Record):
+    """The folder that a run leaves.
+
+    Attributes:
+        form: "adapter" on a quantised base, which it cannot be merged into.
+        beside_the_weights: files copied from the base's folder.
+        left_out: files and folders of the base that were not copied, such as its README.md.
+        untrained_weights: those among them that hold the base's weights in other formats.
+        eos_token_ids: tokens that end a generated text; None for a model that writes none.
+        turn_ends: those among them that the data added to the base's.
+    """
+
+    form: Literal["model", "adapter"] = "model"
+    beside_the_weights: list[str] = Field(default_factory=list)
+    left_out: list[str] = Field(default_factory=list)
+    untrained_weights: list[str] = Field(default_factory=list)
+    eos_token_ids: list[int] | None = None
+    turn_ends: list[str] = Field(default_factory=list)
+
+
 class FinishedRun(RunRecord):
     """A training run that has ended well.
 
@@ -192,6 +212,7 @@ class FinishedRun(RunRecord):
     tokens: int
     tokens_per_second: Number | None = None
     notes: list[str] = Field(default_factory=list)
+    saved: SavedModel | None = None
     steps_by_kind: dict[str, int] = Field(default_factory=dict)
     median_step_seconds: dict[str, Number] = Field(default_factory=dict)
     training_seconds: Number

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, set_seed
 
 from gradselect import UsageError, partition
 from gradselect.app.inputs import Inputs
+from gradselect.app.models import quantisation_of
 from gradselect.app.recipe import (
     AbstractAdapterMethod,
     AbstractBlockMethod,
@@ -181,6 +182,7 @@ def _adamw_options(recipe: Recipe) -> dict[str, Any]:
 def _adapt(inputs: Inputs, method: AbstractAdapterMethod, *, seed: int) -> PeftModel:
     """Return the model with an adapter, initialised with `seed`. Only adapter and classification head train."""
     model, head = inputs.model, _modules_of_head(inputs)
+    _check_takes_adapter(model)
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding).rpartition(".")[2]
     set_seed(seed)
@@ -200,6 +202,17 @@ def _adapt(inputs: Inputs, method: AbstractAdapterMethod, *, seed: int) -> PeftM
                 f"add method.options.modules_to_save={head}"
             )
     return adapted
+
+
+def _check_takes_adapter(model: Any) -> None:
+    """Check that gradients pass through the weights of a quantised base."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_trainable:
+        name = quantisation_of(model.config) or type(quantizer).__name__
+        raise UsageError(
+            f"the base is quantised ({name}), and transformers cannot train through weights of that kind; give a copy "
+            "of the model that is not quantised, or one in bitsandbytes 4-bit"
+        )
 
 
 def _modules_of_head(inputs: Inputs) -> list[str]:

@@ -13,8 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from gradselect import BlockOptimizer, SparseOptimizer
+from gradselect.app.models import merge_command
 from gradselect.app.recipe import ClassificationData, FileData, PromptCompletionData, RandomData, Recipe
-from gradselect.app.results import FinishedRun, RunRecord
+from gradselect.app.results import FinishedRun, RunRecord, SavedModel
 from gradselect.app.runtime import RunFolder
 
 from .meter import Meter
@@ -147,10 +148,32 @@ def show_summary(console: Console, end: FinishedRun, *, recipe: Recipe, folder: 
     if isinstance(recipe.data, RandomData):
         _print(console, *lines, f"record of the run in {folder.run_file}; a model trained on random tokens is not kept")
         return
-    lines.append(f"model in {folder.root}, record of the run in {folder.run_file}")
+    lines += _saved_lines(end.saved or SavedModel(), recipe=recipe, folder=folder)
     if num_messages:
         lines.append(f"{num_messages} messages from libraries in {folder.messages_file}")
     _print(console, *lines, f"next: {_next_command(recipe, recipe.data)}")
+
+
+def _saved_lines(saved: SavedModel, *, recipe: Recipe, folder: RunFolder) -> list[str]:
+    """Say what is in the folder of the run beside the weights, and what is not."""
+    if saved.form == "adapter":
+        lines = [
+            f"adapter in {folder.root}, record of the run in {folder.run_file}. Its base {recipe.model.path} is "
+            "quantised and cannot take the sum: it stays as it is. To merge it into an unquantised copy of the base:",
+            f"  {merge_command(folder.adapter, base='UNQUANTISED_BASE')}",
+        ]
+    else:
+        lines = [f"model in {folder.root}, record of the run in {folder.run_file}"]
+    beside = [f"copied from the base: {_named(saved.beside_the_weights)}"] if saved.beside_the_weights else []
+    if saved.untrained_weights:
+        beside.append(f"left out, because they hold its untrained weights: {_named(saved.untrained_weights)}")
+    if saved.turn_ends:
+        beside.append(f"generate() also stops at {', '.join(saved.turn_ends)}")
+    return lines + (["; ".join(beside)] if beside else [])
+
+
+def _named(names: Sequence[str], *, most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _next_command(recipe: Recipe, data: FileData) -> str:

@@ -35,10 +35,10 @@ from .run_record import (
     check_same_run,
     describe_end,
     describe_start,
-    save_model,
     write_run,
     write_start,
 )
+from .saving import base_folder, save_model, turn_end_notes, turn_ends
 from .setup import build_trainer
 from .trainer import RunTrainer
 
@@ -65,6 +65,8 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         start = start.model_copy(update={"token_counts": trainer.token_counts})
         if is_rank_0() and folder.run_file.exists():
             check_same_rows(folder, trainer.token_counts)
+        beside, ends = (base_folder(recipe), turn_ends(recipe, inputs)) if is_rank_0() else (None, ())
+        notes += turn_end_notes(recipe, ends)
         barrier()  # rank 0 has found the folder usable
         if is_rank_0():
             return_to(folder, checkpoint, damaged=damaged, keep=recipe.run.keep_checkpoints)
@@ -78,9 +80,10 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
 
             # 4 save; run.json says "finished" only when everything else is written
             if is_rank_0():
+                saved = None
                 if not isinstance(recipe.data, RandomData):
-                    save_model(trainer, inputs.tokenizer, folder=folder)
-                end = describe_end(start, trainer, meter, folder=folder, notes=notes)
+                    saved = save_model(trainer, inputs.tokenizer, folder=folder, beside=beside, ends=ends)
+                end = describe_end(start, trainer, meter, folder=folder, notes=notes, saved=saved)
                 write_run(folder, end)
                 show_summary(console, end, recipe=recipe, folder=folder, num_messages=len(messages))
             barrier()

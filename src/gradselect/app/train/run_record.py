@@ -10,18 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
-from gradselect import BlockOptimizer, SparseOptimizer, UsageError, __version__, sparsegrad
+from gradselect import BlockOptimizer, SparseOptimizer, UsageError, __version__
 from gradselect.app.inputs import Inputs, fingerprint
 from gradselect.app.recipe import Recipe, dump_recipe, todays_recipe
-from gradselect.app.results import FinishedRun, RunRecord, TokenCounts, read_finished_run, read_run
+from gradselect.app.results import FinishedRun, RunRecord, SavedModel, TokenCounts, read_finished_run, read_run
 from gradselect.app.runtime import RunFolder, num_processes
-from gradselect.files import flush_names, sealed, write_manifest, writing_aside
+from gradselect.files import sealed, writing_aside
 from gradselect.usage import find_differences
 
 from .meter import Meter
@@ -73,7 +71,13 @@ def describe_start(recipe: Recipe, inputs: Inputs, *, command: Sequence[str]) ->
 
 
 def describe_end(
-    start: RunRecord, trainer: RunTrainer, meter: Meter, *, folder: RunFolder, notes: Sequence[str]
+    start: RunRecord,
+    trainer: RunTrainer,
+    meter: Meter,
+    *,
+    folder: RunFolder,
+    notes: Sequence[str],
+    saved: SavedModel | None = None,
 ) -> FinishedRun:
     """Complete the record after the last step. Tokens, seconds and bytes cover this session, the rest the whole run."""
     history = trainer.state.log_history
@@ -90,6 +94,7 @@ def describe_end(
         "tokens": trainer.num_tokens,
         "tokens_per_second": trainer.num_tokens / meter.total_seconds if meter.total_seconds else None,
         "notes": list(notes),
+        **({} if saved is None else {"saved": saved.values()}),
         **meter.describe(),
         "flop": describe_flop(optimizer.optimizer, folder.records_file),
         "selection": describe_selection(optimizer.optimizer, folder.records_file),
@@ -162,31 +167,6 @@ def as_json(value: Any) -> str:
     """Format as indented JSON with each list of numbers on one line: a run has thousands of steps."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     return _LIST_OF_NUMBERS.sub(lambda found: "[" + " ".join(found.group(1).split()) + "]", text)
-
-
-def save_model(trainer: RunTrainer, tokenizer: PreTrainedTokenizerBase, *, folder: RunFolder) -> None:
-    """Write a plain checkpoint into the folder of the run. An adapter is merged into it and also kept beside it.
-
-    Folds the rotations of `sparsegrad`, so the model cannot train after this.
-    """
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    if any(isinstance(module, sparsegrad.RotatedLinear) for module in model.modules()):
-        cast(Any, trainer.optimizer).optimizer.close()
-        sparsegrad.fold(model)
-    if isinstance(model, PeftModel):
-        with writing_aside(folder.adapter) as aside:
-            model.save_pretrained(str(aside))
-        model = model.merge_and_unload()
-    ready = folder.root / "model"
-    with writing_aside(ready) as aside:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        write_manifest(aside, step=trainer.state.global_step)
-    # config.json comes last: a folder without it is no model, so there is a whole model or none.
-    for file in sorted(ready.iterdir(), key=lambda file: file.name == "config.json"):
-        os.replace(file, folder.root / file.name)
-    flush_names(folder.root)
-    ready.rmdir()
 
 
 def _last(history: Sequence[Mapping[str, float]], key: str) -> float | None:

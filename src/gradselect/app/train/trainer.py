@@ -245,6 +245,14 @@ class RunTrainer(Trainer):
 class TokenTrainer(RunTrainer, SFTTrainer):
     """`RunTrainer` for language models, with TRL's templates, packing and loss masks."""
 
+    def __init__(self, *, model: nn.Module, **others: Any) -> None:
+        trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+        super().__init__(model=model, **others)
+        for parameter, values in trained:
+            if parameter.dtype != values.dtype:
+                # TRL casts an adapter on a 4-bit base to bfloat16, which swallows small updates and does not resume.
+                parameter.data = values
+
     def _skip(self, model: nn.Module, fault: Fault, *, value: float | None) -> None:
         super()._skip(model, fault, value=value)
         metrics = self._metrics["train"]
