@@ -393,7 +393,7 @@ def test_a_run_killed_while_its_model_gets_its_place_has_no_model_or_a_whole_one
 
         with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
             patch.setattr("os.replace", killed)
-            save_model(trainer, inputs.tokenizer, folder=folder)
+            save_model(trainer, inputs, folder=folder)
             break
         assert not (folder.root / "config.json").exists()
     # The folder gets its name, then each file its place.

@@ -48,8 +48,8 @@ def check_related(base: CheckpointFolder, tuned: CheckpointFolder) -> None:
     if found:
         raise UsageError(
             f"{base.folder} is not the model that {tuned.folder} was trained from: of {len(ours):,} tensors "
-            f"{'; '.join(found)}. The delta would hold both models. Name the base of the training, which run.json has as "
-            "recipe.model.path; or write it all the same: unrelated=True (--unrelated)"
+            f"{'; '.join(found)}. The delta would hold both models. Name the base of the training, which run.json has "
+            "as recipe.model.path; or write it all the same: unrelated=True (--unrelated)"
         )
 
 

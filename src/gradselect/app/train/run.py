@@ -47,8 +47,7 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
     """Carry out a recipe; see `train`. `messages` is the growing list of the libraries' messages."""
     take_device(recipe.run.device)
     folder = RunFolder(Path(recipe.run.output))
-    if not is_rank_0():
-        console = Console(quiet=True)
+    console = console if is_rank_0() else Console(quiet=True)
     with claimed(folder, resume=resume, messages=messages) if is_rank_0() else nullcontext():
         # 1 read the inputs
         inputs = read_inputs(recipe)
@@ -61,12 +60,12 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         # 2 set up
         with _explained(recipe, folder):
             trainer = build_trainer(recipe, inputs, folder=folder)
-        notes = [*inputs.examples.notes, *row_notes(trainer.token_counts, recipe.data, max_length=inputs.max_length)]
+        beside, ends = base_folder(recipe), turn_ends(recipe, inputs)
+        counted = row_notes(trainer.token_counts, recipe.data, max_length=inputs.max_length)
+        notes = [*inputs.examples.notes, *counted, *turn_end_notes(recipe, ends)]
         start = start.model_copy(update={"token_counts": trainer.token_counts})
         if is_rank_0() and folder.run_file.exists():
             check_same_rows(folder, trainer.token_counts)
-        beside, ends = (base_folder(recipe), turn_ends(recipe, inputs)) if is_rank_0() else (None, ())
-        notes += turn_end_notes(recipe, ends)
         barrier()  # rank 0 has found the folder usable
         if is_rank_0():
             return_to(folder, checkpoint, damaged=damaged, keep=recipe.run.keep_checkpoints)
@@ -80,9 +79,8 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
 
             # 4 save; run.json says "finished" only when everything else is written
             if is_rank_0():
-                saved = None
-                if not isinstance(recipe.data, RandomData):
-                    saved = save_model(trainer, inputs.tokenizer, folder=folder, beside=beside, ends=ends)
+                is_kept = not isinstance(recipe.data, RandomData)
+                saved = save_model(trainer, inputs, folder=folder, beside=beside, ends=ends) if is_kept else None
                 end = describe_end(start, trainer, meter, folder=folder, notes=notes, saved=saved)
                 write_run(folder, end)
                 show_summary(console, end, recipe=recipe, folder=folder, num_messages=len(messages))

@@ -15,7 +15,7 @@ from gradselect.app.inputs import Inputs, end_of_turn_tokens
 from gradselect.app.models import files_beside_weights, is_quantised
 from gradselect.app.recipe import ChatData, PromptCompletionData, RandomData, Recipe
 from gradselect.app.results import SavedModel
-from gradselect.app.runtime import RunFolder
+from gradselect.app.runtime import RunFolder, is_rank_0
 from gradselect.files import BesideWeights, flush_names, remove, write_manifest, writing_aside
 
 from .trainer import RunTrainer
@@ -48,14 +48,14 @@ def turn_end_notes(recipe: Recipe, ends: Sequence[int]) -> list[str]:
 
 def base_folder(recipe: Recipe) -> BesideWeights | None:
     """Return the files beside the weights of the recipe's base; None if nothing is saved, or it has no folder."""
-    if isinstance(recipe.data, RandomData):
+    if isinstance(recipe.data, RandomData) or not is_rank_0():
         return None
     return files_beside_weights(recipe.model.path, revision=recipe.model.revision)
 
 
 def save_model(
     trainer: RunTrainer,
-    tokenizer: PreTrainedTokenizerBase,
+    inputs: Inputs,
     *,
     folder: RunFolder,
     beside: BesideWeights | None = None,
@@ -68,7 +68,7 @@ def save_model(
 
     Args:
         trainer: after its last step.
-        tokenizer: written beside the weights.
+        inputs: their tokenizer is written beside the weights.
         folder: folder of the run.
         beside: files beside the weights of the base; those that belong to the model are copied.
         ends: tokens that end what the model has learned to write. `generate()` will stop at them.
@@ -93,11 +93,11 @@ def save_model(
                 model.generation_config.save_pretrained(aside)
         else:
             model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        inputs.tokenizer.save_pretrained(aside)
         copied = {} if form == "adapter" or beside is None else _copy_beside(aside, model, beside)
         write_manifest(aside, step=trainer.state.global_step)
     _move_up(folder.root / "model")
-    return SavedModel.model_validate({"form": form, **copied, **_described_ends(model, tokenizer, added)})
+    return SavedModel.model_validate({"form": form, **copied, **_described_ends(model, inputs.tokenizer, added)})
 
 
 def _stop_at(model: Any, ends: Sequence[int]) -> list[int]:
