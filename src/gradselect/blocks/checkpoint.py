@@ -57,9 +57,9 @@ def write_state_dict(optimizer: BlockOptimizer, state_dict: dict[str, Any]) -> d
         "num_passes": optimizer._hooks.num_passes_before,
         "weights": optimizer._watch.fingerprints() if optimizer.num_steps else {},
         "reach": optimizer._reach.state(),
+        "with_state": [name for number, name in enumerate(table.names) if state_dict["state"].get(number)],
     }
     if any(map(is_dtensor, table.all())):
-        selection["with_state"] = [table.names[number] for number, state in state_dict["state"].items() if state]
         state_dict["state"] = states.filled(state_dict["state"], is_to_load=not optimizer._may_freeze())
     state_dict["param_groups"][0]["selection"] = as_text(selection)
     return state_dict

@@ -256,6 +256,11 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         return self._table.blocks
 
     @property
+    def always_trained(self) -> tuple[str, ...]:
+        """Names of the parameters that train at every step, whatever the policy selects."""
+        return tuple(name for block in self._always for name in self._table.members[block])
+
+    @property
     def update_counts(self) -> dict[str, int]:
         """Number of updates of each block."""
         return dict(self._update_counts)
@@ -310,6 +315,10 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self._in_backward.open()
         self._reach.begin(self._reach.state())
         self._propose()
+
+    def _make_state(self) -> None:
+        for parameter in self._table.all():
+            self._states.of(parameter)
 
     def _is_idle(self) -> bool:
         return super()._is_idle() and not self._in_backward.has_moved and not any(self._observer.norms().values())

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from gradselect.core import Block, can_train, is_frozen_for_now, nothing_trains, settle
+from gradselect.parallel import check_module
 from gradselect.usage import UsageError, as_tuple, matches_any, matching, nearest, parent
 
 from .structure import Layout, Place
@@ -163,6 +164,7 @@ def check_partition(model: nn.Module, blocks: Sequence[Block]) -> tuple[Block, .
 
 def names_of_trained(model: nn.Module) -> dict[Parameter, list[str]]:
     """Every parameter that trains with all of its names; a tied one has several, that of `named_parameters()` first."""
+    check_module(model)
     settle(model.parameters())
     names: dict[Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -3,7 +3,7 @@
 from .adamw import AdamWRule
 from .adamw_8bit import AdamW8bitRule
 from .block import Block
-from .checkpoint_identity import NOT_OF_A_GROUP, as_text, check_same, selection_of, states_by_name
+from .checkpoint_identity import NOT_OF_A_GROUP, as_text, check_present, check_same, selection_of, states_by_name
 from .freezing import Ownership, freeze, is_frozen_for_now, settle
 from .gradients import AbstractGradientHooks, at_end_of_pass, dense, gradient_norm, norm_of, squared_norm
 from .masters import take_over
@@ -54,6 +54,7 @@ __all__ = [
     "at_end_of_pass",
     "below",
     "can_train",
+    "check_present",
     "check_same",
     "check_shards",
     "dense",

@@ -8,7 +8,10 @@ from typing import Any, Protocol
 
 from gradselect.usage import UsageError, find_differences
 
-NOT_OF_A_GROUP = ("params", "param_names", "selection")
+SELECTION_KEY = "selection"
+"""Key of the first parameter group; in a state_dict it holds the selection as text, else nothing."""
+
+NOT_OF_A_GROUP = ("params", "param_names", SELECTION_KEY)
 """Keys of a saved parameter group that are no hyper-parameters."""
 
 
@@ -58,25 +61,47 @@ def selection_of(state_dict: Mapping[str, Any], *, kind: str = "BlockOptimizer")
     """
     if "selection" in state_dict:
         return state_dict["selection"]
-    if "selection" not in state_dict["param_groups"][0]:
+    if not state_dict["param_groups"][0].get(SELECTION_KEY):
         raise UsageError(
             f"this state_dict was not written by {kind}: it has no key 'selection', not even in its first parameter "
             "group. If something rebuilds state_dicts on the way, let it keep the keys of the groups, or save and load "
             "with gradselect.integrations.distributed"
         )
-    return json.loads(state_dict["param_groups"][0]["selection"])
+    return json.loads(state_dict["param_groups"][0][SELECTION_KEY])
 
 
 def states_by_name(
     state_dict: Mapping[str, Any], selection: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Return the state of each parameter, by name; empty where zeros stand for a missing state."""
+    """Return the state of each parameter, by name; empty where zeros stand for a missing state.
+
+    Raises:
+        UsageError: a state that was written is not there any more.
+    """
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     with_state = selection.get("with_state", names)
-    return {
+    states = {
         name: state_dict["state"].get(key, {}) if name in with_state else {}
         for name, key in zip(names, keys, strict=True)
     }
+    if "with_state" in selection:
+        check_present(states, [name for name in with_state if name in states])
+    return states
+
+
+def check_present(states: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Check that the state of these parameters is in a state_dict.
+
+    Raises:
+        UsageError: it is not; names the first.
+    """
+    missing = [name for name in names if not states[name]]
+    if missing:
+        raise UsageError(
+            f"the state of {len(missing)} of {len(names)} parameters was lost on the way, of {missing[0]!r} first. "
+            "torch.distributed.checkpoint.state_dict keeps the state of trainable parameters only; save and load with "
+            "gradselect.integrations.distributed"
+        )
 
 
 def _plain(value: Any) -> Any:

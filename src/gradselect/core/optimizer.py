@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from gradselect.usage import UsageError, check_whole
 
 from .block import Block
-from .checkpoint_identity import CheckpointFormat, selection_of
+from .checkpoint_identity import SELECTION_KEY, CheckpointFormat, selection_of
 from .gradients import total_norm
 from .holding import AbstractHoldingOptimizer
 from .parameter_groups import ParameterTable, decay_groups
@@ -61,6 +61,8 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
         groups = decay_groups(blocks, no_decay=update.no_decay, weight_decay=update.weight_decay)
         super().__init__(groups, update.group_options())
         self._is_built = True
+        # Helpers that take a state_dict apart keep the keys of the groups that they find in a new optimizer.
+        self.param_groups[0][SELECTION_KEY] = ""
         self.state = StateStore(dict)
         self.rule = update.rule
         self._skip_nonfinite = update.skip_nonfinite
@@ -238,6 +240,7 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
         """
         self._ownership.check(self._table.all())
         if self._is_idle():
+            self._make_state()
             self.zero_grad()
             return True
         if not self.skip_nonfinite or math.isfinite(norm := self.grad_norm):
@@ -258,6 +261,9 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
         `torch.distributed.checkpoint.state_dict` and torchtitan step an optimizer so.
         """
         return not self._has_rate() and self.grad_norm == 0.0
+
+    def _make_state(self) -> None:
+        """Make the state of all parameters: whoever asks for it, by an idle step, is about to load into it."""
 
     def _has_rate(self) -> bool:
         return any(float(group["lr"]) for group in self.param_groups)

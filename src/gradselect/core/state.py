@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradselect.parallel import as_dtensor, local_part, local_part_like
+from gradselect.parallel import as_dtensor, is_running, local_part, local_part_like
 from gradselect.usage import UsageError
 
 from .gradients import dense
@@ -31,13 +31,14 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class StateStore(defaultdict[Tensor, State]):
-    """State by parameter, as in torch's optimizers, but true even when empty; make it with `StateStore(dict)`.
+    """State by parameter, as in torch's optimizers; make it with `StateStore(dict)`.
 
-    `torch.distributed.checkpoint.state_dict` steps an optimizer whose state is false.
+    Under torch.distributed it is true even when empty: `torch.distributed.checkpoint.state_dict` steps an optimizer whose
+    state is false, to have tensors to load into. On shards a state_dict gives it zeros instead, which take no memory.
     """
 
     def __bool__(self) -> bool:
-        return True
+        return len(self) > 0 or is_running()
 
 
 class BlockStates:
@@ -143,7 +144,14 @@ class BlockStates:
         if not self._store.get(parameter):
             self._store[parameter] = state = self._make(local_part(parameter))
             self._mover.adopt(state, self._large(state))
-        return self._store[parameter]
+        state = self._store[parameter]
+        if any(name not in state for name in self._rule.state_names):
+            raise UsageError(
+                f"something else keeps {', '.join(map(repr, state))} in the optimizer's state: a wrapper such as "
+                "schedule-free's averages weights that it believes to move at every step, and most blocks do not; use "
+                "the optimizer without it, with a schedule of torch.optim.lr_scheduler"
+            )
+        return state
 
     def update(
         self, parameters: Sequence[Parameter], group: Mapping[str, Any], *, gradient: Tensor | None = None

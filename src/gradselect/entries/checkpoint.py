@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gradselect.core import NOT_OF_A_GROUP, as_text, check_same, selection_of
+from gradselect.core import NOT_OF_A_GROUP, as_text, check_present, check_same, selection_of
 from gradselect.usage import UsageError
 
 from .selector import Change
@@ -66,6 +66,7 @@ def read_state_dict(optimizer: SparseOptimizer, state_dict: Mapping[str, Any]) -
         group.update({key: value for key, value in saved.items() if key not in NOT_OF_A_GROUP})
     states = {name: state_dict["state"].get(index, {}) for index, name in enumerate(optimizer._table.names)}
     entries, shards = optimizer._entries, optimizer._shards
+    check_present(states, list(entries.names))
     whole = {name: {} if name in entries.names else state for name, state in states.items()}
     optimizer._states.load(whole, resident=optimizer._dense.names)
     entries.load({name: shards.local_state(name, states[name]) for name in entries.names})

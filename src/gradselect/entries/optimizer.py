@@ -218,6 +218,11 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         }
 
     @property
+    def always_trained(self) -> tuple[str, ...]:
+        """Names of the parameters that train whole at every step."""
+        return tuple(self._always)
+
+    @property
     @torch.no_grad()
     def grad_norm(self) -> float:
         unread = self._entries.squared_norms_of(self._reader.unread, decides=self._selector.can_select)

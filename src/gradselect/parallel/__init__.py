@@ -17,7 +17,7 @@ from .tensors import (
     naming_the_collective,
     shard_groups,
 )
-from .wrappers import check_placement, unwrapped, unwrapping
+from .wrappers import check_module, check_placement, unwrapped, unwrapping
 
 __all__ = [
     "Groups",
@@ -25,6 +25,7 @@ __all__ = [
     "SquareSums",
     "as_dtensor",
     "check_alike",
+    "check_module",
     "check_placement",
     "collective_device",
     "full_tensor",

@@ -26,12 +26,27 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return innermost
 
 
+def check_module(model: object) -> None:
+    """Check that `model` is a module.
+
+    Raises:
+        UsageError: it is not, but its parameters, for example.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"expected a model (torch.nn.Module), got {type(model).__name__}; pass the model itself and not "
+            "model.parameters(), e.g. gs.BlockOptimizer(model, policy=gs.AdaGradSelect(fraction=0.2)): parameters are "
+            "found by their names in it"
+        )
+
+
 def check_placement(model: nn.Module) -> None:
     """Check that all parameters are materialised, on one device, and not hidden by a wrapper.
 
     Raises:
         UsageError: names the parameter or wrapper, and what to write instead.
     """
+    check_module(model)
     if any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__):
         raise UsageError(
             "a DeepSpeed engine steps an optimizer of its own and hides gradients from others; train the model itself, "

@@ -15,7 +15,14 @@ from transformers.trainer_utils import has_length
 from gradselect import BlockOptimizer, JsonlWriter, SparseOptimizer, UsageError
 
 from .checkpointing import keep_backward_short
-from .checks import check_clipping, check_deepspeed, check_resumed, say_explore_steps, warn_of_settings
+from .checks import (
+    check_clipping,
+    check_deepspeed,
+    check_resumed,
+    say_explore_steps,
+    warn_of_new_tokens,
+    warn_of_settings,
+)
 from .frames import call_after_training, caller_of
 from .log_values import summarise
 
@@ -100,6 +107,7 @@ class SelectionCallback(TrainerCallback):
             say_explore_steps(optimizer, num_steps=state.max_steps)
         else:
             self._take_over_clipping(args, optimizer)
+        warn_of_new_tokens(parts["model"], optimizer)
         # The Trainer knows in each micro-batch whether a step follows; a stream has no length to count by.
         optimizer.accumulation_steps = 1
         optimizer.count_passes_if(_step_follows)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from transformers import TrainerState, TrainingArguments
+from torch import nn
+from transformers import AutoConfig, TrainerState, TrainingArguments
 
 from gradselect import BlockOptimizer, SparseOptimizer, UsageError
 
@@ -47,6 +48,39 @@ def check_deepspeed(args: TrainingArguments) -> None:
             "buffers of its own, in which no block can be selected; leave deepspeed out, and shard with FSDP2 "
             "(fsdp='full_shard', fsdp_config={'version': 2}) or train replicas with DDP (start with torchrun)"
         )
+
+
+def warn_of_new_tokens(model: nn.Module, optimizer: BlockOptimizer | SparseOptimizer) -> None:
+    """Warn of embedding rows that the checkpoint did not have, if the method may never train them.
+
+    They were added with new tokens, and are random.
+    """
+    num_new = _num_new_rows(model)
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if num_new <= 0 or embedding is None:
+        return
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = [names[id(each)] for each in embedding.parameters() if id(each) in names]
+    always = optimizer.always_trained
+    if not set(found) <= set(always):
+        logger.warning(
+            "the embedding has %d rows more than the checkpoint (new tokens), which are random, and the selection may "
+            'rarely or never train them: add always=("%s",)',
+            *(num_new, "embedding" if isinstance(optimizer, BlockOptimizer) else found[0]),
+        )
+
+
+def _num_new_rows(model: nn.Module) -> int:
+    """Number of embedding rows that the model has and its checkpoint on this machine had not; 0 if that is unknown."""
+    config = getattr(model, "config", None)
+    origin = getattr(config, "_name_or_path", "")
+    if not origin:
+        return 0
+    try:
+        before = AutoConfig.from_pretrained(origin, local_files_only=True).get_text_config().vocab_size
+        return config.get_text_config().vocab_size - before  # pyright: ignore[reportOptionalMemberAccess]
+    except Exception:  # a checkpoint that is gone, or of custom code: nothing to compare with
+        return 0
 
 
 def say_explore_steps(optimizer: BlockOptimizer, *, num_steps: int) -> None:
