@@ -33,8 +33,8 @@ HALF = (torch.bfloat16, torch.float16)
 class StateStore(defaultdict[Tensor, State]):
     """State by parameter, as in torch's optimizers; make it with `StateStore(dict)`.
 
-    Under torch.distributed it is true even when empty: `torch.distributed.checkpoint.state_dict` steps an optimizer whose
-    state is false, to have tensors to load into. On shards a state_dict gives it zeros instead, which take no memory.
+    Under torch.distributed it is true even when empty: `torch.distributed.checkpoint.state_dict` steps an optimizer
+    whose state is false, to have tensors to load into. On shards a state_dict gives it zeros that take no memory.
     """
 
     def __bool__(self) -> bool:

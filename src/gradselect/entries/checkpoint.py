@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gradselect.core import NOT_OF_A_GROUP, as_text, check_present, check_same, selection_of
+from gradselect.core import NOT_OF_A_GROUP, as_text, check_present, check_same, selection_of, states_by_name
 from gradselect.usage import UsageError
 
 from .selector import Change
@@ -64,7 +64,7 @@ def read_state_dict(optimizer: SparseOptimizer, state_dict: Mapping[str, Any]) -
     check_same(selection, identity_of(optimizer))
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         group.update({key: value for key, value in saved.items() if key not in NOT_OF_A_GROUP})
-    states = {name: state_dict["state"].get(index, {}) for index, name in enumerate(optimizer._table.names)}
+    states = states_by_name(state_dict, selection, optimizer._table.names)
     entries, shards = optimizer._entries, optimizer._shards
     check_present(states, list(entries.names))
     whole = {name: {} if name in entries.names else state for name, state in states.items()}

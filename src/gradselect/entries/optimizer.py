@@ -256,6 +256,12 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         # Before a selection nothing is applied, and the norm of what is applied is 0.0.
         return super()._is_idle() and not self._saw_nonzero
 
+    def _make_state(self) -> None:
+        # The names are wanted; the tensors grow with the entries, and nothing reads these.
+        for name, parameter in self._table.named():
+            if name in self._entries.names:
+                self.state[parameter] = self._entries.state(name)
+
     def _continue(self) -> None:
         # The entries already hold what the mask selected by weights for the coming step.
         self._selector.ask(self._step)
