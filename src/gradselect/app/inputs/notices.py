@@ -53,6 +53,6 @@ class Notices:
             ('1 of 40 conversations have no answer and are left out; the first: chat.jsonl, line 3',)
         """
         return tuple(
-            f"{len(rows):,} of {total:,} {what} {fact}; the first: {name_row(rows[0])}"
+            f"{len(set(rows)):,} of {total:,} {what} {fact}; the first: {name_row(rows[0])}"
             for fact, rows in self.rows.items()
         )
