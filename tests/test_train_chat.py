@@ -159,6 +159,20 @@ def test_parts_of_a_content_are_text(load: Load, template: str | None, text: str
     assert ("joined by line ends" in "".join(examples.notes)) == (template is not None)
 
 
+def test_a_template_that_cuts_thoughts_off_gets_texts_as_they_are(load: Load) -> None:
+    """With lists of parts this one would show the thoughts; a form is changed only where a content is lost."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content.split('</think>')[-1] }}"
+        "{% else %}{{ m.content[0].text }}{% endif %}{{ eos_token }}{% endfor %}"
+    )
+    talk = [ASK, {**ANSWER, "content": "<think>mm</think>hello"}]
+    examples = load({"messages": talk}, {"messages": [ASK, ANSWER]}, template=template)
+    assert texts(examples)[0] == "<user>hi<end><assistant>hello<end>"
+    assert examples.notes[0].startswith("1 of 2 conversations lose the thoughts (<think>) of an answer that trains")
+    keeps = load({"messages": talk}, template=chat_template_utils.qwen3_chat_template)
+    assert not any("thoughts" in note for note in keeps.notes)
+
+
 def test_template_arguments_and_documents_and_the_column_system_are_used(load: Load) -> None:
     row = {"messages": [ASK, ANSWER], "documents": [{"title": "t", "text": "Doc."}], "system": "Be short."}
     assert texts(load(row))[0] == "<doc>Doc.\n<system>Be short.\n<user>hi\n<assistant>hello<end>"

@@ -81,3 +81,10 @@ def _opened(template: ChatTemplate, conversation: Conversation, place: int) -> s
     first = texts_of(conversation.messages[0].get("content"))
     text = template.render(conversation, count=1)
     return text[: text.find(first[0])] if first and first[0] in text else ""
+
+
+def thoughts_in(conversation: Conversation, place: int) -> list[str]:
+    """Return the thoughts that stand in the text of an answer, between `<think>` and `</think>`."""
+    texts = texts_of(conversation.messages[place].get("content"))
+    thoughts = [text.partition("</think>")[0].partition("<think>")[2].strip() for text in texts if "</think>" in text]
+    return [thought for thought in thoughts if thought]

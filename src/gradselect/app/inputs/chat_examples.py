@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from gradselect import UsageError
 from gradselect.app.data import Conversation
 
-from .chat_answers import answers_between, marked_answers
+from .chat_answers import answers_between, marked_answers, thoughts_in
 from .chat_fields import FieldCheck
 from .chat_selection import LossOn, Selected, select
 from .chat_shapes import best_shape
@@ -20,6 +20,7 @@ from .notices import Notices, RowError
 from .tokens import BROKEN_PROMPT, ROWS_AT_ONCE, TokenExample, common_prefix, encode
 
 JOINED = "have contents of several parts, joined by line ends: the chat template takes text only"
+CUT_THOUGHTS = "lose the thoughts (<think>) of an answer that trains: the chat template cuts them off"
 OTHERWISE = "are rendered by TRL's training template otherwise than by the model's own chat template"
 
 
@@ -101,7 +102,7 @@ class _Maker:
         find = marked_answers if self.is_marking else answers_between
         found = [_in_row(one.row, lambda one=one: find(self.template, one)) for one in batch]
         for one, (text, _) in zip(batch, found, strict=True):
-            _in_row(one.row, lambda one=one, text=text: self.check.check(one.row, one.conversation, text))
+            _in_row(one.row, lambda one=one, text=text: self._check(one, text))
             self._compare(one, text)
         encoded = self.tokenizer(text=[text for text, _ in found], add_special_tokens=False, verbose=False)
         for number, (one, (_, spans)) in enumerate(zip(batch, found, strict=True)):
@@ -115,10 +116,16 @@ class _Maker:
 
         def render() -> str:
             text = self.template.render(one.conversation)
-            self.check.check(one.row, one.conversation, text)
+            self._check(one, text)
             return text
 
         return _in_row(one.row, render)
+
+    def _check(self, one: Selected, text: str) -> None:
+        """Check that a text holds its conversation, and note answers whose thoughts are cut off."""
+        self.check.check(one.row, one.conversation, text)
+        if any(thought not in text for place in one.answers for thought in thoughts_in(one.conversation, place)):
+            self.check.notices.add(CUT_THOUGHTS, one.row)
 
     def _compare(self, one: Selected, text: str) -> None:
         """Note if the model's own template, with which it is used later, gives another text."""

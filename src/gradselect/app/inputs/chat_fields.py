@@ -13,12 +13,9 @@ from typing import Any
 from gradselect import UsageError
 from gradselect.app.data import REASONING, TEMPLATE_ARGUMENTS, Conversation, Message
 
-from .chat_shapes import NUM_TRIED, shows_python, texts_of
+from .chat_shapes import NUM_TRIED, STAND_IN, shows_python, texts_of
 from .chat_template import ChatTemplate
 from .notices import Notices, RowError
-
-_STAND_IN = "\u2042 another text \u2042"
-"""Takes the place of a content: if the rendered text stays the same, the content is not in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +164,7 @@ def without(conversation: Conversation, one: Field) -> Conversation:
         return replace(conversation, template_arguments=arguments)
     message = dict(conversation.messages[one.place])
     if one.name == "content":
-        message["content"] = _STAND_IN if isinstance(one.value, str) else [{"type": "text", "text": _STAND_IN}]
+        message["content"] = STAND_IN if isinstance(one.value, str) else [{"type": "text", "text": STAND_IN}]
     elif one.call:
         message["tool_calls"] = [_without_arguments(call) for call in message["tool_calls"]]
     else:
@@ -181,13 +178,13 @@ def without(conversation: Conversation, one: Field) -> Conversation:
 def _is_evident(one: Field, text: str) -> bool:
     """Return True if a text holds the value, or all texts of it. False says nothing: it may be written otherwise."""
     if one.name == "content":
-        expected = texts_of(one.value) or [_STAND_IN]
+        expected = texts_of(one.value) or [STAND_IN]
     elif one.call:
         expected = [leaf for arguments in one.value for leaf in _leaves(arguments)]
     elif one.name in ("tools", "tool_calls"):
-        expected = [str(item.get("function", item).get("name", _STAND_IN)) for item in one.value]
+        expected = [str(item.get("function", item).get("name", STAND_IN)) for item in one.value]
     else:
-        expected = [one.value.strip()] if isinstance(one.value, str) else [_STAND_IN]
+        expected = [one.value.strip()] if isinstance(one.value, str) else [STAND_IN]
     return all(leaf in text for leaf in expected)
 
 
@@ -203,7 +200,7 @@ def _leaves(value: Any) -> Iterator[str]:
         case str():
             yield value
         case bool() | None:
-            yield _STAND_IN
+            yield STAND_IN
         case _:
             yield str(value)
 

@@ -17,6 +17,9 @@ from gradselect.app.data import Conversation, Message
 
 from .chat_template import ChatTemplate
 
+STAND_IN = "\u2042 another text \u2042"
+"""Takes the place of a content: if the rendered text stays the same, the content is not in it."""
+
 NUM_TRIED = 8
 """Conversations of each kind on which the forms are tried."""
 
@@ -134,9 +137,22 @@ def _num_faults(template: ChatTemplate, conversations: Sequence[Conversation]) -
             count += 100
             continue
         count += 10 * (shows_python(conversation, text) is not None)
-        contents = [message.get("content") for message in conversation.messages]
-        count += sum(one not in text for content in contents for one in texts_of(content))
+        count += sum(_is_lost(template, conversation, place, text) for place in range(len(conversation.messages)))
     return count
+
+
+def _is_lost(template: ChatTemplate, conversation: Conversation, place: int, text: str) -> bool:
+    """Return True if a content has no part in the text. It may stand there otherwise: templates cut thoughts off."""
+    content = conversation.messages[place].get("content")
+    if all(one in text for one in texts_of(content)):
+        return False
+    other: Any = STAND_IN if isinstance(content, str) else [{"type": "text", "text": STAND_IN}]
+    messages = [*conversation.messages]
+    messages[place] = {**messages[place], "content": other}
+    try:
+        return template.render(replace(conversation, messages=messages)) == text
+    except UsageError:
+        return False
 
 
 def _as_text(content: Any) -> str:
