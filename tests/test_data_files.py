@@ -19,6 +19,7 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 from pydantic import TypeAdapter
+from train_fixtures import recipe_values
 
 from gradselect import UsageError
 from gradselect.app.data import ENDINGS, data_fingerprint, ending_of, files_of, place_of, read_rows, text_lines
@@ -27,7 +28,9 @@ from gradselect.app.data.text_lines import COMPRESSIONS
 from gradselect.app.evaluate import EvaluationSettings
 from gradselect.app.evaluate.problems import passages, read_source
 from gradselect.app.inputs.examples import render_examples
-from gradselect.app.recipe import Data
+from gradselect.app.recipe import Data, RandomData
+from gradselect.app.recipe.load import parse_recipe
+from gradselect.app.train.progress import _next_command
 
 ROWS = [{"text": "one"}, {"text": "zwei ü"}, {"text": "three\u2028still three"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -307,7 +310,7 @@ def test_what_is_read_of_a_folder_is_said(tmp_path: Path, caplog: pytest.LogCapt
     rows = read_rows(tmp_path)
     assert caplog.messages == [
         f"{tmp_path}: read 2 rows from 2 files, train-00000-of-00002.parquet to train-00001-of-00002.parquet; "
-        "not read: 1 files of other splits, test-00000-of-00001.parquet"
+        "not read, of other splits: test-00000-of-00001.parquet"
     ]
     assert rows.place(1) == f"{tmp_path / 'train-00001-of-00002.parquet'}, row 1"
 
@@ -424,3 +427,20 @@ def test_the_table_of_the_docs_names_every_ending_and_no_other() -> None:
     assert named == {*ENDINGS, *COMPRESSIONS}
     assert set(_READERS) == set(ENDINGS)
     assert all(ending_of(f"x{ending}") == ending for ending in ENDINGS)
+
+
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        ({"path": "shards", "validation": "test"}, "--data shards --split test"),
+        ({"path": "a.json", "rows_key": "train", "validation": "dev"}, "--data a.json --rows-key dev"),
+        ({"path": "a.json", "rows_key": "rows", "validation": "b.json"}, "--data b.json --rows-key rows"),
+        ({"path": "a.jsonl", "validation": "b.jsonl"}, "--data b.jsonl"),
+        ({"path": "owner/set", "validation": "test"}, "--data owner/set --split test"),
+        ({"path": "a.jsonl", "validation": 0.1}, "--data TEST.jsonl"),
+    ],
+)
+def test_the_next_command_names_the_validation_data(tmp_path: Path, data: dict[str, Any], options: str) -> None:
+    recipe = parse_recipe(recipe_values(tmp_path, data={"format": "text", **data}), source="recipe")
+    assert not isinstance(recipe.data, RandomData)
+    assert _next_command(recipe, recipe.data).endswith(f"--task loss {options}")

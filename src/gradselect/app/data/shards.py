@@ -74,8 +74,9 @@ def describe_files(path: str | Path, files: Sequence[Path]) -> str:
     """Return which files of a folder or pattern are read, and which data files of the folder are not."""
     some = files[0].name if len(files) == 1 else f"{len(files):,} files, {files[0].name} to {files[-1].name}"
     unread = sorted(set(_data_files(Path(path))).difference(files), key=_natural) if Path(path).is_dir() else []
-    names = ", ".join(file.name for file in unread[:MOST_LISTED]) + (", ..." if len(unread) > MOST_LISTED else "")
-    return printable(some + (f"; not read: {len(unread):,} files of other splits, {names}" if unread else ""))
+    more = f" and {len(unread) - MOST_LISTED:,} more" if len(unread) > MOST_LISTED else ""
+    names = ", ".join(file.name for file in unread[:MOST_LISTED]) + more
+    return printable(some + (f"; not read, of other splits: {names}" if unread else ""))
 
 
 def data_fingerprint(path: str | Path, splits: Sequence[str] = ("train",), *, needs_split: bool = False) -> str:

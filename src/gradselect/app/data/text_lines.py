@@ -9,6 +9,8 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -35,14 +37,14 @@ def lines(path: Path, *, is_one_text: bool = False) -> Iterator[str]:
 
     With `is_one_text` the length of a line is limited by the memory of the machine only.
     """
-    limit = most_bytes()
+    limit, is_packed, num_bytes = most_bytes(), _is_packed(path), 0
     longest = limit + 1 if is_one_text else LONGEST_LINE + 1
-    num_bytes = 0
-    with opened(path) as file:
-        for number, line in enumerate(_raw_lines(file, longest, path=path), start=1):
-            num_bytes += len(line)
-            if num_bytes > limit:
-                raise _too_large(path, limit)
+    with opened(path) as file, _explained(path):
+        for number, line in enumerate(iter(partial(file.readline, longest), b""), start=1):
+            if is_packed or is_one_text:
+                num_bytes += len(line)
+                if num_bytes > limit:
+                    raise _too_large(path, limit)
             if len(line) == longest:
                 raise UsageError(
                     f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes; is this text, with one example a line?"
@@ -67,8 +69,8 @@ def read_bytes(path: Path) -> bytes:
         UsageError: damaged compressed data, or more than the machine holds.
     """
     limit = most_bytes()
-    with opened(path) as file:
-        content = next(_raw_lines(_Whole(file), limit + 1, path=path), b"")
+    with opened(path) as file, _explained(path):
+        content = file.read(limit + 1)
     if len(content) > limit:
         raise _too_large(path, limit)
     return content
@@ -107,20 +109,19 @@ COMPRESSIONS = tuple(_OPENERS)
 """Second endings of compressed text files."""
 
 
-class _Whole:
-    """A file whose only line is its whole content."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.readline = file.read
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() in COMPRESSIONS
 
 
-def _raw_lines(file: IO[bytes] | _Whole, longest: int, *, path: Path) -> Iterator[bytes]:
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn errors of reading and unpacking into the user's."""
     try:
-        yield from iter(lambda: file.readline(longest), b"")
+        yield
     # pyarrow raises OSError for what it cannot unpack.
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        packed = path.suffix.lower() in COMPRESSIONS
-        what = f"damaged or cut off, or no {path.suffix} file; copy it again" if packed else "it cannot be read"
+        packed = f"damaged or cut off, or no {path.suffix} file; copy it again"
+        what = packed if _is_packed(path) else "it cannot be read"
         raise UsageError(f"{path}: {what} ({first_line(error)})") from None
 
 

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from gradselect import BlockOptimizer, SparseOptimizer
+from gradselect.app.data import ending_of, is_local
 from gradselect.app.models import merge_command
 from gradselect.app.recipe import ClassificationData, FileData, PromptCompletionData, RandomData, Recipe
 from gradselect.app.results import FinishedRun, RunRecord, SavedModel
@@ -178,15 +179,24 @@ def _named(names: Sequence[str], *, most: int = 8) -> str:
 
 def _next_command(recipe: Recipe, data: FileData) -> str:
     """Return the command that evaluates the trained model with the templates of its training."""
-    test = data.validation if isinstance(data.validation, str) else "TEST.jsonl"
     task = "classification" if isinstance(data, ClassificationData) else "loss"
-    words = ["gradselect", "evaluate", recipe.run.output, "--task", task, "--data", test]
+    words = ["gradselect", "evaluate", recipe.run.output, "--task", task, *_validation_options(data)]
     if isinstance(data, PromptCompletionData):
         # The command line reads \\n as a newline.
         templates = (template.replace("\n", "\\n") for template in (data.prompt, data.completion))
         words += [word for pair in zip(("--prompt", "--completion"), templates, strict=True) for word in pair]
         words += ["--as-chat"] if data.as_chat else []
     return shlex.join(words)
+
+
+def _validation_options(data: FileData) -> list[str]:
+    """Return the options that name the validation data, or a file to fill in."""
+    name = data.validation
+    if not isinstance(name, str):
+        return ["--data", "TEST.jsonl"]
+    if is_local(name):
+        return ["--data", name, *(["--rows-key", data.rows_key] if data.rows_key else [])]
+    return ["--data", data.path, "--rows-key" if ending_of(data.path) == ".json" else "--split", name]
 
 
 def _print(console: Console, *lines: str) -> None:
