@@ -35,10 +35,8 @@ def tokenize_examples(rendered: RenderedRows, settings: FileData, tokenizer: Pre
             raise UsageError(f"{source.path}: {error}") from None
         what = "conversations" if is_chat(settings) else "examples"
         notes += notices.lines(len(rows), what=what, name_row=source.name_row)
-    if is_chat(settings) and not end_of_turn_tokens(tokenizer, made["train"]):
-        notes.append(NO_END)
-    if is_chat(settings) and writes_the_date(tokenizer):
-        notes.append(DATED)
+    if is_chat(settings):
+        notes += _template_notes(made["train"], settings, tokenizer)
     if isinstance(settings, ChatData):
         notes += _idle_ignores(rendered, settings)
     return Examples(
@@ -65,6 +63,14 @@ DATED = (
 def is_chat(settings: FileData) -> bool:
     """Return True if the examples go through the chat template."""
     return isinstance(settings, ChatData) or (isinstance(settings, PromptCompletionData) and settings.as_chat)
+
+
+def _template_notes(examples: Dataset, settings: FileData, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return notes on what the chat template makes of the answers."""
+    # With loss_on=all the last message may be anyone's, and its end says nothing of the answers.
+    trains_answers = isinstance(settings, ChatData | PromptCompletionData) and settings.loss_on != "all"
+    is_endless = trains_answers and not end_of_turn_tokens(tokenizer, examples)
+    return [*([NO_END] if is_endless else []), *([DATED] if writes_the_date(tokenizer) else [])]
 
 
 def _idle_ignores(rendered: RenderedRows, settings: ChatData) -> list[str]:
