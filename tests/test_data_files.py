@@ -22,6 +22,8 @@ from pydantic import TypeAdapter
 from train_fixtures import recipe_values
 
 from gradselect import UsageError
+from gradselect.app.compare.protocol import ADDED, _evaluation_settings
+from gradselect.app.compare.suite import Evaluation
 from gradselect.app.data import ENDINGS, data_fingerprint, ending_of, files_of, place_of, read_rows, text_lines
 from gradselect.app.data.rows import _READERS
 from gradselect.app.data.text_lines import COMPRESSIONS
@@ -326,6 +328,7 @@ WRONG_FOLDERS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {**shards("train_sft", 1), **shards("train_gen", 1)},
         ["several splits fit 'train'", "data.split=train_"],
     ),
+    "no such name": (shards("part", 2), ["no file of the split 'gold'; there is: part (2 files", "/*.parquet'"]),
     "languages": (
         {"en/a.txt": "1", "de/a.txt": "2"},
         ["no file of the split 'train'; there is: de (a.txt), en (a.txt)"],
@@ -336,7 +339,7 @@ WRONG_FOLDERS: dict[str, tuple[dict[str, Any], list[str]]] = {
 @pytest.mark.parametrize(("files", "said"), WRONG_FOLDERS.values(), ids=list(WRONG_FOLDERS))
 def test_a_folder_that_is_not_clear_is_refused_by_name(tmp_path: Path, files: dict[str, Any], said: list[str]) -> None:
     with pytest.raises(UsageError) as raised:
-        read_rows(put(tmp_path, files))
+        read_rows(put(tmp_path, files), splits=("gold",) if "'gold'" in said[0] else ("train",))
     assert all(part in str(raised.value) for part in [str(tmp_path), *said]), raised.value
 
 
@@ -400,6 +403,25 @@ def test_empty_texts_of_an_evaluation_are_counted_and_said(tmp_path: Path, caplo
     path.write_text('{"text": ""}\n')
     with pytest.raises(UsageError, match="all 1 rows have an empty text"):
         passages(read_source(given), given)
+
+
+def test_keys_of_later_versions_are_no_part_of_a_protocol_at_their_default(tmp_path: Path) -> None:
+    """Results of earlier versions stay of the same protocol."""
+    path = put(tmp_path, {"a.json": json.dumps({"data": ROWS})}) / "a.json"
+    plain = _evaluation_settings(Evaluation(task="loss", data=path))
+    assert not ADDED & plain.keys()
+    assert _evaluation_settings(Evaluation(task="loss", data=path, rows_key="data"))["rows_key"] == "data"
+
+
+def test_a_file_that_may_not_be_read_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = put(tmp_path, {"a.jsonl": LINES}) / "a.jsonl"
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(UsageError, match=r"a\.jsonl: it cannot be read \(.*Permission denied"):
+        read_rows(path)
 
 
 def test_the_fingerprint_of_a_folder_is_that_of_the_files_that_are_read(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ FREE = {
 }
 """Keys of a recipe in which runs of one protocol may differ. Of paths the contents are compared."""
 
-ADDED = {"rows_key"}
+ADDED = {"rows_key", "tools", "roles", "ignore"}
 """Keys that earlier versions did not have. At their default they are no part of a protocol, so that old results fit."""
 
 MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.model", "vocab*", "merges.txt", "*.jinja")

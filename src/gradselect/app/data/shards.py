@@ -153,14 +153,13 @@ def split_of(name: str) -> str | None:
 def _choose(groups: Groups, splits: Sequence[str], *, needs_split: bool, folder: Path) -> str:
     """Return the group of the first split that is there, or the only group if it is of no split."""
     of_no_split = [name for name in groups if split_of(name) is None]
-    if len(groups) == len(of_no_split) == 1 and not needs_split:
+    if len(groups) == len(of_no_split) == 1 and not needs_split and set(splits) <= SPLIT_WORDS.keys():
         return of_no_split[0]
     for split in splits:
         matching = _matching(groups, split)
         if len(matching) > 1:
-            raise UsageError(
-                f"{folder}: several splits fit {split!r}: {_listed(groups, matching)}; {_advice(matching)}"
-            )
+            found = f"several splits fit {split!r}: {_listed(groups, matching)}"
+            raise UsageError(f"{folder}: {found}; {_advice(groups, matching, folder)}")
         if matching and split_of(matching[0]) is not None and of_no_split:
             raise UsageError(
                 f"{folder}: files of the split {split!r} and files of no split: {_listed(groups, of_no_split)}; move "
@@ -168,8 +167,8 @@ def _choose(groups: Groups, splits: Sequence[str], *, needs_split: bool, folder:
             )
         if matching:
             return matching[0]
-    asked = " or ".join(map(repr, splits))
-    raise UsageError(f"{folder}: no file of the split {asked}; there is: {_listed(groups, groups)}; {_advice(groups)}")
+    found = f"no file of the split {' or '.join(map(repr, splits))}; there is: {_listed(groups, groups)}"
+    raise UsageError(f"{folder}: {found}; {_advice(groups, groups, folder)}")
 
 
 def _matching(groups: Groups, split: str) -> list[str]:
@@ -187,9 +186,10 @@ def _listed(groups: Groups, names: Iterable[str]) -> str:
     return printable(", ".join(listed))
 
 
-def _advice(names: Iterable[str]) -> str:
+def _advice(groups: Groups, names: Iterable[str], folder: Path) -> str:
     name = next((name for name in names if name), "train")
-    return f"write data.split={name} (gradselect evaluate: --split {name}), or data.path='FOLDER/*.jsonl' for files"
+    pattern = folder / f"*{whole_ending_of(next(iter(groups.values()))[0])}"
+    return f"write data.split={name} (gradselect evaluate: --split {name}), or name the files: data.path='{pattern}'"
 
 
 # Checks --------------------------------------------------------------------------------------------------------------

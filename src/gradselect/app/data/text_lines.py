@@ -39,7 +39,7 @@ def lines(path: Path, *, is_one_text: bool = False) -> Iterator[str]:
     """
     limit, is_packed, num_bytes = most_bytes(), _is_packed(path), 0
     longest = limit + 1 if is_one_text else LONGEST_LINE + 1
-    with opened(path) as file, _explained(path):
+    with _explained(path), opened(path) as file:
         for number, line in enumerate(iter(partial(file.readline, longest), b""), start=1):
             if is_packed or is_one_text:
                 num_bytes += len(line)
@@ -69,7 +69,7 @@ def read_bytes(path: Path) -> bytes:
         UsageError: damaged compressed data, or more than the machine holds.
     """
     limit = most_bytes()
-    with opened(path) as file, _explained(path):
+    with _explained(path), opened(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise _too_large(path, limit)
