@@ -1,4 +1,4 @@
-"""Hooks on gradients that do not keep a discarded optimizer alive."""
+"""Hooks that do not keep a discarded optimizer alive, and do nothing in copies of its model."""
 
 from __future__ import annotations
 
@@ -37,3 +37,12 @@ def weak_hook(method: Callable[..., None], *arguments: object) -> Callable[[Tens
             alive(*arguments, parameter)
 
     return hook
+
+
+def no_hook(*_: object) -> None:
+    """Do nothing. Hooks on modules become this where a model is copied or saved whole: it belongs to no optimizer."""
+
+
+def make_no_hook() -> Callable[..., None]:
+    """Return `no_hook`, for the `__reduce__` of a hook."""
+    return no_hook

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .hooks import make_no_hook
+
 WHOLE = "the whole model"
 """Name under which the probe of the model itself is heard."""
 
@@ -91,15 +93,7 @@ class _Probe:
             listener.reached(self._name)
 
     def __reduce__(self) -> Any:
-        return _make_no_probe, ()  # a copied or saved model belongs to no optimizer
-
-
-def _no_probe(module: nn.Module, arguments: Any, output: Any) -> None:
-    """Forward hook that does nothing."""
-
-
-def _make_no_probe() -> Callable[..., None]:
-    return _no_probe
+        return make_no_hook, ()
 
 
 def _probe_first(output: Any, arrived: Arrived) -> Any:

@@ -15,6 +15,7 @@ from gradselect.usage import UsageError
 
 from .fingerprint import Fingerprints, check_fingerprints, fingerprints
 from .freezing import freeze, is_frozen_for_now
+from .hooks import make_no_hook
 
 
 class ModelWatch:
@@ -132,6 +133,9 @@ class _Hook:
     def watch(self) -> ModelWatch | None:
         # torch.compile leaves this out: it could not see the flags of a later selection.
         return None if torch.compiler.is_compiling() else self._watch()
+
+    def __reduce__(self) -> Any:
+        return make_no_hook, ()
 
 
 class _BeforeForward(_Hook):

@@ -1,0 +1,252 @@
+"""What an optimizer changes on a model ends with the training: marks, hooks, and copies made on the way."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import tiny_batch, tiny_llama
+from torch.optim.swa_utils import AveragedModel
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import gradselect as gs
+from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
+
+
+# peft uses a name that transformers has replaced since.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_garbage_collection():
+    """Each `train()` collects garbage, half a second with the objects of transformers."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+CHOICES = {
+    "blocks": {"policy": gs.Uniform(count=1)},
+    "adagradselect": {"policy": gs.AdaGradSelect(count=1)},
+    "mask": {"mask": gs.StaticMask(salience=gs.salience.magnitude, budget=5, among=("*q_proj*",))},
+    "lift": {"mask": gs.LIFT(rank=2)},
+}
+
+
+def optimizer_of(model, choice, **settings):
+    kind = gs.SparseOptimizer if "mask" in CHOICES[choice] else gs.BlockOptimizer
+    extra = {} if kind is gs.SparseOptimizer else {"always": ()}
+    options = dict(CHOICES[choice])
+    if choice == "adagradselect":
+        options["policy"] = gs.AdaGradSelect(count=1, explore_steps=2)
+    return kind(model, *options.values(), lr=1e-2, **extra, **settings)
+
+
+def train(model, optimizer, steps, first=0):
+    for step in range(first, first + steps):
+        model(**tiny_batch(model, seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def flags(model):
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def traces(model):
+    """Names of parameters and modules on which something of ours is left."""
+    left = [
+        name
+        for name, parameter in model.named_parameters()
+        if vars(parameter) or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    ]
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return left + [name for name, module in model.named_modules() if any(getattr(module, hook) for hook in hooks)]
+
+
+def trainer_of(folder, model, choice=None, *, callbacks=(), **settings):
+    usual = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    args = TrainingArguments(str(folder), **{**usual, **settings})
+    rows = [{name: tensor[0] for name, tensor in tiny_batch(model, seed=seed, batch=1).items()} for seed in range(8)]
+    more = {}
+    if choice is not None:
+        more["optimizer_cls_and_kwargs"] = (SelectiveOptimizerFactory, {"args": args, **CHOICES[choice]})
+        callbacks = [SelectionCallback(), *callbacks]
+    return Trainer(model=model, args=args, train_dataset=rows, callbacks=list(callbacks), **more)
+
+
+class Stop(Exception):
+    """Ends a training from inside."""
+
+
+class Stopping(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        raise Stop
+
+
+# After training ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_after_train_the_model_is_as_the_user_had_it(choice, tmp_path):
+    model = tiny_llama()
+    model.model.embed_tokens.requires_grad_(False)
+    before = flags(model)
+    trainer = trainer_of(tmp_path, model, choice)
+    trainer.train()
+    assert flags(model) == before
+    assert traces(model) == []
+    assert trainer.args.max_grad_norm == 1.0
+
+
+@pytest.mark.parametrize("choice", ["blocks", "mask"])
+def test_a_second_stage_with_a_plain_trainer_trains_every_tensor(choice, tmp_path):
+    """Stage two of supervised, then preference training moved 18 of 57 tensors and said nothing."""
+    model = tiny_llama()
+    first = trainer_of(tmp_path, model, choice)
+    first.train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer_of(tmp_path, model).train()
+    assert not [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    assert first.optimizer is not None
+
+
+def test_an_exception_gives_the_model_and_the_arguments_back(tmp_path):
+    model = tiny_llama()
+    trainer = trainer_of(tmp_path, model, "mask", callbacks=[Stopping()])
+    with pytest.raises(Stop):
+        trainer.train()
+    assert all(flags(model).values())
+    assert traces(model) == []
+    assert trainer.args.max_grad_norm == 1.0
+
+
+def test_the_next_train_takes_the_model_again_and_goes_on(tmp_path):
+    model = tiny_llama()
+    trainer = trainer_of(tmp_path, model, "adagradselect")
+    trainer.train()
+    trainer.train()
+    assert trainer.optimizer.optimizer.num_steps == 6
+    assert traces(model) == []
+
+
+@pytest.mark.parametrize("choice", ["adagradselect", "mask"])
+def test_the_end_of_a_with_block_gives_the_model_back(choice):
+    model = tiny_llama()
+    with pytest.raises(Stop), optimizer_of(model, choice) as optimizer:
+        train(model, optimizer, 2)
+        assert not all(flags(model).values())
+        raise Stop
+    assert all(flags(model).values())
+    assert traces(model) == []
+    with pytest.raises(gs.UsageError, match="closed"):
+        train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_closed_and_opened_again_it_ends_as_if_it_had_never_been_closed(choice):
+    ends = []
+    for closes in (False, True):
+        model = tiny_llama()
+        optimizer = optimizer_of(model, choice)
+        for step in range(4):
+            train(model, optimizer, 1, first=step)
+            if closes:
+                optimizer.close()
+                optimizer.reopen()
+        ends.append(model.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+# What the user does in between -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", ["adagradselect", "mask"])
+def test_what_the_user_freezes_between_two_trainings_stays_frozen(choice, tmp_path):
+    model = tiny_llama()
+    first = trainer_of(tmp_path, model, choice)
+    first.train()
+    model.model.layers[0].requires_grad_(False)
+    before = copy.deepcopy(model.model.layers[0].state_dict())
+    first.train()
+    second = trainer_of(tmp_path, model, choice)
+    second.train()
+    assert not any(parameter.requires_grad for parameter in model.model.layers[0].parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.model.layers[0].state_dict().items())
+    assert "layer.0" not in getattr(second.optimizer.optimizer, "blocks", ())
+
+
+def test_an_adapter_on_a_model_that_an_open_optimizer_holds_freezes_its_base():
+    model = tiny_llama()
+    older = optimizer_of(model, "adagradselect")
+    train(model, older, 3)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    newer = gs.BlockOptimizer(adapted, gs.All(), lr=1e-2)
+    names = [name for group in newer.param_groups for name in group["param_names"]]
+    assert names
+    assert all("lora_" in name for name in names)
+
+
+def test_freezing_a_part_of_a_model_that_an_open_optimizer_holds_is_refused_where_nobody_can_tell():
+    model = tiny_llama()
+    older = gs.BlockOptimizer(model, gs.Fixed(("layer.0", "norm")), lr=1e-2)
+    model.model.norm.requires_grad_(False)
+    with pytest.raises(gs.UsageError, match=r"call close\(\) on that optimizer"):
+        gs.BlockOptimizer(model, gs.All(), lr=1e-2)
+    older.close()
+    model.model.norm.requires_grad_(False)
+    assert "norm" not in gs.BlockOptimizer(model, gs.All(), lr=1e-2).blocks
+
+
+@pytest.mark.parametrize("choice", ["blocks", "mask"])
+def test_an_adapter_that_is_added_after_the_optimizer_is_detected_before_the_first_step(choice):
+    model = tiny_llama()
+    optimizer = optimizer_of(model, choice)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    before = {name: parameter.detach().clone() for name, parameter in adapted.named_parameters()}
+    adapted(**tiny_batch(model, seed=0)).loss.backward()
+    with pytest.raises(gs.UsageError, match="an adapter was added"):
+        optimizer.step()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in adapted.named_parameters())
+
+
+# Copies ------------------------------------------------------------------------------------------------------------
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved_whole(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved_whole, lambda model: AveragedModel(model).module])
+@pytest.mark.parametrize("choice", ["blocks", "mask"])
+def test_a_copy_made_during_training_has_the_users_marks(choice, duplicate):
+    model = tiny_llama()
+    model.model.norm.requires_grad_(False)
+    before = flags(model)
+    optimizer = optimizer_of(model, choice)
+    train(model, optimizer, 2)
+    held = flags(model)
+    copied = duplicate(model)
+    assert flags(copied) == before
+    assert not [name for name, parameter in copied.named_parameters() if vars(parameter)]
+    assert flags(model) == held != before
+    train(model, optimizer, 1)
