@@ -257,10 +257,12 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         return super()._is_idle() and not self._saw_nonzero
 
     def _make_state(self) -> None:
-        # The names are wanted; the tensors grow with the entries, and nothing reads these.
         for name, parameter in self._table.named():
             if name in self._entries.names:
+                # Its keys are wanted. The tensors change their size with the entries, and nothing reads these.
                 self.state[parameter] = self._entries.state(name)
+            else:
+                self._states.of(parameter)
 
     def _continue(self) -> None:
         # The entries already hold what the mask selected by weights for the coming step.

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, TrainerState, TrainingArguments
 
-from gradselect import BlockOptimizer, SparseOptimizer, UsageError
+from gradselect import All, BlockOptimizer, SparseOptimizer, UsageError
 
 from .checkpointing import is_reentrant
 
@@ -61,8 +61,8 @@ def warn_of_new_tokens(model: nn.Module, optimizer: BlockOptimizer | SparseOptim
         return
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = [names[id(each)] for each in embedding.parameters() if id(each) in names]
-    always = optimizer.always_trained
-    if not set(found) <= set(always):
+    trains_all = isinstance(optimizer, BlockOptimizer) and isinstance(optimizer.policy, All)
+    if not trains_all and not set(found) <= set(optimizer.always_trained):
         logger.warning(
             "the embedding has %d rows more than the checkpoint (new tokens), which are random, and the selection may "
             'rarely or never train them: add always=("%s",)',

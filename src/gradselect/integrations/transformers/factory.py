@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from gradselect import BlockOptimizer, SparseOptimizer, UsageError
 
-from .checks import adamw_settings, check_clipping
+from .checks import adamw_settings, check_clipping, check_deepspeed
 
 
 @final
@@ -46,6 +46,8 @@ class SelectiveOptimizerFactory:
             UsageError: an option is unknown; policy and mask are both given or both missing; there is no learning
                 rate; or the optimizer refuses a value.
         """
+        if args is not None:
+            check_deepspeed(args)
         kind = SparseOptimizer if "mask" in options else BlockOptimizer
         settings = options if args is None else {**_settings_of(args, kind), **options}
         _check_settings(settings, kind)

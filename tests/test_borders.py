@@ -1,0 +1,256 @@
+"""Borders of the library: what others do to an optimizer and its state_dict, and what people type first."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+
+import pytest
+import torch
+from tiny_models import tiny_batch, tiny_llama
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import Trainer, TrainingArguments
+
+import gradselect as gs
+from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_garbage_collection():
+    """Each `train()` collects garbage, half a second with the objects of transformers."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+MAKES = {
+    "explore": lambda model: gs.BlockOptimizer(model, gs.AdaGradSelect(count=2, explore_steps=3), lr=1e-2),
+    "uniform": lambda model: gs.BlockOptimizer(model, gs.Uniform(count=2), lr=1e-2),
+    "offload": lambda model: gs.BlockOptimizer(model, gs.Cyclic(every=2), lr=1e-2, residency=gs.Offload()),
+    "growing mask": lambda model: gs.SparseOptimizer(model, gs.ID3(density=0.02, steps=4), lr=1e-2),
+    "dense mask": lambda model: gs.SparseOptimizer(model, gs.GMT(fraction=0.2), lr=1e-2),
+}
+
+
+def train(model, optimizer, steps, first=0):
+    for step in range(first, first + steps):
+        model(**tiny_batch(model, seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+# State dicts that others take apart --------------------------------------------------------------------------------
+
+
+def step_idly(optimizer):
+    """Step with zero gradients at rate 0, as torch and torchtitan do to have state to load into."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def flat(optimizer):
+    """Flatten a state_dict by parameter name, as pipelines do: only `state` and the keys of the groups remain."""
+    saved = optimizer.state_dict()
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    found = {
+        f"state.{names[number]}.{key}": value
+        for number, state in saved["state"].items()
+        for key, value in state.items()
+    }
+    for group, live in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        for name in live["param_names"]:
+            found |= {f"group.{name}.{key}": group[key] for key in group if key not in ("params", "param_names")}
+    return found
+
+
+def load_flat(optimizer, found):
+    """Rebuild a state_dict from the state and the keys that the new optimizer has."""
+    state, groups, number = {}, [], 0
+    for group in optimizer.param_groups:
+        numbers = []
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            kinds = [key for key in optimizer.state.get(parameter, {}) if f"state.{name}.{key}" in found]
+            if kinds:
+                state[number] = {key: found[f"state.{name}.{key}"] for key in kinds}
+            numbers.append(number)
+            number += 1
+        first = group["param_names"][0]
+        keys = [key for key in group if key not in ("params", "param_names")]
+        groups.append({"params": numbers, **{key: found[f"group.{first}.{key}"] for key in keys}})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def by_hand(model, optimizer, again, resumed):
+    step_idly(resumed)
+    load_flat(resumed, flat(optimizer))
+
+
+def by_torch(model, optimizer, again, resumed, *, flatten):
+    # A block that was never selected has no state, which torch takes for a fault unless told otherwise.
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten, strict=False)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    set_optimizer_state_dict(again, resumed, copy.deepcopy(saved), options=options)
+
+
+WAYS = {
+    "by hand, flat": by_hand,
+    "by torch": lambda *parts: by_torch(*parts, flatten=False),
+    "by torch, flat": lambda *parts: by_torch(*parts, flatten=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("make", ["explore", "growing mask", "dense mask"])
+def test_a_state_dict_that_is_taken_apart_keeps_its_selection(make, way):
+    """Helpers drop the top-level entry `selection`: resuming said that no BlockOptimizer wrote this."""
+    model, again = tiny_llama(), tiny_llama()
+    optimizer, resumed = MAKES[make](model), MAKES[make](again)
+    train(model, optimizer, 3)
+    again.load_state_dict(model.state_dict())
+    WAYS[way](model, optimizer, again, resumed)
+    assert resumed.num_steps == 3
+    train(model, optimizer, 4, first=3)
+    train(again, resumed, 4, first=3)
+    assert same(model.state_dict(), again.state_dict())
+
+
+def test_state_that_is_lost_on_the_way_is_refused():
+    model = tiny_llama()
+    optimizer = MAKES["explore"](model)
+    train(model, optimizer, 3)
+    saved = optimizer.state_dict()
+    saved["state"].popitem()
+    with pytest.raises(gs.UsageError, match=r"the state of 1 of \d+ parameters was lost on the way"):
+        MAKES["explore"](tiny_llama()).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_a_step_of_zero_gradients_at_rate_0_counts_for_nothing(make):
+    """torchtitan's `init_optim_state` counted as a step of ID3."""
+    ends = []
+    for is_idle in (False, True):
+        model = tiny_llama()
+        optimizer = MAKES[make](model)
+        before = copy.deepcopy(model.state_dict())
+        if is_idle:
+            step_idly(optimizer)
+            assert optimizer.num_steps == 0
+            assert same(before, model.state_dict())
+        train(model, optimizer, 5)
+        ends.append(model.state_dict())
+    assert same(*ends)
+
+
+def test_a_step_at_rate_0_with_gradients_counts():
+    """Warmup begins at rate 0."""
+    for make in MAKES:
+        model = tiny_llama()
+        optimizer = MAKES[make](model)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        train(model, optimizer, 1)
+        assert optimizer.num_steps == 1, make
+
+
+# What people type --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: gs.BlockOptimizer(model.parameters(), gs.All()),
+        lambda model: gs.BlockOptimizer(list(model.parameters()), gs.All()),
+        lambda model: gs.SparseOptimizer(model.parameters(), gs.ID3(density=0.1, steps=3)),
+        lambda model: gs.partition(dict(model.named_parameters())),
+    ],
+)
+def test_parameters_in_place_of_a_model_are_answered_with_what_to_type(call):
+    with pytest.raises(gs.UsageError, match=r"pass the model itself and not model.parameters\(\)"):
+        call(tiny_llama())
+
+
+def test_a_wrapper_that_keeps_its_own_state_is_told_why_it_cannot_work():
+    """schedule-free's wrapper ended in KeyError: 'exp_avg'."""
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.All(), lr=1e-2)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["z"] = parameter.detach().clone()
+    model(**tiny_batch(model, seed=0)).loss.backward()
+    with pytest.raises(gs.UsageError, match=r"something else keeps 'z' in the optimizer's state.*schedule-free"):
+        optimizer.step()
+
+
+def arguments(folder, **settings):
+    usual = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_strategy": "no"}
+    quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": "none"}
+    return TrainingArguments(str(folder), **{**usual, **quiet, **settings})
+
+
+def trainer_of(folder, model, policy, *, options=None, args=None, **settings):
+    args = args or arguments(folder, **settings)
+    rows = [{name: tensor[0] for name, tensor in tiny_batch(model, seed=seed, batch=1).items()} for seed in range(24)]
+    kwargs = {"args": args, "policy": policy, **(options or {})}
+    return Trainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, kwargs),
+        callbacks=[SelectionCallback()],
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (gs.AdaGradSelect(count=1), "about 1 of 4 steps"),  # 1 + 0.32 + 0.1 + 0.03, with N = 4, the steps of the run
+        (gs.AdaGradSelect(count=1, explore_steps=10**6), "about 4 of 4 steps"),
+        (gs.GradNormTopK(count=1, refresh=2), "about 2 of 4 steps"),
+    ],
+)
+def test_exploring_is_bounded_by_the_run_and_announced(policy, expected, tmp_path, caplog):
+    """Of an epoch of 1,831 steps 20 were run, and all 20 looked at all gradients, unsaid."""
+    caplog.set_level(logging.WARNING)
+    trainer = trainer_of(tmp_path, tiny_llama(), policy)
+    trainer.train()
+    assert expected in caplog.text
+    if policy.fill_explore_steps is not None and getattr(policy, "explore_steps", 0) is None:
+        assert trainer.optimizer.optimizer.policy.filled_explore_steps == 4
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_is_refused_with_what_to_use_instead(stage, tmp_path):
+    class Plugin:
+        zero_stage = stage
+
+    args = arguments(tmp_path)
+    args.deepspeed, args.deepspeed_plugin = {"zero_optimization": {"stage": stage}}, Plugin()
+    with pytest.raises(gs.UsageError, match=rf"stage={stage}.*FSDP2.*DDP"):
+        SelectiveOptimizerFactory()(tiny_llama(), args=args, policy=gs.All())
+    with pytest.raises(gs.UsageError, match=rf"stage={stage}"):
+        SelectionCallback().on_init_end(args, None, None, model=tiny_llama())  # pyright: ignore
+
+
+@pytest.mark.parametrize("always", [(), ("embedding",)])
+def test_new_tokens_that_the_method_may_not_train_are_said(always, tmp_path, caplog):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = type(tiny_llama()).from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    trainer = trainer_of(tmp_path, model, gs.Uniform(count=1), options={"always": always})
+    trainer.train()
+    assert ("3 rows more than the checkpoint" in caplog.text) != bool(always)
