@@ -72,6 +72,8 @@ def read_state_dict(optimizer: SparseOptimizer, state_dict: Mapping[str, Any]) -
     entries.load({name: shards.local_state(name, states[name]) for name in entries.names})
     optimizer._selector.count()
     optimizer._step = selection["step"]
+    if optimizer._step:
+        optimizer._reach.end()
     optimizer._hooks.num_passes_before = selection.get("num_passes", 0)
     optimizer._change = Change(*selection["change"])
     optimizer._continue()

@@ -57,7 +57,12 @@ class DenseTensors:
     @property
     def has_gradients(self) -> bool:
         """True if one of the tensors has a gradient."""
-        return bool(self._gradients(self.names))
+        return bool(self.with_gradients)
+
+    @property
+    def with_gradients(self) -> tuple[str, ...]:
+        """Names of the tensors that have a gradient."""
+        return tuple(self._gradients(self.names))
 
     def squared_norms(self) -> list[tuple[Tensor, Tensor]]:
         """Sum of squares of each gradient, after the tensor of the gradient."""

@@ -81,6 +81,11 @@ class GradientReader(AbstractGradientHooks):
         self._read_waiting()
 
     @property
+    def taken(self) -> frozenset[str]:
+        """Names of the parameters whose gradient was read in this window."""
+        return frozenset(self._taken)
+
+    @property
     def unread(self) -> dict[str, Tensor]:
         """Gradients that exist and wait for `read_rest`: whole ones, by parameter name."""
         return {name: p.grad for name, p in self.parameters.items() if name in self._active and p.grad is not None}

@@ -27,6 +27,7 @@ from .dense_tensors import DenseTensors
 from .entry_states import EntryStates
 from .gradient_reader import GradientReader
 from .mask import AbstractDenseMask, AbstractMask, MaskTensor
+from .reach import EntryReach
 from .selector import EntrySelector
 from .set_up import (
     bind_mask,
@@ -86,6 +87,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         loss = self._evaluate(closure)
         self._check_use()
         self._reader.read_rest()
+        self._reach.look(self.mask, self._selector.planned(), {*self._reader.taken, *self._dense.with_gradients})
         if not (self._entries.has_gradients or self._dense.has_gradients) or self._is_skipped():
             return loss
         self._change = self._selector.select_by_gradient() or self._change  # 1
@@ -204,6 +206,8 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         if self._agreement is not None:
             check_lean(lean, self._reader.late)
             check_alike(self._facts(), moment="when the optimizer is built")
+        first, ownership = self._table.all()[0], self._ownership
+        self._reach = EntryReach(self._model, lambda: ownership.covers(first))
         self._propose()
 
     @property
@@ -263,6 +267,10 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
                 self.state[parameter] = self._entries.state(name)
             else:
                 self._states.of(parameter)
+
+    def close(self) -> None:
+        self._reach.end()
+        super().close()
 
     def _continue(self) -> None:
         # The entries already hold what the mask selected by weights for the coming step.

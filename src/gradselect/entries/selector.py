@@ -92,6 +92,11 @@ class EntrySelector:
         counts = self._choice.counts
         return (counts if isinstance(counts, int) else counts.get(name, 0)) > 0
 
+    def planned(self) -> Mapping[str, int]:
+        """Number of entries of each tensor that holds some, or has a budget of its own for the coming step."""
+        counts = self._choice.counts if isinstance(self._choice, TopOfGradient) else {}
+        return self.sizes if isinstance(counts, int) or not counts else counts
+
     @property
     def only_adds(self) -> bool:
         """True if entries stay in the set at the next step, whatever their gradients."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,12 +40,14 @@ class Probe:
         tensors: parameters of the model.
         batches: may be iterated several times.
         loss: mean over the batch.
+        reached: names of the tensors of which a gradient was found so far.
     """
 
     model: nn.Module
     tensors: Sequence[MaskTensor]
     batches: Iterable[Batch]
     loss: Loss = model_loss
+    reached: set[str] = field(default_factory=set)
 
     def mean(self, compute: Callable[[Batch], Scores]) -> Scores:
         """Return the mean over batches of `compute(batch)`.
@@ -106,9 +108,16 @@ class Probe:
         return value
 
     def derivatives(self, value: Tensor, leaves: Mapping[str, Tensor]) -> Scores:
-        """Return d value / d leaf; zero if the value does not depend on the leaf."""
-        derivatives = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
-        return {name: widened(derivative) for name, derivative in zip(leaves, derivatives, strict=True)}
+        """Return d value / d leaf; zero if the value does not depend on the leaf, which is then not in `reached`."""
+        if not value.requires_grad:
+            return {name: widened(torch.zeros_like(leaf)) for name, leaf in leaves.items()}
+        derivatives = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+        found = dict(zip(leaves, derivatives, strict=True))
+        self.reached.update(name for name, derivative in found.items() if derivative is not None)
+        return {
+            name: widened(torch.zeros_like(leaves[name]) if derivative is None else derivative)
+            for name, derivative in found.items()
+        }
 
 
 class _Call(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -30,6 +32,8 @@ from gradselect.usage import UsageError, check_one_of, check_whole
 from . import salience as saliences
 from .calibration import Batch, Loss, Probe, batch_of_ones, model_loss, widened
 from .salience import AbstractSalience, GradientSalience, WeightSalience
+
+logger = logging.getLogger(__name__)
 
 ChunkScores = Callable[[MaskTensor], Iterator[Tensor]]
 """(tensor) -> scores of its entries, flat, in chunks."""
@@ -137,6 +141,18 @@ class StaticMask(AbstractCompactMask):
         batches = [batch_of_ones(model)] if self.batches is None else self.batches
         probe = Probe(model=model, tensors=self.tensors, batches=batches, loss=self.loss or model_loss)
         scores = self.salience.estimate(probe)
+        if lost := [tensor.name for tensor in self.tensors if tensor.name not in probe.reached]:
+            if len(lost) == len(self.tensors):
+                raise UsageError(
+                    f"the batches reach none of the {len(lost)} tensors that the mask selects from ({lost[0]}, ...); "
+                    "name others in among=..."
+                )
+            for name in lost:
+                scores[name].fill_(-math.inf)  # never selected
+            logger.warning(
+                "the batches reach no entry of %d of %d tensors, which are left out: %s",
+                *(len(lost), len(self.tensors), ", ".join(lost[:6]) + (", ..." if len(lost) > 6 else "")),
+            )
         return lambda tensor: iter(scores[tensor.name].reshape(-1).split(chunk_length(tensor.parameter)))
 
 

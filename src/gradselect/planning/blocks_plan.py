@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gradselect.blocks import AbstractPolicy, partition, resolve_names, visited_share
 from gradselect.core import Drop, num_bytes
@@ -24,11 +24,15 @@ def block_steps(training: Training, policy: AbstractPolicy, forward: ForwardPass
 
 @dataclass(frozen=True, kw_only=True)
 class _Case:
-    """One selection: its blocks that have gradients, the cost of those that are updated, and bytes of gradients."""
+    """One selection: its blocks that have gradients, the cost of those that are updated, and bytes of gradients.
+
+    `probed` names a parameter down to which the backward pass goes, though it gets no gradient.
+    """
 
     trained: Collection[str]
     updated: Cost
     gradients: Gradients
+    probed: tuple[str, ...] = ()
 
 
 class _BlockPlanner:
@@ -68,7 +72,7 @@ class _BlockPlanner:
         visited = {name: self._depth({name, *self._always}) for name in self.survey.candidates}
         return self._step(
             "exploit",
-            [self._exploit_case(selection) for selection in worst(self.survey, self._sizes)],
+            [*map(self._exploit_case, worst(self.survey, self._sizes)), *self._first_case()],
             depth=mean_depth(self.survey, visited) if visited else self._depth(self._always),
             num_entries=mean_entries(self.survey, self._sizes) + self._sum(self._always).num_entries,
         )
@@ -80,6 +84,18 @@ class _BlockPlanner:
         most = updated.largest * self._itemsize if self._training.update_in_backward else updated.gradients
         return _Case(trained=trained, updated=updated, gradients=Gradients(before=before, most=most, after=most))
 
+    def _first_case(self) -> list[_Case]:
+        """The first step, whose probes look at all candidates: its backward pass visits the lowest one too.
+
+        An explore step does that by itself.
+        """
+        if self.survey.explored or not self.survey.candidates:
+            return []
+        lowest = self._names[self.survey.candidates[0]]
+        sizes = dict(self._training.model.named_parameters())
+        smallest = min(lowest, key=lambda name: sizes[name].numel())
+        return [replace(self._exploit_case(self.survey.proposed[0]), probed=(smallest,))]
+
     def _step(self, kind: StepKind, cases: Sequence[_Case], *, depth: float, num_entries: float) -> Step:
         """The case with the highest peak."""
         work = Work(depth=depth, frozen=1 - num_entries / self._num_entries, checkpointing=self._forward.checkpointing)
@@ -87,7 +103,7 @@ class _BlockPlanner:
             make_step(
                 kind,
                 work,
-                self._forward.kept([name for block in case.trained for name in self._names[block]]),
+                self._forward.kept([*case.probed, *(name for block in case.trained for name in self._names[block])]),
                 held=self._held(case.updated),
                 gradients=case.gradients,
                 workspace=self._workspace(),
