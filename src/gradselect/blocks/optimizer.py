@@ -80,7 +80,8 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         loss = self._evaluate(closure)
         self._watch.check()
         if not self._saw_gradients():
-            self._look_again(self.trainable)
+            if self._reach.conclude(self.trainable, has_gradient=self._in_backward.has_gradient):
+                self._select_anew()
             return loss
         if self._is_skipped():
             return loss
@@ -114,11 +115,6 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
                 return None
             return reached
         return selected
-
-    def _look_again(self, selected: Sequence[str]) -> None:
-        """Select anew if a backward pass has shown that the loss reaches none of these blocks."""
-        if self._reach.conclude(selected, has_gradient=self._in_backward.has_gradient):
-            self._select_anew()
 
     def _select_anew(self) -> None:
         self._reach.lose(self._step)
@@ -236,19 +232,12 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         )
         self._in_backward = BackwardUpdates(self._states, self._table, self._ownership, is_active=update_in_backward)
         self._unreached = UnreachedBlocks()
-        self._reach = self._make_reach()
-        self._propose()
-
-    def _make_reach(self) -> Reach:
-        observer, names = self._observer, {*self.policy.names, *self._always}
-        return Reach(
-            self._model,
-            self._table,
-            [name for name in self.blocks if name in names],
-            self._ownership,
-            needs_gradient=lambda: observer.grad_scaler is not None,
-            is_one_of_many=self._agreement is not None,
+        named = {*self.policy.names, *self._always}
+        names = [name for name in self.blocks if name in named]
+        self._reach = Reach(
+            self._model, self._table, names, self._ownership, self._observer, is_one_of_many=self._agreement is not None
         )
+        self._propose()
 
     @property
     def blocks(self) -> tuple[str, ...]:

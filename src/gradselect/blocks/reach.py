@@ -27,6 +27,7 @@ from gradselect.parallel import collective_device, naming_the_collective
 from gradselect.usage import UsageError, parent
 
 from .compile_check import has_compiled
+from .observer import GradientObserver
 from .policy import AbstractPolicy
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class Reach(AbstractGradientHooks):
         table: its blocks.
         names: blocks that may be selected, and those that train always; in model order.
         ownership: of the optimizer.
-        needs_gradient: returns True if a backward pass must leave a gradient, because a gradient scaler counts them.
+        observer: knows the gradient scaler, which raises an error if a pass leaves no gradient.
         is_one_of_many: True if there are several ranks.
     """
 
@@ -76,15 +77,15 @@ class Reach(AbstractGradientHooks):
         table: ParameterTable,
         names: Sequence[str],
         ownership: Ownership,
+        observer: GradientObserver,
         *,
-        needs_gradient: Callable[[], bool],
         is_one_of_many: bool,
     ) -> None:
         super().__init__(ownership, accumulation_steps=1)
         self._model = model
         self._table = table
         self._names = tuple(names)
-        self._needs_gradient = needs_gradient
+        self._observer = observer
         self._is_one_of_many = is_one_of_many
         self._trained: frozenset[str] = frozenset()
         self._filled: Parameter | None = None
@@ -225,11 +226,11 @@ class Reach(AbstractGradientHooks):
                     if parameter.grad is not None:
                         self._seen.add(name)
                         parameter.grad = None
-        if self._needs_gradient():
+        if self._observer.grad_scaler is not None:
             self._fill()
 
     def _fill(self) -> None:
-        """Leave a gradient of zeros if the pass has left none at all."""
+        """Leave a gradient of zeros if the pass has left none at all, for the gradient scaler."""
         parameters = [parameter for name in self._trained for parameter in self._table.of(name)]
         if parameters and all(parameter.grad is None for parameter in parameters):
             self._filled = min(parameters, key=Parameter.numel)
