@@ -26,6 +26,8 @@ from gradselect.app.data import (
     render,
     says_nothing,
 )
+from gradselect.app.evaluate import EvaluationSettings
+from gradselect.app.evaluate.problems import problems, read_source
 from gradselect.app.inputs import read_inputs
 from gradselect.app.inputs.examples import RenderedRows, render_examples
 from gradselect.app.recipe import Data
@@ -238,6 +240,16 @@ def test_what_is_left_out_stands_in_the_notes_of_a_run(tmp_path: Path) -> None:
     inputs = read_inputs(parse_recipe(recipe_values(tmp_path, data={"path": path}), source="recipe"))
     assert len(inputs.examples.train) == 1
     assert inputs.examples.notes[0].startswith("1 of 2 rows has an empty completion and is left out")
+
+
+def test_a_question_of_an_evaluation_is_json_too(tmp_path: Path) -> None:
+    path = write(tmp_path, {"question": {"a": True}, "answer": 4})
+    given = EvaluationSettings(model="any", task="gsm8k", data=path)
+    (problem,) = problems(read_source(given), given)
+    assert (problem.question, problem.reference) == ('{"a": true}', "4")
+    write(tmp_path, {"question": "q", "answer": 4}, "", {"question": " ", "answer": 4})
+    with pytest.raises(UsageError, match=r"data\.jsonl, line 3: the prompt is empty"):
+        problems(read_source(given), given)
 
 
 # Labels --------------------------------------------------------------------------------------------------------------

@@ -112,6 +112,7 @@ BROKEN_JSON: dict[str, tuple[str, str, list[str]]] = {
     "objects of several lines": ("a.json", '{\n"a": 1\n}\n{\n"a": 2\n}', ["line 3: another object follows", "jq -c"]),
     "list after a list": ("a.json", '[{"a": 1}]\n[{"a": 1}]', ["a.json, line 2: broken JSON (Extra data"]),
     "columns": ("a.json", '{"text": {"0": "a", "1": "b"}}', ["expected a list of objects", "orient='records'"]),
+    "one conversation": ("a.json", '{"messages": [{"role": "user", "content": "x"}]}', ["expected a list of objects"]),
     "item under a key": ("a.json", '{"data": [{"text": "a"}, 7]}', ["a.json, item 2 of 'data': expected an object"]),
     "list with a number in .jsonl": ("a.jsonl", '[{"a": 1}, 7]', ["a.jsonl, line 1: expected an object", "a list"]),
     "key twice": ("a.json", '{"data": [{"a": 1}], "data": [{"a": 2}]}', ["the key 'data' stands twice"]),

@@ -21,6 +21,9 @@ MOST_NAMES = 500
 MOST_LEVELS = 3
 """Levels of keys above a list of rows: {"data": {"train": [...]}} has two."""
 
+_OF_MESSAGES = {"role", "from"}
+"""Keys of a message: a list of these is one conversation, and no list of rows."""
+
 _BLANK = " \t\r\n"
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _log = logging.getLogger(__name__)
@@ -132,7 +135,7 @@ def _under_a_key(value: Row, *, path: Path, rows_key: str | None) -> tuple[str, 
 
 def _lists_of_objects(value: Row, above: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], list[Any]]]:
     for key, item in value.items():
-        if isinstance(item, list) and item and isinstance(item[0], dict):
+        if isinstance(item, list) and item and isinstance(item[0], dict) and not item[0].keys() & _OF_MESSAGES:
             yield (*above, key), item
         elif isinstance(item, dict) and len(above) + 1 < MOST_LEVELS:
             yield from _lists_of_objects(item, (*above, key))

@@ -15,9 +15,11 @@ from gradselect.app.data import (
     Origin,
     Row,
     Rows,
+    cell_text,
     columns_of,
     data_fingerprint,
     ending_of,
+    is_empty,
     holds_messages,
     is_local,
     is_pattern,
@@ -145,7 +147,8 @@ def problems(source: Source, settings: EvaluationSettings) -> list[Problem]:
         if says_nothing(prompt, row) or not text.strip():
             raise UsageError("the prompt is empty")
         reference = find(render(completion, row))
-        return Problem(index=index, question=str(row.get("question", text)), prompt=text, reference=reference)
+        question = text if is_empty(row.get("question")) else cell_text(row["question"])
+        return Problem(index=index, question=question, prompt=text, reference=reference)
 
     return list(each_row(rows, problem, name=source.name))
 
