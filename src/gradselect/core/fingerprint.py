@@ -34,7 +34,7 @@ def fingerprints(named: Iterable[tuple[str, Parameter]]) -> Fingerprints:
     Example:
         >>> weight = Parameter(torch.tensor([1.0, 2.0]))
         >>> fingerprints([("weight", weight)])
-        {'weight': ['float32', 2138046464]}
+        {'weight': ['float32', 2139095040]}
     """
     tensors = {name: each for name, each in named if type(each) is Parameter or is_dtensor(each)}
     sums = {name: _bit_sum(local_part(each)) for name, each in tensors.items()}

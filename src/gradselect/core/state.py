@@ -145,7 +145,7 @@ class BlockStates:
             self._store[parameter] = state = self._make(local_part(parameter))
             self._mover.adopt(state, self._large(state))
         state = self._store[parameter]
-        if any(name not in state for name in self._rule.state_names):
+        if self._rule.state_names and state.keys().isdisjoint(self._rule.state_names):
             raise UsageError(
                 f"something else keeps {', '.join(map(repr, state))} in the optimizer's state: a wrapper such as "
                 "schedule-free's averages weights that it believes to move at every step, and most blocks do not; use "
