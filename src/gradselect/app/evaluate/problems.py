@@ -19,8 +19,8 @@ from gradselect.app.data import (
     columns_of,
     data_fingerprint,
     ending_of,
-    is_empty,
     holds_messages,
+    is_empty,
     is_local,
     is_pattern,
     place_of,
@@ -288,7 +288,9 @@ def say_empty(rows: Rows, templates: Sequence[str], *, what: str, name: str) -> 
     if not empty:
         return
     if len(empty) == len(rows):
-        raise UsageError(f"{name}: all {len(rows):,} rows have an empty {what}; name columns that hold text")
+        raise UsageError(
+            f"{name}: nothing to score: all {len(rows):,} rows have an empty {what}; name columns that hold text"
+        )
     _log.warning(
         "%d of %d rows have an empty %s and count as they are; the first: %s",
         *(len(empty), len(rows), what, place_of(rows, empty[0], path=name)),
