@@ -24,11 +24,12 @@ from gradselect.core import (
     is_frozen_for_now,
 )
 from gradselect.parallel import collective_device, naming_the_collective
-from gradselect.usage import UsageError, parent
+from gradselect.usage import UsageError
 
 from .compile_check import has_compiled
 from .observer import GradientObserver
 from .policy import AbstractPolicy
+from .probed_modules import blocks_by_module
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,8 @@ class Reach(AbstractGradientHooks):
         self._anchor: str | None = state["anchor"]
         self._num_lost: int = state["lost"]
         self._forget()
-        self._blocks_of = self._modules(self._unknown)
+        members = {name: self._table.members[name] for name in self._in_order(self._unknown)}
+        self._blocks_of = blocks_by_module(self._model, members)
         paths = self._blocks_of if self._unknown else [path for path in [self._anchor] if path is not None]
         self._probes.remove()
         self._probes = OutputProbes({path: self._model.get_submodule(path) for path in paths}, self, whole=self._model)
@@ -331,16 +333,6 @@ class Reach(AbstractGradientHooks):
 
     def _in_order(self, names: Collection[str]) -> list[str]:
         return [name for name in self._names if name in names]
-
-    def _modules(self, blocks: Collection[str]) -> dict[str, list[str]]:
-        """Blocks of each module that holds some of their weights itself, by path, if no module in it holds any."""
-        found: dict[str, list[str]] = {}
-        for block in self._in_order(blocks):
-            for path in {parent(name) for name in self._table.members[block]}:
-                module = self._model.get_submodule(path)
-                if not any(True for child in module.children() for _ in child.parameters()):
-                    found.setdefault(path, []).append(block)
-        return found
 
 
 def listed(names: Sequence[str]) -> str:
