@@ -30,13 +30,24 @@ from gradselect.files.checked_json import sealed
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
 
-def torchrun(*words: str, processes: int = 2) -> None:
+COMMAND = """
+import atexit
+import torch.distributed as dist
+from gradselect.app.cli import main
+atexit.register(lambda: print("connected:", dist.is_initialized()))
+main()
+"""
+"""The command, and at its very end a word on the group of processes."""
+
+
+def torchrun(*words: str, processes: int = 2) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    gradselect = [sys.executable, "-c", "from gradselect.app.cli import main; main()"]
+    gradselect = [sys.executable, "-c", COMMAND]
     command = [sys.executable, "-m", *launcher, "--no-python", *gradselect, "train", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def losses(folder: Path) -> list[float]:
@@ -60,8 +71,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     recipe = write_recipe(
         place, place / "recipe.yaml", method=ADAGRADSELECT, run={**shared, "batch_size": 4, "output": str(together)}
     )
-    torchrun(str(recipe))
+    (place / "said.txt").write_text(torchrun(str(recipe)))
     return recipe, alone, together
+
+
+def test_finished_processes_leave_no_group_behind(runs: tuple[Path, Path, Path]) -> None:
+    """Its threads could abort a process while the interpreter shut down: exit code -6 after a whole run."""
+    said = (runs[0].parent / "said.txt").read_text()
+    assert said.count("connected: False") == 2
+    assert "connected: True" not in said
 
 
 def test_two_processes_have_the_loss_curve_of_one(runs: tuple[Path, Path, Path]) -> None:

@@ -9,6 +9,7 @@ from .processes import (
     is_rank_0,
     max_over_ranks,
     num_processes,
+    own_process_group,
     take_device,
 )
 from .run_folder import RunFolder, claimed
@@ -29,6 +30,7 @@ __all__ = [
     "machine_bytes",
     "max_over_ranks",
     "num_processes",
+    "own_process_group",
     "peak_process_bytes",
     "take_device",
     "watched_signals",

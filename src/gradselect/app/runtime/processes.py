@@ -7,7 +7,8 @@ Rank and number of processes come from the environment, so that they are known b
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,32 @@ def barrier() -> None:
     """Wait until all processes are here. The Trainer must have connected them."""
     if num_processes() > 1:
         dist.barrier()
+
+
+@contextmanager
+def own_process_group() -> Iterator[None]:
+    """Disconnect the processes at the end of the block if they were connected inside it.
+
+    A group that lives until the interpreter shuts down has threads of its own, which may abort a finished process: the
+    launcher then reports a failure.
+    """
+    was_connected = dist.is_initialized()
+    try:
+        yield
+        if not was_connected and dist.is_initialized():
+            # No process leaves while another one still needs it.
+            barrier()
+    finally:
+        if not was_connected and dist.is_initialized():
+            _disconnect()
+
+
+def _disconnect() -> None:
+    from accelerate.state import AcceleratorState
+
+    dist.destroy_process_group()
+    # Else the next run in this process would take the group to be there.
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def max_over_ranks(values: Sequence[int], *, device: torch.device) -> list[int]:

@@ -22,6 +22,7 @@ from gradselect.app.runtime import (
     claimed,
     collected_messages,
     is_rank_0,
+    own_process_group,
     take_device,
     watched_signals,
 )
@@ -154,5 +155,5 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         >>> train(load_recipe("recipes/gsm8k.yaml", ["run.steps=100"]))  # doctest: +SKIP
     """
     console = (console or Console()) if is_rank_0() else Console(quiet=True)
-    with collected_messages(console) as messages:
+    with collected_messages(console) as messages, own_process_group():
         return run(recipe, resume=resume, command=command, console=console, messages=messages)
