@@ -28,6 +28,8 @@ def train(
     with advice_when_stopped([*words, "--resume"], interrupted=advice):
         loaded = load_recipe(recipe, overrides or [])
         # Imported late because it is slow: errors in the recipe come first.
+        from gradselect.app.runtime import own_process_group
         from gradselect.app.train import train as carry_out
 
-        carry_out(loaded, resume=resume, command=[*words, *(["--resume"] if resume else [])])
+        with own_process_group():
+            carry_out(loaded, resume=resume, command=[*words, *(["--resume"] if resume else [])])

@@ -42,7 +42,7 @@ def own_process_group() -> Iterator[None]:
     """Disconnect the processes at the end of the block if they were connected inside it.
 
     A group that lives until the interpreter shuts down has threads of its own, which may abort a finished process: the
-    launcher then reports a failure.
+    launcher then reports a failure. The same launcher's processes cannot be connected again.
     """
     was_connected = dist.is_initialized()
     try:
@@ -51,16 +51,14 @@ def own_process_group() -> Iterator[None]:
             # No process leaves while another one still needs it.
             barrier()
     finally:
-        if not was_connected and dist.is_initialized():
-            _disconnect()
+        if not was_connected:
+            disconnect()
 
 
-def _disconnect() -> None:
-    from accelerate.state import AcceleratorState
-
-    dist.destroy_process_group()
-    # Else the next run in this process would take the group to be there.
-    AcceleratorState._reset_state(reset_partial_state=True)
+def disconnect() -> None:
+    """Leave the group of processes, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def max_over_ranks(values: Sequence[int], *, device: torch.device) -> list[int]:

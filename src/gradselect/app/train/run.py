@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,8 +22,9 @@ from gradselect.app.runtime import (
     broadcast_from_rank_0,
     claimed,
     collected_messages,
+    disconnect,
     is_rank_0,
-    own_process_group,
+    num_processes,
     take_device,
     watched_signals,
 )
@@ -155,5 +157,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         >>> train(load_recipe("recipes/gsm8k.yaml", ["run.steps=100"]))  # doctest: +SKIP
     """
     console = (console or Console()) if is_rank_0() else Console(quiet=True)
-    with collected_messages(console) as messages, own_process_group():
+    if num_processes() > 1:
+        # Not at the end of a run: another one may follow in these processes.
+        atexit.register(disconnect)
+    with collected_messages(console) as messages:
         return run(recipe, resume=resume, command=command, console=console, messages=messages)
