@@ -13,7 +13,8 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_train_restoring import tiny
 from train_fixtures import (
     CHAT_TEMPLATE,
     MARKED_CHAT_TEMPLATE,
@@ -31,6 +32,7 @@ from gradselect import UsageError, delta
 from gradselect.app.inputs import run_inputs
 from gradselect.app.recipe_planning.planner import RecipePlanner
 from gradselect.app.train import train
+from gradselect.app.train.restoring import unplaced_notes
 from gradselect.files import MANIFEST_NAME, beside_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -173,6 +175,45 @@ def test_an_adapter_as_a_base_is_refused(tmp_path: Path) -> None:
             parse(tmp_path, model={"path": str(out / "adapter")}, run={"output": str(tmp_path / "next")}),
             console=quiet(),
         )
+
+
+def with_tensors(model: Path, names: tuple[str, ...]) -> None:
+    tensors = load_file(model / "model.safetensors") | {name: torch.ones(2) for name in names}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_weights_of_the_base_that_have_no_place_are_said(tmp_path: Path) -> None:
+    """transformers drops some kinds in silence, such as layers that predict several tokens."""
+    model = write_model(tmp_path / "model")
+    write_sums(tmp_path / "sums.jsonl")
+    with_tensors(model, ("model.layers.0.self_attn.rotary_emb.inv_freq", "vision.a", "vision.b"))
+    _, _, shown = trained(tmp_path)
+    assert "2 of the base's 41 weights have no place in a LlamaForCausalLM (vision.a, vision.b)" in shown
+
+
+def test_layers_that_transformers_ignores_are_said(tmp_path: Path) -> None:
+    tiny("glm4_moe").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    write_sums(tmp_path / "sums.jsonl")
+    with_tensors(tmp_path / "model", ("model.layers.92.eh_proj.weight",))
+    _, _, shown = trained(tmp_path)
+    assert "(model.layers.92.eh_proj.weight): they are neither trained nor in the trained folder" in shown
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_neox", "gemma3"])
+def test_converted_weights_have_a_place(kind: str, tmp_path: Path) -> None:
+    model = tiny(kind)
+    model.save_pretrained(tmp_path)
+    assert unplaced_notes(model, tmp_path) == []
+
+
+def test_a_generation_config_that_cannot_be_saved_is_refused_before_training(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    write_sums(tmp_path / "sums.jsonl")
+    (model / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 256}')
+    with pytest.raises(UsageError, match=r"`temperature`.*add \"do_sample\": true"):
+        trained(tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_that_lead_outside_are_no_files_of_a_model(tmp_path: Path) -> None:

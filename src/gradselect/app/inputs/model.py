@@ -41,7 +41,6 @@ from gradselect.app.recipe import (
     Recipe,
 )
 from gradselect.app.runtime import machine_bytes
-from gradselect.usage import first_line
 
 
 def load_model(settings: ModelSettings, *, seed: int = 0, device: str = "cpu") -> PreTrainedModel:
@@ -60,7 +59,12 @@ def load_model(settings: ModelSettings, *, seed: int = 0, device: str = "cpu") -
     try:
         model.generation_config.validate(strict=True)
     except ValueError as error:
-        raise UsageError(f"model.path={settings.path!r} cannot be used: {first_line(error)}") from error
+        reason = str(error).partition("If you're using")[0].replace("GenerationConfig is invalid:", "")
+        raise UsageError(
+            f"model.path={settings.path!r} cannot be used, its generation_config.json contradicts itself and could not "
+            f"be saved again after training: {' '.join(reason.split())}. Put right the file in that folder: add "
+            '"do_sample": true, or remove the flags of sampling'
+        ) from error
     return model
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -17,9 +18,16 @@ from transformers import PreTrainedModel, __version__
 # transformers offers its conversion only inside `from_pretrained`, which builds a second model and cannot know modules
 # that were exchanged after loading. These are the functions that it is made of.
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 
+from gradselect.app.models import is_quantised
 from gradselect.usage import UsageError
 
 NUM_NAMED = 3
@@ -27,6 +35,8 @@ NUM_NAMED = 3
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
+DERIVED = re.compile(r"(inv_freq|position_ids|token_type_ids|masked_bias|attn\.bias|attention\.bias)$")
+"""Tensors of old checkpoints that a model computes by itself."""
 
 
 @torch.no_grad()
@@ -88,6 +98,31 @@ def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
     return revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
 
 
+def unplaced_notes(model: PreTrainedModel, folder: Path | None) -> list[str]:
+    """Say which weights in a base's folder the model has no place for. transformers drops some kinds in silence."""
+    if folder is None or is_quantised(model):
+        return []
+    with _opened(folder, required=False) as saved:
+        names = [name for name in _unplaced(model, saved) if not DERIVED.search(name)]
+    if not names:
+        return []
+    return [
+        f"{len(names):,} of the base's {len(saved):,} weights have no place in a {type(model).__name__} "
+        f"({_some(names)}): they are neither trained nor in the trained folder"
+    ]
+
+
+def _unplaced(model: PreTrainedModel, names: Iterable[str]) -> Iterator[str]:
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    for name in names:
+        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if renamed not in state and name not in state:
+            yield name
+
+
 class _Receiver:
     """A model as transformers' loader sees it: a tensor that is assigned to a module is copied into the live one.
 
@@ -127,12 +162,12 @@ class _ReceivingModule:
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[dict[str, Any]]:
+def _opened(folder: Path, *, required: bool = True) -> Iterator[dict[str, Any]]:
     """Yield the tensors of a folder by name, not read yet."""
     names = [name for name in (ADAPTER, SINGLE_FILE) if (folder / name).is_file()][:1]
     if not names and (folder / INDEX).is_file():
         names = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
-    if not names:
+    if not names and required:
         raise UsageError(f"the checkpoint {folder} has no weights in safetensors; put back a copy of it")
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(folder / name, framework="pt")) for name in names]

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from gradselect import UsageError
 from gradselect.app.inputs import read_inputs, row_notes
-from gradselect.app.recipe import RandomData, Recipe
+from gradselect.app.recipe import Recipe
 from gradselect.app.recipe import dump_recipe as dump_recipe
 from gradselect.app.recipe import load_recipe as load_recipe
 from gradselect.app.runtime import Preempted as Preempted
@@ -41,7 +41,7 @@ from .run_record import (
     write_run,
     write_start,
 )
-from .saving import base_folder, save_model, turn_end_notes, turn_ends
+from .saving import plan_saving, save_model
 from .setup import build_trainer
 from .trainer import RunTrainer
 
@@ -61,11 +61,11 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         start = start.model_copy(update={"resumed_from": None if checkpoint is None else checkpoint.name})
 
         # 2 set up
+        saving = plan_saving(recipe, inputs)
         with _explained(recipe, folder):
             trainer = build_trainer(recipe, inputs, folder=folder)
-        beside, ends = base_folder(recipe), turn_ends(recipe, inputs)
         counted = row_notes(trainer.token_counts, recipe.data, max_length=inputs.max_length)
-        notes = [*inputs.examples.notes, *counted, *turn_end_notes(recipe, ends)]
+        notes = [*inputs.examples.notes, *counted, *saving.notes]
         start = start.model_copy(update={"token_counts": trainer.token_counts})
         if is_rank_0() and folder.run_file.exists():
             check_same_rows(folder, trainer.token_counts)
@@ -82,8 +82,7 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
 
             # 4 save; run.json says "finished" only when everything else is written
             if is_rank_0():
-                is_kept = not isinstance(recipe.data, RandomData)
-                saved = save_model(trainer, inputs, folder=folder, beside=beside, ends=ends) if is_kept else None
+                saved = save_model(trainer, inputs, folder=folder, plan=saving) if saving.is_kept else None
                 end = describe_end(start, trainer, meter, folder=folder, notes=notes, saved=saved)
                 write_run(folder, end)
                 show_summary(console, end, recipe=recipe, folder=folder, num_messages=len(messages))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from gradselect.app.results import SavedModel
 from gradselect.app.runtime import RunFolder, is_rank_0
 from gradselect.files import BesideWeights, flush_names, remove, write_manifest, writing_aside
 
+from .restoring import unplaced_notes
 from .trainer import RunTrainer
 
 NUM_EXAMPLES = 1000
@@ -25,7 +27,35 @@ NUM_EXAMPLES = 1000
 LAST_FILES = ("config.json", "adapter_config.json")
 
 
-def turn_ends(recipe: Recipe, inputs: Inputs) -> tuple[int, ...]:
+@dataclass(frozen=True, kw_only=True)
+class SavingPlan:
+    """What will be in the trained folder beside the weights, known before training.
+
+    Args:
+        beside: files beside the weights of the base; those that belong to the model are copied. None: it has no folder.
+        ends: tokens that end what the model learns to write. `generate()` will stop at them.
+        notes: what will be missing.
+        is_kept: False for a model trained on random tokens.
+    """
+
+    beside: BesideWeights | None = None
+    ends: Sequence[int] = ()
+    notes: Sequence[str] = ()
+    is_kept: bool = True
+
+
+def plan_saving(recipe: Recipe, inputs: Inputs) -> SavingPlan:
+    """Look at the base's folder and at the examples. Call it before an adapter is put on the model."""
+    if isinstance(recipe.data, RandomData) or not is_rank_0():
+        return SavingPlan(is_kept=False)
+    beside = files_beside_weights(recipe.model.path, revision=recipe.model.revision)
+    ends = _turn_ends(recipe, inputs)
+    folder = None if beside is None or recipe.model.random_weights else beside.folder
+    notes = [*unplaced_notes(inputs.model, folder), *_turn_end_notes(recipe, ends)]
+    return SavingPlan(beside=beside, ends=ends, notes=notes)
+
+
+def _turn_ends(recipe: Recipe, inputs: Inputs) -> tuple[int, ...]:
     """Return the tokens that end what the model learns to write; none for texts, which go on."""
     if not isinstance(recipe.data, ChatData | PromptCompletionData):
         return ()
@@ -34,7 +64,7 @@ def turn_ends(recipe: Recipe, inputs: Inputs) -> tuple[int, ...]:
     return end_of_turn_tokens(inputs.tokenizer, some)
 
 
-def turn_end_notes(recipe: Recipe, ends: Sequence[int]) -> list[str]:
+def _turn_end_notes(recipe: Recipe, ends: Sequence[int]) -> list[str]:
     """Say that nothing in the data teaches the model to end its turn with a token that `generate()` can stop at."""
     data = recipe.data
     is_chat = isinstance(data, ChatData) or (isinstance(data, PromptCompletionData) and data.as_chat)
@@ -46,21 +76,7 @@ def turn_end_notes(recipe: Recipe, ends: Sequence[int]) -> list[str]:
     ]
 
 
-def base_folder(recipe: Recipe) -> BesideWeights | None:
-    """Return the files beside the weights of the recipe's base; None if nothing is saved, or it has no folder."""
-    if isinstance(recipe.data, RandomData) or not is_rank_0():
-        return None
-    return files_beside_weights(recipe.model.path, revision=recipe.model.revision)
-
-
-def save_model(
-    trainer: RunTrainer,
-    inputs: Inputs,
-    *,
-    folder: RunFolder,
-    beside: BesideWeights | None = None,
-    ends: Sequence[int] = (),
-) -> SavedModel:
+def save_model(trainer: RunTrainer, inputs: Inputs, *, folder: RunFolder, plan: SavingPlan | None = None) -> SavedModel:
     """Write a plain checkpoint into the folder of the run. An adapter is merged into it and also kept beside it.
 
     On a quantised base, whose weights cannot take the sum, the adapter alone is written. Folds the rotations of
@@ -70,9 +86,9 @@ def save_model(
         trainer: after its last step.
         inputs: their tokenizer is written beside the weights.
         folder: folder of the run.
-        beside: files beside the weights of the base; those that belong to the model are copied.
-        ends: tokens that end what the model has learned to write. `generate()` will stop at them.
+        plan: what else to write.
     """
+    beside, ends = (None, ()) if plan is None else (plan.beside, plan.ends)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if any(isinstance(module, sparsegrad.RotatedLinear) for module in model.modules()):
         cast(Any, trainer.optimizer).optimizer.close()
