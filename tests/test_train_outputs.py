@@ -32,6 +32,7 @@ from gradselect import UsageError, delta
 from gradselect.app.inputs import run_inputs
 from gradselect.app.recipe_planning.planner import RecipePlanner
 from gradselect.app.train import train
+from gradselect.app.train.new_tokens import _are_new
 from gradselect.app.train.restoring import unplaced_notes
 from gradselect.files import MANIFEST_NAME, beside_weights
 
@@ -306,6 +307,39 @@ def test_answers_that_end_with_ordinary_text_are_said(tmp_path: Path) -> None:
     out, _, shown = trained(tmp_path, data={"format": "chat", "path": str(tmp_path / "chat.jsonl")})
     assert "generate() will not know where an answer ends" in shown
     assert GenerationConfig.from_pretrained(out).eos_token_id == 256
+
+
+@pytest.mark.parametrize(
+    ("method", "advice"),
+    [
+        ({"name": "full"}, None),
+        ({"name": "adagradselect", "fraction": 0.4}, "write method.always=['embedding']"),
+        ({"name": "adagradselect", "fraction": 0.4, "always": ["embedding"]}, None),
+        ({"name": "lora", "rank": 2}, "write method.train_embedding=true"),
+        ({"name": "lora", "rank": 2, "train_embedding": True}, None),
+        ({"name": "id3", "density": 0.01}, "only the selected entries"),
+    ],
+)
+def test_added_tokens_that_nothing_has_trained_are_said(method: Any, advice: str | None, tmp_path: Path) -> None:
+    """The rows of added tokens are the mean of all others until the embedding trains."""
+    model = chat_base(tmp_path, UNMARKED)
+    loaded = LlamaForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        embeddings = loaded.get_input_embeddings().weight
+        embeddings[IM_END] = embeddings[:IM_END].mean(0)
+    loaded.save_pretrained(model)
+    _, _, shown = trained(tmp_path, method=method, data={"format": "chat", "path": str(tmp_path / "chat.jsonl")})
+    assert ("1 added tokens of the data have embeddings that were never trained (<|im_end|>)" in shown) is bool(advice)
+    assert advice is None or advice in shown
+
+
+def test_rows_made_by_transformers_count_as_new(tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(write_model(tmp_path))
+    with torch.random.fork_rng():
+        model.resize_token_embeddings(262)
+    rows = model.get_input_embeddings().weight.detach()
+    rows[261] = 0.0
+    assert _are_new(rows, [3, 256, 258, 260, 261]) == [False, False, True, True, True]
 
 
 QUANTISED = {

@@ -32,6 +32,7 @@ from gradselect.app.runtime import (
 from .checkpoints import find_checkpoint, return_to
 from .failures import describe_kept, describe_out_of_memory, is_dead_worker, is_out_of_memory
 from .meter import Meter
+from .new_tokens import new_token_notes
 from .progress import ProgressDisplay, show_start, show_summary
 from .run_record import (
     check_same_rows,
@@ -65,7 +66,7 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         with _explained(recipe, folder):
             trainer = build_trainer(recipe, inputs, folder=folder)
         counted = row_notes(trainer.token_counts, recipe.data, max_length=inputs.max_length)
-        notes = [*inputs.examples.notes, *counted, *saving.notes]
+        notes = [*inputs.examples.notes, *counted, *saving.notes, *new_token_notes(recipe, inputs)]
         start = start.model_copy(update={"token_counts": trainer.token_counts})
         if is_rank_0() and folder.run_file.exists():
             check_same_rows(folder, trainer.token_counts)
