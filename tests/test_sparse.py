@@ -274,7 +274,9 @@ def test_a_window_may_end_early():
     assert same(weights(ours), weights(theirs))
 
 
-def test_unannounced_backward_passes_are_expected_from_the_next_step_on():
+def test_no_entry_is_selected_by_a_part_of_a_step_whose_passes_nobody_announced(caplog):
+    """It would be trained for the whole run, because of the first of several passes; the next step knows better."""
+
     def entries(**settings):
         model = tiny_llama()
         optimizer = gs.SparseOptimizer(model, id3(), **settings)
@@ -286,18 +288,56 @@ def test_unannounced_backward_passes_are_expected_from_the_next_step_on():
             yield optimizer.last_record.num_new, optimizer.last_record.grad_norm
 
     announced, found = list(entries(accumulation_steps=3)), list(entries())
-    assert [new for new, _ in found] == [new for new, _ in announced]
-    assert found[0][1] != announced[0][1]  # the selection of the first step is made from one pass
+    assert [new for new, _ in announced] == [17, 17, 16]
+    assert [new for new, _ in found] == [0, 34, 16]
     assert found[2][1] > 0
+    assert caplog.text.count("accumulation_steps=<backward passes per step>") == 1
+
+
+def test_several_passes_select_the_entries_of_their_sum():
+    """Of the only step that selects, whatever the number of passes before it."""
+
+    def entries(num_first, **settings):
+        model = tiny_llama()
+        optimizer = gs.SparseOptimizer(model, gs.StaticMask(budget=50), lr=0.0, **settings)
+        for num_passes in (num_first, 3):
+            for part in range(num_passes):
+                model(**tiny_batch(model, seed=part)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: indices.tolist() for name, indices in optimizer.entries.items()}
+
+    announced = entries(3, accumulation_steps=3)
+    assert entries(3) == entries(4) == announced
+
+
+def test_a_step_of_zero_gradients_selects_nothing(caplog):
+    """A reward that is the same for all completions, as often at the start, says nothing about entries."""
+    model = tiny_llama()
+    optimizer = gs.SparseOptimizer(model, gs.StaticMask(budget=50), lr=1e-3)
+    for scale in (0.0, 0.0, 1.0):
+        (scale * model(**tiny_batch(model, seed=0)).loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    twin = gs.SparseOptimizer(other := tiny_llama(), gs.StaticMask(budget=50), lr=1e-3)
+    other(**tiny_batch(other, seed=0)).loss.backward()
+    twin.step()
+    assert {name: found.tolist() for name, found in optimizer.entries.items()} == {
+        name: found.tolist() for name, found in twin.entries.items()
+    }
+    assert caplog.text.count("all its gradients are zero") == 1
+    assert optimizer.num_steps == 3
 
 
 @pytest.mark.parametrize("lean", [False, True])
 def test_no_entry_joins_twice_in_an_unannounced_pass(lean):
     layer = torch.nn.Linear(4, 1, bias=False)
     optimizer = gs.SparseOptimizer(layer, id3(budget=4, steps=1), lean_accumulation=lean)
-    layer(torch.ones(1, 4)).sum().backward()
-    layer(torch.ones(1, 4)).sum().backward()
-    optimizer.step()
+    for _ in range(2):
+        layer(torch.ones(1, 4)).sum().backward()
+        layer(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
     assert optimizer.entries["weight"].tolist() == [0, 1, 2, 3]
 
 

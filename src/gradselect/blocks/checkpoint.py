@@ -55,6 +55,7 @@ def write_state_dict(optimizer: BlockOptimizer, state_dict: dict[str, Any]) -> d
         "resident": [name for name in optimizer.blocks if name in states.resident],
         "moved_bytes": states.moved_bytes,
         "num_passes": optimizer._hooks.num_passes_before,
+        "num_shorter": optimizer._hooks.num_shorter,
         "weights": optimizer._watch.fingerprints() if optimizer.num_steps else {},
         "reach": optimizer._reach.state(),
         "with_state": [name for number, name in enumerate(table.names) if state_dict["state"].get(number)],
@@ -85,6 +86,7 @@ def read_state_dict(optimizer: BlockOptimizer, state_dict: Mapping[str, Any]) ->
         group.update({key: value for key, value in saved.items() if key not in NOT_OF_A_GROUP})
     optimizer._step = selection["step"]
     optimizer._hooks.num_passes_before = selection.get("num_passes", 0)
+    optimizer._hooks.num_shorter = selection.get("num_shorter", 0)
     optimizer._update_counts = dict(selection["update_counts"])
     optimizer.policy.load_state(selection["policy_state"])
     optimizer._reach.begin(selection.get("reach"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
@@ -14,9 +13,9 @@ from torch.nn import Parameter
 from gradselect.core import (
     SELECTION,
     AbstractGradientHooks,
+    BackwardPasses,
     Ownership,
     Phases,
-    at_end_of_pass,
     gradient_norm,
     in_phase,
     norm_of,
@@ -53,6 +52,7 @@ class GradientObserver(AbstractGradientHooks):
         grad_scaler: scales the loss, or None; norms are divided by its scale.
         is_one_of_many: True if there are several ranks.
         phases: of the optimizer.
+        passes: of the optimizer.
     """
 
     def __init__(
@@ -64,8 +64,9 @@ class GradientObserver(AbstractGradientHooks):
         grad_scaler: GradScaler | None = None,
         is_one_of_many: bool = False,
         phases: Phases | None = None,
+        passes: BackwardPasses | None = None,
     ) -> None:
-        super().__init__(ownership, accumulation_steps=accumulation_steps)
+        super().__init__(ownership, accumulation_steps=accumulation_steps, passes=passes)
         self.grad_scaler = grad_scaler
         self._phases = phases or Phases()
         self._rank = {name: position for position, name in enumerate(blocks)}
@@ -101,7 +102,6 @@ class GradientObserver(AbstractGradientHooks):
         self._incomplete = {name: len(self._blocks[name]) for name in self._watched}
         self._end_window()
         self._num_passes = 0
-        self._in_pass = False
         self._known_scale: float | None = None
         if self._sums is not None:
             self._sums.clear()
@@ -128,10 +128,10 @@ class GradientObserver(AbstractGradientHooks):
     def arrived(self, name: str, parameter: Parameter) -> None:
         if name not in self._watched:
             return
-        if not self._in_pass:
-            self._in_pass = True
-            # Data-parallel wrappers also finish at the end of the pass: a call queued there runs after them.
-            at_end_of_pass(self._end_pass if self._sums is None else partial(at_end_of_pass, self._end_shared_pass))
+        if self._sums is None:
+            self.passes.at_end(self._end_pass)
+        else:
+            self.passes.at_end(self._end_shared_pass, after_wrappers=True)
         if self._is_released(name) and self._sums is None:
             parameter.grad = None
         elif self._is_last_pass() and self._sums is None:
@@ -166,7 +166,6 @@ class GradientObserver(AbstractGradientHooks):
             self._take_late_pass()
 
     def _count_pass(self) -> None:
-        self._in_pass = False
         self._num_passes += 1
         self._num_counted += self._counts()
 

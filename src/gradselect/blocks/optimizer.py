@@ -229,6 +229,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             grad_scaler=grad_scaler,
             is_one_of_many=self._agreement is not None,
             phases=self._phases,
+            passes=self._passes,
         )
         self._in_backward = BackwardUpdates(self._states, self._table, self._ownership, is_active=update_in_backward)
         self._unreached = UnreachedBlocks()

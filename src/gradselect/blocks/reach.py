@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from gradselect.core import (
     OutputProbes,
     Ownership,
     ParameterTable,
-    at_end_of_pass,
     is_frozen_for_now,
 )
 from gradselect.parallel import collective_device, naming_the_collective
@@ -82,7 +80,7 @@ class Reach(AbstractGradientHooks):
         *,
         is_one_of_many: bool,
     ) -> None:
-        super().__init__(ownership, accumulation_steps=1)
+        super().__init__(ownership, accumulation_steps=1, passes=observer.passes)
         self._model = model
         self._table = table
         self._names = tuple(names)
@@ -178,7 +176,7 @@ class Reach(AbstractGradientHooks):
         self._trained = frozenset(trained)
 
     def restart(self) -> None:
-        self._in_pass = False  # what was seen remains true
+        self.passes.forget()  # what was seen remains true
 
     def end(self) -> None:
         """Remove hooks and probes."""
@@ -216,12 +214,9 @@ class Reach(AbstractGradientHooks):
 
     def _begin_pass(self) -> None:
         self._had_pass = True
-        if not self._in_pass:
-            self._in_pass = True
-            at_end_of_pass(partial(at_end_of_pass, self._end_pass) if self._is_one_of_many else self._end_pass)
+        self.passes.at_end(self._end_pass, after_wrappers=self._is_one_of_many)
 
     def _end_pass(self) -> None:
-        self._in_pass = False
         if self._is_one_of_many:
             for name in self.watched - self._trained:
                 for parameter in self._table.of(name):
@@ -291,7 +286,7 @@ class Reach(AbstractGradientHooks):
     def _forget(self) -> None:
         self._seen: set[str] = set()
         self._first: str | None = None
-        self._had_pass = self._in_pass = False
+        self._had_pass = False
 
     def _share(self) -> None:
         """Combine what the ranks have seen."""

@@ -5,11 +5,12 @@ from .adamw_8bit import AdamW8bitRule
 from .block import Block
 from .checkpoint_identity import NOT_OF_A_GROUP, as_text, check_present, check_same, selection_of, states_by_name
 from .freezing import Ownership, freeze, is_frozen_for_now, settle
-from .gradients import AbstractGradientHooks, at_end_of_pass, dense, gradient_norm, norm_of, squared_norm
+from .gradients import AbstractGradientHooks, dense, gradient_norm, norm_of, squared_norm
 from .masters import take_over
 from .optimizer import SelectiveOptimizer
 from .output_probes import WHOLE, OutputProbes
 from .parameter_groups import Group, ParameterTable
+from .passes import BackwardPasses
 from .phases import SELECTION, Phases, in_phase
 from .quantised import ADVICE, below, can_train, is_chosen, nothing_trains, quantised_weights
 from .records import MEMORY_CATEGORIES, JsonlWriter, MaskRecord, MemoryBytes, StepRecord, selection_entropy
@@ -33,6 +34,7 @@ __all__ = [
     "AdamW8bitRule",
     "AdamWRule",
     "Ages",
+    "BackwardPasses",
     "Block",
     "BlockStates",
     "Drop",
@@ -51,7 +53,6 @@ __all__ = [
     "StepRecord",
     "UpdateSettings",
     "as_text",
-    "at_end_of_pass",
     "below",
     "can_train",
     "check_present",

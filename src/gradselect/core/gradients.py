@@ -16,6 +16,10 @@ from gradselect.usage import UsageError
 
 from .freezing import Ownership, is_frozen_for_now
 from .hooks import weak_hook
+from .passes import BackwardPasses, at_end_of_pass
+
+PATIENCE = 8
+"""Windows in a row with fewer backward passes than expected, after which fewer are expected."""
 
 
 class AbstractGradientHooks(ABC):
@@ -26,25 +30,29 @@ class AbstractGradientHooks(ABC):
     moment is freed: somebody thawed it after the selection was made.
 
     **Windows.** Gradients are read in the last backward pass of a step's window. It is pass number `accumulation_steps`
-    or, after a window with more passes, the number that the last window had. Only passes count for which `is_counted`
-    returns True.
+    or, after a window with more passes, the number that the window had; after `PATIENCE` windows in a row with fewer,
+    the number that the last of them had. Only passes count for which `is_counted` returns True.
 
     Attributes:
         accumulation_steps: backward passes before an optimizer step, >= 1, as announced.
         is_counted: returns True in passes after which the optimizer may step; None: in all. In a Trainer, those of the
             last micro-batch.
-        num_passes_before: counted passes of the last window if they were more than announced, else 0.
+        num_passes_before: counted passes of an earlier window if they were more than announced, else 0.
+        num_shorter: windows in a row that had fewer than those.
+        passes: shared by the hooks of an optimizer; by default only these hooks see them.
 
     Args:
         ownership: of the optimizer.
         accumulation_steps: see above.
+        passes: see above.
     """
 
-    def __init__(self, ownership: Ownership, *, accumulation_steps: int) -> None:
+    def __init__(self, ownership: Ownership, *, accumulation_steps: int, passes: BackwardPasses | None = None) -> None:
         self.accumulation_steps = accumulation_steps
         self.is_counted: Callable[[], bool] | None = None
-        self.num_passes_before = 0
+        self.num_passes_before = self.num_shorter = 0
         self._num_counted = 0
+        self.passes = passes or BackwardPasses()
         self._ownership = ownership
         self._named: list[tuple[str, Parameter]] = []
         self._handles: list[RemovableHandle] = []
@@ -96,10 +104,14 @@ class AbstractGradientHooks(ABC):
         return self._num_counted == self.num_expected - 1 and self._counts()
 
     def _end_window(self) -> None:
-        """Expect as many passes in the next window as this one had."""
+        """Learn how many passes to expect in the next window."""
         if self._num_counted:
-            self.num_passes_before = self._num_counted if self._num_counted > self.accumulation_steps else 0
+            self.num_shorter = self.num_shorter + 1 if self._num_counted < self.num_passes_before else 0
+            if self.num_shorter in (0, PATIENCE):
+                self.num_passes_before = self._num_counted if self._num_counted > self.accumulation_steps else 0
+                self.num_shorter = 0
         self._num_counted = 0
+        self.passes.forget()
 
 
 def _free(parameter: Parameter) -> None:
@@ -173,8 +185,3 @@ def dense(gradient: Tensor) -> Tensor:
     if gradient.is_sparse:
         raise UsageError("sparse gradients are not supported; build the embedding with sparse=False")
     return gradient
-
-
-def at_end_of_pass(call: Callable[[], None]) -> None:
-    """Queue a call for the end of the running backward pass, as data-parallel wrappers do."""
-    torch.autograd.Variable._execution_engine.queue_callback(call)  # pyright: ignore

@@ -15,6 +15,7 @@ from gradselect.parallel import RankAgreement, is_running
 from .freezing import Ownership, freeze
 from .gradients import AbstractGradientHooks
 from .parameter_groups import ParameterTable
+from .passes import BackwardPasses
 from .watch import ModelWatch
 
 
@@ -32,7 +33,8 @@ class AbstractHoldingOptimizer(Optimizer, ABC):
         self._model = model
         self._extra_owned = owned
         self._ownership = Ownership(self, self._owned())
-        self._watch = ModelWatch(model, self._owned)
+        self._passes = BackwardPasses()
+        self._watch = ModelWatch(model, self._owned, self._passes)
         self._agreement = RankAgreement(model, self, type(self)._begin_training) if is_running() else None
 
     def check_model(self) -> None:

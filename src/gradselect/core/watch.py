@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from torch.utils.hooks import RemovableHandle
 
 from gradselect.usage import UsageError
 
+from .adapters import frozen_in_adapters
 from .fingerprint import Fingerprints, check_fingerprints, fingerprints
 from .freezing import freeze, is_frozen_for_now
 from .hooks import make_no_hook
+from .passes import BackwardPasses
 
 
 class ModelWatch:
@@ -24,7 +27,8 @@ class ModelWatch:
     **Thawed by others.** `disable_adapter()` of PEFT leaves every weight of the adapter trainable. Parameters that are
     marked as frozen are frozen again before a forward pass that records a graph, and at the start of its backward pass,
     in which checkpointed layers run once more. A loss may call an inner model, so every module around the layers is
-    watched; only the outermost one that is called does something.
+    watched; only the outermost one that is called does something. What the user froze in an adapter that is active,
+    such as the A matrices of LoRA, is frozen again too.
 
     **Added by others.** A trainer that wraps the model with an adapter after the optimizer was built adds weights that
     nothing would train.
@@ -34,10 +38,12 @@ class ModelWatch:
     Args:
         model: the whole model, without wrappers.
         owned: returns the parameters of the optimizer as they are now.
+        passes: of the optimizer; backward passes are announced to them.
     """
 
-    def __init__(self, model: nn.Module, owned: Callable[[], Sequence[Parameter]]) -> None:
+    def __init__(self, model: nn.Module, owned: Callable[[], Sequence[Parameter]], passes: BackwardPasses) -> None:
         self._model = model
+        self._passes = passes
         self._owned = weakref.WeakMethod(owned)  # pyright: ignore[reportArgumentType]
         self._expected: Mapping[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
@@ -47,6 +53,7 @@ class ModelWatch:
     def open(self) -> None:
         """Begin to watch, at the start and after `close`."""
         self._is_checked = False
+        self._frozen_by_user = frozen_in_adapters(self._model)
         before, after = _BeforeForward(self), _AfterForward(self)
         for module in modules_around_layers(self._model):
             self._handles.append(module.register_forward_pre_hook(before))
@@ -54,7 +61,8 @@ class ModelWatch:
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     def close(self) -> None:
-        """Remove all hooks."""
+        """Remove all hooks; freeze a last time what the user froze."""
+        self._refreeze_for_user()
         _remove(self._handles)
 
     def fingerprints(self) -> Fingerprints:
@@ -103,6 +111,7 @@ class ModelWatch:
         """Prepare the pass if the module is the outermost one that is called."""
         if self._called is None:
             self._called = module
+            self._passes.forget()
             self.check_weights()
             self.refreeze()
 
@@ -115,12 +124,24 @@ class ModelWatch:
                 if tensor.requires_grad:
                     tensor.register_hook(hook)
 
+    def before_backward(self) -> None:
+        """Announce the pass, and prepare it."""
+        self._passes.announce()
+        self.refreeze()
+
     def refreeze(self) -> None:
-        """Freeze the parameters that are marked as frozen for the moment, and are not frozen."""
+        """Freeze the parameters that are marked as frozen for the moment, or were frozen by the user, and are not."""
+        self._refreeze_for_user()
         owned = self._owned()
         for parameter in () if owned is None else owned():
             if parameter.requires_grad and is_frozen_for_now(parameter):
                 freeze(parameter, True)
+
+    def _refreeze_for_user(self) -> None:
+        for parameter in self._frozen_by_user:
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                parameter.grad = None
 
 
 class _Hook:
@@ -153,17 +174,19 @@ class _AfterForward(_Hook):
 class _AtBackward(_Hook):
     def __call__(self, _: Tensor) -> None:
         if (watch := self.watch) is not None:
-            watch.refreeze()
+            watch.before_backward()
 
 
 def tensors_of(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a model's output: a tensor, or sequences and mappings of outputs."""
+    """Yield the tensors of a model's output: a tensor, or sequences, mappings and dataclasses of outputs."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
         yield from (tensor for value in output.values() for tensor in tensors_of(value))
     elif isinstance(output, list | tuple):
         yield from (tensor for value in output for tensor in tensors_of(value))
+    elif is_dataclass(output) and not isinstance(output, type):
+        yield from (tensor for field in fields(output) for tensor in tensors_of(getattr(output, field.name)))
 
 
 def modules_around_layers(model: nn.Module) -> list[nn.Module]:

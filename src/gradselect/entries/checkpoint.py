@@ -44,6 +44,7 @@ def write_state_dict(optimizer: SparseOptimizer, state_dict: dict[str, Any]) -> 
         "step": optimizer.num_steps,
         "change": change,
         "num_passes": optimizer._hooks.num_passes_before,
+        "num_shorter": optimizer._hooks.num_shorter,
         "weights": optimizer._watch.fingerprints() if optimizer.num_steps else {},
     }
     state_dict["param_groups"][0]["selection"] = as_text(selection)
@@ -75,5 +76,6 @@ def read_state_dict(optimizer: SparseOptimizer, state_dict: Mapping[str, Any]) -
     if optimizer._step:
         optimizer._reach.end()
     optimizer._hooks.num_passes_before = selection.get("num_passes", 0)
+    optimizer._hooks.num_shorter = selection.get("num_shorter", 0)
     optimizer._change = Change(*selection["change"])
     optimizer._continue()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradselect.core import AbstractGradientHooks, Ownership, at_end_of_pass, dense
+from gradselect.core import AbstractGradientHooks, BackwardPasses, Ownership, dense
 from gradselect.parallel import has_other_ranks, is_averaged_in_hooks, local_part
 
 WAITING = 1 << 20
@@ -34,6 +34,7 @@ class GradientReader(AbstractGradientHooks):
 
     Attributes:
         late: names of parameters whose gradients are read in `read_rest`.
+        saw_all: False if a pass of this window came after the gradients by which entries are selected were read.
 
     Args:
         parameters: by name; all must require a gradient now, or torch refuses the hook.
@@ -41,6 +42,7 @@ class GradientReader(AbstractGradientHooks):
         ownership: of the optimizer.
         accumulation_steps: backward passes per step.
         lean: see above.
+        passes: of the optimizer.
     """
 
     def __init__(
@@ -51,8 +53,9 @@ class GradientReader(AbstractGradientHooks):
         *,
         accumulation_steps: int,
         lean: bool,
+        passes: BackwardPasses,
     ) -> None:
-        super().__init__(ownership, accumulation_steps=accumulation_steps)
+        super().__init__(ownership, accumulation_steps=accumulation_steps, passes=passes)
         self._lean = lean
         self._read = weakref.WeakMethod(read)  # pyright: ignore[reportArgumentType]
         self.parameters = dict(parameters)
@@ -69,7 +72,7 @@ class GradientReader(AbstractGradientHooks):
 
     def restart(self) -> None:
         self._end_window()
-        self._in_pass = False
+        self.saw_all = True
         self._taken: set[str] = set()
         self._waiting: list[tuple[str, Tensor, bool]] = []
 
@@ -98,23 +101,20 @@ class GradientReader(AbstractGradientHooks):
     def arrived(self, name: str, parameter: Parameter) -> None:
         if name not in self._active:
             return
-        if not self._in_pass:
-            self._in_pass = True
-            at_end_of_pass(self._end_pass)
+        self.passes.at_end(self._end_pass)
         if name in self.late:
             return
         if self._lean or self._num_counted >= self.num_expected or self._is_last_pass():
-            if not self._waiting:
-                at_end_of_pass(self._read_waiting)
+            self.passes.at_end(self._read_waiting)
             self._take(name, parameter)
 
     def _end_pass(self) -> None:
-        self._in_pass = False
         self._num_counted += self._counts()
 
     def _take(self, name: str, parameter: Parameter) -> None:
         # Only once: an entry that is ranked twice could be selected twice.
         decisive = name not in self._taken
+        self.saw_all = self.saw_all and (decisive or self._lean)
         self._taken.add(name)
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None

@@ -90,7 +90,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         self._reach.look(self.mask, self._selector.planned(), {*self._reader.taken, *self._dense.with_gradients})
         if not (self._entries.has_gradients or self._dense.has_gradients) or self._is_skipped():
             return loss
-        self._change = self._selector.select_by_gradient() or self._change  # 1
+        self._change = self._selector.select_by_gradient(is_whole=self._reader.saw_all) or self._change  # 1
         masks = self._dense.select()
         grad_norm = self._clip()  # 2
         self._states.follow_weights(self._dense.names)
@@ -201,7 +201,12 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         for parameter in parameters.values():
             freeze(parameter, False)
         self._hooks = self._reader = GradientReader(
-            parameters, self._read, self._ownership, accumulation_steps=accumulation_steps, lean=lean
+            parameters,
+            self._read,
+            self._ownership,
+            accumulation_steps=accumulation_steps,
+            lean=lean,
+            passes=self._passes,
         )
         if self._agreement is not None:
             check_lean(lean, self._reader.late)

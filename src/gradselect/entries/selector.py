@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from .entry_states import EntryStates
 from .global_top_k import GlobalTopK
 from .mask import AbstractCompactMask, AbstractMask, FromWeights, TopOfGradient
 from .shards import Shards
+
+logger = logging.getLogger(__name__)
 
 Selected = Mapping[str, tuple[Tensor, Tensor | None]]
 """By tensor name: flat indices (int64, ascending), and gradients there if the current step moves these entries."""
@@ -61,6 +64,7 @@ class EntrySelector:
         self._names = tuple(parameters)
         self._position = {name: position for position, name in enumerate(self._names)}
         self.sizes: dict[str, int] = dict.fromkeys(entries.names, 0)
+        self._said: set[str] = set()
         self.ask(0)
 
     @property
@@ -128,13 +132,37 @@ class EntrySelector:
         )
 
     @in_phase(SELECTION)
-    def select_by_gradient(self) -> Change | None:
-        """Select entries by gradient, after the backward pass; None if the mask does not do so at this step."""
+    def select_by_gradient(self, *, is_whole: bool) -> Change | None:
+        """Select entries by gradient, after the backward pass; None if the mask does not do so at this step.
+
+        The set stays as it is if the gradient tells nothing: it is zero, or not that of the whole step.
+
+        Args:
+            is_whole: False if a backward pass of the step has come after `see`.
+        """
         if self._top is None:
             return None
         winners = self._top.result()
         self._entries.selected()
+        if reason := self._reason_to_wait(winners, is_whole=is_whole):
+            if reason not in self._said:
+                self._said.add(reason)
+                logger.warning("a step selects no entries by gradient, and leaves that to a later one: %s", reason)
+            return Change(self.num_selected, 0, self.num_selected)
         return self._join(winners) if self.only_adds else self._replace_by(winners)
+
+    def _reason_to_wait(self, winners: Selected, *, is_whole: bool) -> str | None:
+        """Return why nothing can be selected by this gradient, on any rank; None: it can."""
+        if any(self._shards.total(dict.fromkeys(self._names, int(not is_whole))).values()):
+            return (
+                "it has more backward passes than accumulation_steps announces. From the next step on as many are "
+                "expected as this one has; with accumulation_steps=<backward passes per step> that holds at once"
+            )
+        if not self.only_adds:
+            nonzero = {name: int(bool(each.any())) for name, (_, each) in winners.items() if each is not None}
+            if not any(self._shards.total(dict.fromkeys(self._names, 0) | nonzero).values()):
+                return "all its gradients are zero"
+        return None
 
     def _join(self, selected: Selected) -> Change:
         """Add entries to the set."""

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import GradientState
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import has_length
 
 from gradselect import BlockOptimizer, JsonlWriter, SparseOptimizer, UsageError
 
-from .checkpointing import keep_backward_short
+from .checkpointing import keep_backward_short, restore_inputs, shorten_backward
 from .checks import (
     check_clipping,
     check_deepspeed,
@@ -78,13 +79,13 @@ class SelectionCallback(TrainerCallback):
         self._jsonl = jsonl
         self._connected: BlockOptimizer | SparseOptimizer | None = None
         self._since_log: list[Any] = []
+        self._model: nn.Module | None = None
         self._max_grad_norm: tuple[TrainingArguments, float] | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         check_deepspeed(args)
-        # TRL makes the embedding's output require a gradient here. The Trainer does so again in train(), and can undo
-        # only that.
-        keep_backward_short(parts["model"], args)
+        # TRL makes the embedding's output require a gradient before this.
+        shorten_backward(parts["model"], args)
         trainer = caller_of(Trainer)
         if trainer is not None:
             call_after_training(trainer, self._give_back)
@@ -114,6 +115,7 @@ class SelectionCallback(TrainerCallback):
         # An interrupted train() leaves its window of micro-batches open.
         optimizer.zero_grad()
         keep_backward_short(parts["model"], args)
+        self._model = parts["model"]
         self._connect(optimizer, writes=state.is_world_process_zero)
         self._report_before_others()
 
@@ -152,6 +154,9 @@ class SelectionCallback(TrainerCallback):
 
     def _give_back(self) -> None:
         """Leave model and arguments as the user had them, until the next `train()`."""
+        if self._model is not None:
+            restore_inputs(self._model)
+            self._model = None
         if self._connected is not None:
             self._connected.count_passes_if(None)
             self._connected.close()

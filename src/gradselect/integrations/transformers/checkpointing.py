@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
+
+_METHOD = "enable_input_require_grads"
 
 
 def checkpoint_selected(model: PreTrainedModel) -> None:
@@ -30,10 +35,47 @@ def checkpoint_selected(model: PreTrainedModel) -> None:
     _release_inputs(model)
 
 
-def keep_backward_short(model: nn.Module, args: TrainingArguments) -> None:
+def shorten_backward(model: nn.Module, args: TrainingArguments) -> None:
     """Let the backward pass end at the lowest selected block, with activation checkpointing too."""
     if not is_reentrant(args):
         _release_inputs(model)
+
+
+def keep_backward_short(model: nn.Module, args: TrainingArguments) -> None:
+    """Do the same until `restore_inputs`.
+
+    TRL's trainers turn checkpointing off and on again within a step, around a generation or a pass of the reference
+    model, which would make the output of the embedding require a gradient again.
+    """
+    if is_reentrant(args):
+        return
+    _release_inputs(model)
+    for module in _pretrained(model):
+        vars(module)[_METHOD] = _NoInputGradients(module)
+
+
+def restore_inputs(model: nn.Module) -> None:
+    """Give transformers' method back that makes the output of the embedding require a gradient."""
+    for module in _pretrained(model):
+        if isinstance(vars(module).get(_METHOD), _NoInputGradients):
+            del vars(module)[_METHOD]
+
+
+class _NoInputGradients:
+    """Stands before a model's `enable_input_require_grads` and does nothing; in a copy of the model it is that method.
+
+    Args:
+        model: held weakly.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self) -> None:
+        pass
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._model(), _METHOD)
 
 
 def is_reentrant(args: TrainingArguments) -> bool:
@@ -43,7 +85,17 @@ def is_reentrant(args: TrainingArguments) -> bool:
 
 
 def _release_inputs(model: nn.Module) -> None:
-    """Stop making the output of the embedding require a gradient."""
+    """Stop making the output of the embedding require a gradient.
+
+    A model knows its last hook only, so one that asked for it twice cannot undo it.
+    """
+    for module in _pretrained(model):
+        module.disable_input_require_grads()
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.disable_input_require_grads()
+        for number, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__qualname__", "").startswith(f"{PreTrainedModel.__name__}.{_METHOD}."):
+                del module._forward_hooks[number]
+
+
+def _pretrained(model: nn.Module) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
