@@ -98,6 +98,7 @@ class GradientObserver(AbstractGradientHooks):
         """Start a new window, in which nothing has arrived yet."""
         self._norms: dict[str, Tensor | float] = {}
         self._parts: dict[Parameter, Tensor] = {}
+        self._so_far: dict[str, Tensor] = {}
         self._leaders: dict[str, float] = {}
         self._incomplete = {name: len(self._blocks[name]) for name in self._watched}
         self._end_window()
@@ -116,12 +117,15 @@ class GradientObserver(AbstractGradientHooks):
         """Norm of every watched block, in model order.
 
         If the window ended before its last announced backward pass, blocks are measured now, from the gradients as they
-        are: unscaled, and clipped if they were clipped.
+        are: unscaled, and clipped if they were clipped. If it had as many as announced, but fewer than expected, they
+        were measured after each pass.
         """
         if self._sums is not None and not self._norms:
             self._norms.update(self._shared_norms())
         for name in self._blocks:
-            if name in self._watched and name not in self._norms:
+            if name in self._so_far and name not in self._norms:
+                self._take(name, self._so_far[name])
+            elif name in self._watched and name not in self._norms:
                 self._complete(name, scale=1.0)
         return {name: float(self._norms[name]) for name in self._blocks if name in self._norms}
 
@@ -152,6 +156,8 @@ class GradientObserver(AbstractGradientHooks):
                     self._complete(name, scale=self._scale())
         elif self._is_late:
             self._take_late_pass()
+        elif self._num_counted >= self.accumulation_steps:  # the window may end here
+            self._so_far = {name: gradient_norm(self._blocks[name]) / self._scale() for name in self._watched}
 
     def _end_shared_pass(self) -> None:
         """Measure local parts after every pass, because only the wrapper knows in which pass it averages."""
@@ -218,7 +224,10 @@ class GradientObserver(AbstractGradientHooks):
         return self._known_scale
 
     def _complete(self, name: str, *, scale: float) -> None:
-        self._norms[name] = gradient_norm(self._blocks[name], known=self._parts) / scale
+        self._take(name, gradient_norm(self._blocks[name], known=self._parts) / scale)
+
+    def _take(self, name: str, norm: Tensor) -> None:
+        self._norms[name] = norm
         if self._score is not None:  # otherwise the norm stays on the device and nothing waits for it
             self._consider(name)
 

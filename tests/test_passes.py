@@ -1,0 +1,308 @@
+"""Several forward and backward passes in one step: caches of gradients, recomputation, passes that fail."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from preference_support import Witness
+from tiny_models import tiny_batch, tiny_llama, tiny_lora, tiny_plain
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, TrainingArguments
+
+import gradselect as gs
+from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_garbage_collection():
+    """Each `train()` collects garbage, half a second with the objects of transformers."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+# A cache of gradients ----------------------------------------------------------------------------------------------
+
+
+class WholeBatch(Trainer):
+    """Contrastive loss over the batch: each row must be told from the others."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return contrast(embed(model, inputs["input_ids"]))
+
+
+class GradientCache(Trainer):
+    """The same loss: its gradient at the embeddings first, then one pass through the model for each part."""
+
+    def num_parts(self):
+        return 4
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        parts = inputs["input_ids"].chunk(self.num_parts())
+        with torch.no_grad():
+            embeddings = torch.cat([embed(model, part) for part in parts])
+        contrast(embeddings.requires_grad_()).backward()
+        assert embeddings.grad is not None
+        surrogates = zip(parts, embeddings.grad.chunk(len(parts)), strict=True)
+        *first, last = [(part, gradient) for part, gradient in surrogates]
+        for part, gradient in first:
+            surrogate = (embed(model, part) * gradient).sum() / self.args.gradient_accumulation_steps
+            self.accelerator.backward(surrogate)
+        return (embed(model, last[0]) * last[1]).sum()
+
+
+class VaryingCache(GradientCache):
+    """Four passes or two, in turns, as where parts are cut by length."""
+
+    def num_parts(self):
+        return 2 if self.state.global_step % 2 else 4
+
+
+def embed(model, ids):
+    return functional.normalize(model(input_ids=ids).logits.mean(1), dim=-1)
+
+
+def contrast(embeddings):
+    return functional.cross_entropy(embeddings @ embeddings.T / 0.1, torch.arange(len(embeddings)).roll(1))
+
+
+def train_contrastively(trainer_class, folder, choice, **settings):
+    """Six steps that change nothing, so that all trainers see the same gradients."""
+    model = tiny_llama(layers=2)
+    data = [{"input_ids": tiny_batch(model, seed=seed, batch=1)["input_ids"][0]} for seed in range(32)]
+    usual = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 0.0, "save_strategy": "no"}
+    quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "remove_unused_columns": False}
+    args = TrainingArguments(str(folder), **usual, **quiet, **settings)
+    kind = "mask" if isinstance(choice, gs.AbstractMask) else "policy"
+    witness = Witness()
+    trainer = trainer_class(
+        *(model, args),
+        train_dataset=data,
+        optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, {kind: choice, "args": args}),
+        callbacks=[SelectionCallback(), witness],
+    )
+    trainer.train()
+    assert len(witness.records) == 6
+    if trainer_class is not VaryingCache:  # windows with fewer passes than expected are decided in the step
+        assert not any(witness.unwanted)
+    return trainer.optimizer.optimizer, witness.records
+
+
+POLICIES = {
+    "grad-norm": lambda: gs.GradNormTopK(count=2),
+    "adagradselect": lambda: gs.AdaGradSelect(count=2, explore_steps=6, epsilon_end=1.0),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("trainer_class", [GradientCache, VaryingCache])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_policies_read_the_gradients_of_all_passes_without_being_told(trainer_class, accumulation, policy, tmp_path):
+    """From the second step on. The first selects by the first pass, and a warning says so."""
+    settings = {"gradient_accumulation_steps": accumulation}
+    _, cached = train_contrastively(trainer_class, tmp_path, POLICIES[policy](), **settings)
+    _, whole = train_contrastively(WholeBatch, tmp_path, POLICIES[policy](), **settings)
+    for found, expected in zip(cached[1:], whole[1:], strict=True):
+        assert found.explored
+        assert found.norms == pytest.approx(expected.norms, rel=1e-3)
+        if policy == "grad-norm":  # the other remembers the norms of the first step
+            assert found.selected == expected.selected
+
+
+@pytest.mark.parametrize("trainer_class", [GradientCache, VaryingCache])
+def test_masks_select_by_the_gradient_of_all_passes_without_being_told(trainer_class, tmp_path):
+    """Also the only selection of a run, which waits for the first step whose passes are known."""
+
+    def entries(trainer_class):
+        optimizer, records = train_contrastively(trainer_class, tmp_path, gs.StaticMask(budget=40))
+        counts = [sum(record.num_entries.values()) for record in records]
+        return {(name, index) for name, found in optimizer.entries.items() for index in found.tolist()}, counts
+
+    found, counts = entries(trainer_class)
+    assert len(found) == 40
+    assert counts[0] == 0
+    assert counts[-1] == 40
+
+
+def test_more_passes_are_expected_until_eight_windows_had_fewer(caplog):
+    """Windows of two and three passes in turns are read whole; one outlier costs memory for eight steps only."""
+    model = tiny_llama(layers=2)
+    optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=1), lr=0.0)
+
+    def step(num_passes):
+        for seed in range(num_passes):
+            model(**tiny_batch(model, seed=seed)).loss.backward()
+        num_left = sum(parameter.grad is not None for parameter in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        return num_left, optimizer.last_record.norms
+
+    expected = [step(number)[1] for number in (1, 2, 2, 3, 3)][2::2]
+    caplog.clear()
+    for number in (2, 3, 2, 3):
+        assert step(number)[1] == pytest.approx(expected[number - 2])
+    assert not caplog.text
+    streamed = [step(1)[0] for _ in range(9)]
+    assert len(set(streamed[:8])) == 1
+    assert streamed[8] < streamed[0]
+
+
+def test_a_stop_keeps_the_number_of_expected_passes():
+    def stepped(optimizer, model, numbers):
+        for number in numbers:
+            for seed in range(number):
+                model(**tiny_batch(model, seed=seed)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return optimizer.last_record.norms
+
+    models = [tiny_llama(layers=2) for _ in range(2)]
+    first, second = (gs.BlockOptimizer(model, gs.GradNormTopK(count=1), lr=0.0) for model in models)
+    stepped(first, models[0], [3, 2, 1])
+    second.load_state_dict(first.state_dict())
+    numbers = [1] * 5 + [3]
+    assert stepped(first, models[0], numbers) == stepped(second, models[1], numbers)
+
+
+# Recomputation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("choice", ["grad-norm", "id3"])
+def test_checkpoints_change_nothing(choice, reentrant, caplog):
+    """Each reentrant one runs a backward pass of its own; they were counted as passes of the step."""
+
+    def trained(model):
+        if choice == "id3":
+            optimizer = gs.SparseOptimizer(model, gs.ID3(budget=60, steps=3), lr=1e-2)
+        else:
+            optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=1), lr=1e-2)
+        records = []
+        optimizer.add_record_hook(records.append)
+        for seed in range(4):
+            batch = tiny_batch(model, seed=seed)
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, records
+
+    plain, records = trained(tiny_lora(layers=3))
+    model = tiny_lora(layers=3)
+    model.get_base_model().activation_checkpointing_enable({"use_reentrant": reentrant})
+    found_model, found = trained(model)
+    assert found == records
+    assert all(torch.equal(*pair) for pair in zip(found_model.parameters(), plain.parameters(), strict=True))
+    assert "backward passes" not in caplog.text
+
+
+def test_a_model_inside_a_reentrant_checkpoint():
+    """A cache of gradients by torch's own means: each part of the batch is a checkpoint, and a pass."""
+    model = tiny_llama(layers=2)
+    optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=1), lr=0.0)
+
+    def step(embeddings):
+        contrast(embeddings).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return optimizer.last_record
+
+    ids = tiny_batch(model, seed=0, batch=4)["input_ids"]
+    token = torch.zeros((), requires_grad=True)
+    whole = step(embed(model, ids))
+    for _ in range(2):
+        parts = [
+            checkpoint(lambda part, _: embed(model, part), part, token, use_reentrant=True) for part in ids.chunk(2)
+        ]
+        found = step(torch.cat(parts))
+    assert found.norms == pytest.approx(whole.norms, rel=1e-3)
+    assert found.selected == whole.selected
+
+
+# Passes of others --------------------------------------------------------------------------------------------------
+
+
+def test_what_others_thaw_between_the_passes_is_frozen_again_whatever_the_model_returns():
+    """A dataclass here; transformers' outputs are mappings."""
+    model = tiny_plain()
+    optimizer = gs.BlockOptimizer(model, gs.Fixed(("layer.2",)), lr=1e-2)
+    selected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for seed in range(2):
+        output = model(**tiny_batch(model, seed=seed))
+        model.requires_grad_(True)
+        output.loss.backward()
+        assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == selected
+        assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} <= selected
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_a_reference_that_shares_modules(with_gradients):
+    """A second forward pass through shared layers, also one that records a graph which nobody uses."""
+
+    class Reference(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.head = model.model, torch.nn.Linear(16, 8)
+
+        def forward(self, ids):
+            return self.head(self.model(input_ids=ids).last_hidden_state)
+
+    def trained(*, with_reference):
+        model = tiny_llama(layers=2)
+        reference = Reference(model)
+        optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=1), lr=1e-2)
+        records = []
+        optimizer.add_record_hook(records.append)
+        for seed in range(3):
+            batch = tiny_batch(model, seed=seed)
+            loss = model(**batch).loss
+            if with_reference:
+                with torch.set_grad_enabled(with_gradients):
+                    logits = reference(batch["input_ids"])
+                loss = loss + 0.0 * logits.detach().sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, records
+
+    (plain, records), (found_model, found) = trained(with_reference=False), trained(with_reference=True)
+    assert found == records
+    assert all(torch.equal(*pair) for pair in zip(found_model.parameters(), plain.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_after_a_pass_that_failed_the_next_one_is_read(reentrant):
+    """As when memory runs out, and the loop tries again without zero_grad()."""
+
+    def records(*, fails):
+        model = tiny_llama(layers=2)
+        if reentrant:
+            model.activation_checkpointing_enable({"use_reentrant": True})
+        optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=1), lr=0.0)
+        for seed in range(3):
+            batch = tiny_batch(model, seed=seed)
+            if fails and seed == 1:
+                handle = model.model.layers[0].register_forward_hook(fail_in_backward)
+                output = model(**batch)
+                handle.remove()
+                with pytest.raises(MemoryError):
+                    output.loss.backward()
+                for parameter in model.parameters():
+                    parameter.grad = None
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield optimizer.last_record
+
+    assert list(records(fails=True)) == list(records(fails=False))
+
+
+def fail_in_backward(module, arguments, output):
+    def fail(_):
+        raise MemoryError
+
+    output.register_hook(fail)
