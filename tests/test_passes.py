@@ -10,7 +10,7 @@ from preference_support import Witness
 from tiny_models import tiny_batch, tiny_llama, tiny_lora, tiny_plain
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import gradselect as gs
 from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
@@ -69,20 +69,20 @@ def contrast(embeddings):
     return functional.cross_entropy(embeddings @ embeddings.T / 0.1, torch.arange(len(embeddings)).roll(1))
 
 
-def train_contrastively(trainer_class, folder, choice, **settings):
-    """Six steps that change nothing, so that all trainers see the same gradients."""
+def train_contrastively(trainer_class, folder, choice, *, callbacks=(), **settings):
+    """Train for six steps, by default at rate 0, so that all trainers see the same gradients."""
     model = tiny_llama(layers=2)
     data = [{"input_ids": tiny_batch(model, seed=seed, batch=1)["input_ids"][0]} for seed in range(32)]
     usual = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 0.0, "save_strategy": "no"}
     quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "remove_unused_columns": False}
-    args = TrainingArguments(str(folder), **usual, **quiet, **settings)
+    args = TrainingArguments(str(folder), **{**usual, **quiet, **settings})
     kind = "mask" if isinstance(choice, gs.AbstractMask) else "policy"
     witness = Witness()
     trainer = trainer_class(
         *(model, args),
         train_dataset=data,
         optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, {kind: choice, "args": args}),
-        callbacks=[SelectionCallback(), witness],
+        callbacks=[SelectionCallback(), witness, *callbacks],
     )
     trainer.train()
     assert len(witness.records) == 6
@@ -306,3 +306,21 @@ def fail_in_backward(module, arguments, output):
         raise MemoryError
 
     output.register_hook(fail)
+
+
+@pytest.mark.parametrize("choice", [gs.GradNormTopK(count=1), gs.ID3(budget=60, steps=3)], ids=["grad-norm", "id3"])
+@pytest.mark.parametrize("trainer_class", [WholeBatch, GradientCache])
+def test_a_backward_pass_between_two_steps_is_no_part_of_the_next(trainer_class, choice, tmp_path):
+    """As of a callback that measures gradients on other data and clears them through the model."""
+
+    class Measures(TrainerCallback):
+        def on_step_end(self, args, state, control, *, model, **_):
+            embed(model, tiny_batch(model, seed=9)["input_ids"]).square().mean().mul(1e3).backward()
+            model.zero_grad()
+
+    settings = {"learning_rate": 1e-2, "max_grad_norm": 0.0}
+    plain, records = train_contrastively(trainer_class, tmp_path, choice, **settings)
+    measured, found = train_contrastively(trainer_class, tmp_path, choice, callbacks=[Measures()], **settings)
+    assert found == records
+    for one, other in zip(measured._model.parameters(), plain._model.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -292,7 +292,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         """
         super().zero_grad(set_to_none=set_to_none)
         self._release(self.trainable)
-        self._observer.restart()
+        self._observer.drop_window()
         self._in_backward.restart()
         self._reach.restart()
 

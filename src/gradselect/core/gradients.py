@@ -86,6 +86,11 @@ class AbstractGradientHooks(ABC):
     def restart(self) -> None:
         """Start a new accumulation window, in which nothing has arrived yet."""
 
+    def drop_window(self) -> None:
+        """Start a new window, and learn nothing from the passes of this one, which lead to no step."""
+        self._num_counted = 0
+        self.restart()
+
     def close(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:

@@ -254,7 +254,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         super().zero_grad(set_to_none=set_to_none)
         self._saw_nonzero = False
         self._selector.restart()
-        self._reader.restart()
+        self._reader.drop_window()
         self._entries.restart()
 
     def _squared_norms(self) -> list[tuple[Tensor, Tensor]]:

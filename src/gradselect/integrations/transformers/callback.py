@@ -122,6 +122,12 @@ class SelectionCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         self._give_back()
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
+    ) -> None:
+        # Somebody may have run a backward pass since the last step, and cleared its gradients through the model.
+        _unwrap_optimizer(parts["optimizer"]).zero_grad()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         # The Trainer clears gradients through the model, so the optimizer does not see that the window has ended.
         if parts["optimizer"].step_was_skipped:
