@@ -18,6 +18,12 @@ TOOLS_TEMPLATE = "{% if tools %}{{ tools | tojson }}{% endif %}" + MARKED_CHAT_T
 )
 
 
+@pytest.fixture(autouse=True)
+def no_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of pytest-xdist have a width, at which lines are wrapped."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with models without weights, and files of every format."""

@@ -264,7 +264,7 @@ def test_a_file_that_unpacks_to_more_than_the_machine_holds_is_refused(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (gzip.compress(b"{}"), "this is gzip; add .gz to its name"),
+        (gzip.compress(b"{}", mtime=0), "this is gzip; add .gz to its name"),
         (zstd(b"{}" * 50), "this is zstd; add .zst to its name"),
         (b"PK\x03\x04\x14\x00\xff", "a zip archive or a spreadsheet; unpack it"),
     ],

@@ -406,7 +406,8 @@ def test_two_devices_are_refused():
     here, there = (
         SimpleNamespace(device=torch.device(name), requires_grad=True, is_meta=False) for name in ("cuda:0", "cuda:1")
     )
-    model = SimpleNamespace(named_parameters=lambda: [("a", here), ("b", there)], modules=list)
+    model = nn.Module()
+    model.named_parameters = lambda: [("a", here), ("b", there)]
     with pytest.raises(gs.UsageError, match="two devices: 'a' on cuda:0, 'b' on cuda:1"):
         check_placement(model)
 

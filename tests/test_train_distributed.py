@@ -31,12 +31,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 
 
 COMMAND = """
+import atexit
 import torch.distributed as dist
 from gradselect.app.cli import main
-try:
-    main()
-finally:
-    print("connected:", dist.is_initialized())
+atexit.register(lambda: print("connected:", dist.is_initialized()))
+main()
 """
 """The command, and at its very end a word on the group of processes."""
 

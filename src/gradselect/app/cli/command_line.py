@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -48,8 +49,22 @@ USAGE_EXIT_CODE = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. A `UsageError` prints one message and exits with code 2."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    """Run the command line. A `UsageError` prints one message and exits with code 2.
+
+    As one of several processes of a launcher, and with the arguments of the process, it ends the process itself.
+    """
+    is_whole_process = arguments is None and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    try:
+        _run(sys.argv[1:] if arguments is None else list(arguments))
+    except SystemExit as end:
+        if not is_whole_process:
+            raise
+        from gradselect.app.runtime import end_process
+
+        end_process(end.code if isinstance(end.code, int) else 0)
+
+
+def _run(arguments: list[str]) -> None:
     try:
         app(arguments)
     except UsageError as error:

@@ -10,6 +10,7 @@ from .processes import (
     is_rank_0,
     max_over_ranks,
     num_processes,
+    end_process,
     own_process_group,
     take_device,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "machine_bytes",
     "max_over_ranks",
     "num_processes",
+    "end_process",
     "own_process_group",
     "peak_process_bytes",
     "take_device",

@@ -29,7 +29,7 @@ LAST_FILES = ("config.json", "adapter_config.json")
 
 @dataclass(frozen=True, kw_only=True)
 class SavingPlan:
-    """What will be in the trained folder beside the weights, known before training.
+    """Files of the trained folder beside the weights, known before training.
 
     Args:
         beside: files beside the weights of the base; those that belong to the model are copied. None: it has no folder.
