@@ -129,6 +129,10 @@ class GradientObserver(AbstractGradientHooks):
                 self._complete(name, scale=1.0)
         return {name: float(self._norms[name]) for name in self._blocks if name in self._norms}
 
+    def finish_window(self) -> None:
+        if self._sums is None and self._num_counted:
+            self.norms()
+
     def arrived(self, name: str, parameter: Parameter) -> None:
         if name not in self._watched:
             return

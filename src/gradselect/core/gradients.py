@@ -86,6 +86,9 @@ class AbstractGradientHooks(ABC):
     def restart(self) -> None:
         """Start a new accumulation window, in which nothing has arrived yet."""
 
+    def finish_window(self) -> None:
+        """Read what is to be read at the end of the window: no further pass comes."""
+
     def drop_window(self) -> None:
         """Start a new window, and learn nothing from the passes of this one, which lead to no step."""
         self._num_counted = 0

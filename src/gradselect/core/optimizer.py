@@ -100,6 +100,15 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
         """
         self._hooks.is_counted = predicate
 
+    @torch.no_grad()
+    def finish_window(self) -> None:
+        """Take the backward passes so far as all of the step, and free the gradients that it will not apply.
+
+        For a loop that clips and whose number of passes varies: a step with fewer passes than one before is otherwise
+        decided in `step()`, after clipping has seen the gradients of all blocks. On several ranks it stays so.
+        """
+        self._hooks.finish_window()
+
     @property
     def skip_nonfinite(self) -> bool:
         """True: a step whose gradients hold NaN or infinity changes nothing; may be set between steps."""

@@ -88,6 +88,9 @@ class GradientReader(AbstractGradientHooks):
         """Names of the parameters whose gradient was read in this window."""
         return frozenset(self._taken)
 
+    def finish_window(self) -> None:
+        self.read_rest()
+
     @property
     def unread(self) -> dict[str, Tensor]:
         """Gradients that exist and wait for `read_rest`: whole ones, by parameter name."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import GradientState
-from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import has_length
@@ -24,7 +25,7 @@ from .checks import (
     warn_of_new_tokens,
     warn_of_settings,
 )
-from .frames import call_after_training, caller_of
+from .frames import call_after_training, call_before_clipping, caller_of
 from .log_values import summarise
 
 
@@ -79,7 +80,7 @@ class SelectionCallback(TrainerCallback):
         self._jsonl = jsonl
         self._connected: BlockOptimizer | SparseOptimizer | None = None
         self._since_log: list[Any] = []
-        self._model: nn.Module | None = None
+        self._ends: list[Callable[[], None]] = []
         self._max_grad_norm: tuple[TrainingArguments, float] | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
@@ -115,7 +116,10 @@ class SelectionCallback(TrainerCallback):
         # An interrupted train() leaves its window of micro-batches open.
         optimizer.zero_grad()
         keep_backward_short(parts["model"], args)
-        self._model = parts["model"]
+        self._ends.append(partial(restore_inputs, parts["model"]))
+        trainer = caller_of(Trainer)
+        if trainer is not None:
+            self._ends.append(call_before_clipping(trainer.accelerator, optimizer.finish_window))
         self._connect(optimizer, writes=state.is_world_process_zero)
         self._report_before_others()
 
@@ -160,9 +164,8 @@ class SelectionCallback(TrainerCallback):
 
     def _give_back(self) -> None:
         """Leave model and arguments as the user had them, until the next `train()`."""
-        if self._model is not None:
-            restore_inputs(self._model)
-            self._model = None
+        while self._ends:
+            self._ends.pop()()
         if self._connected is not None:
             self._connected.count_passes_if(None)
             self._connected.close()

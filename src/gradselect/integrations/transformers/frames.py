@@ -1,4 +1,4 @@
-"""The Trainer and the callback handler that call us: stack frames are the only way to them."""
+"""The Trainer and the callback handler that call us: stack frames are the only way to them. Calls at its moments."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from accelerate import Accelerator
 from transformers import Trainer
 from transformers.trainer_callback import CallbackHandler
 
@@ -45,3 +46,19 @@ def call_after_training(trainer: Trainer, callback: Callable[[], None]) -> None:
                 call()
 
     trainer.train = train
+
+
+def call_before_clipping(accelerator: Accelerator, callback: Callable[[], None]) -> Callable[[], None]:
+    """Call `callback` before gradients are clipped or their norm is read; return a function that ends this."""
+    clip = accelerator.clip_grad_norm_
+
+    @functools.wraps(clip)
+    def clip_grad_norm_(*args: Any, **kwargs: Any) -> Any:
+        callback()
+        return clip(*args, **kwargs)
+
+    def end() -> None:
+        vars(accelerator).pop(clip.__name__, None)
+
+    vars(accelerator)[clip.__name__] = clip_grad_norm_
+    return end
