@@ -124,6 +124,7 @@ class BlockSelection(Record):
     entropy: list[Number] = Field(default_factory=list)
     selected: list[list[int]] = Field(default_factory=list)
     explored: list[Literal[0, 1]] = Field(default_factory=list)
+    unreached: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def check_lengths(self) -> Self:

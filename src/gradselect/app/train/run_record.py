@@ -177,7 +177,8 @@ def describe_selection(optimizer: torch.optim.Optimizer, records_file: Path) -> 
     """Return the blocks updated in each step, or the numbers of a mask; None if nothing is selected.
 
     For blocks: their names; `updates` by block; and for each step of the whole run the indices of the blocks
-    `selected`, 1 if all gradients were read (`explored`), and the `entropy` of all updates so far.
+    `selected`, 1 if all gradients were read (`explored`), and the `entropy` of all updates so far. `unreached` names the
+    blocks that the loss has not reached.
     """
     if isinstance(optimizer, SparseOptimizer):
         return _describe_mask(optimizer)
@@ -191,6 +192,7 @@ def describe_selection(optimizer: torch.optim.Optimizer, records_file: Path) -> 
         "entropy": [record["selection_entropy"] for record in records],
         "selected": [[places[name] for name in record["selected"]] for record in records],
         "explored": [int(record["explored"]) for record in records],
+        "unreached": list(optimizer.unreached),
     }
 
 
