@@ -177,8 +177,8 @@ def describe_selection(optimizer: torch.optim.Optimizer, records_file: Path) -> 
     """Return the blocks updated in each step, or the numbers of a mask; None if nothing is selected.
 
     For blocks: their names; `updates` by block; and for each step of the whole run the indices of the blocks
-    `selected`, 1 if all gradients were read (`explored`), and the `entropy` of all updates so far. `unreached` names the
-    blocks that the loss has not reached.
+    `selected`, 1 if all gradients were read (`explored`), and the `entropy` of all updates so far. `unreached` names
+    the blocks that the loss has not reached.
     """
     if isinstance(optimizer, SparseOptimizer):
         return _describe_mask(optimizer)
