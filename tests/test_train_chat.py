@@ -294,6 +294,17 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "functions": ({"messages": [ASK, ANSWER], "functions": [{"name": "f"}]}, {}, r"data\.tools=functions"),
     "another column": ({"conversations": [ASK, ANSWER]}, {}, r"write data\.messages=conversations"),
+    "a column that another name gives away": ({"dialog": [ASK, ANSWER]}, {}, r"write data\.messages=dialog"),
+    "pictures beside the messages": (
+        {"messages": [ASK, ANSWER], "images": ["a.png"]},
+        {},
+        r"line 1: the column 'images' holds what the model would not see.*data\.ignore=\[images\]",
+    ),
+    "a system prompt under another name": (
+        {"messages": [ASK, ANSWER], "system_prompt": "Be brief."},
+        {},
+        r"the column 'system_prompt' is not read; rename it to 'system'.*data\.ignore=\[system_prompt\]",
+    ),
     "no answers": ({"messages": [ASK]}, {}, r"none of the 1 conversations has an answer.*their roles are user"),
     "marks without calls": (
         {"messages": [ASK, calling({"a": 1}, content="ok")]},
@@ -324,10 +335,11 @@ def test_a_field_that_is_lost_in_one_row_only_is_refused_with_its_line(load: Loa
 
 
 def test_what_is_ignored_on_purpose_is_counted(load: Load) -> None:
-    row = {"messages": [{**NAMED, "id": 3}, ANSWER], "tools": [TOOL]}
-    examples = load(row, template=CHAT_TEMPLATE, ignore=["name", "id", "tools", "other"])
+    row = {"messages": [{**NAMED, "id": 3}, ANSWER], "tools": [TOOL], "images": ["a.png"]}
+    examples = load(row, template=CHAT_TEMPLATE, ignore=["name", "id", "tools", "images", "other"])
     assert texts(examples)[0] == "user: hi<end>assistant: hello<end>"
     assert [note.split(";")[0] for note in sorted(examples.notes)] == [
+        "1 of 1 conversations have the column `images`, which data.ignore leaves out",
         "1 of 1 conversations have the column `tools`, which data.ignore leaves out",
         "1 of 1 conversations hold `id` in a message, which data.ignore leaves out",
         "1 of 1 conversations hold `name` in a message, which data.ignore leaves out",

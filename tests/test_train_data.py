@@ -91,8 +91,11 @@ def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_column_is_named_with_its_row(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="line 1 has no column 'query'; its columns are: question, answer"):
+    with pytest.raises(
+        UsageError, match="line 1 has no column 'query'; its columns are: question, answer; name the"
+    ) as e:
         load(write(tmp_path, ROWS), prompt="{query}")
+    assert str(e.value).endswith("in data.prompt, e.g. 'data.prompt={question}'")
 
 
 def test_an_empty_value_is_named_with_its_row(tmp_path: Path) -> None:

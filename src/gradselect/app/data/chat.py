@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,10 @@ from .json_values import parse_json, shown, without_nulls
 
 SYSTEM, DOCUMENTS, TEMPLATE_ARGUMENTS, OLD_TOOLS = "system", "documents", "chat_template_kwargs", "functions"
 """Columns beside messages and tools that chat files have."""
+
+OTHER_SYSTEMS = ("system_prompt", "system_message")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns that belong to a conversation, and that no run reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +75,10 @@ def read_conversation(row: Mapping[str, Any], columns: ChatColumns) -> Conversat
         UsageError: something in it is no message, or cannot reach a chat template; says what, and what to type.
     """
     reserved = {columns.tools, SYSTEM, DOCUMENTS, TEMPLATE_ARGUMENTS, OLD_TOOLS}
+    _check_unread(row, ignore=columns.ignore | reserved | {*columns.messages})
     ignore = columns.ignore | ({columns.tools} if "tools" in columns.ignore else set())
-    ignored = sorted(name for name in ignore & reserved if row.get(name) is not None)
+    may_be_left_out = reserved | {*OTHER_SYSTEMS, *MEDIA}
+    ignored = sorted(name for name in ignore & may_be_left_out if row.get(name) is not None)
     read_columns = [*columns.messages, *sorted(reserved - set(ignored))]
     row = {name: _cell(row[name], name, columns) for name in read_columns if name in row}
     _check_reserved(row, columns)
@@ -109,6 +115,19 @@ def holds_messages(value: Any) -> bool:
 
 def _is_message(item: Any) -> bool:
     return isinstance(item, dict) and any(keys <= item.keys() for keys in ({"role", "content"}, {"from", "value"}))
+
+
+def _check_unread(row: Mapping[str, Any], *, ignore: Set[str]) -> None:
+    """Refuse columns of a conversation that would be lost."""
+    for name in (*OTHER_SYSTEMS, *MEDIA):
+        if name in ignore or row.get(name) in (None, "", [], {}):
+            continue
+        reason = (
+            "is not read; rename it to 'system', so that it becomes the first message,"
+            if name in OTHER_SYSTEMS
+            else "holds what the model would not see, as only text is trained here; drop such rows,"
+        )
+        raise UsageError(f"the column {name!r} {reason} or write data.ignore=[{name}] to leave it out")
 
 
 def _check_reserved(row: Mapping[str, Any], columns: ChatColumns) -> None:

@@ -113,14 +113,29 @@ def _render_rows(source: Source, settings: FileData, labels: tuple[str, ...] | N
 
 def _require_columns(source: Source, settings: FileData) -> None:
     """Check that every row has the columns that are read."""
-    if isinstance(settings, ChatData) and settings.messages == "messages" and "messages" not in source.rows[0]:
-        other = next((name for name in ("conversations", "conversation") if name in source.rows[0]), None)
+    first = source.rows[0]
+    if isinstance(settings, ChatData) and settings.messages == "messages" and "messages" not in first:
+        usual = [name for name in ("conversations", "conversation") if name in first]
+        other = next(iter([*usual, *(name for name, value in first.items() if holds_messages(value))]), None)
         if other is not None:
             raise UsageError(
                 f"{place_of(source.rows, 0, path=source.path)} has no column 'messages', but one named {other!r}; "
                 f"write data.messages={other}"
             )
-    require_columns(source.rows, _columns_read(settings), path=source.path)
+    try:
+        require_columns(source.rows, _columns_read(settings), path=source.path)
+    except UsageError as error:
+        raise UsageError(f"{error}{_setting_to_write(settings, first)}") from None
+
+
+def _setting_to_write(settings: FileData, row: Row) -> str:
+    """Return which setting names the column that a row lacks, for the end of a message."""
+    fields = {name: getattr(settings, name, None) or "" for name in ("prompt", "completion", "text", "text_pair")}
+    name = next((name for name, template in fields.items() if set(columns_of(template)) - row.keys()), None)
+    if name is None or len(row) < 2:
+        return ""
+    other = list(row)[-1 if name == "completion" else 0]
+    return f"; name the columns to read in data.{name}, e.g. 'data.{name}={{{other}}}'"
 
 
 def _chat_columns(source: Source, settings: ChatData) -> ChatColumns:
