@@ -134,6 +134,67 @@ def test_an_exception_gives_the_model_and_the_arguments_back(tmp_path):
     assert trainer.args.max_grad_norm == 1.0
 
 
+def test_a_callback_that_was_added_later_gives_the_model_back_after_an_interruption(tmp_path):
+    """Plugins add it with `add_callback`, and it hears first of a Trainer whose `train()` is running."""
+    model = tiny_llama()
+    trainer = trainer_of(tmp_path, model)
+    trainer.optimizer_cls_and_kwargs = (SelectiveOptimizerFactory, {"args": trainer.args, **CHOICES["blocks"]})
+    trainer.add_callback(SelectionCallback())
+    trainer.add_callback(Stopping())
+    for _ in range(2):
+        with pytest.raises(StopError):
+            trainer.train()
+        assert all(flags(model).values())
+        assert traces(model) == []
+
+
+def test_an_interrupted_forward_pass_does_not_end_the_watch():
+    """torch calls the hooks behind a forward pass after exceptions, but not after KeyboardInterrupt."""
+    model = tiny_llama()
+    optimizer = optimizer_of(model, "blocks")
+    train(model, optimizer, 2)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**tiny_batch(model, seed=0))
+    handle.remove()
+    model.requires_grad_(True)
+    loss = model(**tiny_batch(model, seed=0)).loss
+    frozen = [name for name, is_trainable in flags(model).items() if not is_trainable]
+    loss.backward()
+    assert frozen
+    assert not [name for name in frozen if model.get_parameter(name).grad is not None]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_state_that_is_loaded_while_it_is_closed_puts_nothing_on_the_model(choice):
+    model = tiny_llama()
+    optimizer = optimizer_of(model, choice)
+    train(model, optimizer, 2)
+    optimizer.close()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert all(flags(model).values())
+    assert traces(model) == []
+    with optimizer:
+        train(model, optimizer, 1, first=2)
+    assert traces(model) == []
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_dropped_optimizer_leaves_nothing_on_the_model(choice, steps):
+    """Its hooks did nothing more, but stayed, and each new optimizer added others."""
+    model = tiny_llama()
+    optimizer = optimizer_of(model, choice)
+    train(model, optimizer, steps)
+    del optimizer
+    assert all(flags(model).values())
+    assert traces(model) == []
+
+
 def test_the_next_train_takes_the_model_again_and_goes_on(tmp_path):
     model = tiny_llama()
     trainer = trainer_of(tmp_path, model, "adagradselect")

@@ -114,6 +114,8 @@ class Reach(AbstractGradientHooks):
         self._blocks_of = blocks_by_module(self._model, members)
         paths = self._blocks_of if self._unknown else [path for path in [self._anchor] if path is not None]
         self._probes.remove()
+        if not self._ownership.is_held:
+            return  # loaded while the optimizer is closed; it begins again when that opens
         self._probes = OutputProbes({path: self._model.get_submodule(path) for path in paths}, self, whole=self._model)
         if not self._unknown:
             self._probes.keep(self._anchor)

@@ -15,7 +15,7 @@ from gradselect.parallel import Groups, has_other_ranks, local_part, shard_group
 from gradselect.usage import UsageError
 
 from .freezing import Ownership, is_frozen_for_now
-from .hooks import weak_hook
+from .hooks import remove_all, remove_with, weak_hook
 from .passes import BackwardPasses, at_end_of_pass
 
 PATIENCE = 8
@@ -56,6 +56,7 @@ class AbstractGradientHooks(ABC):
         self._ownership = ownership
         self._named: list[tuple[str, Parameter]] = []
         self._handles: list[RemovableHandle] = []
+        remove_with(self, self._handles)
 
     def _register(self, named: Iterable[tuple[str, Parameter]]) -> None:
         self._named = list(named)
@@ -64,7 +65,7 @@ class AbstractGradientHooks(ABC):
     def open(self) -> None:
         """Register the hooks, again after `close`. Parameters that the user froze in between get none."""
         self.close()
-        self._handles = [
+        self._handles += [
             parameter.register_post_accumulate_grad_hook(weak_hook(self._arrived, name))
             for name, parameter in self._named
             if parameter.requires_grad
@@ -96,8 +97,7 @@ class AbstractGradientHooks(ABC):
 
     def close(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
+        remove_all(self._handles)
 
     @property
     def num_expected(self) -> int:

@@ -55,6 +55,7 @@ class AbstractHoldingOptimizer(Optimizer, ABC):
         """
         self._hooks.close()
         self._watch.close()
+        self._passes.forget()
         self._ownership.release()
 
     def reopen(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
 
 def weak_hook(method: Callable[..., None], *arguments: object) -> Callable[[Tensor], None]:
@@ -37,6 +38,17 @@ def weak_hook(method: Callable[..., None], *arguments: object) -> Callable[[Tens
             alive(*arguments, parameter)
 
     return hook
+
+
+def remove_all(handles: list[RemovableHandle]) -> None:
+    """Remove all hooks, and forget their handles."""
+    while handles:
+        handles.pop().remove()
+
+
+def remove_with(owner: object, handles: list[RemovableHandle]) -> None:
+    """Remove the hooks that are in the list by then when their owner goes."""
+    weakref.finalize(owner, remove_all, handles).atexit = False
 
 
 def no_hook(*_: object) -> None:

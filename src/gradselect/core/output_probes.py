@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .hooks import make_no_hook
 
@@ -56,6 +57,7 @@ class OutputProbes:
         }
         if whole is not None:
             self._handles[WHOLE] = whole.register_forward_hook(self._whole)
+        weakref.finalize(self, _remove, self._handles).atexit = False
 
     def keep(self, name: str | None) -> None:
         """Remove all probes but that of one module, and that of the whole model for outputs without any gradient."""
@@ -66,9 +68,7 @@ class OutputProbes:
 
     def remove(self) -> None:
         """Remove all probes."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles = {}
+        _remove(self._handles)
 
 
 class _Probe:
@@ -94,6 +94,11 @@ class _Probe:
 
     def __reduce__(self) -> Any:
         return make_no_hook, ()
+
+
+def _remove(handles: dict[str, RemovableHandle]) -> None:
+    while handles:
+        handles.popitem()[1].remove()
 
 
 def _probe_first(output: Any, arrived: Arrived) -> Any:

@@ -17,7 +17,7 @@ from gradselect.usage import UsageError
 from .adapters import frozen_in_adapters
 from .fingerprint import Fingerprints, check_fingerprints, fingerprints
 from .freezing import freeze, is_frozen_for_now
-from .hooks import make_no_hook
+from .hooks import make_no_hook, remove_all, remove_with
 from .passes import BackwardPasses
 
 
@@ -47,23 +47,23 @@ class ModelWatch:
         self._owned = weakref.WeakMethod(owned)  # pyright: ignore[reportArgumentType]
         self._expected: Mapping[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
-        self._called: nn.Module | None = None
+        remove_with(self, self._handles)
         self.open()
 
     def open(self) -> None:
         """Begin to watch, at the start and after `close`."""
         self._is_checked = False
+        self._called: nn.Module | None = None
         self._frozen_by_user = frozen_in_adapters(self._model)
         before, after = _BeforeForward(self), _AfterForward(self)
         for module in modules_around_layers(self._model):
             self._handles.append(module.register_forward_pre_hook(before))
             self._handles.append(module.register_forward_hook(after, always_call=True))
-        weakref.finalize(self, _remove, self._handles).atexit = False
 
     def close(self) -> None:
         """Remove all hooks; freeze a last time what the user froze."""
         self._refreeze_for_user()
-        _remove(self._handles)
+        remove_all(self._handles)
 
     def fingerprints(self) -> Fingerprints:
         """Return the fingerprints of all weights."""
@@ -79,6 +79,7 @@ class ModelWatch:
         Raises:
             UsageError: it is not.
         """
+        self._called = None  # no forward pass is running at a step
         if not self._is_checked:
             self._is_checked = True
             self._check_additions()
@@ -109,7 +110,8 @@ class ModelWatch:
 
     def before_forward(self, module: nn.Module) -> None:
         """Prepare the pass if the module is the outermost one that is called."""
-        if self._called is None:
+        # torch calls no hook after an interruption from the keyboard: a module that is called again has ended so.
+        if self._called is None or self._called is module:
             self._called = module
             self._passes.forget()
             self.check_weights()
@@ -197,8 +199,3 @@ def modules_around_layers(model: nn.Module) -> list[nn.Module]:
         if not is_list and any(isinstance(inner, nn.ModuleList | nn.Sequential) for inner in child.modules()):
             around += modules_around_layers(child)
     return around
-
-
-def _remove(handles: list[RemovableHandle]) -> None:
-    while handles:
-        handles.pop().remove()

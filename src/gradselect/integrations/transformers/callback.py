@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from .checks import (
     warn_of_new_tokens,
     warn_of_settings,
 )
-from .frames import call_after_training, call_before_clipping, caller_of
+from .frames import call_after_training, call_before_clipping, call_if_training_fails, caller_of
 from .log_values import summarise
 
 
@@ -81,15 +82,14 @@ class SelectionCallback(TrainerCallback):
         self._connected: BlockOptimizer | SparseOptimizer | None = None
         self._since_log: list[Any] = []
         self._ends: list[Callable[[], None]] = []
+        self._trainers: weakref.WeakSet[Trainer] = weakref.WeakSet()
         self._max_grad_norm: tuple[TrainingArguments, float] | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         check_deepspeed(args)
         # TRL makes the embedding's output require a gradient before this.
         shorten_backward(parts["model"], args)
-        trainer = caller_of(Trainer)
-        if trainer is not None:
-            call_after_training(trainer, self._give_back)
+        self._watch_end()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
@@ -98,6 +98,8 @@ class SelectionCallback(TrainerCallback):
         optimizer = _unwrap_optimizer(parts["optimizer"])
         check_resumed(optimizer, state)
         warn_of_settings(args, optimizer)
+        if (late := self._watch_end()) is not None:
+            call_if_training_fails(late, self._give_back)
         optimizer.reopen()
         optimizer.check_model()
         if isinstance(optimizer, BlockOptimizer):
@@ -161,6 +163,15 @@ class SelectionCallback(TrainerCallback):
         if optimizer.max_grad_norm is None:
             optimizer.max_grad_norm = asked or None
         self._max_grad_norm, args.max_grad_norm = (args, asked), 0.0
+
+    def _watch_end(self) -> Trainer | None:
+        """Give the model back whenever `train()` ends; return a Trainer that got this callback after it was built."""
+        trainer = caller_of(Trainer)
+        if trainer is None or trainer in self._trainers:
+            return None
+        self._trainers.add(trainer)
+        call_after_training(trainer, self._give_back)
+        return trainer
 
     def _give_back(self) -> None:
         """Leave model and arguments as the user had them, until the next `train()`."""

@@ -33,19 +33,37 @@ def call_after_training(trainer: Trainer, callback: Callable[[], None]) -> None:
         trainer: gets an attribute `train` in front of its method.
         callback: a bound method, held weakly.
     """
+    _call_after("train", trainer, callback, only_if_it_fails=False)
+
+
+def call_if_training_fails(trainer: Trainer, callback: Callable[[], None]) -> None:
+    """Call `callback` when an exception ends the `train()` of `trainer` that is running already.
+
+    Args:
+        trainer: gets an attribute in front of its method that runs an epoch, or a step in versions without that.
+        callback: a bound method, held weakly.
+    """
+    name = "_run_epoch" if hasattr(trainer, "_run_epoch") else "training_step"
+    _call_after(name, trainer, callback, only_if_it_fails=True)
+
+
+def _call_after(name: str, trainer: Trainer, callback: Callable[[], None], *, only_if_it_fails: bool) -> None:
     trainer_of, call_of = weakref.ref(trainer), weakref.WeakMethod(callback)
 
-    @functools.wraps(type(trainer).train)
-    def train(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(getattr(type(trainer), name))
+    def in_front(*args: Any, **kwargs: Any) -> Any:
         owner = trainer_of()
         assert owner is not None
+        is_done = False
         try:
-            return type(owner).train(owner, *args, **kwargs)
+            result = getattr(type(owner), name)(owner, *args, **kwargs)
+            is_done = only_if_it_fails
         finally:
-            if (call := call_of()) is not None:
+            if not is_done and (call := call_of()) is not None:
                 call()
+        return result
 
-    trainer.train = train
+    setattr(trainer, name, in_front)
 
 
 def call_before_clipping(accelerator: Accelerator, callback: Callable[[], None]) -> Callable[[], None]:
