@@ -148,6 +148,21 @@ def test_a_callback_that_was_added_later_gives_the_model_back_after_an_interrupt
         assert traces(model) == []
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_training_that_is_refused_before_its_first_step_gives_the_model_back(is_late, tmp_path):
+    """The optimizer had frozen the model when it was built, and the callback did not know it yet."""
+    model = tiny_llama()
+    trainer_of(tmp_path, model, save_strategy="steps", save_steps=1, save_only_model=True).train()
+    trainer = trainer_of(tmp_path, model, None if is_late else "blocks")
+    if is_late:
+        trainer.optimizer_cls_and_kwargs = (SelectiveOptimizerFactory, {"args": trainer.args, **CHOICES["blocks"]})
+        trainer.add_callback(SelectionCallback())
+    with pytest.raises(gs.UsageError, match="no optimizer state"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert all(flags(model).values())
+    assert traces(model) == []
+
+
 def test_an_interrupted_forward_pass_does_not_end_the_watch():
     """torch calls the hooks behind a forward pass after exceptions, but not after KeyboardInterrupt."""
     model = tiny_llama()

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 Fingerprints = dict[str, list[Any]]
 """Dtype and fingerprint of each tensor, by name, as plain values."""
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 MOST_NAMES = 5
 """Names that an error lists."""
@@ -77,4 +77,4 @@ def check_fingerprints(saved: Mapping[str, Any], named: Iterable[tuple[str, Para
 
 def _bit_sum(tensor: Tensor) -> Tensor:
     """Sum of the bit patterns, shape (), int64."""
-    return tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
+    return tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)

@@ -94,12 +94,19 @@ class SelectionCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
+        if (late := self._watch_end()) is not None:
+            call_if_training_fails(late, self._give_back)
+        try:
+            self._begin(args, state, parts)
+        except BaseException:
+            self._give_back()
+            raise
+
+    def _begin(self, args: TrainingArguments, state: TrainerState, parts: dict[str, Any]) -> None:
         check_deepspeed(args)
         optimizer = _unwrap_optimizer(parts["optimizer"])
         check_resumed(optimizer, state)
         warn_of_settings(args, optimizer)
-        if (late := self._watch_end()) is not None:
-            call_if_training_fails(late, self._give_back)
         optimizer.reopen()
         optimizer.check_model()
         if isinstance(optimizer, BlockOptimizer):
@@ -180,6 +187,10 @@ class SelectionCallback(TrainerCallback):
         if self._connected is not None:
             self._connected.count_passes_if(None)
             self._connected.close()
+        for trainer in self._trainers:  # train() may have ended before its optimizer was connected
+            optimizer = _without_wrapper(trainer.optimizer)
+            if isinstance(optimizer, BlockOptimizer | SparseOptimizer):
+                optimizer.close()
         if self._max_grad_norm is not None:
             args, asked = self._max_grad_norm
             args.max_grad_norm, self._max_grad_norm = asked, None
@@ -206,8 +217,7 @@ def _step_follows() -> bool:
 
 
 def _unwrap_optimizer(optimizer: torch.optim.Optimizer) -> BlockOptimizer | SparseOptimizer:
-    if isinstance(optimizer, AcceleratedOptimizer):
-        return _unwrap_optimizer(optimizer.optimizer)
+    optimizer = _without_wrapper(optimizer)
     if not isinstance(optimizer, BlockOptimizer | SparseOptimizer):
         raise UsageError(
             "SelectionCallback needs a BlockOptimizer or a SparseOptimizer, but the Trainer has "
@@ -215,6 +225,12 @@ def _unwrap_optimizer(optimizer: torch.optim.Optimizer) -> BlockOptimizer | Spar
             'optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, {"policy": ..., "args": args}), or leave out the '
             "callback"
         )
+    return optimizer
+
+
+def _without_wrapper(optimizer: Any) -> Any:
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
     return optimizer
 
 
