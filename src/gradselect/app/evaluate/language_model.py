@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from gradselect.app.models import check_complete, check_tokens, context_of, load_text_tokenizer, load_weights
+from gradselect.app.models import (
+    check_causal,
+    check_complete,
+    check_tokens,
+    context_of,
+    load_text_tokenizer,
+    load_weights,
+)
 from gradselect.app.recipe import EvaluationSettings
 from gradselect.usage import UsageError
 
@@ -57,7 +64,10 @@ def load(settings: EvaluationSettings) -> LanguageModel:
     tokenizer = load_text_tokenizer(settings.model, key="model")
     model, missing = load_weights(kind, settings.model, key="model", dtype=settings.dtype)
     check_complete(missing, model, settings.model, key="model", wanted=wanted)
-    return wrap(model.to(device).eval(), tokenizer)
+    model = wrap(model.to(device).eval(), tokenizer)
+    if settings.task != "classification":
+        check_causal(model.model, name=f"model={str(settings.model)!r}")
+    return model
 
 
 def wrap(model: Any, tokenizer: Any) -> LanguageModel:

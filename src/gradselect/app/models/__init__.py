@@ -1,5 +1,6 @@
 """Pretrained models and tokenizers, from disk or from the hub, checked before they are loaded."""
 
+from .causal import at_rest, check_causal
 from .folder import files_beside_weights
 from .pretrained import (
     check_complete,
@@ -14,6 +15,8 @@ from .quantised import is_quantised, merge_command, num_trainable, quantisation_
 from .tokens import encode_texts
 
 __all__ = [
+    "at_rest",
+    "check_causal",
     "check_complete",
     "check_tokens",
     "context_of",

@@ -38,7 +38,8 @@ def load_weights(
         _check_weight_files(folder, key=key, trust_pickle=trust_pickle)
         _check_manifest(folder, "*")
     if not folder.is_dir() or (folder / "config.json").is_file():
-        load_configuration(path, key=key, most_weights=machine_bytes(), **origin)
+        config = load_configuration(path, key=key, most_weights=machine_bytes(), **origin)
+        kind = class_for(kind, config, name=f"{key}={str(path)!r}")
     with _as_usage_error(f"{key}={str(path)!r} cannot be used"):
         model, report = kind.from_pretrained(
             path, output_loading_info=True, use_safetensors=None if trust_pickle else True, **(options | origin)
@@ -68,8 +69,38 @@ def draw_weights(kind: Any, config: Any, *, dtype: str, attention: str | None) -
     Raises:
         UsageError: the auto class has no model of this configuration.
     """
+    kind = class_for(kind, config, name=f"model.path={config.name_or_path!r}")
     with _as_usage_error("model.path cannot be used"):
         return kind.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+def class_for(kind: Any, config: Any, *, name: str) -> Any:
+    """Return the auto class that has a model of a configuration: `kind`, or, for a language model, the one with images.
+
+    A model that reads images and text trains on text alone; what the loss never reaches is no candidate.
+
+    Args:
+        kind: e.g. `AutoModelForCausalLM`.
+        config: configuration of the model.
+        name: name of the model in errors: "model.path='base'".
+
+    Raises:
+        UsageError: there is none, such as a language model of an encoder-decoder.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    mapping = getattr(kind, "_model_mapping", None)
+    has_own_code = kind.__name__ in (getattr(config, "auto_map", None) or {})
+    if mapping is None or has_own_code or type(config) in mapping:
+        return kind
+    both = AutoModelForImageTextToText
+    is_decoder = not (config.is_encoder_decoder or config.get_text_config().is_encoder_decoder)
+    if kind is AutoModelForCausalLM and is_decoder and type(config) in both._model_mapping:
+        return both
+    raise UsageError(
+        f"{name} cannot be used: it is of the type {config.model_type!r}, for which transformers has no class in "
+        f"{kind.__name__}; give a model with a decoder only, or, with data.format=classification, also an encoder"
+    )
 
 
 def load_text_tokenizer(path: str | Path, *, key: str, **options: Any) -> Any:

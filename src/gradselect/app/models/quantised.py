@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .pretrained import class_for
+
 
 def quantisation_of(config: Any) -> str | None:
     """Return the name of the method that a configuration says its weights are quantised with; None if they are not."""
@@ -42,7 +44,7 @@ def num_trainable(config: Any, kind: Any, **options: Any) -> tuple[int, int] | N
     kept = _excluded(config)
     try:
         with torch.device("meta"):
-            model = kind.from_config(config, **options)
+            model = class_for(kind, config, name="").from_config(config, **options)
     except Exception:  # a number in a message is not worth an error of its own
         return None
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

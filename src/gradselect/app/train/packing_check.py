@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import trl.trainer.utils
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradselect import UsageError
+from gradselect.app.models import at_rest
 from gradselect.usage import first_line
 
 from .failures import is_out_of_memory
@@ -97,7 +97,7 @@ def check_packing(trainer: Any, rows: Sequence[Sequence[int]], *, max_length: in
     length = max(4, min(LENGTH, max_length // 3))
     one, other, *others = _draw_examples(rows, length=length, num_tokens=model.get_input_embeddings().weight.shape[0])
     try:
-        with _at_rest(model), torch.no_grad():
+        with at_rest(model), torch.no_grad():
             influence = measure(trainer, one, other, others)
     except Exception as error:
         if is_out_of_memory(error):
@@ -177,22 +177,6 @@ def _draw_examples(rows: Sequence[Sequence[int]], *, length: int, num_tokens: in
 
 def _largest(differences: Tensor) -> float:
     return differences.abs().max().item()
-
-
-@contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode and fork the random state; both are put back."""
-    modes = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
-    # Dropout is off, but e.g. a router may draw.
-    on_cpu = device.type == "cpu"
-    with torch.random.fork_rng(devices=[] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
 
 
 def _class_name(model: Any) -> str:

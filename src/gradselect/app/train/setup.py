@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_config import SFTConfig
 
 from gradselect.app.inputs import Inputs, make_rows
+from gradselect.app.models import check_causal
 from gradselect.app.recipe import (
     AbstractMaskMethod,
     ClassificationData,
@@ -62,6 +63,8 @@ def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> RunTr
     else:
         trainer = TokenTrainer(args=SFTConfig(**arguments, **_token_arguments(recipe.data, inputs)), **shared)
     trainer.remove_callback(PrinterCallback)
+    if not isinstance(recipe.data, ClassificationData | RandomData):
+        check_causal(trainer.model, name=f"model.path={recipe.model.path!r}")
     if is_packed(recipe.data):
         # Before the optimizer marks what trains, and before anything is written.
         check_packing(trainer, _as_dataset(trainer.train_dataset)[:4]["input_ids"], max_length=inputs.max_length)
