@@ -62,6 +62,18 @@ def test_a_column_of_that_very_name_goes_before_the_usual_names(write: Write) ->
     assert problem.prompt == "other"
 
 
+def test_an_input_that_the_default_prompt_leaves_out_is_said(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    data = write(
+        {"instruction": "Add", "input": "", "output": "5"}, {"instruction": "Add", "input": "2, 3", "output": "5"}
+    )
+    read_problems(settings("gsm8k", data))
+    assert "1 of 2 rows have text in the column 'input'" in caplog.text
+    assert "line 2; to ask with it, write --prompt '{instruction}{?input:" in caplog.text
+    caplog.clear()
+    read_problems(settings("gsm8k", data, prompt="{instruction}{?input: {input}}"))
+    assert caplog.text == ""
+
+
 def test_templates_name_any_columns(write: Write) -> None:
     data = write({"body": "Two and three.", "question": "Sum?", "worked": "#### 5"})
     given = settings("gsm8k", data, prompt="{body} {question} {{x}}", completion="{worked}")

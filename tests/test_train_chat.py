@@ -295,6 +295,8 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "functions": ({"messages": [ASK, ANSWER], "functions": [{"name": "f"}]}, {}, r"data\.tools=functions"),
     "another column": ({"conversations": [ASK, ANSWER]}, {}, r"write data\.messages=conversations"),
     "a column that another name gives away": ({"dialog": [ASK, ANSWER]}, {}, r"write data\.messages=dialog"),
+    "a preference": ({"rejected": [ASK, ANSWER], "chosen": [ASK, ANSWER]}, {}, r"write data\.messages=chosen"),
+    "two columns": ({"prompt": [ASK], "completion": [ANSWER]}, {}, r"write data\.messages=\[prompt,completion\]"),
     "pictures beside the messages": (
         {"messages": [ASK, ANSWER], "images": ["a.png"]},
         {},

@@ -137,6 +137,7 @@ def problems(source: Source, settings: EvaluationSettings) -> list[Problem]:
     assert settings.task is not None
     rows = source.rows.map(_with_question)
     prompt = settings.prompt or DEFAULT_PROMPT
+    _say_unread_input(source, prompt)
     completion = settings.completion or _answer_template(source, ANSWER_COLUMNS[settings.task])
     _require(rows, prompt, completion, name=source.name)
     find = _REFERENCES[settings.task]
@@ -179,6 +180,7 @@ def _completions(source: Source, settings: EvaluationSettings) -> list[Passage]:
     as_is = "prompt" in source.rows[0] and "completion" in source.rows[0]
     rows = source.rows.map(_with_question)
     prompt = settings.prompt or ("{prompt}" if as_is else DEFAULT_PROMPT)
+    _say_unread_input(source, prompt)
     completion = settings.completion or (
         "{completion}" if as_is else f" {_answer_template(source, ANSWER_COLUMNS['loss'])}"
     )
@@ -276,6 +278,20 @@ def each_row(rows: Sequence[Row], make: Callable[[int, Row], Any], *, name: str)
             yield make(index, row)
         except UsageError as error:
             raise UsageError(f"{place_of(rows, index, path=name)}: {error}") from None
+
+
+def _say_unread_input(source: Source, prompt: str) -> None:
+    """Say how many rows of instructions have an input that the default prompt leaves out."""
+    column = next((name for name in QUESTION_COLUMNS if name in source.rows[0]), None)
+    if prompt != DEFAULT_PROMPT or column != "instruction":
+        return
+    found = [number for number, row in enumerate(source.rows, start=1) if not is_empty(row.get("input"))]
+    if found:
+        _log.warning(
+            "%d of %d rows have text in the column 'input', which the default prompt leaves out; the first: %s; to ask "
+            "with it, write --prompt '{instruction}{?input:\\n\\n{input}}\\n'",
+            *(len(found), len(source.rows), source.name_row(found[0])),
+        )
 
 
 def say_empty(rows: Rows, templates: Sequence[str], *, what: str, name: str) -> None:

@@ -116,11 +116,12 @@ def _require_columns(source: Source, settings: FileData) -> None:
     first = source.rows[0]
     if isinstance(settings, ChatData) and settings.messages == "messages" and "messages" not in first:
         usual = [name for name in ("conversations", "conversation") if name in first]
-        other = next(iter([*usual, *(name for name, value in first.items() if holds_messages(value))]), None)
+        found = [name for name, value in first.items() if holds_messages(value) and name != "rejected"]
+        other = "[prompt,completion]" if {"prompt", "completion"} <= {*found} else next(iter(usual + found), None)
         if other is not None:
             raise UsageError(
-                f"{place_of(source.rows, 0, path=source.path)} has no column 'messages', but one named {other!r}; "
-                f"write data.messages={other}"
+                f"{place_of(source.rows, 0, path=source.path)} has no column 'messages', but messages in "
+                f"{other!r}; write data.messages={other}"
             )
     try:
         require_columns(source.rows, _columns_read(settings), path=source.path)
