@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import gradselect as gs
+from gradselect.core.fingerprint import fingerprints
 from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
 
 
@@ -263,6 +264,14 @@ def gpt_neox():
             attention_dropout=0.0, hidden_dropout=0.0,
         )
     )  # fmt: skip
+
+
+def test_complex_weights_and_single_numbers_have_a_fingerprint():
+    weights = {"complex": torch.ones(2, dtype=torch.complex128), "single": torch.tensor(1.0, dtype=torch.float64)}
+    sums = fingerprints([(name, torch.nn.Parameter(weight)) for name, weight in weights.items()])
+    one = torch.ones(1, dtype=torch.float64).view(torch.int64).item()
+    wrapped = (2 * one + 2**63) % 2**64 - 2**63
+    assert sums == {"complex": ["complex128", wrapped], "single": ["float64", one]}
 
 
 def test_a_trainer_that_leaves_converted_weights_unloaded_is_refused(tmp_path):
