@@ -124,9 +124,11 @@ class LeavesOut(nn.Module):
         return torch.func.functional_call(self.layer, frozen, (hidden,))
 
 
-def train(policy, *, steps, **options):
+def train(policy, *, steps, is_compiled=True, **options):
     model = tiny_plain(layers=3)
     model.blocks[1] = LeavesOut(model.blocks[1])
+    if is_compiled:
+        model.blocks[1]._compiled_call_impl = model.blocks[1]._call_impl
     optimizer = gs.BlockOptimizer(model, policy, lr=1e-2, always="head", **options)
     for step in range(steps):
         model(**tiny_batch(model, seed=step)).loss.backward()
@@ -148,6 +150,8 @@ def test_a_block_that_never_gets_a_gradient_raises_where_something_is_compiled(p
     monkeypatch.setattr(utils, "counters", {"frames": Counter()})
     assert train(policy, steps=4, **options).num_steps == 4
     monkeypatch.setattr(utils, "counters", {"frames": Counter(ok=1)})
+    # Another model of the process is compiled.
+    assert train(policy, steps=4, is_compiled=False, **options).num_steps == 4
     train(policy, steps=2, **options)
     with pytest.raises(gs.UsageError, match=r"'layer.1' took part in 3 steps .* no gradient.*pytorch#139476"):
         train(policy, steps=3, **options)

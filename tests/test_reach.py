@@ -20,12 +20,6 @@ ALIVE = ("embedding", "layer.0", "layer.1", "layer.2", "layer.3", "layer.4", "no
 KNOWN = {"unknown": (), "missed": (), "unreached": (), "misses": {}, "anchor": None, "lost": 0}
 
 
-@pytest.fixture(autouse=True)
-def nothing_compiled(monkeypatch):
-    """Other tests of this process may have compiled something, which switches this off."""
-    monkeypatch.setattr("gradselect.blocks.reach.has_compiled", lambda: False)
-
-
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in model.state_dict().items()}
 

@@ -16,12 +16,6 @@ import gradselect as gs
 Loss = Callable[[nn.Module, int], torch.Tensor]
 
 
-@pytest.fixture(autouse=True)
-def nothing_compiled(monkeypatch):
-    """Other tests of this process may have compiled something, which switches this off."""
-    monkeypatch.setattr("gradselect.blocks.reach.has_compiled", lambda: False)
-
-
 def own_loss(model: nn.Module, seed: int) -> torch.Tensor:
     return model(**tiny_models.tiny_batch(model, seed=seed)).loss
 

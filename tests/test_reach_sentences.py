@@ -31,8 +31,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("policy", [gs.Uniform(count=1, seed=1), gs.AdaGradSelect(fraction=0.5, explore_steps=3)])
-def test_the_pooler_of_a_model_of_sentences_takes_no_place(folder, tmp_path, policy, monkeypatch):
-    monkeypatch.setattr("gradselect.blocks.reach.has_compiled", lambda: False)
+def test_the_pooler_of_a_model_of_sentences_takes_no_place(folder, tmp_path, policy):
     # A folder of a plain encoder gets mean pooling.
     model = sentences.SentenceTransformer(str(folder), device="cpu")
     losses = importlib.import_module("sentence_transformers.losses")

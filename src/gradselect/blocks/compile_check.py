@@ -21,12 +21,16 @@ MAX_MISSES = 3
 class UnreachedBlocks:
     """Detects blocks that torch.compile left out of its graph.
 
-    Counts the steps in a row in which a block took part without a gradient, if anything was compiled. torch up to 2.9.1
+    Counts the steps in a row in which a block took part without a gradient, if the model is compiled. torch up to 2.9.1
     did not recompile when `requires_grad` changed after the first pass, so a block that was frozen then never trained,
     silently (pytorch/pytorch#139476).
+
+    Args:
+        model: trained by the optimizer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._misses: Counter[str] = Counter()
 
     def check(
@@ -42,7 +46,7 @@ class UnreachedBlocks:
         Raises:
             UsageError: a block was missed in `MAX_MISSES` steps in a row, while others were reached.
         """
-        if not has_compiled():
+        if not is_compiled(self._model):
             return
         reached = {name for name, norm in norms.items() if norm != 0.0} | set(filter(has_gradient, selected))
         for name in reached:
@@ -56,6 +60,13 @@ class UnreachedBlocks:
                     "Either torch.compile compiled it while it was frozen (pytorch#139476): update torch, or do not "
                     "compile. Or the loss never reaches it (an unused pooler): exclude it with the policy's among=..."
                 )
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """True if torch.compile has compiled something in this process, and a module of the model is to be compiled."""
+    return has_compiled() and any(
+        module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()
+    )
 
 
 def has_compiled() -> bool:

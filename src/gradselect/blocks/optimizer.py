@@ -232,7 +232,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             passes=self._passes,
         )
         self._in_backward = BackwardUpdates(self._states, self._table, self._ownership, is_active=update_in_backward)
-        self._unreached = UnreachedBlocks()
+        self._unreached = UnreachedBlocks(self._model)
         named = {*self.policy.names, *self._always}
         names = [name for name in self.blocks if name in named]
         self._reach = Reach(

@@ -24,7 +24,7 @@ from gradselect.core import (
 from gradselect.parallel import collective_device, naming_the_collective
 from gradselect.usage import UsageError
 
-from .compile_check import has_compiled
+from .compile_check import is_compiled
 from .observer import GradientObserver
 from .policy import AbstractPolicy
 from .probed_modules import blocks_by_module
@@ -269,7 +269,7 @@ class Reach(AbstractGradientHooks):
 
     def _learn(self, *, is_open: bool) -> None:
         """Move blocks between the four kinds."""
-        if has_compiled():
+        if is_compiled(self._model):
             # Probes are not traced, and a graph may leave out blocks that were frozen: `UnreachedBlocks` judges.
             self._unknown, self._missed = set(), set()
             self._probes.remove()
