@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -17,3 +18,11 @@ def pytest_collection_finish() -> None:
     """What the imports made stays: the Trainer collects garbage after each run, and need not look at all of it."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def quick_garbage_collection():
+    """Keep collections short: each `train()` collects garbage, half a second with the objects of transformers."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from data_support import LINES, ROWS, put, texts
 from pydantic import TypeAdapter
 
 from gradselect import UsageError
@@ -27,26 +28,6 @@ from gradselect.app.evaluate import EvaluationSettings
 from gradselect.app.evaluate.problems import passages, read_source
 from gradselect.app.inputs.examples import render_examples
 from gradselect.app.recipe import Data
-
-ROWS = [{"text": "one"}, {"text": "zwei ü"}, {"text": "three\u2028still three"}]
-LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
-
-
-def put(folder: Path, files: dict[str, Any]) -> Path:
-    """Write text, bytes or Parquet rows under their names."""
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if name.endswith(".parquet"):
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
-        else:
-            path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return folder
-
-
-def texts(path: Path | str, **options: Any) -> list[str]:
-    return [row["text"] for row in read_rows(path, **options)]
-
 
 # JSON of every shape -------------------------------------------------------------------------------------------------
 

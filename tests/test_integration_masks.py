@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 
@@ -15,13 +14,7 @@ from transformers import Trainer
 import gradselect as gs
 from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_garbage_collection():
-    """Each `train()` collects garbage, half a second with the objects of transformers."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
 
 def build(folder, mask, *, model=None, data=16, callbacks=None, options=None, **settings):

@@ -7,7 +7,6 @@ PEFT leaves all of it trainable, in the middle of a step.
 from __future__ import annotations
 
 import copy
-import gc
 from collections import Counter
 
 import peft
@@ -19,9 +18,11 @@ from transformers import TrainerCallback
 import gradselect as gs
 from gradselect.integrations.transformers import SelectionCallback
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*gradient_checkpointing.*is deprecated:FutureWarning",  # trl and peft use the names of transformers 4
-)
+pytestmark = [
+    # trl and peft use names that transformers has replaced since.
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning"),
+    pytest.mark.usefixtures("quick_garbage_collection"),
+]
 
 CHOICES = {
     "uniform": lambda: gs.Uniform(count=1),
@@ -29,14 +30,6 @@ CHOICES = {
     "static": lambda: gs.StaticMask(density=0.05),
     "id3": lambda: gs.ID3(density=0.05, steps=3),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_garbage_collection():
-    """Each `train()` collects garbage, half a second with the objects of transformers."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import logging
 import shutil
@@ -25,12 +24,7 @@ CHECKPOINTING = (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_garbage_collection():
-    """Each `train()` collects garbage, half a second with the objects of transformers."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
 
 @functools.cache

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from preference_support import Witness
@@ -15,13 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import gradselect as gs
 from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_garbage_collection():
-    """Each `train()` collects garbage, half a second with the objects of transformers."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
 
 # A cache of gradients ----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from .block import Block
 from .checkpoint_identity import NOT_OF_A_GROUP, as_text, check_present, check_same, selection_of, states_by_name
 from .freezing import Ownership, freeze, is_frozen_for_now, settle
 from .gradients import AbstractGradientHooks, dense, gradient_norm, norm_of, squared_norm
-from .masters import take_over
+from .masters import agrees, take_over
 from .optimizer import SelectiveOptimizer
 from .output_probes import WHOLE, OutputProbes
 from .parameter_groups import Group, ParameterTable
@@ -52,6 +52,7 @@ __all__ = [
     "SelectiveOptimizer",
     "StepRecord",
     "UpdateSettings",
+    "agrees",
     "as_text",
     "below",
     "can_train",

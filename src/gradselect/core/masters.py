@@ -34,7 +34,7 @@ class MasterWatch:
         written = [each for each in masters if self._versions.get(each) != local_part(each)._version]
         if len(written) < len(masters) and not _agree_in_samples(masters):
             written = list(masters)
-        changed = [each for each in written if not _agrees(local_part(each), masters[each])]
+        changed = [each for each in written if not agrees(local_part(each), masters[each])]
         for parameter in changed:
             take_over(local_part(parameter), masters[parameter])
         for parameter in written:
@@ -51,14 +51,15 @@ def take_over(weight: Tensor, master: Tensor) -> None:
     master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight.to(master.dtype)))
 
 
-def _agrees(weight: Tensor, master: Tensor) -> bool:
-    return torch.equal(weight, master.to(weight.dtype))
+def agrees(weight: Tensor, master: Tensor) -> bool:
+    """True if the weight is its master, rounded. Bits are compared: a NaN that the optimizer wrote is its own."""
+    return torch.equal(weight.view(torch.int16), master.to(weight.dtype).view(torch.int16))
 
 
 def _agree_in_samples(masters: Mapping[Parameter, Tensor]) -> bool:
     pairs = [(_sampled(local_part(parameter)), _sampled(master)) for parameter, master in masters.items()]
     weights, others = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    return torch.equal(weights, others.to(weights.dtype))
+    return agrees(weights, others)
 
 
 def _sampled(tensor: Tensor) -> Tensor:

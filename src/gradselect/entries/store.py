@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradselect.core import HALF, MASTER, AbstractRule, take_over
+from gradselect.core import HALF, MASTER, AbstractRule, agrees, take_over
 from gradselect.parallel import local_part
 
 from .cohorts import Cohorts
@@ -240,7 +240,7 @@ class EntryStore:
         places = self._segments.split(self._plain()[part], names)
         gathered = torch.cat([flat.index_select(0, some) for flat, some in zip(flats, places, strict=True)])
         weights = self._arrays[MASTER][part] if MASTER in self._arrays else gathered.to(self._empty.dtype)
-        if MASTER in self._arrays and not torch.equal(weights.to(gathered.dtype), gathered):
+        if MASTER in self._arrays and not agrees(gathered, weights):
             take_over(gathered, weights)
             self.refreshed += names
         state = {kind: self._arrays[kind][part] for kind in self._rule.state_names}
