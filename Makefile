@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup quickstart test lint bench clean
+.PHONY: setup quickstart test lint bench integrations clean
 
 quickstart: .venv/.train  ## fine-tune the embedded base model on word problems and show what came of it
 	$(BIN)/python quickstart/run.py
@@ -20,6 +20,16 @@ lint: .venv/.dev  ## style, types, and who may import whom
 bench: .venv/.dev  ## step time of every method against full fine-tuning, side by side; writes benchmarks/results
 	$(INSTALL) --editable ".[peers]"
 	$(BIN)/python benchmarks/step_time.py
+
+FRAMEWORKS := $(patsubst integrations/%/install.sh,%,$(wildcard integrations/*/install.sh))
+
+integrations: $(FRAMEWORKS:%=integrations-%)  ## the plug-ins inside the frameworks themselves, each in its own environment
+
+integrations-%: integrations/%/install.sh
+	test -x .venv-integrations/$*/bin/python || $(PYTHON) -m venv .venv-integrations/$*
+	bash integrations/$*/install.sh .venv-integrations/$*/bin/python
+	.venv-integrations/$*/bin/python -m pip install --quiet --no-deps --editable .
+	.venv-integrations/$*/bin/python -m pytest --rootdir integrations integrations/$*
 
 setup: .venv/.dev  ## install for development
 
