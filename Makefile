@@ -29,7 +29,7 @@ integrations-%: integrations/%/install.sh
 	test -x .venv-integrations/$*/bin/python || $(PYTHON) -m venv .venv-integrations/$*
 	bash integrations/$*/install.sh .venv-integrations/$*/bin/python
 	.venv-integrations/$*/bin/python -m pip install --quiet --no-deps --editable .
-	.venv-integrations/$*/bin/python -m pytest --rootdir integrations integrations/$*
+	.venv-integrations/$*/bin/python -m pytest integrations/$*
 
 setup: .venv/.dev  ## install for development
 
