@@ -117,7 +117,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "infinite rate": (["optimizer.lr=.inf"], "optimizer.lr = inf: input should be a finite number"),
     "text for a number": (["run.batch_size=many"], "run.batch_size = 'many': input should be a valid integer"),
     "unknown type": (["model.dtype=float16"], "model.dtype = 'float16': input should be 'float32' or 'bfloat16'"),
-    "two lengths": (["run.epochs=2"], "got steps=3 and epochs=2.0; give one of them"),
+    "two lengths": (["run.epochs=2", "run.steps=3"], "got steps=3 and epochs=2.0; give one of them"),
     "no length": (["run.steps=null"], "got steps=None and epochs=None; give one of them"),
     "nothing to evaluate on": (["run.evaluate_every=5"], "add e.g. data.validation=0.02"),
     "open brace": (["data.text='{a'"], "a literal brace is written twice"),

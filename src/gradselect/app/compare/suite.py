@@ -6,7 +6,7 @@ import glob
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, ValidationError, create_model, model_validator
 
@@ -21,8 +21,8 @@ from gradselect.app.recipe import (
     dataclass_keys,
     explain,
     merge,
-    parse_override,
     read_values,
+    with_overrides,
 )
 from gradselect.usage import matching
 
@@ -86,6 +86,8 @@ class Evaluation(_EvaluationKeys):
     Attributes:
         metric: the score of a classification. Default: accuracy, or for scores the Pearson correlation.
     """
+
+    with_commas: ClassVar[tuple[str, ...]] = ("stop",)
 
     task: str
     metric: Literal["accuracy", "matthews", "f1", "pearson", "spearman"] | None = None
@@ -213,9 +215,7 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
         1
     """
     values = read_values(Path(path), kind="suite", sections=tuple(Suite.model_fields))
-    for override in overrides:
-        values = merge(values, parse_override(override))
-    return parse_suite(values, source=str(path))
+    return parse_suite(with_overrides(values, overrides), source=str(path))
 
 
 def parse_suite(values: Mapping[str, Any], *, source: str) -> Suite:

@@ -13,7 +13,7 @@ from .data_settings import (
 )
 from .evaluation_settings import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
 from .explanations import explain
-from .load import dump_recipe, load_recipe, merge, parse_override, parse_recipe, read_values, todays_recipe
+from .load import dump_recipe, load_recipe, parse_recipe, read_values, todays_recipe
 from .methods import (
     AbstractAdapterMethod,
     AbstractBlockMethod,
@@ -31,6 +31,7 @@ from .methods import (
     peer_bytes,
     todays_method,
 )
+from .overrides import merge, parse_override, with_overrides
 from .schema import ModelSettings, Recipe
 from .settings import Settings
 from .values import Place
@@ -75,4 +76,5 @@ __all__ = [
     "read_values",
     "todays_method",
     "todays_recipe",
+    "with_overrides",
 ]

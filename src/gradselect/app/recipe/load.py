@@ -13,14 +13,12 @@ from gradselect import UsageError
 
 from .explanations import MAX_LINE, brief, cut, explain
 from .methods import todays_method
-from .plain_yaml import read_typed, read_yaml
+from .overrides import merge, with_overrides
+from .plain_yaml import read_yaml
 from .schema import Recipe
 
 MAX_BYTES = 2**18
 """Far above the largest recipe or suite that makes sense."""
-
-TEMPLATES = ("prompt", "completion", "text", "text_pair")
-"""Keys whose values are templates. In YAML their braces, colons and # would have a meaning of their own."""
 
 MAX_LINES = 20
 """Explanations in one error."""
@@ -28,6 +26,8 @@ MAX_LINES = 20
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe in the YAML file at `path`, with `key=value` overrides such as "optimizer.lr=1e-4" on top.
+
+    An override displaces a rival in the file: `run.steps=20` takes the place of `epochs`.
 
     A recipe may name another one with `base:`, relative to its own folder, and then writes only what differs.
 
@@ -38,11 +38,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         >>> load_recipe("recipes/gsm8k.yaml", ["method.fraction=0.1", "run.output=runs/tenth"]).method.fraction
         0.1
     """
-    changes: dict[str, Any] = {}
-    for override in overrides:
-        changes = merge(changes, parse_override(override))
     values = read_values(Path(path), kind="recipe", sections=tuple(Recipe.model_fields))
-    return parse_recipe(merge(values, changes), source=str(path))
+    return parse_recipe(with_overrides(values, overrides), source=str(path))
 
 
 def parse_recipe(values: Mapping[str, Any], *, source: str) -> Recipe:
@@ -93,50 +90,6 @@ def read_values(path: Path, *, kind: str, sections: Sequence[str], above: tuple[
         return values
     below = read_values(path.parent / str(base), kind=kind, sections=sections, above=(*above, path))
     return merge(below, values)
-
-
-def parse_override(override: str) -> dict[str, Any]:
-    """Return `{"optimizer": {"lr": "1e-4"}}` for "optimizer.lr=1e-4".
-
-    The value is YAML, except that of a template, which is text as typed unless it begins with a quote sign:
-    `data.prompt={instruction} {input}\\nAnswer:`.
-
-    Raises:
-        UsageError: the text is not of the form key=value.
-    """
-    key, equals, text = override.partition("=")
-    if not (key and equals):
-        raise UsageError(f"{override!r} is no override; write key=value, e.g. optimizer.lr=1e-4")
-    is_text = key.rpartition(".")[2] in TEMPLATES and text.strip()[:1] not in ("", '"', "'") and text != "null"
-    try:
-        value: Any = read_typed(text) if is_text else read_yaml(text)
-    except ValueError as error:
-        raise UsageError(
-            f"{override!r:.80}: the value is no valid YAML: {cut(str(error), MAX_LINE)}; a text with signs of YAML "
-            f"needs quotes of its own: '{key}=\"...\"'"
-        ) from None
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
-def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of `over` on top of those of `under`, section by section.
-
-    A section that names another method replaces the section below it: the keys of one method do not fit another.
-    """
-    merged = dict(under)
-    for key, value in over.items():
-        below = merged.get(key)
-        if isinstance(below, dict) and isinstance(value, dict) and not _is_another(below, value):
-            merged[key] = merge(below, value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _is_another(below: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
-    return "name" in below and "name" in value and below["name"] != value["name"]
 
 
 def _read_mapping(path: Path, *, sections: Sequence[str]) -> dict[str, Any]:
