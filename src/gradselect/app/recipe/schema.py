@@ -97,9 +97,7 @@ class RunSettings(Settings):
     @model_validator(mode="after")
     def check_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError(
-                f"got steps={self.steps} and epochs={self.epochs}; give one of them, e.g. run.steps=300"
-            )
+            raise ValueError(f"got steps={self.steps} and epochs={self.epochs}; give one of them, e.g. run.steps=300")
         return self
 
 
