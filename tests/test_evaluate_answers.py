@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradselect.app.evaluate.answers import gsm8k_answer, last_boxed, last_number, math_answer, trimmed
+from gradselect.app.answers.answers import gsm8k_answer, last_boxed, last_number, math_answer, trimmed
 
 NUMBERS = {
     "18": "18",

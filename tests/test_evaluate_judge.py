@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from gradselect import UsageError
-from gradselect.app.evaluate.answer_judge import Judge
+from gradselect.app.answers.answer_judge import Judge
 
 EQUAL = [
     ("18", "18"),

@@ -19,9 +19,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from gradselect import UsageError
+from gradselect.app.answers.answer_judge import Judge
 from gradselect.app.data import Conversation
 from gradselect.app.evaluate import EvaluationSettings, evaluate, evaluate_model, read_evaluation
-from gradselect.app.evaluate.answer_judge import Judge
 from gradselect.app.evaluate.generation import answer_all, greedy_config
 from gradselect.app.evaluate.language_model import LanguageModel, wrap
 from gradselect.app.evaluate.problems import Passage

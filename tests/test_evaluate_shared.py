@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from gradselect.app.answers.answer_judge import Judge
+from gradselect.app.answers.answers import gsm8k_answer, math_answer, trimmed
 from gradselect.app.evaluate import EvaluationSettings, evaluate
-from gradselect.app.evaluate.answer_judge import Judge
-from gradselect.app.evaluate.answers import gsm8k_answer, math_answer, trimmed
 from gradselect.app.evaluate.problems import problems, read_source
 
 SHARED = Path(os.environ.get("GRADSELECT_SHARED", Path(__file__).parents[2] / "shared"))

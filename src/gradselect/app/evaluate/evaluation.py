@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from gradselect.app.answers import FIND_ANSWER, Judge
 from gradselect.app.data import Conversation
 from gradselect.app.recipe import DEFAULT_PROMPT, EvaluationSettings
 from gradselect.app.stats import mean_loss, mean_loss_interval, wilson_interval
 from gradselect.usage import UsageError
 
-from .answer_judge import Judge
-from .answers import gsm8k_answer, math_answer
 from .classification import labelled_texts, measure_classification, with_recipe
 from .generation import Answer, answer_all, greedy_config, resolve_max_new_tokens
 from .language_model import LanguageModel, load, wrap
@@ -25,7 +24,6 @@ from .tokens import Prompt, Segment, conversation_segments, encode_prompt, segme
 Progress = Callable[[int, int], None]
 """Called with the number of finished items and of all items."""
 
-EXTRACT: dict[str, Callable[[str], str | None]] = {"gsm8k": gsm8k_answer, "math": math_answer}
 MAX_NEW_TOKENS = {"gsm8k": 512, "math": 1024}
 
 _log = logging.getLogger(__name__)
@@ -107,7 +105,7 @@ def _measure_accuracy(
     prompts = _prompts(asked, language_model, settings, room=None if context is None else context - limit)
     config = greedy_config(language_model, max_new_tokens=limit, stop=settings.stop)
     answers = answer_all(prompts, language_model=language_model, config=config, batch_size=settings.batch_size)
-    judged = _judged_batches(answers, asked, prompts, judge=judge, extract=EXTRACT[settings.task])
+    judged = _judged_batches(answers, asked, prompts, judge=judge, extract=FIND_ANSWER[settings.task])
     with ItemWriter(settings.output) as writer:
         items = _collect(judged, writer, progress, total=len(asked))
         num_correct = sum(item["correct"] for item in items)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradselect.app.answers import FIND_REFERENCE
 from gradselect.app.data import (
     ENDINGS,
     ChatColumns,
@@ -34,7 +35,6 @@ from gradselect.app.data import (
 from gradselect.app.recipe import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
 from gradselect.usage import UsageError
 
-from .answers import boxed_or_stated, gsm8k_answer, trimmed
 from .trained_on import data_of_recipe
 
 _log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def problems(source: Source, settings: EvaluationSettings) -> list[Problem]:
     _say_unread_input(source, prompt)
     completion = settings.completion or _answer_template(source, ANSWER_COLUMNS[settings.task])
     _require(rows, prompt, completion, name=source.name)
-    find = _REFERENCES[settings.task]
+    find = FIND_REFERENCE[settings.task]
 
     def problem(index: int, row: Row) -> Problem:
         _check_cells(row, prompt)
@@ -235,24 +235,6 @@ def _check_cells(row: Row, template: str) -> None:
 
 def _document(text: str, *, ends: bool) -> Passage:
     return Passage(prompt=None, target=text, ends=ends)
-
-
-def _gsm8k_reference(text: str) -> str:
-    reference = gsm8k_answer(text)
-    if reference is None:
-        raise UsageError(f"the answer {text[-60:]!r} holds no number")
-    return reference
-
-
-def _math_reference(text: str) -> str:
-    """Return the boxed or announced answer, else the whole text if it is one line: a bare answer."""
-    reference = boxed_or_stated(text) or ("" if "\n" in text.strip() else trimmed(text))
-    if not reference:
-        raise UsageError(f"the answer {text[-60:]!r} holds no \\boxed{{...}}")
-    return reference
-
-
-_REFERENCES: dict[str, Callable[[str], str]] = {"gsm8k": _gsm8k_reference, "math": _math_reference}
 
 
 def _with_question(row: Row) -> Row:
