@@ -343,6 +343,18 @@ def test_hybrid_layers_of_two_classes_are_one_stack():
     assert names_of(partition(nn.ModuleDict({"stack": stack}))) == layers(4)
 
 
+def test_a_dict_with_numbers_for_keys_is_a_list():
+    """torchtitan's models number their layers so."""
+    model = tiny_models.tiny_plain()
+    named = nn.ModuleDict({"tokens": nn.Embedding(4, 16), "layers": nn.ModuleDict(), "head": nn.Linear(16, 4)})
+    for number in range(12):
+        named["layers"][str(number)] = tiny_models.PlainLayer()
+    assert names_of(partition(named)) == ["embedding", *layers(12), "head"]
+    by_name = nn.ModuleDict({"first": tiny_models.PlainLayer(), "second": tiny_models.PlainLayer()})
+    model.add_module("others", by_name)
+    assert names_of(partition(model))[1:5] == layers(4)
+
+
 def test_a_list_of_different_parts_is_searched_for_layers():
     parts = nn.ModuleList([nn.Embedding(4, 16), nn.Sequential(*(tiny_models.PlainLayer() for _ in range(3)))])
     assert names_of(partition(parts)) == ["embedding", *layers(3)]
@@ -508,7 +520,8 @@ NAMES = st.sampled_from(["tokens", "layer", "norm", "head", "embedding", "out"])
 
 def containers(modules: st.SearchStrategy[nn.Module]) -> st.SearchStrategy[nn.Module]:
     several = st.lists(modules, min_size=1, max_size=4)
-    return several.map(nn.ModuleList) | several.map(lambda each: nn.Sequential(*each)) | named(modules)
+    numbered = several.map(lambda each: nn.ModuleDict({str(number): module for number, module in enumerate(each)}))
+    return several.map(nn.ModuleList) | several.map(lambda each: nn.Sequential(*each)) | numbered | named(modules)
 
 
 def named(modules: st.SearchStrategy[nn.Module]) -> st.SearchStrategy[nn.Module]:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn import Parameter
 
+from gradselect.core import is_list
 from gradselect.usage import beginnings, join, parent
 
 KINDS = ("embedding", "layer", "norm", "head", "other")
@@ -172,12 +173,13 @@ def walk(module: nn.Module, *, path: str) -> Iterator[Stack]:
 def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Names and modules of the layers in a container; none if it does not hold layers.
 
-    In an `nn.ModuleList` all children are layers if a class repeats (a hybrid model alternates two) or if there is only
-    one child. An `nn.Sequential` may begin and end with other modules: its layers are the longest run of one class.
+    In an `nn.ModuleList`, or an `nn.ModuleDict` with numbers as keys (torchtitan's), all children are layers if a class
+    repeats (a hybrid model alternates two) or if there is only one child. An `nn.Sequential` may begin and end with
+    other modules: its layers are the longest run of one class.
     """
     children = [item for item in module.named_modules(remove_duplicate=False) if item[0] and "." not in item[0]]
     classes = [type(child) for _, child in children if holds_parameters(child)]
-    if isinstance(module, nn.ModuleList) and len(set(classes)) < max(2, len(classes)):
+    if is_list(module) and len(set(classes)) < max(2, len(classes)):
         return children if classes else []
     if isinstance(module, nn.Sequential):
         runs = [list(run) for _, run in groupby(children, key=lambda item: type(item[1]))]

@@ -19,6 +19,7 @@ from .rules import AbstractRule, Ages, check_shards
 from .settings import UpdateSettings
 from .sgd import SGDRule
 from .state import HALF, MASTER, BlockStates, num_bytes
+from .watch import is_list
 
 __all__ = [
     "ADVICE",
@@ -65,6 +66,7 @@ __all__ = [
     "in_phase",
     "is_chosen",
     "is_frozen_for_now",
+    "is_list",
     "norm_of",
     "nothing_trains",
     "num_bytes",

@@ -192,10 +192,25 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
 
 
 def modules_around_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the model and the modules inside it that contain an `nn.ModuleList` or `nn.Sequential`, down to those."""
+    """Return the model and the modules inside it that contain a list or an `nn.Sequential`, down to those."""
     around = [model]
     for child in model.children():
-        is_list = isinstance(child, nn.ModuleList | nn.Sequential)
-        if not is_list and any(isinstance(inner, nn.ModuleList | nn.Sequential) for inner in child.modules()):
+        if not _may_hold_layers(child) and any(map(_may_hold_layers, child.modules())):
             around += modules_around_layers(child)
     return around
+
+
+def is_list(module: nn.Module) -> bool:
+    """Return True for an `nn.ModuleList`, and for an `nn.ModuleDict` that numbers its modules.
+
+    Example:
+        >>> is_list(nn.ModuleDict({"0": nn.ReLU(), "1": nn.ReLU()}))
+        True
+    """
+    if isinstance(module, nn.ModuleDict):
+        return len(module) > 0 and all(key.isdecimal() for key in module)
+    return isinstance(module, nn.ModuleList)
+
+
+def _may_hold_layers(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) or is_list(module)
