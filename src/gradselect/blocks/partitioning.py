@@ -203,6 +203,7 @@ def matrices_of(names: Mapping[Parameter, list[str]]) -> dict[str, list[str]]:
 def no_layers(model: nn.Module, unclaimed: Sequence[str]) -> str:
     return (
         f"{type(model).__name__} has no repeated layers: looked for an nn.ModuleList (or an nn.ModuleDict with numbers "
-        "as keys) whose children repeat a class, or an nn.Sequential with neighbours of one class, that hold parameters; name the blocks with "
+        "as keys) whose children repeat a class, or an nn.Sequential with neighbours of one class, that hold "
+        "parameters; name the blocks with "
         f'patterns={{"block": "*"}}. In no block so far: {", ".join(unclaimed[:5])}{", ..." if unclaimed[5:] else ""}'
     )
