@@ -7,7 +7,7 @@ import tiny_models
 from pydantic import TypeAdapter
 
 import gradselect as gs
-from gradselect.app.recipe.methods import AbstractBlockMethod, Method
+from gradselect.methods import AbstractBlockMethod, Method
 
 COMPOSITE = {
     "gemma3": (tiny_models.tiny_gemma3_vision, "language_model"),

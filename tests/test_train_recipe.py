@@ -24,8 +24,8 @@ from gradselect.app.recipe import (
     todays_method,
     todays_recipe,
 )
-from gradselect.app.recipe.methods.union import METHODS
 from gradselect.app.train import differences
+from gradselect.methods.union import METHODS
 
 VALUES: dict[str, Any] = {
     "model": {"path": "m"},

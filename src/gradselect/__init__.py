@@ -19,11 +19,13 @@ from gradselect.core import (
 )
 from gradselect.entries import AbstractCompactMask, AbstractDenseMask, AbstractMask, SparseOptimizer
 from gradselect.masks import GMT, ID3, LIFT, BitFit, StaticMask, TopGradient, salience
+from gradselect.plain_data import method
 from gradselect.planning import plan
 from gradselect.policies import MISA, AdaGradSelect, All, Cyclic, Fixed, GradNormTopK, Uniform
 from gradselect.usage import UsageError
 
 __version__ = "0.1.0.dev0"
+
 
 __all__ = [
     "GMT",
@@ -58,6 +60,7 @@ __all__ = [
     "TopGradient",
     "Uniform",
     "UsageError",
+    "method",
     "partition",
     "plan",
     "salience",

@@ -27,6 +27,11 @@ def identity_of(optimizer: SparseOptimizer) -> dict[str, Any]:
     }
 
 
+def _filled(optimizer: SparseOptimizer) -> dict[str, int]:
+    steps = optimizer.mask.filled_steps
+    return {} if steps is None else {"filled_steps": steps}
+
+
 def write_state_dict(optimizer: SparseOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Add entries and `selection` (step, mask and its settings) to torch's state_dict.
 
@@ -45,6 +50,7 @@ def write_state_dict(optimizer: SparseOptimizer, state_dict: dict[str, Any]) -> 
         "change": change,
         "num_passes": optimizer._hooks.num_passes_before,
         "num_shorter": optimizer._hooks.num_shorter,
+        **_filled(optimizer),
         "weights": optimizer._watch.fingerprints() if optimizer.num_steps else {},
     }
     state_dict["param_groups"][0]["selection"] = as_text(selection)
@@ -71,6 +77,7 @@ def read_state_dict(optimizer: SparseOptimizer, state_dict: Mapping[str, Any]) -
     whole = {name: {} if name in entries.names else state for name, state in states.items()}
     optimizer._states.load(whole, resident=optimizer._dense.names)
     entries.load({name: shards.local_state(name, states[name]) for name in entries.names})
+    optimizer.mask.filled_steps = selection.get("filled_steps", optimizer.mask.filled_steps)
     optimizer._selector.count()
     optimizer._step = selection["step"]
     if optimizer._step:

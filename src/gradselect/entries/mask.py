@@ -90,6 +90,7 @@ class AbstractMask(ABC):
     Attributes:
         among: names or globs of parameters that the mask selects from, e.g. `("*.mlp.*",)`; None: all that it can use.
         tensors: those parameters, in model order; empty until bound.
+        filled_steps: argument of `fill_steps`, if the mask needed it. A checkpoint keeps it.
         method_name: `method.name` in recipes. None: no method is this mask alone.
 
     Example:
@@ -103,6 +104,7 @@ class AbstractMask(ABC):
 
     among: Sequence[str] | None = None
     tensors: tuple[MaskTensor, ...] = field(default=(), init=False, repr=False)
+    filled_steps: int | None = field(default=None, init=False, repr=False)
 
     def bind(self, tensors: Sequence[MaskTensor]) -> Self:
         """Return a copy of this mask that selects among `tensors`. The original stays unbound.
@@ -122,6 +124,9 @@ class AbstractMask(ABC):
     def can_use(self, tensor: MaskTensor) -> bool:
         """Return True if the method is meant for such a tensor. Default: always."""
         return True
+
+    def fill_steps(self, num_steps: int) -> None:
+        """Tell the mask the optimizer steps of the whole training, which settings may leave open. Default: no use."""
 
     @abstractmethod
     def start(self) -> None:

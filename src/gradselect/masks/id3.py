@@ -25,7 +25,8 @@ class ID3(AbstractCompactMask):
     Args:
         budget: total number of entries to unmask, B.
         density: share of the entries, instead of `budget`: B = max(1, round(density * entries)).
-        steps: optimizer steps over which they are unmasked, T; usually the length of the training.
+        steps: optimizer steps over which they are unmasked, T; usually the length of the training. None: an
+            integration that knows the length calls `fill_steps`.
         exponent: preference for small weights; 0 uses the gradient only. Best between 1 and 2 in the paper. Default
             1.0.
         eps: > 0, keeps the score finite. Best between 0.1 and 1 in the paper. Default 0.1.
@@ -45,13 +46,14 @@ class ID3(AbstractCompactMask):
 
     budget: int | None = None
     density: float | None = None
-    steps: int
+    steps: int | None = None
     exponent: float = 1.0
     eps: float = 0.1
 
     def __post_init__(self) -> None:
         check_size(budget=self.budget, density=self.density)
-        check_whole("steps", self.steps)
+        if self.steps is not None:
+            check_whole("steps", self.steps)
         check_positive("eps", self.eps, example=0.1)
         if not isinstance(self.exponent, int | float) or not math.isfinite(self.exponent):
             raise UsageError(f"exponent={self.exponent!r} is not a finite number; write e.g. exponent=1.0")
@@ -65,9 +67,24 @@ class ID3(AbstractCompactMask):
 
     def num_unmasked(self, step: int) -> int:
         """Return the number of unmasked entries after step `step` (from 0)."""
-        each, remainder = divmod(self._budget, self.steps)
-        num_steps = min(step + 1, self.steps)
+        all_steps = self._known_steps()
+        each, remainder = divmod(self._budget, all_steps)
+        num_steps = min(step + 1, all_steps)
         return num_steps * each + min(num_steps, remainder)
+
+    def fill_steps(self, num_steps: int) -> None:
+        check_whole("steps", num_steps)
+        if self.steps is None and self.filled_steps is None:
+            self.filled_steps = num_steps
+
+    def _known_steps(self) -> int:
+        num_steps = self.filled_steps if self.steps is None else self.steps
+        if num_steps is None:
+            raise UsageError(
+                "steps=None is still open; write ID3(..., steps=1000) with the number of optimizer steps, or train "
+                "through an integration that fills it in"
+            )
+        return num_steps
 
     def score(self, weight: Tensor, gradient: Tensor) -> Tensor:
         return gradient.abs().div_(weight.abs().add_(self.eps).pow_(self.exponent))

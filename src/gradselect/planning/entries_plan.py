@@ -120,7 +120,7 @@ def entry_counts(mask: AbstractMask) -> Budgets:
     """
     match mask:
         case ID3():
-            return {mask.tensors: mask.num_unmasked(mask.steps - 1)}
+            return {mask.tensors: resolve_budget(mask.tensors, budget=mask.budget, density=mask.density)}
         case StaticMask():
             budget = resolve_budget(mask.tensors, budget=mask.budget, density=mask.density)
             if mask.scope == "global":
@@ -179,7 +179,7 @@ def _cohort_bytes(mask: AbstractMask, num_steps: int) -> int:
     """One bit for each step at which entries of a tensor may join, in whole bytes."""
     match mask:
         case ID3():
-            joins_last = mask.steps
+            joins_last = num_steps if mask.steps is None else mask.steps
         case TopGradient():
             joins_last = num_steps
         case StaticMask() | LIFT() if mask.refresh_every is not None:

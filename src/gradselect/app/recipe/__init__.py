@@ -1,5 +1,25 @@
 """Recipes: the schema, the methods, reading and writing."""
 
+from gradselect.methods import (
+    AbstractAdapterMethod,
+    AbstractBlockMethod,
+    AbstractFreeMaskMethod,
+    AbstractMaskMethod,
+    AbstractPeerMethod,
+    AdaLoraMethod,
+    AllMethod,
+    FullMethod,
+    Method,
+    PeerFactory,
+    RunFacts,
+    Settings,
+    SparseGradMethod,
+    dataclass_keys,
+    explain,
+    peer_bytes,
+    todays_method,
+)
+
 from .data_settings import (
     ChatData,
     ClassificationData,
@@ -12,28 +32,9 @@ from .data_settings import (
     is_packed,
 )
 from .evaluation_settings import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
-from .explanations import explain
 from .load import dump_recipe, load_recipe, parse_recipe, read_values, todays_recipe
-from .methods import (
-    AbstractAdapterMethod,
-    AbstractBlockMethod,
-    AbstractFreeMaskMethod,
-    AbstractMaskMethod,
-    AbstractPeerMethod,
-    AdaLoraMethod,
-    AllMethod,
-    FullMethod,
-    Method,
-    PeerFactory,
-    RunFacts,
-    SparseGradMethod,
-    dataclass_keys,
-    peer_bytes,
-    todays_method,
-)
 from .overrides import merge, parse_override, with_overrides
 from .schema import ModelSettings, Recipe
-from .settings import Settings
 from .values import Place
 
 __all__ = [

@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from gradselect.app.data import check_template, label_text
+from gradselect.methods import Settings
 
-from .settings import Settings
 from .values import Count, Place, Tokens
 
 

@@ -10,9 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from gradselect import UsageError
+from gradselect.methods import MAX_LINE, brief, cut, explain, todays_method
 
-from .explanations import MAX_LINE, brief, cut, explain
-from .methods import todays_method
 from .overrides import merge, with_overrides
 from .plain_yaml import read_yaml
 from .schema import Recipe

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from gradselect import UsageError
+from gradselect.methods import MAX_LINE, cut
 
 from .data_settings import AbstractDataSettings, AbstractTokenData, FileData
-from .explanations import MAX_LINE, cut
 from .plain_yaml import read_typed, read_yaml
 
 TEMPLATES = ("prompt", "completion", "text", "text_pair")

@@ -6,9 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
+from gradselect.methods import AbstractBlockMethod, Method, Settings
+
 from .data_settings import Data
-from .methods import AbstractBlockMethod, Method
-from .settings import Settings
 from .values import Count, Place
 
 

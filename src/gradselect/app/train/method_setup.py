@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
-from gradselect import UsageError, partition
+from gradselect import UsageError
 from gradselect.app.inputs import Inputs
 from gradselect.app.models import quantisation_of
 from gradselect.app.recipe import (
@@ -97,11 +97,8 @@ def mask_optimizer(
     # With an adapter, the head that trains is PEFT's copy.
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     head = [name for name in names if name in inputs.head or ".modules_to_save." in name]
-    mask = method.make_mask(model, facts)
     return SelectiveOptimizerFactory, {
-        "mask": mask,
-        "always": (*method.trained_beside(model, mask), *head),
-        "lean_accumulation": method.lean_accumulation,
+        **method.optimizer_options(model, facts, head=head),
         "max_grad_norm": recipe.optimizer.max_grad_norm or None,
         "master_dtype": torch.float32,
         **_adamw_options(recipe),
@@ -154,16 +151,8 @@ def _block_options(
     method: AbstractBlockMethod, recipe: Recipe, model: nn.Module, *, head: Collection[str]
 ) -> dict[str, Any]:
     """Return arguments of `gradselect.BlockOptimizer`; `head` names parameters that train at every step."""
-    blocks = partition(model, by=method.blocks)
-    heads = [block.name for block in blocks if not set(head).isdisjoint(block.parameter_names)]
-    names = [name for block in blocks for name in (block.name, *block.aliases)]
     return {
-        "policy": method.policy(seed=recipe.run.seed, block_names=names),
-        "always": (*method.always, *heads),
-        "residency": method.place(),
-        "rule": method.rule(),
-        "update_in_backward": method.update_in_backward,
-        "blocks": blocks,
+        **method.optimizer_options(model, RunFacts(seed=recipe.run.seed), head=head),
         "master_dtype": torch.float32,
         **_adamw_options(recipe),
     }

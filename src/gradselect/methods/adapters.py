@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
-from gradselect import UsageError
+from gradselect.usage import UsageError
 
 from .base import AbstractMethod
 

@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from pydantic import Field
 
-from gradselect import AbstractMask, AbstractPolicy
+from gradselect.blocks import AbstractPolicy
+from gradselect.entries import AbstractMask
 
 Kind = TypeVar("Kind", AbstractPolicy, AbstractMask)
 

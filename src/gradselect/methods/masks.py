@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection
+from dataclasses import fields
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import PositiveInt, create_model, model_validator
-from torch import Tensor, nn
+from torch import nn
 
-from gradselect import AbstractMask, StaticMask, masks, salience
+from gradselect import masks
+from gradselect.entries import AbstractMask, SparseOptimizer
+from gradselect.masks import StaticMask, salience
+from gradselect.usage import UsageError
 
 from .adapters import LoraMethod
-from .base import AbstractMethod
-from .dataclass_keys import dataclass_keys, describe, named_classes, one_of
-
-Loss = Callable[[nn.Module, Any], Tensor]
-"""Maps a model and a batch to the loss."""
+from .base import RunFacts
+from .generated_keys import dataclass_keys, describe, named_classes, one_of
+from .selection import AbstractSelectionMethod
 
 SALIENCES = {value.name: value for value in vars(salience).values() if isinstance(value, salience.AbstractSalience)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunFacts:
-    """Facts of the run that a mask may need.
-
-    Args:
-        seed: seed of the run.
-        num_steps: optimizer steps of the run.
-        batches: as many batches as the method's `num_batches`, on the model's device.
-        loss: loss of a batch. None: the model computes it.
-    """
-
-    seed: int
-    num_steps: int
-    batches: Sequence[Any]
-    loss: Loss | None = None
 
 
 class MaskAdapter(LoraMethod):
@@ -45,7 +29,7 @@ class MaskAdapter(LoraMethod):
     name: Literal["lora", "rslora", "dora"] = "lora"
 
 
-class AbstractMaskMethod(AbstractMethod):
+class AbstractMaskMethod(AbstractSelectionMethod):
     """Trains the entries that a mask selects. Keys not listed here are settings of the mask.
 
     Attributes:
@@ -55,13 +39,23 @@ class AbstractMaskMethod(AbstractMethod):
             `gradselect.SparseOptimizer`.
     """
 
+    optimizer_class = SparseOptimizer
+
     always: tuple[str, ...] = ()
     lean_accumulation: bool = False
 
-    @property
-    def num_batches(self) -> int:
-        """Number of batches that the mask is estimated from before the first step."""
-        return 0
+    def optimizer_options(self, model: nn.Module, facts: RunFacts, *, head: Collection[str] = ()) -> dict[str, Any]:
+        if self.num_batches and not facts.batches:
+            raise UsageError(
+                f"method.name={self.name!r} looks at {self.num_batches} batches before the first step and got "
+                "none; pass make_optimizer(..., batches=[...]), or train with `gradselect train`"
+            )
+        mask = self.make_mask(model, facts)
+        return {
+            "mask": mask,
+            "always": (*self.trained_beside(model, mask), *head),
+            "lean_accumulation": self.lean_accumulation,
+        }
 
     @abstractmethod
     def make_mask(self, model: nn.Module, facts: RunFacts) -> AbstractMask:
@@ -101,6 +95,14 @@ class AbstractFreeMaskMethod(AbstractMaskMethod):
 
     def make_mask(self, model: nn.Module, facts: RunFacts) -> AbstractMask:
         return self.plain_mask(facts)
+
+    def check_needs_no_application(self) -> None:
+        if self.adapter is not None:
+            raise UsageError(
+                f"method.adapter={self.adapter.model_dump(exclude_defaults=True)}: an adapter changes the model before "
+                "there is an optimizer; wrap the model with peft.get_peft_model and leave method.adapter out, or train "
+                "with `gradselect train`"
+            )
 
     @model_validator(mode="after")
     def check_mask(self) -> Self:

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import PositiveInt, field_validator, model_validator
+from torch import nn
 
-from gradselect import (
-    AbstractPolicy,
-    AbstractResidency,
-    AbstractRule,
-    AdamW8bitRule,
-    AdamWRule,
-    All,
-    Drop,
-    Fixed,
-    Keep,
-    Offload,
-)
+from gradselect.blocks import AbstractPolicy, BlockOptimizer, partition
+from gradselect.core import AbstractResidency, AbstractRule, AdamW8bitRule, AdamWRule, Drop, Keep, Offload
+from gradselect.policies import All, Fixed
 
-from .base import AbstractMethod
+from .base import RunFacts
+from .selection import AbstractSelectionMethod
 
 Residency = Literal["keep", "offload", "drop"]
 
 
-class AbstractBlockMethod(AbstractMethod):
+class AbstractBlockMethod(AbstractSelectionMethod):
     """Trains, at every step, the blocks that a policy selects. Keys not listed here are settings of the policy.
 
     Attributes:
@@ -42,6 +35,7 @@ class AbstractBlockMethod(AbstractMethod):
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"units": "blocks"}
+    optimizer_class = BlockOptimizer
 
     always: tuple[str, ...] = ()
     residency: Residency = "offload"
@@ -52,6 +46,19 @@ class AbstractBlockMethod(AbstractMethod):
     @abstractmethod
     def policy(self, *, seed: int, block_names: Sequence[str]) -> AbstractPolicy:
         """Return the policy for a model with these blocks, given by names and aliases."""
+
+    def optimizer_options(self, model: nn.Module, facts: RunFacts, *, head: Collection[str] = ()) -> dict[str, Any]:
+        blocks = partition(model, by=self.blocks)
+        heads = [block.name for block in blocks if not set(head).isdisjoint(block.parameter_names)]
+        names = [name for block in blocks for name in (block.name, *block.aliases)]
+        return {
+            "policy": self.policy(seed=facts.seed, block_names=names),
+            "always": (*self.always, *heads),
+            "residency": self.place(),
+            "rule": self.rule(),
+            "update_in_backward": self.update_in_backward,
+            "blocks": blocks,
+        }
 
     def place(self) -> AbstractResidency:
         """Return the residency as an object."""
@@ -115,10 +122,15 @@ class FixedMethod(AbstractBlockMethod):
         return Fixed(self.names)
 
 
-class FullMethod(AbstractMethod):
+class FullMethod(AbstractSelectionMethod):
     """Every weight at every step: AdamW, with fp32 masters if the model is bfloat16."""
 
+    optimizer_class = BlockOptimizer
+
     name: Literal["full"]
+
+    def optimizer_options(self, model: nn.Module, facts: RunFacts, *, head: Collection[str] = ()) -> dict[str, Any]:
+        return self.with_masters().optimizer_options(model, facts, head=head)
 
     def with_masters(self) -> AllMethod:
         """Return full fine-tuning on `gradselect.BlockOptimizer`, which keeps the masters."""

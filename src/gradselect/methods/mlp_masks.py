@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from gradselect import AbstractMask, TopGradient, sparsegrad
+from gradselect import sparsegrad
+from gradselect.entries import AbstractMask
+from gradselect.masks import TopGradient
 from gradselect.sparsegrad import choose_layers
 
 from .masks import AbstractMaskMethod, RunFacts

@@ -12,8 +12,9 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from gradselect import UsageError, partition
+from gradselect.blocks import partition
 from gradselect.core import num_bytes
+from gradselect.usage import UsageError
 
 from .base import AbstractMethod
 

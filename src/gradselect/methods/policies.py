@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 
 from pydantic import create_model
 
-from gradselect import MISA, AbstractPolicy, Cyclic, GradNormTopK, Uniform, policies
+from gradselect import policies
+from gradselect.blocks import AbstractPolicy
+from gradselect.policies import MISA, Cyclic, GradNormTopK, Uniform
 
 from .blocks import AbstractBlockMethod, has_other_layers
-from .dataclass_keys import dataclass_keys, describe, named_classes, one_of
+from .generated_keys import dataclass_keys, describe, named_classes, one_of
 
 
 class AbstractPolicyMethod(AbstractBlockMethod):

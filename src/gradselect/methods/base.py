@@ -1,0 +1,48 @@
+"""Base class of all methods."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .settings import Settings
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""Maps a model and a batch to the loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """Facts of the run that a method may need.
+
+    Args:
+        seed: seed of the run.
+        num_steps: optimizer steps of the run. None: an integration fills them in when training begins.
+        batches: as many batches as the method's `num_batches`, on the model's device.
+        loss: loss of a batch. None: the model computes it.
+
+    Example:
+        >>> RunFacts(seed=1, num_steps=1000).batches
+        ()
+    """
+
+    seed: int
+    num_steps: int | None = None
+    batches: Sequence[Any] = ()
+    loss: Loss | None = None
+
+
+class AbstractMethod(Settings, ABC):
+    """The section `method` of a recipe.
+
+    Attributes:
+        name: name of the method in recipes, suites and reports.
+    """
+
+    if TYPE_CHECKING:
+        # Each method declares its own `Literal`, after the keys that it shares with others of its kind.
+        name: Any
