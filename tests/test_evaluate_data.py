@@ -228,7 +228,7 @@ def test_an_unreadable_text_is_explained(tmp_path: Path, content: bytes | None, 
 
 
 def test_a_data_set_that_is_nowhere_is_explained() -> None:
-    with pytest.raises(UsageError, match=r"neither a file .* nor a data set on the hub"):
+    with pytest.raises(UsageError, match="there is no such file or folder here, no copy of it from the hub"):
         read_source(settings("gsm8k", "nobody/nothing-of-the-kind"))
 
 

@@ -124,7 +124,9 @@ def test_what_is_no_conversation_is_named_with_its_row(tmp_path: Path, messages:
 
 
 def test_what_is_neither_a_file_nor_on_the_hub_is_said_to_be_so(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"data\.path='nobody/nothing' is neither a file .* nor a data set"):
+    with pytest.raises(
+        UsageError, match=r"data\.path='nobody/nothing' cannot be used: there is no such file or folder"
+    ):
         load("nobody/nothing")
     with pytest.raises(UsageError, match="no such file"):
         load(str(tmp_path / "nix.csv"))

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from .hub import check_reachable
+
 
 def data(
     recipe: Annotated[str, typer.Argument(help="Recipe, a YAML file. See recipes/ for examples.", metavar="RECIPE")],
@@ -26,10 +28,11 @@ def data(
     """
     from rich.console import Console
 
-    from gradselect.app.recipe import load_recipe
+    from gradselect.app.recipe import ids_of_recipe, load_recipe
     from gradselect.app.runtime import collected_messages
 
     loaded = load_recipe(recipe, overrides or [])
+    check_reachable(ids_of_recipe(loaded))
     # Imported late because it is slow: errors in the recipe come first.
     from gradselect.app.preview import as_json as to_json
     from gradselect.app.preview import preview_data, show

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from .hub import check_reachable
+
 if TYPE_CHECKING:
     from gradselect.app.recipe import EvaluationSettings
 
@@ -44,6 +46,9 @@ def evaluate(
 ) -> None:
     """Evaluate MODEL: accuracy on worked problems or labels, loss on a text, or published tasks through lm-eval."""
     settings = _settings(**locals())
+    from gradselect.app.recipe import ids_of_evaluation
+
+    check_reachable(ids_of_evaluation(settings))
     from gradselect.app.runtime import collected_messages
 
     with collected_messages(Console(stderr=True)):

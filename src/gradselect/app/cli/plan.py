@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .hub import check_reachable
+
 WIDTH = 190
 """Width of the tables if there is no terminal."""
 
@@ -26,15 +28,18 @@ def plan(
     """Estimate the memory and step time of training RECIPE. Reads no weights and no data."""
     from rich.console import Console
 
-    from gradselect.app.recipe import load_recipe
-    from gradselect.app.recipe_planning import as_json as to_json
-    from gradselect.app.recipe_planning import plan_recipe, show
+    from gradselect.app.recipe import ids_of_recipe, load_recipe
     from gradselect.app.runtime import collected_messages
     from gradselect.usage import read_fractions, read_size
 
     limit = None if fit is None else read_size(fit)
     shares = read_fractions(fractions)
     loaded = load_recipe(recipe, overrides or [])
+    check_reachable(ids_of_recipe(loaded, needs_data=False))
+    # Imported late because it is slow: errors in the recipe come first.
+    from gradselect.app.recipe_planning import as_json as to_json
+    from gradselect.app.recipe_planning import plan_recipe, show
+
     with collected_messages(Console(stderr=True)):
         found = plan_recipe(loaded, fractions=shares, fit=limit)
     if as_json:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .hub import check_reachable
 from .resuming import advice_when_stopped
 
 
@@ -21,12 +22,13 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune a model with RECIPE. The result is a plain Hugging Face checkpoint in run.output."""
-    from gradselect.app.recipe import load_recipe
+    from gradselect.app.recipe import ids_of_recipe, load_recipe
 
     words = ["gradselect", "train", recipe, *(overrides or [])]
     advice = "interrupted; resume from the newest checkpoint with"
     with advice_when_stopped([*words, "--resume"], interrupted=advice):
         loaded = load_recipe(recipe, overrides or [])
+        check_reachable(ids_of_recipe(loaded))
         # Imported late because it is slow: errors in the recipe come first.
         from gradselect.app.runtime import own_process_group
         from gradselect.app.train import train as carry_out

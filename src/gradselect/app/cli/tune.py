@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .hub import check_reachable
 from .resuming import advice_when_stopped
 
 
@@ -31,10 +32,14 @@ def tune(
     seed: Annotated[int, typer.Option(help="Seed of the proposed values.")] = 0,
 ) -> None:
     """Search the values of RECIPE with the smallest validation loss. The result is a recipe, best.yaml."""
-    from gradselect.app.recipe import load_recipe
-    from gradselect.app.tune import tune as carry_out
+    from gradselect.app.recipe import ids_of_recipe, load_recipe
 
     words = ["gradselect", "tune", recipe, *(overrides or []), "--trials", str(trials), "--seed", str(seed)]
     words += [word for text in search or [] for word in ("--search", text)] + (["--study", study] if study else [])
     with advice_when_stopped(words, interrupted="interrupted; finished trials are kept, resume with"):
-        carry_out(load_recipe(recipe, overrides or []), study=study, num_trials=trials, search=search or (), seed=seed)
+        loaded = load_recipe(recipe, overrides or [])
+        check_reachable(ids_of_recipe(loaded))
+        # Imported late because it is slow: errors in the recipe come first.
+        from gradselect.app.tune import tune as carry_out
+
+        carry_out(loaded, study=study, num_trials=trials, search=search or (), seed=seed)

@@ -14,6 +14,7 @@ from rich.console import Console
 from gradselect import UsageError
 from gradselect.app.recipe import todays_method
 from gradselect.app.results import Result, write_result
+from gradselect.app.runtime import check_ids
 
 from .git_state import SourceState, source_state
 from .job import Job
@@ -22,7 +23,7 @@ from .result_record import describe_failure
 from .results import ResultsFolder, read_own_result
 from .schedule import PlannedRun, best_rate, is_at_edge, rate_runs, score_run
 from .subprocesses import prepare, run_job
-from .suite import Suite
+from .suite import Suite, ids_of_suite
 from .summary_table import MethodSummary, summary_table
 
 
@@ -65,6 +66,8 @@ class Comparison:
         """
         # 1 data, base model and protocol, which all runs share
         prepare(self._suite.prepare, say=self._say)
+        for note in check_ids(ids_of_suite(self._suite)):
+            self._say(f"note       {note}")
         self._protocol = protocol_settings(self._suite)
         self._folder.prepare()
         self._check_folder()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -20,10 +20,13 @@ from gradselect.app.recipe import (
     Settings,
     dataclass_keys,
     explain,
+    ids_of_evaluation,
+    ids_of_recipe,
     merge,
     read_values,
     with_overrides,
 )
+from gradselect.app.runtime import HubId
 from gradselect.usage import matching
 
 NOT_SHARED = {
@@ -200,6 +203,14 @@ class Suite(Settings):
 def slug(name: str) -> str:
     """Return the name as part of a file name: "AdaGradSelect 20 %" becomes "adagradselect-20"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def ids_of_suite(suite: Suite) -> Iterator[HubId]:
+    """Yield the base model and the data of a suite that are no files of this machine."""
+    yield from ids_of_recipe(suite.recipe)
+    evaluations = [*suite.evaluations.values(), *([suite.forgetting] if suite.forgetting else [])]
+    for evaluation in evaluations:
+        yield from (one for one in ids_of_evaluation(evaluation.settings("-")) if one.kind == "dataset")
 
 
 def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:

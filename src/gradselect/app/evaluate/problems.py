@@ -33,6 +33,7 @@ from gradselect.app.data import (
     says_nothing,
 )
 from gradselect.app.recipe import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
+from gradselect.app.runtime import check_hub
 from gradselect.usage import UsageError
 
 from .trained_on import data_of_recipe
@@ -315,6 +316,7 @@ def _read_text(path: Path) -> str:
 def _read_hub(name: str, *, subset: str | None, split: str) -> tuple[Rows, str]:
     from datasets import Dataset, load_dataset
 
+    check_hub(name, key="data", kind="dataset")
     try:
         data = load_dataset(name, subset, split=split)
     except (OSError, ValueError) as error:

@@ -22,6 +22,7 @@ from gradselect.app.data import (
     read_rows,
 )
 from gradselect.app.recipe import FileData
+from gradselect.app.runtime import check_hub
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,7 @@ def _read(path: str, settings: FileData, *, splits: tuple[str, ...], is_validati
     if is_local(path):
         return _read_local(path, settings, splits=splits, is_validation=is_validation)
     split = splits[0]
+    check_hub(path, key="data.path", kind="dataset")
     try:
         dataset = load_dataset(path, settings.subset if path == settings.path else None, split=split)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:

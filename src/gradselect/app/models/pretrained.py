@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gradselect.app.runtime import machine_bytes
+from gradselect.app.runtime import check_hub, machine_bytes
 from gradselect.files import MANIFEST_NAME, digests_of_model, sha256
 from gradselect.usage import UsageError, first_line, matches_any
 
@@ -34,6 +34,7 @@ def load_weights(
         UsageError: the model is missing or damaged, or would run code.
     """
     folder, origin = Path(path), _only_origin(options)
+    check_hub(str(path), key=key, kind="model")
     if folder.is_dir():
         _check_weight_files(folder, key=key, trust_pickle=trust_pickle)
         _check_manifest(folder, "*")
@@ -57,6 +58,7 @@ def load_configuration(path: str | Path, *, key: str, most_weights: int = MOST_W
     """
     from transformers import AutoConfig
 
+    check_hub(str(path), key=key, kind="model")
     with _as_usage_error(f"{key}={str(path)!r} cannot be used, there is no configuration of a model"):
         config = AutoConfig.from_pretrained(path, **(options | _only_origin(options)))
     check_sizes(config, name=f"{key}={str(path)!r}", most_weights=most_weights)
@@ -111,6 +113,7 @@ def load_text_tokenizer(path: str | Path, *, key: str, **options: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
+    check_hub(str(path), key=key, kind="model")
     _check_manifest(Path(path), "config.json", "*token*", "vocab*", "merges.txt", "*.jinja")
     with _as_usage_error(f"{key}={str(path)!r} cannot be used, there is no tokenizer"):
         return AutoTokenizer.from_pretrained(path, **(options | _only_origin(options)))

@@ -32,6 +32,7 @@ from .data_settings import (
     is_packed,
 )
 from .evaluation_settings import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
+from .hub_ids import ids_of_evaluation, ids_of_recipe
 from .load import dump_recipe, load_recipe, parse_recipe, read_values, todays_recipe
 from .overrides import merge, parse_override, with_overrides
 from .schema import ModelSettings, Recipe
@@ -68,6 +69,8 @@ __all__ = [
     "dataclass_keys",
     "dump_recipe",
     "explain",
+    "ids_of_evaluation",
+    "ids_of_recipe",
     "is_packed",
     "load_recipe",
     "merge",

@@ -1,5 +1,6 @@
 """Surroundings of a run: folder, processes, signals, messages, memory of the machine."""
 
+from .hub import HubId, check_hub, check_ids
 from .machine import host_bytes, machine_bytes, peak_process_bytes
 from .messages import collected_messages
 from .processes import (
@@ -18,11 +19,14 @@ from .run_folder import RunFolder, claimed
 from .signals import Preempted, SignalWatch, handled_signals, watched_signals
 
 __all__ = [
+    "HubId",
     "Preempted",
     "RunFolder",
     "SignalWatch",
     "barrier",
     "broadcast_from_rank_0",
+    "check_hub",
+    "check_ids",
     "check_one_process",
     "claimed",
     "collected_messages",
