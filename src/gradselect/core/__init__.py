@@ -6,6 +6,7 @@ from .block import Block
 from .checkpoint_identity import NOT_OF_A_GROUP, as_text, check_present, check_same, selection_of, states_by_name
 from .freezing import Ownership, freeze, is_frozen_for_now, settle
 from .gradients import AbstractGradientHooks, dense, gradient_norm, norm_of, squared_norm
+from .history import BlockHistory, EntryHistory, merge_orders, read_history
 from .masters import agrees, take_over
 from .optimizer import SelectiveOptimizer
 from .output_probes import WHOLE, OutputProbes
@@ -37,8 +38,10 @@ __all__ = [
     "Ages",
     "BackwardPasses",
     "Block",
+    "BlockHistory",
     "BlockStates",
     "Drop",
+    "EntryHistory",
     "Group",
     "JsonlWriter",
     "Keep",
@@ -67,10 +70,12 @@ __all__ = [
     "is_chosen",
     "is_frozen_for_now",
     "is_list",
+    "merge_orders",
     "norm_of",
     "nothing_trains",
     "num_bytes",
     "quantised_weights",
+    "read_history",
     "selection_entropy",
     "selection_of",
     "settle",

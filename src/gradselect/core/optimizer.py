@@ -35,6 +35,8 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
 
     Attributes:
         rule: the update formula.
+        residency: where the state of unselected blocks lives.
+        master_dtype: of masters and moments of bf16 and fp16 weights; None: there are none.
         num_skipped: number of steps skipped so far.
         num_skipped_in_a_row: number of steps skipped since the last one that was taken.
         last_record: what the last step did; None before the first.
@@ -64,7 +66,7 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
         # Helpers that take a state_dict apart keep the keys of the groups that they find in a new optimizer.
         self.param_groups[0][SELECTION_KEY] = ""
         self.state = StateStore(dict)
-        self.rule = update.rule
+        self.rule, self.residency, self.master_dtype = update.rule, update.residency, update.master_dtype
         self._skip_nonfinite = update.skip_nonfinite
         self.num_skipped = self.num_skipped_in_a_row = 0
         self.last_record: Record | None = None

@@ -7,8 +7,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from gradselect.integrations.pictures import INK, new_figure, to_png
+
 from . import number_format as words
-from .chart_style import FILLS, HALO, HATCHES, INK, new_figure, to_png
+from .chart_style import FILLS, HALO, HATCHES
 from .charts import MOST_LETTERS, Axis, Chart, byte_axis, in_lines
 from .methods import CATEGORIES, PARTS, Method
 

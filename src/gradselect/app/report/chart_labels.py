@@ -11,7 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from .chart_style import FAR, GREY, HALO, PALE, Mark
+from gradselect.integrations.pictures import GREY, PALE
+
+from .chart_style import FAR, HALO, Mark
 
 
 def label_points(

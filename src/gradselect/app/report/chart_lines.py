@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from gradselect.integrations.pictures import GREY, INK, new_figure, to_png
+
 from .chart_labels import label_ends
-from .chart_style import GREY, INK, new_figure, to_png
 from .charts import MOST_LINES, Chart, Line, Marks
 
 

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
-import matplotlib.style
 import numpy as np
 from markupsafe import Markup
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
 from matplotlib.path import Path as Outline
 from matplotlib.patheffects import AbstractPathEffect, withStroke
 
+from gradselect.integrations.pictures import INK
+
 from .methods import Method
 
-WIDTH = 5.6
-"""Inches. Narrow with large letters, to be readable on a phone."""
-
-DPI = 180
-INK, GREY, PALE = "#1a1a1a", "#6b6b6b", "#d4d4d4"
 SHAPES = ("s", "^", "D", "v", "P", "X", "*", "p", ">", "h", "<", "d")
 COLOURS = ("#0b559f", "#b3480f", "#0a6e4f", "#8b2a6b", "#6b5b00", "#4b3b8f")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 3)))
@@ -36,24 +27,6 @@ FAR = 16
 
 HALO: list[AbstractPathEffect] = [withStroke(linewidth=2.5, foreground="white")]
 """A white edge, so that letters are readable on lines."""
-
-SETTINGS: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 11,
-    "axes.labelsize": 11,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "lines.linewidth": 1.8,
-    "hatch.linewidth": 0.7,
-    "axes.unicode_minus": True,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,23 +80,3 @@ def choose_marks(methods: Sequence[Method]) -> dict[str, Mark]:
             is_hollow=place // len(SHAPES) % 2 == 1,
         )
     return marks
-
-
-@contextmanager
-def chart_settings() -> Iterator[None]:
-    """Use matplotlib's defaults and ours, not the user's."""
-    with matplotlib.style.context("default"), matplotlib.rc_context(SETTINGS):
-        yield
-
-
-def new_figure(*, height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained", dpi=DPI)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def to_png(figure: Figure) -> bytes:
-    """Return the picture. The same figure gives the same bytes: no version or date is written."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return buffer.getvalue()

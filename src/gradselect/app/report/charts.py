@@ -10,10 +10,11 @@ from itertools import pairwise
 from matplotlib.axes import Axes
 
 from gradselect.app.stats import Interval
+from gradselect.integrations.pictures import GREY, INK, PALE, new_figure, to_png
 
 from . import number_format as words
 from .chart_labels import label_points
-from .chart_style import GREY, INK, PALE, Mark, new_figure, to_png
+from .chart_style import Mark
 from .methods import Method
 from .scores import Difference, Measure, Scores
 

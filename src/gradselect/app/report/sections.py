@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .chart_style import chart_settings
+from gradselect.integrations.pictures import chart_settings
+
 from .comparison import compare_results
 from .cost_sections import cost_parts, trade_off_parts
 from .findings import facts, findings

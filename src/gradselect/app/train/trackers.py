@@ -28,6 +28,11 @@ class TolerantTracker(TrainerCallback):
         self._name = name
         self._tracker: Any = tracker
 
+    @property
+    def tracker(self) -> Any:
+        """The callback of transformers; None once it has failed."""
+        return self._tracker
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         self._forward("on_train_begin", args, state, control, parts)
 

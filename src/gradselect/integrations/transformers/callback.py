@@ -28,6 +28,7 @@ from .checks import (
 )
 from .frames import call_after_training, call_before_clipping, call_if_training_fails, caller_of
 from .log_values import summarise
+from .tracking import SelectionTracking
 
 
 class SelectionCallback(TrainerCallback):
@@ -59,6 +60,10 @@ class SelectionCallback(TrainerCallback):
         selection/state_bytes    peak bytes of indices, moments and masters on the device
         grad_norm                of the last step, before clipping, of the gradients that were applied
 
+    **Trackers.** W&B, MLflow, trackio and TensorBoard, if the Trainer has them, get all settings of the method into the
+    configuration of the run ("selection/policy/fraction"), and at the end, and at checkpoints if that costs next to no
+    time, a picture of the whole run: blocks by step, or entries by step. It needs matplotlib.
+
     They reach `log_history` and every tracker in `report_to`: the callback moves before the Trainer's own trackers.
 
     **Clipping.** With a mask the Trainer cannot clip, because gradients are freed before it reads them. The optimizer
@@ -81,6 +86,7 @@ class SelectionCallback(TrainerCallback):
         self._jsonl = jsonl
         self._connected: BlockOptimizer | SparseOptimizer | None = None
         self._since_log: list[Any] = []
+        self._tracking = SelectionTracking(jsonl=jsonl)
         self._ends: list[Callable[[], None]] = []
         self._trainers: weakref.WeakSet[Trainer] = weakref.WeakSet()
         self._max_grad_norm: tuple[TrainingArguments, float] | None = None
@@ -130,14 +136,21 @@ class SelectionCallback(TrainerCallback):
         if trainer is not None:
             self._ends.append(call_before_clipping(trainer.accelerator, optimizer.finish_window))
         self._connect(optimizer, writes=state.is_world_process_zero)
+        self._tracking.follow(optimizer, caller_of(CallbackHandler), on=state.is_world_process_zero)
         self._report_before_others()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        self._tracking.show(state)
         self._give_back()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        self._tracking.show(state, if_cheap=True)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
+        # Not earlier: the trackers begin their runs after this callback.
+        self._tracking.describe()
         # Somebody may have run a backward pass since the last step, and cleared its gradients through the model.
         _unwrap_optimizer(parts["optimizer"]).zero_grad()
 
