@@ -1,0 +1,223 @@
+"""Stages of a run: what it is doing now, how far it is, and how long that will take."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+FIRST_LINE_SECONDS = 2.0
+"""A stage that ends sooner leaves no plain line."""
+
+LINE_SECONDS = 10.0
+LONGEST_LINE_SECONDS = 60.0
+BAR_WIDTH = 20
+
+Item = TypeVar("Item")
+
+
+class Stage:
+    """Work in progress.
+
+    Args:
+        what: what is being done, "loading the model".
+        total: number of items, if it is known.
+        first_line_seconds: seconds before its first plain line.
+        seconds: returns the time in seconds, as `time.monotonic`.
+
+    Attributes:
+        done: items done.
+        note: text behind the numbers.
+        left: text of the time left; None: it is worked out from the items.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        total: int | None = None,
+        first_line_seconds: float = FIRST_LINE_SECONDS,
+        seconds: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.what = what
+        self.total = total
+        self.done = 0
+        self.note = ""
+        self.left: str | None = None
+        self._seconds = seconds
+        self._begun = self._counted_from = seconds()
+        self._line_due = self._begun + first_line_seconds
+
+    def advance(self, count: int = 1) -> None:
+        """Count items as done."""
+        self.done += count
+
+    def become(self, what: str, *, total: int | None = None) -> None:
+        """Go on with other work."""
+        self.what, self.total, self.done = what, total, 0
+        self._counted_from = self._seconds()
+
+    def count(self, items: Collection[Item]) -> Iterator[Item]:
+        """Yield the items and count each one as done when the next is asked for."""
+        self.total = len(items)
+        for item in items:
+            yield item
+            self.advance()
+
+    def time_left(self) -> str:
+        """Return "about 2:09 left", or the time so far, "0:12", while nothing is known about the rest."""
+        if self.left is not None:
+            return self.left
+        now = self._seconds()
+        if self.total and self.done:
+            passed = now - self._counted_from
+            return f"about {clock(passed * max(0, self.total - self.done) / self.done)} left"
+        return clock(now - self._begun)
+
+    def numbers(self) -> str:
+        """Return "12/149"; nothing if there is no total."""
+        return f"{self.done:,}/{self.total:,}" if self.total else ""
+
+    def line(self) -> str:
+        """Return the plain line."""
+        words = (self.what, self.numbers(), self.time_left(), self.note)
+        return "progress   " + "  ".join(word for word in words if word)
+
+    def is_line_due(self) -> bool:
+        """Return True if it is time for a plain line."""
+        return self._seconds() >= self._line_due
+
+    def line_is_shown(self) -> None:
+        """Set the time of the next plain line. The longer the stage, the fewer."""
+        now = self._seconds()
+        self._line_due = now + min(LONGEST_LINE_SECONDS, max(LINE_SECONDS, (now - self._begun) / 5))
+
+
+def clock(seconds: float) -> str:
+    """Return "0:12", "2:09" or "1:02:09"."""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Stages:
+    """Shows the stages that are open: in a terminal as live lines below everything else, elsewhere as plain lines.
+
+    A plain line comes two seconds after a stage has begun, then every 10 seconds, after a while every minute; it holds
+    no control characters. Nothing is shown on a quiet console.
+
+    Args:
+        console: where to show them.
+
+    Example:
+        >>> stages = Stages(Console(quiet=True))
+        >>> with stages.open("tokenizing", total=3) as stage:
+        ...     stage.advance()
+        >>> stage.numbers()
+        '1/3'
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._open: list[Stage] = []
+        self._live: Live | None = None
+        self._ticker: _Ticker | None = None
+
+    @contextmanager
+    def open(
+        self, what: str, *, total: int | None = None, first_line_seconds: float = FIRST_LINE_SECONDS
+    ) -> Iterator[Stage]:
+        """Show a stage until the end of the block.
+
+        Args:
+            what: what is being done, "loading the model".
+            total: number of items, if it is known.
+            first_line_seconds: seconds before its first plain line.
+        """
+        stage = Stage(what, total=total, first_line_seconds=first_line_seconds)
+        self._open.append(stage)
+        try:
+            self._start()
+            yield stage
+        finally:
+            self._open.remove(stage)
+            if not self._open:
+                self._stop()
+
+    def say(self, *lines: str) -> None:
+        """Print lines as they are, above the live lines. The next plain line waits its turn."""
+        for line in lines:
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        for stage in self._open:
+            stage.line_is_shown()
+
+    def _start(self) -> None:
+        if self._console.quiet or self._live is not None or self._ticker is not None:
+            return
+        if self._console.is_interactive:
+            self._live = Live(get_renderable=self._drawn, console=self._console, transient=True, refresh_per_second=4)
+            self._live.start(refresh=True)
+        else:
+            self._ticker = _Ticker(self._show_due)
+
+    def _stop(self) -> None:
+        live, self._live = self._live, None
+        ticker, self._ticker = self._ticker, None
+        if live is not None:
+            live.stop()
+        if ticker is not None:
+            ticker.stop()
+
+    def _show_due(self) -> None:
+        """Print a plain line of the innermost stage if one is due."""
+        for stage in self._open[-1:]:
+            if stage.is_line_due():
+                self.say(stage.line())
+
+    def _drawn(self) -> RenderableType:
+        """Return one line for each open stage, cut to the width of the terminal."""
+        return Group(*map(_drawn, [*self._open]))
+
+
+class _Ticker:
+    """Calls a function twice a second in a thread of its own."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ends.set()
+        self._thread.join()
+
+    def _run(self, function: Callable[[], None]) -> None:
+        while not self._ends.wait(0.5):
+            function()
+
+
+def _drawn(stage: Stage) -> RenderableType:
+    line = Table.grid(padding=(0, 1))
+    cells: list[RenderableType] = [Text(stage.what, no_wrap=True)]
+    if stage.total:
+        bar = ProgressBar(total=stage.total, completed=stage.done, width=BAR_WIDTH)
+        cells += [bar, Text(stage.numbers(), style="progress.download", no_wrap=True)]
+    cells.append(Text(stage.time_left(), style="progress.remaining", no_wrap=True))
+    if stage.note:
+        cells.append(Text(stage.note, no_wrap=True, overflow="ellipsis"))
+    for _ in cells:
+        line.add_column(no_wrap=True)
+    line.add_row(*cells)
+    return line
+
+
+SILENT = Stages(Console(quiet=True))
+"""Shows nothing."""
