@@ -16,6 +16,7 @@ from trl.data_utils import pack_dataset
 
 from gradselect import UsageError
 from gradselect.app.models import encode_texts
+from gradselect.app.progress import SILENT, Stages
 from gradselect.app.recipe import ClassificationData, Data, TextData, is_packed
 from gradselect.app.results import TokenCounts
 
@@ -44,12 +45,17 @@ class Rows:
 
 
 def make_rows(
-    examples: Examples, settings: Data, *, tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Examples,
+    settings: Data,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    stages: Stages = SILENT,
 ) -> dict[str, Rows]:
     """Return the rows for "train" and, if there are such examples, "validation", which is never packed.
 
     Without packing, longer examples lose their end. With packing, a text goes on in further rows; an answer does not,
-    because a row without its prompt would teach to write it from nothing.
+    because a row without its prompt would teach to write it from nothing. `stages` shows how far it is.
 
     Raises:
         UsageError: nothing is left to train or evaluate on.
@@ -60,11 +66,12 @@ def make_rows(
         if dataset is None:
             continue
         if isinstance(settings, ClassificationData):
-            rows[name] = _classification_rows(dataset, tokenizer, max_length=max_length)
+            rows[name] = _classification_rows(dataset, tokenizer, max_length=max_length, stages=stages)
         else:
             packing = is_packed(settings) and name == "train"
             goes_on = packing and isinstance(settings, TextData)
-            rows[name] = token_rows(dataset, max_length=max_length, packing=packing, goes_on=goes_on)
+            with stages.open("packing rows" if packing else "cutting rows to data.max_length"):
+                rows[name] = token_rows(dataset, max_length=max_length, packing=packing, goes_on=goes_on)
         if not len(rows[name].dataset):
             key = "data.path" if name == "train" else "data.validation"
             raise UsageError(_explain_nothing(rows[name].counts, key, max_length=max_length))
@@ -178,16 +185,19 @@ def _explain_nothing(counts: TokenCounts, key: str, *, max_length: int) -> str:
     return f"data.max_length={max_length} leaves nothing of {key}: every prompt alone is longer; raise it"
 
 
-def _classification_rows(examples: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Rows:
+def _classification_rows(
+    examples: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, stages: Stages
+) -> Rows:
     rows, lengths = [], []
-    for example in examples.to_list():
-        encoded = encode_texts(tokenizer, example["text"], example["text_pair"], max_length=max_length)
-        length = len(encoded["input_ids"])
-        if length >= max_length:
-            whole = encode_texts(tokenizer, example["text"], example["text_pair"], max_length=None)
-            length = len(whole["input_ids"])
-        rows.append({**encoded, "labels": example["labels"]})
-        lengths.append(length)
+    with stages.open("tokenizing texts") as stage:
+        for example in stage.count(examples.to_list()):
+            encoded = encode_texts(tokenizer, example["text"], example["text_pair"], max_length=max_length)
+            length = len(encoded["input_ids"])
+            if length >= max_length:
+                whole = encode_texts(tokenizer, example["text"], example["text_pair"], max_length=None)
+                length = len(whole["input_ids"])
+            rows.append({**encoded, "labels": example["labels"]})
+            lengths.append(length)
     return Rows(
         dataset=Dataset.from_list(rows),
         counts=TokenCounts.of(

@@ -9,9 +9,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradselect.app.models import check_tokens
+from gradselect.app.progress import SILENT, Stages
 from gradselect.app.recipe import ClassificationData, FileData, RandomData, Recipe
+from gradselect.usage import printable
 
-from .examples import Examples, random_examples, render_examples, stand_in_tokenizer
+from .examples import Examples, RenderedRows, random_examples, render_examples, stand_in_tokenizer
 from .model import (
     check_base_can_train,
     load_classifier,
@@ -58,21 +60,29 @@ class Inputs:
     head: Sequence[str] = ()
 
 
-def read_inputs(recipe: Recipe) -> Inputs:
+def read_inputs(recipe: Recipe, *, stages: Stages = SILENT) -> Inputs:
     """Read model, tokenizer and data of the recipe. Data first: a broken line should not wait for a large model.
+
+    Args:
+        recipe: the recipe.
+        stages: shows what is being read.
 
     Raises:
         UsageError: a file, model or tokenizer cannot be used.
     """
     match recipe.data:
         case RandomData():
-            return _read_random(recipe, recipe.data)
+            return _read_random(recipe, recipe.data, stages)
         case _:
-            return _read_files(recipe, recipe.data)
+            return _read_files(recipe, recipe.data, stages)
 
 
-def read_data(recipe: Recipe) -> DataInputs:
+def read_data(recipe: Recipe, *, stages: Stages = SILENT) -> DataInputs:
     """Read data, tokenizer and configuration of the recipe, but no weights.
+
+    Args:
+        recipe: the recipe.
+        stages: shows what is being read.
 
     Raises:
         UsageError: a file, configuration or tokenizer cannot be used.
@@ -87,31 +97,39 @@ def read_data(recipe: Recipe) -> DataInputs:
         size = config.get_text_config().vocab_size
         examples = random_examples(data, num_embeddings=size, seed=recipe.run.seed)
     else:
-        rendered = render_examples(data, seed=recipe.run.seed)
-        tokenizer, config = load_tokenizer(settings, data), load_config(settings)
-        examples = tokenize_examples(rendered, data, tokenizer)
+        rendered, tokenizer = _read_rows(recipe, data, stages)
+        config = load_config(settings)
+        examples = tokenize_examples(rendered, data, tokenizer, stages=stages)
     max_length = resolve_max_length(data, config=config, tokenizer=tokenizer)
     return DataInputs(tokenizer=tokenizer, examples=examples, max_length=max_length)
 
 
-def _read_files(recipe: Recipe, data: FileData) -> Inputs:
+def _read_rows(recipe: Recipe, data: FileData, stages: Stages) -> tuple[RenderedRows, PreTrainedTokenizerBase]:
+    with stages.open(f"reading {printable(data.path)}") as stage:
+        rendered = render_examples(data, seed=recipe.run.seed)
+        stage.become("loading the tokenizer")
+        return rendered, load_tokenizer(recipe.model, data)
+
+
+def _read_files(recipe: Recipe, data: FileData, stages: Stages) -> Inputs:
     seed, device = recipe.run.seed, _device(recipe)
-    rendered = render_examples(data, seed=seed)
-    tokenizer = load_tokenizer(recipe.model, data)
-    examples = tokenize_examples(rendered, data, tokenizer)
-    check_base_can_train(recipe)
-    if isinstance(data, ClassificationData):
-        model, head = load_classifier(recipe.model, labels=examples.labels, tokenizer=tokenizer, seed=seed)
-    else:
-        model, head = load_model(recipe.model, seed=seed, device=device), ()
+    rendered, tokenizer = _read_rows(recipe, data, stages)
+    examples = tokenize_examples(rendered, data, tokenizer, stages=stages)
+    with stages.open(f"loading {printable(recipe.model.path)}"):
+        check_base_can_train(recipe)
+        if isinstance(data, ClassificationData):
+            model, head = load_classifier(recipe.model, labels=examples.labels, tokenizer=tokenizer, seed=seed)
+        else:
+            model, head = load_model(recipe.model, seed=seed, device=device), ()
     max_length = resolve_max_length(data, config=model.config, tokenizer=tokenizer)
     check_tokens(model, tokenizer)
     return Inputs(model=model, tokenizer=tokenizer, examples=examples, max_length=max_length, head=head)
 
 
-def _read_random(recipe: Recipe, data: RandomData) -> Inputs:
-    check_base_can_train(recipe)
-    model, tokenizer = load_model(recipe.model, seed=recipe.run.seed, device=_device(recipe)), stand_in_tokenizer()
+def _read_random(recipe: Recipe, data: RandomData, stages: Stages) -> Inputs:
+    with stages.open(f"loading {printable(recipe.model.path)}"):
+        check_base_can_train(recipe)
+        model, tokenizer = load_model(recipe.model, seed=recipe.run.seed, device=_device(recipe)), stand_in_tokenizer()
     max_length = resolve_max_length(data, config=model.config, tokenizer=tokenizer)
     check_tokens(model, tokenizer)
     examples = random_examples(data, num_embeddings=num_embeddings(model), seed=recipe.run.seed)

@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from gradselect import UsageError
+from gradselect.app.progress import SILENT, Stage, Stages
 from gradselect.app.recipe import ChatData, ClassificationData, FileData, PromptCompletionData, TextData
 
 from .chat_examples import chat_tokens
@@ -18,8 +19,16 @@ from .notices import Notices, RowError
 from .tokens import TokenExample, completion_tokens, end_of_turn_tokens, text_tokens, token_dataset
 
 
-def tokenize_examples(rendered: RenderedRows, settings: FileData, tokenizer: PreTrainedTokenizerBase) -> Examples:
+def tokenize_examples(
+    rendered: RenderedRows, settings: FileData, tokenizer: PreTrainedTokenizerBase, *, stages: Stages = SILENT
+) -> Examples:
     """Return the examples of rendered rows: token ids and labels; for classification the texts as they are.
+
+    Args:
+        rendered: the rows.
+        settings: section `data` of the recipe.
+        tokenizer: tokenizer of the model.
+        stages: shows how far it is.
 
     Raises:
         UsageError: the chat template cannot be used for a row, or for what is asked.
@@ -28,7 +37,8 @@ def tokenize_examples(rendered: RenderedRows, settings: FileData, tokenizer: Pre
     for name, rows in rendered.rows.items():
         source, notices = rendered.sources[name], Notices()
         try:
-            made[name] = _dataset(rows, settings, tokenizer, notices)
+            with stages.open(f"tokenizing {_named(name)}", total=len(rows)) as stage:
+                made[name] = _dataset(rows, settings, tokenizer, notices, stage)
         except RowError as error:
             raise error.at(source.name_row) from None
         except UsageError as error:
@@ -83,12 +93,26 @@ def _idle_ignores(rendered: RenderedRows, settings: ChatData) -> list[str]:
     ]
 
 
+def _named(part: str) -> str:
+    return "training rows" if part == "train" else f"{part} rows"
+
+
 def _dataset(
-    rows: Sequence[dict[str, Any]], settings: FileData, tokenizer: PreTrainedTokenizerBase, notices: Notices
+    rows: Sequence[dict[str, Any]],
+    settings: FileData,
+    tokenizer: PreTrainedTokenizerBase,
+    notices: Notices,
+    stage: Stage,
 ) -> Dataset:
     if isinstance(settings, ClassificationData):
         return Dataset.from_list(list(rows))
-    return token_dataset(_tokens(rows, settings, tokenizer, notices))
+    return token_dataset(_counted(_tokens(rows, settings, tokenizer, notices), stage))
+
+
+def _counted(examples: Iterator[TokenExample], stage: Stage) -> Iterator[TokenExample]:
+    for example in examples:
+        stage.advance()
+        yield example
 
 
 def _tokens(

@@ -10,8 +10,6 @@ from typing import TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 FIRST_LINE_SECONDS = 2.0
@@ -20,6 +18,8 @@ FIRST_LINE_SECONDS = 2.0
 LINE_SECONDS = 10.0
 LONGEST_LINE_SECONDS = 60.0
 BAR_WIDTH = 20
+REFRESHES = 4
+"""Pictures of the live lines in a second; a sign before the innermost stage turns with them."""
 
 Item = TypeVar("Item")
 
@@ -148,9 +148,10 @@ class Stages:
             self._start()
             yield stage
         finally:
-            self._open.remove(stage)
-            if not self._open:
+            # Before the stage is gone, so that the last picture shows where it ended.
+            if self._open == [stage]:
                 self._stop()
+            self._open.remove(stage)
 
     def say(self, *lines: str) -> None:
         """Print lines as they are, above the live lines. The next plain line waits its turn."""
@@ -163,7 +164,9 @@ class Stages:
         if self._console.quiet or self._live is not None or self._ticker is not None:
             return
         if self._console.is_interactive:
-            self._live = Live(get_renderable=self._drawn, console=self._console, transient=True, refresh_per_second=4)
+            self._live = Live(
+                get_renderable=self._drawn, console=self._console, transient=True, refresh_per_second=REFRESHES
+            )
             self._live.start(refresh=True)
         else:
             self._ticker = _Ticker(self._show_due)
@@ -184,7 +187,23 @@ class Stages:
 
     def _drawn(self) -> RenderableType:
         """Return one line for each open stage, cut to the width of the terminal."""
-        return Group(*map(_drawn, [*self._open]))
+        return Group(*(self._line_of(stage) for stage in [*self._open]))
+
+    def _line_of(self, stage: Stage) -> Text:
+        ascii_only = self._console.options.ascii_only
+        frames = "-\\|/" if ascii_only else "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+        sign = frames[int(time.monotonic() * REFRESHES) % len(frames)] if stage is self._open[-1] else " "
+        line = Text(f"{sign} {stage.what}", no_wrap=True, overflow="ellipsis")
+        if stage.total:
+            done = min(BAR_WIDTH, BAR_WIDTH * stage.done // stage.total)
+            full = "#" if ascii_only else "━"
+            line.append("  ").append(full * done, style="bar.complete")
+            # Without colours the rest would look like the part that is done.
+            rest = " " if self._console.color_system is None or self._console.no_color else full
+            line.append(rest * (BAR_WIDTH - done), style="bar.back").append(f" {stage.numbers()}")
+        for words in (stage.time_left(), stage.note):
+            line.append(f"  {words}" if words else "")
+        return line
 
 
 class _Ticker:
@@ -202,21 +221,6 @@ class _Ticker:
     def _run(self, function: Callable[[], None]) -> None:
         while not self._ends.wait(0.5):
             function()
-
-
-def _drawn(stage: Stage) -> RenderableType:
-    line = Table.grid(padding=(0, 1))
-    cells: list[RenderableType] = [Text(stage.what, no_wrap=True)]
-    if stage.total:
-        bar = ProgressBar(total=stage.total, completed=stage.done, width=BAR_WIDTH)
-        cells += [bar, Text(stage.numbers(), style="progress.download", no_wrap=True)]
-    cells.append(Text(stage.time_left(), style="progress.remaining", no_wrap=True))
-    if stage.note:
-        cells.append(Text(stage.note, no_wrap=True, overflow="ellipsis"))
-    for _ in cells:
-        line.add_column(no_wrap=True)
-    line.add_row(*cells)
-    return line
 
 
 SILENT = Stages(Console(quiet=True))

@@ -1,118 +1,18 @@
-"""Progress of a run: a live line in a terminal, plain lines in a file."""
+"""Lines at the start and at the end of a run."""
 
 from __future__ import annotations
 
 import shlex
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback
 
-from gradselect import BlockOptimizer, SparseOptimizer
 from gradselect.app.data import ending_of, is_local
 from gradselect.app.models import merge_command
 from gradselect.app.recipe import ClassificationData, FileData, PromptCompletionData, RandomData, Recipe
 from gradselect.app.results import FinishedRun, RunRecord, SavedModel
 from gradselect.app.runtime import RunFolder
-
-from .meter import Meter
-
-
-class ProgressDisplay(TrainerCallback):
-    """Shows step, loss, learning rate, tokens per second, active blocks and bytes of weights, gradients and state.
-
-    Args:
-        console: shows the lines, and in a terminal a bar below them.
-        meter: source of the bytes.
-        count_tokens: returns the number of tokens that this session has trained on.
-    """
-
-    def __init__(self, console: Console, *, meter: Meter, count_tokens: Callable[[], int]) -> None:
-        self._console = console
-        self._meter = meter
-        self._count_tokens = count_tokens
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            # Brackets around block names are not markup.
-            TextColumn("{task.fields[status]}", markup=False),
-            console=console,
-            transient=True,
-            refresh_per_second=2,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("train", total=None, status="")
-        self._last = (0.0, 0)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._last = (time.perf_counter(), self._count_tokens())
-        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
-        self._bar.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        self._bar.update(self._task, completed=state.global_step, status=_selected(parts["optimizer"].optimizer))
-
-    def on_log(self, args: Any, state: Any, control: Any, *, logs: Mapping[str, float], **parts: Any) -> None:
-        if "loss" in logs:
-            _print(self._console, self._line(state, logs, parts))
-        elif "eval_loss" in logs:
-            figures = "  ".join(f"{name} {value:.4f}" for name, value in validation_figures(logs).items())
-            _print(self._console, f"step {state.global_step}/{state.max_steps}  validation {figures}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Remove the bar, also after an error."""
-        self._bar.stop()
-
-    def _line(self, state: Any, logs: Mapping[str, float], parts: Mapping[str, Any]) -> str:
-        fields = [
-            f"step {state.global_step}/{state.max_steps}",
-            f"loss {logs['loss']:.4f}",
-            f"lr {logs['learning_rate']:.2e}",
-            f"{self._rate():,.0f} tokens/s",
-            _memory(self._meter.held_bytes),
-            _selected(parts["optimizer"].optimizer),
-        ]
-        return "  ".join(field for field in fields if field)
-
-    def _rate(self) -> float:
-        """Return tokens per second since the last line."""
-        then, before = self._last
-        self._last = (time.perf_counter(), self._count_tokens())
-        return (self._last[1] - before) / max(self._last[0] - then, 1e-9)
-
-
-def _memory(held: Mapping[str, int]) -> str:
-    """Format the MiB of each category that is not empty."""
-    names = {"weights": "weights", "gradients": "gradients", "masters": "masters"}
-    names |= {"state_on_device": "state", "state_on_host": "state on host"}
-    return "MiB: " + ", ".join(f"{label} {held[name] / 2**20:.1f}" for name, label in names.items() if held.get(name))
-
-
-def _selected(optimizer: Any) -> str:
-    """Format the selection of the last step: its blocks, marked if they were explored, or its number of entries."""
-    if isinstance(optimizer, SparseOptimizer) and optimizer.last_record is not None:
-        return f"[{sum(optimizer.last_record.num_entries.values()):,} entries, {optimizer.last_record.num_new:,} new]"
-    if not isinstance(optimizer, BlockOptimizer) or optimizer.last_record is None:
-        return ""
-    record = optimizer.last_record
-    names = " ".join(record.selected) if len(record.selected) <= 6 else f"{len(record.selected)} blocks"
-    return f"[{names}]{' explored' if record.explored else ''}"
-
-
-def validation_figures(logs: Mapping[str, float]) -> dict[str, float]:
-    """Return loss and metrics of an evaluation from the Trainer's log."""
-    skipped = ("runtime", "per_second", "num_tokens")
-    figures = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
-    return {name: value for name, value in figures.items() if not name.endswith(skipped)}
 
 
 def show_start(

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from gradselect import UsageError
 from gradselect.app.inputs import read_inputs, row_notes
+from gradselect.app.progress import Stages
 from gradselect.app.recipe import Recipe
 from gradselect.app.recipe import dump_recipe as dump_recipe
 from gradselect.app.recipe import load_recipe as load_recipe
@@ -30,10 +31,11 @@ from gradselect.app.runtime import (
 )
 
 from .checkpoints import find_checkpoint, return_to
+from .display import ProgressDisplay
 from .failures import describe_kept, describe_out_of_memory, is_dead_worker, is_out_of_memory
 from .meter import Meter
 from .new_tokens import new_token_notes
-from .progress import ProgressDisplay, show_start, show_summary
+from .progress import show_start, show_summary
 from .run_record import (
     check_same_rows,
     check_same_run,
@@ -52,9 +54,10 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
     take_device(recipe.run.device)
     folder = RunFolder(Path(recipe.run.output))
     console = console if is_rank_0() else Console(quiet=True)
+    stages = Stages(console)
     with claimed(folder, resume=resume, messages=messages) if is_rank_0() else nullcontext():
         # 1 read the inputs
-        inputs = read_inputs(recipe)
+        inputs = read_inputs(recipe, stages=stages)
         start = describe_start(recipe, inputs, command=command)
         if is_rank_0() and folder.run_file.exists():
             check_same_run(folder, start)
@@ -64,7 +67,7 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         # 2 set up
         saving = plan_saving(recipe, inputs)
         with _explained(recipe, folder):
-            trainer = build_trainer(recipe, inputs, folder=folder)
+            trainer = build_trainer(recipe, inputs, folder=folder, stages=stages)
         counted = row_notes(trainer.token_counts, recipe.data, max_length=inputs.max_length)
         notes = [*inputs.examples.notes, *counted, *saving.notes, *new_token_notes(recipe, inputs)]
         start = start.model_copy(update={"token_counts": trainer.token_counts})
@@ -79,13 +82,14 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
 
         # 3 train and evaluate
         with watched_signals() as trainer.signals, _explained(recipe, folder):
-            meter = _train_and_evaluate(trainer, checkpoint=found, console=console)
+            meter = _train_and_evaluate(trainer, checkpoint=found, stages=stages)
 
             # 4 save; run.json says "finished" only when everything else is written
             if is_rank_0():
-                saved = save_model(trainer, inputs, folder=folder, plan=saving) if saving.is_kept else None
-                end = describe_end(start, trainer, meter, folder=folder, notes=notes, saved=saved)
-                write_run(folder, end)
+                with stages.open("saving the model"):
+                    saved = save_model(trainer, inputs, folder=folder, plan=saving) if saving.is_kept else None
+                    end = describe_end(start, trainer, meter, folder=folder, notes=notes, saved=saved)
+                    write_run(folder, end)
                 show_summary(console, end, recipe=recipe, folder=folder, num_messages=len(messages))
             barrier()
     return folder.root
@@ -106,8 +110,8 @@ def _explained(recipe: Recipe, folder: RunFolder) -> Iterator[None]:
         raise
 
 
-def _train_and_evaluate(trainer: RunTrainer, *, checkpoint: str | None, console: Console) -> Meter:
-    meter = _train(trainer, checkpoint=checkpoint, console=console)
+def _train_and_evaluate(trainer: RunTrainer, *, checkpoint: str | None, stages: Stages) -> Meter:
+    meter = _train(trainer, checkpoint=checkpoint, stages=stages)
     trainer.stop_on_signal()
     _evaluate(trainer)
     trainer.stop_on_signal()
@@ -116,9 +120,14 @@ def _train_and_evaluate(trainer: RunTrainer, *, checkpoint: str | None, console:
     return meter
 
 
-def _train(trainer: RunTrainer, *, checkpoint: str | None, console: Console) -> Meter:
+def _train(trainer: RunTrainer, *, checkpoint: str | None, stages: Stages) -> Meter:
     meter = Meter(trainer)
-    display = ProgressDisplay(console, meter=meter, count_tokens=lambda: trainer.num_tokens)
+    display = ProgressDisplay(
+        stages,
+        meter=meter,
+        count_tokens=lambda: trainer.num_tokens,
+        evaluates_last=trainer.eval_dataset is not None,
+    )
     trainer.add_callback(meter)
     trainer.add_callback(display)
     try:

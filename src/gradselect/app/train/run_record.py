@@ -22,8 +22,8 @@ from gradselect.app.runtime import RunFolder, num_processes
 from gradselect.files import sealed, writing_aside
 from gradselect.usage import find_differences
 
+from .display import validation_figures
 from .meter import Meter
-from .progress import validation_figures
 from .trainer import RunTrainer
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_config import SFTConfig
 
-from gradselect.app.inputs import Inputs, make_rows
+from gradselect.app.inputs import Inputs, Rows, make_rows
 from gradselect.app.models import check_causal
+from gradselect.app.progress import SILENT, Stage, Stages
 from gradselect.app.recipe import (
     AbstractMaskMethod,
     ClassificationData,
@@ -33,19 +34,34 @@ from .trackers import trackers
 from .trainer import RunTrainer, TokenTrainer
 
 
-def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> RunTrainer:
+def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder, stages: Stages = SILENT) -> RunTrainer:
     """Return a trainer for the recipe's method, without displays.
+
+    Args:
+        recipe: the recipe.
+        inputs: its model, tokenizer and data.
+        folder: folder of the run.
+        stages: shows what is being done, also while the trainer runs.
 
     Raises:
         UsageError: the method does not fit the model, or no example fits into `data.max_length`.
     """
-    rows = make_rows(inputs.examples, recipe.data, tokenizer=inputs.tokenizer, max_length=inputs.max_length)
+    data, max_length = recipe.data, inputs.max_length
+    rows = make_rows(inputs.examples, data, tokenizer=inputs.tokenizer, max_length=max_length, stages=stages)
+    with stages.open("preparing the method") as stage:
+        return _build(recipe, inputs, rows, folder=folder, stages=stages, stage=stage)
+
+
+def _build(
+    recipe: Recipe, inputs: Inputs, rows: Mapping[str, Rows], *, folder: RunFolder, stages: Stages, stage: Stage
+) -> RunTrainer:
     parts = method_parts(recipe, inputs, folder=folder)
     arguments = _arguments(recipe, folder=folder)
     if isinstance(recipe.method, AbstractMaskMethod):
         arguments["max_grad_norm"] = 0.0
     shared = {
         "folder": folder,
+        "stages": stages,
         "keep_checkpoints": recipe.run.keep_checkpoints,
         "max_skipped_steps": recipe.run.max_skipped_steps,
         "token_counts": {name: part.counts for name, part in rows.items()},
@@ -69,14 +85,28 @@ def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> RunTr
         # Before the optimizer marks what trains, and before anything is written.
         check_packing(trainer, _as_dataset(trainer.train_dataset)[:4]["input_ids"], max_length=inputs.max_length)
     if isinstance(recipe.method, AbstractMaskMethod):
-        facts = _facts(trainer, recipe, num_batches=recipe.method.num_batches)
+        facts = _facts(trainer, recipe, num_batches=recipe.method.num_batches, stage=stage)
         trainer.optimizer_cls_and_kwargs = mask_optimizer(recipe.method, recipe, inputs, parts.model, facts)
     # Now rather than at the first step: a method that does not fit the model fails before anything is written.
     trainer.create_optimizer()
     return trainer
 
 
-def _facts(trainer: RunTrainer, recipe: Recipe, *, num_batches: int) -> RunFacts:
+class _ShownBatches(list[Any]):
+    """Batches that show how far an iteration is."""
+
+    def __init__(self, batches: Iterable[Any], stage: Stage) -> None:
+        super().__init__(batches)
+        self._stage = stage
+
+    def __iter__(self) -> Iterator[Any]:
+        self._stage.become("calibrating the mask", total=len(self))
+        for batch in super().__iter__():
+            yield batch
+            self._stage.advance()
+
+
+def _facts(trainer: RunTrainer, recipe: Recipe, *, num_batches: int, stage: Stage) -> RunFacts:
     """Return facts for a mask. Its batches are drawn with their own generator and disturb no other draw.
 
     Every rank sees the batches of all ranks, or they would select different entries.
@@ -88,7 +118,7 @@ def _facts(trainer: RunTrainer, recipe: Recipe, *, num_batches: int) -> RunFacts
     drawn: Any = dataset.select(
         for_every_process(rows, batch_size=run.batch_size, processes=processes) if processes > 1 else rows
     )
-    batches = list(trainer.get_eval_dataloader(drawn)) if rows else []
+    batches = _ShownBatches(trainer.get_eval_dataloader(drawn), stage) if rows else []
     return RunFacts(
         seed=run.seed,
         num_steps=run.steps or math.ceil((run.epochs or 1) * per_epoch),

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from gradselect import BlockOptimizer, SparseOptimizer, UsageError
+from gradselect.app.progress import SILENT, Stage, Stages
 from gradselect.app.results import TokenCounts
 from gradselect.app.runtime import Preempted, RunFolder, SignalWatch, is_rank_0, max_over_ranks
 from gradselect.integrations.transformers import SelectionCallback
@@ -41,6 +43,7 @@ class RunTrainer(Trainer):
         token_counts: tokens of the rows "train" and "validation", before and after cutting.
         can_resume: True if a checkpoint holds everything that decides the next step.
         penalty: added to the loss of each step.
+        stages: shows what it does beside the steps.
         others: keyword arguments of the parent class.
 
     Attributes:
@@ -57,6 +60,7 @@ class RunTrainer(Trainer):
         token_counts: Mapping[str, TokenCounts],
         can_resume: bool = True,
         penalty: Callable[[], Tensor] | None = None,
+        stages: Stages = SILENT,
         **others: Any,
     ) -> None:
         self._folder = folder
@@ -65,6 +69,8 @@ class RunTrainer(Trainer):
         self.token_counts = token_counts
         self._can_resume = can_resume
         self._penalty = penalty
+        self._stages = stages
+        self._evaluation = Stage("evaluating")
         self._writing_to = str(folder.checkpoints)
         self._bad_loss: float | None = None
         self._loss_before: Tensor | None = None
@@ -160,8 +166,12 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Not on_save: by then a half-written checkpoint would have its final name.
         self.check_weights()
+        step = self.state.global_step
         try:
-            with writing_checkpoint(self._folder, step=self.state.global_step) as aside:
+            with (
+                self._stages.open(f"saving the checkpoint of step {step}"),
+                writing_checkpoint(self._folder, step=step) as aside,
+            ):
                 self._writing_to = str(aside)
                 # Not SFTTrainer's own method, which adds a model card.
                 Trainer._save_checkpoint(self, model, trial)
@@ -171,6 +181,10 @@ class RunTrainer(Trainer):
             self._writing_to = str(self._folder.checkpoints)
         if is_rank_0():
             delete_old_checkpoints(self._folder, keep=self._keep_checkpoints)
+
+    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **options: Any) -> Any:
+        with self._stages.open("evaluating", total=len(dataloader)) as self._evaluation:
+            return super().evaluation_loop(dataloader, *args, **options)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load all weights of a checkpoint, or refuse: the Trainer's own loading skips tensors of other names."""
@@ -271,7 +285,7 @@ class TokenTrainer(RunTrainer, SFTTrainer):
 
 
 class _RunCallback(TrainerCallback):
-    """Resumes the log of a run, and ends training with a checkpoint after the step in which a signal came."""
+    """Resumes the log, counts batches of evaluations, and ends training after the step in which a signal came."""
 
     def __init__(self, trainer: RunTrainer) -> None:
         self._trainer = trainer
@@ -280,6 +294,9 @@ class _RunCallback(TrainerCallback):
         # After SelectionCallback, which clears what has not been logged.
         if 0 < state.global_step < state.max_steps:
             self._trainer.resume_log()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer._evaluation.advance()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._trainer._signal:
