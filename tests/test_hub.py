@@ -14,6 +14,7 @@ from train_fixtures import recipe_values, write_model, write_recipe, write_sums
 
 from gradselect import UsageError
 from gradselect.app.cli import main
+from gradselect.app.data import read_hub_rows
 from gradselect.app.inputs import read_inputs
 from gradselect.app.recipe import parse_recipe
 from gradselect.app.runtime import HubId, check_ids
@@ -117,3 +118,22 @@ def test_a_hub_that_answers_slowly_is_not_an_absent_one(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", ["./model", "/a/b", "a/b/c", "model.path with spaces", "~/model"])
 def test_what_can_be_no_id_is_left_to_other_checks(name: str) -> None:
     check_hub(name, key="model.path", kind="model")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']\nExample ...",
+        "BuilderConfig 'mian' not found. Available: ['main', 'socratic']",
+    ],
+)
+def test_configurations_of_a_data_set_are_named_with_what_to_type(
+    words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise ValueError(words)
+
+    (tmp_path / "hub/datasets--openai--gsm8k/snapshots/abc").mkdir(parents=True)
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(UsageError, match=r"several configurations: main, socratic; .* data\.subset=main"):
+        read_hub_rows("openai/gsm8k", key="data.path", origin="gsm8k", subset_key="data.subset")

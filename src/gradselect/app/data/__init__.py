@@ -4,6 +4,7 @@ from .cells import cell_text, is_empty, label_text
 from .chat import TEMPLATE_ARGUMENTS, ChatColumns, Conversation, holds_messages, read_conversation
 from .chat_messages import REASONING, Message, is_blank
 from .endings import ENDINGS, ending_of
+from .hub_rows import read_hub_rows
 from .labels import label_names, read_label
 from .row import Origin, Row, Rows, place_of
 from .rows import read_rows, require_columns
@@ -39,6 +40,7 @@ __all__ = [
     "place_of",
     "read_bytes",
     "read_conversation",
+    "read_hub_rows",
     "read_label",
     "read_rows",
     "render",

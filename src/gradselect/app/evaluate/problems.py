@@ -10,7 +10,6 @@ from typing import Any
 
 from gradselect.app.answers import FIND_REFERENCE
 from gradselect.app.data import (
-    ENDINGS,
     ChatColumns,
     Conversation,
     Origin,
@@ -27,13 +26,13 @@ from gradselect.app.data import (
     place_of,
     read_bytes,
     read_conversation,
+    read_hub_rows,
     read_rows,
     render,
     require_columns,
     says_nothing,
 )
 from gradselect.app.recipe import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
-from gradselect.app.runtime import check_hub
 from gradselect.usage import UsageError
 
 from .trained_on import data_of_recipe
@@ -118,7 +117,9 @@ def read_source(settings: EvaluationSettings) -> Source:
     data, subset = (settings.data, settings.subset) if settings.data is not None else HUB_DATA[settings.task]
     path, splits = Path(data), (settings.split,)
     if not is_local(path):
-        rows, fingerprint = _read_hub(str(data), subset=subset, split=settings.split)
+        rows, fingerprint = read_hub_rows(
+            str(data), key="data", origin=str(data), subset=subset, split=settings.split, subset_key="--subset"
+        )
         return Source(name=str(data), fingerprint=fingerprint, rows=rows[: settings.limit])
     is_text = settings.task == "loss" and ending_of(path) == ".txt" and not is_pattern(path)
     if is_text:
@@ -311,21 +312,3 @@ def _read_text(path: Path) -> str:
     if not text.strip():
         raise UsageError(f"{path}: the file holds no text")
     return text
-
-
-def _read_hub(name: str, *, subset: str | None, split: str) -> tuple[Rows, str]:
-    from datasets import Dataset, load_dataset
-
-    check_hub(name, key="data", kind="dataset")
-    try:
-        data = load_dataset(name, subset, split=split)
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"data={name!r} is neither a file ({', '.join(ENDINGS)}) nor a data set on the hub: {reason}"
-        ) from None
-    assert isinstance(data, Dataset)
-    rows = Rows.counted(data.to_list(), Origin(name))
-    if not rows:
-        raise UsageError(f"{name}: the split {split!r} holds no rows")
-    return rows, data._fingerprint

@@ -6,23 +6,18 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
-
 from gradselect import UsageError
 from gradselect.app.data import (
-    ENDINGS,
     VALIDATION_SPLITS,
-    Origin,
     Rows,
     data_fingerprint,
     ending_of,
     is_local,
     place_of,
+    read_hub_rows,
     read_rows,
 )
 from gradselect.app.recipe import FileData
-from gradselect.app.runtime import check_hub
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,17 +79,11 @@ def _read(path: str, settings: FileData, *, splits: tuple[str, ...], is_validati
     if is_local(path):
         return _read_local(path, settings, splits=splits, is_validation=is_validation)
     split = splits[0]
-    check_hub(path, key="data.path", kind="dataset")
-    try:
-        dataset = load_dataset(path, settings.subset if path == settings.path else None, split=split)
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
-        raise UsageError(
-            f"data.path={path!r} is neither a file ({', '.join(ENDINGS)}) nor a data set on the hub: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-    assert isinstance(dataset, Dataset)
-    name = f"{path} [{split}]"
-    return Source(path=name, fingerprint=dataset._fingerprint, rows=Rows.counted(dataset.to_list(), Origin(name)))
+    name, subset = f"{path} [{split}]", settings.subset if path == settings.path else None
+    rows, found = read_hub_rows(
+        path, key="data.path", origin=name, subset=subset, split=split, subset_key="data.subset"
+    )
+    return Source(path=name, fingerprint=found, rows=rows)
 
 
 def _read_local(path: str, settings: FileData, *, splits: tuple[str, ...], is_validation: bool) -> Source:
