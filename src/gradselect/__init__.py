@@ -14,6 +14,7 @@ from gradselect.core import (
     Keep,
     MaskRecord,
     Offload,
+    Patch,
     SGDRule,
     StepRecord,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "Keep",
     "MaskRecord",
     "Offload",
+    "Patch",
     "SGDRule",
     "SparseOptimizer",
     "StaticMask",

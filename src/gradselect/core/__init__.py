@@ -12,11 +12,13 @@ from .optimizer import SelectiveOptimizer
 from .output_probes import WHOLE, OutputProbes
 from .parameter_groups import Group, ParameterTable
 from .passes import BackwardPasses
+from .patch import Entries, Patch, index_dtype, is_smaller_whole
 from .phases import SELECTION, Phases, in_phase
 from .quantised import ADVICE, below, can_train, is_chosen, nothing_trains, quantised_weights
 from .records import MEMORY_CATEGORIES, JsonlWriter, MaskRecord, MemoryBytes, StepRecord, selection_entropy
 from .residency import AbstractResidency, Drop, Keep, Offload
 from .rules import AbstractRule, Ages, check_shards
+from .saved_names import Place, places_of
 from .settings import UpdateSettings
 from .sgd import SGDRule
 from .state import HALF, MASTER, BlockStates, num_bytes
@@ -41,6 +43,7 @@ __all__ = [
     "BlockHistory",
     "BlockStates",
     "Drop",
+    "Entries",
     "EntryHistory",
     "Group",
     "JsonlWriter",
@@ -51,7 +54,9 @@ __all__ = [
     "OutputProbes",
     "Ownership",
     "ParameterTable",
+    "Patch",
     "Phases",
+    "Place",
     "SGDRule",
     "SelectiveOptimizer",
     "StepRecord",
@@ -67,13 +72,16 @@ __all__ = [
     "freeze",
     "gradient_norm",
     "in_phase",
+    "index_dtype",
     "is_chosen",
     "is_frozen_for_now",
     "is_list",
+    "is_smaller_whole",
     "merge_orders",
     "norm_of",
     "nothing_trains",
     "num_bytes",
+    "places_of",
     "quantised_weights",
     "read_history",
     "selection_entropy",

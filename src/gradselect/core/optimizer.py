@@ -9,19 +9,22 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from gradselect.usage import UsageError, check_whole
 
 from .block import Block
+from .changes import make_patch
 from .checkpoint_identity import SELECTION_KEY, CheckpointFormat, selection_of
 from .gradients import total_norm
 from .holding import AbstractHoldingOptimizer
 from .parameter_groups import ParameterTable, decay_groups
+from .patch import Patch
 from .phases import SELECTION, Phases, Span, in_phase
 from .records import MemoryBytes
+from .saved_names import places_of
 from .settings import UpdateSettings
 from .state import BlockStates, StateStore, num_bytes
 
@@ -70,7 +73,7 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
         self._skip_nonfinite = update.skip_nonfinite
         self.num_skipped = self.num_skipped_in_a_row = 0
         self.last_record: Record | None = None
-        self._step = 0
+        self._step = self._patched_step = 0
         self._phases = Phases()
         self._record_hooks: OrderedDict[int, Callable[[Record], None]] = OrderedDict()
         self._table = ParameterTable(self.param_groups, {block.name: block.parameter_names for block in blocks})
@@ -145,6 +148,26 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
         )
 
     @torch.no_grad()
+    def changed_entries(self) -> Patch:
+        """Return the weights that steps have moved since the last call, as they are now, for a copy of the model.
+
+        `gs.delta.apply_patch(copy, patch)` makes the copy bitwise equal. The first call covers all steps since the
+        optimizer was built or has loaded a state_dict. Names are those of a saved checkpoint, not those of wrappers.
+        With shards every rank calls it and gets the whole patch. docs/delta.md says what a patch holds for each method.
+
+        Returns:
+            By tensor, `(flat indices, values)`, or the tensor whole; empty if no step was taken. Only what the
+            optimizer moved: neither weights that something else wrote, nor buffers.
+
+        Raises:
+            UsageError: two parameters would have one name in a checkpoint.
+        """
+        places = places_of(self._model)
+        patch = make_patch(places, self._take_moved(), from_step=self._patched_step, to_step=self._step)
+        self._patched_step = self._step
+        return patch
+
+    @torch.no_grad()
     def refresh_masters(self) -> None:
         """Go on from the model's weights as they are, and set master weights to them.
 
@@ -173,6 +196,7 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
             UsageError: written by another optimizer, or for another model, policy or mask; says what differs.
         """
         self._checkpoint.read_state_dict(self, state_dict)
+        self._patched_step = self._step
         self._watch.expect(selection_of(state_dict).get("weights"))
         if self._agreement is not None:
             self._agreement.check_soon()
@@ -275,6 +299,12 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
 
     def _make_state(self) -> None:
         """Make the state of all parameters: whoever asks for it, by an idle step, is about to load into it."""
+
+    def _take_moved(self) -> dict[Tensor, Tensor | None]:
+        """Return what moved since the last call, as `make_patch` takes it."""
+        moved = dict.fromkeys(self._states.moved)
+        self._states.moved.clear()
+        return moved
 
     def _has_rate(self) -> bool:
         return any(float(group["lr"]) for group in self.param_groups)

@@ -47,6 +47,12 @@ class BlockStates:
     A parameter has state from its first update on. Its large tensors (moments, and the master of a half-precision
     parameter) are on the device while the block is resident.
 
+    Attributes:
+        resident: blocks whose state is on the device.
+        moved_bytes: bytes that moved between device and host since the last step.
+        refreshed: blocks whose masters followed since they were last taken.
+        moved: parameters that were updated since the last patch.
+
     Args:
         store: the optimizer's `state`, by parameter.
         table: finds the parameters of each block.
@@ -74,6 +80,7 @@ class BlockStates:
         self.resident: set[str] = set()
         self.moved_bytes = 0
         self.refreshed: list[str] = []
+        self.moved: set[Tensor] = set()
 
     def admit(self, names: Collection[str]) -> None:
         """Make the state of these blocks ready on the device; if the residency frees, no other state stays there."""
@@ -177,6 +184,7 @@ class BlockStates:
         weights = [state.get(MASTER, target) for state, target in zip(states, targets, strict=True)]
         grads = [dense(local_part(grad)).to(weight.dtype) for weight, (_, grad) in zip(weights, moving, strict=True)]
         self._rule.update(weights, grads, states, group)
+        self.moved.update(parameter for parameter, _ in moving)
         for weight, target, (parameter, _) in zip(weights, targets, moving, strict=True):
             if weight is not target:
                 target.copy_(weight)

@@ -8,6 +8,10 @@
 A change is the XOR of the bit patterns of base and tuned model, stored where it is not zero. XOR undoes itself, so that
 applying and reverting are one operation, exact for every dtype, NaN payloads and -0.0 included. The file names the base
 it belongs to by the SHA-256 of each tensor. `docs/delta.md` describes the format.
+
+A patch is what the steps of a run have moved since the last one, for a copy that follows the training:
+
+    gs.delta.apply_patch(copy, optimizer.changed_entries())
 """
 
 from __future__ import annotations
@@ -25,10 +29,22 @@ from .checkpoint import CheckpointFolder
 from .difference import write_delta
 from .file import DeltaFile, OtherSide, Side
 from .merging import MergedCheckpoint, Overlap, Whole
+from .patches import apply_patch, read_patch, write_patch
 from .related import check_related
 from .write import free_file, free_folder, write_checkpoint
 
-__all__ = ["DeltaSummary", "apply", "diff", "fingerprint", "merge", "revert", "summary"]
+__all__ = [
+    "DeltaSummary",
+    "apply",
+    "apply_patch",
+    "diff",
+    "fingerprint",
+    "merge",
+    "read_patch",
+    "revert",
+    "summary",
+    "write_patch",
+]
 
 PathLike: TypeAlias = str | os.PathLike[str]
 

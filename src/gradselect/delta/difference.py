@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradselect.core import index_dtype
+
 from .checkpoint import AbstractCheckpoint, TensorSpec, width
-from .file import FORMAT, VERSION, Change, Side, digest_of, index_dtype
+from .file import FORMAT, VERSION, Change, Side, digest_of
 from .write import Part, write_safetensors
 
 BIT_DTYPES = {1: "U8", 2: "I16", 4: "I32", 8: "I64"}

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from gradselect.core import index_dtype
 from gradselect.usage import UsageError
 
 from .checkpoint import (
@@ -216,11 +217,6 @@ class OtherSide(AbstractCheckpoint):
         if change.stored == "whole":
             return self.delta.whole(self._side, name)
         return self.delta.flip(name, self._source.bits(name))
-
-
-def index_dtype(num_entries: int) -> torch.dtype:
-    """Return the narrowest dtype of flat indices into `num_entries` entries."""
-    return torch.int32 if num_entries <= 2**31 else torch.int64
 
 
 def _contents(described: Mapping[str, Any]) -> Contents:

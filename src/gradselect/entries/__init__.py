@@ -18,7 +18,7 @@ from .mask import (
 )
 from .optimizer import SparseOptimizer
 from .shards import Shards
-from .store import RUN, index_dtype
+from .store import RUN
 from .top_k import StreamingTopK, chunk_length
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "check_size",
     "chunk_length",
     "generator_of",
-    "index_dtype",
     "matching_tensors",
     "resolve_budget",
     "share_out",

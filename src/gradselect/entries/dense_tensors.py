@@ -53,6 +53,8 @@ class DenseTensors:
         self._mask = mask if isinstance(mask, AbstractDenseMask) else None
         self._rule = rule
         self._phases = phases
+        self._is_asked = False
+        self._moved: dict[Tensor, Tensor] = {}
 
     @property
     def has_gradients(self) -> bool:
@@ -104,6 +106,18 @@ class DenseTensors:
                     self._states.update([parameter], group)
                 parameter.grad = None
 
+    def take_moved(self) -> dict[Tensor, Tensor | None]:
+        """Return flat indices (int64, ascending) of entries that moved since the last call, by parameter; None: all.
+
+        Lists entries of a mask on "update" from the second call on: a mask of one byte an entry is kept meanwhile.
+        """
+        masked = {parameter: mask.view(-1).nonzero().view(-1) for parameter, mask in self._moved.items()}
+        whole = dict.fromkeys(self._states.moved)
+        self._moved.clear()
+        self._states.moved.clear()
+        self._is_asked = True
+        return {**masked, **whole}
+
     def num_bytes(self) -> int:
         """Bytes of state and masters."""
         return sum(map(self._states.num_bytes, self.names))
@@ -122,11 +136,14 @@ class DenseTensors:
         mine = local_part(parameter)
         weight = self._states.of(parameter).get(MASTER, mine)
         if self._mask.mask == "update":
-            before = weight.clone()
+            before, was_moved = weight.clone(), parameter in self._states.moved
             self._states.update([parameter], group)
             weight.copy_(torch.where(mask, weight, before))
             mine.copy_(weight)
             self._states.wrote(parameter)
+            if self._is_asked and not was_moved:
+                self._states.moved.discard(parameter)
+                self._moved[parameter] = mask | self._moved[parameter] if parameter in self._moved else mask
             return
         assert parameter.grad is not None
         gradient, decay = local_part(parameter.grad), group["weight_decay"]

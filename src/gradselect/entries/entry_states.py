@@ -128,6 +128,11 @@ class EntryStates:
         for index, store in self._by_group:
             store.update(self._groups[index])
 
+    def take_moved(self) -> dict[Tensor, Tensor | None]:
+        """Return what `EntryStore.take_moved` does, by parameter."""
+        found = [(store.parameters[name], each) for store in self.stores for name, each in store.take_moved().items()]
+        return dict(found)
+
     @property
     def refreshed(self) -> tuple[str, ...]:
         """Tensors whose masters took over weights in the last update, with their neighbours in the same run."""

@@ -261,6 +261,9 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         """Sums of squares of the gradients that are applied, each with a tensor that is sharded as they are."""
         return [*self._entries.squared_norms(), *self._dense.squared_norms()]
 
+    def _take_moved(self) -> dict[Tensor, Tensor | None]:
+        return {**self._dense.take_moved(), **self._entries.take_moved()}
+
     def _is_idle(self) -> bool:
         # Before a selection nothing is applied, and the norm of what is applied is 0.0.
         return super()._is_idle() and not self._saw_nonzero

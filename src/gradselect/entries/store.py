@@ -9,21 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradselect.core import HALF, MASTER, AbstractRule, agrees, take_over
+from gradselect.core import HALF, MASTER, AbstractRule, agrees, index_dtype, take_over
 from gradselect.parallel import local_part
 
 from .cohorts import Cohorts
+from .moved import MovedEntries
 from .segments import Segments
 
 Group = Mapping[str, Any]
 
 RUN = 1 << 22
 """Number of entries that are updated together, unless one tensor has more; sets the update's temporary memory."""
-
-
-def index_dtype(numel: int) -> torch.dtype:
-    """Return the smallest of int32 and int64 that holds every flat index of a tensor of `numel` entries."""
-    return torch.int32 if numel <= 2**31 else torch.int64
 
 
 class EntryStore:
@@ -42,6 +38,7 @@ class EntryStore:
         master_dtype: dtype of master weights of half-precision tensors, and of the state beside them; None: no masters.
 
     Attributes:
+        parameters: as given.
         refreshed: tensors of the runs of the last update in which masters took over weights that others had changed.
     """
 
@@ -49,7 +46,7 @@ class EntryStore:
         self, parameters: Mapping[str, Parameter], *, rule: AbstractRule, master_dtype: torch.dtype | None
     ) -> None:
         self.names = tuple(parameters)
-        self._parameters = dict(parameters)
+        self.parameters = dict(parameters)
         self._rule = rule
         self._segments = Segments(self.names)
         first = next(iter(parameters.values()))
@@ -63,6 +60,7 @@ class EntryStore:
         self._empty = torch.empty(0, dtype=dtype, device=first.device)
         self._arrays = {kind: self._empty.clone() for kind in kinds}
         self._cohorts = Cohorts(len(self.names), index_dtype=self._indices.dtype, device=first.device)
+        self._moved = MovedEntries()
         self.restart()
 
     # Gradients of the current step ---------------------------------------------------------------------------------
@@ -155,6 +153,8 @@ class EntryStore:
         kept = {name: mask for name, mask in kept.items() if not bool(mask.all())}
         if not kept:
             return
+        for name, mask in kept.items():
+            self._moved.leave(name, self._flat(name), lambda name=name, mask=mask: self._moved_indices(name, ~mask))
         everywhere = torch.cat(
             [kept.get(name, self._indices.new_ones(self.num_entries(name), dtype=torch.bool)) for name in self.names]
         )
@@ -185,6 +185,7 @@ class EntryStore:
 
     def load(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Load what `state` returned, for every tensor."""
+        self._moved.lose_track()
         device = self._indices.device
         ordered = [states[name] for name in self.names]
         self._indices = torch.cat([state["indices"].to(device, self._indices.dtype) for state in ordered])
@@ -212,7 +213,17 @@ class EntryStore:
         if self._gradients is not None:
             for names in self._runs():
                 self._update_run(names, group)
+        self._moved.touch(self._was_read)
         self.restart()
+
+    def take_moved(self) -> Mapping[str, Tensor | None]:
+        """Return flat indices (int64, ascending) of entries that moved since the last call, by tensor; None: all."""
+        return self._moved.take(self._moved_indices)
+
+    def _moved_indices(self, name: str, among: Tensor | None = None) -> Tensor:
+        """Indices of the entries that took part in the tensor's last update, `among` those of a bool mask over them."""
+        is_moved = self._joined_at(name) < self._cohorts.num_updates[self._segments.position[name]]
+        return self.indices(name)[is_moved if among is None else is_moved & among].long()
 
     def _add_masters(self) -> None:
         """Make masters of weights that were cast to half precision after the optimizer was built."""
@@ -269,7 +280,7 @@ class EntryStore:
 
     def _flat(self, name: str) -> Tensor:
         # Looked up at every use: a wrapper may move a shard to other memory.
-        return local_part(self._parameters[name]).detach().view(-1)
+        return local_part(self.parameters[name]).detach().view(-1)
 
     def _plain(self) -> Tensor:
         """Return all indices without flags, cached until the set or the step changes."""

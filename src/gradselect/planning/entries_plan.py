@@ -8,13 +8,12 @@ import torch
 from torch import nn
 
 from gradselect.blocks import partition, visited_share
-from gradselect.core import HALF, num_bytes
+from gradselect.core import HALF, index_dtype, num_bytes
 from gradselect.entries import (
     RUN,
     AbstractDenseMask,
     AbstractMask,
     MaskTensor,
-    index_dtype,
     matching_tensors,
     resolve_budget,
     share_out,

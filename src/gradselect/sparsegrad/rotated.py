@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -76,6 +78,8 @@ class RotatedLinear(nn.Module):
     Reference: Chekalina et al., "SparseGrad: A Selective Method for Efficient Fine-tuning of MLP Layers",
         arXiv 2410.07383, section 3.
     """
+
+    checkpoint_names: Mapping[str, str] = MappingProxyType({"rotated_weight": "weight"})
 
     rotated_weight: Parameter
     bias: Parameter | None
