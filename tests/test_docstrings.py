@@ -69,7 +69,12 @@ def public_objects() -> Iterator[tuple[str, object]]:
         if isinstance(value, gs.salience.AbstractSalience):
             yield f"{gs.salience.__name__}.{name}", type(value)
     for found in iter_modules(integrations.__path__, f"{integrations.__name__}."):
-        module = pytest.importorskip(found.name)
+        try:
+            module = importlib.import_module(found.name)
+        except ModuleNotFoundError as error:
+            if str(error.name).startswith("gradselect"):
+                raise
+            continue  # its framework is missing here; `make integrations` runs its examples
         for name, value in vars(module).items():
             if not name.startswith("_") and str(getattr(value, "__module__", "")).startswith(found.name):
                 yield f"{found.name}.{name}", value

@@ -11,9 +11,10 @@ With `"mask": ID3(budget=320_000, steps=1000)` in place of `"policy"` it selects
 builds the optimizer. The callback passes it what only the Trainer knows, and adds its records to the Trainer's logs.
 """
 
+from gradselect.integrations.reporting import summarise
+
 from .callback import SelectionCallback
 from .checkpointing import checkpoint_selected
 from .factory import SelectiveOptimizerFactory
-from .log_values import summarise
 
 __all__ = ["SelectionCallback", "SelectiveOptimizerFactory", "checkpoint_selected", "summarise"]

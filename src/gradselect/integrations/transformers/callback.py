@@ -16,18 +16,17 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import has_length
 
 from gradselect import BlockOptimizer, JsonlWriter, SparseOptimizer, UsageError
+from gradselect.integrations.reporting import say_explore_steps, summarise
 
 from .checkpointing import keep_backward_short, restore_inputs, shorten_backward
 from .checks import (
     check_clipping,
     check_deepspeed,
     check_resumed,
-    say_explore_steps,
     warn_of_new_tokens,
     warn_of_settings,
 )
 from .frames import call_after_training, call_before_clipping, call_if_training_fails, caller_of
-from .log_values import summarise
 from .tracking import SelectionTracking
 
 

@@ -83,14 +83,6 @@ def _num_new_rows(model: nn.Module) -> int:
         return 0
 
 
-def say_explore_steps(optimizer: BlockOptimizer, *, num_steps: int) -> None:
-    """Say how many steps of the run will look at all gradients, if any will."""
-    expected = optimizer.policy.expected_explore_steps(num_steps)
-    if expected:
-        # A warning, because other levels are not shown unless somebody asks for them.
-        logger.warning("about %d of %d steps will look at the gradients of all blocks", round(expected), num_steps)
-
-
 def check_resumed(optimizer: BlockOptimizer | SparseOptimizer, state: TrainerState) -> None:
     """Refuse to resume without optimizer state."""
     if state.global_step > 0 and optimizer.num_steps == 0:

@@ -1,15 +1,18 @@
-"""Numbers for the Trainer's logs."""
+"""Numbers and lines for the logs of any framework."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from statistics import fmean
 
-from gradselect import MaskRecord, StepRecord
+from gradselect import BlockOptimizer, MaskRecord, StepRecord
+
+logger = logging.getLogger(__name__)
 
 
 def summarise(records: Sequence[StepRecord] | Sequence[MaskRecord]) -> dict[str, float]:
-    """Summarise one or more steps as the numbers that `SelectionCallback` logs.
+    """Summarise one or more steps as the numbers that a `SelectionCallback` logs.
 
     Example:
         >>> record = MaskRecord(step=0, num_entries={"w": 4}, num_new=4, overlap=1.0, grad_norm=2.0, state_bytes=64)
@@ -19,6 +22,20 @@ def summarise(records: Sequence[StepRecord] | Sequence[MaskRecord]) -> dict[str,
     of_blocks = [record for record in records if isinstance(record, StepRecord)]
     of_masks = [record for record in records if isinstance(record, MaskRecord)]
     return _summarise_masks(of_masks) if of_masks else _summarise_blocks(of_blocks)
+
+
+def say_explore_steps(optimizer: BlockOptimizer, *, num_steps: int) -> None:
+    """Say how many steps of the run will look at all gradients, if any will.
+
+    Example:
+        >>> import torch, gradselect as gs
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+        >>> say_explore_steps(gs.BlockOptimizer(model, policy=gs.Uniform(count=1)), num_steps=10)
+    """
+    expected = optimizer.policy.expected_explore_steps(num_steps)
+    if expected:
+        # A warning, because other levels are not shown unless somebody asks for them.
+        logger.warning("about %d of %d steps will look at the gradients of all blocks", round(expected), num_steps)
 
 
 def _summarise_blocks(records: Sequence[StepRecord]) -> dict[str, float]:
