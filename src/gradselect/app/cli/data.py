@@ -9,14 +9,16 @@ from typing import Annotated
 
 import typer
 
-from .hub import check_reachable
+from .words import HELP, METAVAR, read_words
 
 
 def data(
-    recipe: Annotated[str, typer.Argument(help="Recipe, a YAML file. See recipes/ for examples.", metavar="RECIPE")],
+    recipe: Annotated[str, typer.Argument(help=HELP, metavar=METAVAR)],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Values that replace the recipe's, e.g. data.max_length=512.", metavar="KEY=VALUE"),
+        typer.Argument(
+            help="Values that replace the recipe's or the defaults, e.g. data.max_length=512.", metavar="KEY=VALUE"
+        ),
     ] = None,
     examples: Annotated[int, typer.Option(min=0, help="Number of rows to show, spread over the data.")] = 3,
     row: Annotated[int | None, typer.Option(help="Show this row, whole. They are numbered from 1.")] = None,
@@ -28,11 +30,9 @@ def data(
     """
     from rich.console import Console
 
-    from gradselect.app.recipe import ids_of_recipe, load_recipe
     from gradselect.app.runtime import collected_messages
 
-    loaded = load_recipe(recipe, overrides or [])
-    check_reachable(ids_of_recipe(loaded))
+    loaded = read_words(recipe, overrides or [], command="gradselect data", quiet_output=True)
     # Imported late because it is slow: errors in the recipe come first.
     from gradselect.app.preview import as_json as to_json
     from gradselect.app.preview import preview_data, show

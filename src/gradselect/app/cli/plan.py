@@ -7,17 +7,19 @@ from typing import Annotated
 
 import typer
 
-from .hub import check_reachable
+from .words import HELP, METAVAR, read_words
 
 WIDTH = 190
 """Width of the tables if there is no terminal."""
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="Recipe, a YAML file. See recipes/ for examples.", metavar="RECIPE")],
+    recipe: Annotated[str, typer.Argument(help=HELP, metavar=METAVAR)],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Values that replace the recipe's, e.g. data.max_length=512.", metavar="KEY=VALUE"),
+        typer.Argument(
+            help="Values that replace the recipe's or the defaults, e.g. data.max_length=512.", metavar="KEY=VALUE"
+        ),
     ] = None,
     fit: Annotated[
         str | None, typer.Option(help="Propose the best setting whose peak memory fits, e.g. 12GiB.", metavar="SIZE")
@@ -28,14 +30,12 @@ def plan(
     """Estimate the memory and step time of training RECIPE. Reads no weights and no data."""
     from rich.console import Console
 
-    from gradselect.app.recipe import ids_of_recipe, load_recipe
     from gradselect.app.runtime import collected_messages
     from gradselect.usage import read_fractions, read_size
 
     limit = None if fit is None else read_size(fit)
     shares = read_fractions(fractions)
-    loaded = load_recipe(recipe, overrides or [])
-    check_reachable(ids_of_recipe(loaded, needs_data=False))
+    loaded = read_words(recipe, overrides or [], command="gradselect plan", needs_data=False, quiet_output=True)
     # Imported late because it is slow: errors in the recipe come first.
     from gradselect.app.recipe_planning import as_json as to_json
     from gradselect.app.recipe_planning import plan_recipe, show

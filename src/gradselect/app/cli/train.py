@@ -6,15 +6,17 @@ from typing import Annotated
 
 import typer
 
-from .hub import check_reachable
 from .resuming import advice_when_stopped
+from .words import HELP, METAVAR, read_words
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="Recipe, a YAML file. See recipes/ for examples.", metavar="RECIPE")],
+    recipe: Annotated[str, typer.Argument(help=HELP, metavar=METAVAR)],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Values that replace the recipe's, e.g. optimizer.lr=1e-4.", metavar="KEY=VALUE"),
+        typer.Argument(
+            help="Values that replace the recipe's or the defaults, e.g. optimizer.lr=1e-4.", metavar="KEY=VALUE"
+        ),
     ] = None,
     resume: Annotated[
         bool,
@@ -22,13 +24,10 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune a model with RECIPE. The result is a plain Hugging Face checkpoint in run.output."""
-    from gradselect.app.recipe import ids_of_recipe, load_recipe
-
     words = ["gradselect", "train", recipe, *(overrides or [])]
     advice = "interrupted; resume from the newest checkpoint with"
     with advice_when_stopped([*words, "--resume"], interrupted=advice):
-        loaded = load_recipe(recipe, overrides or [])
-        check_reachable(ids_of_recipe(loaded))
+        loaded = read_words(recipe, overrides or [], command="gradselect train")
         # Imported late because it is slow: errors in the recipe come first.
         from gradselect.app.runtime import own_process_group
         from gradselect.app.train import train as carry_out

@@ -6,15 +6,17 @@ from typing import Annotated
 
 import typer
 
-from .hub import check_reachable
 from .resuming import advice_when_stopped
+from .words import HELP, METAVAR, read_words
 
 
 def tune(
-    recipe: Annotated[str, typer.Argument(help="Recipe, a YAML file. See recipes/ for examples.", metavar="RECIPE")],
+    recipe: Annotated[str, typer.Argument(help=HELP, metavar=METAVAR)],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Values that replace the recipe's, e.g. run.evaluate_every=50.", metavar="KEY=VALUE"),
+        typer.Argument(
+            help="Values that replace the recipe's or the defaults, e.g. run.evaluate_every=50.", metavar="KEY=VALUE"
+        ),
     ] = None,
     trials: Annotated[int, typer.Option(help="Total number of trials of the study.")] = 20,
     search: Annotated[
@@ -32,13 +34,10 @@ def tune(
     seed: Annotated[int, typer.Option(help="Seed of the proposed values.")] = 0,
 ) -> None:
     """Search the values of RECIPE with the smallest validation loss. The result is a recipe, best.yaml."""
-    from gradselect.app.recipe import ids_of_recipe, load_recipe
-
     words = ["gradselect", "tune", recipe, *(overrides or []), "--trials", str(trials), "--seed", str(seed)]
     words += [word for text in search or [] for word in ("--search", text)] + (["--study", study] if study else [])
     with advice_when_stopped(words, interrupted="interrupted; finished trials are kept, resume with"):
-        loaded = load_recipe(recipe, overrides or [])
-        check_reachable(ids_of_recipe(loaded))
+        loaded = read_words(recipe, overrides or [], command="gradselect tune")
         # Imported late because it is slow: errors in the recipe come first.
         from gradselect.app.tune import tune as carry_out
 

@@ -34,7 +34,7 @@ from .data_settings import (
 from .evaluation_settings import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
 from .hub_ids import ids_of_evaluation, ids_of_recipe
 from .load import dump_recipe, load_recipe, parse_recipe, read_values, todays_recipe
-from .overrides import merge, parse_override, with_overrides
+from .overrides import merge, parse_override, recipe_formats, with_overrides
 from .schema import ModelSettings, Recipe
 from .values import Place
 
@@ -78,6 +78,7 @@ __all__ = [
     "parse_recipe",
     "peer_bytes",
     "read_values",
+    "recipe_formats",
     "todays_method",
     "todays_recipe",
     "with_overrides",

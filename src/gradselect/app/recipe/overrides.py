@@ -5,19 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
+from pydantic.fields import FieldInfo
+
 from gradselect import UsageError
+from gradselect.app.data import check_template
 from gradselect.methods import MAX_LINE, cut
 
 from .data_settings import AbstractDataSettings, AbstractTokenData, FileData
 from .plain_yaml import read_typed, read_yaml
 
-TEMPLATES = ("prompt", "completion", "text", "text_pair")
-"""Keys whose values are templates. In YAML their braces, colons and # would have a meaning of their own."""
-
 RIVALS = (("steps", "epochs"), ("fraction", "count"), ("density", "budget"), ("density", "rank"))
 """Keys of one section that say the same thing in two ways."""
 
 _FORMATS = {get_args(data.model_fields["format"].annotation)[0]: data for data in get_args(FileData)}
+
+
+def _is_template(field: FieldInfo) -> bool:
+    parts = [*field.metadata, *(part for option in get_args(field.annotation) for part in get_args(option))]
+    return any(getattr(part, "func", None) is check_template for part in parts)
+
+
+TEMPLATES = {name for data in _FORMATS.values() for name, field in data.model_fields.items() if _is_template(field)}
+"""Keys whose values are templates. In YAML their braces, colons and # would have a meaning of their own."""
+
+
+def recipe_formats() -> tuple[str, ...]:
+    """Return the formats of data in files."""
+    return tuple(_FORMATS)
 
 
 def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,175 @@
+"""Draft of a recipe: the format of the data from its columns, everything else from the recipes of the repository."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradselect.app.data import ENDINGS, Rows, ending_of, is_local, read_hub_rows, read_rows
+from gradselect.app.recipe import (
+    AbstractBlockMethod,
+    FullMethod,
+    PromptCompletionData,
+    Recipe,
+    merge,
+    parse_recipe,
+    recipe_formats,
+    with_overrides,
+)
+
+from .formats import Guess, guess_format
+
+SOURCE = "gradselect train MODEL DATA"
+FEW_ROWS = 100
+"""Fewer rows than this are all trained on."""
+DEFAULTS: dict[str, Any] = {
+    "method": {"name": "adagradselect", "fraction": 0.2},
+    "run": {"epochs": 3, "batch_size": 8, "evaluate_every": 200, "save_every": 200},
+}
+VALIDATION = {"validation": 0.02, "validation_limit": 200}
+RATE = 1e-5
+RATE_OF_FEW_WEIGHTS = 1e-4
+"""Learning rates of the recipes in the repository: of methods that train blocks, and of adapters and masks."""
+RATE_OF_PREFERENCES = 1e-6
+"""Of methods that train blocks, on preferences; ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A recipe, and how it came about.
+
+    Args:
+        recipe: the recipe.
+        guess: format of the data. None: the user named it.
+        written: what the draft and the user wrote, without the defaults of the schema.
+        is_chat_model: True if the model is known to have a chat template.
+    """
+
+    recipe: Recipe
+    guess: Guess | None
+    written: Mapping[str, Any]
+    is_chat_model: bool
+
+    def lines(self) -> Iterator[str]:
+        """Yield lines for the user: the format, the recipe as words of a command, and what may be meant otherwise."""
+        if self.guess is not None:
+            yield f"format     {self.guess}"
+        words = list(_words(self.written))
+        for number, section in enumerate(self.written):
+            part = [shlex.quote(word) for word in words if word.partition(".")[0] == section]
+            yield f"{'' if number else 'settings':<10} {' '.join(part)}"
+        if self.is_chat_model and isinstance(self.recipe.data, PromptCompletionData) and not self.recipe.data.as_chat:
+            yield "note       the model has a chat template; if it is a chat model, add data.as_chat=true"
+
+
+def draft_recipe(model: str, data: str, overrides: Sequence[str] = ()) -> Draft:
+    """Return a recipe that trains `model` on `data`, with `key=value` overrides on top.
+
+    Args:
+        model: folder of a checkpoint, or an id on the hub.
+        data: a file, a folder, or the id of a data set on the hub.
+        overrides: words such as "run.steps=20".
+
+    Raises:
+        UsageError: the data cannot be read, its columns fit several formats or none, or an override does not fit.
+
+    Example:
+        >>> draft_recipe("base", "train.jsonl", ["run.steps=20"]).recipe.run.steps  # doctest: +SKIP
+        20
+    """
+    typed = with_overrides({}, overrides)
+    given = typed.get("data")
+    given = given if isinstance(given, dict) else {}
+    rows = _read(data, given)
+    if isinstance(limit := given.get("limit"), int):
+        rows = rows[:limit]
+    guess = None
+    if "format" not in given:
+        guess = guess_format(rows, path=data, given=given, formats=recipe_formats())
+    values: dict[str, Any] = {
+        "model": {"path": model},
+        "data": {
+            "path": data,
+            **({} if guess is None else guess.data),
+            **(VALIDATION if len(rows) >= FEW_ROWS else {}),
+        },
+        **DEFAULTS,
+    }
+    if guess is not None and guess.trainer:
+        values["trainer"] = dict(guess.trainer)
+    values["run"] = {"output": f"runs/{_name_of(model)}-{_name_of(data)}", **values["run"]}
+    if merge(values, typed)["data"].get("validation") is None:
+        del values["run"]["evaluate_every"]
+    values = merge(values, typed)
+    if "lr" not in (values.get("optimizer") or {}):
+        values = merge(values, {"optimizer": {"lr": _rate(values)}})
+    recipe = parse_recipe(values, source=SOURCE)
+    order = [name for name in ("model", "data", "trainer", "method", "optimizer", "run") if name in values]
+    written = {name: values[name] for name in (*order, *(name for name in values if name not in order))}
+    return Draft(recipe=recipe, guess=guess, written=written, is_chat_model=_has_chat_template(model))
+
+
+def _read(data: str, given: Mapping[str, Any]) -> Rows:
+    """Read the rows whose columns decide, as training reads them."""
+    split = str(given.get("split", "train"))
+    if not is_local(data):
+        subset = given.get("subset")
+        return read_hub_rows(data, key="DATA", origin=data, subset=subset, split=split, subset_key="data.subset")[0]
+    columns = given.get("columns")
+    columns = columns.split(",") if isinstance(columns, str) else columns
+    return read_rows(data, columns=columns, rows_key=given.get("rows_key"), splits=(split,))
+
+
+def _rate(values: Mapping[str, Any]) -> float:
+    """Return the learning rate of the repository's recipes for a method. The recipe's checks see a stand-in."""
+    recipe = parse_recipe(merge(values, {"optimizer": {"lr": 1.0}}), source=SOURCE)
+    if not isinstance(recipe.method, AbstractBlockMethod | FullMethod):
+        return RATE_OF_FEW_WEIGHTS
+    return RATE_OF_PREFERENCES if recipe.data.format == "preference" else RATE
+
+
+def _name_of(place: str) -> str:
+    """Return a name for a folder of runs: the last part of a path or an id, without endings."""
+    parts = [part for part in re.split(r"[/\\]", place.rstrip("/\\")) if part not in ("", ".", "..", "~")]
+    name = parts[-1] if parts else "data"
+    if ending_of(name) is not None:
+        name = name.partition(next(ending for ending in ENDINGS if ending in name))[0]
+        # "gsm8k/train.jsonl" is GSM8K.
+        name = parts[-2] if name in ("train", "data", "") and len(parts) > 1 else name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "data"
+
+
+def _has_chat_template(model: str) -> bool:
+    """Return True if the files of the tokenizer on this machine hold a chat template."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        found = Path(model) / name if Path(model).is_dir() else try_to_load_from_cache(model, name)
+        if not isinstance(found, str | Path) or not Path(found).is_file():
+            continue
+        try:
+            if name.endswith(".jinja") or json.loads(Path(found).read_text("utf-8")).get("chat_template"):
+                return True
+        except (OSError, ValueError, AttributeError):
+            continue
+    return False
+
+
+def _words(values: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """Yield the values as words of a command line."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _words(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}={_typed(value)}"
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, str):
+        return value.replace("\n", "\\n")
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)

@@ -1,0 +1,219 @@
+"""`gradselect train MODEL DATA`: a recipe from a model and data alone, the format from the columns."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_fixtures import CHAT_TEMPLATE, assert_same_weights, write_model, write_sums
+
+from gradselect import UsageError
+from gradselect.app.cli import main
+from gradselect.app.draft import draft_recipe
+from gradselect.app.draft.formats import guess_format
+from gradselect.app.recipe import load_recipe, parse_recipe, with_overrides
+from gradselect.app.train.trainer import RunTrainer
+
+# TRL 1.16 uses names that transformers 5.23 has replaced.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+
+FORMATS = ("prompt-completion", "chat", "text", "classification")
+USER = {"role": "user", "content": "2 + 3?"}
+HUMAN = {"from": "human", "value": "2 + 3?"}
+ALPACA = "### Instruction:\n{instruction}\n\n{?input:### Input:\n{input}\n\n}### Response:\n"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("draft")
+    write_model(folder / "model")
+    write_model(folder / "chat-model", chat_template=CHAT_TEMPLATE)
+    write_sums(folder / "sums.jsonl", rows=120)
+    (folder / "few.txt").write_text("one\ntwo\n", "utf-8")
+    (folder / "empty").mkdir()
+    return folder
+
+
+def guess(row: dict[str, Any], **given: Any) -> dict[str, Any]:
+    return dict(guess_format([row], path="a.jsonl", given=given, formats=FORMATS).data)
+
+
+def pair(prompt: str, completion: str) -> dict[str, Any]:
+    return {"format": "prompt-completion", "prompt": prompt, "completion": completion}
+
+
+@pytest.mark.parametrize(
+    ("row", "data"),
+    [
+        ({"question": "q", "answer": "a"}, pair("Question: {question}\nAnswer:", " {answer}")),
+        ({"problem": "q", "solution": "a", "level": 1}, pair("Question: {problem}\nAnswer:", " {solution}")),
+        ({"prompt": "q", "completion": "a"}, pair("{prompt}", "{completion}")),
+        ({"prompt": "q", "response": "a"}, pair("{prompt}\n", "{response}")),
+        ({"instruction": "q", "input": "", "output": "a", "text": "all"}, pair(ALPACA, "{output}")),
+        (
+            {"instruction": "q", "response": "a"},
+            pair("### Instruction:\n{instruction}\n\n### Response:\n", "{response}"),
+        ),
+        ({"input": "q", "target": "a"}, pair("Question: {input}\nAnswer:", " {target}")),
+        ({"messages": [USER], "prompt": "q", "completion": "a"}, {"format": "chat", "messages": "messages"}),
+        ({"conversations": [HUMAN], "id": 3}, {"format": "chat", "messages": "conversations"}),
+        ({"talk": json.dumps([USER])}, {"format": "chat", "messages": "talk"}),
+        ({"prompt": [USER], "completion": [USER]}, {"format": "chat", "messages": ["prompt", "completion"]}),
+        ({"text": "t", "id": 3}, {"format": "text", "text": "{text}"}),
+    ],
+)
+def test_the_format_is_found_from_the_columns(row: dict[str, Any], data: dict[str, Any]) -> None:
+    assert guess(row) == data
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"problem": "q", "solution": "s", "answer": "a"}, "data.completion= {solution}"),
+        ({"question": "q", "prompt": "p", "answer": "a"}, "data.prompt=Question: {question}\\nAnswer:"),
+        ({"first": [USER], "second": [USER]}, "data.messages=second"),
+        ({"question1": "a", "question2": "b", "label": 1}, "data.format=classification"),
+        ({"sentence": "a", "label": 1}, "data.label=label"),
+        ({"text": "a", "label": 1}, "data.format=text"),
+        ({"frage": "q", "antwort": "a"}, "data.completion={antwort}"),
+        ({"number": 3}, "data.text={number}"),
+    ],
+)
+def test_what_is_not_clear_is_refused_with_words_to_type(row: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        guess(row)
+    said = str(refused.value)
+    assert f"'{words}'" in said or f" {words}" in said
+
+
+def test_words_of_the_user_decide_where_columns_do_not() -> None:
+    row = {"problem": "q", "solution": "s", "answer": "a"}
+    assert guess(row, completion=" {solution}") == pair("Question: {problem}\nAnswer:", " {solution}")
+    assert guess({"frage": "q", "antwort": "a"}, prompt="{frage}", completion="{antwort}") == pair(
+        "{frage}", "{antwort}"
+    )
+    assert guess({"a": [USER], "b": [USER]}, messages="a") == {"format": "chat"}
+    assert guess({"question": "q", "answer": "a"}, text="{question}")["format"] == "text"
+
+
+def test_preferences_need_a_trainer_where_a_recipe_knows_them() -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    found = guess_format([row], path="a", given={}, formats=(*FORMATS, "preference"))
+    assert (found.data["format"], found.trainer, found.unused) == ("preference", {"name": "dpo"}, ())
+
+
+def test_unused_columns_are_said() -> None:
+    found = guess_format([{"question": "q", "answer": "a", "id": 1}], path="a", given={}, formats=FORMATS)
+    assert str(found) == "prompt-completion, found from the columns question and answer; not used: id"
+
+
+def test_the_words_of_a_draft_make_the_same_recipe(place: Path) -> None:
+    """What is printed can be typed."""
+    draft = draft_recipe(str(place / "model"), str(place / "sums.jsonl"), ["run.steps=5", "method.always=embedding"])
+    lines = [line for line in draft.lines() if "=" in line and not line.startswith("note")]
+    words = shlex.split(" ".join(line[10:] for line in lines))
+    assert parse_recipe(with_overrides({}, words), source="words") == draft.recipe
+    assert (draft.recipe.run.steps, draft.recipe.run.epochs) == (5, None)
+
+
+@pytest.mark.parametrize(
+    ("word", "rate"),
+    [("method.name=full", 1e-5), ("method.name=lora", 1e-4), ("method={name: id3, density: 0.1}", 1e-4)],
+)
+def test_the_learning_rate_follows_the_method(word: str, rate: float, place: Path) -> None:
+    model, data = str(place / "model"), str(place / "sums.jsonl")
+    assert draft_recipe(model, data, [word]).recipe.optimizer.lr == rate
+    assert draft_recipe(model, data, [word, "optimizer.lr=3e-3"]).recipe.optimizer.lr == 3e-3
+
+
+def test_few_rows_are_all_trained_on(place: Path) -> None:
+    few = draft_recipe(str(place / "model"), str(place / "few.txt")).recipe
+    assert (few.data.format, few.data.validation, few.run.evaluate_every) == ("text", None, None)
+    many = draft_recipe(str(place / "model"), str(place / "sums.jsonl")).recipe
+    assert (many.data.validation, many.run.evaluate_every) == (0.02, 200)
+    none = draft_recipe(str(place / "model"), str(place / "sums.jsonl"), ["data.validation=null"]).recipe
+    assert none.run.evaluate_every is None
+
+
+def test_a_chat_template_is_mentioned(place: Path) -> None:
+    data = str(place / "sums.jsonl")
+    assert "data.as_chat=true" in " ".join(draft_recipe(str(place / "chat-model"), data).lines())
+    assert "as_chat" not in " ".join(draft_recipe(str(place / "model"), data).lines())
+
+
+def run(*words: str, code: int = 0) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == code
+
+
+def test_a_run_without_a_recipe_leaves_one_and_resumes(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", str(place / "model"), str(place / "sums.jsonl"), "run.device=cpu", "run.report_to=[]"]
+    words += ["run.steps=4", "run.save_every=2", "optimizer.lr=1e-2"]
+    output, again, whole = (tmp_path / name for name in ("out", "again", "whole"))
+    run(*words, f"run.output={whole}")
+    assert "format     prompt-completion, found from the columns question and answer" in capsys.readouterr().out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTrainer, "training_step", stopping_at_step(3))
+        run(*words, f"run.output={output}", code=130)
+    assert (output / "checkpoints/step-2").is_dir()
+    assert not (output / "model.safetensors").exists()
+    assert "sums.jsonl run.device=cpu" in capsys.readouterr().err
+    run(*words, f"run.output={output}", "--resume")
+    assert json.loads((output / "run.json").read_text("utf-8"))["resumed_from"] == "step-2"
+    assert_same_weights(output, whole)
+
+    run("train", str(output / "recipe.yaml"), f"run.output={again}")
+    assert_same_weights(again, whole)
+    assert load_recipe(output / "recipe.yaml").run.steps == 4
+
+
+def stopping_at_step(step: int) -> Any:
+    """Return a step of training that the user interrupts."""
+    whole = RunTrainer.training_step
+
+    def stop(self: RunTrainer, *args: Any, **options: Any) -> Any:
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return whole(self, *args, **options)
+
+    return stop
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["{place}/model"], "is a model; name the data to train it on as well: gradselect train {place}/model DATA"),
+        (["{place}/model", "run.steps=3"], "name the data to train it on as well"),
+        (["{place}/sums.jsonl", "{place}/model"], "the model comes first: gradselect train MODEL {place}/sums.jsonl"),
+        (["model.path=m", "data.path=d"], "'model.path=m' stands where a recipe or a model is expected"),
+        (["{place}/empty", "{place}/sums.jsonl"], "is a folder without config.json, so no model, and no recipe"),
+        (["some/model"], "name the data as well: gradselect train some/model DATA"),
+        (["nothing.yaml", "{place}/sums.jsonl"], "nothing.yaml: no such recipe"),
+        (["{place}/model", "{place}/sums.jsonl", "3"], "'3' is no override; after MODEL and DATA write key=value"),
+        (["{place}/model", "{place}/sums.jsonl", "run.stepz=3"], "did you mean 'steps'"),
+        (["{place}/model", "{place}/none.jsonl"], "no such file"),
+        (["some/model", "{place}/sums.jsonl"], "MODEL='some/model' cannot be used"),
+    ],
+)
+def test_words_that_are_not_clear_are_refused(
+    words: list[str], said: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("train", *(word.replace("{place}", str(place)) for word in words), code=2)
+    assert said.replace("{place}", str(place)) in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", ["plan", "data"])
+def test_other_commands_take_a_model_and_data_too(
+    command: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(command, str(place / "model"), str(place / "sums.jsonl"), "--json")
+    said = capsys.readouterr()
+    assert json.loads(said.out)
+    assert "found from the columns" in said.err
