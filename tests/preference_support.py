@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import gradselect as gs
-from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
+from gradselect.integrations.transformers import SelectiveTraining
 
 KINDS = {
     "dpo": ("trl", "DPO"),
@@ -105,20 +105,21 @@ def build(kind, model, folder, choice, *, lora=False, callbacks=(), **settings):
         usual |= {"num_generations": 2, "max_completion_length": 4}
         parts["reward_funcs"] = num_kinds_of_words
     args = arguments_class(output_dir=str(folder), **{**usual, **settings})
-    trainer = trainer_class(
+    return trainer_class(
         model=model if isinstance(model, torch.nn.Module) else load_model(kind, model),
         args=args,
         train_dataset=rows(kind),
         processing_class=tokenizer(),
-        callbacks=[*([] if choice is None else [SelectionCallback()]), *callbacks],
+        callbacks=[*([] if choice is None else [selective(choice)]), *callbacks],
         # Both matrices random: with one of them zero, the first gradient of the other is zero.
         peft_config=LoraConfig(r=2, init_lora_weights=False) if lora else None,
         **parts,
     )
-    if choice is not None:
-        name = "mask" if isinstance(choice, gs.AbstractMask) else "policy"
-        trainer.optimizer_cls_and_kwargs = (SelectiveOptimizerFactory, {name: choice, "args": args})
-    return trainer
+
+
+def selective(choice):
+    """The one callback that makes any trainer selective, for a policy or a mask."""
+    return SelectiveTraining(**{"mask" if isinstance(choice, gs.AbstractMask) else "policy": choice})
 
 
 class Witness(TrainerCallback):

@@ -160,7 +160,7 @@ def test_a_mask_can_choose_among_the_weights_of_an_adapter(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"policy": gs.All()}, "have both"),
+        ({"policy": gs.All()}, "have 'policy' and 'mask'"),
         ({"residency": gs.Keep()}, "unknown option 'residency' in the kwargs"),
         ({"max_grad_nrom": 1.0}, "write 'max_grad_norm'"),
     ],
@@ -171,7 +171,7 @@ def test_options_that_do_not_fit_a_mask_are_refused(tmp_path, options, said):
 
 
 def test_neither_policy_nor_mask_is_refused(tmp_path):
-    with pytest.raises(gs.UsageError, match="have neither"):
+    with pytest.raises(gs.UsageError, match="have none"):
         SelectiveOptimizerFactory()(tiny_llama(), lr=1e-3)
 
 

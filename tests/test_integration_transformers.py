@@ -393,7 +393,7 @@ def test_given_explore_steps_stay(tmp_path):
 
 def test_another_optimizer_is_refused(tmp_path):
     trainer = Trainer(tiny_llama(), arguments(tmp_path), train_dataset=examples(4), callbacks=[SelectionCallback()])
-    with pytest.raises(gs.UsageError, match=r"the Trainer has AdamW.*SelectiveOptimizerFactory"):
+    with pytest.raises(gs.UsageError, match=r"the Trainer has AdamW.*SelectiveTraining"):
         trainer.train()
 
 
@@ -493,7 +493,7 @@ def test_a_wrapper_for_data_parallelism_is_taken_off(wrapper):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 1e-3}, "need a 'policy'"),
+        ({"lr": 1e-3}, "need one of 'policy'"),
         ({"policy": gs.All()}, "no 'lr'.*TrainingArguments"),
         ({"policy": gs.All(), "lr": 1e-3, "residence": gs.Keep()}, "'residence'.*write 'residency'"),
         ({"policy": gs.All(), "lr": 1e-3, "zzz": 1}, "'zzz'.*known are policy, always, lr"),

@@ -11,7 +11,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import gradselect as gs
-from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
+from gradselect.integrations.transformers import SelectiveTraining
 
 sentences = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -39,12 +39,16 @@ def test_the_pooler_of_a_model_of_sentences_takes_no_place(folder, tmp_path, pol
     trainer = sentences.SentenceTransformerTrainer(
         model=model,
         args=sentences.SentenceTransformerTrainingArguments(
-            output_dir=str(tmp_path / "out"), per_device_train_batch_size=2, max_steps=6, report_to=[], use_cpu=True
+            output_dir=str(tmp_path / "out"),
+            per_device_train_batch_size=2,
+            max_steps=6,
+            learning_rate=1e-3,
+            report_to=[],
+            use_cpu=True,
         ),
         train_dataset=Dataset.from_dict(rows),
         loss=losses.MultipleNegativesRankingLoss(model),
-        optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, {"policy": policy, "lr": 1e-3}),
-        callbacks=[SelectionCallback()],
+        callbacks=[SelectiveTraining(policy=policy)],
     )
     trainer.train()
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)

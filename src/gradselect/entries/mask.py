@@ -128,6 +128,13 @@ class AbstractMask(ABC):
     def fill_steps(self, num_steps: int) -> None:
         """Tell the mask the optimizer steps of the whole training, which settings may leave open. Default: no use."""
 
+    def check_ready(self) -> None:
+        """Check before each step that no setting is open any more. Default: none ever is.
+
+        Raises:
+            UsageError: names the setting.
+        """
+
     @abstractmethod
     def start(self) -> None:
         """Check the settings against `self.tensors`."""

@@ -237,6 +237,16 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         unread = self._entries.squared_norms_of(self._reader.unread, decides=self._selector.can_select)
         return float(total([*unread, *self._squared_norms()]).sqrt())
 
+    def fill_steps(self, num_steps: int) -> None:
+        """Tell the mask the optimizer steps of the whole training, if its settings left them open.
+
+        They are part of the state: after a resume, those of the first session hold.
+        """
+        before = self.mask.filled_steps
+        self.mask.fill_steps(num_steps)
+        if self.mask.filled_steps != before:
+            self._continue()
+
     @torch.no_grad()
     def refresh_masters(self) -> None:
         self._entries.refresh_masters()
@@ -329,6 +339,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         self._agreement.carry_over(self._reader.parameters.items())
 
     def _check_use(self) -> None:
+        self.mask.check_ready()
         if getattr(self, "grad_scale", None) is not None:
             delattr(self, "grad_scale")  # the scaler leaves it here
             raise UsageError(

@@ -62,6 +62,9 @@ class ID3(AbstractCompactMask):
         self._budget = resolve_budget(self.tensors, budget=self.budget, density=self.density)
 
     def choice(self, step: int, num_chosen: int) -> TopOfGradient | None:
+        if self.steps is None and self.filled_steps is None:
+            # Gradients must flow, so that the step can say what is missing.
+            return TopOfGradient(1)
         missing = self.num_unmasked(step) - num_chosen
         return TopOfGradient(missing) if missing > 0 else None
 
@@ -76,6 +79,9 @@ class ID3(AbstractCompactMask):
         check_whole("steps", num_steps)
         if self.steps is None and self.filled_steps is None:
             self.filled_steps = num_steps
+
+    def check_ready(self) -> None:
+        self._known_steps()
 
     def _known_steps(self) -> int:
         num_steps = self.filled_steps if self.steps is None else self.steps

@@ -122,6 +122,7 @@ class SelectionCallback(TrainerCallback):
             optimizer.policy.fill_explore_steps(num_steps)
             say_explore_steps(optimizer, num_steps=state.max_steps)
         else:
+            optimizer.fill_steps(state.max_steps)
             self._take_over_clipping(args, optimizer)
         warn_of_new_tokens(parts["model"], optimizer)
         # The Trainer knows in each micro-batch whether a step follows; a stream has no length to count by.
@@ -233,9 +234,8 @@ def _unwrap_optimizer(optimizer: torch.optim.Optimizer) -> BlockOptimizer | Spar
     if not isinstance(optimizer, BlockOptimizer | SparseOptimizer):
         raise UsageError(
             "SelectionCallback needs a BlockOptimizer or a SparseOptimizer, but the Trainer has "
-            f"{type(optimizer).__name__}; write "
-            'optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, {"policy": ..., "args": args}), or leave out the '
-            "callback"
+            f"{type(optimizer).__name__}; write callbacks=[SelectiveTraining(policy=...)], which brings the optimizer, "
+            "or leave the callback out"
         )
     return optimizer
 
