@@ -28,6 +28,7 @@ FREE = {
         "save_every",
         "keep_checkpoints",
         "report_to",
+        "sample_answers",
         "max_skipped_steps",
     },
 }

@@ -183,7 +183,10 @@ class Suite(Settings):
             update={
                 "method": self.methods[method].method,
                 "optimizer": self.recipe.optimizer.model_copy(update={"lr": lr}),
-                "run": self.recipe.run.model_copy(update={"seed": seed, "output": str(output)}),
+                "run": self.recipe.run.model_copy(
+                    # Nobody reads the answers of these runs.
+                    update={"seed": seed, "output": str(output), "sample_answers": 0}
+                ),
             }
         )
 

@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from gradselect.app.models import greedy_settings
 from gradselect.usage import UsageError
 
 from .language_model import LanguageModel
 from .tokens import Prompt, longest_first, pad
-
-NEUTRAL = {
-    "do_sample": False,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "min_p": None,
-    "top_h": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "penalty_alpha": 0.0,
-    "length_penalty": 1.0,
-    "early_stopping": False,
-    "max_length": None,
-    "min_length": 0,
-}
-"""Greedy decoding. Settings that it ignores, or that `max_new_tokens` replaces, have their defaults.
-
-The defaults are written out because transformers fills a None from the model's own config.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,22 +63,13 @@ def greedy_config(language_model: LanguageModel, *, max_new_tokens: int, stop: S
 
     Its end-of-text tokens, repetition penalties, and suppressed or forced tokens stay.
     """
-    config = copy.deepcopy(language_model.model.generation_config)
-    config.update(
-        **NEUTRAL,
+    return greedy_settings(
+        language_model.model,
+        language_model.tokenizer,
+        pad_token=language_model.pad_token,
         max_new_tokens=max_new_tokens,
         stop_strings=list(stop) or None,
-        eos_token_id=_end_tokens(language_model) or None,
-        pad_token_id=language_model.pad_token,
     )
-    return config
-
-
-def _end_tokens(language_model: LanguageModel) -> list[int]:
-    """Return every end-of-text token that the generation config or the tokenizer names."""
-    configured = language_model.model.generation_config.eos_token_id
-    listed = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in (*listed, language_model.tokenizer.eos_token_id) if token is not None})
 
 
 @torch.inference_mode()

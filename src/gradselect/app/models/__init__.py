@@ -2,6 +2,7 @@
 
 from .causal import at_rest, check_causal
 from .folder import files_beside_weights
+from .greedy import greedy_settings
 from .pretrained import (
     check_complete,
     check_tokens,
@@ -23,6 +24,7 @@ __all__ = [
     "draw_weights",
     "encode_texts",
     "files_beside_weights",
+    "greedy_settings",
     "is_quantised",
     "load_configuration",
     "load_text_tokenizer",

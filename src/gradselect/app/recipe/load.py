@@ -62,8 +62,11 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def todays_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recipe in a run file, which an earlier version may have written, with today's keys."""
-    method = recipe.get("method")
-    return {**recipe, "method": todays_method(method)} if isinstance(method, Mapping) else dict(recipe)
+    method, run = recipe.get("method"), recipe.get("run")
+    changes = {"method": todays_method(method)} if isinstance(method, Mapping) else {}
+    if isinstance(run, Mapping):
+        changes["run"] = {"sample_answers": 0, **run}  # earlier versions had none
+    return {**recipe, **changes}
 
 
 def read_values(path: Path, *, kind: str, sections: Sequence[str], above: tuple[Path, ...] = ()) -> dict[str, Any]:

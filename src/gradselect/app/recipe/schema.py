@@ -78,6 +78,8 @@ class RunSettings(Settings):
         max_skipped_steps: a step whose loss or gradient norm is NaN or infinite is skipped. More than this many such
             steps in a row end the run.
         report_to: trackers that receive the curves.
+        sample_answers: validation rows that the model answers at each evaluation, on the console and in
+            `answers.jsonl`; 0: none. Has no effect on the training.
     """
 
     output: Place
@@ -93,6 +95,7 @@ class RunSettings(Settings):
     keep_checkpoints: Count = 2
     max_skipped_steps: Annotated[int, Field(ge=0)] = 3
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ("tensorboard",)
+    sample_answers: Annotated[int, Field(ge=0, le=64)] = 3
 
     @model_validator(mode="after")
     def check_length(self) -> Self:

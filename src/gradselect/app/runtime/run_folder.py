@@ -23,6 +23,7 @@ class RunFolder:
     recipe.yaml        the recipe with every default written out
     run.json           what was run, on what, and how it went
     records.jsonl      one selection record a step, for the methods that select blocks
+    answers.jsonl      what the model answered to some validation rows at each evaluation
     checkpoints/step-N what `--resume` continues from, each with a manifest; it skipped damaged-step-N
     tensorboard/       curves
     messages.log       warnings and log lines of the libraries
@@ -41,6 +42,10 @@ class RunFolder:
     @property
     def records_file(self) -> Path:
         return self.root / "records.jsonl"
+
+    @property
+    def answers_file(self) -> Path:
+        return self.root / "answers.jsonl"
 
     @property
     def messages_file(self) -> Path:
@@ -72,10 +77,14 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
 
+    def step_of(self, checkpoint: Path) -> int:
+        """Return the number of the step after which a checkpoint was written."""
+        return int(checkpoint.name.removeprefix("step-"))
+
     def complete_checkpoints(self) -> list[Path]:
         """Return the checkpoints, oldest first. Half-written ones have another name and are not among them."""
         found = (path for path in self.checkpoints.glob("step-*") if _STEP.fullmatch(path.name))
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+        return sorted(found, key=self.step_of)
 
     def newest_checkpoint(self) -> Path | None:
         return next(reversed(self.complete_checkpoints()), None)

@@ -12,7 +12,7 @@ from typing import Any
 
 from gradselect import MaskRecord, StepRecord, UsageError
 from gradselect.app.runtime import RunFolder, barrier, is_rank_0
-from gradselect.files import aside_of, newest_whole, remove, write_manifest, writing_aside
+from gradselect.files import aside_of, newest_whole, remove, write_atomically, write_manifest, writing_aside
 
 
 @contextmanager
@@ -55,8 +55,9 @@ def find_checkpoint(folder: RunFolder) -> tuple[Path | None, dict[Path, str]]:
 def return_to(folder: RunFolder, checkpoint: Path | None, *, damaged: Mapping[Path, str], keep: int) -> None:
     """Restore the folder to the moment when `checkpoint` was written; without one, to before the first step.
 
-    Cuts later records, deletes half-written checkpoints and renames damaged ones, which may still be of use. Keeps the
-    last `keep` of the others: a run killed between writing one and deleting another has left one too many.
+    Cuts later records and answers, deletes half-written checkpoints and renames damaged ones, which may still be of
+    use. Keeps the last `keep` of the others: a run killed between writing one and deleting another has left one too
+    many.
 
     Raises:
         UsageError: the folder cannot be written to.
@@ -67,6 +68,7 @@ def return_to(folder: RunFolder, checkpoint: Path | None, *, damaged: Mapping[Pa
         for path in damaged:
             path.rename(_free_name(path.with_name(f"damaged-{path.name}")))
         _return_records(folder, checkpoint)
+        _return_answers(folder, checkpoint)
         delete_old_checkpoints(folder, keep=keep)
     except OSError as error:
         raise UsageError(f"run.output={folder.root} cannot be written to: {error}") from error
@@ -79,6 +81,15 @@ def _return_records(folder: RunFolder, checkpoint: Path | None) -> None:
         return
     with writing_aside(folder.records_file) as aside:
         shutil.copyfile(kept, aside)
+
+
+def _return_answers(folder: RunFolder, checkpoint: Path | None) -> None:
+    """Cut the answers that were written after the checkpoint, and a last line that is not whole."""
+    file, step = folder.answers_file, 0 if checkpoint is None else folder.step_of(checkpoint)
+    if not file.exists():
+        return
+    lines = [line for line in file.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    write_atomically(file, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 def delete_old_checkpoints(folder: RunFolder, *, keep: int) -> None:

@@ -44,6 +44,8 @@ from .run_record import (
     write_run,
     write_start,
 )
+from .sample_answers import add_answers
+from .samples import choose_samples
 from .saving import plan_saving, save_model
 from .setup import build_trainer
 from .trainer import RunTrainer
@@ -66,10 +68,11 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
 
         # 2 set up
         saving = plan_saving(recipe, inputs)
+        samples, sample_notes = choose_samples(recipe, inputs)
         with _explained(recipe, folder):
             trainer = build_trainer(recipe, inputs, folder=folder, stages=stages)
         counted = row_notes(trainer.token_counts, recipe.data, max_length=inputs.max_length)
-        notes = [*inputs.examples.notes, *counted, *saving.notes, *new_token_notes(recipe, inputs)]
+        notes = [*inputs.examples.notes, *counted, *sample_notes, *saving.notes, *new_token_notes(recipe, inputs)]
         start = start.model_copy(update={"token_counts": trainer.token_counts})
         if is_rank_0() and folder.run_file.exists():
             check_same_rows(folder, trainer.token_counts)
@@ -79,6 +82,9 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
             write_start(folder, start, recipe)
         found = broadcast_from_rank_0(None if checkpoint is None else str(checkpoint))
         show_start(console, start, notes=notes, checkpoint=checkpoint, damaged=damaged, resume=resume)
+
+        if samples and is_rank_0():
+            add_answers(trainer, samples, recipe, inputs, ends=saving.ends, stages=stages, folder=folder)
 
         # 3 train and evaluate
         with watched_signals() as trainer.signals, _explained(recipe, folder):

@@ -33,7 +33,8 @@ _LIST_OF_NUMBERS = re.compile(r"\[\n([-+.,eE\d\s]*)\]")
 
 FREE_TO_CHANGE = {
     *(f"recipe.run.{key}" for key in ("output", "device", "log_every", "evaluate_every", "save_every", "report_to")),
-    *("recipe.run.keep_checkpoints", "recipe.run.max_skipped_steps", "recipe.model.gradient_checkpointing"),
+    *("recipe.run.keep_checkpoints", "recipe.run.max_skipped_steps", "recipe.run.sample_answers"),
+    "recipe.model.gradient_checkpointing",
     # The content at these paths is compared, not the path.
     *("recipe.model.path", "recipe.model.revision", "recipe.model.trust_pickle"),
     *("recipe.data.path", "data.train.path", "data.validation.path"),
