@@ -46,7 +46,10 @@ class BlockHistory:
     explored: list[bool] = field(default_factory=list)
     state_bytes: list[int] = field(default_factory=list)
     moved_bytes: list[int] = field(default_factory=list)
-    _orders: set[tuple[str, ...]] = field(default_factory=set, repr=False)
+    _pairs: dict[tuple[str, ...], None] = field(default_factory=dict, repr=False)
+    """Neighbours in the records, and single names: they tell the order of the blocks."""
+    _merged: tuple[int, tuple[str, ...]] = field(default=(-1, ()), repr=False)
+    """Number of pairs that the order was made from, and the order."""
 
     def __call__(self, record: StepRecord | Mapping[str, Any]) -> None:
         """Add the record of the next step; after a resume it replaces that step and all behind it."""
@@ -57,12 +60,15 @@ class BlockHistory:
         self.explored.append(bool(values["explored"]))
         self.state_bytes.append(values.get("state_bytes", 0))
         self.moved_bytes.append(values.get("moved_bytes", 0))
-        self._orders.update((self.selected[-1], tuple(values.get("norms", ()))))
+        for order in (self.selected[-1], tuple(values.get("norms", ()))):
+            self._pairs.update(dict.fromkeys(pairwise(order)) if len(order) > 1 else {order: None})
 
     @property
     def blocks(self) -> tuple[str, ...]:
         """Names of all blocks, in model order as far as it is known."""
-        return merge_orders([self.names, *sorted(self._orders, key=lambda order: (-len(order), order))])
+        if self._merged[0] != len(self._pairs):
+            self._merged = len(self._pairs), merge_orders([self.names, *self._pairs])
+        return self._merged[1]
 
     @property
     def updates(self) -> dict[str, int]:

@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from gradselect.usage import UsageError
+
 
 def report(
-    results: Annotated[str, typer.Argument(help="Folder with the results of one suite.", metavar="RESULTS")],
+    results: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of one training run, finished or not, or folder with the results of one suite.",
+            metavar="FOLDER",
+        ),
+    ],
     output: Annotated[
-        str | None, typer.Option(help="Folder for report.html and its pictures. Default: RESULTS/report.")
+        str | None, typer.Option(help="Folder for report.html and its pictures. Default: FOLDER/report.")
+    ] = None,
+    records: Annotated[
+        str | None, typer.Option(help="Of a run: file of the selection records, if it is elsewhere.")
+    ] = None,
+    evaluation: Annotated[
+        list[str] | None, typer.Option(help="Of a run: output folder of gradselect evaluate. Repeatable.")
     ] = None,
     include_dirty: Annotated[
-        bool, typer.Option("--include-dirty", help="Include runs from a tree with uncommitted changes.")
+        bool,
+        typer.Option("--include-dirty", help="Of a suite: include runs from a tree with uncommitted changes."),
     ] = False,
 ) -> None:
-    """Write one HTML page about RESULTS: tables with intervals and tests, pictures, versions and commands."""
-    from gradselect.app.report import write_report
+    """Write one HTML page about a training run or a comparison: what was run, tables and pictures."""
+    from gradselect.app.report import is_run, write_report, write_run_report
 
+    if records is not None or evaluation or is_run(Path(results)):
+        if include_dirty:
+            raise UsageError(f"--include-dirty is for the results of a suite, and {results} is a training run")
+        _check_exists(results)
+        written = write_run_report(results, output=output, records=records, evaluations=evaluation or ())
+        for line in (*written.lines, f"page       {written.page}  pictures {len(written.pictures)}"):
+            typer.echo(line)
+        return
     summary = write_report(results, output=output, include_dirty=include_dirty)
     for skipped in summary.skipped:
         typer.echo(f"skipped {skipped.file}: {skipped.reason}", err=True)
@@ -27,3 +51,8 @@ def report(
     if summary.num_failed:
         typer.echo(f"failed, listed on the page: {summary.num_failed}", err=True)
     typer.echo(f"{summary.page}  runs {summary.num_runs}, pictures {len(summary.pictures)}")
+
+
+def _check_exists(path: str) -> None:
+    if not Path(path).exists():
+        raise UsageError(f"{path}: no such folder")

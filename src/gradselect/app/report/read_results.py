@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradselect.app.results import ComparedRun, Result, Skipped, read_result
+from gradselect.app.results import NO_RESULT, ComparedRun, Result, Skipped, read_result
 from gradselect.usage import UsageError, find_differences
+
+from . import number_format as words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,9 @@ def read_results(folder: Path, *, include_dirty: bool) -> Results:
         UsageError: the folder does not exist, or holds no usable result or results of several protocols.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder} is no folder; make results with: gradselect compare suites/quick.yaml")
+        raise UsageError(
+            f"{folder} is no folder; give that of a run, or of results, made with: gradselect compare suites/quick.yaml"
+        )
     runs, skipped = _read_all(sorted(folder.glob("*.json")))
     dirty = () if include_dirty else tuple(run for run in runs if run.record.dirty)
     kept = [run for run in runs if include_dirty or not run.record.dirty]
@@ -90,17 +94,30 @@ def _differences(first: ComparedRun, other: ComparedRun) -> Iterator[str]:
 
 
 def _nothing_to_report(folder: Path, results: Results) -> str:
+    others = [skipped for skipped in results.skipped if skipped.reason.startswith(NO_RESULT)]
+    damaged = [skipped for skipped in results.skipped if skipped not in others]
     counts = (
         (len(results.failed), "of failed runs"),
         (len(results.dirty), "of a tree with uncommitted changes (--include-dirty takes them in)"),
-        (len(results.skipped), "damaged or no results"),
+        (len(damaged), "damaged"),
     )
     found = "; ".join(f"{count} {what}" for count, what in counts if count)
+    lines = [
+        f"no results in {folder}: its files are {found}" if found else f"no run and no results in {folder}",
+        *(f"  {skipped.file}: {skipped.reason}" for skipped in damaged),
+        *(f"  {run.path.name}: {run.error or 'failed'}" for run in results.failed),
+    ]
+    if others:
+        files = words.plural(len(others), ".json file")
+        lines.append(f"{files} of other kinds: {_few([skipped.file for skipped in others])}")
     return "\n".join(
         [
-            f"no results in {folder}: " + (f"its files are {found}" if found else "it has no .json files"),
-            *(f"  {skipped.file}: {skipped.reason}" for skipped in results.skipped),
-            *(f"  {run.path.name}: {run.error or 'failed'}" for run in results.failed),
-            "make some with: gradselect compare suites/quick.yaml",
+            *lines,
+            "give the folder of a run (it holds run.json, or trainer_state.json of a Trainer), a file of selection "
+            "records, or the results of: gradselect compare suites/quick.yaml",
         ]
     )
+
+
+def _few(names: Sequence[str], *, most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

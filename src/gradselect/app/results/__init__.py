@@ -3,6 +3,7 @@
 from .result_file import (
     FAILED,
     FORMAT,
+    NO_RESULT,
     SUCCESS,
     ComparedRun,
     Curve,
@@ -35,6 +36,7 @@ from .run_record import (
 __all__ = [
     "FAILED",
     "FORMAT",
+    "NO_RESULT",
     "SUCCESS",
     "BlockSelection",
     "ComparedRun",

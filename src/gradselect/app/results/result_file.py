@@ -19,6 +19,8 @@ from .run_record import Flop, Seconds, Selection
 
 FORMAT = 1
 SUCCESS, FAILED = "success", "failed"
+NO_RESULT = "no result of gradselect compare"
+"""Beginning of the reason why a file, which may be whole, is skipped."""
 Role = Literal["rate", "score"]
 NullAsEmpty = BeforeValidator(lambda value: {} if value is None else value)
 
@@ -188,13 +190,24 @@ def read_result(path: Path) -> Result:
         UsageError: it is half-written, damaged, or not a result of this format; names file and key.
     """
     name = path.name
+    _check_holds_object(path, name=name)
     values = read_sealed(path, name=name)
     own = values.get("gradselect")
     if not isinstance(own, dict):
-        raise UsageError(f"{name}: no result of gradselect compare: it has no part 'gradselect'")
+        raise UsageError(f"{name}: {NO_RESULT}: it has no part 'gradselect'")
     if own.get("format") != FORMAT:
         raise UsageError(f"{name}: format {own.get('format')!r}; this version reads format {FORMAT}")
     return Result(path=path, content=ResultFile.check(values, name=name))
+
+
+def _check_holds_object(path: Path, *, name: str) -> None:
+    """Tell a whole file of something else from a damaged result."""
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # the reader says what is wrong
+    if not isinstance(values, dict):
+        raise UsageError(f"{name}: {NO_RESULT}: it holds no object but {str(values)[:40]!r}")
 
 
 def write_result(path: Path, content: ResultFile) -> None:
