@@ -7,12 +7,8 @@ import logging
 
 import pytest
 import torch
+from checkpoint_support import WAYS, step_idly
 from tiny_models import tiny_batch, tiny_llama
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from transformers import Trainer, TrainingArguments
 
 import gradselect as gs
@@ -44,79 +40,15 @@ def same(one, other):
 # State dicts that others take apart --------------------------------------------------------------------------------
 
 
-def step_idly(optimizer):
-    """Step with zero gradients at rate 0, as torch and torchtitan do to have state to load into."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-
-
-def flat(optimizer):
-    """Flatten a state_dict by parameter name, as pipelines do: only `state` and the keys of the groups remain."""
-    saved = optimizer.state_dict()
-    names = [name for group in optimizer.param_groups for name in group["param_names"]]
-    found = {
-        f"state.{names[number]}.{key}": value
-        for number, state in saved["state"].items()
-        for key, value in state.items()
-    }
-    for group, live in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-        for name in live["param_names"]:
-            found |= {f"group.{name}.{key}": group[key] for key in group if key not in ("params", "param_names")}
-    return found
-
-
-def load_flat(optimizer, found):
-    """Rebuild a state_dict from the state and the keys that the new optimizer has."""
-    state, groups, number = {}, [], 0
-    for group in optimizer.param_groups:
-        numbers = []
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            kinds = [key for key in optimizer.state.get(parameter, {}) if f"state.{name}.{key}" in found]
-            if kinds:
-                state[number] = {key: found[f"state.{name}.{key}"] for key in kinds}
-            numbers.append(number)
-            number += 1
-        first = group["param_names"][0]
-        keys = [key for key in group if key not in ("params", "param_names")]
-        groups.append({"params": numbers, **{key: found[f"group.{first}.{key}"] for key in keys}})
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def by_hand(model, optimizer, again, resumed):
-    step_idly(resumed)
-    load_flat(resumed, flat(optimizer))
-
-
-def by_torch(model, optimizer, again, resumed, *, flatten):
-    # A block that was never selected has no state, which torch takes for a fault unless told otherwise.
-    options = StateDictOptions(flatten_optimizer_state_dict=flatten, strict=False)
-    saved = get_optimizer_state_dict(model, optimizer, options=options)
-    set_optimizer_state_dict(again, resumed, copy.deepcopy(saved), options=options)
-
-
-WAYS = {
-    "by hand, flat": by_hand,
-    "by torch": lambda *parts: by_torch(*parts, flatten=False),
-    "by torch, flat": lambda *parts: by_torch(*parts, flatten=True),
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "by files"])
 @pytest.mark.parametrize("make", ["explore", "growing mask", "dense mask"])
-def test_a_state_dict_that_is_taken_apart_keeps_its_selection(make, way):
+def test_a_state_dict_that_is_taken_apart_keeps_its_selection(make, way, tmp_path):
     """Helpers drop the top-level entry `selection`: resuming said that no BlockOptimizer wrote this."""
     model, again = tiny_llama(), tiny_llama()
     optimizer, resumed = MAKES[make](model), MAKES[make](again)
     train(model, optimizer, 3)
     again.load_state_dict(model.state_dict())
-    WAYS[way](model, optimizer, again, resumed)
+    WAYS[way](model, optimizer, again, resumed, folder=tmp_path)
     assert resumed.num_steps == 3
     train(model, optimizer, 4, first=3)
     train(again, resumed, 4, first=3)
@@ -148,6 +80,22 @@ def test_a_step_of_zero_gradients_at_rate_0_counts_for_nothing(make):
         train(model, optimizer, 5)
         ends.append(model.state_dict())
     assert same(*ends)
+
+
+def test_what_an_idle_step_shows_is_no_state():
+    """It stayed for good: with Drop all moments lay on the device."""
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.Cyclic(every=1), lr=1e-2, residency=gs.Drop())
+    train(model, optimizer, 2)
+    held = optimizer.memory()
+    step_idly(optimizer)
+    assert all(
+        optimizer.state[parameter].keys() == {"step", "exp_avg", "exp_avg_sq"} for parameter in model.parameters()
+    )
+    assert optimizer.memory() == held
+    assert optimizer.state_dict()["selection"]["with_state"] == []
+    train(model, optimizer, 1, first=2)
+    assert not any(optimizer.state.values())
 
 
 def test_a_step_at_rate_0_with_gradients_counts():

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from checkpoint_support import WAYS
 from distributed_support import succeed, tiny, train, whole
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -216,3 +217,50 @@ def test_torch_passes_the_whole_state_on_and_makes_none_up(name):
         assert held == held_again < len(weights)
         for key, weight in weights.items():
             assert torch.equal(weight, others[key]), key
+
+
+# State dicts that are flat, or taken apart by other helpers --------------------------------------------------------
+
+MAKES = {
+    "explore": lambda model: gs.BlockOptimizer(model, gs.AdaGradSelect(count=2, delta=9.0, explore_steps=2), lr=1e-2),
+    "drop": lambda model: gs.BlockOptimizer(model, gs.Cyclic(every=1), lr=1e-2, residency=gs.Drop()),
+    "growing mask": lambda model: gs.SparseOptimizer(model, gs.ID3(density=0.05, steps=6), lr=1e-2),
+    "dense mask": lambda model: gs.SparseOptimizer(model, gs.GMT(fraction=0.2), lr=1e-2),
+}
+PASSED = [
+    ("explore", "by hand, flat"),
+    ("explore", "by torch, flat"),
+    ("drop", "by files"),
+    ("growing mask", "by hand, flat"),
+    ("dense mask", "by files"),
+    ("dense mask", "by torch, flat"),
+]
+
+
+def pass_flat(rank, *, folder):
+    """For each optimizer and way: number of steps, number of states after a save, and both weights at the end."""
+    return {pair: pass_one(rank, *pair, folder=folder / " ".join(pair)) for pair in PASSED}
+
+
+def pass_one(rank, name, way, *, folder):
+    pairs = [(model := shard(tiny()), MAKES[name](model)) for _ in range(2)]
+    (model, optimizer), (again, resumed) = pairs
+    settings = {"rank": rank, "world": 2, "accumulation": 1, "clip": None}
+    train(model, optimizer, steps=3, **settings)
+    set_model_state_dict(again, get_model_state_dict(model))
+    WAYS[way](model, optimizer, again, resumed, folder=folder)
+    held = [len(each.state) for each in (optimizer, resumed)]
+    steps = resumed.num_steps
+    for each in pairs:
+        train(*each, steps=3, first=3, **settings)
+    return steps, held, whole(model), whole(again)
+
+
+def test_state_dicts_of_shards_survive_every_helper(tmp_path):
+    """Flat helpers lost all states of shards: refused with blocks, and in silence with a dense mask."""
+    for results in succeed(pass_flat, world=2, folder=tmp_path):
+        for found, (steps, (held, held_again), weights, others) in results.items():
+            assert steps == 3, found
+            assert held == held_again, found
+            for key, weight in weights.items():
+                assert torch.equal(weight, others[key]), (found, key)

@@ -58,7 +58,7 @@ def write_state_dict(optimizer: BlockOptimizer, state_dict: dict[str, Any]) -> d
         "num_shorter": optimizer._hooks.num_shorter,
         "weights": optimizer._watch.fingerprints() if optimizer.num_steps else {},
         "reach": optimizer._reach.state(),
-        "with_state": [name for number, name in enumerate(table.names) if state_dict["state"].get(number)],
+        "with_state": [name for name, parameter in table.named() if states.exists(parameter)],
     }
     if any(map(is_dtensor, table.all())):
         state_dict["state"] = states.filled(state_dict["state"], is_to_load=not optimizer._may_freeze())

@@ -306,10 +306,6 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self._reach.begin(self._reach.state())
         self._propose()
 
-    def _make_state(self) -> None:
-        for parameter in self._table.all():
-            self._states.of(parameter)
-
     def _is_idle(self) -> bool:
         return super()._is_idle() and not self._in_backward.has_moved and not any(self._observer.norms().values())
 

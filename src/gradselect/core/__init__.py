@@ -17,7 +17,7 @@ from .phases import SELECTION, Phases, in_phase
 from .quantised import ADVICE, below, can_train, is_chosen, nothing_trains, quantised_weights
 from .records import MEMORY_CATEGORIES, JsonlWriter, MaskRecord, MemoryBytes, StepRecord, selection_entropy
 from .residency import AbstractResidency, Drop, Keep, Offload
-from .rules import AbstractRule, Ages, check_shards
+from .rules import AbstractRule, Ages, State, check_shards
 from .saved_names import Place, places_of
 from .settings import UpdateSettings
 from .sgd import SGDRule
@@ -59,6 +59,7 @@ __all__ = [
     "Place",
     "SGDRule",
     "SelectiveOptimizer",
+    "State",
     "StepRecord",
     "UpdateSettings",
     "agrees",

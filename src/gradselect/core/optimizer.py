@@ -24,9 +24,11 @@ from .parameter_groups import ParameterTable, decay_groups
 from .patch import Patch
 from .phases import SELECTION, Phases, Span, in_phase
 from .records import MemoryBytes
+from .rules import State
 from .saved_names import places_of
 from .settings import UpdateSettings
-from .state import BlockStates, StateStore, num_bytes
+from .state import BlockStates, num_bytes
+from .state_store import StateStore
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
         self._is_built = True
         # Helpers that take a state_dict apart keep the keys of the groups that they find in a new optimizer.
         self.param_groups[0][SELECTION_KEY] = ""
-        self.state = StateStore(dict)
+        self.state = self._store = StateStore(dict)
         self.rule, self.residency, self.master_dtype = update.rule, update.residency, update.master_dtype
         self._skip_nonfinite = update.skip_nonfinite
         self.num_skipped = self.num_skipped_in_a_row = 0
@@ -197,6 +199,7 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
         """
         self._checkpoint.read_state_dict(self, state_dict)
         self._patched_step = self._step
+        self._store.has_begun = self._step > 0
         self._watch.expect(selection_of(state_dict).get("weights"))
         if self._agreement is not None:
             self._agreement.check_soon()
@@ -273,11 +276,12 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
         Raises:
             UsageError: a newer optimizer owns the model.
         """
-        self._ownership.check(self._table.all())
-        if self._is_idle():
-            self._make_state()
+        if self._is_idle():  # Accelerate asks before the first pass, with shards that are not taken yet
+            self._states.show(self._shown_states(), is_to_load=self._step == 0 or not self._may_freeze())
             self.zero_grad()
             return True
+        self._ownership.check(self._table.all())
+        self._states.hide()
         if not self.skip_nonfinite or math.isfinite(norm := self.grad_norm):
             self.num_skipped_in_a_row = 0
             return False
@@ -297,8 +301,9 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
         """
         return not self._has_rate() and self.grad_norm == 0.0
 
-    def _make_state(self) -> None:
-        """Make the state of all parameters: whoever asks for it, by an idle step, is about to load into it."""
+    def _shown_states(self) -> dict[Parameter, State]:
+        """Return what else an idle step shows in place of zeros to a loader that learns from it which keys to load."""
+        return {}
 
     def _take_moved(self) -> dict[Tensor, Tensor | None]:
         """Return what moved since the last call, as `make_patch` takes it."""
@@ -321,6 +326,7 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
         return {name: self._table.of(name) for name in self._table.blocks if names is None or name in names}
 
     def _report(self, record: Record) -> None:
+        self._store.has_begun = True
         self.last_record = record
         for hook in self._record_hooks.values():
             hook(record)

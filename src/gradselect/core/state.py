@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradselect.parallel import as_dtensor, is_running, local_part, local_part_like
+from gradselect.parallel import as_dtensor, local_part, local_part_like
 from gradselect.usage import UsageError
 
 from .gradients import dense
@@ -28,17 +28,6 @@ MASTER = "master"
 
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes of weights that may have a master."""
-
-
-class StateStore(defaultdict[Tensor, State]):
-    """State by parameter, as in torch's optimizers; make it with `StateStore(dict)`.
-
-    Under torch.distributed it is true even when empty: `torch.distributed.checkpoint.state_dict` steps an optimizer
-    whose state is false, to have tensors to load into. On shards a state_dict gives it zeros that take no memory.
-    """
-
-    def __bool__(self) -> bool:
-        return len(self) > 0 or is_running()
 
 
 class BlockStates:
@@ -77,6 +66,7 @@ class BlockStates:
         self._master_dtype = update.master_dtype
         self._open: tuple[torch.device, AbstractMover] | None = None
         self._masters = MasterWatch()
+        self._shown: set[Tensor] = set()
         self.resident: set[str] = set()
         self.moved_bytes = 0
         self.refreshed: list[str] = []
@@ -148,7 +138,8 @@ class BlockStates:
     def of(self, parameter: Parameter) -> State:
         """State of the parameter, made at its first update."""
         # Reading optimizer.state[parameter], as a logging loop may, leaves an empty state.
-        if not self._store.get(parameter):
+        if not self.exists(parameter):
+            self._shown.discard(parameter)
             self._store[parameter] = state = self._make(local_part(parameter))
             self._mover.adopt(state, self._large(state))
         state = self._store[parameter]
@@ -159,6 +150,30 @@ class BlockStates:
                 "the optimizer without it, with a schedule of torch.optim.lr_scheduler"
             )
         return state
+
+    def exists(self, parameter: Tensor) -> bool:
+        """Return True if the parameter has state."""
+        return bool(self._store.get(parameter)) and parameter not in self._shown
+
+    def show(self, others: Mapping[Parameter, State] = MappingProxyType({}), *, is_to_load: bool) -> None:
+        """Put zeros in the place of each state that does not exist: a loader reads the keys, and may write the values.
+
+        Nothing else takes them for state.
+
+        Args:
+            others: to be shown in place of zeros.
+            is_to_load: False if nothing writes the values; they then take no memory.
+        """
+        for parameter in self._table.all():
+            if not self.exists(parameter):
+                self._store[parameter] = others.get(parameter) or self._zeros(parameter, is_to_load=is_to_load)
+                self._shown.add(parameter)
+
+    def hide(self) -> None:
+        """Remove what `show` put there."""
+        for parameter in self._shown:
+            self._store.pop(parameter, None)
+        self._shown.clear()
 
     def update(
         self, parameters: Sequence[Parameter], group: Mapping[str, Any], *, gradient: Tensor | None = None
@@ -206,7 +221,7 @@ class BlockStates:
         """Set masters to the current weights."""
         self.wait()
         for parameter, state in self._store.items():
-            if MASTER in state:
+            if MASTER in state and parameter not in self._shown:
                 state[MASTER].copy_(local_part(parameter))
 
     def as_dtensors(self, states: Mapping[int, State]) -> dict[int, State]:
@@ -248,6 +263,7 @@ class BlockStates:
         self._mover.forget()
         self._masters.forget()
         self._store.clear()
+        self._shown.clear()
         self.resident = set()
         for block in sorted(self._table.blocks, key=lambda block: block in resident):
             for name, parameter in zip(self._table.members[block], self._table.of(block), strict=True):
@@ -303,7 +319,7 @@ class BlockStates:
         Later it may move too, e.g. to be saved, and come back; states stay where they are.
         """
         device = self._table.all()[0].device
-        if self._open is None or (self._open[0] != device and not any(self._store.values())):
+        if self._open is None or (self._open[0] != device and not any(map(self.exists, self._store))):
             self._open = device, self._residency.open(device)
         return self._open[1]
 
@@ -319,7 +335,7 @@ class BlockStates:
             )
 
     def _needed_bytes(self, parameter: Parameter) -> int:
-        state = self._store.get(parameter) or self._make(local_part(parameter).to("meta"))
+        state = self._store[parameter] if self.exists(parameter) else self._make(local_part(parameter).to("meta"))
         return sum(num_bytes(state[name]) for name in self._large(state))
 
     def _copy_of(self, name: str) -> StateCopy:
@@ -327,7 +343,11 @@ class BlockStates:
         return StateCopy(states=states, num_bytes=self.num_bytes(name))
 
     def _existing(self, name: str) -> list[tuple[Parameter, State]]:
-        return [(parameter, self._store[parameter]) for parameter in self._table.of(name) if parameter in self._store]
+        return [
+            (parameter, self._store[parameter])
+            for parameter in self._table.of(name)
+            if parameter in self._store and parameter not in self._shown
+        ]
 
     def _large(self, state: State) -> list[str]:
         return [name for name in (*self._rule.state_names, MASTER) if name in state]

@@ -39,9 +39,11 @@ def write_state_dict(optimizer: SparseOptimizer, state_dict: dict[str, Any]) -> 
     precision, `master`, in the order in which entries joined. Every rank gathers the entries of all ranks, by indices
     in the whole tensor. Dense state holds DTensors where the weights are DTensors.
     """
-    state_dict["state"] = optimizer._states.as_dtensors(state_dict["state"])
-    for index, name in enumerate(optimizer._table.names):
-        if name in optimizer._entries.names:
+    states, named, in_entries = optimizer._states, optimizer._table.named(), optimizer._entries.names
+    dense = {index: state for index, state in state_dict["state"].items() if named[index][0] not in in_entries}
+    state_dict["state"] = states.as_dtensors(dense)
+    for index, (name, _) in enumerate(named):
+        if name in in_entries:
             state_dict["state"][index] = optimizer._shards.gather_state(name, optimizer._entries.state(name))
     change = list(optimizer._change)
     state_dict["selection"] = selection = {
@@ -52,6 +54,7 @@ def write_state_dict(optimizer: SparseOptimizer, state_dict: dict[str, Any]) -> 
         "num_shorter": optimizer._hooks.num_shorter,
         **_filled(optimizer),
         "weights": optimizer._watch.fingerprints() if optimizer.num_steps else {},
+        "with_state": [name for name, parameter in named if name in in_entries or states.exists(parameter)],
     }
     state_dict["param_groups"][0]["selection"] = as_text(selection)
     return state_dict

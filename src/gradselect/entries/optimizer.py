@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from gradselect.core import (
     HALF,
@@ -15,6 +16,7 @@ from gradselect.core import (
     MaskRecord,
     MemoryBytes,
     SelectiveOptimizer,
+    State,
     UpdateSettings,
     freeze,
     in_phase,
@@ -278,13 +280,9 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         # Before a selection nothing is applied, and the norm of what is applied is 0.0.
         return super()._is_idle() and not self._saw_nonzero
 
-    def _make_state(self) -> None:
-        for name, parameter in self._table.named():
-            if name in self._entries.names:
-                # Its keys are wanted. The tensors change their size with the entries, and nothing reads these.
-                self.state[parameter] = self._entries.state(name)
-            else:
-                self._states.of(parameter)
+    def _shown_states(self) -> dict[Parameter, State]:
+        named = self._table.named()
+        return {parameter: self._entries.state(name) for name, parameter in named if name in self._entries.names}
 
     def close(self) -> None:
         self._reach.end()
