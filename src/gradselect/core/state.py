@@ -156,13 +156,9 @@ class BlockStates:
         return bool(self._store.get(parameter)) and parameter not in self._shown
 
     def show(self, others: Mapping[Parameter, State] = MappingProxyType({}), *, is_to_load: bool) -> None:
-        """Put zeros in the place of each state that does not exist: a loader reads the keys, and may write the values.
+        """Put `others`, or zeros, where state does not exist: a loader reads the keys. Nothing else takes them for state.
 
-        Nothing else takes them for state.
-
-        Args:
-            others: to be shown in place of zeros.
-            is_to_load: False if nothing writes the values; they then take no memory.
+        If nothing is to write the zeros (`is_to_load`), they take no memory.
         """
         for parameter in self._table.all():
             if not self.exists(parameter):
@@ -171,9 +167,8 @@ class BlockStates:
 
     def hide(self) -> None:
         """Remove what `show` put there."""
-        for parameter in self._shown:
-            self._store.pop(parameter, None)
-        self._shown.clear()
+        while self._shown:
+            self._store.pop(self._shown.pop(), None)
 
     def update(
         self, parameters: Sequence[Parameter], group: Mapping[str, Any], *, gradient: Tensor | None = None
@@ -343,11 +338,8 @@ class BlockStates:
         return StateCopy(states=states, num_bytes=self.num_bytes(name))
 
     def _existing(self, name: str) -> list[tuple[Parameter, State]]:
-        return [
-            (parameter, self._store[parameter])
-            for parameter in self._table.of(name)
-            if parameter in self._store and parameter not in self._shown
-        ]
+        known = [parameter for parameter in self._table.of(name) if parameter in self._store]
+        return [(parameter, self._store[parameter]) for parameter in known if parameter not in self._shown]
 
     def _large(self, state: State) -> list[str]:
         return [name for name in (*self._rule.state_names, MASTER) if name in state]
