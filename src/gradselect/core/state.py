@@ -156,7 +156,7 @@ class BlockStates:
         return bool(self._store.get(parameter)) and parameter not in self._shown
 
     def show(self, others: Mapping[Parameter, State] = MappingProxyType({}), *, is_to_load: bool) -> None:
-        """Put `others`, or zeros, where state does not exist: a loader reads the keys. Nothing else takes them for state.
+        """Put `others`, or zeros, where no state exists: a loader reads the keys. Nothing else takes them for state.
 
         If nothing is to write the zeros (`is_to_load`), they take no memory.
         """
