@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from train_fixtures import NUM_LAYERS, parse, quiet, write_model, write_recipe, write_sums
 
 import gradselect as gs
 from gradselect.app.cli import main
+from gradselect.app.recipe_planning import Device, show
 from gradselect.app.recipe_planning.planner import RecipePlanner
-from gradselect.app.recipe_planning.variants import changed, find_best, plan_recipe, sparing_levers
+from gradselect.app.recipe_planning.tables import FULL
+from gradselect.app.recipe_planning.variants import RecipePlan, changed, find_best, plan_recipe, sparing_levers
 from gradselect.app.train import train
 from gradselect.core import MEMORY_CATEGORIES
 from gradselect.usage.byte_sizes import read_fractions, read_size, smallest_text, write_size
@@ -206,6 +210,76 @@ def test_tables_name_the_best_setting(folder: Path, capsys: pytest.CaptureFixtur
     shown = " ".join(capsys.readouterr().out.split())
     assert "best that fits: full, as written" in shown
     assert "best: the fastest" in shown
+
+
+def shown(found: RecipePlan, *, width: int, in_full: bool, device: Device) -> list[str]:
+    file = io.StringIO()
+    show(found, Console(file=file, width=width), device=device, in_full=in_full)
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def planned(folder: Path) -> RecipePlan:
+    method = {"name": "adagradselect", "fraction": 0.5, "residency": "keep"}
+    return plan_recipe(parse(folder, method=method, run={"batch_size": 2}), fractions=(0.5,), fit=2**30)
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+@pytest.mark.parametrize("in_full", [False, True])
+def test_the_answer_comes_first_and_no_line_is_wider_than_the_terminal(
+    planned: RecipePlan, width: int, in_full: bool
+) -> None:
+    """In 80 columns, numbers were cut to "4.…" and a method's name took nine lines."""
+    lines = shown(planned, width=width, in_full=in_full, device=Device(name="a card", num_bytes=2**30))
+    answer = " ".join(lines[:7])
+    assert answer.startswith("adagradselect, as written: peak ")
+    assert "fits into 1.00 GiB of a card time: 1.00 in explore steps, 0." in answer
+    assert "at the peak, " in answer
+    assert max(map(len, lines)) <= width
+    assert not any("…" in line for line in lines)
+    rows, tables = (sum(line.startswith(start) for line in lines) for start in ("lora rank 16", "method "))
+    assert rows == tables >= 1
+
+
+def test_the_short_form_has_peak_time_and_state_and_names_the_rest(planned: RecipePlan) -> None:
+    lines = shown(planned, width=80, in_full=False, device=Device(name="a card", num_bytes=2**30))
+    (heading,) = [line for line in lines if line.startswith("method ")]
+    assert heading.split() == ["method", "peak", "time", "state"]
+    (row,) = [line for line in lines if line.startswith("adagradselect, as written  ")]
+    assert planned.own.plan is not None
+    assert row.split()[3:5] == write_size(planned.own.plan.peak_bytes).split()
+    assert not any(line.startswith(("levers", "residency")) for line in lines)
+    assert any(line.startswith("more: --all") for line in lines)
+    assert any(line.startswith("best that fits: ") for line in lines)
+
+
+def test_every_category_is_in_the_full_form_at_any_width(planned: RecipePlan) -> None:
+    for width in (70, 200):
+        lines = shown(planned, width=width, in_full=True, device=Device(name="a card", num_bytes=2**30))
+        headings = [line.split() for line in lines if line.startswith("levers of adagradselect")]
+        names = " ".join(name for heading in headings for name in heading[3:])
+        assert names == " ".join(FULL)
+        assert (len(headings) == 1) == (width == 200)
+        assert any(line.startswith("residency drop") for line in lines)
+
+
+def test_what_does_not_fit_is_said_with_what_to_type(planned: RecipePlan) -> None:
+    assert planned.own.plan is not None
+    device = Device(name="a card", num_bytes=planned.own.plan.peak_bytes - 1)
+    text = " ".join(shown(planned, width=80, in_full=False, device=device))
+    assert "DOES NOT FIT into" in text
+    assert f"--fit {smallest_text(device.num_bytes * 9 // 10)} looks for a setting that does" in text
+
+
+def test_masks_and_levers_are_planned_on_demand(folder: Path) -> None:
+    found = plan_recipe(parse(folder), fractions=(0.5,), in_full=False)
+    assert [setting.name for setting in found.methods] == [
+        "full",
+        "adagradselect 50% + embedding",
+        "adagradselect 50%",
+        "lora rank 16",
+    ]
+    assert found.levers == ()
 
 
 @pytest.mark.parametrize(

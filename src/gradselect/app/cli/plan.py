@@ -25,25 +25,35 @@ def plan(
         str | None, typer.Option(help="Propose the best setting whose peak memory fits, e.g. 12GiB.", metavar="SIZE")
     ] = None,
     fractions: Annotated[str, typer.Option(help="Fractions of AdaGradSelect, separated by commas.")] = "0.1,0.2,0.3",
+    in_full: Annotated[
+        bool, typer.Option("--all", help="Also masks, every category of bytes, and the recipe's levers.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables, with sizes in bytes.")] = False,
 ) -> None:
     """Estimate the memory and step time of training RECIPE. Reads no weights and no data."""
     from rich.console import Console
 
-    from gradselect.app.runtime import collected_messages
+    from gradselect.app.runtime import collected_messages, device_memory
     from gradselect.usage import read_fractions, read_size
 
     limit = None if fit is None else read_size(fit)
     shares = read_fractions(fractions)
     loaded = read_words(recipe, overrides or [], command="gradselect plan", needs_data=False, quiet_output=True)
     # Imported late because it is slow: errors in the recipe come first.
+    from gradselect.app.recipe_planning import Device, plan_recipe, show
     from gradselect.app.recipe_planning import as_json as to_json
-    from gradselect.app.recipe_planning import plan_recipe, show
 
-    with collected_messages(Console(stderr=True)):
-        found = plan_recipe(loaded, fractions=shares, fit=limit)
+    errors = Console(stderr=True)
+    with collected_messages(errors), errors.status("planning"):
+        found = plan_recipe(loaded, fractions=shares, fit=limit, in_full=in_full or as_json)
     if as_json:
         typer.echo(json.dumps(to_json(found), indent=2))
-    else:
-        console = Console()
-        show(found, console if console.is_terminal else Console(width=WIDTH))
+        return
+    console = Console()
+    name, num_bytes = device_memory(loaded.run.device)
+    show(
+        found,
+        console if console.is_terminal else Console(width=WIDTH),
+        device=Device(name=name, num_bytes=num_bytes),
+        in_full=in_full,
+    )

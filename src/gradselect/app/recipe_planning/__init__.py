@@ -1,6 +1,7 @@
 """Bytes and time of a recipe before it runs."""
 
-from .tables import as_json, show
+from .answer import Device, show
+from .plain_values import as_json
 from .variants import plan_recipe
 
-__all__ = ["as_json", "plan_recipe", "show"]
+__all__ = ["Device", "as_json", "plan_recipe", "show"]

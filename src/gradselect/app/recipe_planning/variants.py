@@ -68,7 +68,9 @@ class RecipePlan:
     best: Setting | None = None
 
 
-def plan_recipe(recipe: Recipe, *, fractions: Sequence[float] = FRACTIONS, fit: int | None = None) -> RecipePlan:
+def plan_recipe(
+    recipe: Recipe, *, fractions: Sequence[float] = FRACTIONS, fit: int | None = None, in_full: bool = True
+) -> RecipePlan:
     """Plan the recipe, other methods in its place, and its levers one by one.
 
     Only the model's configuration is read, and no data.
@@ -77,6 +79,7 @@ def plan_recipe(recipe: Recipe, *, fractions: Sequence[float] = FRACTIONS, fit: 
         recipe: as it would be trained.
         fractions: of AdaGradSelect.
         fit: limit for the peak of the best setting, in bytes; None: look for none.
+        in_full: plan masks and levers too.
 
     Raises:
         UsageError: the recipe cannot be planned, a fraction is out of its range, or nothing fits (the message gives the
@@ -84,8 +87,9 @@ def plan_recipe(recipe: Recipe, *, fractions: Sequence[float] = FRACTIONS, fit: 
     """
     planner = RecipePlanner()
     own = Setting(name=f"{recipe.method.name}, as written", plan=planner.plan(recipe))
-    methods = tuple(_try(planner, recipe, name, changes) for name, changes in grid(recipe, fractions))
-    levers = tuple(_try(planner, recipe, name, changes) for name, changes in levers_of(recipe))
+    others = grid(recipe, fractions) if in_full else trained_methods(recipe, fractions)
+    methods = tuple(_try(planner, recipe, name, changes) for name, changes in others)
+    levers = tuple(_try(planner, recipe, name, changes) for name, changes in (levers_of(recipe) if in_full else ()))
     best = None if fit is None else find_best(planner, recipe, fractions=fractions, limit=fit)
     return RecipePlan(own=own, methods=methods, levers=levers, best=best)
 

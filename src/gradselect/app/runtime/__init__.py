@@ -1,7 +1,7 @@
 """Surroundings of a run: folder, processes, signals, messages, memory of the machine."""
 
 from .hub import HubId, check_hub, check_ids
-from .machine import host_bytes, machine_bytes, peak_process_bytes
+from .machine import device_memory, host_bytes, machine_bytes, peak_process_bytes
 from .messages import collected_messages
 from .processes import (
     barrier,
@@ -30,6 +30,7 @@ __all__ = [
     "check_one_process",
     "claimed",
     "collected_messages",
+    "device_memory",
     "disconnect",
     "end_process",
     "handled_signals",

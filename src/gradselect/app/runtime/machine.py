@@ -19,6 +19,14 @@ def machine_bytes() -> int:
     return host_bytes() + sum(torch.cuda.get_device_properties(device).total_memory for device in devices)
 
 
+def device_memory(device: str) -> tuple[str, int]:
+    """Return the name and the bytes of the memory that a run on "auto" or "cpu" would use."""
+    if device != "cpu" and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return properties.name, properties.total_memory
+    return "this machine's memory", host_bytes()
+
+
 def peak_process_bytes() -> int:
     """Return the peak of main memory that this process has held."""
     if sys.platform == "win32":

@@ -1,0 +1,103 @@
+"""Plan of a recipe for people: the answer first, then a table, then notes."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from gradselect.planning import CATEGORIES, Bytes, Plan
+from gradselect.usage import smallest_text, write_size
+
+from .tables import FULL, HEADINGS, SHORT, print_table
+from .variants import RULE, RecipePlan, Setting
+
+MOMENTS = {
+    "loss": "the loss",
+    "layers": "the start of the backward pass",
+    "backward": "the end of the backward pass",
+    "update": "the update",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """The device that would train.
+
+    Args:
+        name: "this machine's memory", or the name of a GPU.
+        num_bytes: its memory.
+    """
+
+    name: str
+    num_bytes: int
+
+
+def show(found: RecipePlan, console: Console, *, device: Device, in_full: bool = False) -> None:
+    """Print the answer, a table of methods and notes; in full, also all categories and the levers."""
+    for line in _answer(found.own, device=device):
+        console.print(line, highlight=False, markup=False)
+    console.print()
+    if found.best is not None and found.best.plan is not None:
+        for line in _best(found.best):
+            # One line, so that it can be copied.
+            console.print(line, highlight=False, markup=False, soft_wrap=line.startswith("add"))
+        console.print()
+    columns = FULL if in_full else SHORT
+    print_table(console, "method", [found.own, *found.methods], columns)
+    if in_full:
+        print_table(console, f"levers of {found.own.name.partition(',')[0]}", found.levers, columns)
+    for note in _notes(found, in_full=in_full):
+        console.print(note, style="dim", highlight=False, markup=False)
+
+
+def _answer(own: Setting, *, device: Device) -> Iterator[str]:
+    plan = own.plan
+    assert plan is not None
+    peak, room = plan.peak_bytes, device.num_bytes
+    memory = f"{write_size(room)} of {device.name}"
+    if peak <= room:
+        yield f"{own.name}: peak {write_size(peak)}, fits into {memory}"
+    else:
+        yield f"{own.name}: peak {write_size(peak)}, DOES NOT FIT into {memory}"
+        yield f"--fit {smallest_text(room * 9 // 10)} looks for a setting that does"
+    yield f"time: {_times(plan)}"
+    kind, moment, held = _largest_moment(plan)
+    parts = {HEADINGS.get(name, name): getattr(held, name) for name in CATEGORIES if name != "state_on_host"}
+    listed = [f"{name} {write_size(size)}" for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size]
+    step = f" of an {kind} step" if len(plan.steps) > 1 else ""
+    yield f"at the peak, {MOMENTS[moment]}{step}: {', '.join(listed)}"
+
+
+def _times(plan: Plan) -> str:
+    """Return the time of each kind of step."""
+    if len(plan.steps) == 1:
+        return f"{plan.relative_time:.2f} of full fine-tuning"
+    each = ", ".join(f"{step.relative_time:.2f} in {step.kind} steps" for step in plan.steps)
+    return f"{each} (full fine-tuning: 1)"
+
+
+def _largest_moment(plan: Plan) -> tuple[str, str, Bytes]:
+    """Return kind of the step, name and bytes of the moment at which the device holds most."""
+    moments = ((step.kind, name, moment) for step in plan.steps for name, moment in step.moments.items())
+    return max(moments, key=lambda found: found[2].device)
+
+
+def _best(best: Setting) -> Iterator[str]:
+    assert best.plan is not None
+    yield f"best that fits: {best.name}, peak {write_size(best.plan.peak_bytes)}"
+    yield f"time: {_times(best.plan)}"
+    words = " ".join(map(shlex.quote, best.changes))
+    yield f"add to the command: {words}" if best.changes else "the recipe fits as written"
+    yield f"best: {RULE}."
+
+
+def _notes(found: RecipePlan, *, in_full: bool) -> Iterator[str]:
+    settings = [found.own, *found.methods, *(found.levers if in_full else ())]
+    yield "time: operations of a step that exploits what was chosen before; full fine-tuning is 1. Peak: an estimate"
+    for note in dict.fromkeys(note for setting in settings if setting.plan for note in setting.plan.notes):
+        yield f"note: {note}"
+    if not in_full:
+        yield "more: --all (every category, masks, levers), --fit 12GiB (best setting that fits)"
