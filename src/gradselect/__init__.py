@@ -17,6 +17,7 @@ from gradselect.core import (
     Patch,
     SGDRule,
     StepRecord,
+    TorchRule,
 )
 from gradselect.entries import AbstractCompactMask, AbstractDenseMask, AbstractMask, SparseOptimizer
 from gradselect.masks import GMT, ID3, LIFT, BitFit, StaticMask, TopGradient, salience
@@ -60,6 +61,7 @@ __all__ = [
     "StaticMask",
     "StepRecord",
     "TopGradient",
+    "TorchRule",
     "Uniform",
     "UsageError",
     "method",

@@ -22,6 +22,7 @@ from .saved_names import Place, places_of
 from .settings import UpdateSettings
 from .sgd import SGDRule
 from .state import HALF, MASTER, BlockStates, num_bytes
+from .torch_rule import TorchRule
 from .watch import is_list
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "SelectiveOptimizer",
     "State",
     "StepRecord",
+    "TorchRule",
     "UpdateSettings",
     "agrees",
     "as_text",

@@ -65,6 +65,9 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
         owned: Sequence[Parameter] | None = None,
     ) -> None:
         self._is_built = False
+        for block in blocks:
+            for name, parameter in zip(block.parameter_names, block.parameters, strict=True):
+                update.rule.check_weight(name, parameter)
         groups = decay_groups(blocks, no_decay=update.no_decay, weight_decay=update.weight_decay)
         super().__init__(groups, update.group_options())
         self._is_built = True

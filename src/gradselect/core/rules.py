@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,14 +57,17 @@ class AbstractRule(ABC):
         False
     """
 
-    hyper_parameters: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay")
+    hyper_parameters: tuple[str, ...] = ("lr", "betas", "eps", "weight_decay")
     """Settings of the optimizer that the rule uses; its `param_groups` hold them."""
 
-    works_on_shards: ClassVar[bool] = True
+    works_on_shards: bool = True
     """True if the state may be cut into shards as its weight is."""
 
-    decouples_decay: ClassVar[bool] = True
+    decouples_decay: bool = True
     """True if weight decay acts on the weight (AdamW), False if it is added to the gradient (SGD)."""
+
+    why_whole_tensors: str = "works on whole tensors only"
+    """Reason why single entries cannot move, where `works_on_entries` is False."""
 
     state_names: tuple[str, ...]
     """Names of the large state tensors (moments and their scales); they follow the residency."""
@@ -75,6 +78,11 @@ class AbstractRule(ABC):
         return type(self).update_entries is not AbstractRule.update_entries
 
     @property
+    def name(self) -> str:
+        """Name in messages."""
+        return type(self).__name__
+
+    @property
     def identity(self) -> str:
         """Name that a checkpoint and the run that loads it must agree on."""
         return type(self).__name__
@@ -82,6 +90,13 @@ class AbstractRule(ABC):
     def group_options(self) -> dict[str, Any]:
         """Return the rule's own hyper-parameters, which every parameter group holds beside `hyper_parameters`."""
         return {}
+
+    def check_weight(self, name: str, weight: Tensor) -> None:
+        """Refuse a weight that the rule cannot move; none by default."""
+
+    def large_names(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Return the names of the large tensors of a state, which follow the residency."""
+        return [name for name in self.state_names if name in state]
 
     @abstractmethod
     def make_state(self, weight: Tensor) -> State:
@@ -120,7 +135,7 @@ def check_unused(rule: AbstractRule, **settings: Any) -> None:
     """
     for name, value in settings.items():
         if name not in rule.hyper_parameters and value != DEFAULTS[name]:
-            raise UsageError(f"{name}={value} has no meaning for {type(rule).__name__}; leave {name} out")
+            raise UsageError(f"{name}={value} has no meaning for {rule.name}; leave {name} out")
 
 
 def check_shards(parameters: Iterable[Parameter], rule: AbstractRule) -> None:
@@ -131,6 +146,6 @@ def check_shards(parameters: Iterable[Parameter], rule: AbstractRule) -> None:
     """
     if not rule.works_on_shards and any(map(is_dtensor, parameters)):
         raise UsageError(
-            f"{type(rule).__name__} keeps numbers that several entries share, and shards would cut them apart; write "
+            f"{rule.name} keeps numbers that several entries share, and shards would cut them apart; write "
             "rule=gs.AdamWRule(), or train replicas with DistributedDataParallel"
         )

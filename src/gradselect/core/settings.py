@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from gradselect.usage import check_hyper_parameters, check_is
+from gradselect.usage import UsageError, check_hyper_parameters, check_is
 
 from .adamw import AdamWRule
 from .residency import AbstractResidency, Keep
 from .rules import AbstractRule, check_unused
+from .torch_rule import check_no_torch_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,12 @@ class UpdateSettings:
 
     def __post_init__(self) -> None:
         check_is(self.residency, AbstractResidency, name="residency", example="residency=gs.Offload()")
+        check_no_torch_class(self.rule)
         check_is(self.rule, AbstractRule, name="rule", example="rule=gs.AdamWRule()")
         check_hyper_parameters(lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
         check_unused(self.rule, betas=tuple(self.betas), eps=self.eps)
+        if self.weight_decay and "weight_decay" not in self.rule.hyper_parameters:
+            raise UsageError(f"{self.rule.name} has no weight decay, and weight_decay={self.weight_decay}; write 0.0")
 
     def group_options(self) -> dict[str, Any]:
         """Return the hyper-parameters of every parameter group: those that the rule uses."""

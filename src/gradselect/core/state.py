@@ -342,7 +342,7 @@ class BlockStates:
         return [(parameter, self._store[parameter]) for parameter in known if parameter not in self._shown]
 
     def _large(self, state: State) -> list[str]:
-        return [name for name in (*self._rule.state_names, MASTER) if name in state]
+        return [*self._rule.large_names(state), *([MASTER] if MASTER in state else [])]
 
 
 def num_bytes(tensor: Tensor) -> int:

@@ -53,9 +53,11 @@ def check_arguments(
     # A dense mask has state for every entry.
     if not rule.works_on_entries and not isinstance(mask, AbstractDenseMask):
         raise UsageError(
-            f"{type(rule).__name__} works on whole tensors only, and {type(mask).__name__} selects entries of them; "
+            f"{rule.name} {rule.why_whole_tensors}, and {type(mask).__name__} selects entries of them; "
             "write rule=gs.AdamWRule()"
         )
+    if isinstance(mask, AbstractDenseMask) and mask.mask == "gradient":
+        _ = rule.decouples_decay  # some rules cannot say, and then refuse
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise UsageError(
             f"max_grad_norm={max_grad_norm} must be above 0; write max_grad_norm=1.0, or None for no limit"

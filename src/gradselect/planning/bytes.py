@@ -105,7 +105,7 @@ def cost_of(
             num_entries=parameter.numel(),
             gradients=num_bytes(parameter),
             masters=num_bytes(updated) if has_master else 0,
-            moments=sum(num_bytes(state[name]) for name in rule.state_names if name in state),
+            moments=sum(num_bytes(state[name]) for name in rule.large_names(state)),
             largest=parameter.numel(),
         )
     return total
