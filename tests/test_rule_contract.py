@@ -121,13 +121,6 @@ RULES = {
         torch=torch_adamw,
         alike=adapted,
     ),
-    "adapted sgd": Row(
-        rule=(adapted_sgd := gs.TorchRule(torch.optim.SGD, momentum=0.9)),
-        entry=sgd(0.9),
-        words=1,
-        torch=lambda parameters: torch_sgd(parameters, momentum=0.9),
-        alike=adapted_sgd,
-    ),
 }
 
 # Of a model of 75 matrix entries and 15 biases.

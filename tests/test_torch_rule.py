@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from policy_support import through_torch
-from test_rule_contract import RESIDENCIES, assert_resumes, backward, same, train, weights
+from test_rule_contract import assert_resumes, backward, same, train, weights
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -168,7 +168,7 @@ def options(row: Row, **changes: Any) -> dict[str, Any]:
 
 @each_row
 def test_selecting_everything_is_the_class_itself_bitwise(row: Row) -> None:
-    for residency in RESIDENCIES.values():
+    for residency in (gs.Keep, gs.Offload):
         ours, theirs = make_model(row), make_model(row)
         pair = [(ours, gs.BlockOptimizer(ours, gs.All(), residency=residency(), **options(row)))]
         pair.append((theirs, row.plain(theirs)))
@@ -183,29 +183,35 @@ def test_selecting_everything_is_the_class_itself_bitwise(row: Row) -> None:
             assert same(weights(ours), weights(theirs)), step
 
 
-@each_row
-def test_blocks_take_turns_resume_and_have_masters(row: Row) -> None:
-    for dtype, residency in zip((torch.float32, torch.bfloat16, torch.bfloat16), RESIDENCIES.values(), strict=True):
+RUNS = [(torch.float32, gs.Keep), (torch.bfloat16, gs.Offload), (torch.bfloat16, gs.Drop)]
 
-        def build(dtype: Any = dtype, residency: Any = residency) -> tuple[nn.Sequential, gs.BlockOptimizer]:
-            model = make_model(row, dtype)
-            return model, gs.BlockOptimizer(model, gs.Uniform(count=2), residency=residency(), **options(row))
 
-        assert_resumes(build)
-        model, optimizer = build()
-        train(model, optimizer, range(3))
-        state = optimizer.state_dict()["state"]
-        assert same(through_torch(state), state)
-        for parameter in model.parameters():
-            for name, value in optimizer.state.get(parameter, {}).items():
-                assert type(value) is Tensor, name
-        before = weights(model)
-        train(model, optimizer, [3])
-        assert optimizer.last_record is not None
-        selected = optimizer.last_record.selected
-        assert all(
-            f"layer.{name[0]}" in selected or torch.equal(each, before[name]) for name, each in weights(model).items()
-        )
+@pytest.mark.parametrize(
+    ("row", "run"),
+    [(row, RUNS[(number + each) % 3]) for number, row in enumerate(TABLE.values()) for each in range(1 + (number < 2))],
+    ids=lambda each: each.kind.__name__ if isinstance(each, Row) else each[1].__name__,
+)
+def test_blocks_take_turns_resume_and_have_masters(row: Row, run: Any) -> None:
+    dtype, residency = run
+
+    def build() -> tuple[nn.Sequential, gs.BlockOptimizer]:
+        model = make_model(row, dtype)
+        return model, gs.BlockOptimizer(model, gs.Uniform(count=2), residency=residency(), **options(row))
+
+    assert_resumes(build)
+    model, optimizer = build()
+    train(model, optimizer, range(3))
+    state = optimizer.state_dict()["state"]
+    assert same(through_torch(state), state)
+    for parameter in model.parameters():
+        for name, value in optimizer.state.get(parameter, {}).items():
+            assert type(value) is Tensor, name
+    before = weights(model)
+    train(model, optimizer, [3])
+    assert optimizer.last_record is not None
+    selected = optimizer.last_record.selected
+    for name, each in weights(model).items():
+        assert f"layer.{name[0]}" in selected or torch.equal(each, before[name])
 
 
 @each_row
