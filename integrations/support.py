@@ -78,8 +78,10 @@ def check_moved(records: Sequence[Mapping[str, Any]], saved: Sequence[Path]) -> 
         moved = moved_entries(before, after)
         if "selected" in record:
             assert {block_of(name) for name in moved} == set(record["selected"]), record["step"]
-        else:
-            assert moved.keys() <= record["num_entries"].keys()
-            # A step may leave an entry where it was, by rounding.
-            assert 0.9 * sum(record["num_entries"].values()) <= sum(moved.values()) <= sum(record["num_entries"].values())
-            assert all(count <= record["num_entries"][name] for name, count in moved.items()), record["step"]
+            continue
+        # PEFT saves adapters without their name.
+        recorded = {name.replace(".default.", "."): count for name, count in record["num_entries"].items()}
+        assert moved.keys() <= recorded.keys(), record["step"]
+        assert all(count <= recorded[name] for name, count in moved.items()), record["step"]
+        # A step may leave an entry where it was, by rounding.
+        assert sum(moved.values()) >= 0.9 * sum(recorded.values()), record["step"]

@@ -34,30 +34,58 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pairs = [{"instruction": question, "input": "", "chosen": a, "rejected": a[::-1]} for question, a in ROWS]
     rows = [{"instruction": question, "input": "", "output": answer} for question, answer in ROWS]
     columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
-    about = {"rows": {"file_name": "rows.json"}, "pairs": {"file_name": "pairs.json", "ranking": True, "columns": columns}}
+    about = {
+        "rows": {"file_name": "rows.json"},
+        "pairs": {"file_name": "pairs.json", "ranking": True, "columns": columns},
+    }
     for name, value in {"rows.json": rows, "pairs.json": pairs, "dataset_info.json": about}.items():
         Path(name).write_text(json.dumps(value), encoding="utf-8")
-    Path("v1.yaml").write_text(yaml.safe_dump({"rows": {"path": str(tmp_path / "rows.json"), "source": "local", "converter": "alpaca"}}))
+    Path("v1.yaml").write_text(
+        yaml.safe_dump({"rows": {"path": str(tmp_path / "rows.json"), "source": "local", "converter": "alpaca"}})
+    )
     return tmp_path
 
 
 def write(**keys: Any) -> str:
     """Write a file for `train`; every step is saved."""
-    common = dict(
-        model_name_or_path=str(BASE), stage="sft", do_train=True, finetuning_type="full", dataset="rows", dataset_dir=".",
-        template="alpaca", cutoff_len=128, output_dir="whole", per_device_train_batch_size=4, num_train_epochs=3,
-        learning_rate=1e-3, logging_steps=1, save_steps=1, report_to="none", use_cpu=True, disable_tqdm=True,
-        preprocessing_num_workers=1,
-    )  # fmt: skip
+    common = {
+        "model_name_or_path": str(BASE),
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "full",
+        "dataset": "rows",
+        "dataset_dir": ".",
+        "template": "alpaca",
+        "cutoff_len": 128,
+        "output_dir": "whole",
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "preprocessing_num_workers": 1,
+    }
     Path("run.yaml").write_text(yaml.safe_dump({**common, **keys}), encoding="utf-8")
     return "run.yaml"
 
 
 def write_v1(**keys: Any) -> str:
-    common = dict(
-        model=untied_model(Path("untied")), train_dataset="v1.yaml", output_dir="whole", micro_batch_size=2,
-        global_batch_size=4, cutoff_len=128, num_train_epochs=3, learning_rate=1e-3, bf16=False, batching_workers=0, save_steps=1,
-    )  # fmt: skip
+    common = {
+        "model": untied_model(Path("untied")),
+        "train_dataset": "v1.yaml",
+        "output_dir": "whole",
+        "micro_batch_size": 2,
+        "global_batch_size": 4,
+        "cutoff_len": 128,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-3,
+        "bf16": False,
+        "batching_workers": 0,
+        "save_steps": 1,
+    }
     Path("run.yaml").write_text(yaml.safe_dump({**common, **keys}), encoding="utf-8")
     return "run.yaml"
 
@@ -173,7 +201,9 @@ def test_a_command_that_says_nothing_of_a_method_is_refused(
     assert message in capfd.readouterr().err
 
 
-def test_version_1_refuses_a_second_optimizer(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_version_1_refuses_a_second_optimizer(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("USE_V1", "1")
     assert main(["sft", write_v1(gradselect=ADAGRADSELECT, optim_config={"name": "gradselect"})]) == 2
     assert "optim_config and gradselect both choose the optimizer" in capfd.readouterr().err

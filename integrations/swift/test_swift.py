@@ -38,12 +38,28 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def arguments(folder: str, *more: str) -> list[str]:
     """Return the arguments of a run of 12 steps, each of which is saved."""
-    own = dict(
-        model=BASE, model_type="llama", template="default", tuner_type="full", torch_dtype="float32", dataset="rows.jsonl",
-        split_dataset_ratio=0, max_length=128, output_dir=folder, add_version="false", per_device_train_batch_size=4,
-        gradient_accumulation_steps=1, num_train_epochs=3, learning_rate=1e-3, logging_steps=1, save_steps=1,
-        report_to="none", use_cpu="true", gradient_checkpointing="false", check_model="false",
-    )  # fmt: skip
+    own = {
+        "model": BASE,
+        "model_type": "llama",
+        "template": "default",
+        "tuner_type": "full",
+        "torch_dtype": "float32",
+        "dataset": "rows.jsonl",
+        "split_dataset_ratio": 0,
+        "max_length": 128,
+        "output_dir": folder,
+        "add_version": "false",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "report_to": "none",
+        "use_cpu": "true",
+        "gradient_checkpointing": "false",
+        "check_model": "false",
+    }
     given = set(more)
     pairs = [(f"--{name}", str(value)) for name, value in own.items() if f"--{name}" not in given]
     return [*(word for pair in pairs for word in pair), *more]

@@ -28,7 +28,9 @@ def check(sections: Sections) -> None:
     arguments = sections.arguments
     for name in OTHER_OPTIMIZERS:
         if arguments.get(name):
-            raise UsageError(f"{name}: {arguments[name]} and gradselect both choose the optimizer; leave one of them out")
+            raise UsageError(
+                f"{name}: {arguments[name]} and gradselect both choose the optimizer; leave one of them out"
+            )
     others = [name for name in OTHER_TRAINERS if arguments.get(name)]
     others += [name for name, is_on in (("USE_RAY", use_ray()), ("USE_KT", use_kt())) if is_on]
     others += ["USE_MCA"] * is_env_enabled("USE_MCA") + ["stage: ppo"] * (arguments.get("stage") == "ppo")
@@ -57,7 +59,9 @@ def _for_replicas(arguments: Mapping[str, Any]) -> dict[str, Any]:
             raise UsageError(f"{name}: {arguments[name]} with several processes; gradselect needs {name}: {value}")
     needed = {name: value for name, value in FOR_REPLICAS.items() if name not in arguments}
     for name, value in needed.items():
-        logger.warning("set %s: %s, which several processes need, as weights that are not selected have no gradient", name, value)
+        logger.warning(
+            "set %s: %s, which several processes need, as weights that are not selected have no gradient", name, value
+        )
     return needed
 
 

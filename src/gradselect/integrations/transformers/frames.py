@@ -10,13 +10,20 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from transformers import Trainer
-from transformers.trainer_callback import CallbackHandler
 
-Kind = TypeVar("Kind", Trainer, CallbackHandler)
+Kind = TypeVar("Kind")
 
 
 def caller_of(kind: type[Kind]) -> Kind | None:
-    """Return the innermost object of `kind` with a method that is running now."""
+    """Return the innermost object of `kind` with a method that is running now.
+
+    Example:
+        >>> class Loop:
+        ...     def run(self):
+        ...         return caller_of(Loop) is self
+        >>> Loop().run()
+        True
+    """
     frame = inspect.currentframe()
     while frame is not None:
         owner = frame.f_locals.get("self")
