@@ -1,5 +1,5 @@
 """The command line: `gradselect train | evaluate | compare | report | tune | plan | delta`."""
 
-from .command_line import main
+from .entry import main
 
 __all__ = ["main"]

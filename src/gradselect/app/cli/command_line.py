@@ -18,8 +18,11 @@ from gradselect import UsageError, __version__
 from .compare import compare
 from .data import data
 from .delta import app as delta_commands
+from .entry import USAGE_EXIT_CODE
 from .evaluate import evaluate
+from .launch import launch
 from .plan import plan
+from .plugin_path import show_plugin_path
 from .report import report
 from .train import train
 from .tune import tune
@@ -45,7 +48,19 @@ app.command(
 )(train)
 app.command()(evaluate)
 
-USAGE_EXIT_CODE = 2
+ANY_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command("launch", context_settings=ANY_WORDS, add_help_option=False)
+def _launch(words: typer.Context) -> None:
+    """Train selectively in any command that ends in a transformers Trainer."""
+    raise SystemExit(launch(words.args))
+
+
+@app.command("plugin-path", context_settings=ANY_WORDS, add_help_option=False)
+def _plugin_path(words: typer.Context) -> None:
+    """Print the path of the plug-in for a framework that loads plug-ins by path."""
+    raise SystemExit(show_plugin_path(words.args))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

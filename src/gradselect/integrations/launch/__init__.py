@@ -1,0 +1,80 @@
+"""Selective training in commands that know nothing of it, by the environment of their processes.
+
+`environment` returns variables for a command. In each Python process of it, `autostart/sitecustomize.py` waits until
+transformers.trainer is imported, and then calls `make_trainers_selective`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SETTINGS = "GRADSELECT_LAUNCH"
+"""Variable that tells the processes of a command what to train."""
+
+AUTOSTART = Path(__file__).parent / "autostart"
+
+__all__ = ["environment", "make_trainers_selective", "num_trained"]
+
+
+def environment(method: Mapping[str, Any], *, jsonl: str | None, trained: Path) -> dict[str, str]:
+    """Return the environment in which every Trainer of a command trains selectively.
+
+    Args:
+        method: plain data for `gradselect.method`.
+        jsonl: file for the records.
+        trained: file that gets a line for each training that begins.
+
+    Example:
+        >>> sorted(environment({"name": "full"}, jsonl=None, trained=Path("trained")).keys() - os.environ.keys())
+        ['GRADSELECT_LAUNCH']
+    """
+    settings = {"method": dict(method), "jsonl": jsonl and str(Path(jsonl).absolute()), "trained": str(trained)}
+    paths = [str(AUTOSTART), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), SETTINGS: json.dumps(settings)}
+
+
+def num_trained(trained: Path) -> int:
+    """Return the number of trainings that have begun, counted once for all processes of each.
+
+    Example:
+        >>> num_trained(Path("no such file"))
+        0
+    """
+    return len(trained.read_text().splitlines()) if trained.exists() else 0
+
+
+def make_trainers_selective(trainer_class: Any) -> None:
+    """Make every Trainer selective that this process will build.
+
+    Not by the list of default callbacks: ms-swift replaces it.
+
+    Args:
+        trainer_class: `transformers.Trainer`, whose `__init__` gets another in front.
+    """
+    from transformers import TrainerCallback
+
+    from gradselect.integrations.transformers import SelectiveTraining
+
+    settings = json.loads(os.environ[SETTINGS])
+    selective = SelectiveTraining(method=settings["method"], jsonl=settings["jsonl"])
+
+    class NoteTraining(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+            if state.is_world_process_zero:
+                with open(settings["trained"], "a") as file:
+                    file.write(f"{os.getpid()}\n")
+
+    build = trainer_class.__init__
+
+    @functools.wraps(build)
+    def build_and_attach(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        selective.attach(self)
+        self.add_callback(NoteTraining())
+
+    trainer_class.__init__ = build_and_attach

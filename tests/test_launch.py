@@ -1,0 +1,172 @@
+"""`gradselect launch`: commands that know nothing of gradselect train selectively."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from preference_support import save_model, tokenizer
+from safetensors.torch import load_file
+
+import gradselect as gs
+from gradselect.app.cli import main
+from gradselect.app.cli.launch import _parse
+from gradselect.integrations.launch import environment
+
+RUN_MAIN = "import sys; from gradselect.app.cli import main; main(sys.argv[1:])"
+
+
+def run(*words, folder):
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", RUN_MAIN, *map(str, words)],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Folder with a tiny model, its tokenizer, and data."""
+    folder = tmp_path_factory.mktemp("base")
+    save_model(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    (folder / "data").mkdir()
+    rows = [{"prompt": f"{i} {i + 1}", "completion": f" {i + 2}"} for i in range(12)]
+    (folder / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_trl_sft_trains_selectively_in_a_child_of_the_command(base, tmp_path):
+    """The command is a shell that starts `trl sft`; its Trainer trains exactly what the records say."""
+    settings = "--max_steps 4 --learning_rate 1e-2 --use_cpu --bf16 False --dtype float32 --report_to none"
+    trl = Path(sys.executable).parent / "trl"
+    command = f"{trl} sft --model_name_or_path {base}/model --dataset_name {base}/data --output_dir out {settings}"
+    method = ("adagradselect", "count=1", "always=head", "jsonl=selection.jsonl")
+    done = run("launch", *method, "--", "sh", "-c", command, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "gradselect launch: 1 training with adagradselect" in done.stderr
+    records = [json.loads(line) for line in (tmp_path / "selection.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    assert all("head" in record["selected"] for record in records)
+    before = load_file(base / "model" / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {block_of(name) for name in moved} == {name for record in records for name in record["selected"]}
+
+
+def block_of(name):
+    """The block of a parameter of a Llama."""
+    if name.startswith("model.layers."):
+        return f"layer.{name.split('.')[2]}"
+    return {"model.embed_tokens.weight": "embedding", "model.norm.weight": "norm", "lm_head.weight": "head"}[name]
+
+
+def test_a_command_in_which_nothing_trains_is_an_error(tmp_path):
+    done = run("launch", "uniform", "count=1", "--", sys.executable, "-c", "print(1)", folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == "1\n"
+    assert "no Trainer of transformers has trained in it, so nothing was selective" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 15)", 143)]
+)
+def test_exit_codes_of_the_command_are_kept(code, expected, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        main(["launch", "full", "--", sys.executable, "-c", code])
+    assert end.value.code == expected
+
+
+def test_another_sitecustomize_still_runs(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("print('mine')\n")
+    env = environment({"name": "full"}, jsonl=None, trained=tmp_path / "trained")
+    env["PYTHONPATH"] += os.pathsep + str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", "pass"], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "mine\n"
+
+
+def test_a_python_without_gradselect_is_named(tmp_path):
+    """It would train everything. The transformers of this test is a stand-in."""
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").touch()
+    (tmp_path / "transformers" / "trainer.py").touch()
+    env = environment({"name": "full"}, jsonl=None, trained=tmp_path / "trained")
+    env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"].split(os.pathsep)[0], str(tmp_path)])
+    code = "import sys; sys.modules['gradselect'] = None; import transformers.trainer"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"{sys.executable} -m pip install gradselect" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        (["full"], {"name": "full"}),
+        (["id3", "density=0.01", "among=*.mlp.*"], {"name": "id3", "density": "0.01", "among": "*.mlp.*"}),
+        (["uniform", "method.count=2", "fraction=null"], {"name": "uniform", "count": "2", "fraction": None}),
+    ],
+)
+def test_words_before_the_command(words, settings):
+    assert _parse([*words, "--", "trl", "sft"])[0] == settings
+    gs.method(settings)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["method: {name: uniform, count: 3}\nrun: {steps: 4}\n", "name: uniform\ncount: 3\n"],
+    ids=["recipe", "section"],
+)
+def test_the_method_of_a_file(text, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text)
+    settings, command = _parse([str(tmp_path / "recipe.yaml"), "count=2", "--", "trl", "sft", "--", "x=1"])
+    assert gs.method(settings).model_dump()["count"] == 2
+    assert command == ["trl", "sft", "--", "x=1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["adagradselect", "trl", "sft"], "needs -- before the command"),
+        (["fraction=0.2", "--", "trl"], "needs a method first, got 'fraction=0.2'"),
+        (["adagradselect", "--"], "no command behind --"),
+        (["adagradselect", "fraction", "--", "trl"], "'fraction' is no key=value"),
+        (["adagradselect", "fractoin=0.2", "--", "trl"], "fractoin: unknown key, did you mean 'fraction'"),
+        (["lora", "--", "trl"], "'lora' does not select"),
+        (["nothing.yaml", "--", "trl"], "nothing.yaml: no such recipe"),
+        (["uniform", "count=1", "--", "no-such-command"], "'no-such-command' cannot be started: No such file"),
+    ],
+)
+def test_bad_words(words, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["launch", *words])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_needs_no_package_of_the_command_line(capsys):
+    for words in (["launch", "--help"], ["launch"], ["plugin-path", "--help"]):
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 0
+        assert capsys.readouterr().out.startswith(f"Usage: gradselect {words[0]}")
+
+
+def test_the_path_of_a_plugin(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["plugin-path", "swift"])
+    assert end.value.code == 0
+    assert Path(capsys.readouterr().out.strip()).suffix == ".py"
+    with pytest.raises(SystemExit) as end:
+        main(["plugin-path", "axolotl"])
+    assert end.value.code == 2
