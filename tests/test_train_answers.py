@@ -30,8 +30,8 @@ from gradselect.app.progress import Stage
 from gradselect.app.recipe import Recipe, todays_recipe
 from gradselect.app.train import answering, differences, train
 from gradselect.app.train.answering import GreedyAnswerer, undisturbed
-from gradselect.app.train.sample_answers import shortened
 from gradselect.app.train.samples import UNKNOWN_BEGINNING, choose_samples, last_trained
+from gradselect.usage import shortened
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")

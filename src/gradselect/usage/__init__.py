@@ -5,7 +5,7 @@ from .checks import check_hyper_parameters, check_is, check_one_of, check_patter
 from .differences import find_differences, flatten
 from .errors import UsageError
 from .names import as_tuple, beginnings, join, matches_any, matching, nearest, parent
-from .text import first_line, printable
+from .text import first_line, printable, shortened
 
 __all__ = [
     "UsageError",
@@ -28,6 +28,7 @@ __all__ = [
     "printable",
     "read_fractions",
     "read_size",
+    "shortened",
     "smallest_text",
     "write_size",
 ]

@@ -8,6 +8,24 @@ def first_line(error: Exception) -> str:
     return printable((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
+def shortened(text: str, *, limit: int = 240) -> str:
+    """Return a text as one printable line, without its middle if it is long.
+
+    Args:
+        text: the text.
+        limit: characters that are left of a longer one.
+
+    Example:
+        >>> shortened("a\\nb"), shortened("0123456789", limit=4)
+        ('a\\\\nb', '01 ... 6 characters ... 89')
+    """
+    text = text.strip()
+    if len(text) > limit:
+        half = limit // 2
+        text = f"{text[:half]} ... {len(text) - 2 * half:,} characters ... {text[-half:]}"
+    return printable(text)
+
+
 def printable(text: str) -> str:
     """Return the text with each character that cannot be shown, or moves the cursor, as its escape code."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from typing import Annotated
 
 import typer
 
+from .output import accept_any_text
 from .words import HELP, METAVAR, read_words
 
 
@@ -39,9 +38,7 @@ def data(
 
     with collected_messages(Console(stderr=True)):
         found = preview_data(loaded, num_examples=examples, row=row)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # The data may hold characters that the terminal's encoding lacks.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    accept_any_text()
     if as_json:
         typer.echo(json.dumps(to_json(found), indent=2))
     else:

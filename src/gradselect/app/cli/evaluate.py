@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from .hub import check_reachable
+from .output import accept_any_text
 
 if TYPE_CHECKING:
     from gradselect.app.recipe import EvaluationSettings
@@ -39,13 +40,18 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     output: Annotated[str | None, typer.Option(help="New folder for items.jsonl and result.json.")] = None,
+    show: Annotated[
+        int | None, typer.Option(help="Number of answers to show.", min=0, show_default="5 on a terminal, else 0")
+    ] = None,
     harness: Annotated[
         str | None, typer.Option(help="Tasks of lm-eval instead of --task, separated by commas.")
     ] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Solved examples in the prompts of lm-eval.")] = None,
 ) -> None:
     """Evaluate MODEL: accuracy on worked problems or labels, loss on a text, or published tasks through lm-eval."""
-    settings = _settings(**locals())
+    options = locals()
+    del options["show"]
+    settings = _settings(**options)
     from gradselect.app.recipe import ids_of_evaluation
 
     check_reachable(ids_of_evaluation(settings))
@@ -55,7 +61,7 @@ def evaluate(
         if settings.harness:
             _evaluate_published(settings)
         else:
-            _evaluate_task(settings)
+            _evaluate_task(settings, num_shown=show)
 
 
 def _settings(*, stop: list[str] | None, **options: Any) -> EvaluationSettings:
@@ -71,9 +77,10 @@ def _settings(*, stop: list[str] | None, **options: Any) -> EvaluationSettings:
     return EvaluationSettings(**{**options, "harness": options["harness"] or ()})
 
 
-def _evaluate_task(settings: EvaluationSettings) -> None:
+def _evaluate_task(settings: EvaluationSettings, *, num_shown: int | None) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    from gradselect.app.evaluate import NUM_SHOWN, answer_lines
     from gradselect.app.evaluate import evaluate as measure
 
     console = Console()
@@ -81,6 +88,11 @@ def _evaluate_task(settings: EvaluationSettings) -> None:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("evaluate", total=None)
         result = measure(settings, on_progress=lambda done, total: bar.update(task, completed=done, total=total))
+    if num_shown is None:
+        num_shown = NUM_SHOWN if console.is_terminal else 0
+    accept_any_text()
+    for line in answer_lines(result, count=num_shown):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     typer.echo(result.summary())
     _print_output(settings)
 

@@ -5,11 +5,14 @@ from gradselect.app.recipe import EvaluationSettings
 from .evaluation import evaluate, evaluate_model
 from .harness import HarnessResult, run_harness
 from .results import EvaluationResult, read_evaluation
+from .shown_answers import NUM_SHOWN, answer_lines
 
 __all__ = [
+    "NUM_SHOWN",
     "EvaluationResult",
     "EvaluationSettings",
     "HarnessResult",
+    "answer_lines",
     "evaluate",
     "evaluate_model",
     "read_evaluation",

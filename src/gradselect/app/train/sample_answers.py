@@ -15,14 +15,11 @@ from gradselect.app.models import context_of
 from gradselect.app.progress import Stages
 from gradselect.app.recipe import ClassificationData, Recipe
 from gradselect.app.runtime import RunFolder
-from gradselect.usage import first_line, printable
+from gradselect.usage import first_line, shortened
 
 from .answering import AbstractAnswerer, Answer, GreedyAnswerer, LabelPredictor, undisturbed
 from .samples import Sample, new_tokens
 from .trainer import RunTrainer
-
-LONGEST_SHOWN = 240
-"""Characters of a text on the console; of a longer one the middle is left out."""
 
 logger = logging.getLogger(__name__)
 
@@ -125,17 +122,3 @@ def add_answers(
         limit = new_tokens(context_of(inputs.model.config, inputs.tokenizer))
         answerer = GreedyAnswerer(samples, tokenizer=inputs.tokenizer, ends=ends, max_new_tokens=limit)
     trainer.add_callback(SampleAnswers(trainer, answerer, stages=stages, file=folder.answers_file))
-
-
-def shortened(text: str) -> str:
-    """Return a text as one line, without its middle if it is long.
-
-    Example:
-        >>> shortened("a\\nb")
-        'a\\\\nb'
-    """
-    text = text.strip()
-    if len(text) > LONGEST_SHOWN:
-        half = LONGEST_SHOWN // 2
-        text = f"{text[:half]} ... {len(text) - 2 * half:,} characters ... {text[-half:]}"
-    return printable(text)
