@@ -20,7 +20,7 @@ EXAMPLE = f"{SECTION}: {{name: adagradselect, fraction: 0.2}}"
 
 @dataclass(frozen=True, kw_only=True)
 class Sections:
-    """What the file holds.
+    """Content of the file.
 
     Args:
         arguments: for LLaMA-Factory.
