@@ -59,6 +59,11 @@ def test_other_work_in_the_same_stage_counts_from_its_own_start() -> None:
     watch.now = 102
     stage.advance()
     assert stage.line() == "progress   calibrating  1/4  about 0:06 left"
+    stage.become("evaluating", total=12, done=2)
+    assert stage.line() == "progress   evaluating  2/12  1:42"
+    watch.now = 105
+    stage.advance(2)
+    assert stage.line() == "progress   evaluating  4/12  about 0:12 left"
 
 
 def test_counted_items_are_done_when_the_next_is_asked_for() -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .loading import LOADING, command_stages
 from .resuming import advice_when_stopped
 
 INCOMPLETE_EXIT_CODE = 1
@@ -27,10 +28,11 @@ def compare(
     ] = None,
 ) -> None:
     """Run the methods of SUITE side by side, with one result file per run. Finished runs are skipped."""
-    from gradselect.app.compare import compare as carry_out
-    from gradselect.app.compare import load_suite
+    with command_stages().open(LOADING):
+        from gradselect.app.compare import compare as carry_out
+        from gradselect.app.compare import load_suite
 
-    loaded = load_suite(suite, overrides or [])
+        loaded = load_suite(suite, overrides or [])
     options = [word for pattern in only or [] for word in ("--only", pattern)]
     options += [] if seeds is None else ["--seeds", str(seeds)]
     options += [] if results is None else ["--results", results]

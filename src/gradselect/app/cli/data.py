@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .loading import LOADING, command_stages
 from .output import accept_any_text
 from .words import HELP, METAVAR, read_words
 
@@ -29,15 +30,16 @@ def data(
     """
     from rich.console import Console
 
-    from gradselect.app.runtime import collected_messages
-
-    loaded = read_words(recipe, overrides or [], command="gradselect data", quiet_output=True)
-    # Imported late because it is slow: errors in the recipe come first.
-    from gradselect.app.preview import as_json as to_json
-    from gradselect.app.preview import preview_data, show
+    stages = command_stages(stderr=True)
+    with stages.open(LOADING):
+        loaded = read_words(recipe, overrides or [], command="gradselect data", quiet_output=True)
+        # Imported late because it is slow: errors in the recipe come first.
+        from gradselect.app.preview import as_json as to_json
+        from gradselect.app.preview import preview_data, show
+        from gradselect.app.runtime import collected_messages
 
     with collected_messages(Console(stderr=True)):
-        found = preview_data(loaded, num_examples=examples, row=row)
+        found = preview_data(loaded, num_examples=examples, row=row, stages=stages)
     accept_any_text()
     if as_json:
         typer.echo(json.dumps(to_json(found), indent=2))

@@ -8,9 +8,11 @@ import typer
 from rich.console import Console
 
 from .hub import check_reachable
+from .loading import LOADING, command_stages
 from .output import accept_any_text
 
 if TYPE_CHECKING:
+    from gradselect.app.progress import Stages
     from gradselect.app.recipe import EvaluationSettings
 
 
@@ -49,19 +51,20 @@ def evaluate(
     num_fewshot: Annotated[int | None, typer.Option(help="Solved examples in the prompts of lm-eval.")] = None,
 ) -> None:
     """Evaluate MODEL: accuracy on worked problems or labels, loss on a text, or published tasks through lm-eval."""
-    options = locals()
+    options, stages = locals(), command_stages(stderr=True)
     del options["show"]
-    settings = _settings(**options)
-    from gradselect.app.recipe import ids_of_evaluation
+    with stages.open(LOADING):
+        settings = _settings(**options)
+        from gradselect.app.recipe import ids_of_evaluation
 
-    check_reachable(ids_of_evaluation(settings))
-    from gradselect.app.runtime import collected_messages
+        check_reachable(ids_of_evaluation(settings))
+        from gradselect.app.runtime import collected_messages
 
     with collected_messages(Console(stderr=True)):
         if settings.harness:
-            _evaluate_published(settings)
+            _evaluate_published(settings, stages)
         else:
-            _evaluate_task(settings, num_shown=show)
+            _evaluate_task(settings, stages, num_shown=show)
 
 
 def _settings(*, stop: list[str] | None, **options: Any) -> EvaluationSettings:
@@ -77,17 +80,20 @@ def _settings(*, stop: list[str] | None, **options: Any) -> EvaluationSettings:
     return EvaluationSettings(**{**options, "harness": options["harness"] or ()})
 
 
-def _evaluate_task(settings: EvaluationSettings, *, num_shown: int | None) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+def _evaluate_task(settings: EvaluationSettings, stages: Stages, *, num_shown: int | None) -> None:
+    with stages.open(LOADING) as stage:
+        from gradselect.app.evaluate import NUM_SHOWN, answer_lines
+        from gradselect.app.evaluate import evaluate as measure
 
-    from gradselect.app.evaluate import NUM_SHOWN, answer_lines
-    from gradselect.app.evaluate import evaluate as measure
+        stage.become("loading model and data")
 
+        def show(done: int, total: int) -> None:
+            if stage.total is None:
+                stage.become("evaluating", total=total, done=done)
+            stage.done = done
+
+        result = measure(settings, on_progress=show)
     console = Console()
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("evaluate", total=None)
-        result = measure(settings, on_progress=lambda done, total: bar.update(task, completed=done, total=total))
     if num_shown is None:
         num_shown = NUM_SHOWN if console.is_terminal else 0
     accept_any_text()
@@ -97,8 +103,9 @@ def _evaluate_task(settings: EvaluationSettings, *, num_shown: int | None) -> No
     _print_output(settings)
 
 
-def _evaluate_published(settings: EvaluationSettings) -> None:
-    from gradselect.app.evaluate import run_harness
+def _evaluate_published(settings: EvaluationSettings, stages: Stages) -> None:
+    with stages.open(LOADING):
+        from gradselect.app.evaluate import run_harness
 
     for name, metrics in run_harness(settings).scores.items():
         for metric, value in metrics.items():

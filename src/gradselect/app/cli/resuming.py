@@ -23,12 +23,14 @@ def advice_when_stopped(words: Sequence[str], *, interrupted: str = "interrupted
         Preempted: re-raised; it has its own exit code.
         typer.Exit: after Ctrl-C, with exit code 130.
     """
-    from gradselect.app.runtime import Preempted
-
     try:
         yield
-    except Preempted as stopped:
-        typer.echo(f"{stopped.message}; resume with: {shlex.join(words)}", err=True)
+    except SystemExit as stopped:
+        # Imported late because it is slow, and a command says at once what it does.
+        from gradselect.app.runtime import Preempted
+
+        if isinstance(stopped, Preempted):
+            typer.echo(f"{stopped.message}; resume with: {shlex.join(words)}", err=True)
         raise
     except KeyboardInterrupt:
         typer.echo(f"{interrupted}: {shlex.join(words)}", err=True)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .loading import LOADING, command_stages
 from .resuming import advice_when_stopped
 from .words import HELP, METAVAR, read_words
 
@@ -27,10 +28,11 @@ def train(
     words = ["gradselect", "train", recipe, *(overrides or [])]
     advice = "interrupted; resume from the newest checkpoint with"
     with advice_when_stopped([*words, "--resume"], interrupted=advice):
-        loaded = read_words(recipe, overrides or [], command="gradselect train")
-        # Imported late because it is slow: errors in the recipe come first.
-        from gradselect.app.runtime import own_process_group
-        from gradselect.app.train import train as carry_out
+        with command_stages().open(LOADING):
+            loaded = read_words(recipe, overrides or [], command="gradselect train")
+            # Imported late because it is slow: errors in the recipe come first.
+            from gradselect.app.runtime import own_process_group
+            from gradselect.app.train import train as carry_out
 
         with own_process_group():
             carry_out(loaded, resume=resume, command=[*words, *(["--resume"] if resume else [])])

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .loading import LOADING, command_stages
 from .resuming import advice_when_stopped
 from .words import HELP, METAVAR, read_words
 
@@ -37,8 +38,9 @@ def tune(
     words = ["gradselect", "tune", recipe, *(overrides or []), "--trials", str(trials), "--seed", str(seed)]
     words += [word for text in search or [] for word in ("--search", text)] + (["--study", study] if study else [])
     with advice_when_stopped(words, interrupted="interrupted; finished trials are kept, resume with"):
-        loaded = read_words(recipe, overrides or [], command="gradselect tune")
-        # Imported late because it is slow: errors in the recipe come first.
-        from gradselect.app.tune import tune as carry_out
+        with command_stages().open(LOADING):
+            loaded = read_words(recipe, overrides or [], command="gradselect tune")
+            # Imported late because it is slow: errors in the recipe come first.
+            from gradselect.app.tune import tune as carry_out
 
         carry_out(loaded, study=study, num_trials=trials, search=search or (), seed=seed)

@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from gradselect import UsageError
 from gradselect.app.inputs import DataInputs, make_rows, read_data, row_notes
+from gradselect.app.progress import SILENT, Stages
 from gradselect.app.recipe import ClassificationData, RandomData, Recipe, is_packed
 from gradselect.app.results import TokenCounts
 
@@ -74,20 +75,23 @@ class DataPreview:
     rows: tuple[ShownRow, ...]
 
 
-def preview_data(recipe: Recipe, *, num_examples: int = 3, row: int | None = None) -> DataPreview:
+def preview_data(
+    recipe: Recipe, *, num_examples: int = 3, row: int | None = None, stages: Stages = SILENT
+) -> DataPreview:
     """Read and prepare the data of a recipe. Needs tokenizer and configuration of the model, but no weights.
 
     Args:
         recipe: the recipe.
         num_examples: number of rows to show, spread over the data.
         row: show only this row, from 1.
+        stages: shows what is being done.
 
     Raises:
         UsageError: data, tokenizer or configuration cannot be used, nothing is left to train on, or there is no such
             row.
     """
-    data, run = read_data(recipe), recipe.run
-    rows = make_rows(data.examples, recipe.data, tokenizer=data.tokenizer, max_length=data.max_length)
+    data, run = read_data(recipe, stages=stages), recipe.run
+    rows = make_rows(data.examples, recipe.data, tokenizer=data.tokenizer, max_length=data.max_length, stages=stages)
     counts = {name: part.counts for name, part in rows.items()}
     train = rows["train"].dataset
     numbers = _spread(train, num_examples) if row is None else [_checked(row, len(train))]

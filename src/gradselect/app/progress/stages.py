@@ -54,16 +54,17 @@ class Stage:
         self.left: str | None = None
         self._seconds = seconds
         self._begun = self._counted_from = seconds()
+        self._done_before = 0
         self._line_due = self._begun + first_line_seconds
 
     def advance(self, count: int = 1) -> None:
         """Count items as done."""
         self.done += count
 
-    def become(self, what: str, *, total: int | None = None) -> None:
-        """Go on with other work."""
-        self.what, self.total, self.done = what, total, 0
-        self._counted_from = self._seconds()
+    def become(self, what: str, *, total: int | None = None, done: int = 0) -> None:
+        """Go on with other work, of which some may be done."""
+        self.what, self.total, self.done = what, total, done
+        self._counted_from, self._done_before = self._seconds(), done
 
     def count(self, items: Collection[Item]) -> Iterator[Item]:
         """Yield the items and count each one as done when the next is asked for."""
@@ -77,9 +78,9 @@ class Stage:
         if self.left is not None:
             return self.left
         now = self._seconds()
-        if self.total and self.done:
-            passed = now - self._counted_from
-            return f"about {clock(passed * max(0, self.total - self.done) / self.done)} left"
+        done = self.done - self._done_before
+        if self.total and done > 0:
+            return f"about {clock((now - self._counted_from) * max(0, self.total - self.done) / done)} left"
         return clock(now - self._begun)
 
     def numbers(self) -> str:
