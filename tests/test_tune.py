@@ -42,7 +42,7 @@ def scripted(losses):
     """Trials that report these losses, one list for each, instead of training; asks the study as the real one does."""
     script = iter(losses)
 
-    def carry_out(recipe, trial, *, folder, status):
+    def carry_out(recipe, trial, *, folder, stages):
         for step, loss in enumerate(next(script), start=1):
             trial.report(loss, step)
             if trial.should_prune():

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from gradselect import UsageError
+from gradselect.app.progress import Stages
 from gradselect.app.recipe import todays_method
 from gradselect.app.results import Result, write_result
 from gradselect.app.runtime import check_ids
@@ -132,7 +133,7 @@ class Comparison:
         job, started = self._job(run), time.perf_counter()
         job_file, log = self._folder.job(run), self._folder.log(run)
         job_file.write_text(job.model_dump_json(indent=1), "utf-8")
-        with self._console.status(f"{run} ({run.role})"):
+        with Stages(self._console).open(f"{run} ({run.role}), in {log}"):
             error = run_job(job_file, log)
         seconds = time.perf_counter() - started
         if error is not None:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from gradselect import UsageError
 from gradselect.app.inputs import read_inputs
+from gradselect.app.progress import Stages
 from gradselect.app.recipe import Recipe
 from gradselect.app.runtime import check_one_process, take_device
 from gradselect.app.train import describe_start
@@ -45,11 +46,12 @@ def search(
 ) -> TuneResult:
     """Run trials until there are `num_trials`; see `tune`."""
     _check(recipe, num_trials=num_trials)
-    with opened(folder, _describe(recipe, ranges, seed=seed)) as study:
+    stages = Stages(console)
+    with opened(folder, _describe(recipe, ranges, seed=seed, stages=stages)) as study:
         for line in _opening(study, recipe, ranges, num_trials=num_trials, folder=folder):
             _print(console, line)
         while len(ended(study)) < num_trials:
-            _one_trial(study, recipe, ranges, folder=folder, seed=seed, console=console)
+            _one_trial(study, recipe, ranges, folder=folder, seed=seed, stages=stages)
         trials = tuple(map(TrialSummary.of, ended(study)))
     return _conclude(recipe, trials, ranges, folder=folder, console=console)
 
@@ -66,9 +68,9 @@ def _check(recipe: Recipe, *, num_trials: int) -> None:
         )
 
 
-def _describe(recipe: Recipe, ranges: Sequence[SearchRange], *, seed: int) -> dict[str, Any]:
+def _describe(recipe: Recipe, ranges: Sequence[SearchRange], *, seed: int, stages: Stages) -> dict[str, Any]:
     """Return everything that decides the trials, including the contents of model and data."""
-    start = describe_start(recipe, read_inputs(recipe), command=()).values()
+    start = describe_start(recipe, read_inputs(recipe, stages=stages), command=()).values()
     kept = ("started_at", "recipe", "model", "data", "versions", "machine")
     return {**{key: start[key] for key in kept}, "search": list(map(str, ranges)), "seed": seed}
 
@@ -91,20 +93,19 @@ def _one_trial(
     *,
     folder: StudyFolder,
     seed: int,
-    console: Console,
+    stages: Stages,
 ) -> None:
     numbers = numbers_of(recipe)
     trial = next_trial(study, ranges, own={searched.key: numbers[searched.key] for searched in ranges}, seed=seed)
     changed = with_values(recipe, trial.params, source=f"trial {trial.number}")
-    with console.status(f"trial {trial.number}") as status:
-        outcome = carry_out(changed, trial, folder=folder.trial(trial.number), status=status)
+    outcome = carry_out(changed, trial, folder=folder.trial(trial.number), stages=stages)
     trial.set_user_attr("end", outcome.end)
     trial.set_user_attr("reason", outcome.reason)
     # A stopped trial counts as pruned, so that the sampler avoids such values.
     ended_trial = study.tell(
         trial, outcome.loss, state=TrialState.COMPLETE if outcome.end == "finished" else TrialState.PRUNED
     )
-    _print(console, TrialSummary.of(ended_trial).line())
+    stages.say(TrialSummary.of(ended_trial).line())
 
 
 def _conclude(

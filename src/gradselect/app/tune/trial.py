@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import optuna
 import torch
-from rich.status import Status
 from transformers import TrainerCallback
 
 from gradselect import UsageError
 from gradselect.app.inputs import read_inputs
+from gradselect.app.progress import Stage, Stages
 from gradselect.app.recipe import Recipe, dump_recipe
 from gradselect.app.runtime import RunFolder
 from gradselect.app.train import build_trainer
@@ -51,15 +51,18 @@ class TrialWatch(TrainerCallback):
         is_pruned: True if the study stopped it.
     """
 
-    def __init__(self, trial: optuna.Trial, *, status: Status) -> None:
+    def __init__(self, trial: optuna.Trial, *, stage: Stage) -> None:
         self._trial = trial
-        self._status = status
+        self._stage = stage
         self.loss = math.nan
         self.evaluated_at = -1
         self.is_pruned = False
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._stage.become(self._stage.what, total=state.max_steps)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._status.update(f"trial {self._trial.number}  step {state.global_step}/{state.max_steps}")
+        self._stage.done = state.global_step
 
     def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: Mapping[str, float], **_: Any) -> None:
         self.loss, self.evaluated_at = metrics["eval_loss"], state.global_step
@@ -71,7 +74,7 @@ class TrialWatch(TrainerCallback):
             self.is_pruned = control.should_training_stop = True
 
 
-def carry_out(recipe: Recipe, trial: optuna.Trial, *, folder: Path, status: Status) -> Outcome:
+def carry_out(recipe: Recipe, trial: optuna.Trial, *, folder: Path, stages: Stages) -> Outcome:
     """Train with the recipe and report validation losses to the study. Frees all memory afterwards.
 
     Raises:
@@ -79,9 +82,11 @@ def carry_out(recipe: Recipe, trial: optuna.Trial, *, folder: Path, status: Stat
     """
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(dump_recipe(_with_run(recipe, output=str(folder / "model"))), "utf-8")
-    watch = TrialWatch(trial, status=status)
     try:
-        return _train(_with_run(recipe, save_every=None, report_to=()), watch, folder=RunFolder(folder))
+        with stages.open(f"trial {trial.number}") as stage:
+            watch = TrialWatch(trial, stage=stage)
+            recipe = _with_run(recipe, save_every=None, report_to=())
+            return _train(recipe, watch, folder=RunFolder(folder), stages=stages)
     finally:
         _free_memory()
 
@@ -90,10 +95,10 @@ def _with_run(recipe: Recipe, **changes: Any) -> Recipe:
     return recipe.model_copy(update={"run": recipe.run.model_copy(update=changes)})
 
 
-def _train(recipe: Recipe, watch: TrialWatch, *, folder: RunFolder) -> Outcome:
+def _train(recipe: Recipe, watch: TrialWatch, *, folder: RunFolder, stages: Stages) -> Outcome:
     # A learning rate with steps that are not finite is not worth having.
     recipe = _with_run(recipe, max_skipped_steps=0)
-    trainer = build_trainer(recipe, read_inputs(recipe), folder=folder)
+    trainer = build_trainer(recipe, read_inputs(recipe, stages=stages), folder=folder, stages=stages)
     trainer.add_callback(watch)
     try:
         trainer.train()
