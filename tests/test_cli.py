@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradselect
 from gradselect.app.cli import main
+from gradselect.usage import missing_packages
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -186,3 +187,20 @@ def test_help_and_version_are_there(capsys: pytest.CaptureFixture[str], argument
     assert raised.value.code == 0
     said = capsys.readouterr().out
     assert (gradselect.__version__ if arguments == ["--version"] else "Usage") in said
+
+
+def test_missing_packages_of_an_extra_are_named_as_pip_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No name of ours is needed to install what a command lacks."""
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: REQUIREMENTS)
+    assert missing_packages("train") == ["no-such-package", "'other-one[x]>=2.0'"]
+    assert missing_packages("tune") == []
+
+
+REQUIREMENTS = [
+    "torch>=2.11",
+    "gradselect[transformers]; extra == 'train'",
+    "typer>=0.20; extra == 'train'",
+    'no-such-package; extra == "train"',
+    "other-one[x]>=2.0; python_version > '3' and extra == 'train'",
+    "optuna>=4.5; extra == 'tune'",
+]

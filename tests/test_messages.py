@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from rich.console import Console
 from test_train_restoring import tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from gradselect.app.runtime import collected_messages
+from gradselect.app.runtime import collected_messages, describe_messages
 
 ABOUT_WEIGHTS = (
     "There were missing keys in the checkpoint model loaded: ['a', 'b'].",
@@ -75,3 +76,24 @@ def test_the_load_report_of_transformers_is_shown(tmp_path: object) -> None:
     assert "LlamaForSequenceClassification is not as its checkpoint" in screen.getvalue()
     assert "score.weight MISSING" in screen.getvalue()
     assert len(kept) == 1
+
+
+FOR_DEVELOPERS = (
+    "WARNING py.warnings: /x/training_args.py:1541: FutureWarning: `a` is deprecated and will be removed in v6.",
+    "WARNING py.warnings: /x/y.py:1: DeprecationWarning: use `b` instead",
+    "WARNING transformers.modeling: `torch_dtype` is deprecated! Use `dtype` instead!",
+)
+
+
+@pytest.mark.parametrize(
+    ("messages", "line"),
+    [
+        ([], None),
+        (FOR_DEVELOPERS, None),
+        ([*FOR_DEVELOPERS, "WARNING trl: a"], "1 message from libraries in run/messages.log"),
+        (["WARNING trl: a", "WARNING trl: b"], "2 messages from libraries in run/messages.log"),
+    ],
+)
+def test_only_messages_that_are_meant_for_the_user_are_counted(messages: list[str], line: str | None) -> None:
+    """Every run said "1 messages", about a name that transformers had changed."""
+    assert describe_messages(messages, Path("run/messages.log")) == line

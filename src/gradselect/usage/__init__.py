@@ -4,6 +4,7 @@ from .byte_sizes import read_fractions, read_size, smallest_text, write_size
 from .checks import check_hyper_parameters, check_is, check_one_of, check_patterns, check_positive, check_whole
 from .differences import find_differences, flatten
 from .errors import UsageError
+from .installation import missing_packages
 from .names import as_tuple, beginnings, join, matches_any, matching, nearest, parent
 from .text import first_line, printable, shortened
 
@@ -23,6 +24,7 @@ __all__ = [
     "join",
     "matches_any",
     "matching",
+    "missing_packages",
     "nearest",
     "parent",
     "printable",

@@ -34,7 +34,7 @@ class Judge:
 
     def __init__(self, *, timeout_seconds: float = 10.0) -> None:
         if importlib.util.find_spec("math_verify") is None:
-            raise UsageError("comparing answers needs math-verify; run: pip install 'gradselect[train]'")
+            raise UsageError("comparing answers needs math-verify; run: pip install math-verify")
         self._timeout_seconds = timeout_seconds
         self._process: subprocess.Popen[str] | None = None
 

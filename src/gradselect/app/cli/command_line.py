@@ -11,7 +11,10 @@ try:
     import typer
     from rich.console import Console
 except ModuleNotFoundError as missing:
-    raise SystemExit(f"the command line needs {missing.name}; run: pip install 'gradselect[train]'") from None
+    from gradselect.usage import missing_packages
+
+    packages = " ".join(missing_packages("train")) or missing.name
+    raise SystemExit(f"the command line needs {missing.name}; run: pip install {packages}") from None
 
 from gradselect import UsageError, __version__
 

@@ -70,7 +70,7 @@ def run_harness(settings: EvaluationSettings) -> HarnessResult:
 
 def _simple_evaluate(settings: EvaluationSettings) -> dict[str, Any]:
     if importlib.util.find_spec("lm_eval") is None:
-        raise UsageError("harness needs lm-eval; run: pip install 'gradselect[harness]'")
+        raise UsageError("harness needs lm-eval; run: pip install 'lm-eval[hf]'")
     from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 

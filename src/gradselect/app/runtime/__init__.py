@@ -2,7 +2,7 @@
 
 from .hub import HubId, check_hub, check_ids
 from .machine import device_memory, host_bytes, machine_bytes, peak_process_bytes
-from .messages import collected_messages
+from .messages import collected_messages, describe_messages
 from .processes import (
     barrier,
     broadcast_from_rank_0,
@@ -30,6 +30,7 @@ __all__ = [
     "check_one_process",
     "claimed",
     "collected_messages",
+    "describe_messages",
     "device_memory",
     "disconnect",
     "end_process",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 
@@ -19,6 +20,8 @@ _ABOUT_WEIGHTS = re.compile(
 """Wordings of torch, transformers and PEFT for weights that a checkpoint lacks, or that were not taken from it."""
 _REPORT = re.compile(r"(\S+) +\| (MISSING|UNEXPECTED|MISMATCH|CONVERSION)\b")
 """A row of the table of transformers."""
+_FOR_DEVELOPERS = re.compile(r"\b(Future|Deprecation|PendingDeprecation)Warning\b|\bdeprecated\b")
+"""Announcements of changes to come. Every run causes some, and no user can do anything about them."""
 _MOST_SHOWN = 600
 """Letters of such a message on the console; it may list every tensor."""
 
@@ -51,6 +54,17 @@ def _shortened(text: str) -> str:
         title = text.partition(" LOAD REPORT")[0]
         text = f"{title} is not as its checkpoint: {', '.join(f'{name} {status}' for name, status in rows)}"
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]} ... (all of it in messages.log)"
+
+
+def describe_messages(messages: Sequence[str], file: Path) -> str | None:
+    """Return a line about the libraries' messages in a file; None if none is meant for the user.
+
+    Example:
+        >>> describe_messages(["WARNING trl: the rows are long"], Path("run/messages.log"))
+        '1 message from libraries in run/messages.log'
+    """
+    count = sum(_FOR_DEVELOPERS.search(message) is None for message in messages)
+    return f"{count:,} message{'s' if count > 1 else ''} from libraries in {file}" if count else None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from gradselect.app.data import ending_of, is_local
 from gradselect.app.models import merge_command
 from gradselect.app.recipe import ClassificationData, FileData, PromptCompletionData, RandomData, Recipe
 from gradselect.app.results import FinishedRun, RunRecord, SavedModel
-from gradselect.app.runtime import RunFolder
+from gradselect.app.runtime import RunFolder, describe_messages
 
 
 def show_start(
@@ -38,7 +38,9 @@ def show_start(
     _print(console, *lines)
 
 
-def show_summary(console: Console, end: FinishedRun, *, recipe: Recipe, folder: RunFolder, num_messages: int) -> None:
+def show_summary(
+    console: Console, end: FinishedRun, *, recipe: Recipe, folder: RunFolder, messages: Sequence[str]
+) -> None:
     """Show the outcome, the files and what to type next."""
     losses = {"training loss": end.training_loss, "validation loss": end.validation_loss}
     lines = [
@@ -50,8 +52,8 @@ def show_summary(console: Console, end: FinishedRun, *, recipe: Recipe, folder: 
         _print(console, *lines, f"record of the run in {folder.run_file}; a model trained on random tokens is not kept")
         return
     lines += _saved_lines(end.saved or SavedModel(), recipe=recipe, folder=folder)
-    if num_messages:
-        lines.append(f"{num_messages} messages from libraries in {folder.messages_file}")
+    if (about := describe_messages(messages, folder.messages_file)) is not None:
+        lines.append(about)
     _print(console, *lines, f"next: {_next_command(recipe, recipe.data)}")
 
 

@@ -96,7 +96,7 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
                     saved = save_model(trainer, inputs, folder=folder, plan=saving) if saving.is_kept else None
                     end = describe_end(start, trainer, meter, folder=folder, notes=notes, saved=saved)
                     write_run(folder, end)
-                show_summary(console, end, recipe=recipe, folder=folder, num_messages=len(messages))
+                show_summary(console, end, recipe=recipe, folder=folder, messages=messages)
             barrier()
     return folder.root
 

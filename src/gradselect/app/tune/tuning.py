@@ -54,7 +54,7 @@ def tune(
         >>> result.recipe.optimizer.lr, result.best.loss  # doctest: +SKIP
     """
     if find_spec("optuna") is None:
-        raise UsageError("tuning needs optuna; run: pip install 'gradselect[tune]'")
+        raise UsageError("tuning needs optuna; run: pip install optuna")
     from rich.console import Console
 
     from gradselect.app.runtime import collected_messages
