@@ -397,7 +397,9 @@ def shard(model: nn.Module) -> nn.Module:
 
 
 SHARDED: dict[str, Callable[[nn.Module], Any]] = {
-    "blocks": lambda model: gs.BlockOptimizer(model, gs.Uniform(count=1), lr=1e-2, accumulation_steps=2),
+    "blocks": lambda model: gs.BlockOptimizer(
+        model, gs.Uniform(count=1), lr=1e-2, accumulation_steps=2, rule=gs.TorchRule(torch.optim.RAdam)
+    ),
     **{
         name: lambda model, make=make: gs.SparseOptimizer(model, make(), lr=1e-2, accumulation_steps=2)
         for name, make in MASKS.items()

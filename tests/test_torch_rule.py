@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -442,3 +443,11 @@ def test_a_trial_reads_no_random_numbers_of_the_caller() -> None:
     torch.manual_seed(3)
     gs.TorchRule(Lion)
     assert torch.equal(torch.rand(2), expected)
+
+
+def test_the_page_has_a_row_for_each_class() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "training-loops.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    for row in (row for row in TABLE.values() if row.kind is not HalfMomentum):
+        said = f"no: {row.whole}" if row.whole else "yes"
+        assert any(f"`{row.kind.__name__}`" in line and said in line.split("|")[3] for line in rows), row.kind

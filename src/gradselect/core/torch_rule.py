@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradselect.parallel import local_part
 from gradselect.usage import UsageError
 
 from .rules import AbstractRule, Ages, State
@@ -110,7 +111,7 @@ class TorchRule(AbstractRule):
 
     def check_weight(self, name: str, weight: Tensor) -> None:
         try:
-            self._layout(weight)
+            self._layout(local_part(weight))
         except UsageError as error:
             raise UsageError(f"{name!r} of shape {list(weight.shape)}: {error}; {_advice(weight)}") from None
 

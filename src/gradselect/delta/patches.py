@@ -20,7 +20,7 @@ from gradselect.usage import UsageError, nearest
 from .checkpoint import SafetensorsFile
 from .write import free_file
 
-FORMAT = "gradselect.patch"
+FORMAT = "gradselect-patch"
 VERSION = "1"
 
 Target: TypeAlias = nn.Module | Mapping[str, Tensor]
