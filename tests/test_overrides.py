@@ -75,6 +75,8 @@ def test_another_format_keeps_only_what_all_formats_share() -> None:
         ("run.report_to=wandb,mlflow", "run", "report_to", ("wandb", "mlflow")),
         ("run.report_to=[wandb, mlflow]", "run", "report_to", ("wandb", "mlflow")),
         ("run.report_to=[]", "run", "report_to", ()),
+        ("run.report_to=", "run", "report_to", ()),
+        ("method.among=", "method", "among", None),
         ("method.always=embedding", "method", "always", ("embedding",)),
         ("method.always=embedding, norm", "method", "always", ("embedding", "norm")),
         ("method.among=layer.*", "method", "among", ("layer.*",)),

@@ -31,26 +31,29 @@ class Settings(BaseModel):
         """Make tuples of texts where a key takes several values."""
         if not isinstance(values, Mapping):
             return values
-        return {key: cls._words(key, value) if isinstance(value, str) else value for key, value in values.items()}
+        return {key: _words(cls, key, v) if v is None or isinstance(v, str) else v for key, v in values.items()}
 
-    @classmethod
-    def _words(cls, key: Any, text: str) -> str | tuple[str, ...]:
-        several = _keys_of_several(cls)
-        if key not in several or text in several[key]:
-            return text
-        return (text,) if key in cls.with_commas else tuple(word.strip() for word in text.split(",") if word.strip())
+
+def _words(settings: type[Settings], key: Any, text: str | None) -> str | tuple[str, ...] | None:
+    several = _keys_of_several(settings)
+    if key not in several or text in several[key]:
+        return text
+    if text is None:  # nothing behind the sign: `report_to:`
+        return ()
+    return (text,) if key in settings.with_commas else tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 @cache
 def _keys_of_several(settings: type[Settings]) -> dict[str, tuple[Any, ...]]:
-    """Return the keys that take several words or numbers and no text of one's own, each with its other words."""
+    """Return the keys of several words or numbers, each with the other values that it takes."""
     found: dict[str, tuple[Any, ...]] = {}
     for name, field in settings.model_fields.items():
         options = list(_options(field.annotation))
         lists = [get_args(option)[:1] for option in options if get_origin(option) is tuple]
         if lists and str not in options and not any(_is_section(kind) for kinds in lists for kind in kinds):
             literals = [option for option in options if get_origin(option) is Literal]
-            found[name] = tuple(word for literal in literals for word in get_args(literal))
+            words = [word for literal in literals for word in get_args(literal)]
+            found[name] = (*words, None) if type(None) in options else (*words,)
     return found
 
 

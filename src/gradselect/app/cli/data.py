@@ -32,7 +32,7 @@ def data(
 
     stages = command_stages(stderr=True)
     with stages.open(LOADING):
-        loaded = read_words(recipe, overrides or [], command="gradselect data", quiet_output=True)
+        loaded = read_words(recipe, overrides or [], command="gradselect data", say=stages.say)
         # Imported late because it is slow: errors in the recipe come first.
         from gradselect.app.preview import as_json as to_json
         from gradselect.app.preview import preview_data, show

@@ -57,7 +57,7 @@ def evaluate(
         settings = _settings(**options)
         from gradselect.app.recipe import ids_of_evaluation
 
-        check_reachable(ids_of_evaluation(settings))
+        check_reachable(ids_of_evaluation(settings), say=stages.say)
         from gradselect.app.runtime import collected_messages
 
     with collected_messages(Console(stderr=True)):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
-
-import typer
 
 if TYPE_CHECKING:
     from gradselect.app.runtime import HubId
 
 
-def check_reachable(ids: Iterable[HubId]) -> None:
+def check_reachable(ids: Iterable[HubId], *, say: Callable[[str], None]) -> None:
     """Check that models and data on the hub can be had; say so if copies on this machine are used instead.
 
     Raises:
@@ -20,4 +18,4 @@ def check_reachable(ids: Iterable[HubId]) -> None:
     from gradselect.app.runtime import check_ids
 
     for note in check_ids(ids):
-        typer.echo(f"note       {note}", err=True)
+        say(f"note       {note}")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .loading import LOADING, command_stages
 from .words import HELP, METAVAR, read_words
 
 WIDTH = 190
@@ -38,13 +39,14 @@ def plan(
 
     limit = None if fit is None else read_size(fit)
     shares = read_fractions(fractions)
-    loaded = read_words(recipe, overrides or [], command="gradselect plan", needs_data=False, quiet_output=True)
-    # Imported late because it is slow: errors in the recipe come first.
-    from gradselect.app.recipe_planning import Device, plan_recipe, show
-    from gradselect.app.recipe_planning import as_json as to_json
+    stages = command_stages(stderr=True)
+    with stages.open(LOADING):
+        loaded = read_words(recipe, overrides or [], command="gradselect plan", say=stages.say, needs_data=False)
+        # Imported late because it is slow: errors in the recipe come first.
+        from gradselect.app.recipe_planning import Device, plan_recipe, show
+        from gradselect.app.recipe_planning import as_json as to_json
 
-    errors = Console(stderr=True)
-    with collected_messages(errors), errors.status("planning"):
+    with collected_messages(Console(stderr=True)), stages.open("planning"):
         found = plan_recipe(loaded, fractions=shares, fit=limit, in_full=in_full or as_json)
     if as_json:
         typer.echo(json.dumps(to_json(found), indent=2))

@@ -28,8 +28,9 @@ def train(
     words = ["gradselect", "train", recipe, *(overrides or [])]
     advice = "interrupted; resume from the newest checkpoint with"
     with advice_when_stopped([*words, "--resume"], interrupted=advice):
-        with command_stages().open(LOADING):
-            loaded = read_words(recipe, overrides or [], command="gradselect train")
+        stages = command_stages()
+        with stages.open(LOADING):
+            loaded = read_words(recipe, overrides or [], command="gradselect train", say=stages.say)
             # Imported late because it is slow: errors in the recipe come first.
             from gradselect.app.runtime import own_process_group
             from gradselect.app.train import train as carry_out

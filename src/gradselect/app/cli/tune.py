@@ -38,8 +38,9 @@ def tune(
     words = ["gradselect", "tune", recipe, *(overrides or []), "--trials", str(trials), "--seed", str(seed)]
     words += [word for text in search or [] for word in ("--search", text)] + (["--study", study] if study else [])
     with advice_when_stopped(words, interrupted="interrupted; finished trials are kept, resume with"):
-        with command_stages().open(LOADING):
-            loaded = read_words(recipe, overrides or [], command="gradselect tune")
+        stages = command_stages()
+        with stages.open(LOADING):
+            loaded = read_words(recipe, overrides or [], command="gradselect tune", say=stages.say)
             # Imported late because it is slow: errors in the recipe come first.
             from gradselect.app.tune import tune as carry_out
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import typer
 
 from gradselect import UsageError
 
@@ -23,16 +21,16 @@ _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[^=/]+)*=")
 
 
 def read_words(
-    first: str, words: Sequence[str], *, command: str, needs_data: bool = True, quiet_output: bool = False
+    first: str, words: Sequence[str], *, command: str, say: Callable[[str], None], needs_data: bool = True
 ) -> Recipe:
-    """Return the recipe that a command names, after a look at the hub. A drafted recipe is printed.
+    """Return the recipe that a command names, after a look at the hub. A drafted recipe is shown.
 
     Args:
         first: first word: a recipe or a model.
         words: further words: `key=value`, after a model the data.
         command: for errors: "gradselect train".
+        say: shows a line to the user.
         needs_data: check that data on the hub can be reached.
-        quiet_output: print the draft on standard error, as standard output may be JSON.
 
     Raises:
         UsageError: the words name neither, or the recipe, the model or the data cannot be used.
@@ -42,14 +40,14 @@ def read_words(
     if _is_recipe(first, words, command=command):
         recipe = load_recipe(first, words)
     else:
-        recipe = _drafted(first, words, command=command, err=quiet_output)
-    check_reachable(ids_of_recipe(recipe, needs_data=needs_data))
+        recipe = _drafted(first, words, command=command, say=say)
+    check_reachable(ids_of_recipe(recipe, needs_data=needs_data), say=say)
     return recipe
 
 
-def _drafted(model: str, words: Sequence[str], *, command: str, err: bool) -> Recipe:
+def _drafted(model: str, words: Sequence[str], *, command: str, say: Callable[[str], None]) -> Recipe:
     from gradselect.app.draft import draft_recipe
-    from gradselect.app.runtime import HubId, is_rank_0
+    from gradselect.app.runtime import HubId
 
     data = words[0] if words else None
     if data is None or _is_override(data):
@@ -57,13 +55,12 @@ def _drafted(model: str, words: Sequence[str], *, command: str, err: bool) -> Re
     for word in words[1:]:
         if not _is_override(word):
             raise UsageError(f"{word!r} is no override; after MODEL and DATA write key=value, e.g. run.steps=100")
-    check_reachable([HubId("MODEL", model, "model")])
+    check_reachable([HubId("MODEL", model, "model")], say=say)
     draft = draft_recipe(model, data, words[1:])
-    if is_rank_0():
-        for line in draft.lines():
-            typer.echo(line, err=err)
-        if command == "gradselect train":
-            typer.echo(f"recipe     {draft.recipe.run.output}/recipe.yaml will hold all of it, with every default")
+    for line in draft.lines():
+        say(line)
+    if command == "gradselect train":
+        say(f"recipe     saved with every default as {draft.recipe.run.output}/recipe.yaml")
     return draft.recipe
 
 

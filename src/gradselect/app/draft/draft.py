@@ -31,6 +31,8 @@ DEFAULTS: dict[str, Any] = {
     "method": {"name": "adagradselect", "fraction": 0.2},
     "run": {"epochs": 3, "batch_size": 8, "evaluate_every": 200, "save_every": 200},
 }
+LINE = 68
+"""Characters of a line of settings: with its heading it fits into 80 columns."""
 VALIDATION = {"validation": 0.02, "validation_limit": 200}
 RATE = 1e-5
 RATE_OF_FEW_WEIGHTS = 1e-4
@@ -62,9 +64,10 @@ class Draft:
         words = list(_words(self.written))
         for number, section in enumerate(self.written):
             part = [shlex.quote(word) for word in words if word.partition(".")[0] == section]
-            yield f"{'' if number else 'settings':<10} {' '.join(part)}"
+            for row, line in enumerate(_wrapped(part)):
+                yield f"{'' if number or row else 'settings':<10} {line}"
         if self.is_chat_model and isinstance(self.recipe.data, PromptCompletionData) and not self.recipe.data.as_chat:
-            yield "note       the model has a chat template; if it is a chat model, add data.as_chat=true"
+            yield "note       the model has a chat template; a chat model needs data.as_chat=true"
 
 
 def draft_recipe(model: str, data: str, overrides: Sequence[str] = ()) -> Draft:
@@ -158,6 +161,17 @@ def _has_chat_template(model: str) -> bool:
         except (OSError, ValueError, AttributeError):
             continue
     return False
+
+
+def _wrapped(words: Sequence[str]) -> Iterator[str]:
+    """Yield lines of whole words."""
+    line = ""
+    for word in words:
+        if line and len(line) + 1 + len(word) > LINE:
+            yield line
+            line = ""
+        line = f"{line} {word}" if line else word
+    yield line
 
 
 def _words(values: Mapping[str, Any], above: str = "") -> Iterator[str]:
