@@ -1,4 +1,4 @@
-"""transformers.Trainer as it is; two of its arguments bring in selective training.
+"""transformers.Trainer as it is; one callback brings in selective training.
 
 A tiny model learns to count upwards from any number: python examples/trainer.py
 """
@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import gradselect as gs
-from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
+from gradselect.integrations.transformers import SelectiveTraining
 
 torch.manual_seed(0)
 sequences = [(start + torch.arange(12)) % 50 for start in range(50)]
@@ -26,17 +26,10 @@ args = TrainingArguments(
     use_cpu=not torch.cuda.is_available(),
     save_steps=30,
 )
-options = {
-    "args": args,  # for its learning rate, weight decay, betas and eps
-    "policy": gs.AdaGradSelect(fraction=0.3),
-    "residency": gs.Offload(),
-}
-trainer = Trainer(
-    model=model,
-    args=args,
-    train_dataset=data,
-    optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, options),
-    callbacks=[SelectionCallback(jsonl="runs/trainer/selection.jsonl")],
+# Learning rate, weight decay, betas, eps and accumulation come from args.
+selective = SelectiveTraining(
+    policy=gs.AdaGradSelect(fraction=0.3), residency=gs.Offload(), jsonl="runs/trainer/selection.jsonl"
 )
+trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[selective])
 trainer.train()
 trainer.save_model("runs/trainer/final")  # a plain checkpoint: LlamaForCausalLM.from_pretrained reads it

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 import gradselect as gs
-from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
+from gradselect.integrations.transformers import SelectiveTraining
 
 torch.manual_seed(0)
 data = Dataset.from_list([{"prompt": f"{a} + {b} =", "completion": f" {a + b}"} for a in range(10) for b in range(10)])
@@ -40,7 +40,6 @@ trainer = SFTTrainer(
     args=args,
     train_dataset=data,
     processing_class=tokenizer,
-    optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, {"args": args, "policy": policy}),
-    callbacks=[SelectionCallback(jsonl="runs/trl_sft/selection.jsonl")],
+    callbacks=[SelectiveTraining(policy=policy, jsonl="runs/trl_sft/selection.jsonl")],
 )
 trainer.train()
