@@ -45,9 +45,10 @@ def base(tmp_path_factory):
     return folder
 
 
-def test_trl_sft_trains_selectively_in_a_child_of_the_command(base, tmp_path):
-    """The command is a shell that starts `trl sft`; its Trainer trains exactly what the records say."""
+def test_trl_sft_trains_selectively_in_processes_that_the_command_starts(base, tmp_path):
+    """A shell starts `trl sft`, which starts two ranks; together they train exactly what the records say."""
     settings = "--max_steps 4 --learning_rate 1e-2 --use_cpu --bf16 False --dtype float32 --report_to none"
+    settings += " --num_processes 2 --ddp_find_unused_parameters True --gradient_checkpointing False"
     trl = Path(sys.executable).parent / "trl"
     command = f"{trl} sft --model_name_or_path {base}/model --dataset_name {base}/data --output_dir out {settings}"
     method = ("adagradselect", "count=1", "always=head", "jsonl=selection.jsonl")
