@@ -16,8 +16,8 @@ from support import BASE, ROWS, check_moved, difference, read_records, untied_mo
 
 from gradselect.integrations.llamafactory.command import main
 
-STEPS = 12
-STOP = 5
+STEPS = 8
+STOP = 3
 ADAGRADSELECT = {"name": "adagradselect", "fraction": 0.3}
 ID3 = {"name": "id3", "density": 0.01}
 METHODS = {"adagradselect": ADAGRADSELECT, "id3": ID3}
@@ -59,7 +59,7 @@ def write(**keys: Any) -> str:
         "cutoff_len": 128,
         "output_dir": "whole",
         "per_device_train_batch_size": 4,
-        "num_train_epochs": 3,
+        "num_train_epochs": 2,
         "learning_rate": 1e-3,
         "logging_steps": 1,
         "save_steps": 1,
@@ -80,7 +80,7 @@ def write_v1(**keys: Any) -> str:
         "micro_batch_size": 2,
         "global_batch_size": 4,
         "cutoff_len": 128,
-        "num_train_epochs": 3,
+        "num_train_epochs": 2,
         "learning_rate": 1e-3,
         "bf16": False,
         "batching_workers": 0,
@@ -116,7 +116,7 @@ def test_a_run_moves_what_its_records_say_and_resumes_bitwise(stage: str, method
 
 def test_the_first_epoch_explores_and_the_selection_is_in_the_log() -> None:
     assert main(["train", write(gradselect=ADAGRADSELECT)]) == 0
-    assert filled_explore_steps("whole/checkpoint-12/optimizer.pt") == STEPS // 3
+    assert filled_explore_steps("whole/checkpoint-8/optimizer.pt") == STEPS // 2
     logs = read_records(Path("whole/trainer_log.jsonl"))
     assert [log["selection/blocks"] for log in logs if "loss" in log] == [3.0] * STEPS
     assert logs[-1]["selection/updates/layer.7"] > 0
@@ -138,7 +138,7 @@ def test_version_1_needs_nothing_by_hand(method: dict[str, Any], monkeypatch: py
     check_moved(records[1:], checkpoints("model"))
     logs = read_records(Path("whole/trainer_log.jsonl"))
     if method is ADAGRADSELECT:
-        assert filled_explore_steps("whole/checkpoint-12/optimizer/state_dict.pt") == STEPS // 3
+        assert filled_explore_steps("whole/checkpoint-8/optimizer/state_dict.pt") == STEPS // 2
         assert all(log["selection/blocks"] == 2 for log in logs)
     else:
         assert [log["grad_norm"] for log in logs] == [record["grad_norm"] for record in records]
@@ -157,7 +157,7 @@ def test_two_processes_train_the_same_model(folder: Path) -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     records = read_records(Path("two/selection.jsonl"))
-    assert len(records) == STEPS // 3
+    assert len(records) == STEPS // 2
     assert all({"norm", "embedding"} < set(record["selected"]) for record in records)
     check_moved(records[1:], [Path(f"two/checkpoint-{step}") for step in range(1, 5)])
 

@@ -14,8 +14,8 @@ from support import BASE, ROWS, check_moved, difference, read_records
 
 from gradselect.integrations.plugin_path import plugin_path
 
-STEPS = 12
-STOP = 5
+STEPS = 8
+STOP = 3
 METHODS = {"adagradselect": "adagradselect fraction=0.3", "id3": "id3 density=0.01"}
 PLUGIN = ("--external_plugins", str(plugin_path("swift")))
 SELECT = (*PLUGIN, "--callbacks", "gradselect")
@@ -37,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def arguments(folder: str, *more: str) -> list[str]:
-    """Return the arguments of a run of 12 steps, each of which is saved."""
+    """Return the arguments of a run of 8 steps, each of which is saved."""
     own = {
         "model": BASE,
         "model_type": "llama",
@@ -51,7 +51,7 @@ def arguments(folder: str, *more: str) -> list[str]:
         "add_version": "false",
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 1,
-        "num_train_epochs": 3,
+        "num_train_epochs": 2,
         "learning_rate": 1e-3,
         "logging_steps": 1,
         "save_steps": 1,
@@ -90,7 +90,7 @@ def test_a_run_moves_what_its_records_say_and_resumes_bitwise(trains: str, more:
     check_moved(records[1:], checkpoints())
     if method == METHODS["adagradselect"]:
         state = torch.load(f"whole/checkpoint-{STEPS}/optimizer.pt", weights_only=True)
-        assert state["selection"]["policy_state"]["filled_explore_steps"] == STEPS // 3
+        assert state["selection"]["policy_state"]["filled_explore_steps"] == STEPS // 2
     logs = read_records(Path("whole/logging.jsonl"))
     assert all("selection/state_bytes" in log for log in logs if "loss" in log)
 
@@ -135,6 +135,6 @@ def test_the_command_line_of_two_processes_trains(folder: Path) -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     records = read_records(Path("two.jsonl"))
-    assert len(records) == STEPS // 3
+    assert len(records) == STEPS // 2
     assert all({"norm", "embedding"} < set(record["selected"]) for record in records)
     check_moved(records[1:], checkpoints()[: len(records)])
