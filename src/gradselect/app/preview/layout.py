@@ -37,22 +37,23 @@ def show(found: DataPreview, console: Console, *, whole: bool) -> None:
         whole: show the whole text of the rows.
     """
     for heading, line in _facts(found):
-        _print(console, Text(f"{heading:<11}").append(line), indent=11)
-    marks = _marks(console)
+        print_line(console, Text(f"{heading:<11}").append(line), indent=11)
+    marks = marks_of(console)
     for row in found.rows:
         console.print()
-        _print(console, Text(_title(found, row), style="bold"))
+        print_line(console, Text(_title(found, row), style="bold"))
         hidden = 0 if whole else max(0, len(row.pieces) - MOST_PIECES)
         for number, piece in enumerate(row.pieces[: len(row.pieces) - hidden], start=1):
             if len(row.pieces) > 1:
-                _print(console, Text(f"  piece {number} of {len(row.pieces)}: {_tokens(piece)}", style="dim"))
+                print_line(console, Text(f"  piece {number} of {len(row.pieces)}: {tokens_of(piece)}", style="dim"))
             for line in _text(piece, marks, whole=whole).split("\n", allow_blank=True):
-                _print(console, Text("  ").append_text(line), indent=2)
+                print_line(console, Text("  ").append_text(line), indent=2)
         if hidden:
-            _print(console, Text(f"  and {hidden:,} more pieces; --row {row.number} shows all", style="dim"))
+            print_line(console, Text(f"  and {hidden:,} more pieces; --row {row.number} shows all", style="dim"))
     if found.rows and not isinstance(found.recipe.data, ClassificationData):
         name = f"{marks[0]} {marks[1]}" if marks else "green"
-        _print(console, Text(f"\n{name}: tokens that the loss counts. Nothing predicts the first token of a piece."))
+        words = f"\n{name}: tokens that the loss counts. Nothing predicts the first token of a piece."
+        print_line(console, Text(words))
 
 
 def as_json(found: DataPreview) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def _facts(found: DataPreview) -> Iterator[tuple[str, str]]:
         yield "note", printable(note)
 
 
-def _print(console: Console, line: Text, *, indent: int = 0) -> None:
+def print_line(console: Console, line: Text, *, indent: int = 0) -> None:
     """Print a line; what is wrapped stands `indent` columns to the right."""
     line.rstrip()
     if not console.is_terminal and "COLUMNS" not in os.environ:
@@ -143,14 +144,15 @@ def _title(found: DataPreview, row: ShownRow) -> str:
     together = Piece(spans=tuple(span for piece in row.pieces for span in piece.spans))
     pieces = f"{len(row.pieces):,} pieces, " if len(row.pieces) > 1 else ""
     label = "" if row.label is None else f", label {printable(row.label)}"
-    return f"row {row.number:,} of {found.counts['train'].rows:,}: {pieces}{_tokens(together)}{label}"
+    return f"row {row.number:,} of {found.counts['train'].rows:,}: {pieces}{tokens_of(together)}{label}"
 
 
-def _tokens(piece: Piece) -> str:
+def tokens_of(piece: Piece) -> str:
+    """Return the numbers of tokens of a piece."""
     return f"{piece.num_tokens:,} tokens, {piece.num_trained:,} trained on"
 
 
-def _marks(console: Console) -> tuple[str, str] | None:
+def marks_of(console: Console) -> tuple[str, str] | None:
     """Return what stands around trained text; None: it has a colour."""
     if console.color_system is not None and not console.no_color:
         return None
@@ -164,7 +166,7 @@ def _marks(console: Console) -> tuple[str, str] | None:
 def _text(piece: Piece, marks: tuple[str, str] | None, *, whole: bool) -> Text:
     text = Text()
     for span in piece.spans:
-        words = _visible(span, whole=whole)
+        words = visible(span, longest=None if whole else LONGEST_SPAN)
         if not span.is_trained:
             text.append(words)
         elif marks is None:
@@ -174,10 +176,13 @@ def _text(piece: Piece, marks: tuple[str, str] | None, *, whole: bool) -> Text:
     return text
 
 
-def _visible(span: Span, *, whole: bool) -> str:
-    """Return the text of a span on lines of its own; other characters that cannot be shown become escape codes."""
+def visible(span: Span, *, longest: int | None) -> str:
+    """Return the text of a span; characters other than line ends that cannot be shown become escape codes.
+
+    If it is longer than `longest` characters, its middle is left out.
+    """
     text = span.text
-    if not whole and len(text) > LONGEST_SPAN:
-        half = LONGEST_SPAN // 2
+    if longest is not None and len(text) > longest:
+        half = longest // 2
         text = f"{text[:half]} ... {len(text) - 2 * half:,} characters ... {text[-half:]}"
     return "\n".join(printable(line) for line in text.split("\n"))

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from gradselect import UsageError
-from gradselect.app.inputs import DataInputs, make_rows, read_data, row_notes
+from gradselect.app.inputs import DataInputs, Inputs, make_rows, read_data, row_notes
 from gradselect.app.progress import SILENT, Stages
 from gradselect.app.recipe import ClassificationData, RandomData, Recipe, is_packed
 from gradselect.app.results import TokenCounts
@@ -109,7 +109,7 @@ def preview_data(
         labels={} if has_scores else _count_labels(targets, data.examples.labels),
         scores=_distribution(targets) if has_scores else None,
         notes=(*data.examples.notes, *row_notes(counts, recipe.data, max_length=data.max_length), *_checks(recipe)),
-        rows=tuple(_shown(train, number, recipe, data) for number in numbers),
+        rows=tuple(shown_row(train, number, recipe, data) for number in numbers),
     )
 
 
@@ -149,7 +149,8 @@ def _checked(row: int, num_rows: int) -> int:
     return row
 
 
-def _shown(train: Dataset, number: int, recipe: Recipe, data: DataInputs) -> ShownRow:
+def shown_row(train: Dataset, number: int, recipe: Recipe, data: DataInputs | Inputs) -> ShownRow:
+    """Return row `number`, counted from 1, of the rows that the trainer reads."""
     row: Any = train[number - 1]
     tokenizer = None if isinstance(recipe.data, RandomData) else data.tokenizer
     label = None

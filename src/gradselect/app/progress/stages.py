@@ -109,6 +109,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def encodable(text: str, console: Console) -> str:
+    """Return the text with characters that the console's encoding lacks as escape codes: data may hold any."""
+    return text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+
+
 class Stages:
     """Shows the stages that are open: in a terminal as live lines below everything else, elsewhere as plain lines.
 
@@ -157,6 +162,7 @@ class Stages:
     def say(self, *lines: str) -> None:
         """Print lines as they are, above the live lines. The next plain line waits its turn."""
         for line in lines:
+            line = encodable(line, self._console)
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
         for stage in self._open:
             stage.line_is_shown()

@@ -52,7 +52,7 @@ class AbstractAnswerer(ABC):
     @property
     @abstractmethod
     def how(self) -> str:
-        """How the answers come about, for people."""
+        """Kind and limits of the answers, for the heading above them."""
 
     @abstractmethod
     def answers(self, model: nn.Module, stage: Stage, *, is_stopping: Callable[[], bool]) -> list[Answer]:

@@ -6,12 +6,14 @@ import atexit
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from datasets import Dataset
 from rich.console import Console
 
 from gradselect import UsageError
 from gradselect.app.inputs import read_inputs, row_notes
+from gradselect.app.preview import show_first_row
 from gradselect.app.progress import Stages
 from gradselect.app.recipe import Recipe
 from gradselect.app.recipe import dump_recipe as dump_recipe
@@ -82,6 +84,7 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
             write_start(folder, start, recipe)
         found = broadcast_from_rank_0(None if checkpoint is None else str(checkpoint))
         show_start(console, start, notes=notes, checkpoint=checkpoint, damaged=damaged, resume=resume)
+        show_first_row(cast(Dataset, trainer.train_dataset), recipe, inputs, console)
 
         if samples and is_rank_0():
             add_answers(trainer, samples, recipe, inputs, ends=saving.ends, stages=stages, folder=folder)
