@@ -144,6 +144,25 @@ def test_a_chat_template_is_mentioned(place: Path) -> None:
     assert "as_chat" not in " ".join(draft_recipe(str(place / "model"), data).lines())
 
 
+ROWS = {
+    "alpaca": ({"instruction": "Add", "input": "2 3", "output": "5"}, "### Response:\n  ⟦5<end>⟧"),
+    "sharegpt": ({"conversations": [HUMAN, {"from": "gpt", "value": "It is 5"}]}, "assistant: ⟦It is 5<end>⟧"),
+    "text": ({"text": "It is 5"}, "I⟦t is 5<end>⟧"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_a_draft_are_read_as_they_would_be_trained(
+    name: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row, text = ROWS[name]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(3)), "utf-8")
+    run("data", str(place / "chat-model"), str(tmp_path / "rows.jsonl"), "data.max_length=64", "--examples", "1")
+    shown = capsys.readouterr()
+    assert text in shown.out
+    assert "found from the column" in shown.err
+
+
 def run(*words: str, code: int = 0) -> None:
     with pytest.raises(SystemExit) as ended:
         main(words)
@@ -195,7 +214,12 @@ def stopping_at_step(step: int) -> Any:
         (["model.path=m", "data.path=d"], "'model.path=m' stands where a recipe or a model is expected"),
         (["{place}/empty", "{place}/sums.jsonl"], "is a folder without config.json, so no model, and no recipe"),
         (["some/model"], "name the data as well: gradselect train some/model DATA"),
-        (["nothing.yaml", "{place}/sums.jsonl"], "nothing.yaml: no such recipe"),
+        (
+            ["{place}/a.yaml", "{place}/sums.jsonl"],
+            "stands behind a recipe, which names its own data; write data.path=",
+        ),
+        (["nothing.yaml", "run.steps=1"], "nothing.yaml: no such recipe"),
+        (["nothing.yaml", "{place}/sums.jsonl"], "stands behind a recipe"),
         (["{place}/model", "{place}/sums.jsonl", "3"], "'3' is no override; after MODEL and DATA write key=value"),
         (["{place}/model", "{place}/sums.jsonl", "run.stepz=3"], "did you mean 'steps'"),
         (["{place}/model", "{place}/none.jsonl"], "no such file"),

@@ -24,7 +24,7 @@ def data(
     row: Annotated[int | None, typer.Option(help="Show this row, whole. They are numbered from 1.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Show what RECIPE would train on: rows as the model reads them, token counts, what is cut or dropped.
+    """Show what a training would read: rows as the model reads them, token counts, what is cut or dropped.
 
     Reads tokenizer and configuration of the model, but no weights.
     """

@@ -31,7 +31,7 @@ def plan(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables, with sizes in bytes.")] = False,
 ) -> None:
-    """Estimate the memory and step time of training RECIPE. Reads no weights and no data."""
+    """Estimate the memory and step time of a training. Reads no weights, and no data of a recipe."""
     from rich.console import Console
 
     from gradselect.app.runtime import collected_messages, device_memory

@@ -34,7 +34,7 @@ def tune(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the proposed values.")] = 0,
 ) -> None:
-    """Search the values of RECIPE with the smallest validation loss. The result is a recipe, best.yaml."""
+    """Search the values of a recipe with the smallest validation loss. The result is a recipe, best.yaml."""
     words = ["gradselect", "tune", recipe, *(overrides or []), "--trials", str(trials), "--seed", str(seed)]
     words += [word for text in search or [] for word in ("--search", text)] + (["--study", study] if study else [])
     with advice_when_stopped(words, interrupted="interrupted; finished trials are kept, resume with"):

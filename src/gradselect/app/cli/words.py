@@ -38,6 +38,9 @@ def read_words(
     from gradselect.app.recipe import ids_of_recipe, load_recipe
 
     if _is_recipe(first, words, command=command):
+        for word in words:
+            if not _is_override(word) and _exists(Path(word)):
+                raise UsageError(f"{word!r} stands behind a recipe, which names its own data; write data.path={word}")
         recipe = load_recipe(first, words)
     else:
         recipe = _drafted(first, words, command=command, say=say)

@@ -37,8 +37,9 @@ VALIDATION = {"validation": 0.02, "validation_limit": 200}
 RATE = 1e-5
 RATE_OF_FEW_WEIGHTS = 1e-4
 """Learning rates of the recipes in the repository: of methods that train blocks, and of adapters and masks."""
-RATE_OF_PREFERENCES = 1e-6
-"""Of methods that train blocks, on preferences; ours."""
+RATE_OF_PREFERENCES = 5e-7
+RATE_OF_FEW_WEIGHTS_ON_PREFERENCES = 1e-5
+"""The same on preferences. The second one is ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +132,11 @@ def _read(data: str, given: Mapping[str, Any]) -> Rows:
 def _rate(values: Mapping[str, Any]) -> float:
     """Return the learning rate of the repository's recipes for a method. The recipe's checks see a stand-in."""
     recipe = parse_recipe(merge(values, {"optimizer": {"lr": 1.0}}), source=SOURCE)
-    if not isinstance(recipe.method, AbstractBlockMethod | FullMethod):
-        return RATE_OF_FEW_WEIGHTS
-    return RATE_OF_PREFERENCES if recipe.data.format == "preference" else RATE
+    if recipe.data.format == "preference":
+        rates = (RATE_OF_PREFERENCES, RATE_OF_FEW_WEIGHTS_ON_PREFERENCES)
+    else:
+        rates = (RATE, RATE_OF_FEW_WEIGHTS)
+    return rates[0] if isinstance(recipe.method, AbstractBlockMethod | FullMethod) else rates[1]
 
 
 def _name_of(place: str) -> str:
