@@ -282,6 +282,18 @@ def test_a_resumed_run_goes_on_with_patches() -> None:
             assert_same(follower, resumed)
 
 
+def test_loading_a_state_loses_nothing_that_has_moved_before() -> None:
+    model, follower = seeded(Net), seeded(Net)
+    optimizer = gs.SparseOptimizer(model, gs.TopGradient(density=0.02), lr=1e-2)
+    optimizer.changed_entries()
+    early = copy.deepcopy(optimizer.state_dict())
+    for seed in range(3):
+        step_of(model, optimizer, seed)
+    optimizer.load_state_dict(early)
+    gs.delta.apply_patch(follower, optimizer.changed_entries())
+    assert_same(follower, model)
+
+
 def test_a_patch_is_a_copy_that_later_steps_leave_alone() -> None:
     model = tiny_plain()
     optimizer = gs.BlockOptimizer(model, gs.All(), lr=1e-2)
