@@ -218,6 +218,7 @@ def test_blocks_take_turns_resume_and_have_masters(row: Row, run: Any) -> None:
 @each_row
 def test_entries_move_as_in_the_class_or_are_refused(row: Row) -> None:
     assert row.rule.why_whole_tensors == row.whole
+    assert row.rule.works_on_shards == (row.whole != WHOLE_SHARED and not row.matrices_only)
     ours, theirs = make_model(row), make_model(row)
     if row.whole:
         with pytest.raises(UsageError, match=rf"TorchRule\({row.kind.__name__}\) {row.whole}, and StaticMask selects"):
@@ -232,25 +233,27 @@ def test_entries_move_as_in_the_class_or_are_refused(row: Row) -> None:
 
 
 def test_entries_that_join_late_have_an_age_of_their_own() -> None:
-    """In a class that counts its updates by tensor."""
+    """Each moves as a tensor of its own would from the step on at which it joined."""
     row = TABLE["RAdam"]
-    ours, late = make_model(row), make_model(row)
-    optimizer = gs.SparseOptimizer(ours, gs.ID3(density=1.0, steps=4), **options(row, weight_decay=0.0))
-    joined: dict[str, set[int]] = {name: set() for name, _ in ours.named_parameters()}
-    for step in range(7):
-        late.load_state_dict(ours.state_dict())
-        backward(late, step)
-        gradients = {name: parameter.grad for name, parameter in late.named_parameters()}
-        late.zero_grad()
+    ours, twin = make_model(row), make_model(row)
+    optimizer = gs.SparseOptimizer(ours, gs.ID3(density=0.3, steps=3), **options(row, weight_decay=0.0))
+    alone: dict[tuple[str, int], tuple[nn.Parameter, Optimizer]] = {}
+    for step in range(8):
+        twin.load_state_dict(ours.state_dict())
+        twin.zero_grad()
+        backward(twin, step)
         train(ours, optimizer, [step])
         for name, indices in optimizer.entries.items():
-            new = sorted(set(indices.tolist()) - joined[name])
-            joined[name].update(new)
-            for index in new:  # at its first update an entry moves as a new tensor does
-                single = nn.Parameter(late.get_parameter(name).detach().view(-1)[index : index + 1].clone())
-                single.grad = gradients[name].view(-1)[index : index + 1]
-                torch.optim.RAdam([single], lr=LR).step()
-                torch.testing.assert_close(single.detach()[0], ours.get_parameter(name).detach().view(-1)[index])
+            before, gradient = twin.get_parameter(name).detach().view(-1), twin.get_parameter(name).grad
+            assert gradient is not None
+            for index in indices.tolist():
+                if (name, index) not in alone:
+                    single = nn.Parameter(before[index].clone())
+                    alone[name, index] = single, torch.optim.RAdam([single], lr=LR)
+                single, of_single = alone[name, index]
+                single.grad = gradient.view(-1)[index]
+                of_single.step()
+                torch.testing.assert_close(single.detach(), ours.get_parameter(name).detach().view(-1)[index])
 
 
 @pytest.mark.parametrize("mask", ["gradient", "update"])
