@@ -305,6 +305,31 @@ def test_a_patch_is_a_copy_that_later_steps_leave_alone() -> None:
     assert_same(follower, after)
 
 
+def test_a_copy_follows_a_trainer_through_a_callback(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from gradselect.integrations.transformers import SelectiveTraining
+
+    model = tiny_llama(layers=2)
+    served, patches = copy.deepcopy(model), []
+
+    class Send(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, *, optimizer: Any, **_: Any) -> None:
+            patches.append(optimizer.optimizer.changed_entries())
+            gs.delta.apply_patch(served, patches[-1])
+            assert_same(served, model)
+
+    batch = tiny_batch(model, seed=0, batch=8)
+    rows = [{key: values[row] for key, values in batch.items()} for row in range(8)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    selection = SelectiveTraining(policy=gs.Cyclic(every=1))
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[selection, Send()])  # type: ignore[arg-type]
+    trainer.train()
+    assert [patch.to_step for patch in patches] == [1, 2, 3]
+
+
 # Names and shapes --------------------------------------------------------------------------------------------------
 
 
