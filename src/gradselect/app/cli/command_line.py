@@ -18,11 +18,13 @@ except ModuleNotFoundError as missing:
 
 from gradselect import UsageError, __version__
 
+from .chat import chat
 from .compare import compare
 from .data import data
 from .delta import app as delta_commands
 from .entry import USAGE_EXIT_CODE
 from .evaluate import evaluate
+from .export import export
 from .launch import launch
 from .plan import plan
 from .plugin_path import show_plugin_path
@@ -50,6 +52,8 @@ app.command(
     "command with --resume starts or resumes a run. Repeat it until the run has finished."
 )(train)
 app.command()(evaluate)
+app.command()(chat)
+app.command()(export)
 
 ANY_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradselect.app.evaluate import find_evaluations
 from gradselect.app.results import BlockSelection, FinishedRun, RunRecord, read_finished_run, read_run
 from gradselect.app.runtime import RunFolder
 from gradselect.core import BlockHistory, EntryHistory, read_history
 from gradselect.usage import UsageError
 
-from .read_evaluations import read_evaluations
 from .selection_charts import history_of
 from .trainer_checkpoint import TrainerCheckpoint, find_checkpoint
 from .training_run import TrainingRun
@@ -55,7 +55,7 @@ def _read_own(folder: RunFolder, *, records: Path | None, evaluations: Sequence[
     history = record.history if isinstance(record, FinishedRun) else [] if checkpoint is None else checkpoint.history
     recorded = 0 if selection is None or not selection.steps else selection.steps[-1] + 1
     known = record.steps if isinstance(record, FinishedRun) else 0 if checkpoint is None else checkpoint.num_steps
-    found, notes = read_evaluations(folder.root, evaluations)
+    found, notes = find_evaluations(folder.root, evaluations)
     return TrainingRun(
         folder=folder.root,
         maker="gradselect train",
@@ -74,7 +74,7 @@ def _read_trainer(path: Path, *, records: Path | None, evaluations: Sequence[Pat
     checkpoint = find_checkpoint(path)
     selection = _read_selection(path, records, checkpoint)
     recorded = 0 if selection is None or not selection.steps else selection.steps[-1] + 1
-    found, notes = read_evaluations(path, evaluations)
+    found, notes = find_evaluations(path, evaluations)
     if checkpoint is None:
         notes = ["no trainer_state.json in the folder, so losses are unknown", *notes]
     if selection is None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
-from gradselect.app.evaluate import EvaluationResult
+from gradselect.app.evaluate import EvaluationResult, SavedEvaluation
 from gradselect.core import BlockHistory, EntryHistory
 
 from . import number_format as words
 from .methods import ratio
-from .training_run import Evaluation, Points, TrainingRun
+from .training_run import Points, TrainingRun
 
 FEW = 6
 """Largest number of names in a sentence; further ones are counted."""
@@ -32,7 +32,7 @@ def run_findings(run: TrainingRun) -> Iterator[tuple[str, str]]:
     yield from (("note", f"{words.upper_first(note)}.") for note in run.notes)
 
 
-def summary(evaluation: Evaluation) -> str:
+def summary(evaluation: SavedEvaluation) -> str:
     """Return an evaluation's own line: "gsm8k: accuracy 41.2 % ..."."""
     known = {field.name for field in fields(EvaluationResult)}
     values = {name: value for name, value in evaluation.values.items() if name in known}

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from gradselect.app.evaluate import SavedEvaluation
 from gradselect.core import BlockHistory
 from gradselect.integrations.pictures import chart_settings
 
@@ -15,7 +16,7 @@ from .run_charts import byte_charts, loss_charts, selection_charts
 from .run_findings import run_findings, summary
 from .run_tables import pair_list
 from .table import Cell, Column, Table
-from .training_run import Evaluation, TrainingRun
+from .training_run import TrainingRun
 
 MOST_ANSWERS = 10
 LONGEST_TEXT = 600
@@ -148,7 +149,7 @@ def _answer_parts(run: TrainingRun) -> Iterator[Part]:
         yield Part(title=summary(evaluation), text=f"From {evaluation.folder}.", table=_answer_table(evaluation))
 
 
-def _answer_table(evaluation: Evaluation) -> Table | None:
+def _answer_table(evaluation: SavedEvaluation) -> Table | None:
     items = [item for item in evaluation.items if "prediction" in item][:MOST_ANSWERS]
     if not items:
         return None

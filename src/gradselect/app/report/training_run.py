@@ -9,26 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gradselect.app.evaluate import SavedEvaluation
 from gradselect.app.results import FinishedRun, MaskSelection, RunRecord
 from gradselect.core import BlockHistory, EntryHistory
 
 Points = Sequence[tuple[int, float]]
 """Steps and values."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """An evaluation of the trained model.
-
-    Args:
-        folder: with its files.
-        values: content of its `result.json`.
-        items: one for each problem, text or row.
-    """
-
-    folder: Path
-    values: Mapping[str, Any]
-    items: Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +42,7 @@ class TrainingRun:
     history: Sequence[Mapping[str, Any]]
     selection: BlockHistory | EntryHistory | None
     record: RunRecord | None
-    evaluations: Sequence[Evaluation]
+    evaluations: Sequence[SavedEvaluation]
     notes: Sequence[str]
 
     @property

@@ -1,6 +1,6 @@
 """Surroundings of a run: folder, processes, signals, messages, memory of the machine."""
 
-from .hub import HubId, check_hub, check_ids
+from .hub import HubId, check_hub, check_ids, hub_fault
 from .machine import device_memory, host_bytes, machine_bytes, peak_process_bytes
 from .messages import collected_messages, describe_messages
 from .processes import (
@@ -36,6 +36,7 @@ __all__ = [
     "end_process",
     "handled_signals",
     "host_bytes",
+    "hub_fault",
     "is_rank_0",
     "machine_bytes",
     "max_over_ranks",

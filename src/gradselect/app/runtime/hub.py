@@ -41,7 +41,7 @@ def check_ids(ids: Iterable[HubId]) -> Iterator[str]:
     """
     for one in ids:
         check_hub(one.name, key=one.key, kind=one.kind)
-        if _is_id(one.name) and not _is_offline() and (fault := _fault()) is not None:
+        if _is_id(one.name) and not _is_offline() and (fault := hub_fault()) is not None:
             yield f"{fault}: the copy of {one.name} on this machine is used"
             _switch_off()
 
@@ -57,7 +57,7 @@ def check_hub(name: str, *, key: str, kind: Kind) -> None:
     Raises:
         UsageError: the id is not in the cache, and the hub cannot be reached or is switched off.
     """
-    if _is_id(name) and not _is_cached(name, kind) and (fault := _fault()) is not None:
+    if _is_id(name) and not _is_cached(name, kind) and (fault := hub_fault()) is not None:
         here = "folder" if kind == "model" else "file or folder"
         raise UsageError(
             f"{key}={name!r} cannot be used: there is no such {here} here, no copy of it from the hub on this machine, "
@@ -95,7 +95,7 @@ def _is_cached(name: str, kind: Kind) -> bool:
     return any(one.is_dir() and any(one.iterdir()) for one in folders)
 
 
-def _fault() -> str | None:
+def hub_fault() -> str | None:
     """Return the reason why nothing can be downloaded, or None."""
     from huggingface_hub import constants
 

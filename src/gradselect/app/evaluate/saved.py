@@ -1,20 +1,36 @@
-"""Finds the evaluations of a run."""
+"""Evaluations on disk, and those that belong to a run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from gradselect.app.evaluate import read_evaluation
 from gradselect.usage import UsageError
 
-from .training_run import Evaluation
+from .results import read_evaluation
 
 RESULT = "result.json"
 
 
-def read_evaluations(run: Path, named: Sequence[Path] = ()) -> tuple[list[Evaluation], list[str]]:
+@dataclass(frozen=True, kw_only=True)
+class SavedEvaluation:
+    """Files of an evaluation.
+
+    Args:
+        folder: with its files.
+        values: content of its `result.json`.
+        items: one for each problem, text or row.
+    """
+
+    folder: Path
+    values: Mapping[str, Any]
+    items: Sequence[dict[str, Any]]
+
+
+def find_evaluations(run: Path, named: Sequence[Path] = ()) -> tuple[list[SavedEvaluation], list[str]]:
     """Return the evaluations of a run, and a note on each that cannot be read.
 
     They are those in its folder, those beside it that name it as their model, and those in `named`.
@@ -36,9 +52,9 @@ def read_evaluations(run: Path, named: Sequence[Path] = ()) -> tuple[list[Evalua
     return list(evaluations.values()), notes
 
 
-def _read(folder: Path) -> Evaluation:
+def _read(folder: Path) -> SavedEvaluation:
     values = read_evaluation(folder)
-    return Evaluation(folder=folder, values=values, items=values.pop("items"))
+    return SavedEvaluation(folder=folder, values=values, items=values.pop("items"))
 
 
 def _is_of(file: Path, run: Path) -> bool:

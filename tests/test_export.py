@@ -1,0 +1,227 @@
+"""gradselect export: what goes to the hub and what its card says, and llama.cpp's converter."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub import ModelCard, constants
+from safetensors.torch import load_file
+from test_report_run import evaluation
+from train_fixtures import ADAGRADSELECT, parse, quiet, write_model, write_sums
+from transformers import AutoModelForCausalLM
+
+from gradselect.app.cli import main
+from gradselect.app.results import RunRecord
+from gradselect.app.runtime.hub import _unreachable
+from gradselect.app.train import train
+from gradselect.files import sealed
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+
+CONVERTER = """
+import argparse, pathlib, sys
+options = argparse.ArgumentParser()
+options.add_argument("model"), options.add_argument("--outfile"), options.add_argument("--outtype")
+given = options.parse_args()
+if given.outtype == "bf16":
+    pathlib.Path(given.outfile).write_text("half")
+    sys.exit("ModuleNotFoundError: No module named 'gguf'")
+names = sorted(path.name for path in pathlib.Path(given.model).iterdir())
+pathlib.Path(given.outfile).write_text(f"{given.outtype} {'config.json' in names}")
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("export")
+    write_model(root / "model")
+    write_sums(root / "sums.jsonl")
+    for name, method in {"run": ADAGRADSELECT, "lora": {"name": "lora", "rank": 2}}.items():
+        train(parse(root, method=method, run={"output": str(root / name), "steps": 2}), console=quiet())
+    evaluation(root / "judged", model=root / "run")
+    return root
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that takes everything; returns what it was given."""
+    taken = SimpleNamespace(files={}, repositories={})
+
+    class Api:
+        def create_repo(self, name, *, private, exist_ok):
+            assert exist_ok
+            taken.repositories[name] = private
+            return SimpleNamespace(repo_id=name)
+
+        def create_commit(self, name, operations, *, commit_message):
+            taken.files[name] = {one.path_in_repo: one.path_or_fileobj for one in operations}
+            return SimpleNamespace(commit_url=f"https://hub/{name}/commit/1")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr("gradselect.app.export.hub.hub_fault", lambda: None)
+    return taken
+
+
+def export(*words: object) -> int:
+    try:
+        main(["export", *map(str, words)])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_the_hub_gets_the_model_and_its_card_and_nothing_else(root, hub, capsys, tmp_path):
+    assert export(root / "run", "--hub", "you/sums", "--private") == 0
+    assert hub.repositories == {"you/sums": True}
+    files = hub.files["you/sums"]
+    assert set(files) >= {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
+    assert not set(files) & {"run.json", "recipe.yaml", "records.jsonl", "messages.log", "gradselect-manifest.json"}
+    for name, content in files.items():
+        target = tmp_path / name
+        target.write_bytes(content) if isinstance(content, bytes) else shutil.copy(content, target)
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
+    assert all(tensor.equal(loaded[name]) for name, tensor in load_file(root / "run" / "model.safetensors").items())
+    assert "https://hub/you/sums/commit/1" in capsys.readouterr().out
+
+
+def test_the_card_says_method_base_data_and_results_but_no_path_of_this_machine(root, capsys):
+    assert export(root / "run", "--hub", "you/sums", "--dry-run") == 0
+    shown = capsys.readouterr().out
+    card = ModelCard(shown[: shown.index("\nchat_template") if "\nchat_template" in shown else None])
+    assert card.data.library_name == "transformers"
+    assert card.data.tags == ["gradselect", "adagradselect"]
+    assert card.data.base_model is None  # a folder of this machine is no id
+    assert card.data.eval_results[0].metric_value == 0.5
+    for text in (
+        "# sums",
+        "Fine-tuned from `model` with gradselect, method `adagradselect`, 2 steps.",
+        "| fraction | 0.4 |",
+        "| gsm8k, 2 items: accuracy | 50.0 % (95 % interval 10.0 to 90.0) |",
+        "| training loss |",
+        "| train data | `sums.jsonl`, 24 rows |",
+        "| lr | 0.01 |",
+        "nothing was uploaded",
+    ):
+        assert text in shown, text
+    assert str(root) not in shown
+    assert "/tmp" not in shown
+
+
+def test_ids_on_the_hub_are_named_in_the_metadata(root, tmp_path, capsys):
+    folder = shutil.copytree(root / "run", tmp_path / "run")
+    values = json.loads((folder / "run.json").read_text())
+    values["recipe"]["model"]["path"] = "some/base"
+    values["recipe"]["data"]["path"] = "some/data"
+    (folder / "run.json").write_text(json.dumps(sealed(values)))
+    assert export(folder, "--hub", "you/sums", "--dry-run") == 0
+    card = ModelCard(capsys.readouterr().out)
+    assert (card.data.base_model, card.data.datasets) == ("some/base", "some/data")
+    assert card.data.to_dict()["base_model_relation"] == "finetune"
+
+
+def test_an_adapter_goes_alone_or_merged(root, hub, capsys):
+    assert export(root / "lora", "--hub", "you/merged") == 0
+    assert export(root / "lora", "--hub", "you/adapter", "--adapter") == 0
+    assert "model.safetensors" in hub.files["you/merged"]
+    assert "adapter_model.safetensors" in hub.files["you/adapter"]
+    assert "model.safetensors" not in hub.files["you/adapter"]
+    card = ModelCard(hub.files["you/adapter"]["README.md"].decode())
+    assert card.data.library_name == "peft"
+    assert "AutoPeftModelForCausalLM" in card.text
+
+
+def test_what_the_hub_says_becomes_one_message(root, hub, monkeypatch, capsys):
+    def refuse(self, *args, **options):
+        raise RuntimeError("401 Client Error: Unauthorized\nfor url")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    assert export(root / "run", "--hub", "you/sums") == 2
+    err = capsys.readouterr().err
+    assert "the hub did not take you/sums: 401 Client Error: Unauthorized" in err
+    assert "hf auth login" in err.replace("\n", " ")
+
+
+def test_without_a_network_it_says_so_at_once(root, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    _unreachable.cache_clear()
+    try:
+        assert export(root / "run", "--hub", "you/sums") == 2
+    finally:
+        _unreachable.cache_clear()
+    assert "you/sums cannot be uploaded: the hub http://127.0.0.1:9 cannot be reached" in capsys.readouterr().err
+
+
+def test_the_converter_of_llama_cpp_writes_the_file(root, tmp_path, monkeypatch, capsys):
+    (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    (tmp_path / "convert_lora_to_gguf.py").write_text(CONVERTER)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    assert export(root / "run", "--gguf", tmp_path / "a.gguf") == 0
+    assert (tmp_path / "a.gguf").read_text() == "auto True"
+    monkeypatch.delenv("LLAMA_CPP")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert export(root / "run", "--gguf", tmp_path / "b.gguf", "--type", "q8_0") == 0
+    assert (tmp_path / "b.gguf").read_text() == "q8_0 True"
+    assert export(root / "lora", "--gguf", "--adapter", tmp_path / "c.gguf") == 0
+    assert (tmp_path / "c.gguf").read_text() == "f32 False"
+    assert export(root / "run", "--gguf") == 0
+    assert (root / "run.gguf").read_text() == "auto True"
+    (root / "run.gguf").unlink()
+
+
+def test_a_converter_that_fails_leaves_no_file(root, tmp_path, monkeypatch, capsys):
+    (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    assert export(root / "run", "--gguf", tmp_path / "a.gguf", "--type", "bf16") == 2
+    err = capsys.readouterr().err
+    assert "convert_hf_to_gguf.py has failed with exit code 1" in err
+    assert "pip install gguf" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["convert_hf_to_gguf.py"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run"], "give one of --hub ID and --gguf [FILE]"),
+        (["run", "--hub", "you/a", "--gguf"], "give one of --hub ID and --gguf [FILE]"),
+        (["run", "file.gguf", "--hub", "you/a"], "'file.gguf': a FILE is for --gguf"),
+        (["run", "--gguf", "--dry-run"], "--dry-run is for --hub"),
+        (["run", "--hub", "you/a", "--type", "f16"], "--type f16 is for --gguf"),
+        (["run", "--gguf", "--type", "int1"], "--type 'int1' is not one of"),
+        (["run", "--hub", "not an id"], "is no id on the hub"),
+        (["run", "--gguf", "model/config.json"], "exists already"),
+        (["run", "--gguf", "nowhere/a.gguf"], "there is no folder"),
+        (["run", "--gguf", "new.gguf"], "git clone --depth 1 https://github.com/ggml-org/llama.cpp"),
+        (["run", "--hub", "you/a", "--adapter"], "has no adapter beside its model"),
+        (["run", "--hub", "you/a", "--evaluation", "nowhere"], "nowhere/result.json"),
+        (["model", "--gguf"], "holds no run: it has no run.json"),
+        (["unfinished", "--gguf"], "has not finished"),
+        (["broken", "--gguf"], "lacks model.safetensors, which the run wrote"),
+    ],
+)
+def test_what_cannot_be_is_refused(root, monkeypatch, capsys, words, message):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    monkeypatch.chdir(root)
+    if words[0] == "unfinished" and not Path("unfinished").exists():
+        values = json.loads(Path("run/run.json").read_text())
+        kept = {key: value for key, value in values.items() if key in RunRecord.model_fields}
+        Path("unfinished").mkdir()
+        Path("unfinished/run.json").write_text(json.dumps(sealed(kept | {"status": "started"})))
+    if words[0] == "broken":
+        shutil.copytree("run", "broken")
+        Path("broken/model.safetensors").unlink()
+    assert export(*words) == 2
+    assert message in re.sub(r"\s+", " ", capsys.readouterr().err)
+
+
+def test_a_wrong_folder_of_llama_cpp_is_named(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    assert export(root / "run", "--gguf", tmp_path / "a.gguf") == 2
+    assert "there is no convert_hf_to_gguf.py in this folder" in capsys.readouterr().err
