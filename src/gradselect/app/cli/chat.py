@@ -8,8 +8,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from gradselect.usage import UsageError
+
+from .hub import check_reachable
+from .loading import LOADING, command_stages
+from .output import accept_any_text
 
 if TYPE_CHECKING:
     from gradselect.app.chat import Conversation
@@ -29,26 +34,27 @@ def chat(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Talk with MODEL in the form that it was trained on. /clear forgets the conversation, /exit or Ctrl-D ends it."""
-    from rich.console import Console
+    accept_any_text()
+    stages = command_stages(stderr=True)
+    with stages.open(LOADING) as stage:
+        from gradselect.app.runtime import HubId, collected_messages
 
-    from gradselect.app.runtime import HubId, collected_messages
+        check_reachable([HubId("model", model, "model")], say=stages.say)
+        from gradselect.app.chat import open_conversation
 
-    from .hub import check_reachable
-
-    check_reachable([HubId("model", model, "model")])
-    from gradselect.app.chat import open_conversation
-
+        stage.become("loading the model")
+        with collected_messages(Console(stderr=True)):
+            conversation = open_conversation(
+                model,
+                system=system,
+                as_chat=as_chat,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                dtype=dtype,
+                device=device,
+            )
+    typer.echo(f"{model}: {conversation.form.describe()}. /clear forgets, /exit or Ctrl-D ends.")
     with collected_messages(Console(stderr=True)):
-        conversation = open_conversation(
-            model,
-            system=system,
-            as_chat=as_chat,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            dtype=dtype,
-            device=device,
-        )
-        typer.echo(f"{model}: {conversation.form.describe()}. /clear forgets, /exit or Ctrl-D ends.")
         _talk(conversation)
 
 
@@ -92,6 +98,5 @@ def _ask(fields: Sequence[str]) -> dict[str, str] | None:
 
 
 def _write(text: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    sys.stdout.write(text)
     sys.stdout.flush()

@@ -9,6 +9,8 @@ import typer
 
 from gradselect.usage import UsageError
 
+from .loading import LOADING, command_stages
+
 
 def export(
     run: Annotated[str, typer.Argument(help="Folder of a finished run.", metavar="RUN")],
@@ -39,13 +41,15 @@ def export(
     _check_options(file, gguf=gguf, of_hub={"--private": private, "--dry-run": dry_run, "--evaluation": evaluation})
     if hub is not None and kind != "auto":
         raise UsageError(f"--type {kind} is for --gguf")
-    from gradselect.app.export import export_gguf, read_exported
+    with command_stages(stderr=True).open(LOADING) as stage:
+        from gradselect.app.export import export_gguf, read_exported
 
-    model = read_exported(run, adapter=adapter)
-    if hub is None:
-        written = export_gguf(model, output=None if file is None else Path(file), kind=kind)
-        typer.echo(f"{written}  {written.stat().st_size / 1e6:,.1f} MB")
-        return
+        model = read_exported(run, adapter=adapter)
+        if hub is None:
+            stage.become("converting")
+            written = export_gguf(model, output=None if file is None else Path(file), kind=kind)
+            typer.echo(f"{written}  {written.stat().st_size / 1e6:,.1f} MB")
+            return
     from gradselect.app.export import export_hub, model_card, plan_upload
 
     found, notes = _evaluations(run, evaluation or [])

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gradselect.usage import UsageError
+
+from .loading import LOADING, command_stages
+
+if TYPE_CHECKING:
+    from gradselect.app.report import ReportSummary
 
 
 def report(
@@ -33,17 +38,25 @@ def report(
     ] = False,
 ) -> None:
     """Write one HTML page about a training run or a comparison: what was run, tables and pictures."""
-    from gradselect.app.report import is_run, write_report, write_run_report
+    with command_stages(stderr=True).open(LOADING) as stage:
+        from gradselect.app.report import ReportSummary, is_run, write_report, write_run_report
 
-    if records is not None or evaluation or is_run(Path(results)):
-        if include_dirty:
-            raise UsageError(f"--include-dirty is for the results of a suite, and {results} is a training run")
-        _check_exists(results)
-        written = write_run_report(results, output=output, records=records, evaluations=evaluation or ())
-        for line in (*written.lines, f"page       {written.page}  pictures {len(written.pictures)}"):
-            typer.echo(line)
+        stage.become("reading and drawing")
+        if records is not None or evaluation or is_run(Path(results)):
+            if include_dirty:
+                raise UsageError(f"--include-dirty is for the results of a suite, and {results} is a training run")
+            _check_exists(results)
+            shown = write_run_report(results, output=output, records=records, evaluations=evaluation or ())
+        else:
+            shown = write_report(results, output=output, include_dirty=include_dirty)
+    if isinstance(shown, ReportSummary):
+        _show_comparison(shown)
         return
-    summary = write_report(results, output=output, include_dirty=include_dirty)
+    for line in (*shown.lines, f"page       {shown.page}  pictures {len(shown.pictures)}"):
+        typer.echo(line)
+
+
+def _show_comparison(summary: ReportSummary) -> None:
     for skipped in summary.skipped:
         typer.echo(f"skipped {skipped.file}: {skipped.reason}", err=True)
     if summary.num_dirty:
