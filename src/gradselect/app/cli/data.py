@@ -38,7 +38,7 @@ def data(
         from gradselect.app.preview import preview_data, show
         from gradselect.app.runtime import collected_messages
 
-    with collected_messages(Console(stderr=True)):
+    with collected_messages(stages.console):
         found = preview_data(loaded, num_examples=examples, row=row, stages=stages)
     accept_any_text()
     if as_json:

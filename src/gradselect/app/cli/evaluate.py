@@ -60,7 +60,7 @@ def evaluate(
         check_reachable(ids_of_evaluation(settings), say=stages.say)
         from gradselect.app.runtime import collected_messages
 
-    with collected_messages(Console(stderr=True)):
+    with collected_messages(stages.console):
         if settings.harness:
             _evaluate_published(settings, stages)
         else:

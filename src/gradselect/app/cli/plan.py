@@ -46,7 +46,7 @@ def plan(
         from gradselect.app.recipe_planning import Device, plan_recipe, show
         from gradselect.app.recipe_planning import as_json as to_json
 
-    with collected_messages(Console(stderr=True)), stages.open("planning"):
+    with collected_messages(stages.console), stages.open("planning"):
         found = plan_recipe(loaded, fractions=shares, fit=limit, in_full=in_full or as_json)
     if as_json:
         typer.echo(json.dumps(to_json(found), indent=2))

@@ -92,6 +92,7 @@ def measure_classification(
     encoded = [encode_texts(language_model.tokenizer, each.text, each.pair, max_length=None) for each in texts]
     num_truncated = 0 if max_length is None else sum(len(row["input_ids"]) > max_length for row in encoded)
     with ItemWriter(settings.output) as writer:
+        progress(0, len(texts))
         for batch in longest_first([len(row["input_ids"]) for row in encoded], batch_size=settings.batch_size):
             outputs = _outputs([texts[index] for index in batch], language_model, max_length=max_length)
             for index, logits in zip(batch, outputs.tolist(), strict=True):

@@ -34,7 +34,7 @@ def evaluate(settings: EvaluationSettings, *, on_progress: Progress | None = Non
 
     Args:
         settings: model, task and data.
-        on_progress: called after each batch.
+        on_progress: called before the first batch and after each.
 
     Returns:
         The figures. With `settings.output`, `result.json` holds them, and `items.jsonl` gets each item at once.
@@ -171,6 +171,7 @@ def _measure_loss(
 
 def _collect(batches: Iterator[list[Item]], writer: ItemWriter, progress: Progress, *, total: int) -> list[Item]:
     """Write each item as soon as it is computed; return all."""
+    progress(0, total)
     for batch in batches:
         for item in batch:
             writer.write(item)

@@ -121,7 +121,7 @@ class Stages:
     no control characters. Nothing is shown on a quiet console.
 
     Args:
-        console: where to show them.
+        console: where to show them. Other lines that are printed on it stand above the live lines.
 
     Example:
         >>> stages = Stages(Console(quiet=True))
@@ -132,7 +132,7 @@ class Stages:
     """
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        self.console = console
         self._open: list[Stage] = []
         self._live: Live | None = None
         self._ticker: _Ticker | None = None
@@ -162,17 +162,17 @@ class Stages:
     def say(self, *lines: str) -> None:
         """Print lines as they are, above the live lines. The next plain line waits its turn."""
         for line in lines:
-            line = encodable(line, self._console)
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            line = encodable(line, self.console)
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
         for stage in self._open:
             stage.line_is_shown()
 
     def _start(self) -> None:
-        if self._console.quiet or self._live is not None or self._ticker is not None:
+        if self.console.quiet or self._live is not None or self._ticker is not None:
             return
-        if self._console.is_interactive:
+        if self.console.is_interactive:
             self._live = Live(
-                get_renderable=self._drawn, console=self._console, transient=True, refresh_per_second=REFRESHES
+                get_renderable=self._drawn, console=self.console, transient=True, refresh_per_second=REFRESHES
             )
             self._live.start(refresh=True)
         else:
@@ -197,7 +197,7 @@ class Stages:
         return Group(*(self._line_of(stage) for stage in [*self._open]))
 
     def _line_of(self, stage: Stage) -> Text:
-        ascii_only = self._console.options.ascii_only
+        ascii_only = self.console.options.ascii_only
         frames = "-\\|/" if ascii_only else "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
         sign = frames[int(time.monotonic() * REFRESHES) % len(frames)] if stage is self._open[-1] else " "
         line = Text(f"{sign} {stage.what}", no_wrap=True, overflow="ellipsis")
@@ -206,7 +206,7 @@ class Stages:
             full = "#" if ascii_only else "━"
             line.append("  ").append(full * done, style="bar.complete")
             # Without colours the rest would look like the part that is done.
-            rest = " " if self._console.color_system is None or self._console.no_color else full
+            rest = " " if self.console.color_system is None or self.console.no_color else full
             line.append(rest * (BAR_WIDTH - done), style="bar.back").append(f" {stage.numbers()}")
         for words in (stage.time_left(), stage.note):
             line.append(f"  {words}" if words else "")
