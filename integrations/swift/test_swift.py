@@ -57,7 +57,6 @@ def arguments(folder: str, *more: str) -> list[str]:
         "save_steps": 1,
         "report_to": "none",
         "use_cpu": "true",
-        "gradient_checkpointing": "false",
         "check_model": "false",
     }
     given = set(more)
@@ -125,6 +124,12 @@ def test_a_wrong_command_line_is_one_message_and_exit_code_2(
         sft_main(arguments("out", *words))
     assert stop.value.code == 2
     assert message in capfd.readouterr().err
+
+
+def test_reentrant_checkpoints_train_right_too() -> None:
+    asked = ("--gradient_checkpointing_kwargs", '{"use_reentrant": true}')
+    run("whole", *asked, *LORA, method=METHODS["adagradselect"], jsonl="whole.jsonl")
+    check_moved(read_records(Path("whole.jsonl"))[1:], checkpoints())
 
 
 def test_the_command_line_of_two_processes_trains(folder: Path) -> None:

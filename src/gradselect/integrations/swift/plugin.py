@@ -32,9 +32,17 @@ def _make_callback(args: Any) -> SelectiveTraining:
         others.append(f"--optimizer {args.optimizer}")
     if others:
         raise UsageError(f"{others[0]} and gradselect both choose what is trained; leave one of them out")
+    _shorten_backward(args)
     keys = read_words(args.optim_args or "", source=SOURCE)
     jsonl = keys.pop("jsonl", None)
     return SelectiveTraining(jsonl=jsonl, method=parse_selection(keys, key=SOURCE))
+
+
+def _shorten_backward(args: Any) -> None:
+    """Let the backward pass end at the lowest selected block: ms-swift's checkpoints are reentrant by default."""
+    settings = args.gradient_checkpointing_kwargs or {}
+    if args.gradient_checkpointing and settings.get("use_reentrant") is None:
+        args.gradient_checkpointing_kwargs = {**settings, "use_reentrant": False}
 
 
 def _or_exit(make: Callable[[], Any]) -> Any:

@@ -111,7 +111,7 @@ class SelectionCallback(TrainerCallback):
         check_deepspeed(args)
         optimizer = _unwrap_optimizer(parts["optimizer"])
         check_resumed(optimizer, state)
-        warn_of_settings(args, optimizer)
+        warn_of_settings(args, optimizer, parts["model"])
         optimizer.reopen()
         optimizer.check_model()
         if isinstance(optimizer, BlockOptimizer):

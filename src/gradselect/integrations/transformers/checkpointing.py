@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -37,7 +40,7 @@ def checkpoint_selected(model: PreTrainedModel) -> None:
 
 def shorten_backward(model: nn.Module, args: TrainingArguments) -> None:
     """Let the backward pass end at the lowest selected block, with activation checkpointing too."""
-    if not is_reentrant(args):
+    if not is_reentrant(args, model):
         _release_inputs(model)
 
 
@@ -47,7 +50,7 @@ def keep_backward_short(model: nn.Module, args: TrainingArguments) -> None:
     TRL's trainers turn checkpointing off and on again within a step, around a generation or a pass of the reference
     model, which would make the output of the embedding require a gradient again.
     """
-    if is_reentrant(args):
+    if is_reentrant(args, model):
         return
     _release_inputs(model)
     for module in _pretrained(model):
@@ -78,10 +81,41 @@ class _NoInputGradients:
         return getattr, (self._model(), _METHOD)
 
 
-def is_reentrant(args: TrainingArguments) -> bool:
-    """Return True if activation checkpoints are reentrant: their input must require a gradient."""
+def is_reentrant(args: TrainingArguments, model: nn.Module | None = None) -> bool:
+    """Return True if activation checkpoints are reentrant: their input must require a gradient.
+
+    Frameworks turn checkpointing on by themselves, and put functions of their own in place of torch's, so the model's
+    own function is tried too.
+    """
     settings = args.gradient_checkpointing_kwargs
-    return bool(args.gradient_checkpointing) and isinstance(settings, dict) and bool(settings.get("use_reentrant"))
+    is_asked_for = bool(args.gradient_checkpointing) and isinstance(settings, dict) and settings.get("use_reentrant")
+    return bool(is_asked_for) or (model is not None and _loses_gradients(model))
+
+
+class _Layer(nn.Module):
+    """One weight, as a layer that trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * self.weight
+
+
+def _loses_gradients(model: nn.Module) -> bool:
+    """Return True if a layer that trains would get no gradient from an input that requires none."""
+    functions = (
+        getattr(module, "_gradient_checkpointing_func", None)
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    )
+    checkpoint = next((each for each in functions if each is not None), None)
+    if checkpoint is None:
+        return False
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of what is looked for here
+        return not checkpoint(functools.partial(_Layer().__call__), torch.ones(1)).requires_grad
 
 
 def _release_inputs(model: nn.Module) -> None:

@@ -93,9 +93,9 @@ def check_resumed(optimizer: BlockOptimizer | SparseOptimizer, state: TrainerSta
         )
 
 
-def warn_of_settings(args: TrainingArguments, optimizer: BlockOptimizer | SparseOptimizer) -> None:
+def warn_of_settings(args: TrainingArguments, optimizer: BlockOptimizer | SparseOptimizer, model: nn.Module) -> None:
     """Warn of settings that cost time, and of those that the optimizer does not use."""
-    if is_reentrant(args):
+    if is_reentrant(args, model):
         logger.warning(
             "with reentrant checkpoints the backward pass visits every layer, frozen ones too; "
             'drop "use_reentrant": True to skip those below the lowest selected block'

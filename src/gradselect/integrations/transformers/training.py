@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from gradselect import UsageError
 
 from .callback import SelectionCallback
+from .checkpointing import is_reentrant
 from .checks import check_deepspeed
 from .factory import SelectiveOptimizerFactory, check_options
 from .frames import caller_of
@@ -96,6 +97,9 @@ class SelectiveTraining(TrainerCallback):
         optim = getattr(args.optim, "value", args.optim)
         if not optim.startswith("adamw_torch"):
             logger.warning("TrainingArguments(optim=%r) is not used: SelectiveTraining brings the optimizer", optim)
+        if args.ddp_find_unused_parameters is None and not is_reentrant(args):
+            # The Trainer's own default is False with activation checkpointing. Without several processes it is unused.
+            args.ddp_find_unused_parameters = True
         # The annotation knows no factories, which the Trainer calls as factory()(model, **kwargs).
         factory: Any = SelectiveOptimizerFactory
         trainer.optimizer_cls_and_kwargs = (factory, {"args": args, **self._options})
