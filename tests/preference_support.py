@@ -105,6 +105,7 @@ def build(kind, model, folder, choice, *, lora=False, callbacks=(), **settings):
         usual |= {"num_generations": 2, "max_completion_length": 4}
         parts["reward_funcs"] = num_kinds_of_words
     args = arguments_class(output_dir=str(folder), **{**usual, **settings})
+    torch.manual_seed(0)  # not every version of TRL seeds before it makes the adapter
     return trainer_class(
         model=model if isinstance(model, torch.nn.Module) else load_model(kind, model),
         args=args,
