@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState, GradientState
 from transformers import LlamaForCausalLM
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -35,6 +36,16 @@ def test_own_loop_masks(tmp_path, monkeypatch):
     assert num_chosen == round(0.05 * sum(parameter.numel() for parameter in names["model"].parameters()))
     checkpoint = tmp_path / "tuned" / "model.safetensors"
     assert (tmp_path / "counting.safetensors").stat().st_size < checkpoint.stat().st_size / 5
+
+
+def test_accelerate_loop(tmp_path, monkeypatch, capsys):
+    names = run("accelerate_loop.py", tmp_path, monkeypatch)
+    assert names["last_loss"] < names["first_loss"] / 20
+    assert [record.step for record in names["begun"] + names["continued"]] == list(range(3 * names["EPOCHS"]))
+    assert not any(record.explored for record in names["records"][3:])
+    assert "bitwise the same weights" in capsys.readouterr().out
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
 
 
 def test_trainer(tmp_path, monkeypatch):
