@@ -21,7 +21,13 @@ from train_fixtures import (
     quiet,
     write_sums,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
 
 from gradselect import UsageError, sparsegrad
 from gradselect.app.recipe import load_recipe
@@ -66,6 +72,8 @@ CLASSIFIERS = ("deepseek_v3", "gemma3", "gte", "mixtral", "nomic_bert", "qwen3_m
 
 def tiny(kind: str, auto: Any = AutoModelForCausalLM) -> Any:
     """Return a random model of a family, whose tensors all have other values."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {kind}")
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = auto.from_config(_shrunk(AutoConfig.for_model(kind)))

@@ -264,3 +264,19 @@ def test_state_dicts_of_shards_survive_every_helper(tmp_path):
             assert held == held_again, found
             for key, weight in weights.items():
                 assert torch.equal(weight, others[key]), (found, key)
+
+
+def test_an_accelerate_that_cannot_resume_under_fsdp2_is_said(monkeypatch, caplog):
+    from types import SimpleNamespace
+
+    from accelerate.state import AcceleratorState
+
+    from gradselect.integrations.transformers import SelectiveOptimizerFactory, checks
+
+    monkeypatch.setattr(checks, "AcceleratorState", AcceleratorState)
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {"fsdp_plugin": SimpleNamespace(fsdp_version=2)})
+    for installed, is_said in (("1.12.0", True), ("1.13.0", False)):
+        caplog.clear()
+        monkeypatch.setattr(checks.accelerate, "__version__", installed)
+        SelectiveOptimizerFactory()(tiny(), policy=gs.Uniform(count=1), lr=1e-3)
+        assert ("update accelerate to 1.13 or newer" in caplog.text) is is_said

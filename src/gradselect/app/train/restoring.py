@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -37,6 +38,10 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 DERIVED = re.compile(r"(inv_freq|position_ids|token_type_ids|masked_bias|attn\.bias|attention\.bias)$")
 """Tensors of old checkpoints that a model computes by itself."""
+_NOT_SHARDED: Any = (
+    {"tp_plan": None} if "tp_plan" in inspect.signature(convert_and_load_state_dict_in_model).parameters else {}
+)
+"""transformers 5.6 asks for a plan of tensor parallelism, later versions read it from the model."""
 
 
 @torch.no_grad()
@@ -53,7 +58,10 @@ def restore_weights(model: PreTrainedModel, folder: Path) -> None:
     with _opened(folder) as saved:
         receiver = _Receiver(model)
         found, _ = convert_and_load_state_dict_in_model(
-            model=cast(Any, receiver), state_dict=saved, load_config=LoadStateDictConfig(weight_mapping=conversions)
+            model=cast(Any, receiver),
+            state_dict=saved,
+            load_config=LoadStateDictConfig(weight_mapping=conversions),
+            **_NOT_SHARDED,
         )
         misshapen = {name for name, *_ in found.mismatched_keys}
         faults: dict[str, Collection[str]] = {

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import accelerate
+from accelerate.state import AcceleratorState
+from packaging import version
 from torch import nn
 from transformers import AutoConfig, TrainerState, TrainingArguments
 
@@ -13,6 +16,9 @@ from gradselect import All, BlockOptimizer, SparseOptimizer, UsageError
 from .checkpointing import is_reentrant
 
 logger = logging.getLogger(__name__)
+
+FSDP2_RESUMES = version.parse("1.13")
+"""First accelerate whose sharded checkpoints of FSDP2 resume."""
 
 
 def adamw_settings(args: TrainingArguments | type[TrainingArguments]) -> dict[str, Any]:
@@ -47,6 +53,20 @@ def check_deepspeed(args: TrainingArguments) -> None:
             f"deepspeed with zero_optimization.stage={stage}: ZeRO puts gradients and optimizer state into flat "
             "buffers of its own, in which no block can be selected; leave deepspeed out, and shard with FSDP2 "
             "(fsdp='full_shard', fsdp_config={'version': 2}) or train replicas with DDP (start with torchrun)"
+        )
+
+
+def warn_of_sharded_checkpoints() -> None:
+    """Warn of an accelerate that cannot read the optimizer state of an FSDP2 checkpoint.
+
+    It looks for the state that a new optimizer has, which is none.
+    """
+    plugin = AcceleratorState._shared_state.get("fsdp_plugin")  # nothing before the first Accelerator
+    if getattr(plugin, "fsdp_version", 1) == 2 and version.parse(accelerate.__version__) < FSDP2_RESUMES:
+        logger.warning(
+            "accelerate %s cannot resume from a checkpoint under FSDP2: it stops with 'Missing key in checkpoint "
+            "state_dict'; update accelerate to %s or newer",
+            *(accelerate.__version__, FSDP2_RESUMES),
         )
 
 

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from gradselect import BlockOptimizer, SparseOptimizer, UsageError
 from gradselect.methods import RunFacts, parse_selection
 
-from .checks import adamw_settings, check_clipping, check_deepspeed
+from .checks import adamw_settings, check_clipping, check_deepspeed, warn_of_sharded_checkpoints
 
 CHOICES = ("policy", "mask", "method")
 """Options that say what trains; exactly one is given."""
@@ -61,6 +61,7 @@ class SelectiveOptimizerFactory:
         args = trainer_args if args is None else args
         if args is not None:
             check_deepspeed(args)
+        warn_of_sharded_checkpoints()
         check_options(options, of="the kwargs of SelectiveOptimizerFactory")
         kind = optimizer_class(options)
         if "method" in options:
