@@ -130,7 +130,7 @@ def test_a_copy_follows_every_policy(make: Callable[[int], gs.AbstractPolicy], r
     )
     records: list[gs.StepRecord] = []
     optimizer.add_record_hook(records.append)
-    patches = follow(model, optimizer, steps=NUM_STEPS if isinstance(residency, gs.Offload) else 12)
+    patches = follow(model, optimizer, steps=NUM_STEPS if isinstance(residency, gs.Offload) else 6)
     members = optimizer._table.members
     for patch, record in zip(patches, records, strict=True):
         assert set(patch) == {name for block in record.selected for name in members[block]}
@@ -149,7 +149,7 @@ def test_a_copy_follows_every_mask(make: Callable[[], gs.AbstractMask], dtype: t
     )
     num_entries = []
     optimizer.add_record_hook(lambda record: num_entries.append(record.num_entries))
-    patches = follow(model, optimizer, steps=NUM_STEPS if dtype == torch.bfloat16 else 8)
+    patches = follow(model, optimizer, steps=NUM_STEPS if dtype == torch.bfloat16 else 6)
     is_gradient = isinstance(optimizer.mask, gs.GMT) and optimizer.mask.mask == "gradient"
     for patch, counts in list(zip(patches, num_entries, strict=True))[1:]:
         for name, count in counts.items():
