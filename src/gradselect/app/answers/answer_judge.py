@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,14 @@ from gradselect.usage import UsageError
 
 from .answers import trimmed
 
+_WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
+
 
 class Judge:
     """Context manager that compares answers, one pair at a time.
 
-    A pair stays undecided if math-verify hangs or crashes; the evaluation continues. Equal strings skip math-verify.
+    A pair stays undecided if math-verify hangs or crashes; the evaluation continues. Equal strings and whole numbers
+    skip math-verify.
 
     Args:
         timeout_seconds: limit for one pair.
@@ -48,9 +52,12 @@ class Judge:
 
     def equal(self, reference: str, prediction: str) -> bool | None:
         """Return True if both are the same value; None if math-verify did not decide in time."""
-        if trimmed(reference) == trimmed(prediction):
+        one, other = trimmed(reference), trimmed(prediction)
+        if one == other:
             return True
-        pair = json.dumps([trimmed(reference), trimmed(prediction), self._timeout_seconds])
+        if _WHOLE.fullmatch(one) and _WHOLE.fullmatch(other):
+            return int(one) == int(other)
+        pair = json.dumps([one, other, self._timeout_seconds])
         verdict = _exchange(self._running(), pair)
         if not verdict:
             self._stop()

@@ -8,9 +8,17 @@ from typing import Any
 
 from gradselect import UsageError
 from gradselect.app.data import optional_columns_of, place_of, says_nothing
-from gradselect.app.recipe import ClassificationData, FileData, PromptCompletionData, TextData
+from gradselect.app.recipe import (
+    ClassificationData,
+    FileData,
+    PreferenceData,
+    PromptCompletionData,
+    PromptData,
+    TextData,
+)
 from gradselect.usage import printable
 
+from .answer_rows import layout_of
 from .sources import Source
 
 
@@ -33,7 +41,7 @@ def without_empty_rows(
     Raises:
         UsageError: no row is left.
     """
-    parts = _parts(settings)
+    parts = _parts(settings, source)
     notes = list(_never_written(source, parts.values()))
     empty: dict[str, list[int]] = {}
     for index, row in enumerate(source.rows):
@@ -53,7 +61,7 @@ def without_empty_rows(
     )
 
 
-def _parts(settings: FileData) -> dict[str, tuple[str, ...]]:
+def _parts(settings: FileData, source: Source) -> dict[str, tuple[str, ...]]:
     """Return the templates of each part of an example. A part is empty if all its templates are."""
     match settings:
         case PromptCompletionData():
@@ -62,6 +70,10 @@ def _parts(settings: FileData) -> dict[str, tuple[str, ...]]:
             return {"text": (settings.text,)}
         case ClassificationData():
             return {"text": (settings.text, *([settings.text_pair] if settings.text_pair else []))}
+        case PreferenceData() | PromptData():
+            layout = layout_of(source, settings)
+            asked = () if layout.has_messages else ("prompt",)
+            return {part: (getattr(settings, part),) for part in dict.fromkeys((*layout.parts, *asked))}
     return {}  # the messages of a conversation are checked one by one
 
 

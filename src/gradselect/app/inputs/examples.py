@@ -28,8 +28,18 @@ from gradselect.app.data import (
     render,
     require_columns,
 )
-from gradselect.app.recipe import ChatData, ClassificationData, FileData, PromptCompletionData, RandomData, TextData
+from gradselect.app.recipe import (
+    ChatData,
+    ClassificationData,
+    FileData,
+    PreferenceData,
+    PromptCompletionData,
+    PromptData,
+    RandomData,
+    TextData,
+)
 
+from .answer_rows import render_answers
 from .empty_rows import without_empty_rows
 from .sources import Source, read_sources
 
@@ -40,7 +50,8 @@ class Examples:
 
     Args:
         train: columns input_ids and labels, not cut to `data.max_length`; the label of a token that does not count in
-            the loss is -100. For classification: columns text, text_pair (or None) and labels (a number).
+            the loss is -100. For classification: columns text, text_pair (or None) and labels (a number). For answers
+            and prompts: those of `preference_dataset` and `prompt_dataset`.
         validation: examples of the same form.
         sources: origins of the examples, by name.
         labels: labels of a classification, in the order of their numbers. None: no labels, or scores.
@@ -60,7 +71,7 @@ class RenderedRows:
 
     Args:
         rows: for "train" and, if there is one, "validation": rows with the columns prompt and completion, text, or
-            conversation; for classification text, text_pair and labels.
+            conversation; for classification text, text_pair and labels; for answers and prompts see `render_answers`.
         sources: origins of the rows, by the same names.
         labels: labels of a classification, in the order of their numbers. None: no labels, or scores.
         notes: facts about the rows that the user must see, with numbers.
@@ -99,6 +110,8 @@ def _labels(train: Source, settings: FileData) -> tuple[str, ...] | None:
 
 def _render_rows(source: Source, settings: FileData, labels: tuple[str, ...] | None) -> list[dict[str, Any]]:
     """Return the rows in the form of `Examples`."""
+    if isinstance(settings, PreferenceData | PromptData):
+        return render_answers(source, settings)
     _require_columns(source, settings)
     columns = _chat_columns(source, settings) if isinstance(settings, ChatData) else None
     examples = []
@@ -162,7 +175,7 @@ def _check_cells(row: Row, settings: FileData) -> None:
 
 
 def _columns_read(settings: FileData) -> tuple[str, ...]:
-    """Return the columns that every row must have."""
+    """Return the columns that every row must have. `render_answers` reads those of answers and prompts."""
     match settings:
         case PromptCompletionData():
             return (*columns_of(settings.prompt), *columns_of(settings.completion))
@@ -172,6 +185,7 @@ def _columns_read(settings: FileData) -> tuple[str, ...]:
             return columns_of(settings.text)
         case ClassificationData():
             return (*columns_of(settings.text), *columns_of(settings.text_pair or ""), settings.label)
+    return ()
 
 
 def _render_row(
@@ -196,6 +210,7 @@ def _render_row(
                 "text_pair": pair,
                 "labels": read_label(row[settings.label], labels=labels),
             }
+    raise AssertionError(settings.format)
 
 
 _END = "<end>"

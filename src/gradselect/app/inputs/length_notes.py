@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from gradselect.app.recipe import ChatData, ClassificationData, Data, RandomData, TextData, is_packed
+from gradselect.app.recipe import (
+    ChatData,
+    ClassificationData,
+    Data,
+    PreferenceData,
+    PromptData,
+    RandomData,
+    TextData,
+    is_packed,
+)
 from gradselect.app.results import TokenCounts
 
 
@@ -53,7 +62,9 @@ def _notes(counts: TokenCounts, settings: Data, *, is_train: bool, max_length: i
             f"{counts.examples_cut:,} of {counts.examples:,} {kind} are longer than {limit} and lose their end: "
             f"{_left_out(counts)}; {_advice(settings, is_train=is_train)}"
         )
-    if counts.examples_dropped:
+    if counts.examples_dropped and isinstance(settings, PreferenceData | PromptData):
+        yield f"{counts.examples_dropped:,} of {counts.examples:,} {kind} were dropped: {_why_dropped(settings, limit)}"
+    elif counts.examples_dropped:
         yield (
             f"{counts.examples_dropped:,} of {counts.examples:,} {kind} were dropped: no token to train on is left of "
             f"them, e.g. because their prompts alone reach {limit}"
@@ -71,8 +82,18 @@ def _kind(settings: Data) -> str:
             return "conversations"
         case ClassificationData():
             return "texts"
+        case PreferenceData():
+            return "rows"
+        case PromptData():
+            return "prompts"
         case _:
             return "examples"
+
+
+def _why_dropped(settings: Data, limit: str) -> str:
+    if isinstance(settings, PromptData):
+        return f"with trainer.max_completion_length tokens behind them they are longer than {limit}"
+    return f"within {limit} an answer has no token, or two answers do not differ; raise data.max_length"
 
 
 def _left_out(counts: TokenCounts) -> str:

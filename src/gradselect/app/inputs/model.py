@@ -37,7 +37,6 @@ from gradselect.app.recipe import (
     Data,
     FileData,
     ModelSettings,
-    PromptCompletionData,
     Recipe,
 )
 from gradselect.app.runtime import machine_bytes
@@ -162,7 +161,7 @@ def load_tokenizer(settings: ModelSettings, data: FileData) -> PreTrainedTokeniz
             f"the tokenizer of {settings.path!r} has no end-of-text token, so a completion would never end; "
             'add "eos_token" to its tokenizer_config.json'
         )
-    is_chat = isinstance(data, ChatData) or (isinstance(data, PromptCompletionData) and data.as_chat)
+    is_chat = isinstance(data, ChatData) or getattr(data, "as_chat", False)
     if is_chat and tokenizer.chat_template is None:
         raise UsageError(
             f"the tokenizer of {settings.path!r} has no chat template; "

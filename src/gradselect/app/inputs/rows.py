@@ -17,9 +17,10 @@ from trl.data_utils import pack_dataset
 from gradselect import UsageError
 from gradselect.app.models import encode_texts
 from gradselect.app.progress import SILENT, Stages
-from gradselect.app.recipe import ClassificationData, Data, TextData, is_packed
+from gradselect.app.recipe import ClassificationData, Data, PreferenceData, PromptData, TextData, is_packed
 from gradselect.app.results import TokenCounts
 
+from .answer_cuts import cut_answers, drop_long_prompts
 from .examples import Examples
 from .tokens import IGNORED
 
@@ -50,12 +51,20 @@ def make_rows(
     *,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    num_drawn: int = 0,
     stages: Stages = SILENT,
 ) -> dict[str, Rows]:
     """Return the rows for "train" and, if there are such examples, "validation", which is never packed.
 
     Without packing, longer examples lose their end. With packing, a text goes on in further rows; an answer does not,
     because a row without its prompt would teach to write it from nothing. `stages` shows how far it is.
+
+    Args:
+        examples: the examples.
+        settings: section `data` of the recipe.
+        tokenizer: encodes texts to classify.
+        max_length: tokens of a row.
+        num_drawn: tokens that the trainer draws behind each prompt, at most.
 
     Raises:
         UsageError: nothing is left to train or evaluate on.
@@ -67,6 +76,13 @@ def make_rows(
             continue
         if isinstance(settings, ClassificationData):
             rows[name] = _classification_rows(dataset, tokenizer, max_length=max_length, stages=stages)
+        elif isinstance(settings, PreferenceData):
+            with stages.open("cutting rows to data.max_length"):
+                kept, counts, lengths, trained = cut_answers(dataset, max_length=max_length)
+            rows[name] = Rows(dataset=kept, counts=counts, lengths=lengths, trained=trained)
+        elif isinstance(settings, PromptData):
+            kept, counts, lengths = drop_long_prompts(dataset, max_length=max_length - num_drawn)
+            rows[name] = Rows(dataset=kept, counts=counts, lengths=lengths, trained=None)
         else:
             packing = is_packed(settings) and name == "train"
             goes_on = packing and isinstance(settings, TextData)
@@ -74,7 +90,7 @@ def make_rows(
                 rows[name] = token_rows(dataset, max_length=max_length, packing=packing, goes_on=goes_on)
         if not len(rows[name].dataset):
             key = "data.path" if name == "train" else "data.validation"
-            raise UsageError(_explain_nothing(rows[name].counts, key, max_length=max_length))
+            raise UsageError(_explain_nothing(rows[name].counts, key, max_length=max_length, num_drawn=num_drawn))
     return rows
 
 
@@ -179,7 +195,13 @@ def _cut(table: Any, *, max_length: int) -> Any:
     return pa.table({name: cut(table[name], 0, max_length) for name in table.column_names})
 
 
-def _explain_nothing(counts: TokenCounts, key: str, *, max_length: int) -> str:
+def _explain_nothing(counts: TokenCounts, key: str, *, max_length: int, num_drawn: int) -> str:
+    if num_drawn:
+        return (
+            f"data.max_length={max_length} leaves nothing of {key}: every prompt is longer than the "
+            f"{max(0, max_length - num_drawn)} tokens beside trainer.max_completion_length={num_drawn}; raise "
+            "data.max_length, or lower trainer.max_completion_length"
+        )
     if not counts.tokens_to_train:
         return f"{key}: no example has a token to train on"
     return f"data.max_length={max_length} leaves nothing of {key}: every prompt alone is longer; raise it"

@@ -10,8 +10,17 @@ from transformers import PreTrainedTokenizerBase
 
 from gradselect import UsageError
 from gradselect.app.progress import SILENT, Stage, Stages
-from gradselect.app.recipe import ChatData, ClassificationData, FileData, PromptCompletionData, TextData
+from gradselect.app.recipe import (
+    ChatData,
+    ClassificationData,
+    FileData,
+    PreferenceData,
+    PromptCompletionData,
+    PromptData,
+    TextData,
+)
 
+from .answer_tokens import preference_dataset, prompt_dataset
 from .chat_examples import chat_tokens
 from .chat_template import writes_the_date
 from .examples import Examples, RenderedRows
@@ -38,14 +47,14 @@ def tokenize_examples(
         source, notices = rendered.sources[name], Notices()
         try:
             with stages.open(f"tokenizing {_named(name)}", total=len(rows)) as stage:
-                made[name] = _dataset(rows, settings, tokenizer, notices, stage)
+                made[name] = _dataset(rows, settings, tokenizer, notices, stage, source=name)
         except RowError as error:
             raise error.at(source.name_row) from None
         except UsageError as error:
             raise UsageError(f"{source.path}: {error}") from None
-        what = "conversations" if is_chat(settings) else "examples"
+        what = _kind(settings)
         notes += notices.lines(len(rows), what=what, name_row=source.name_row)
-    if is_chat(settings):
+    if is_chat(settings) or any("conversations" in row for row in rendered.rows["train"][:1]):
         notes += _template_notes(made["train"], settings, tokenizer)
     if isinstance(settings, ChatData):
         notes += _idle_ignores(rendered, settings)
@@ -78,7 +87,9 @@ def is_chat(settings: FileData) -> bool:
 def _template_notes(examples: Dataset, settings: FileData, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return notes on what the chat template makes of the answers."""
     # With loss_on=all the last message may be anyone's, and its end says nothing of the answers.
-    trains_answers = isinstance(settings, ChatData | PromptCompletionData) and settings.loss_on != "all"
+    trains_answers = isinstance(settings, PreferenceData) or (
+        isinstance(settings, ChatData | PromptCompletionData) and settings.loss_on != "all"
+    )
     is_endless = trains_answers and not end_of_turn_tokens(tokenizer, examples)
     return [*([NO_END] if is_endless else []), *([DATED] if writes_the_date(tokenizer) else [])]
 
@@ -97,15 +108,28 @@ def _named(part: str) -> str:
     return "training rows" if part == "train" else f"{part} rows"
 
 
+def _kind(settings: FileData) -> str:
+    if isinstance(settings, PreferenceData | PromptData):
+        return "rows"
+    return "conversations" if is_chat(settings) else "examples"
+
+
 def _dataset(
     rows: Sequence[dict[str, Any]],
     settings: FileData,
     tokenizer: PreTrainedTokenizerBase,
     notices: Notices,
     stage: Stage,
+    *,
+    source: str,
 ) -> Dataset:
-    if isinstance(settings, ClassificationData):
-        return Dataset.from_list(list(rows))
+    match settings:
+        case ClassificationData():
+            return Dataset.from_list(list(rows))
+        case PreferenceData():
+            return preference_dataset(rows, tokenizer, notices)
+        case PromptData():
+            return prompt_dataset(rows, tokenizer, notices, source=source)
     return token_dataset(_counted(_tokens(rows, settings, tokenizer, notices), stage))
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gradselect.app.inputs import as_percent
-from gradselect.app.recipe import ClassificationData, is_packed
+from gradselect.app.recipe import ClassificationData, PromptData, is_packed
 from gradselect.usage import printable
 
 from .preview import DataPreview, Lengths, ShownRow
@@ -45,12 +45,13 @@ def show(found: DataPreview, console: Console, *, whole: bool) -> None:
         hidden = 0 if whole else max(0, len(row.pieces) - MOST_PIECES)
         for number, piece in enumerate(row.pieces[: len(row.pieces) - hidden], start=1):
             if len(row.pieces) > 1:
-                print_line(console, Text(f"  piece {number} of {len(row.pieces)}: {tokens_of(piece)}", style="dim"))
+                heading = piece.name or f"piece {number} of {len(row.pieces)}"
+                print_line(console, Text(f"  {heading}: {tokens_of(piece)}", style="dim"))
             for line in _text(piece, marks, whole=whole).split("\n", allow_blank=True):
                 print_line(console, Text("  ").append_text(line), indent=2)
         if hidden:
             print_line(console, Text(f"  and {hidden:,} more pieces; --row {row.number} shows all", style="dim"))
-    if found.rows and not isinstance(found.recipe.data, ClassificationData):
+    if found.rows and not isinstance(found.recipe.data, ClassificationData | PromptData):
         name = f"{marks[0]} {marks[1]}" if marks else "green"
         words = f"\n{name}: tokens that the loss counts. Nothing predicts the first token of a piece."
         print_line(console, Text(words))
@@ -142,7 +143,8 @@ def _steps(found: DataPreview) -> str:
 
 def _title(found: DataPreview, row: ShownRow) -> str:
     together = Piece(spans=tuple(span for piece in row.pieces for span in piece.spans))
-    pieces = f"{len(row.pieces):,} pieces, " if len(row.pieces) > 1 else ""
+    kind = "answers" if row.pieces[0].name else "pieces"
+    pieces = f"{len(row.pieces):,} {kind}, " if len(row.pieces) > 1 else ""
     label = "" if row.label is None else f", label {printable(row.label)}"
     return f"row {row.number:,} of {found.counts['train'].rows:,}: {pieces}{tokens_of(together)}{label}"
 

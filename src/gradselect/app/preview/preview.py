@@ -13,7 +13,14 @@ from datasets import Dataset
 from gradselect import UsageError
 from gradselect.app.inputs import DataInputs, Inputs, make_rows, read_data, row_notes
 from gradselect.app.progress import SILENT, Stages
-from gradselect.app.recipe import ClassificationData, RandomData, Recipe, is_packed
+from gradselect.app.recipe import (
+    AbstractSamplingTrainer,
+    ClassificationData,
+    KtoSettings,
+    RandomData,
+    Recipe,
+    is_packed,
+)
 from gradselect.app.results import TokenCounts
 
 from .spans import Piece, pieces_of
@@ -90,8 +97,15 @@ def preview_data(
         UsageError: data, tokenizer or configuration cannot be used, nothing is left to train on, or there is no such
             row.
     """
-    data, run = read_data(recipe, stages=stages), recipe.run
-    rows = make_rows(data.examples, recipe.data, tokenizer=data.tokenizer, max_length=data.max_length, stages=stages)
+    data = read_data(recipe, stages=stages)
+    rows = make_rows(
+        data.examples,
+        recipe.data,
+        tokenizer=data.tokenizer,
+        max_length=data.max_length,
+        num_drawn=recipe.num_drawn_tokens,
+        stages=stages,
+    )
     counts = {name: part.counts for name, part in rows.items()}
     train = rows["train"].dataset
     numbers = _spread(train, num_examples) if row is None else [_checked(row, len(train))]
@@ -105,7 +119,7 @@ def preview_data(
         counts=counts,
         lengths=_distribution(rows["train"].lengths),
         trained_lengths=None if trained is None else _distribution(trained),
-        steps_per_epoch=-(-len(train) // (run.batch_size * run.accumulation)),
+        steps_per_epoch=_steps_per_epoch(train, recipe),
         labels={} if has_scores else _count_labels(targets, data.examples.labels),
         scores=_distribution(targets) if has_scores else None,
         notes=(*data.examples.notes, *row_notes(counts, recipe.data, max_length=data.max_length), *_checks(recipe)),
@@ -113,8 +127,22 @@ def preview_data(
     )
 
 
+def _steps_per_epoch(train: Dataset, recipe: Recipe) -> int:
+    """Return the steps of an epoch on one process. A trainer may make several examples of a row."""
+    size = recipe.run.batch_size * recipe.run.accumulation
+    if isinstance(recipe.trainer, AbstractSamplingTrainer):
+        return len(train) // (size // recipe.trainer.num_generations)
+    is_split = isinstance(recipe.trainer, KtoSettings) and "rejected_ids" in train.column_names
+    return -(-len(train) * (2 if is_split else 1) // size)
+
+
 def _checks(recipe: Recipe) -> list[str]:
     """Name the checks that need the model's weights."""
+    if isinstance(recipe.trainer, AbstractSamplingTrainer):
+        return [
+            f"the answers are drawn during training, up to {recipe.num_drawn_tokens:,} tokens behind each prompt; they "
+            "are not shown here"
+        ]
     if not is_packed(recipe.data):
         return []
     return ["gradselect train also checks that the model does not let packed examples see one another"]
@@ -157,4 +185,6 @@ def shown_row(train: Dataset, number: int, recipe: Recipe, data: DataInputs | In
     if isinstance(recipe.data, ClassificationData):
         names = data.examples.labels
         label = str(row["labels"]) if names is None else names[row["labels"]]
+    if "good" in row:
+        label = "good" if row["good"] else "bad"
     return ShownRow(number=number, pieces=pieces_of(row, tokenizer), label=label)

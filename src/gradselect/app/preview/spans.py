@@ -27,9 +27,15 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """An example in a row, or the part of a long one that the row has room for."""
+    """An example in a row, or the part of a long one that the row has room for.
+
+    Args:
+        spans: its text.
+        name: "chosen" or "rejected" where a row compares two answers.
+    """
 
     spans: tuple[Span, ...]
+    name: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -42,6 +48,12 @@ class Piece:
 
 def pieces_of(row: Mapping[str, Any], tokenizer: Any) -> tuple[Piece, ...]:
     """Return the pieces of a row; `tokenizer`: None shows the numbers of the tokens."""
+    if "rejected_ids" in row:
+        both = {"chosen": ("input_ids", "labels"), "rejected": ("rejected_ids", "rejected_labels")}
+        return tuple(
+            Piece(spans=tuple(_spans(row[ids], row[labels], tokenizer)), name=name)
+            for name, (ids, labels) in both.items()
+        )
     labels = row["labels"] if isinstance(row["labels"], list) else [IGNORED] * len(row["input_ids"])
     pieces, start = [], 0
     for length in row.get("seq_lengths") or [len(row["input_ids"])]:

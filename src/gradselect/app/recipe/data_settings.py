@@ -191,8 +191,60 @@ class ClassificationData(AbstractDataSettings):
         return self
 
 
+class AbstractAnswerData(AbstractDataSettings):
+    """Prompts whose answers are compared or rewarded: plain text, or messages of a conversation.
+
+    A column that holds messages goes through the model's chat template; docs/chat.md has the forms that are read.
+
+    Attributes:
+        prompt: template of the prompt, or the column that holds its messages, in braces.
+        as_chat: make a prompt of plain text a user's message, and its answers the assistant's, in the chat template.
+        tools: column that holds the tools of a conversation. Default: `tools`, if there is one.
+        roles: roles of the chat template, by the names that the data has for them: {Mensch: user}.
+        ignore: columns and keys of messages that are left out on purpose.
+    """
+
+    prompt: Template = "{prompt}"
+    as_chat: bool = False
+    tools: str | None = None
+    roles: dict[str, str] | None = None
+    ignore: tuple[str, ...] | None = None
+
+
+class PreferenceData(AbstractAnswerData):
+    """A prompt with a better and a worse answer, or with one answer and its label.
+
+    Rows that have no column of the worse answer are read with `completion` and `label`, for the trainer `kto`. Where
+    answers are messages, each may also hold the whole conversation, prompt included.
+
+    Attributes:
+        chosen: template of the better answer.
+        rejected: template of the worse answer.
+        completion: template of an answer that has a label.
+        label: column that says if that answer is good: true or false, 1 or 0.
+    """
+
+    format: Literal["preference"]
+    chosen: Template = "{chosen}"
+    rejected: Template = "{rejected}"
+    completion: Template = "{completion}"
+    label: str = "label"
+
+
+class PromptData(AbstractAnswerData):
+    """Prompts that the model answers while it trains. Rewards see all columns of a row.
+
+    Attributes:
+        answer: template of a worked solution that holds the right answer. The rewards gsm8k and math need it; functions
+            get it as `answer`.
+    """
+
+    format: Literal["prompts"]
+    answer: Template | None = None
+
+
 TokenData = PromptCompletionData | ChatData | TextData
-FileData = TokenData | ClassificationData
+FileData = TokenData | ClassificationData | PreferenceData | PromptData
 Data = Annotated[FileData | RandomData, Field(discriminator="format")]
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_serializer, model_validator
 
 from gradselect.methods import AbstractBlockMethod, Method, Settings
 
 from .data_settings import Data
+from .trainer_checks import check_trainer
+from .trainers import AbstractSamplingTrainer, Trainer
 from .values import Count, Place
 
 
@@ -112,6 +115,7 @@ class Recipe(Settings):
     method: Method
     optimizer: OptimizerSettings
     run: RunSettings
+    trainer: Trainer = None
 
     @model_validator(mode="after")
     def check_validation(self) -> Self:
@@ -121,6 +125,22 @@ class Recipe(Settings):
                 "add e.g. data.validation=0.02, or set run.evaluate_every=null"
             )
         return self
+
+    @model_validator(mode="after")
+    def check_trainer(self) -> Self:
+        check_trainer(self.trainer, self.data, batch_size=self.run.batch_size, accumulation=self.run.accumulation)
+        return self
+
+    @model_serializer(mode="wrap")
+    def without_default_trainer(self, write: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Leave the section out where it says nothing, as recipes of earlier versions do."""
+        values = write(self)
+        return {key: value for key, value in values.items() if key != "trainer" or value is not None}
+
+    @property
+    def num_drawn_tokens(self) -> int:
+        """Tokens that the trainer draws behind each prompt, at most."""
+        return self.trainer.max_completion_length if isinstance(self.trainer, AbstractSamplingTrainer) else 0
 
     @model_validator(mode="after")
     def check_update_in_backward(self) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,6 +74,7 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         with _explained(recipe, folder):
             trainer = build_trainer(recipe, inputs, folder=folder, stages=stages)
         counted = row_notes(trainer.token_counts, recipe.data, max_length=inputs.max_length)
+        counted = [*counted, *trainer.notes]
         notes = [*inputs.examples.notes, *counted, *sample_notes, *saving.notes, *new_token_notes(recipe, inputs)]
         start = start.model_copy(update={"token_counts": trainer.token_counts})
         if is_rank_0() and folder.run_file.exists():
@@ -91,7 +92,8 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
 
         # 3 train and evaluate
         with watched_signals() as trainer.signals, _explained(recipe, folder):
-            meter = _train_and_evaluate(trainer, checkpoint=found, stages=stages)
+            with closing(trainer):
+                meter = _train_and_evaluate(trainer, checkpoint=found, stages=stages)
 
             # 4 save; run.json says "finished" only when everything else is written
             if is_rank_0():

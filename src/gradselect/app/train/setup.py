@@ -18,6 +18,7 @@ from gradselect.app.models import check_causal
 from gradselect.app.progress import SILENT, Stage, Stages
 from gradselect.app.recipe import (
     AbstractMaskMethod,
+    AbstractTrainer,
     ClassificationData,
     RandomData,
     Recipe,
@@ -31,7 +32,8 @@ from .classifier import batch_loss, classifier_options
 from .method_setup import mask_optimizer, method_parts
 from .packing_check import check_packing
 from .trackers import trackers
-from .trainer import RunTrainer, TokenTrainer
+from .trainer import MetricsTrainer, RunTrainer, TokenTrainer
+from .trainer_kinds import build_other_trainer, calibration_loss, examples_per_row
 
 
 def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder, stages: Stages = SILENT) -> RunTrainer:
@@ -46,8 +48,15 @@ def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder, stages: 
     Raises:
         UsageError: the method does not fit the model, or no example fits into `data.max_length`.
     """
-    data, max_length = recipe.data, inputs.max_length
-    rows = make_rows(inputs.examples, data, tokenizer=inputs.tokenizer, max_length=max_length, stages=stages)
+    data, max_length, num_drawn = recipe.data, inputs.max_length, recipe.num_drawn_tokens
+    rows = make_rows(
+        inputs.examples,
+        data,
+        tokenizer=inputs.tokenizer,
+        max_length=max_length,
+        num_drawn=num_drawn,
+        stages=stages,
+    )
     with stages.open("preparing the method") as stage:
         return _build(recipe, inputs, rows, folder=folder, stages=stages, stage=stage)
 
@@ -74,10 +83,13 @@ def _build(
         "eval_dataset": rows["validation"].dataset if "validation" in rows else None,
         "callbacks": [*parts.callbacks, *trackers(recipe, folder)],
     }
-    if isinstance(recipe.data, ClassificationData):
+    if isinstance(recipe.trainer, AbstractTrainer):
+        trainer = build_other_trainer(recipe, inputs, arguments=arguments, shared=shared)
+    elif isinstance(recipe.data, ClassificationData):
         trainer = RunTrainer(args=TrainingArguments(**arguments), **classifier_options(inputs.tokenizer), **shared)
     else:
-        trainer = TokenTrainer(args=SFTConfig(**arguments, **_token_arguments(recipe.data, inputs)), **shared)
+        data: Any = recipe.data
+        trainer = TokenTrainer(args=SFTConfig(**arguments, **_token_arguments(data, inputs)), **shared)
     trainer.remove_callback(PrinterCallback)
     if not isinstance(recipe.data, ClassificationData | RandomData):
         check_causal(trainer.model, name=f"model.path={recipe.model.path!r}")
@@ -112,7 +124,7 @@ def _facts(trainer: RunTrainer, recipe: Recipe, *, num_batches: int, stage: Stag
     Every rank sees the batches of all ranks, or they would select different entries.
     """
     dataset, run, processes = _as_dataset(trainer.train_dataset), recipe.run, num_processes()
-    per_epoch = -(-len(dataset) // (run.batch_size * processes * run.accumulation))
+    per_epoch = -(-len(dataset) * examples_per_row(recipe) // (run.batch_size * processes * run.accumulation))
     count = min(len(dataset), num_batches * run.batch_size * processes)
     rows = random.Random(f"calibration/{run.seed}").sample(range(len(dataset)), count)
     drawn: Any = dataset.select(
@@ -123,8 +135,16 @@ def _facts(trainer: RunTrainer, recipe: Recipe, *, num_batches: int, stage: Stag
         seed=run.seed,
         num_steps=run.steps or math.ceil((run.epochs or 1) * per_epoch),
         batches=batches,
-        loss=batch_loss if isinstance(recipe.data, ClassificationData) else None,
+        loss=_loss(trainer, recipe),
     )
+
+
+def _loss(trainer: RunTrainer, recipe: Recipe) -> Any:
+    """Return the loss that a mask is estimated from. None: the model computes it from the labels of a batch."""
+    if isinstance(recipe.trainer, AbstractTrainer):
+        assert isinstance(trainer, MetricsTrainer)
+        return calibration_loss(trainer)
+    return batch_loss if isinstance(recipe.data, ClassificationData) else None
 
 
 def for_every_process(rows: Sequence[int], *, batch_size: int, processes: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class RunTrainer(Trainer):
 
     Attributes:
         num_tokens: tokens that this session has trained on, with prompts, without padding.
+        notes: what the user must know of the loss, with numbers.
         signals: signals received. After the step in which any rank receives one, training ends with a checkpoint.
     """
 
@@ -76,6 +77,7 @@ class RunTrainer(Trainer):
         self._loss_before: Tensor | None = None
         self._signal = 0
         self.num_tokens = 0
+        self.notes: Sequence[str] = ()
         self.signals = SignalWatch()
         super().__init__(**others)
         self.add_callback(_RunCallback(self))
@@ -90,12 +92,19 @@ class RunTrainer(Trainer):
         result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training and self._penalty is not None:
             assert not return_outputs
-            # The loss of the examples is divided by accumulation already.
-            result = result + self._penalty() / self.current_gradient_accumulation_steps
+            # The loss of most trainers is divided by accumulation already; the Trainer divides that of the others.
+            is_whole = getattr(self, "loss_is_scaled_for_ga", None) is False
+            result = result + self._penalty() / (1 if is_whole else self.current_gradient_accumulation_steps)
         if model.training:
             self._note_loss((result[0] if return_outputs else result).item())
-            self.num_tokens += _count_tokens(inputs)
+            self.num_tokens += self._count_tokens(inputs)
         return result
+
+    def _count_tokens(self, inputs: dict[str, Any]) -> int:
+        """Return the tokens of a micro-batch, without padding."""
+        # Not the Trainer's own count: in packed rows, which have no mask, it leaves out every end of text that doubles
+        # as padding token, and it adds seconds to every line of the log.
+        return int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
 
     def _note_loss(self, loss: float) -> None:
         """Note the loss of a micro-batch before the Trainer adds it to its sum."""
@@ -247,6 +256,9 @@ class RunTrainer(Trainer):
         count = torch.tensor(self.num_tokens, device=self.args.device)
         self.num_tokens = int(self.accelerator.reduce(count))  # pyright: ignore[reportArgumentType]
 
+    def close(self) -> None:
+        """Free what the trainer holds beside memory."""
+
     def _advice(self) -> str:
         newest = self._folder.newest_checkpoint()
         kept = "no checkpoint had been written" if newest is None else f"the last good checkpoint is {newest}"
@@ -256,8 +268,8 @@ class RunTrainer(Trainer):
         )
 
 
-class TokenTrainer(RunTrainer, SFTTrainer):
-    """`RunTrainer` for language models, with TRL's templates, packing and loss masks."""
+class MetricsTrainer(RunTrainer):
+    """`RunTrainer` on top of a trainer of TRL, which keeps lists of metrics until the next line of the log."""
 
     def __init__(self, *, model: nn.Module, **others: Any) -> None:
         trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
@@ -267,21 +279,30 @@ class TokenTrainer(RunTrainer, SFTTrainer):
                 # TRL casts an adapter on a 4-bit base to bfloat16, which swallows small updates and does not resume.
                 parameter.data = values
 
+    def train_metrics(self) -> Any:
+        """Return the lists of metrics, by name."""
+        return self._metrics["train"]  # pyright: ignore[reportAttributeAccessIssue]
+
     def _skip(self, model: nn.Module, fault: Fault, *, value: float | None) -> None:
         super()._skip(model, fault, value=value)
-        metrics = self._metrics["train"]
+        metrics = self.train_metrics()
         for name in list(metrics):
             metrics[name] = [number for number in metrics[name] if math.isfinite(number)]
             if not metrics[name]:
                 del metrics[name]
 
     def _window(self) -> dict[str, Any]:
-        return {**super()._window(), "tokens": self._total_train_tokens, "metrics": self._metrics["train"]}
+        tokens = getattr(self, "_total_train_tokens", 0)
+        return {**super()._window(), "tokens": tokens, "metrics": dict(self.train_metrics())}
 
     def _restore_window(self, window: dict[str, Any]) -> None:
         super()._restore_window(window)
         self._total_train_tokens = window["tokens"]
-        self._metrics["train"].update(window["metrics"])
+        self.train_metrics().update(window["metrics"])
+
+
+class TokenTrainer(MetricsTrainer, SFTTrainer):
+    """`RunTrainer` for language models, with TRL's templates, packing and loss masks."""
 
 
 class _RunCallback(TrainerCallback):
@@ -307,9 +328,3 @@ class _RunCallback(TrainerCallback):
 @torch.no_grad()
 def _is_finite(model: nn.Module) -> bool:
     return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
-
-
-def _count_tokens(inputs: dict[str, Any]) -> int:
-    # Not the Trainer's own count: in packed rows, which have no mask, it leaves out every end of text that doubles as
-    # padding token, and it adds seconds to every line of the log.
-    return int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()

@@ -1,0 +1,206 @@
+"""Rows with answers to compare, and rows with prompts to answer, checked and filled into their templates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gradselect import UsageError
+from gradselect.app.data import (
+    ChatColumns,
+    Conversation,
+    Row,
+    columns_of,
+    holds_messages,
+    place_of,
+    read_conversation,
+    render,
+    require_columns,
+)
+from gradselect.app.recipe import PreferenceData, PromptData
+
+from .sources import Source
+
+YES, NO = (True, 1, "true", "yes", "1"), (False, 0, "false", "no", "0")
+_COLUMN = re.compile(r"\{([^{}?]+)\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerLayout:
+    """What the rows of a file hold, decided by the first of them.
+
+    Args:
+        parts: names of the templates that are read: the answers of a row, best first; for prompts only "prompt".
+        is_paired: True if a row has a better and a worse answer.
+        has_messages: True if the answers, or the prompts to answer, are messages.
+    """
+
+    parts: tuple[str, ...]
+    is_paired: bool = False
+    has_messages: bool = False
+
+
+def layout_of(source: Source, settings: PreferenceData | PromptData) -> AnswerLayout:
+    """Return what the rows of a source hold.
+
+    Raises:
+        UsageError: the first row has neither a pair nor an answer with a label.
+    """
+    first = source.rows[0]
+    if isinstance(settings, PromptData):
+        return AnswerLayout(parts=("prompt",), has_messages=_holds_messages(first, settings.prompt))
+    pair = (*columns_of(settings.chosen), *columns_of(settings.rejected))
+    if all(column in first for column in pair):
+        messages = _holds_messages(first, settings.chosen)
+        return AnswerLayout(parts=("chosen", "rejected"), is_paired=True, has_messages=messages)
+    rated = (*columns_of(settings.completion), settings.label)
+    if all(column in first for column in rated):
+        return AnswerLayout(parts=("completion",), has_messages=_holds_messages(first, settings.completion))
+    missing = next(column for column in pair if column not in first)
+    raise UsageError(
+        f"{place_of(source.rows, 0, path=source.path)} has no column {missing!r}; its columns are: "
+        f"{', '.join(map(str, first))}. Pairs need data.chosen and data.rejected, e.g. 'data.chosen={{best}}' "
+        "'data.rejected={worst}'; single answers need data.completion and data.label"
+    )
+
+
+def render_answers(source: Source, settings: PreferenceData | PromptData) -> list[dict[str, Any]]:
+    """Return the rows in the form that `answer_tokens` reads.
+
+    Each has `prompt` and `answers` (texts), or `conversations`, one for each answer; and `good`, the label, or None.
+
+    Raises:
+        UsageError: a column is missing, or a row cannot be used; names the row.
+    """
+    layout = layout_of(source, settings)
+    require_columns(source.rows, _columns_read(source.rows[0], settings, layout), path=source.path)
+    examples = []
+    for index, row in enumerate(source.rows):
+        try:
+            examples.append(_render(row, settings, layout, nulls=source.rows.fills_with_nulls))
+        except UsageError as error:
+            raise UsageError(f"{place_of(source.rows, index, path=source.path)}: {error}") from None
+    return examples
+
+
+def _columns_read(first: Row, settings: PreferenceData | PromptData, layout: AnswerLayout) -> list[str]:
+    templates = [getattr(settings, part) for part in layout.parts]
+    if not (layout.has_messages and _is_whole(first, settings, layout)):
+        templates.append(settings.prompt)
+    if isinstance(settings, PromptData) and settings.answer is not None:
+        templates.append(settings.answer)
+    labels = [settings.label] if isinstance(settings, PreferenceData) and not layout.is_paired else []
+    tools = [settings.tools] if settings.tools else []
+    return [column for template in templates for column in columns_of(template)] + labels + tools
+
+
+def _render(row: Row, settings: PreferenceData | PromptData, layout: AnswerLayout, *, nulls: bool) -> dict[str, Any]:
+    good = _read_label(row, settings) if isinstance(settings, PreferenceData) and not layout.is_paired else None
+    if layout.has_messages:
+        talks = tuple(_conversation(row, settings, layout, part, nulls=nulls) for part in layout.parts)
+        _check_conversations(talks, settings)
+        return {"conversations": talks, "good": good}
+    _check_no_messages(row, settings, layout)
+    prompt = render(settings.prompt, row)
+    if isinstance(settings, PromptData):
+        asked = {"role": "user", "content": prompt}
+        return {"conversations": (Conversation(messages=[asked]),)} if settings.as_chat else {"prompt": prompt}
+    answers = tuple(render(getattr(settings, part), row) for part in layout.parts)
+    if not settings.as_chat:
+        return {"prompt": prompt, "answers": answers, "good": good}
+    talks = tuple(
+        Conversation(messages=[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
+        for answer in answers
+    )
+    return {"conversations": talks, "good": good}
+
+
+def _conversation(
+    row: Row, settings: PreferenceData | PromptData, layout: AnswerLayout, part: str, *, nulls: bool
+) -> Conversation:
+    """Return the conversation that ends with an answer; of prompts, the one that asks for it."""
+    answer = _only_column(getattr(settings, part), part)
+    columns: tuple[str, ...] = (answer,)
+    if part != "prompt" and not _is_whole(row, settings, layout):
+        prompt = _only_column(settings.prompt, "prompt")
+        columns = (prompt, answer)
+        if isinstance(row.get(prompt), str) and not holds_messages(row[prompt]):
+            row = {**row, prompt: [{"role": "user", "content": row[prompt]}]}
+    return read_conversation(
+        row,
+        ChatColumns(
+            messages=columns,
+            tools=settings.tools or "tools",
+            ignore=frozenset(settings.ignore or ()),
+            roles=settings.roles or {},
+            nulls_are_absent=nulls,
+        ),
+    )
+
+
+def _check_conversations(talks: tuple[Conversation, ...], settings: PreferenceData | PromptData) -> None:
+    for talk in talks:
+        roles = [message["role"] for message in talk.messages]
+        if isinstance(settings, PromptData):
+            if not roles or roles[-1] == "assistant":
+                raise UsageError(
+                    "the messages of the prompt end with an answer; take the assistant's last message out of the data, "
+                    "or name its column in data.answer"
+                )
+        elif roles[-1:] != ["assistant"] or len(roles) < 2:
+            raise UsageError(
+                f"a conversation has the roles {', '.join(roles) or 'of no message'}; it must ask, and end with an "
+                'answer of the role assistant (another name: data.roles={"bot": "assistant"})'
+            )
+    if len(talks) == 2 and talks[0].messages[:-1] != talks[1].messages[:-1]:
+        raise UsageError(
+            "the two conversations differ before their last message, so that more than the answers would be compared; "
+            "let both have the same prompt"
+        )
+
+
+def _is_whole(row: Row, settings: PreferenceData | PromptData, layout: AnswerLayout) -> bool:
+    """Return True if the column of an answer holds the prompt too."""
+    if layout.parts == ("prompt",):
+        return True
+    cell = row.get(_only_column(getattr(settings, layout.parts[0]), layout.parts[0]))
+    first = cell[0] if isinstance(cell, list) and cell and isinstance(cell[0], Mapping) else {}
+    role = first.get("role", first.get("from"))
+    return (settings.roles or {}).get(str(role), role) not in ("assistant", "gpt", "bot", "model")
+
+
+def _holds_messages(row: Row, template: str) -> bool:
+    return any(holds_messages(row.get(column)) for column in columns_of(template))
+
+
+def _only_column(template: str, part: str) -> str:
+    found = _COLUMN.fullmatch(template.strip())
+    if found is None:
+        raise UsageError(
+            f"the data hold messages, so data.{part}={template!r} must be one column in braces, e.g. "
+            f"'data.{part}={{{part}}}'"
+        )
+    return found.group(1)
+
+
+def _check_no_messages(row: Row, settings: PreferenceData | PromptData, layout: AnswerLayout) -> None:
+    """Refuse messages in a row where the first row had text."""
+    for part in dict.fromkeys(("prompt", *layout.parts)):
+        if _holds_messages(row, getattr(settings, part)):
+            raise UsageError(
+                f"data.{part} holds messages here, but the answers (or the prompts of the first row) are text; give "
+                "all rows one form: messages in both, or text in both"
+            )
+
+
+def _read_label(row: Row, settings: PreferenceData) -> bool:
+    value = row[settings.label]
+    plain = value.strip().lower() if isinstance(value, str) else value
+    for answers, meaning in ((YES, True), (NO, False)):
+        if any(plain == answer and isinstance(plain, str) == isinstance(answer, str) for answer in answers):
+            return meaning
+    raise UsageError(
+        f"column {settings.label!r} is {value!r:.40}, which says neither good nor bad; write true or false, or 1 or 0"
+    )
