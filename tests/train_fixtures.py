@@ -103,7 +103,7 @@ def recipe_values(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     }
     for name, changes in sections.items():
         # Another method or format has other keys.
-        is_whole = name == "method" or "format" in changes
+        is_whole = name in ("method", "trainer") or "format" in changes
         values[name] = changes if is_whole else {**values[name], **changes}
     return values
 

@@ -20,6 +20,8 @@ from gradselect.app.recipe import (
     AbstractMaskMethod,
     AbstractPeerMethod,
     ClassificationData,
+    DpoSettings,
+    OrpoSettings,
     Recipe,
     RunFacts,
     SparseGradMethod,
@@ -38,6 +40,8 @@ from gradselect.planning import (
     plan_steps,
     survey_policy,
 )
+
+from .trainer_notes import trainer_notes
 
 ASSUMED_STEPS = 1000
 """Steps of a run whose length is given in epochs. They decide some bytes of a mask's bookkeeping."""
@@ -97,7 +101,8 @@ class RecipePlanner:
             checkpointing=recipe.model.gradient_checkpointing,
         )
         steps = plan_steps(training, options.get("policy", options.get("mask")), forward)
-        return Plan(steps=steps, notes=_notes(recipe, cast(Any, prepared.model).config))
+        notes = (*_notes(recipe, cast(Any, prepared.model).config), *trainer_notes(recipe, prepared.model))
+        return Plan(steps=steps, notes=notes)
 
     def _prepare(self, recipe: Recipe) -> _Prepared:
         method = recipe.method.model_dump(mode="json", exclude={"residency"})
@@ -121,6 +126,8 @@ def rows_of(recipe: Recipe, model: nn.Module) -> Rows:
     if is_packed(recipe.data):
         return Rows(batch=1, length=batch * length, masked=needs_mask)
     is_padded = recipe.data.format != "random" and batch > 1
+    # DPO and ORPO read both answers of a row in one forward pass.
+    batch *= 2 if isinstance(recipe.trainer, DpoSettings | OrpoSettings) else 1
     return Rows(batch=batch, length=length, masked=needs_mask and is_padded)
 
 
@@ -187,6 +194,8 @@ def _loss(recipe: Recipe) -> Loss:
     """Return the way in which the installed trainer computes the loss."""
     if isinstance(recipe.data, ClassificationData):
         return "none"
+    if isinstance(recipe.trainer, OrpoSettings):
+        return "whole"
     return "chunked" if _trainer_has_chunks() else "whole"
 
 

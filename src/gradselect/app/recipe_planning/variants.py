@@ -213,9 +213,8 @@ def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
 
 def _try(planner: RecipePlanner, recipe: Recipe, name: str, changes: tuple[str, ...]) -> Setting:
     """The setting with its plan, or with the reason why it has none: not every method fits every model."""
-    variant = changed(recipe, changes)
     try:
-        return Setting(name=name, changes=changes, plan=planner.plan(variant))
+        return Setting(name=name, changes=changes, plan=planner.plan(changed(recipe, changes)))
     except UsageError as error:
         return Setting(name=name, changes=changes, fault=str(error).splitlines()[0])
 

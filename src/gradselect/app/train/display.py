@@ -68,7 +68,7 @@ class ProgressDisplay(TrainerCallback):
         if "loss" in logs:
             self._stages.say(self._line(state, logs, parts))
         elif "eval_loss" in logs:
-            figures = "  ".join(f"{name} {value:.4f}" for name, value in validation_figures(logs).items())
+            figures = _shown(validation_figures(logs))
             self._stages.say(f"step {state.global_step}/{state.max_steps}  validation {figures}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -82,6 +82,7 @@ class ProgressDisplay(TrainerCallback):
         fields = [
             f"step {state.global_step}/{state.max_steps}",
             f"loss {logs['loss']:.4f}",
+            _shown({name: logs[name] for name in SHOWN if name in logs}),
             f"lr {logs['learning_rate']:.2e}",
             f"{self._rate():,.0f} tokens/s",
             _memory(self._meter.held_bytes),
@@ -97,6 +98,24 @@ class ProgressDisplay(TrainerCallback):
         then, before = self._last
         self._last = (self._meter.total_seconds, self._count_tokens())
         return num_processes() * (self._last[1] - before) / max(self._last[0] - then, 1e-9)
+
+
+SHOWN = {
+    "reward": "reward",
+    "rewards/accuracies": "preferred",
+    "rewards/margins": "margin",
+    "kl": "divergence",
+    "completions/mean_length": "answer tokens",
+    "completions/clipped_ratio": "cut off",
+}
+"""Metrics of trainers of TRL that a line shows, and their names in it. The record of the run has all of them."""
+
+
+def _shown(figures: Mapping[str, float | None]) -> str:
+    """Format figures; of those that only trainers of TRL have, a few."""
+    is_long = any(name in SHOWN for name in figures)
+    named = {SHOWN.get(name, name): value for name, value in figures.items() if not is_long or name in {"loss", *SHOWN}}
+    return "  ".join(f"{name} {value:.4f}" for name, value in named.items() if value is not None)
 
 
 def _memory(held: Mapping[str, int]) -> str:

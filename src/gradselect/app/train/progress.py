@@ -10,7 +10,17 @@ from rich.console import Console
 
 from gradselect.app.data import ending_of, is_local
 from gradselect.app.models import merge_command
-from gradselect.app.recipe import ClassificationData, FileData, PromptCompletionData, RandomData, Recipe
+from gradselect.app.recipe import (
+    BUILT_IN_REWARDS,
+    AbstractSamplingTrainer,
+    ClassificationData,
+    FileData,
+    PreferenceData,
+    PromptCompletionData,
+    PromptData,
+    RandomData,
+    Recipe,
+)
 from gradselect.app.results import FinishedRun, RunRecord, SavedModel
 from gradselect.app.runtime import RunFolder, describe_messages
 
@@ -83,13 +93,24 @@ def _named(names: Sequence[str], *, most: int = 8) -> str:
 def _next_command(recipe: Recipe, data: FileData) -> str:
     """Return the command that evaluates the trained model with the templates of its training."""
     task = "classification" if isinstance(data, ClassificationData) else "loss"
+    if isinstance(recipe.trainer, AbstractSamplingTrainer):
+        task = next((name for name in recipe.trainer.reward if name in BUILT_IN_REWARDS), "gsm8k")
     words = ["gradselect", "evaluate", recipe.run.output, "--task", task, *_validation_options(data)]
-    if isinstance(data, PromptCompletionData):
+    if isinstance(data, PromptCompletionData | PreferenceData | PromptData):
+        named = {"--prompt": data.prompt, "--completion": _reference_template(data)}
         # The command line reads \\n as a newline.
-        templates = (template.replace("\n", "\\n") for template in (data.prompt, data.completion))
-        words += [word for pair in zip(("--prompt", "--completion"), templates, strict=True) for word in pair]
+        words += [word for name, text in named.items() if text for word in (name, text.replace("\n", "\\n"))]
         words += ["--as-chat"] if data.as_chat else []
     return shlex.join(words)
+
+
+def _reference_template(data: PromptCompletionData | PreferenceData | PromptData) -> str | None:
+    match data:
+        case PromptCompletionData():
+            return data.completion
+        case PreferenceData():
+            return data.chosen
+    return data.answer
 
 
 def _validation_options(data: FileData) -> list[str]:

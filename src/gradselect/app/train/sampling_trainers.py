@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -128,8 +129,8 @@ class PromptSampler(Sampler[int]):
         return self._num_prompts // self._per_step * self._per_step * self._group * self._repeats
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        order = torch.randperm(self._num_prompts, generator=generator).tolist()
+        order = list(range(self._num_prompts))
+        random.Random(f"prompts/{self._seed}/{self._epoch}").shuffle(order)
         for start in range(0, self._num_prompts - self._per_step + 1, self._per_step):
             for _ in range(self._repeats):
                 for prompt in order[start : start + self._per_step]:

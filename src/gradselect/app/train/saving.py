@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from gradselect import sparsegrad
 from gradselect.app.inputs import Inputs, end_of_turn_tokens
 from gradselect.app.models import files_beside_weights, is_quantised
-from gradselect.app.recipe import ChatData, PromptCompletionData, RandomData, Recipe
+from gradselect.app.recipe import ChatData, PreferenceData, PromptCompletionData, RandomData, Recipe
 from gradselect.app.results import SavedModel
 from gradselect.app.runtime import RunFolder, is_rank_0
 from gradselect.files import BesideWeights, flush_names, remove, write_manifest, writing_aside
@@ -57,7 +57,7 @@ def plan_saving(recipe: Recipe, inputs: Inputs) -> SavingPlan:
 
 def _turn_ends(recipe: Recipe, inputs: Inputs) -> tuple[int, ...]:
     """Return the tokens that end what the model learns to write; none for texts, which go on."""
-    if not isinstance(recipe.data, ChatData | PromptCompletionData):
+    if not isinstance(recipe.data, ChatData | PreferenceData | PromptCompletionData):
         return ()
     examples = inputs.examples.train
     some = examples.select(range(0, len(examples), max(1, len(examples) // NUM_EXAMPLES)))
