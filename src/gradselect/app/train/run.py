@@ -85,7 +85,8 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
             write_start(folder, start, recipe)
         found = broadcast_from_rank_0(None if checkpoint is None else str(checkpoint))
         show_start(console, start, notes=notes, checkpoint=checkpoint, damaged=damaged, resume=resume)
-        show_first_row(cast(Dataset, trainer.train_dataset), recipe, inputs, console)
+        rows = trainer.train_dataset if trainer.plain_rows is None else trainer.plain_rows
+        show_first_row(cast(Dataset, rows), recipe, inputs, console)
 
         if samples and is_rank_0():
             add_answers(trainer, samples, recipe, inputs, ends=saving.ends, stages=stages, folder=folder)

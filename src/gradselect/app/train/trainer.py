@@ -49,6 +49,7 @@ class RunTrainer(Trainer):
     Attributes:
         num_tokens: tokens that this session has trained on, with prompts, without padding.
         notes: what the user must know of the loss, with numbers.
+        plain_rows: rows before they got the columns of a trainer of TRL. None: `train_dataset` is as it was made.
         signals: signals received. After the step in which any rank receives one, training ends with a checkpoint.
     """
 
@@ -78,6 +79,7 @@ class RunTrainer(Trainer):
         self._signal = 0
         self.num_tokens = 0
         self.notes: Sequence[str] = ()
+        self.plain_rows: Any = None
         self.signals = SignalWatch()
         super().__init__(**others)
         self.add_callback(_RunCallback(self))

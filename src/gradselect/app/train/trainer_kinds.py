@@ -77,7 +77,7 @@ def build_other_trainer(
     trainer = kind(**options, **shared)
     # TRL's trainers do not pass it on.
     trainer.optimizer_cls_and_kwargs = optimizer
-    trainer.notes = notes
+    trainer.notes, trainer.plain_rows = notes, rows
     return trainer
 
 
