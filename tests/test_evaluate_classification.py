@@ -163,12 +163,12 @@ def test_the_command_line_takes_all_of_it(place: Path, tmp_path: Path, capsys: p
     assert (written["text"], written["text_pair"], written["columns"]) == ("{sentence}", "{other}", COLUMNS)
 
 
-def test_the_command_line_takes_stop_strings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_takes_stop_strings(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("gradselect.app.cli.evaluate._evaluate_task", seen.append)
+    monkeypatch.setattr("gradselect.app.cli.evaluate._evaluate_task", lambda settings, *_, **__: seen.append(settings))
     for stop in ([], ["--stop", "\\n\\n", "--stop", "END"]):
         with pytest.raises(SystemExit):
-            main(["evaluate", "somewhere", "--task", "gsm8k", *stop])
+            main(["evaluate", str(place / "labels"), "--task", "gsm8k", "--data", str(place / "dev.tsv"), *stop])
     assert seen[0].stop == ("\nQuestion:",)
     assert seen[1].stop == ("\n\n", "END")
 
