@@ -55,6 +55,10 @@ def make_trainers_selective(trainer_class: Any) -> None:
 
     Args:
         trainer_class: `transformers.Trainer`, whose `__init__` gets another in front.
+
+    Example:
+        >>> import transformers
+        >>> make_trainers_selective(transformers.Trainer)  # doctest: +SKIP
     """
     from transformers import TrainerCallback
 
