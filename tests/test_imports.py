@@ -57,3 +57,15 @@ def test_public_list_is_what_the_module_offers():
     assert len(set(gradselect.__all__)) == len(gradselect.__all__)
     assert public - modules == set(gradselect.__all__) - modules
     assert set(gradselect.__all__) & modules == {"salience"}
+
+
+def test_the_command_line_speaks_before_torch_is_loaded() -> None:
+    code = "import sys, gradselect.app.cli.command_line; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_name_that_is_not_there_is_refused() -> None:
+    assert "AdaGradSelect" in dir(gradselect)
+    with pytest.raises(AttributeError, match="module 'gradselect' has no attribute 'AdamSelect'"):
+        _ = gradselect.AdamSelect  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,71 +1,30 @@
-"""Selective fine-tuning: train, at every step, only the part of the model that matters now."""
+"""Selective fine-tuning: train, at every step, only the part of the model that matters now.
 
-from gradselect import delta as delta
-from gradselect import sparsegrad as sparsegrad
-from gradselect.blocks import AbstractPolicy, BlockOptimizer, partition
-from gradselect.core import (
-    AbstractResidency,
-    AbstractRule,
-    AdamW8bitRule,
-    AdamWRule,
-    Block,
-    Drop,
-    JsonlWriter,
-    Keep,
-    MaskRecord,
-    Offload,
-    Patch,
-    SGDRule,
-    StepRecord,
-    TorchRule,
-)
-from gradselect.entries import AbstractCompactMask, AbstractDenseMask, AbstractMask, SparseOptimizer
-from gradselect.masks import GMT, ID3, LIFT, BitFit, StaticMask, TopGradient, salience
-from gradselect.plain_data import method
-from gradselect.planning import plan
-from gradselect.policies import MISA, AdaGradSelect, All, Cyclic, Fixed, GradNormTopK, Uniform
-from gradselect.usage import UsageError
+The names of `public_names.py` are here. They are loaded when the first one is asked for: torch takes seconds to load,
+and the command line says before that what it does.
+"""
+
+import importlib as _importlib
+import typing as _typing
+
+if _typing.TYPE_CHECKING:
+    from gradselect import delta as delta
+    from gradselect import sparsegrad as sparsegrad
+    from gradselect.public_names import *  # noqa: F403
 
 __version__ = "0.1.0.dev0"
 
 
-__all__ = [
-    "GMT",
-    "ID3",
-    "LIFT",
-    "MISA",
-    "AbstractCompactMask",
-    "AbstractDenseMask",
-    "AbstractMask",
-    "AbstractPolicy",
-    "AbstractResidency",
-    "AbstractRule",
-    "AdaGradSelect",
-    "AdamW8bitRule",
-    "AdamWRule",
-    "All",
-    "BitFit",
-    "Block",
-    "BlockOptimizer",
-    "Cyclic",
-    "Drop",
-    "Fixed",
-    "GradNormTopK",
-    "JsonlWriter",
-    "Keep",
-    "MaskRecord",
-    "Offload",
-    "Patch",
-    "SGDRule",
-    "SparseOptimizer",
-    "StaticMask",
-    "StepRecord",
-    "TopGradient",
-    "TorchRule",
-    "Uniform",
-    "UsageError",
-    "method",
-    "partition",
-    "plan",
-    "salience",
-]
+def __getattr__(name: str) -> _typing.Any:
+    if name != "__all__" and name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    public_names = _importlib.import_module("gradselect.public_names")
+    globals().update({each: getattr(public_names, each) for each in public_names.__all__}, __all__=public_names.__all__)
+    try:
+        return globals()[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

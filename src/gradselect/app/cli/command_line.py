@@ -16,7 +16,8 @@ except ModuleNotFoundError as missing:
     packages = " ".join(missing_packages("train")) or missing.name
     raise SystemExit(f"the command line needs {missing.name}; run: pip install {packages}") from None
 
-from gradselect import UsageError, __version__
+from gradselect import __version__
+from gradselect.usage import UsageError
 
 from .chat import chat
 from .compare import compare

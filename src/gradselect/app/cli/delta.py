@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gradselect import delta
+import gradselect as gs
 
 app = typer.Typer(
     name="delta",
@@ -32,20 +32,20 @@ def diff(
     ] = False,
 ) -> None:
     """Write the changes from BASE to TUNED into the new file DELTA."""
-    typer.echo(delta.diff(base, tuned, path, unrelated=unrelated))
+    typer.echo(gs.delta.diff(base, tuned, path, unrelated=unrelated))
 
 
 @app.command()
 def apply(base: Base, path: Delta, output: NewFolder) -> None:
     """Write the tuned model, bit for bit, into OUTPUT."""
-    summary = delta.apply(base, path, output)
+    summary = gs.delta.apply(base, path, output)
     typer.echo(f"{summary}\n{output} is the tuned model, fingerprint {summary.fingerprints['tuned']}")
 
 
 @app.command()
 def revert(tuned: Tuned, path: Delta, output: NewFolder) -> None:
     """Write the base model, bit for bit, into OUTPUT."""
-    summary = delta.revert(tuned, path, output)
+    summary = gs.delta.revert(tuned, path, output)
     typer.echo(f"{summary}\n{output} is the base model, fingerprint {summary.fingerprints['base']}")
 
 
@@ -62,4 +62,4 @@ def merge(
     ] = "error",
 ) -> None:
     """Merge several deltas of the same BASE into the new file MERGED."""
-    typer.echo(delta.merge(base, paths, output, overlap=overlap, whole=whole))  # type: ignore[arg-type]  # checked there
+    typer.echo(gs.delta.merge(base, paths, output, overlap=overlap, whole=whole))  # type: ignore[arg-type]  # checked there

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from gradselect import UsageError
+from gradselect.usage import UsageError
 
 USAGE_EXIT_CODE = 2
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gradselect import UsageError, method
+import gradselect as gs
+from gradselect.usage import UsageError
 
 HELP = """Usage: gradselect launch METHOD [KEY=VALUE]... -- COMMAND...
 
@@ -46,7 +47,7 @@ def launch(words: Sequence[str]) -> int:
         return 0
     settings, command = _parse(words)
     jsonl = settings.pop("jsonl", None)
-    method(settings)
+    gs.method(settings)
     with tempfile.TemporaryDirectory(prefix="gradselect-") as folder:
         trained = Path(folder) / "trained"
         code = _run(command, environment(settings, jsonl=jsonl, trained=trained))

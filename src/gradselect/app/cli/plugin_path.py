@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from gradselect import UsageError
 from gradselect.integrations.plugin_path import PLUGIN_PATHS, plugin_path
+from gradselect.usage import UsageError
 
 HELP = f"""Usage: gradselect plugin-path FRAMEWORK
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradselect import UsageError
+from gradselect.usage import UsageError
 
 from .hub import check_reachable
 

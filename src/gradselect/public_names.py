@@ -1,0 +1,68 @@
+"""Public names of the library, which `import gradselect` gives. Needs torch, which takes seconds to load."""
+
+import gradselect.delta
+import gradselect.sparsegrad  # noqa: F401  # so that gs.delta and gs.sparsegrad are there
+from gradselect.blocks import AbstractPolicy, BlockOptimizer, partition
+from gradselect.core import (
+    AbstractResidency,
+    AbstractRule,
+    AdamW8bitRule,
+    AdamWRule,
+    Block,
+    Drop,
+    JsonlWriter,
+    Keep,
+    MaskRecord,
+    Offload,
+    Patch,
+    SGDRule,
+    StepRecord,
+    TorchRule,
+)
+from gradselect.entries import AbstractCompactMask, AbstractDenseMask, AbstractMask, SparseOptimizer
+from gradselect.masks import GMT, ID3, LIFT, BitFit, StaticMask, TopGradient, salience
+from gradselect.plain_data import method
+from gradselect.planning import plan
+from gradselect.policies import MISA, AdaGradSelect, All, Cyclic, Fixed, GradNormTopK, Uniform
+from gradselect.usage import UsageError
+
+__all__ = [
+    "GMT",
+    "ID3",
+    "LIFT",
+    "MISA",
+    "AbstractCompactMask",
+    "AbstractDenseMask",
+    "AbstractMask",
+    "AbstractPolicy",
+    "AbstractResidency",
+    "AbstractRule",
+    "AdaGradSelect",
+    "AdamW8bitRule",
+    "AdamWRule",
+    "All",
+    "BitFit",
+    "Block",
+    "BlockOptimizer",
+    "Cyclic",
+    "Drop",
+    "Fixed",
+    "GradNormTopK",
+    "JsonlWriter",
+    "Keep",
+    "MaskRecord",
+    "Offload",
+    "Patch",
+    "SGDRule",
+    "SparseOptimizer",
+    "StaticMask",
+    "StepRecord",
+    "TopGradient",
+    "TorchRule",
+    "Uniform",
+    "UsageError",
+    "method",
+    "partition",
+    "plan",
+    "salience",
+]
