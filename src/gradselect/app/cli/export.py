@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,11 +11,14 @@ from gradselect.usage import UsageError
 
 from .loading import LOADING, command_stages
 
+if TYPE_CHECKING:
+    from gradselect.app.export import ExportedModel
+
 
 def export(
     run: Annotated[str, typer.Argument(help="Folder of a finished run.", metavar="RUN")],
     file: Annotated[
-        str | None, typer.Argument(help="With --gguf: the new file. Default: RUN.gguf.", metavar="[FILE]")
+        str | None, typer.Argument(help="With --gguf: the new file. Default: RUN.gguf.", metavar="FILE")
     ] = None,
     hub: Annotated[
         str | None, typer.Option(help="Upload to this id on the hub, with a model card.", metavar="ID")
@@ -50,9 +53,13 @@ def export(
             written = export_gguf(model, output=None if file is None else Path(file), kind=kind)
             typer.echo(f"{written}  {written.stat().st_size / 1e6:,.1f} MB")
             return
+    _upload(model, hub, private=private, dry_run=dry_run, evaluations=evaluation or [])
+
+
+def _upload(model: ExportedModel, hub: str, *, private: bool, dry_run: bool, evaluations: list[str]) -> None:
     from gradselect.app.export import export_hub, model_card, plan_upload
 
-    found, notes = _evaluations(run, evaluation or [])
+    found, notes = _evaluations(str(model.run), evaluations)
     upload = plan_upload(model, name=hub, card=model_card(model, name=hub, evaluations=found))
     for note in notes:
         typer.echo(f"note       {note}", err=True)
