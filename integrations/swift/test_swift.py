@@ -135,7 +135,7 @@ def test_reentrant_checkpoints_train_right_too() -> None:
 def test_the_command_line_of_two_processes_trains(folder: Path) -> None:
     env = {**os.environ, "NPROC_PER_NODE": "2", "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.defpath])}
     words = (*SELECT, "--optim_args", "adagradselect fraction=0.3 always=[norm,embedding] jsonl=two.jsonl")
-    rows = ("--per_device_train_batch_size", "2", "--num_train_epochs", "1")
+    rows = ("--per_device_train_batch_size", "2", "--num_train_epochs", "1", "--ddp_find_unused_parameters", "true")
     command = [str(Path(sys.executable).with_name("swift")), "sft", *arguments("whole", *rows, *words)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
