@@ -1,4 +1,4 @@
-"""The main tests of integrations and training pass with the oldest versions that pyproject.toml allows."""
+"""The main tests of integrations pass with the oldest versions that pyproject.toml allows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = sorted(
     path.name
-    for pattern in ("integration_*", "trainer_*", "train_*", "accelerate", "giving_back", "reach_models", "methods*")
+    for pattern in ("integration_*", "trainer_*", "accelerate", "giving_back", "reach_models", "methods*")
     for path in (ROOT / "tests").glob(f"test_{pattern}.py")
 )
 
