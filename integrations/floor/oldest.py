@@ -1,4 +1,4 @@
-"""Print the oldest versions that pyproject.toml allows inside a framework, and those of the packages that tests need."""
+"""Print the oldest versions that pyproject.toml allows inside a framework, and of the packages that tests need."""
 
 from __future__ import annotations
 
