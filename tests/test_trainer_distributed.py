@@ -103,6 +103,9 @@ def stop_and_resume(rank, *, folder):
     ]
 
 
+@pytest.mark.skipif(
+    version.parse(accelerate.__version__) < version.parse("1.13"), reason="it cannot read its own FSDP2 checkpoints"
+)
 def test_stopped_and_resumed_it_ends_bitwise_equal(tmp_path):
     for (weights, counts, steps), (others, other_counts, other_steps) in succeed(
         stop_and_resume, world=2, timeout=150, folder=tmp_path
