@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 
+import accelerate
 import pytest
 import torch
 from checkpoint_support import WAYS
 from distributed_support import succeed, tiny, train, whole
+from packaging import version
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
