@@ -43,7 +43,8 @@ class SelectiveArguments(BaseModel):
     @field_validator(KEY, mode="before")
     @classmethod
     def _check_section(cls, value: Any) -> Any:
-        parse_section(value)
+        if value is not None:
+            parse_section(value)
         return dict(value) if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
