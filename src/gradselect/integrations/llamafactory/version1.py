@@ -20,8 +20,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradselect import BlockOptimizer, JsonlWriter, SparseOptimizer
+from gradselect.integrations.callers import caller_of
 from gradselect.integrations.reporting import say_explore_steps, summarise
-from gradselect.integrations.transformers import caller_of, checkpoint_selected
+from gradselect.integrations.transformers import checkpoint_selected
 from gradselect.usage import UsageError
 
 from .sections import SECTION, Sections, read_method

@@ -17,14 +17,12 @@ from gradselect.integrations.reporting import summarise
 from .callback import SelectionCallback
 from .checkpointing import checkpoint_selected
 from .factory import SelectiveOptimizerFactory
-from .frames import caller_of
 from .training import SelectiveTraining
 
 __all__ = [
     "SelectionCallback",
     "SelectiveOptimizerFactory",
     "SelectiveTraining",
-    "caller_of",
     "checkpoint_selected",
     "summarise",
 ]

@@ -16,6 +16,7 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import has_length
 
 from gradselect import BlockOptimizer, JsonlWriter, SparseOptimizer, UsageError
+from gradselect.integrations.callers import caller_of
 from gradselect.integrations.reporting import say_explore_steps, summarise
 
 from .checkpointing import keep_backward_short, restore_inputs, shorten_backward
@@ -26,7 +27,7 @@ from .checks import (
     warn_of_new_tokens,
     warn_of_settings,
 )
-from .frames import call_after_training, call_before_clipping, call_if_training_fails, caller_of
+from .frames import call_after_training, call_before_clipping, call_if_training_fails
 from .tracking import SelectionTracking
 
 

@@ -3,34 +3,12 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from accelerate import Accelerator
 from transformers import Trainer
-
-Kind = TypeVar("Kind")
-
-
-def caller_of(kind: type[Kind]) -> Kind | None:
-    """Return the innermost object of `kind` with a method that is running now.
-
-    Example:
-        >>> class Loop:
-        ...     def run(self):
-        ...         return caller_of(Loop) is self
-        >>> Loop().run()
-        True
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, kind):
-            return owner
-        frame = frame.f_back
-    return None
 
 
 def call_after_training(trainer: Trainer, callback: Callable[[], None]) -> None:

@@ -10,12 +10,12 @@ from typing import Any, final
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gradselect import UsageError
+from gradselect.integrations.callers import caller_of
 
 from .callback import SelectionCallback
 from .checkpointing import is_reentrant
 from .checks import check_deepspeed
 from .factory import SelectiveOptimizerFactory, check_options
-from .frames import caller_of
 
 logger = logging.getLogger(__name__)
 
