@@ -31,7 +31,8 @@ from gradselect.app.evaluate.problems import problems, read_source
 from gradselect.app.inputs import read_inputs
 from gradselect.app.inputs.examples import RenderedRows, render_examples
 from gradselect.app.recipe import Data
-from gradselect.app.recipe.load import parse_override, parse_recipe
+from gradselect.app.recipe.load import parse_recipe
+from gradselect.app.recipe.overrides import parse_override
 
 FORMATS = {
     "prompt-completion": {"prompt": "{question}", "completion": " {answer}"},

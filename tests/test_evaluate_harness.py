@@ -145,7 +145,7 @@ def test_an_adapter_is_loaded_onto_its_base(calls: list[dict[str, Any]], model: 
 
 def test_without_the_harness_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'gradselect\[harness\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'lm-eval\[hf\]'"):
         run_harness(EvaluationSettings(model=model, harness=("gsm8k",)))
 
 

@@ -102,5 +102,5 @@ def test_no_process_outlives_the_judge() -> None:
 
 def test_without_math_verify_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'gradselect\[train\]'"):
+    with pytest.raises(UsageError, match=r"pip install math-verify"):
         Judge()

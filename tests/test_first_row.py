@@ -31,7 +31,7 @@ def shown(recipe: Recipe, **options: Any) -> list[str]:
     """Return the lines that a run of the recipe begins with."""
     data, file = read_data(recipe), io.StringIO()
     rows = make_rows(data.examples, recipe.data, tokenizer=data.tokenizer, max_length=data.max_length)
-    show_first_row(rows["train"].dataset, recipe, data, Console(file=file, **options))
+    show_first_row(rows["train"].dataset, recipe, data, Console(**{"file": file, "width": 80} | options))
     return file.getvalue().splitlines()
 
 

@@ -29,7 +29,7 @@ _COLUMN = re.compile(r"\{([^{}?]+)\}")
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerLayout:
-    """What the rows of a file hold, decided by the first of them.
+    """Columns and templates of the rows of a file, decided by the first of them.
 
     Args:
         parts: names of the templates that are read: the answers of a row, best first; for prompts only "prompt".

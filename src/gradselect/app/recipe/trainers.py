@@ -13,7 +13,7 @@ BUILT_IN_REWARDS = ("gsm8k", "math")
 
 
 class AbstractTrainer(Settings):
-    """What every trainer but `sft` shares.
+    """Common keys of all trainers but `sft`.
 
     Attributes:
         reads: format of the data that it trains on.

@@ -26,7 +26,7 @@ with warnings.catch_warnings():
 
 
 class _ReferenceTrainer(MetricsTrainer):
-    """What DPO and KTO share: the reference. The rows are tokens already."""
+    """Common part of DPO and KTO: the reference. The rows are tokens already."""
 
     def __init__(self, *, model: nn.Module, keeps_reference: bool, **others: Any) -> None:
         is_adapted = isinstance(model, PeftModel)

@@ -26,7 +26,7 @@ from .trainer import MetricsTrainer
 
 
 class _SamplingTrainer(MetricsTrainer):
-    """What GRPO and RLOO share.
+    """Common part of GRPO and RLOO.
 
     Nothing decides the next step but weights, optimizer, place in the data and the random state, all of which a
     checkpoint holds: the answers of a step are drawn and used within it.
