@@ -87,11 +87,11 @@ class _SamplingTrainer(MetricsTrainer):
             reward.close()
 
 
-class GrpoTrainer(_SamplingTrainer, GRPOTrainer):
+class GrpoTrainer(_SamplingTrainer, GRPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """`RunTrainer` for GRPO."""
 
 
-class RlooTrainer(_SamplingTrainer, RLOOTrainer):
+class RlooTrainer(_SamplingTrainer, RLOOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """`RunTrainer` for RLOO."""
 
 

@@ -48,19 +48,27 @@ def num_trained(trained: Path) -> int:
     return len(trained.read_text().splitlines()) if trained.exists() else 0
 
 
-def make_trainers_selective(trainer_class: Any) -> None:
+def make_trainers_selective(trainer_class: Any, settings: Mapping[str, Any]) -> None:
     """Make every Trainer selective that this process will build.
 
     Not by the list of default callbacks: ms-swift replaces it.
 
     Args:
         trainer_class: `transformers.Trainer`, whose `__init__` gets another in front.
+        settings: what `environment` wrote.
+
+    Example:
+        >>> import transformers
+        >>> class Trainer(transformers.Trainer):
+        ...     pass
+        >>> make_trainers_selective(Trainer, {"method": "full", "jsonl": None, "trained": "trained"})
+        >>> "__init__" in vars(Trainer)
+        True
     """
     from transformers import TrainerCallback
 
     from gradselect.integrations.transformers import SelectiveTraining
 
-    settings = json.loads(os.environ[SETTINGS])
     selective = SelectiveTraining(method=settings["method"], jsonl=settings["jsonl"])
 
     class NoteTraining(TrainerCallback):

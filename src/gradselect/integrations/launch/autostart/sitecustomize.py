@@ -6,6 +6,7 @@ It imports next to nothing: most of these processes never train.
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import json
 import os
 import sys
 
@@ -34,7 +35,7 @@ class AfterTrainer(importlib.abc.MetaPathFinder):
                     f"`gradselect launch` started this command, but its Python, {sys.executable}, cannot import "
                     f"gradselect ({error}); run: {sys.executable} -m pip install gradselect"
                 ) from error
-            make_trainers_selective(module.Trainer)
+            make_trainers_selective(module.Trainer, json.loads(os.environ["GRADSELECT_LAUNCH"]))
 
         spec.loader.exec_module = load_and_change
         return spec
