@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradselect import UsageError
 from gradselect.app.chat import ChatForm, TemplateForm, open_conversation
+from gradselect.app.chat.forms import form_for
 from gradselect.app.cli import main
 from gradselect.app.results import RunRecord
 from gradselect.app.train import train
@@ -56,6 +57,21 @@ def test_a_run_answers_in_the_prompt_that_it_was_trained_on(root):
     answer = conversation.answer({"question": "2+6?"}, write=pieces.append)
     assert answer == "".join(pieces) == expected(root / "run", "Q: 2+6?\nA:", count=8)
     assert conversation.turns == []
+
+
+@pytest.mark.parametrize("data", [{"format": "preference"}, {"format": "prompts"}])
+@pytest.mark.parametrize(
+    ("changes", "form"),
+    [({"prompt": "Q: {question}\nA:"}, TemplateForm), ({"prompt": "Q: {q}", "as_chat": True}, ChatForm)],
+)
+def test_after_preferences_and_rewards_the_prompt_is_that_of_the_training_too(root, tmp_path, data, changes, form):
+    values = json.loads((root / "run" / "run.json").read_text())
+    values["recipe"]["data"] = {"as_chat": False} | data | changes
+    (tmp_path / "run.json").write_text(json.dumps(sealed(values)))
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    found = form_for(tmp_path, tokenizer, system=None, as_chat=False)
+    assert isinstance(found, form)
+    assert found.fields == (("question",) if form is TemplateForm else ("you",))
 
 
 def test_a_chat_model_sees_the_turns_before(root):

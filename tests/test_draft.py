@@ -105,6 +105,35 @@ def test_preferences_need_a_trainer_where_a_recipe_knows_them() -> None:
     assert (found.data["format"], found.trainer, found.unused) == ("preference", {"name": "dpo"}, ())
 
 
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": "q", "completion": "a", "label": False}, "prompt, completion and label"),
+        ({"prompt": "q", "completion": "a", "label": 1}, "prompt, completion and label"),
+        ({"prompt": [USER], "completion": [USER], "label": True}, "prompt, completion and label"),
+        ({"question": "q", "answer": "a", "label": True}, "question, answer and label"),
+    ],
+)
+def test_answers_that_a_label_calls_bad_are_not_learnt_as_good(row: dict[str, Any], columns: str) -> None:
+    found = guess_format([row], path="a", given={}, formats=(*FORMATS, "preference"))
+    assert (str(found), found.trainer) == (f"preference, found from the columns {columns}", {"name": "kto"})
+    typed = guess_format([row], path="a", given={"completion": "{answer}"}, formats=(*FORMATS, "preference"))
+    assert typed.data["format"] != "preference"
+
+
+def test_a_label_of_another_kind_is_not_taken_for_a_verdict() -> None:
+    for row in ({"prompt": "q", "completion": "a", "label": "cat"}, {"question": "q", "answer": "a", "label": 1}):
+        found = guess_format([row], path="a", given={}, formats=(*FORMATS, "preference"))
+        assert (found.data["format"], found.unused) == ("prompt-completion", ("label",))
+
+
+def test_no_column_is_named_that_the_data_lacks() -> None:
+    row = {"chosen": [USER], "rejected": [USER]}
+    found = guess_format([row], path="a", given={}, formats=(*FORMATS, "preference"))
+    assert str(found) == "preference, found from the columns chosen and rejected"
+    assert dict(found.data) == {"format": "preference"}
+
+
 def test_unused_columns_are_said() -> None:
     found = guess_format([{"question": "q", "answer": "a", "id": 1}], path="a", given={}, formats=FORMATS)
     assert str(found) == "prompt-completion, found from the columns question and answer; not used: id"
@@ -142,6 +171,11 @@ def test_a_chat_template_is_mentioned(place: Path) -> None:
     data = str(place / "sums.jsonl")
     assert "data.as_chat=true" in " ".join(draft_recipe(str(place / "chat-model"), data).lines())
     assert "as_chat" not in " ".join(draft_recipe(str(place / "model"), data).lines())
+    pairs = {"text": {"prompt": "q", "chosen": "a", "rejected": "b"}, "talk": {"chosen": [USER], "rejected": [USER]}}
+    for name, row in pairs.items():
+        (place / f"{name}.jsonl").write_text(json.dumps(row), "utf-8")
+        shown = " ".join(draft_recipe(str(place / "chat-model"), str(place / f"{name}.jsonl")).lines())
+        assert ("as_chat" in shown) == (name == "text")
 
 
 ROWS = {

@@ -236,7 +236,7 @@ def test_a_data_set_that_is_nowhere_is_explained() -> None:
     ("values", "message"),
     [
         ({"task": "gsm9k"}, "task='gsm9k' is not one of gsm8k, math, loss"),
-        ({}, "task=None is not one of"),
+        ({}, "no task is named; write task=gsm8k"),
         ({"task": "loss"}, "write data="),
         ({"task": "gsm8k", "harness": ("gsm8k",)}, "give one of them"),
         ({"harness": ("gsm8k",), "data": "d.jsonl"}, "bring their own"),

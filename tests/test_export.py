@@ -125,6 +125,21 @@ def test_ids_on_the_hub_are_named_in_the_metadata(root, tmp_path, capsys):
     assert card.data.to_dict()["base_model_relation"] == "finetune"
 
 
+def test_the_card_names_the_trainer_and_no_folder_of_its_rewards(root, tmp_path, capsys):
+    folder = shutil.copytree(root / "run", tmp_path / "run")
+    values = json.loads((folder / "run.json").read_text()) | {"training_loss": None, "validation_loss": None}
+    values["recipe"]["trainer"] = {"name": "grpo", "beta": 0.0, "reward": ["gsm8k", "/home/my name/rewards.py:short"]}
+    values["recipe"]["data"] |= {"format": "prompts", "prompt": "Q: {question}"}
+    (folder / "run.json").write_text(json.dumps(sealed(values)))
+    assert export(folder, "--hub", "you/sums", "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "Fine-tuned from `model` with gradselect, trainer `grpo`, method `adagradselect`, 2 steps." in shown
+    assert "| reward | ['gsm8k', 'rewards.py:short'] |" in shown
+    assert "prompts of this form" in shown
+    assert "/home" not in shown
+    assert "Results" not in shown  # there are none
+
+
 def test_an_adapter_goes_alone_or_merged(root, hub, capsys):
     assert export(root / "lora", "--hub", "you/merged") == 0
     assert export(root / "lora", "--hub", "you/adapter", "--adapter") == 0

@@ -161,6 +161,18 @@ def test_a_plain_method_has_losses_and_costs_but_no_selection(root, tmp_path):
     assert "no selection records" not in page.text
 
 
+def test_a_trainer_of_preferences_is_named(root, tmp_path):
+    folder = shutil.copytree(root / "full", tmp_path / "run")
+    values = json.loads((folder / "run.json").read_text())
+    values["recipe"]["trainer"] = {"name": "dpo", "beta": 0.1, "precompute_reference": False}
+    (folder / "run.json").write_text(json.dumps(sealed(values)))
+    report = write_run_report(folder)
+    assert "trainer    dpo  beta 0.1" in report.lines
+    assert "trainer dpo" in Page(report.page).text
+    plain = write_run_report(root / "full", output=tmp_path / "out")
+    assert not any(line.startswith("trainer") for line in plain.lines)
+
+
 def test_an_unfinished_run_says_how_far_its_files_go(unfinished, tmp_path):
     summary = write_run_report(unfinished)
     page = Page(summary.page)

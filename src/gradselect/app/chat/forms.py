@@ -135,7 +135,16 @@ def _trained_form(path: str | Path, system: str | None) -> AbstractForm | None:
             return ChatForm(system)
         case "text":
             return TemplateForm("{you}")
+        case "preference" | "prompts" if data.get("as_chat"):
+            return ChatForm(system)
+        # One column alone may hold messages, which the record does not say: that is for the model's tokenizer to tell.
+        case "preference" | "prompts" if _has_words(data["prompt"]):
+            return TemplateForm(data["prompt"])
     return None
+
+
+def _has_words(template: str) -> bool:
+    return [f"{{{column}}}" for column in columns_of(template)] != [template]
 
 
 def _record(path: str | Path) -> RunRecord | None:

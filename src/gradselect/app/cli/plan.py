@@ -10,7 +10,7 @@ import typer
 from .loading import LOADING, command_stages
 from .words import HELP, METAVAR, read_words
 
-WIDTH = 190
+WIDTH = 10_000
 """Width of the tables if there is no terminal."""
 
 

@@ -63,7 +63,7 @@ def _drafted(model: str, words: Sequence[str], *, command: str, say: Callable[[s
     for line in draft.lines():
         say(line)
     if command == "gradselect train":
-        say(f"recipe     saved with every default as {draft.recipe.run.output}/recipe.yaml")
+        say(f"recipe     will be in {draft.recipe.run.output}/recipe.yaml, with every default")
     return draft.recipe
 
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradselect.app.data import ENDINGS, Rows, ending_of, is_local, read_hub_rows, read_rows
+from gradselect.app.data import ENDINGS, Rows, ending_of, holds_messages, is_local, read_hub_rows, read_rows
 from gradselect.app.recipe import (
     AbstractBlockMethod,
     FullMethod,
-    PromptCompletionData,
     Recipe,
     merge,
     parse_recipe,
@@ -51,12 +50,14 @@ class Draft:
         guess: format of the data. None: the user named it.
         written: what the draft and the user wrote, without the defaults of the schema.
         is_chat_model: True if the model is known to have a chat template.
+        is_plain: True if no column of the first row holds messages.
     """
 
     recipe: Recipe
     guess: Guess | None
     written: Mapping[str, Any]
     is_chat_model: bool
+    is_plain: bool = True
 
     def lines(self) -> Iterator[str]:
         """Yield lines for the user: the format, the recipe as words of a command, and what may be meant otherwise."""
@@ -67,7 +68,7 @@ class Draft:
             part = [shlex.quote(word) for word in words if word.partition(".")[0] == section]
             for row, line in enumerate(_wrapped(part)):
                 yield f"{'' if number or row else 'settings':<10} {line}"
-        if self.is_chat_model and isinstance(self.recipe.data, PromptCompletionData) and not self.recipe.data.as_chat:
+        if self.is_chat_model and self.is_plain and not getattr(self.recipe.data, "as_chat", True):
             yield "note       the model has a chat template; a chat model needs data.as_chat=true"
 
 
@@ -115,7 +116,13 @@ def draft_recipe(model: str, data: str, overrides: Sequence[str] = ()) -> Draft:
     recipe = parse_recipe(values, source=SOURCE)
     order = [name for name in ("model", "data", "trainer", "method", "optimizer", "run") if name in values]
     written = {name: values[name] for name in (*order, *(name for name in values if name not in order))}
-    return Draft(recipe=recipe, guess=guess, written=written, is_chat_model=_has_chat_template(model))
+    return Draft(
+        recipe=recipe,
+        guess=guess,
+        written=written,
+        is_chat_model=_has_chat_template(model),
+        is_plain=not any(holds_messages(value) for row in rows[:1] for value in row.values()),
+    )
 
 
 def _read(data: str, given: Mapping[str, Any]) -> Rows:

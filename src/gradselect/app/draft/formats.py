@@ -64,6 +64,9 @@ def guess_format(rows: Sequence[Row], *, path: str, given: Mapping[str, Any], fo
     spoken = tuple(column for column in columns if any(holds_messages(row.get(column)) for row in first))
     if {"chosen", "rejected"} <= {*columns} and "preference" in formats:
         return _preference(columns, given)
+    decided = {"messages", "text", "completion"}.intersection(given) or "preference" not in formats
+    if not decided and (label := _judged(first, columns)) is not None:
+        return _rated(columns, given, label=label)
     if spoken or "messages" in given:
         return _chat(columns, spoken, path=path, given=given)
     if "text" in given and "label" not in given:
@@ -94,10 +97,42 @@ def _chat(columns: Sequence[str], spoken: Sequence[str], *, path: str, given: Ma
     return _guess(columns, {"format": "chat", "messages": messages}, names=names)
 
 
+def _judged(rows: Sequence[Row], columns: Sequence[str]) -> str | None:
+    """Return the column that says of each answer if it is good: true or false, behind a prompt and one answer.
+
+    Numbers and text may be classes, so they count only beside columns that are named prompt and completion.
+    """
+    if len([column for column in ANSWERS if column in columns]) != 1 or not any(c in columns for c in PROMPTS):
+        return None
+    verdicts = ("true", "false", "0", "1") if {"prompt", "completion"} <= {*columns} else ()
+    for label in (column for column in LABELS if column in columns):
+        values = [row.get(label) for row in rows]
+        if all(isinstance(value, bool) or str(value).lower() in verdicts for value in values):
+            return label
+    return None
+
+
+def _rated(columns: Sequence[str], given: Mapping[str, Any], *, label: str) -> Guess:
+    answer = next(column for column in ANSWERS if column in columns)
+    data = {**_asked(columns, given), "completion": f"{{{answer}}}", "label": label}
+    return _guess(columns, {"format": "preference", **data}, names=_used(data, answer, label), trainer={"name": "kto"})
+
+
+def _asked(columns: Sequence[str], given: Mapping[str, Any]) -> dict[str, str]:
+    """Return the template of the prompt; none where whole conversations hold it."""
+    found = given.get("prompt") or next((f"{{{column}}}" for column in PROMPTS if column in columns), None)
+    return {} if found is None else {"prompt": found}
+
+
+def _used(data: Mapping[str, str], *others: str) -> tuple[str, ...]:
+    return (*columns_of(data.get("prompt", "")), *others)
+
+
 def _preference(columns: Sequence[str], given: Mapping[str, Any]) -> Guess:
-    prompt = given.get("prompt") or next((f"{{{column}}}" for column in PROMPTS if column in columns), "{prompt}")
-    names = tuple(column for column in (*columns_of(prompt), "chosen", "rejected") if column in columns)
-    return _guess(columns, {"format": "preference", "prompt": prompt}, names=names, trainer={"name": "dpo"})
+    data = _asked(columns, given)
+    return _guess(
+        columns, {"format": "preference", **data}, names=_used(data, "chosen", "rejected"), trainer={"name": "dpo"}
+    )
 
 
 def _pair(

@@ -50,15 +50,20 @@ def _body(model: ExportedModel, *, name: str, evaluations: Sequence[Mapping[str,
     yield f"# {name.rpartition('/')[2]}\n"
     kind = "Adapter of" if model.is_adapter else "Fine-tuned from"
     base = _link(recipe["model"]["path"])
-    yield f"{kind} {base} with gradselect, method `{method['name']}`, {record.steps:,} steps.\n"
-    yield "## Results\n"
-    yield from _table(("Measure", "Value"), _results(record, evaluations))
+    trainer = f"trainer `{recipe['trainer']['name']}`, " if recipe.get("trainer") else ""
+    yield f"{kind} {base} with gradselect, {trainer}method `{method['name']}`, {record.steps:,} steps.\n"
+    if results := [*_results(record, evaluations)]:
+        yield "## Results\n"
+        yield from _table(("Measure", "Value"), results)
     yield "\n## Training\n"
     yield from _table(("Setting", "Value"), _training(record))
     yield "\n### Method\n"
     yield from _table(("Setting", "Value"), [(key, value) for key, value in method.items() if value is not None])
-    for title, key in (("Optimizer", "optimizer"), ("Run", "run"), ("Data", "data")):
-        kept = [(k, _shown(v)) for k, v in recipe.get(key, {}).items() if v is not None and k not in PRIVATE]
+    for title in ("Trainer", "Optimizer", "Run", "Data"):
+        settings = recipe.get(title.lower()) or {}
+        kept = [(k, _shown(v)) for k, v in settings.items() if v is not None and k not in PRIVATE]
+        if not kept:
+            continue
         yield f"\n### {title}\n"
         yield from _table(("Setting", "Value"), kept)
     yield "\n## Use\n"
@@ -107,7 +112,7 @@ def _use(model: ExportedModel, name: str) -> Iterator[str]:
         yield f"model = AutoModelFor{kind}.from_pretrained({name!r})"
     yield "```"
     data = model.record.recipe["data"]
-    if data.get("format") == "prompt-completion" and not data.get("as_chat"):
+    if data.get("format") in ("prompt-completion", "preference", "prompts") and not data.get("as_chat"):
         yield f"\nIt was trained on prompts of this form: `{json.dumps(data['prompt'], ensure_ascii=False)}`."
 
 
@@ -149,7 +154,11 @@ def _link(path: str) -> str:
 
 def _shown(value: object) -> object:
     """Return a value without the folders of a path on this machine."""
-    if not isinstance(value, str) or _hub_id(value) is not None or "/" not in value or "{" in value or " " in value:
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    if not isinstance(value, str) or _hub_id(value) is not None or "/" not in value or "{" in value:
+        return value
+    if " " in value and not Path(value).is_absolute():  # words, not a path
         return value
     return Path(value).name
 

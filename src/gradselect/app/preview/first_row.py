@@ -8,7 +8,7 @@ from rich.text import Text
 
 from gradselect.app.inputs import DataInputs, Inputs
 from gradselect.app.progress import encodable
-from gradselect.app.recipe import ClassificationData, RandomData, Recipe
+from gradselect.app.recipe import ClassificationData, PromptData, RandomData, Recipe
 
 from .layout import TRAINED_STYLE, marks_of, print_line, tokens_of, visible
 from .preview import shown_row
@@ -36,8 +36,10 @@ def show_first_row(rows: Dataset, recipe: Recipe, inputs: Inputs | DataInputs, c
         return
     row, marks = shown_row(rows, 1, recipe, inputs), marks_of(console)
     together = Piece(spans=tuple(span for piece in row.pieces for span in piece.spans))
-    facts = f"{tokens_of(together)}" + ("" if row.label is None else f", label {row.label}")
-    if not isinstance(recipe.data, ClassificationData):
+    is_prompt = isinstance(recipe.data, PromptData)
+    tokens = f"{together.num_tokens:,} tokens, a prompt to answer" if is_prompt else tokens_of(together)
+    facts = tokens + ("" if row.label is None else f", label {row.label}")
+    if not isinstance(recipe.data, ClassificationData | PromptData):
         facts += f" ({' '.join(marks)})" if marks else " (green)"
     pieces = f" in {len(row.pieces):,} pieces" if len(row.pieces) > 1 else ""
     print_line(console, Text(f"first row  {facts}{pieces}; gradselect data shows more"), indent=11)

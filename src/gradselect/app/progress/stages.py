@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -112,6 +113,24 @@ def clock(seconds: float) -> str:
 def encodable(text: str, console: Console) -> str:
     """Return the text with characters that the console's encoding lacks as escape codes: data may hold any."""
     return text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+
+
+def fitted(line: str, console: Console, *, indent: int) -> str:
+    """Return a line in whole words as wide as the terminal; what is wrapped stands `indent` columns to the right.
+
+    In a file or a pipe a line stays one line.
+    """
+    if not console.is_terminal or len(line) <= console.width:
+        return line
+    return "\n".join(
+        textwrap.wrap(
+            line,
+            max(console.width, indent + 20),
+            subsequent_indent=" " * indent,
+            break_on_hyphens=False,
+            break_long_words=False,
+        )
+    )
 
 
 class Stages:

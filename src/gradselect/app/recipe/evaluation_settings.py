@@ -105,6 +105,8 @@ class EvaluationSettings:
             return
         if self.num_fewshot is not None:
             raise UsageError(f"num_fewshot={self.num_fewshot} is for tasks of lm-eval; write it with harness")
+        if self.task is None:
+            raise UsageError(f"no task is named; write task={TASKS[0]} (or {', '.join(TASKS[1:])}), or harness=...")
         if self.task not in TASKS:
             raise UsageError(f"task={self.task!r} is not one of {', '.join(TASKS)}; tasks of lm-eval go to harness")
         if self.task in ("loss", "classification") and self.data is None:

@@ -83,6 +83,8 @@ def describe(run: TrainingRun) -> list[str]:
             (name, f"{data.get('path')} ({data.get('rows_used', 0):,} rows)") for name, data in run.record.data.items()
         ]
     heads.append(("method", "  ".join([run.method_name, *method_words(run.method)])))
+    if run.trainer:
+        heads.append(("trainer", "  ".join([run.trainer_name, *method_words(run.trainer)])))
     return [line for key, text in (*heads, *run_findings(run)) for line in _wrapped(key, text)]
 
 

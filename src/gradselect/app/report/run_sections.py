@@ -49,6 +49,8 @@ def _section(key: str, title: str, parts: Iterable[Part]) -> Section:
 
 def _facts(run: TrainingRun) -> Iterator[str]:
     yield f"method {run.method_name}"
+    if run.trainer:
+        yield f"trainer {run.trainer_name}"
     if run.record is None:
         yield {"Trainer": "from the files of a transformers Trainer"}.get(run.maker, "from selection records")
         return
@@ -168,7 +170,14 @@ def _answer_table(evaluation: SavedEvaluation) -> Table | None:
 
 def _setting_parts(run: TrainingRun) -> Iterator[Part]:
     sections: Mapping[str, Any] = {"method": run.method} if run.record is None else run.record.recipe
-    titles = {"method": "Method", "model": "Model", "data": "Data", "optimizer": "Optimizer", "run": "Run"}
+    titles = {
+        "method": "Method",
+        "trainer": "Trainer",
+        "model": "Model",
+        "data": "Data",
+        "optimizer": "Optimizer",
+        "run": "Run",
+    }
     for key in ("method", *(key for key in sections if key != "method")):
         if settings := sections.get(key):
             table = pair_list([*_flat(settings)], titles=("Setting", "Value"))

@@ -64,6 +64,15 @@ class TrainingRun:
     def method_name(self) -> str:
         return str(self.method.get("name", "unknown method"))
 
+    @property
+    def trainer(self) -> Mapping[str, Any]:
+        """Settings of the trainer that a recipe names, of preferences or rewards; empty for fine-tuning."""
+        return {} if self.record is None else self.record.recipe.get("trainer") or {}
+
+    @property
+    def trainer_name(self) -> str:
+        return str(self.trainer.get("name", ""))
+
     @cached_property
     def losses(self) -> Points:
         """Training loss by step."""

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from gradselect import BlockOptimizer, SparseOptimizer
-from gradselect.app.progress import LINE_SECONDS, Stage, Stages
+from gradselect.app.progress import LINE_SECONDS, Stage, Stages, fitted
 from gradselect.app.runtime import num_processes
 
 from .meter import Meter
@@ -66,10 +66,10 @@ class ProgressDisplay(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: Mapping[str, float], **parts: Any) -> None:
         if "loss" in logs:
-            self._stages.say(self._line(state, logs, parts))
+            self._say(self._line(state, logs, parts))
         elif "eval_loss" in logs:
             figures = _shown(validation_figures(logs))
-            self._stages.say(f"step {state.global_step}/{state.max_steps}  validation {figures}")
+            self._say(f"step {state.global_step}/{state.max_steps}  validation {figures}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()
@@ -77,6 +77,9 @@ class ProgressDisplay(TrainerCallback):
     def close(self) -> None:
         """Remove the progress, also after an error."""
         self._opened.close()
+
+    def _say(self, line: str) -> None:
+        self._stages.say(fitted(line, self._stages.console, indent=2))
 
     def _line(self, state: Any, logs: Mapping[str, float], parts: Mapping[str, Any]) -> str:
         fields = [

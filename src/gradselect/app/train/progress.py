@@ -5,11 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from gradselect.app.data import ending_of, is_local
+from gradselect.app.data import columns_of, ending_of, holds_messages, is_local
 from gradselect.app.models import merge_command
+from gradselect.app.progress import fitted
 from gradselect.app.recipe import (
     BUILT_IN_REWARDS,
     AbstractSamplingTrainer,
@@ -46,17 +48,22 @@ def show_start(
     lines += [f"damaged    {path}: {fault}; not used, kept as damaged-{path.name}" for path, fault in damaged.items()]
     if resume:
         lines.append(f"resume     {checkpoint or 'no checkpoint yet: from the first step'}")
-    _print(console, *lines)
+    _print(console, *(fitted(line, console, indent=11) for line in lines))
 
 
 def show_summary(
-    console: Console, end: FinishedRun, *, recipe: Recipe, folder: RunFolder, messages: Sequence[str]
+    console: Console,
+    end: FinishedRun,
+    *,
+    recipe: Recipe,
+    folder: RunFolder,
+    messages: Sequence[str],
+    first_row: Mapping[str, Any],
 ) -> None:
-    """Show the outcome, the files and what to type next."""
+    """Show the outcome, the files and what to type next, which depends on the form of the first row of the data."""
     losses = {"training loss": end.training_loss, "validation loss": end.validation_loss}
     lines = [
-        f"finished {end.steps} steps in {end.training_seconds:,.0f} s  "
-        + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None),
+        "  ".join([f"finished {end.steps} steps in {end.training_seconds:,.0f} s", *_named_losses(losses)]),
         f"peak of weights, gradients and optimizer state: {end.peak_bytes['together'] / 2**20:,.1f} MiB",
     ]
     if isinstance(recipe.data, RandomData):
@@ -65,7 +72,7 @@ def show_summary(
     lines += _saved_lines(end.saved or SavedModel(), recipe=recipe, folder=folder)
     if (about := describe_messages(messages, folder.messages_file)) is not None:
         lines.append(about)
-    _print(console, *lines, f"next: {_next_command(recipe, recipe.data)}")
+    _print(console, *lines, f"next: {_next_command(recipe, recipe.data, first_row)}")
 
 
 def _saved_lines(saved: SavedModel, *, recipe: Recipe, folder: RunFolder) -> list[str]:
@@ -90,8 +97,17 @@ def _named(names: Sequence[str], *, most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _next_command(recipe: Recipe, data: FileData) -> str:
-    """Return the command that evaluates the trained model with the templates of its training."""
+def _named_losses(losses: Mapping[str, float | None]) -> list[str]:
+    return [f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None]
+
+
+def _next_command(recipe: Recipe, data: FileData, first_row: Mapping[str, Any]) -> str:
+    """Return the command that evaluates the trained model with the templates of its training.
+
+    It is a chat where no evaluation reads such data: answers with labels, rewards of the user, answers in messages.
+    """
+    if not _is_evaluated(recipe, data, first_row):
+        return shlex.join(["gradselect", "chat", recipe.run.output])
     task = "classification" if isinstance(data, ClassificationData) else "loss"
     if isinstance(recipe.trainer, AbstractSamplingTrainer):
         task = next((name for name in recipe.trainer.reward if name in BUILT_IN_REWARDS), "gsm8k")
@@ -102,6 +118,16 @@ def _next_command(recipe: Recipe, data: FileData) -> str:
         words += [word for name, text in named.items() if text for word in (name, text.replace("\n", "\\n"))]
         words += ["--as-chat"] if data.as_chat else []
     return shlex.join(words)
+
+
+def _is_evaluated(recipe: Recipe, data: FileData, first_row: Mapping[str, Any]) -> bool:
+    if isinstance(recipe.trainer, AbstractSamplingTrainer) and not {*recipe.trainer.reward} & {*BUILT_IN_REWARDS}:
+        return False
+    if not isinstance(data, PreferenceData | PromptData):
+        return True
+    if isinstance(data, PreferenceData) and not {*columns_of(data.chosen)} <= {*first_row}:
+        return False
+    return not any(holds_messages(value) for value in first_row.values())
 
 
 def _reference_template(data: PromptCompletionData | PreferenceData | PromptData) -> str | None:

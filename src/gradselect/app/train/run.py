@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +12,7 @@ from datasets import Dataset
 from rich.console import Console
 
 from gradselect import UsageError
-from gradselect.app.inputs import read_inputs, row_notes
+from gradselect.app.inputs import Inputs, read_inputs, row_notes
 from gradselect.app.preview import show_first_row
 from gradselect.app.progress import Stages
 from gradselect.app.recipe import Recipe
@@ -102,9 +102,15 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
                     saved = save_model(trainer, inputs, folder=folder, plan=saving) if saving.is_kept else None
                     end = describe_end(start, trainer, meter, folder=folder, notes=notes, saved=saved)
                     write_run(folder, end)
-                show_summary(console, end, recipe=recipe, folder=folder, messages=messages)
+                first_row = _first_row(inputs)
+                show_summary(console, end, recipe=recipe, folder=folder, messages=messages, first_row=first_row)
             barrier()
     return folder.root
+
+
+def _first_row(inputs: Inputs) -> Mapping[str, Any]:
+    source = inputs.examples.sources.get("train")
+    return source.rows[0] if source is not None and len(source.rows) else {}
 
 
 @contextmanager
