@@ -112,8 +112,8 @@ def test_a_python_without_gradselect_is_named(tmp_path):
     ("words", "settings"),
     [
         (["full"], {"name": "full"}),
-        (["id3", "density=0.01", "among=*.mlp.*"], {"name": "id3", "density": "0.01", "among": "*.mlp.*"}),
-        (["uniform", "method.count=2", "fraction=null"], {"name": "uniform", "count": "2", "fraction": None}),
+        (["id3", "density=0.01", "among=*.mlp.*"], {"name": "id3", "density": 0.01, "among": "*.mlp.*"}),
+        (["uniform", "method.count=2", "fraction=null"], {"name": "uniform", "count": 2, "fraction": None}),
     ],
 )
 def test_words_before_the_command(words, settings):
@@ -139,7 +139,7 @@ def test_the_method_of_a_file(text, tmp_path):
         (["adagradselect", "trl", "sft"], "needs -- before the command"),
         (["fraction=0.2", "--", "trl"], "needs a method first, got 'fraction=0.2'"),
         (["adagradselect", "--"], "no command behind --"),
-        (["adagradselect", "fraction", "--", "trl"], "'fraction' is no key=value"),
+        (["adagradselect", "fraction", "--", "trl"], "has the word 'fraction', which is no key=value"),
         (["adagradselect", "fractoin=0.2", "--", "trl"], "fractoin: unknown key, did you mean 'fraction'"),
         (["lora", "--", "trl"], "'lora' does not select"),
         (["nothing.yaml", "--", "trl"], "nothing.yaml: no such recipe"),

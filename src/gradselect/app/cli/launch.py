@@ -64,6 +64,8 @@ def launch(words: Sequence[str]) -> int:
 
 def _parse(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Return the settings of the method and the command."""
+    from gradselect.integrations.words import read_words
+
     if "--" not in words:
         raise UsageError(
             "gradselect launch needs -- before the command; write e.g. "
@@ -75,14 +77,9 @@ def _parse(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         raise UsageError(f"gradselect launch needs a method first, got {name!r}; write e.g. adagradselect fraction=0.2")
     if not command:
         raise UsageError("gradselect launch has no command behind --; write e.g. -- trl sft ...")
-    settings: dict[str, Any] = _section(Path(name)) if name.endswith((".yaml", ".yml")) else {"name": name}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not (key and equals):
-            raise UsageError(f"{pair!r} is no key=value; write e.g. fraction=0.2")
-        # The schema makes numbers of texts.
-        settings[key.removeprefix("method.")] = None if value == "null" else value
-    return settings, command
+    section = _section(Path(name)) if name.endswith((".yaml", ".yml")) else {"name": name}
+    words_of_method = [f"name={section.get('name')}", *(pair.removeprefix("method.") for pair in pairs)]
+    return {**section, **read_words(words_of_method, source="gradselect launch")}, command
 
 
 def _section(path: Path) -> dict[str, Any]:
