@@ -14,7 +14,7 @@ from train_fixtures import ADAGRADSELECT, CHAT_TEMPLATE, parse, quiet, write_mod
 
 import gradselect as gs
 from gradselect import UsageError
-from gradselect.app.report import write_run_report
+from gradselect.app.report import run_charts, write_run_report
 from gradselect.app.report.read_run import read_training_run
 from gradselect.app.results import RunRecord
 from gradselect.app.train import train
@@ -165,9 +165,12 @@ def test_a_trainer_of_preferences_is_named(root, tmp_path):
     folder = shutil.copytree(root / "full", tmp_path / "run")
     values = json.loads((folder / "run.json").read_text())
     values["recipe"]["trainer"] = {"name": "dpo", "beta": 0.1, "precompute_reference": False}
+    values["history"] = [{"step": step, "loss": 0.7, "rewards/margins": -0.1 * step, "reward": 0.25} for step in (1, 2)]
     (folder / "run.json").write_text(json.dumps(sealed(values)))
     report = write_run_report(folder)
     assert "trainer    dpo  beta 0.1" in report.lines
+    assert "reward     Reward 0.250 at step 1, 0.250 at step 2." in report.lines
+    assert {"reward.png", "rewards-margins.png"} <= {picture.name for picture in report.pictures}
     assert "trainer dpo" in Page(report.page).text
     plain = write_run_report(root / "full", output=tmp_path / "out")
     assert not any(line.startswith("trainer") for line in plain.lines)
@@ -308,3 +311,14 @@ def test_orders_of_different_models_are_merged_too():
         "layer.1",
         "head",
     )
+
+
+def test_a_curve_below_zero_is_not_cut_off(monkeypatch):
+    limits = []
+    monkeypatch.setattr(run_charts, "to_png", lambda figure: limits.append(figure.axes[0].get_ylim()) or b"")
+    curves = ([-2.0, -1.0], [-1.0, 3.0], [1.0, 3.0], [0.0, 0.0])
+    for y in curves:
+        run_charts._one_line("Margin", [1, 2], y, name="margin")
+    for (low, high), y in zip(limits, curves, strict=True):
+        assert low <= min(y) <= max(y) <= high
+        assert low <= 0 <= high

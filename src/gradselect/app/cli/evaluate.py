@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from gradselect.app.progress import fitted
+
 from .hub import check_reachable
 from .loading import LOADING, command_stages
 from .output import accept_any_text
@@ -98,7 +100,7 @@ def _evaluate_task(settings: EvaluationSettings, stages: Stages, *, num_shown: i
         num_shown = NUM_SHOWN if console.is_terminal else 0
     accept_any_text()
     for line in answer_lines(result, count=num_shown):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(fitted(line, console, indent=14), highlight=False, markup=False, soft_wrap=True)
     typer.echo(result.summary())
     _print_output(settings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 from gradselect.integrations.pictures import INK, draw_entries, new_figure, to_png
@@ -12,7 +13,7 @@ from .chart_lines import draw_lines, smoothed
 from .chart_style import COLOURS, DASHES, SHAPES, Mark
 from .charts import Chart, Line, byte_axis
 from .selection_charts import draw_history
-from .training_run import TrainingRun
+from .training_run import REWARD_FIGURES, TrainingRun
 
 MOST_POINTS = 400
 """Longer curves are drawn in stretches of steps."""
@@ -37,10 +38,10 @@ def loss_charts(run: TrainingRun) -> Iterator[Chart]:
             title="Loss",
             caption="Training loss: mean over the steps just before, a 25th of the run.",
         )
-    for key, title in (("grad_norm", "Gradient norm"), ("learning_rate", "Learning rate")):
+    for key, title in (*REWARD_FIGURES.items(), ("grad_norm", "Gradient norm"), ("learning_rate", "Learning rate")):
         points = run.logged(key)
         if len(points) > 1:
-            yield _one_line(title, [s for s, _ in points], [y for _, y in points], name=key.replace("_", "-"))
+            yield _one_line(title, [s for s, _ in points], [y for _, y in points], name=re.sub("[_/]", "-", key))
 
 
 def selection_charts(run: TrainingRun) -> Iterator[Chart]:
@@ -66,7 +67,7 @@ def byte_charts(run: TrainingRun) -> Iterator[Chart]:
         return
     steps = run.selection.steps
     series: list[tuple[str, str, Sequence[float], Callable[[Sequence[float]], float]]] = [
-        ("state-bytes", "Optimizer state on the device", run.selection.state_bytes, max)
+        ("state-bytes", "Optimizer state and masters on the device", run.selection.state_bytes, max)
     ]
     if run.blocks is not None and any(run.blocks.moved_bytes):
         series.append(("moved-bytes", "Bytes moved between device and host", run.blocks.moved_bytes, _mean))
@@ -87,7 +88,8 @@ def _one_line(
     axes.plot(x, y, color=INK, linewidth=1.4)
     axes.set_xlabel("step")
     axes.set_ylabel(label or title.lower())
-    axes.set_ylim(0, 1.08 * max(y) or 1)
+    lowest, highest = min(0, 1.08 * min(y)), 1.08 * max(y)
+    axes.set_ylim(lowest, highest if highest > 0 else 0 if lowest else 1)
     axes.margins(x=0.01)
     axes.locator_params(axis="x", nbins=6, integer=True)
     axes.locator_params(axis="y", nbins=5)

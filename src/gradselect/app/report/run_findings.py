@@ -10,7 +10,7 @@ from gradselect.core import BlockHistory, EntryHistory
 
 from . import number_format as words
 from .methods import ratio
-from .training_run import Points, TrainingRun
+from .training_run import REWARD_FIGURES, Points, TrainingRun
 
 FEW = 6
 """Largest number of names in a sentence; further ones are counted."""
@@ -20,6 +20,9 @@ def run_findings(run: TrainingRun) -> Iterator[tuple[str, str]]:
     """Yield a word for each figure and its sentence."""
     yield "status", _status(run)
     yield from (("loss", sentence) for sentence in _losses(run))
+    for key in ("reward", "rewards/accuracies"):
+        if points := run.logged(key):
+            yield "reward", _course(REWARD_FIGURES[key], points)
     if isinstance(run.selection, BlockHistory) and run.selection.steps:
         yield "blocks", _blocks(run.selection)
     if isinstance(run.selection, EntryHistory) and run.selection.steps:
@@ -75,7 +78,7 @@ def _blocks(history: BlockHistory) -> str:
     updates, num_steps = history.updates, len(history.steps)
     mean = sum(updates.values()) / num_steps
     share = words.share(ratio(mean, len(updates)))
-    most = sorted(updates, key=lambda name: -updates[name])[:3]
+    most = [name for name in sorted(updates, key=lambda name: -updates[name])[:3] if updates[name]]
     never = [name for name, count in updates.items() if not count]
     sentences = [
         f"A step trained {words.number(mean, digits=1)} of {len(updates)} blocks on average ({share})",

@@ -13,6 +13,15 @@ from gradselect.app.evaluate import SavedEvaluation
 from gradselect.app.results import FinishedRun, MaskSelection, RunRecord
 from gradselect.core import BlockHistory, EntryHistory
 
+REWARD_FIGURES = {
+    "reward": "Reward",
+    "rewards/accuracies": "Share of pairs with the better answer preferred",
+    "rewards/margins": "Margin of the better answer",
+    "kl": "Divergence from the reference",
+    "completions/mean_length": "Tokens of an answer",
+}
+"""Figures of the trainers of preferences and rewards, as TRL logs them, and their titles."""
+
 Points = Sequence[tuple[int, float]]
 """Steps and values."""
 

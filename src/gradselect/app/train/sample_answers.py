@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from gradselect.app.inputs import Inputs
 from gradselect.app.models import context_of
-from gradselect.app.progress import Stages
+from gradselect.app.progress import Stages, fitted
 from gradselect.app.recipe import ClassificationData, Recipe
 from gradselect.app.runtime import RunFolder
 from gradselect.usage import first_line, shortened
@@ -86,7 +86,7 @@ class SampleAnswers(TrainerCallback):
                 f"    data     {shortened(sample.reference)}",
                 f"    model    {shortened(answer.text)}{'' if answer.is_finished else ' (cut off)'}",
             ]
-        self._stages.say(*lines)
+        self._stages.say(*(fitted(line, self._stages.console, indent=13) for line in lines))
 
 
 def add_answers(
