@@ -43,6 +43,7 @@ def test_words_become_the_keys_of_a_method(words: str | list[str], keys: dict[st
         ("", "--optim_args='' names no method; write e.g. --optim_args 'adagradselect fraction=0.2"),
         ("fraction=0.2", "--optim_args='fraction=0.2' names no method"),
         ("uniform count", "--optim_args has the word 'count', which is no key=value"),
+        ("adagradselect fraction=", "--optim_args has 'fraction=' without a value"),
         ("uniform count=1 count=2", "--optim_args has 'count' twice"),
         ("uniform always=[norm", "--optim_args has 'always=\\[norm', whose value is no YAML"),
     ],

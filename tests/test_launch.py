@@ -12,11 +12,15 @@ import pytest
 import torch
 from preference_support import save_model, tokenizer
 from safetensors.torch import load_file
+from test_integration_transformers import arguments
+from tiny_models import tiny_llama
+from transformers import Trainer, TrainerState
 
 import gradselect as gs
 from gradselect.app.cli import main
 from gradselect.app.cli.launch import _parse
-from gradselect.integrations.launch import environment
+from gradselect.integrations.launch import environment, make_trainers_selective, num_trained
+from gradselect.integrations.transformers import SelectiveTraining
 
 RUN_MAIN = "import sys; from gradselect.app.cli import main; main(sys.argv[1:])"
 
@@ -114,6 +118,10 @@ def test_a_python_without_gradselect_is_named(tmp_path):
         (["full"], {"name": "full"}),
         (["id3", "density=0.01", "among=*.mlp.*"], {"name": "id3", "density": 0.01, "among": "*.mlp.*"}),
         (["uniform", "method.count=2", "fraction=null"], {"name": "uniform", "count": 2, "fraction": None}),
+        (
+            ["uniform", "count=1", "always=[embedding, norm]"],
+            {"name": "uniform", "count": 1, "always": ["embedding", "norm"]},
+        ),
     ],
 )
 def test_words_before_the_command(words, settings):
@@ -133,9 +141,19 @@ def test_the_method_of_a_file(text, tmp_path):
     assert command == ["trl", "sft", "--", "x=1"]
 
 
+def test_a_word_displaces_its_rival_in_a_file(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("method: {name: uniform, fraction: 0.3, always: norm}\n")
+    settings, _ = _parse([str(tmp_path / "recipe.yaml"), "count=2", "--", "trl"])
+    assert settings == {"name": "uniform", "count": 2, "always": "norm"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["uniform", "count=1", "method.count=2", "--", "trl"], "has 'count' twice"),
+        (["uniform", "count=1", "jsonl=no/such.jsonl", "--", "trl"], "jsonl='no/such.jsonl' is no file in a folder"),
+        (["uniform", "count=1", "jsonl=5", "--", "trl"], "jsonl=5 is no file"),
+        (["uniform", "count=1", "jsonl=.", "--", "trl"], "jsonl='.' is no file"),
         (["adagradselect", "trl", "sft"], "needs -- before the command"),
         (["fraction=0.2", "--", "trl"], "needs a method first, got 'fraction=0.2'"),
         (["adagradselect", "--"], "no command behind --"),
@@ -153,6 +171,62 @@ def test_bad_words(words, message, capsys, monkeypatch, tmp_path):
     assert end.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_launcher_within_a_launcher_is_refused(monkeypatch, capsys):
+    """The outer one would count no training, and end with an error after all of it."""
+    monkeypatch.setenv("GRADSELECT_LAUNCH", "{}")
+    with pytest.raises(SystemExit) as end:
+        main(["launch", "full", "--", "true"])
+    assert end.value.code == 2
+    assert "gradselect launch within gradselect launch" in capsys.readouterr().err
+
+
+def test_looking_for_the_module_of_trainers_leaves_them_selective(tmp_path):
+    """Libraries look for a module to know if a package is installed, and import it later."""
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").touch()
+    (tmp_path / "transformers" / "trainer.py").write_text("Trainer = 1\n")
+    env = environment({"name": "full"}, jsonl=None, trained=tmp_path / "trained")
+    env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"].split(os.pathsep)[0], str(tmp_path)])
+    code = "import sys, types, importlib.util as u; fake = types.ModuleType('gradselect.integrations.launch');"
+    code += "fake.make_trainers_selective = lambda kind, settings: print('made', kind);"
+    code += "sys.modules.update({n: fake for n in ('gradselect', 'gradselect.integrations', fake.__name__)});"
+    code += "u.find_spec('transformers.trainer'); u.find_spec('transformers.trainer'); import transformers.trainer"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "made 1\n"
+
+
+def test_each_machine_counts_its_trainings(tmp_path, monkeypatch):
+    """The launcher of the second machine would say that nothing has trained."""
+
+    class Trainer:
+        def __init__(self):
+            self.callbacks = []
+
+        def add_callback(self, callback):
+            self.callbacks.append(callback)
+
+    trained = tmp_path / "trained"
+    monkeypatch.setattr(SelectiveTraining, "attach", lambda self, trainer: None)
+    make_trainers_selective(Trainer, {"method": {"name": "full"}, "jsonl": None, "trained": str(trained)})
+    for is_first_of_its_machine in (True, False):
+        state = TrainerState(is_local_process_zero=is_first_of_its_machine, is_world_process_zero=False)
+        Trainer().callbacks[-1].on_train_begin(None, state, None)
+    assert num_trained(trained) == 1
+
+
+def test_a_trainer_with_an_optimizer_of_its_own_is_told_who_brings_another(tmp_path):
+    settings = {"method": {"name": "full"}, "jsonl": None, "trained": str(tmp_path / "trained")}
+
+    class Launched(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    make_trainers_selective(Launched, settings)
+    model = tiny_llama()
+    with pytest.raises(gs.UsageError, match=r"^`gradselect launch` gives every Trainer .* leave out optimizers="):
+        Launched(model, arguments(tmp_path), optimizers=(torch.optim.SGD(model.parameters()), None))
 
 
 def test_help_needs_no_package_of_the_command_line(capsys):

@@ -520,6 +520,30 @@ def test_records_are_json_and_every_step_stands_once_after_a_resume(tmp_path):
     assert lines[0]["norms"] == {"norm": None}
 
 
+def test_records_that_a_new_run_replaces_are_said(tmp_path, caplog):
+    """Two trainings of one command, or two trials, with one file."""
+    record = gs.StepRecord(step=0, selected=(), explored=True, state_bytes=8, moved_bytes=0, selection_entropy=0.0)
+    path = tmp_path / "records.jsonl"
+    first = gs.JsonlWriter(path)
+    for step in range(3):
+        first(dataclasses.replace(record, step=step))
+    assert not caplog.records
+    gs.JsonlWriter(path)(dataclasses.replace(record, step=2))
+    assert not caplog.records
+    gs.JsonlWriter(path)(record)
+    assert "records.jsonl holds 3 records of another run, which this one replaces" in caplog.text
+
+
+@pytest.mark.parametrize("text", ['{"question": "1 + 1", "answer": 2}\n', "notes", "[1]\n", '{"step": null}\n', "3\n"])
+def test_a_file_of_something_else_is_no_place_for_records(text, tmp_path):
+    record = gs.StepRecord(step=0, selected=(), explored=True, state_bytes=8, moved_bytes=0, selection_entropy=0.0)
+    path = tmp_path / "data.jsonl"
+    path.write_text(text)
+    with pytest.raises(gs.UsageError, match=r"data\.jsonl holds something else than records .* stays as it is"):
+        gs.JsonlWriter(path)(record)
+    assert path.read_text() == text
+
+
 def test_resume_with_a_scheduler_continues_its_rates():
     def build():
         model = tiny_llama()

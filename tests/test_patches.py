@@ -506,6 +506,24 @@ def test_what_does_not_fit_is_refused(target: dict[str, Tensor], message: str) -
         gs.delta.apply_patch(target, entries_patch())
 
 
+@pytest.mark.parametrize(
+    ("target", "patch", "message"),
+    [
+        (
+            {},
+            "step-1.safetensors",
+            r"patch='step-1\.safetensors' is no Patch object; write patch=gs\.delta\.read_patch",
+        ),
+        ("model", None, "patch=None is no Patch object"),
+        ("model", entries_patch(), "target='model' is no Mapping object; write target=model, or"),
+        ({"weight": [1.0]}, entries_patch(), "is no Tensor object"),
+    ],
+)
+def test_something_else_in_place_of_a_patch_or_a_model_is_refused(target: Any, patch: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        gs.delta.apply_patch(target, patch)
+
+
 def test_a_refused_patch_changes_nothing() -> None:
     whole = torch.ones(2)
     patch = entries_patch(changes={"a": whole, "b": whole}, shapes={"a": (2,), "b": (2,)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -89,6 +90,26 @@ def test_plain_data_builds_the_same(plain, built, tmp_path):
     two = build(tmp_path / "two", callbacks=[SelectiveTraining(**built)], seed=7)
     assert one.train().training_loss == two.train().training_loss
     assert same(weights(one.model), weights(two.model))
+
+
+@pytest.mark.parametrize("rule", [gs.SGDRule(), gs.TorchRule(torch.optim.Adafactor)], ids=str)
+def test_a_rule_without_betas_trains(rule, tmp_path):
+    trainer = build(tmp_path, callbacks=[SelectiveTraining(policy=gs.Uniform(count=1), rule=rule)], max_steps=2)
+    trainer.train()
+    assert trainer.optimizer.optimizer.num_steps == 2
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [{"name": "adagradselect", "fraction": 0.3, "always": ["norm"]}, "lisa", {"name": "id3", "density": 0.1}],
+    ids=str,
+)
+def test_a_method_can_be_pickled(plain):
+    """For processes that a notebook or a search starts."""
+    method = gs.method(plain)
+    copy = pickle.loads(pickle.dumps(method))
+    assert copy == method
+    assert copy.model_dump(exclude_unset=True) == method.model_dump(exclude_unset=True)
 
 
 def test_a_mask_without_steps_takes_those_of_the_run_and_resumes_with_them(tmp_path):

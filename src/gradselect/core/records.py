@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from gradselect.files import write_atomically
+from gradselect.usage import UsageError
+
+logger = logging.getLogger(__name__)
 
 
 class MemoryBytes(TypedDict):
@@ -113,10 +117,13 @@ class JsonlWriter:
     """Record hook that appends one JSON object per line to a file.
 
     It continues an existing file. After a resume from an earlier checkpoint it first removes the lines of steps that
-    run again, so every step is in the file once.
+    run again, so every step is in the file once. A run that begins at step 0 replaces them all, and logs that.
 
     Args:
         path: the file; its folder must exist.
+
+    Raises:
+        UsageError: at the first record, if the file holds something else than records.
 
     Example:
         >>> writer = JsonlWriter("records.jsonl")
@@ -141,8 +148,24 @@ class JsonlWriter:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         # A killed writer can leave an incomplete last line; its step runs again.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+        whole = [line for line in lines if line.endswith("\n") or line[:9] != '{"step": '[: len(line)]]
+        kept = [line for line in whole if self._step_of(line) < step]
+        if lines and step == 0:
+            logger.warning(
+                "%s holds %d records of another run, which this one replaces: it begins at step 0; write each run to "
+                "a file of its own to keep both",
+                *(self.path, len(lines)),
+            )
         write_atomically(self.path, "".join(kept))
+
+    def _step_of(self, line: str) -> int:
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, TypeError, KeyError):
+            raise UsageError(
+                f"{self.path} holds something else than records ({line.strip()[:60]!r}), and stays as it is; write "
+                "records to another file, e.g. selection.jsonl"
+            ) from None
 
 
 def _as_json(record: StepRecord | MaskRecord) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from gradselect.core import Entries, Patch, can_train, places_of
 from gradselect.files import writing_aside
 from gradselect.parallel import is_dtensor, unwrapped
-from gradselect.usage import UsageError, nearest
+from gradselect.usage import UsageError, check_is, nearest
 
 from .checkpoint import SafetensorsFile
 from .write import free_file
@@ -39,7 +39,8 @@ def apply_patch(target: Target, patch: Patch) -> None:
         patch: of `optimizer.changed_entries()` or `read_patch`.
 
     Raises:
-        UsageError: the target lacks a tensor of the patch, or has it in another shape, quantised or sharded.
+        UsageError: the target lacks a tensor of the patch, or has it in another shape, quantised or sharded; or one of
+            the two is something else.
 
     Example:
         >>> import copy, gradselect as gs
@@ -52,6 +53,7 @@ def apply_patch(target: Target, patch: Patch) -> None:
         >>> all(map(torch.equal, served.parameters(), model.parameters()))
         True
     """
+    check_is(patch, Patch, name="patch", example='patch=gs.delta.read_patch("step-1.safetensors")')
     tensors = _tensors_of(target)
     writes = [(tensor, name) for name in patch for tensor in _written(tensors, patch, name)]
     for tensor, name in writes:
@@ -70,6 +72,7 @@ def write_patch(patch: Patch, path: str | Path) -> None:
         >>> read_patch("step-1.safetensors")
         Patch(steps 0 to 1: 1 tensors whole, 0 by entries, 8 of 8 bytes, 100.00%)
     """
+    check_is(patch, Patch, name="patch", example="patch=optimizer.changed_entries()")
     target = free_file(Path(path))
     tensors = {}
     for name, change in patch.items():
@@ -137,6 +140,7 @@ def _read(file: SafetensorsFile, name: str) -> Entries | Tensor:
 def _tensors_of(target: Target) -> dict[str, Tensor]:
     """Return the tensors that a patch may name, by all of their names."""
     if not isinstance(target, nn.Module):
+        check_is(target, Mapping, name="target", example="target=model, or target=model.state_dict()")
         return dict(target)
     tensors: dict[str, Tensor] = {}
     for place in places_of(unwrapped(target)):
@@ -169,6 +173,7 @@ def _written(tensors: Mapping[str, Tensor], patch: Patch, name: str) -> list[Ten
 
 
 def _check(name: str, tensor: Tensor, change: Entries | Tensor, shape: tuple[int, ...]) -> None:
+    check_is(tensor, Tensor, name=name, example="target=model.state_dict()")
     values = change if isinstance(change, Tensor) else change.values
     if is_dtensor(tensor):
         raise UsageError(f"{name!r} is sharded; apply the patch to a whole copy of the model, before fully_shard")

@@ -32,6 +32,8 @@ def read_words(words: str | Sequence[str], *, source: str) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not (key and equals):
             raise UsageError(f"{source} has the word {word!r}, which is no key=value; {_advice(source)}")
+        if not value:  # as a variable of the shell that is not set leaves it
+            raise UsageError(f"{source} has {word!r} without a value; write one behind the sign, or leave the word out")
         if key in keys:
             raise UsageError(f"{source} has {key!r} twice; leave one out")
         if value.startswith("*"):  # a glob, which YAML takes for an alias; the schema splits it at commas

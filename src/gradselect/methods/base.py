@@ -46,3 +46,13 @@ class AbstractMethod(Settings, ABC):
     if TYPE_CHECKING:
         # Each method declares its own `Literal`, after the keys that it shares with others of its kind.
         name: Any
+
+    def __reduce__(self) -> Any:
+        # pickle finds classes by their name in a module, and those of policies and masks are made without one.
+        return _from_values, (self.model_dump(exclude_unset=True),)
+
+
+def _from_values(values: dict[str, Any]) -> AbstractMethod:
+    from .parse import parse_method  # it imports this module
+
+    return parse_method(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gradselect as gs
+from gradselect.integrations.launch import SETTINGS, environment, num_trained
 from gradselect.usage import UsageError
 
 HELP = """Usage: gradselect launch METHOD [KEY=VALUE]... -- COMMAND...
@@ -40,14 +42,13 @@ def launch(words: Sequence[str]) -> int:
     Raises:
         UsageError: the words do not fit, the command cannot be started, or nothing in it has trained.
     """
-    from gradselect.integrations.launch import environment, num_trained
-
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(HELP)
         return 0
     settings, command = _parse(words)
     jsonl = settings.pop("jsonl", None)
     gs.method(settings)
+    _check(jsonl)
     with tempfile.TemporaryDirectory(prefix="gradselect-") as folder:
         trained = Path(folder) / "trained"
         code = _run(command, environment(settings, jsonl=jsonl, trained=trained))
@@ -77,9 +78,25 @@ def _parse(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         raise UsageError(f"gradselect launch needs a method first, got {name!r}; write e.g. adagradselect fraction=0.2")
     if not command:
         raise UsageError("gradselect launch has no command behind --; write e.g. -- trl sft ...")
-    section = _section(Path(name)) if name.endswith((".yaml", ".yml")) else {"name": name}
-    words_of_method = [f"name={section.get('name')}", *(pair.removeprefix("method.") for pair in pairs)]
-    return {**section, **read_words(words_of_method, source="gradselect launch")}, command
+    typed = read_words([name, *(pair.removeprefix("method.") for pair in pairs)], source="gradselect launch")
+    if not name.endswith((".yaml", ".yml")):
+        return typed, command
+    from gradselect.app.recipe import merge
+
+    del typed["name"]  # which is the path
+    return merge(_section(Path(name)), typed), command
+
+
+def _check(jsonl: Any) -> None:
+    """Refuse what would end the command at its first step, after minutes of loading."""
+    if os.environ.get(SETTINGS):
+        raise UsageError(
+            "gradselect launch within gradselect launch: each chooses what its command trains; leave one of them out"
+        )
+    if jsonl is None:
+        return
+    if not isinstance(jsonl, str) or Path(jsonl).is_dir() or not Path(jsonl).absolute().parent.is_dir():
+        raise UsageError(f"jsonl={jsonl!r} is no file in a folder that exists; write e.g. jsonl=selection.jsonl")
 
 
 def _section(path: Path) -> dict[str, Any]:

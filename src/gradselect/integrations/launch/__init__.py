@@ -18,7 +18,7 @@ SETTINGS = "GRADSELECT_LAUNCH"
 
 AUTOSTART = Path(__file__).parent / "autostart"
 
-__all__ = ["environment", "num_trained"]
+__all__ = ["SETTINGS", "environment", "num_trained"]
 
 
 def environment(method: Mapping[str, Any], *, jsonl: str | None, trained: Path) -> dict[str, str]:
@@ -39,7 +39,7 @@ def environment(method: Mapping[str, Any], *, jsonl: str | None, trained: Path) 
 
 
 def num_trained(trained: Path) -> int:
-    """Return the number of trainings that have begun, counted once for all processes of each.
+    """Return the number of trainings that have begun, counted once for all processes of this machine.
 
     Example:
         >>> num_trained(Path("no such file"))
@@ -68,12 +68,14 @@ def make_trainers_selective(trainer_class: Any, settings: Mapping[str, Any]) -> 
     from transformers import TrainerCallback
 
     from gradselect.integrations.transformers import SelectiveTraining
+    from gradselect.usage import UsageError
 
     selective = SelectiveTraining(method=settings["method"], jsonl=settings["jsonl"])
 
     class NoteTraining(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-            if state.is_world_process_zero:
+            # Once on each machine: every machine has a launcher of its own, which counts.
+            if state.is_local_process_zero:
                 with open(settings["trained"], "a") as file:
                     file.write(f"{os.getpid()}\n")
 
@@ -82,7 +84,13 @@ def make_trainers_selective(trainer_class: Any, settings: Mapping[str, Any]) -> 
     @functools.wraps(build)
     def build_and_attach(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
-        selective.attach(self)
+        try:
+            selective.attach(self)
+        except UsageError as error:
+            raise UsageError(
+                f"`gradselect launch` gives every Trainer of its command SelectiveTraining, and here: {error}; or run "
+                "the command without `gradselect launch`"
+            ) from None
         self.add_callback(NoteTraining())
 
     trainer_class.__init__ = build_and_attach

@@ -127,7 +127,8 @@ def warn_of_settings(args: TrainingArguments, optimizer: BlockOptimizer | Sparse
         )
     defaults = adamw_settings(type(args))
     for name, value in adamw_settings(args).items():
-        ours = optimizer.defaults[name]
+        # A rule may have no betas or eps; other values than the defaults were then refused when it was built.
+        ours = optimizer.defaults.get(name, defaults[name])
         if value not in (ours, defaults[name]):
             logger.warning(
                 "TrainingArguments have %s=%s, but the optimizer was built with %s=%s and uses that; "

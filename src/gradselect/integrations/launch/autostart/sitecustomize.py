@@ -21,7 +21,11 @@ class AfterTrainer(importlib.abc.MetaPathFinder):
         if name != NAME:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            # Somebody may look for the module and not import it, or try again.
+            sys.meta_path.insert(0, self)
         if spec is None or spec.loader is None:
             return spec
         load = spec.loader.exec_module
