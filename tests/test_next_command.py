@@ -1,18 +1,24 @@
-"""What a run names to type next, and its lines in a narrow terminal."""
+"""What a run names to type next, its lines in a narrow terminal, and folders that cannot be made."""
 
 from __future__ import annotations
 
 import io
+import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from answer_support import preference_recipe, prompt_recipe
 from rich.console import Console
 
+from gradselect import UsageError
+from gradselect.app.evaluate.results import ItemWriter
 from gradselect.app.progress import fitted
-from gradselect.app.train.progress import _next_command
+from gradselect.app.recipe import RandomData
+from gradselect.app.report import write_run_report
+from gradselect.app.train.progress import _next_command, show_summary
 
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
 TALK = [{"role": "user", "content": "q"}]
@@ -53,3 +59,26 @@ def test_long_lines_end_at_words_in_a_terminal_and_stay_whole_in_a_file() -> Non
     assert " ".join([first, *map(str.strip, more)]) == line.strip()
     assert fitted(line, Console(file=io.StringIO(), width=80), indent=11) == line
     assert fitted("short", terminal, indent=2) == "short"
+
+
+def test_a_folder_that_cannot_be_made_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "out"
+    record = {"step": 0, "selected": ["a"], "explored": False, "state_bytes": 1, "moved_bytes": 0}
+    (tmp_path / "selection.jsonl").write_text(json.dumps(record) + "\n")
+    message = r"output=.*out cannot be made: Not a directory; name another folder"
+    with pytest.raises(UsageError, match=message):
+        ItemWriter(output).__enter__()
+    with pytest.raises(UsageError, match=message):
+        write_run_report(tmp_path / "selection.jsonl", output=output)
+
+
+def test_a_resume_without_a_step_names_no_peak() -> None:
+    file = io.StringIO()
+    numbers: dict[str, Any] = {"steps": 4, "training_seconds": 0.2, "training_loss": None, "validation_loss": None}
+    end: Any = SimpleNamespace(**numbers, peak_bytes={"together": 0}, saved=None)
+    recipe: Any = SimpleNamespace(data=RandomData(format="random", length=2))
+    folder: Any = SimpleNamespace(run_file="run.json")
+    show_summary(Console(file=file), end, recipe=recipe, folder=folder, messages=[], first_row={})
+    assert file.getvalue().splitlines()[0] == "finished 4 steps in 0 s"
+    assert "peak" not in file.getvalue()

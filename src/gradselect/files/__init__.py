@@ -2,6 +2,7 @@
 
 from .atomic import aside_of, flush_names, remove, write_atomically, writing_aside
 from .checked_json import read_sealed, sealed
+from .folder import make_folder
 from .lock import LOCK_NAME, locked
 from .manifest import MANIFEST_NAME, digests_of_model, newest_whole, sha256, write_manifest
 from .model_files import BELONGING, BesideWeights, belongs, beside_weights, is_safe, module_folders
@@ -20,6 +21,7 @@ __all__ = [
     "flush_names",
     "is_safe",
     "locked",
+    "make_folder",
     "module_folders",
     "newest_whole",
     "read_sealed",

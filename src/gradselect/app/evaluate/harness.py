@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gradselect.app.recipe import EvaluationSettings
-from gradselect.files import sealed, write_atomically
+from gradselect.files import make_folder, sealed, write_atomically
 from gradselect.usage import UsageError
 
 from .language_model import check_folder, resolve_device
@@ -54,6 +54,7 @@ def run_harness(settings: EvaluationSettings) -> HarnessResult:
         raise UsageError("harness names no task; write e.g. harness=('gsm8k',)")
     if settings.output is not None:
         check_new_folder(settings.output)
+        make_folder(Path(settings.output), name="output")
     check_folder(settings.model)
     started = time.perf_counter()
     report = _simple_evaluate(settings)
@@ -116,7 +117,6 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _write(folder: Path, report: Mapping[str, Any], result: HarnessResult) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for task, samples in report["samples"].items():
         write_atomically(folder / f"samples_{task}.jsonl", "".join(json.dumps(s, default=str) + "\n" for s in samples))
     rest = {name: value for name, value in report.items() if name != "samples"}

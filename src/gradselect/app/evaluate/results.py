@@ -13,7 +13,7 @@ from typing import IO, Any, Self
 
 from gradselect import __version__
 from gradselect.app.stats import Interval
-from gradselect.files import read_sealed, sealed, sha256, write_atomically
+from gradselect.files import make_folder, read_sealed, sealed, sha256, write_atomically
 from gradselect.usage import UsageError
 
 Item = dict[str, Any]
@@ -111,7 +111,7 @@ class ItemWriter:
 
     def __enter__(self) -> Self:
         if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder, name="output")
             self._file = (self._folder / "items.jsonl").open("w", encoding="utf-8")
         return self
 

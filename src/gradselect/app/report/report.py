@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradselect.app.results import Skipped
-from gradselect.files import write_atomically
+from gradselect.files import make_folder, write_atomically
 from gradselect.usage import UsageError
 
 from .page import render
@@ -56,7 +56,7 @@ def write_report(
         raise UsageError(f"output={str(target)!r} is a file; name a folder for the page and its pictures")
     found = read_results(folder, include_dirty=include_dirty)
     page = build_page(found)
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target, name="output")
     pictures = tuple(_write(target / f"{chart.name}.png", chart.png) for chart in page.charts)
     return ReportSummary(
         page=_write(target / PAGE, render(page).encode()),

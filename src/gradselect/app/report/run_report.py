@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradselect.files import write_atomically
+from gradselect.files import make_folder, write_atomically
 from gradselect.usage import UsageError
 
 from .page import render
@@ -68,7 +68,7 @@ def write_run_report(
         path, records=None if records is None else Path(records), evaluations=[Path(folder) for folder in evaluations]
     )
     page = build_run_page(found)
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target, name="output")
     pictures = tuple(_write(target / f"{chart.name}.png", chart.png) for chart in page.charts)
     written = _write(target / PAGE, render(page).encode())
     return RunReport(page=written, pictures=pictures, lines=tuple(describe(found)))

@@ -64,8 +64,9 @@ def show_summary(
     losses = {"training loss": end.training_loss, "validation loss": end.validation_loss}
     lines = [
         "  ".join([f"finished {end.steps} steps in {end.training_seconds:,.0f} s", *_named_losses(losses)]),
-        f"peak of weights, gradients and optimizer state: {end.peak_bytes['together'] / 2**20:,.1f} MiB",
     ]
+    if peak := end.peak_bytes["together"]:  # none if a resume took no step
+        lines.append(f"peak of weights, gradients and optimizer state: {peak / 2**20:,.1f} MiB")
     if isinstance(recipe.data, RandomData):
         _print(console, *lines, f"record of the run in {folder.run_file}; a model trained on random tokens is not kept")
         return

@@ -83,7 +83,7 @@ def write_best(recipe: Recipe, best: TrialSummary, *, num_trials: int, folder: S
 
 def show_table(console: Console, trials: Sequence[TrialSummary], best: TrialSummary) -> None:
     """Print every trial, the best one marked: finished ones by loss, then the others."""
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("", "trial", *_headings(list(best.values)), "loss", "step", "seconds"):
         table.add_column(heading, justify="right", overflow="fold")
     table.add_column("end")
