@@ -167,6 +167,12 @@ def test_few_rows_are_all_trained_on(place: Path) -> None:
     assert none.run.evaluate_every is None
 
 
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_is_none_is_refused_as_in_a_recipe(limit: int, place: Path) -> None:
+    with pytest.raises(UsageError, match=f"data.limit = {limit}: "):
+        draft_recipe(str(place / "model"), str(place / "sums.jsonl"), [f"data.limit={limit}"])
+
+
 def test_a_chat_template_is_mentioned(place: Path) -> None:
     data = str(place / "sums.jsonl")
     assert "data.as_chat=true" in " ".join(draft_recipe(str(place / "chat-model"), data).lines())

@@ -91,7 +91,7 @@ def draft_recipe(model: str, data: str, overrides: Sequence[str] = ()) -> Draft:
     given = typed.get("data")
     given = given if isinstance(given, dict) else {}
     rows = _read(data, given)
-    if isinstance(limit := given.get("limit"), int):
+    if isinstance(limit := given.get("limit"), int) and limit > 0:  # others are for the recipe's checks
         rows = rows[:limit]
     guess = None
     if "format" not in given:
