@@ -127,9 +127,9 @@ def test_control_adamw_resumes_bitwise(data, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gradselect.integrations.axolotl.SelectivePlugin.post_trainer_create", lambda *parts: None)
         whole = tmp_path / "whole"
-        do_cli(str(config(whole, data, "all")))
+        do_cli(str(config(whole, data, {"name": "full"})))
         checkpoint = whole / "model" / f"checkpoint-{STOP}"
-        do_cli(str(config(tmp_path / "again", data, "all", resume_from_checkpoint=str(checkpoint))))
+        do_cli(str(config(tmp_path / "again", data, {"name": "full"}, resume_from_checkpoint=str(checkpoint))))
     ends = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "again")]
     assert difference(*ends) == 0.0
 
