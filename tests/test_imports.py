@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -13,7 +15,7 @@ import gradselect
 
 HEAVY = ("transformers", "trl", "peft", "datasets", "accelerate", "pydantic", "typer", "numpy.testing", "matplotlib")
 LIGHT_PARTS = {
-    "gradselect": HEAVY,
+    "gradselect.public_names": HEAVY,  # what the first name of `gradselect` that is asked for loads
     "gradselect.app.cli": ("transformers", "trl", "peft", "datasets", "pydantic"),
     "gradselect.app.recipe": ("transformers", "trl", "datasets"),
     "gradselect.app.evaluate": ("transformers", "trl", "datasets", "math_verify"),
@@ -49,6 +51,22 @@ def test_an_import_loads_nothing_heavier_than_it_needs(name: str, loaded: dict[s
 
 def test_the_application_can_be_imported_without_modules_of_unix(loaded: dict[str, list[str]]) -> None:
     assert loaded.keys() == LIGHT_PARTS.keys()
+
+
+def test_a_type_checker_sees_the_names_and_no_others():
+    """A module with `__getattr__` would have every name for it, misspelt ones too."""
+    tree = ast.parse(Path(gradselect.__file__).read_text())
+    seen = [name for name in tree.body if not (isinstance(name, ast.If) and "not" in ast.unparse(name.test))]
+    assert "import *" in "".join(map(ast.unparse, seen))
+    assert "__getattr__" not in "".join(map(ast.unparse, seen))
+    with pytest.raises(AttributeError, match="module 'gradselect' has no attribute 'Adagradselect'"):
+        _ = gradselect.Adagradselect
+
+
+def test_a_name_that_was_replaced_stays_so(monkeypatch):
+    monkeypatch.setattr(gradselect, "plan", None)
+    assert not hasattr(gradselect, "misspelt")
+    assert gradselect.plan is None
 
 
 def test_public_list_is_what_the_module_offers():

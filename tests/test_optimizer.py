@@ -544,6 +544,13 @@ def test_a_file_of_something_else_is_no_place_for_records(text, tmp_path):
     assert path.read_text() == text
 
 
+@pytest.mark.parametrize("name", ["no/such.jsonl", "."])
+def test_records_without_a_folder_are_refused(name, tmp_path):
+    record = gs.StepRecord(step=0, selected=(), explored=True, state_bytes=8, moved_bytes=0, selection_entropy=0.0)
+    with pytest.raises(gs.UsageError, match=r"records cannot be written to .*make the folder first"):
+        gs.JsonlWriter(tmp_path / name)(record)
+
+
 def test_resume_with_a_scheduler_continues_its_rates():
     def build():
         model = tiny_llama()

@@ -183,6 +183,11 @@ def test_it_can_be_attached_to_a_trainer_that_is_built(tmp_path):
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 
+def test_only_a_trainer_of_transformers_can_be_attached_to():
+    with pytest.raises(gs.UsageError, match="no Trainer object; write SelectiveTraining"):
+        SelectiveTraining(policy=gs.Uniform(count=1)).attach(tiny_llama())
+
+
 def test_added_too_late_it_refuses_to_train(tmp_path):
     trainer = build(tmp_path)
     trainer.add_callback(SelectiveTraining(**CHOICES["policy"]))

@@ -14,17 +14,19 @@ if _typing.TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 
+if not _typing.TYPE_CHECKING:  # a type checker would take any name for one of ours
 
-def __getattr__(name: str) -> _typing.Any:
-    if name != "__all__" and name.startswith("__"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    public_names = _importlib.import_module("gradselect.public_names")
-    globals().update({each: getattr(public_names, each) for each in public_names.__all__}, __all__=public_names.__all__)
-    try:
-        return globals()[name]
-    except KeyError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    def __getattr__(name: str) -> _typing.Any:
+        if name != "__all__" and name.startswith("__"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        public_names = _importlib.import_module("gradselect.public_names")
+        globals().update(
+            {each: getattr(public_names, each) for each in public_names.__all__}, __all__=public_names.__all__
+        )
+        try:
+            return globals()[name]
+        except KeyError:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__getattr__("__all__")})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

@@ -123,7 +123,7 @@ class JsonlWriter:
         path: the file; its folder must exist.
 
     Raises:
-        UsageError: at the first record, if the file holds something else than records.
+        UsageError: at the first record, if the file holds something else than records, or its folder does not exist.
 
     Example:
         >>> writer = JsonlWriter("records.jsonl")
@@ -138,10 +138,18 @@ class JsonlWriter:
 
     def __call__(self, record: StepRecord | MaskRecord) -> None:
         if not self._started:
+            self._check_place()
             self._forget_from(record.step)
             self._started = True
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_as_json(record), allow_nan=False) + "\n")
+
+    def _check_place(self) -> None:
+        if not self.path.parent.is_dir() or self.path.is_dir():
+            raise UsageError(
+                f"records cannot be written to {self.path}: it is a folder, or its own folder does not exist; write "
+                "e.g. selection.jsonl, or make the folder first"
+            )
 
     def _forget_from(self, step: int) -> None:
         if not self.path.exists():

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from gradselect import UsageError
 from gradselect.integrations.callers import caller_of
+from gradselect.usage import check_is
 
 from .callback import SelectionCallback
 from .checkpointing import is_reentrant
@@ -60,6 +61,7 @@ class SelectiveTraining(TrainerCallback):
         Raises:
             UsageError: the Trainer has an optimizer already, or DeepSpeed ZeRO is on.
         """
+        check_is(trainer, Trainer, name="trainer", example="SelectiveTraining(...).attach(Trainer(model, args, ...))")
         self._bring_optimizer(trainer)
         callback = self._add_callback(trainer)
         callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
