@@ -5,9 +5,10 @@
     python benchmarks/grpo.py --table
 
 Fine-tunes the quickstart's base until it solves some problems, then runs `recipes/grpo-random-mask.yaml` with its mask
-and with full training: first a short run at each learning rate, then a longer one at the rate whose last steps had the
-largest reward. All runs see the same problems in the same order. Greedy answers to problems that no run has seen are
-the judge. The result file is written after each run.
+and with full training: first a short run at each learning rate, then a longer one at the smallest rate whose reward at the
+end is within one standard error of the best. All runs see the same problems in the same order. Greedy answers to
+problems that no run has seen are the judge. The result file is written after each run; a measurement that was stopped
+goes on where it was, if the settings are the same.
 """
 
 from __future__ import annotations
@@ -69,24 +70,45 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         lines = (json.dumps(row) + "\n" for row in problems(count=count, seed=1, split=split))
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     start = make_start(folder, steps=arguments.start)
-    result: dict[str, Any] = {
-        "machine": machine(),
-        "settings": settings_of(arguments),
-        "edge_steps": NUM_EDGE,
-        "before": accuracy(start, folder),
-        "sweep": {name: [] for name in METHODS},
-        "runs": {},
-    }
+    result = begin_or_go_on(arguments, before=accuracy(start, folder))
     for name, rates in arguments.rates.items():
-        for rate in rates:
+        for rate in rates[len(result["sweep"][name]) :]:
             run, _ = reinforce(start, folder, method=name, rate=rate, steps=arguments.sweep)
             result["sweep"][name].append(run)
             write_result(arguments.out, result)
-    for name, runs in result["sweep"].items():
-        best = max(runs, key=lambda run: run["reward_last"]["mean"])["learning_rate"]
-        run, model = reinforce(start, folder, method=name, rate=best, steps=arguments.steps)
+    for name in METHODS.keys() - result["runs"].keys():
+        rate = choose_rate(result["sweep"][name])
+        run, model = reinforce(start, folder, method=name, rate=rate, steps=arguments.steps)
         result["runs"][name] = run | {"after": accuracy(model, folder)}
         write_result(arguments.out, result)
+
+
+def begin_or_go_on(arguments: argparse.Namespace, *, before: dict[str, Any]) -> dict[str, Any]:
+    """Return the result file if it is an unfinished measurement with these settings, else an empty result."""
+    settings = settings_of(arguments)
+    if arguments.out.exists():
+        found = read_result(arguments.out)
+        if found.get("settings") == settings and found["before"] == before and len(found["runs"]) < len(METHODS):
+            return found | {"went_on": [*found.get("went_on", []), machine()]}
+    sweep = {name: [] for name in METHODS}
+    return {
+        "machine": machine(),
+        "settings": settings,
+        "edge_steps": NUM_EDGE,
+        "before": before,
+        "sweep": sweep,
+        "runs": {},
+    }
+
+
+def choose_rate(runs: Sequence[dict[str, Any]]) -> float:
+    """Return the smallest rate of a sweep whose reward at the end is within one standard error of the best.
+
+    The run at the chosen rate is longer, and its rate stays high for longer: of equals the smaller one is safer.
+    """
+    best = max((run["reward_last"] for run in runs), key=lambda reward: reward["mean"])
+    least = best["mean"] - best["standard_error"]
+    return min(run["learning_rate"] for run in runs if run["reward_last"]["mean"] >= least)
 
 
 def make_start(folder: Path, *, steps: int) -> Path:
