@@ -5,7 +5,7 @@
     python benchmarks/grpo.py --table
 
 Fine-tunes the quickstart's base until it solves some problems, then runs `recipes/grpo-random-mask.yaml` with its mask
-and with full training: first a short run at each learning rate, then a longer one at the smallest rate whose reward at the
+and with full training: a short run at each learning rate, then a longer one at the smallest rate whose reward at the
 end is within one standard error of the best. All runs see the same problems in the same order. Greedy answers to
 problems that no run has seen are the judge. The result file is written after each run; a measurement that was stopped
 goes on where it was, if the settings are the same.
@@ -76,7 +76,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
             run, _ = reinforce(start, folder, method=name, rate=rate, steps=arguments.sweep)
             result["sweep"][name].append(run)
             write_result(arguments.out, result)
-    for name in METHODS.keys() - result["runs"].keys():
+    for name in [name for name in METHODS if name not in result["runs"]]:
         rate = choose_rate(result["sweep"][name])
         run, model = reinforce(start, folder, method=name, rate=rate, steps=arguments.steps)
         result["runs"][name] = run | {"after": accuracy(model, folder)}

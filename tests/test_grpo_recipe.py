@@ -94,3 +94,10 @@ def test_the_page_has_the_table_of_the_result_file() -> None:
     assert table in (ROOT / "docs" / "preference.md").read_text("utf-8")
     best = result["runs"]["mask"]["learning_rate"]
     assert load_recipe(ROOT / "recipes" / "grpo-random-mask.yaml").optimizer.lr == best
+
+
+def test_the_smallest_of_equal_rates_is_chosen() -> None:
+    def run(rate: float, mean: float) -> dict[str, object]:
+        return {"learning_rate": rate, "reward_last": {"mean": mean, "standard_error": 0.02}}
+
+    assert grpo.choose_rate([run(1e-3, 0.20), run(1e-2, 0.29), run(3e-2, 0.30), run(1e-1, 0.1)]) == 1e-2
