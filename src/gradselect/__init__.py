@@ -20,9 +20,9 @@ if not _typing.TYPE_CHECKING:  # a type checker would take any name for one of o
         if name != "__all__" and name.startswith("__"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         public_names = _importlib.import_module("gradselect.public_names")
-        globals().update(
-            {each: getattr(public_names, each) for each in public_names.__all__}, __all__=public_names.__all__
-        )
+        globals().setdefault("__all__", public_names.__all__)
+        for each in public_names.__all__:  # a name that somebody has replaced stays so
+            globals().setdefault(each, getattr(public_names, each))
         try:
             return globals()[name]
         except KeyError:
