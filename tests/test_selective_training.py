@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import Trainer
 
 import gradselect as gs
 from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory, SelectiveTraining
+from gradselect.integrations.transformers.frames import call_after_training
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
@@ -170,6 +173,39 @@ def test_one_callback_serves_two_stages(tmp_path):
     assert first.optimizer is not second.optimizer
     assert second.optimizer.optimizer.num_steps == 6
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_trainer_without_a_name_trains_and_is_freed():
+    """`Trainer(...).train()`: while it runs, nothing but the call holds the Trainer."""
+
+    class Plain:
+        def train(self):
+            return "trained"
+
+    class Calls:
+        number = 0
+
+        def count(self):
+            self.number += 1
+
+    calls = Calls()
+
+    def watched():
+        trainer = Plain()
+        call_after_training(trainer, calls.count)
+        return trainer
+
+    result = watched().train()  # not in an assert, which pytest takes apart into names
+    assert result == "trained"
+    trainer = watched()
+    assert (trainer.train(), trainer.train(), calls.number) == ("trained", "trained", 3)
+    gone = weakref.ref(trainer)
+    gc.disable()
+    try:
+        del trainer
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_it_can_be_attached_to_a_trainer_that_is_built(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -34,11 +35,9 @@ def call_if_training_fails(trainer: Trainer, callback: Callable[[], None]) -> No
 
 def _call_after(name: str, trainer: Trainer, callback: Callable[[], None], *, only_if_it_fails: bool) -> None:
     trainer_of, call_of = weakref.ref(trainer), weakref.WeakMethod(callback)
+    method = getattr(type(trainer), name)
 
-    @functools.wraps(getattr(type(trainer), name))
-    def in_front(*args: Any, **kwargs: Any) -> Any:
-        owner = trainer_of()
-        assert owner is not None
+    def carry_out(owner: Trainer, *args: Any, **kwargs: Any) -> Any:
         is_done = False
         try:
             result = getattr(type(owner), name)(owner, *args, **kwargs)
@@ -48,7 +47,20 @@ def _call_after(name: str, trainer: Trainer, callback: Callable[[], None], *, on
                 call()
         return result
 
-    setattr(trainer, name, in_front)
+    @functools.wraps(method)
+    def later(*args: Any, **kwargs: Any) -> Any:
+        owner = trainer_of()
+        assert owner is not None
+        return carry_out(owner, *args, **kwargs)
+
+    @functools.wraps(method)
+    def first(owner: Trainer, *args: Any, **kwargs: Any) -> Any:
+        setattr(owner, name, later)
+        return carry_out(owner, *args, **kwargs)
+
+    # Bound, since nothing else holds the Trainer of `Trainer(...).train()`. That is a cycle, so the first call ends it:
+    # whoever calls again holds the Trainer, and one that has trained is freed when it is dropped.
+    setattr(trainer, name, types.MethodType(first, trainer))
 
 
 def call_before_clipping(accelerator: Accelerator, callback: Callable[[], None]) -> Callable[[], None]:
