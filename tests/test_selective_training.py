@@ -219,6 +219,14 @@ def test_it_can_be_attached_to_a_trainer_that_is_built(tmp_path):
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_replicas_with_checkpointing_look_for_unused_parameters(tmp_path):
+    """The Trainer has told Accelerate its own default, which is False here, before any callback is called."""
+    callbacks = [SelectiveTraining(policy=gs.Uniform(count=1))]
+    trainer = build(tmp_path, callbacks=callbacks, gradient_checkpointing=True)
+    assert trainer.accelerator.ddp_handler.to_kwargs()["find_unused_parameters"] is True
+
+
 def test_only_a_trainer_of_transformers_can_be_attached_to():
     with pytest.raises(gs.UsageError, match="no Trainer object; write SelectiveTraining"):
         SelectiveTraining(policy=gs.Uniform(count=1)).attach(tiny_llama())

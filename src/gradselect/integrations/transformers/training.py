@@ -102,6 +102,9 @@ class SelectiveTraining(TrainerCallback):
         if args.ddp_find_unused_parameters is None and not is_reentrant(args):
             # The Trainer's own default is False with activation checkpointing. Without several processes it is unused.
             args.ddp_find_unused_parameters = True
+            # Accelerate has taken the default over when the Trainer was built.
+            if (handler := trainer.accelerator.ddp_handler) is not None:
+                handler.find_unused_parameters = True
         # The annotation knows no factories, which the Trainer calls as factory()(model, **kwargs).
         factory: Any = SelectiveOptimizerFactory
         trainer.optimizer_cls_and_kwargs = (factory, {"args": args, **self._options})
