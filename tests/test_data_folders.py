@@ -171,4 +171,4 @@ def test_the_fingerprint_of_a_folder_is_that_of_the_files_that_are_read(tmp_path
 def test_the_next_command_names_the_validation_data(tmp_path: Path, data: dict[str, Any], options: str) -> None:
     recipe = parse_recipe(recipe_values(tmp_path, data={"format": "text", **data}), source="recipe")
     assert not isinstance(recipe.data, RandomData)
-    assert _next_command(recipe, recipe.data).endswith(f"--task loss {options}")
+    assert _next_command(recipe, recipe.data, {}).endswith(f"--task loss {options}")

@@ -27,6 +27,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _no_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may have set the width of a terminal."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def shown(recipe: Recipe, **options: Any) -> list[str]:
     """Return the lines that a run of the recipe begins with."""
     data, file = read_data(recipe), io.StringIO()
