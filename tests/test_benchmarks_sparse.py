@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -11,12 +12,12 @@ from tiny_models import VOCABULARY, tiny_llama
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-common = pytest.importorskip("common")
-glue = pytest.importorskip("glue")
-gsm8k_masks = pytest.importorskip("gsm8k_masks")
-encoder_text = pytest.importorskip("encoder_text")
-pretrain_encoder = pytest.importorskip("pretrain_encoder")
-sparse_step = pytest.importorskip("sparse_step")
+common = importlib.import_module("common")
+glue = importlib.import_module("glue")
+gsm8k_masks = importlib.import_module("gsm8k_masks")
+encoder_text = importlib.import_module("encoder_text")
+pretrain_encoder = importlib.import_module("pretrain_encoder")
+sparse_step = importlib.import_module("sparse_step")
 
 
 # Tables and bytes ---------------------------------------------------------------------------------------------------

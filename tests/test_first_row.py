@@ -10,21 +10,12 @@ from typing import Any
 import pytest
 from classification_fixtures import classify, write_place
 from rich.console import Console
-from train_fixtures import parse, write_model, write_sums
+from train_fixtures import parse, write_model
 
 from gradselect.app.inputs import make_rows, read_data
 from gradselect.app.preview import show_first_row
 from gradselect.app.progress import Stages
 from gradselect.app.recipe import Recipe
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a model and data; no test changes it."""
-    folder = tmp_path_factory.mktemp("place")
-    write_model(folder / "model")
-    write_sums(folder / "sums.jsonl")
-    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,6 @@ from train_fixtures import (
     parse,
     quiet,
     write_model,
-    write_sums,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,15 +37,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 
 LENGTH = {"steps": 4, "evaluate_every": 2, "save_every": 2}
 HELD_OUT = {"validation": 0.25}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a model and data; no test changes it."""
-    folder = tmp_path_factory.mktemp("place")
-    write_model(folder / "model")
-    write_sums(folder / "sums.jsonl")
-    return folder
 
 
 def recipe(place: Path, output: Path, *, count: int, **sections: Any) -> Recipe:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from classification_fixtures import COLUMNS, classify, write_bert, write_place
 from rich.console import Console
-from train_fixtures import assert_same_weights, quiet, weights
+from train_fixtures import assert_same_weights, quiet, train_until, weights
 from transformers import (
     AutoModelForSequenceClassification,
     DebertaV2Config,
@@ -87,17 +87,7 @@ def test_a_classifier_that_stops_goes_on_as_if_it_had_not(
     run = {"save_every": 2, "accumulation": 2}
     recipes = [classify(place, tmp_path / name, method=method, run=run) for name in ("whole", "stopped")]
     train(recipes[0], console=quiet())
-    compute_loss = RunTrainer.compute_loss
-
-    def stop(self: RunTrainer, *args: Any, **options: Any) -> Any:
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return compute_loss(self, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunTrainer, "compute_loss", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipes[1], console=quiet())
+    train_until(recipes[1], step=3, monkeypatch=monkeypatch)
     train(recipes[1], console=quiet(), resume=True)
     assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
     assert json.loads((tmp_path / "stopped" / "run.json").read_text())["resumed_from"] == "step-2"

@@ -28,8 +28,6 @@ from train_fixtures import (
     parse,
     quiet,
     weights,
-    write_model,
-    write_sums,
 )
 
 from gradselect import UsageError
@@ -45,15 +43,6 @@ from gradselect.files.manifest import verify
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a model and data; no test changes it."""
-    folder = tmp_path_factory.mktemp("place")
-    write_model(folder / "model")
-    write_sums(folder / "sums.jsonl")
-    return folder
 
 
 # Steps that come to no number ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from classification_fixtures import classify, write_place
-from train_fixtures import assert_same_weights, build, parse, quiet, weights, write_model, write_sums
+from train_fixtures import assert_same_weights, build, parse, quiet, train_until, weights, write_model, write_sums
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from gradselect import SparseOptimizer, UsageError
@@ -111,17 +111,7 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(
         for out in ("whole", "stopped")
     ]
     train(recipes[0], console=quiet())
-    compute_loss = RunTrainer.compute_loss
-
-    def stop(self: RunTrainer, *args: Any, **options: Any) -> Any:
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return compute_loss(self, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunTrainer, "compute_loss", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipes[1], console=quiet())
+    train_until(recipes[1], step=3, monkeypatch=monkeypatch)
     train(recipes[1], console=quiet(), resume=True)
     assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
     records = [(tmp_path / out / "records.jsonl").read_text() for out in ("whole", "stopped")]

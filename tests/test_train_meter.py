@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_fixtures import ADAGRADSELECT, build, parse, quiet, write_model, write_sums
+from train_fixtures import ADAGRADSELECT, build, parse, quiet
 
 import gradselect as gs
 from gradselect.app.train import train
@@ -146,14 +146,6 @@ def test_times_of_steps_are_averaged_not_their_speed_ups() -> None:
 
 
 # Whole runs ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    write_model(folder / "model")
-    write_sums(folder / "sums.jsonl")
-    return folder
 
 
 def run(place: Path, output: Path, **sections: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_fixtures import build, parse, quiet, weights, write_model, write_sums
+from train_fixtures import build, parse, quiet, weights
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gradselect import UsageError
@@ -38,14 +38,6 @@ def require(package: str) -> None:
         importlib.import_module(package)
     except ImportError as error:
         pytest.skip(f"{package} cannot be used ({error}): pip install 'gradselect[peers]'")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    write_model(folder / "model")
-    write_sums(folder / "sums.jsonl")
-    return folder
 
 
 def run(place: Path, output: Path, **sections: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from answer_support import preference_recipe, prompt_recipe, write_place
-from train_fixtures import ADAGRADSELECT, assert_same_weights, quiet
+from train_fixtures import ADAGRADSELECT, assert_same_weights, quiet, train_until
 
 from gradselect import UsageError
 from gradselect.app.inputs import read_inputs
@@ -20,7 +20,6 @@ from gradselect.app.train import build_trainer, train
 from gradselect.app.train.preference_trainers import DpoTrainer
 from gradselect.app.train.rewards import load_function, make_rewards
 from gradselect.app.train.sampling_trainers import PromptSampler
-from gradselect.app.train.trainer import RunTrainer
 
 pytestmark = [
     # trl and peft use names that transformers has replaced since.
@@ -75,17 +74,7 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(
         recipe_of(kind, place, tmp_path / name, method=method, run=run, data=data) for name in ("whole", "stopped")
     ]
     train(recipes[0], console=quiet())
-    compute_loss = RunTrainer.compute_loss
-
-    def stop(self: RunTrainer, *args: Any, **options: Any) -> Any:
-        if self.state.global_step == 3 and self.model.training:
-            raise KeyboardInterrupt
-        return compute_loss(self, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunTrainer, "compute_loss", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipes[1], console=quiet())
+    train_until(recipes[1], step=3, monkeypatch=monkeypatch)
     train(recipes[1], console=quiet(), resume=True)
     whole, stopped = (record(tmp_path / name) for name in ("whole", "stopped"))
     assert stopped["resumed_from"] == "step-3"

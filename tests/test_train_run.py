@@ -35,15 +35,6 @@ from gradselect.app.train.trainer import RunTrainer
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a model and data; no test changes it."""
-    folder = tmp_path_factory.mktemp("place")
-    write_model(folder / "model")
-    write_sums(folder / "sums.jsonl")
-    return folder
-
-
 # What comes out --------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from rich.console import Console
@@ -18,6 +19,7 @@ from gradselect.app.inputs import Inputs, read_inputs
 from gradselect.app.recipe import Recipe
 from gradselect.app.recipe.load import parse_recipe
 from gradselect.app.runtime.run_folder import RunFolder
+from gradselect.app.train import train
 from gradselect.app.train.setup import build_trainer
 from gradselect.app.train.trainer import RunTrainer
 
@@ -134,6 +136,21 @@ def build(folder: Path, output: Path, **sections: dict[str, Any]) -> tuple[RunTr
     recipe = parse(folder, **{**sections, "run": {"output": str(output), **sections.get("run", {})}})
     inputs = read_inputs(recipe)
     return build_trainer(recipe, inputs, folder=RunFolder(output)), inputs
+
+
+def train_until(recipe: Recipe, *, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the recipe until something interrupts it in the forward pass behind this step."""
+    compute_loss = RunTrainer.compute_loss
+
+    def stop(self: RunTrainer, *args: Any, **options: Any) -> Any:
+        if self.state.global_step == step and self.model is not None and self.model.training:
+            raise KeyboardInterrupt
+        return compute_loss(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTrainer, "compute_loss", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, console=quiet())
 
 
 def quiet() -> Console:

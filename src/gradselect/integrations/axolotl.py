@@ -15,8 +15,8 @@ from axolotl.integrations.base import BasePlugin  # pyright: ignore[reportMissin
 from pydantic import BaseModel, field_validator, model_validator
 
 from gradselect import UsageError
+from gradselect.integrations.section import parse_section
 from gradselect.integrations.transformers import SelectiveTraining
-from gradselect.methods import AbstractMethod, parse_selection
 
 KEY = "gradselect"
 
@@ -44,7 +44,7 @@ class SelectiveArguments(BaseModel):
     @classmethod
     def _check_section(cls, value: Any) -> Any:
         if value is not None:
-            parse_section(value)
+            parse_section(value, key=KEY)
         return dict(value) if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
@@ -74,27 +74,5 @@ class SelectivePlugin(BasePlugin):
         return f"{SelectiveArguments.__module__}.{SelectiveArguments.__name__}"
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        method, jsonl = parse_section(cfg[KEY])
+        method, jsonl = parse_section(cfg[KEY], key=KEY)
         SelectiveTraining(method=method, jsonl=jsonl).attach(trainer)
-
-
-def parse_section(section: Any) -> tuple[AbstractMethod, str | None]:
-    """Return the method of the section and the file for the records.
-
-    Args:
-        section: keys of a method and `jsonl`; or the name of a method alone.
-
-    Raises:
-        UsageError: one line for each wrong key or value.
-
-    Example:
-        >>> parse_section({"name": "uniform", "count": 2, "jsonl": "selection.jsonl"})[1]
-        'selection.jsonl'
-    """
-    if not isinstance(section, Mapping):
-        return parse_selection(section, key=KEY), None
-    values = dict(section)
-    jsonl = values.pop("jsonl", None)
-    if jsonl is not None and not isinstance(jsonl, str):
-        raise UsageError(f"{KEY}.jsonl={jsonl!r} is no file; write e.g. {KEY}.jsonl: selection.jsonl")
-    return parse_selection(values, key=KEY), jsonl

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import yaml
 from omegaconf import OmegaConf  # pyright: ignore[reportMissingImports]
 from omegaconf.errors import OmegaConfBaseException  # pyright: ignore[reportMissingImports]
 
-from gradselect.methods import AbstractSelectionMethod, parse_selection
+from gradselect.integrations.section import parse_section
+from gradselect.methods import AbstractSelectionMethod
 from gradselect.usage import UsageError
 
 SECTION = "gradselect"
@@ -54,19 +55,10 @@ def read_sections(path: Path, words: Sequence[str]) -> Sections:
             f"{path} has no section '{SECTION}', so nothing says what to select; add {EXAMPLE}, or train all of the "
             "model with llamafactory-cli"
         )
-    method, jsonl = read_method(values.pop(SECTION))
+    method, jsonl = parse_section(values.pop(SECTION), key=SECTION)
     if jsonl is not None:
         _make_folder(jsonl)
     return Sections(arguments=values, method=method, jsonl=jsonl)
-
-
-def read_method(section: Any, *, key: str = SECTION) -> tuple[AbstractSelectionMethod, str | None]:
-    """Return method and file for records of a section."""
-    keys = dict(section) if isinstance(section, Mapping) else section
-    jsonl = keys.pop("jsonl", None) if isinstance(keys, dict) else None
-    if jsonl is not None and not isinstance(jsonl, str):
-        raise UsageError(f"{key}.jsonl={jsonl!r} is no file name; write e.g. {key}.jsonl=selection.jsonl")
-    return parse_selection(keys, key=key), jsonl
 
 
 def _make_folder(jsonl: str) -> None:

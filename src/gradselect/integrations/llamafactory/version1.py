@@ -22,10 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from gradselect import BlockOptimizer, JsonlWriter, SparseOptimizer
 from gradselect.integrations.callers import caller_of
 from gradselect.integrations.reporting import say_explore_steps, summarise
+from gradselect.integrations.section import parse_section
 from gradselect.integrations.transformers import checkpoint_selected
 from gradselect.usage import UsageError
 
-from .sections import SECTION, Sections, read_method
+from .sections import SECTION, Sections
 
 KEY = "optim_config"
 KEYS = ("method", "jsonl", "lr", "weight_decay", "betas", "eps")
@@ -57,7 +58,7 @@ def make_optimizer(model: nn.Module, config: Mapping[str, Any]) -> BlockOptimize
             can be selected.
     """
     _check_keys(config)
-    method, _ = read_method(config["method"], key=f"{KEY}.method")
+    method, _ = parse_section(config["method"], key=f"{KEY}.method")
     given = {name: config[name] for name in _OPTIONS if name in config}
     trainer = caller_of(BaseTrainer)
     if trainer is None:

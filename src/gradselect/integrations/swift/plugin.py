@@ -12,9 +12,9 @@ from typing import Any
 from swift.callbacks import callbacks_map  # pyright: ignore[reportMissingImports]
 from swift.optimizers import optimizers_map  # pyright: ignore[reportMissingImports]
 
+from gradselect.integrations.section import parse_section
 from gradselect.integrations.transformers import SelectiveTraining
 from gradselect.integrations.words import read_words
-from gradselect.methods import parse_selection
 from gradselect.usage import UsageError
 
 NAME = "gradselect"
@@ -33,9 +33,8 @@ def _make_callback(args: Any) -> SelectiveTraining:
     if others:
         raise UsageError(f"{others[0]} and gradselect both choose what is trained; leave one of them out")
     _shorten_backward(args)
-    keys = read_words(args.optim_args or "", source=SOURCE)
-    jsonl = keys.pop("jsonl", None)
-    return SelectiveTraining(jsonl=jsonl, method=parse_selection(keys, key=SOURCE))
+    method, jsonl = parse_section(read_words(args.optim_args or "", source=SOURCE), key=SOURCE)
+    return SelectiveTraining(jsonl=jsonl, method=method)
 
 
 def _shorten_backward(args: Any) -> None:
