@@ -5,6 +5,7 @@ import io
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.nn import Parameter
@@ -55,6 +56,28 @@ def through_torch(state: object) -> dict[str, object]:
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+@dataclass(eq=False)
+class Measured(AbstractPolicy):
+    """Top-k of every step's own measure."""
+
+    kind: str
+
+    def start(self):
+        pass
+
+    def measured(self):
+        return self.kind
+
+    def propose(self, step):
+        return None
+
+    def keep_at(self, step):
+        return 2
+
+    def score(self, step, block, norm):
+        return norm
 
 
 def take_step(policy: AbstractPolicy, step: int, norms: dict[str, float]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_support import Failure, TinyModel, launch, rows, succeed, tiny, train, whole
+from policy_support import Measured
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -25,6 +26,8 @@ from gradselect.integrations import distributed
 from gradselect.parallel.wrappers import check_placement
 
 STEPS = 30
+
+
 POLICIES = {
     "all": gs.All(),
     "fixed": gs.Fixed(("layer.1", "norm")),
@@ -33,6 +36,8 @@ POLICIES = {
     "grad_norm": gs.GradNormTopK(count=2),
     "adagradselect": gs.AdaGradSelect(count=2, explore_steps=40, delta=5.0, rank_by="step"),
     "misa": gs.MISA(share=0.5, every=3),
+    "l1": Measured("l1"),
+    "taylor": Measured("taylor"),
 }
 WRAPPED = [
     *(("fully_shard", policy) for policy in POLICIES),
@@ -40,6 +45,7 @@ WRAPPED = [
     ("replicate", "cyclic"),
     ("ddp", "adagradselect"),
     ("ddp", "cyclic"),
+    ("ddp", "taylor"),
     ("ddp afterwards", "uniform"),
 ]
 MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 
 import pytest
 import torch
+from policy_support import Measured
 from tiny_models import tiny_batch, tiny_llama, tiny_mixtral
 from torch import nn
 
 import gradselect as gs
 from gradselect.blocks.observer import GradientObserver
+from gradselect.core import gradients
 from gradselect.core.freezing import Ownership
 from gradselect.core.gradients import gradient_norm
-from gradselect.reference import block_norms, top_blocks
+from gradselect.reference import SelectiveAdamW, block_norms, top_blocks
 
 
 def backward(model, *, seed=0):
@@ -55,6 +58,63 @@ def test_norms_equal_the_readable_twin(build):
     backward(model)
     backward(twin)
     assert observer.norms() == pytest.approx(block_norms(gs.partition(twin)), rel=1e-5)
+
+
+@pytest.mark.parametrize("measure", ["l2", "l1", "taylor"])
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_each_measure_equals_the_readable_twin(measure, passes):
+    """One pass as announced, an accumulation window, and one pass more than announced, which is measured anew."""
+    model, twin = tiny_llama(), tiny_llama()
+    observer, _ = observer_of(model, measure=measure, accumulation_steps=min(passes, 2))
+    for number in range(passes):
+        backward(model, seed=number)
+        backward(twin, seed=number)
+    observer.finish_window()
+    assert observer.norms() == pytest.approx(block_norms(gs.partition(twin), measure=measure), rel=1e-5)
+
+
+@pytest.mark.parametrize("measure", ["l1", "taylor"])
+def test_a_policy_selects_by_its_measure_and_records_say_so(measure, tmp_path):
+    """Each step has a loss of its own scale, which the gradient scaler's scale must not change."""
+    model, twin = tiny_llama(), tiny_llama()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = gs.BlockOptimizer(model, Measured(measure), lr=1e-2, grad_scaler=scaler)
+    optimizer.add_record_hook(gs.JsonlWriter(tmp_path / "selection.jsonl"))
+    by_hand = SelectiveAdamW(gs.partition(twin), Measured(measure).bind(gs.partition(twin)), lr=1e-2)
+    for step in range(3):
+        scaler.scale(model(**tiny_batch(model, seed=step)).loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        backward(twin, seed=step)
+        norms = block_norms(gs.partition(twin), measure=measure)
+        assert optimizer.last_record.selected == by_hand.step()
+        assert optimizer.last_record.norms == pytest.approx(norms, rel=1e-4)
+        twin.zero_grad()
+    assert optimizer.last_record.measure == measure
+    assert {json.loads(line)["measure"] for line in (tmp_path / "selection.jsonl").read_text().splitlines()} == {
+        measure
+    }
+
+
+def test_records_of_the_l2_norm_stay_as_they_were(tmp_path):
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=1), lr=1e-2)
+    optimizer.add_record_hook(gs.JsonlWriter(tmp_path / "selection.jsonl"))
+    backward(model)
+    optimizer.step()
+    assert "measure" not in json.loads((tmp_path / "selection.jsonl").read_text())
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (7,), (), (0, 3), (2, 3, 4)])
+def test_measures_in_chunks_equal_those_of_the_whole(shape, monkeypatch):
+    monkeypatch.setattr(gradients, "CHUNK", 4)
+    generator = torch.Generator().manual_seed(0)
+    parameter = nn.Parameter(torch.randn(shape, generator=generator).bfloat16())
+    parameter.grad = torch.randn(shape, generator=generator).bfloat16()
+    product = parameter.detach().float() * parameter.grad.float()
+    assert gradient_norm([parameter], measure="l1") == pytest.approx(float(parameter.grad.float().abs().sum()))
+    assert gradient_norm([parameter], measure="taylor") == pytest.approx(float(product.abs().sum()))
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2, 6, 7])

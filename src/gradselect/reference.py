@@ -10,15 +10,20 @@ import torch
 from torch import Tensor
 
 from gradselect.blocks import AbstractPolicy
-from gradselect.core import Block
+from gradselect.core import Block, Measure
 
 
-def block_norms(blocks: Sequence[Block]) -> dict[str, float]:
-    """Return ||g_b||_2 of every block, from complete gradients; twin of the norms taken in backward hooks."""
+def block_norms(blocks: Sequence[Block], *, measure: Measure = "l2") -> dict[str, float]:
+    """Return the norm of every block's gradient, from complete gradients; twin of those taken in backward hooks."""
     norms = {}
     for block in blocks:
-        squares = [p.grad.double().square().sum().item() for p in block.parameters if p.grad is not None]
-        norms[block.name] = math.sqrt(sum(squares))
+        pairs = [(p.grad.double(), p.detach().double()) for p in block.parameters if p.grad is not None]
+        if measure == "l2":
+            norms[block.name] = math.sqrt(sum(gradient.square().sum().item() for gradient, _ in pairs))
+        elif measure == "l1":
+            norms[block.name] = sum(gradient.abs().sum().item() for gradient, _ in pairs)
+        else:
+            norms[block.name] = sum((weight * gradient).abs().sum().item() for gradient, weight in pairs)
     return norms
 
 
@@ -65,7 +70,7 @@ class SelectiveAdamW:
         selected = self.policy.propose(self.num_steps)
         norms = {}
         if selected is None:
-            norms = block_norms(self.blocks)
+            norms = block_norms(self.blocks, measure=self.policy.measured())
             selected = self.policy.decide(self.num_steps, norms)
         for block in self.blocks:
             if block.name in selected:

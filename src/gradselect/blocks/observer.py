@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
@@ -14,13 +16,14 @@ from gradselect.core import (
     SELECTION,
     AbstractGradientHooks,
     BackwardPasses,
+    Measure,
     Ownership,
     Phases,
     gradient_norm,
     in_phase,
     norm_of,
 )
-from gradselect.parallel import SquareSums
+from gradselect.parallel import NormSums
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +31,9 @@ Score = Callable[[str, float], float]
 
 
 class GradientObserver(AbstractGradientHooks):
-    """Measures ||g_b||_2 of each watched block b when its last gradient has arrived.
+    """Measures ||g_b||_2, or another `measure`, of each watched block b when its last gradient has arrived.
+
+    All measures are called norms here: they grow linearly with the gradient, and are finite if it is.
 
     With `stream`, only the blocks of the `keep` largest scores so far keep gradients (*streaming top-k*): when a block
     completes, the worst of the best `keep + 1` is freed at once. The backward pass visits one block after the other, so
@@ -47,6 +52,7 @@ class GradientObserver(AbstractGradientHooks):
     Args:
         blocks: parameters of each block, by block name, in model order.
         ownership: of the optimizer.
+        measure: taken of gradients. "taylor" reads the weights as they are in the pass, before the update.
         accumulation_steps: backward passes before an optimizer step; gradients are measured in the last, see
             `AbstractGradientHooks`.
         grad_scaler: scales the loss, or None; norms are divided by its scale.
@@ -60,6 +66,7 @@ class GradientObserver(AbstractGradientHooks):
         blocks: Mapping[str, Sequence[Parameter]],
         ownership: Ownership,
         *,
+        measure: Measure = "l2",
         accumulation_steps: int = 1,
         grad_scaler: GradScaler | None = None,
         is_one_of_many: bool = False,
@@ -74,7 +81,9 @@ class GradientObserver(AbstractGradientHooks):
         self._score: Score | None = None
         self._keep = 0
         self._has_said_late = False
-        self._sums = SquareSums(gradient_norm) if is_one_of_many else None
+        self._measure: Measure = measure
+        norm = partial(gradient_norm, measure=measure)
+        self._sums = NormSums(norm, adds_squares=measure == "l2") if is_one_of_many else None
         self.follow(blocks)
 
     def follow(self, blocks: Mapping[str, Sequence[Parameter]]) -> None:
@@ -144,7 +153,7 @@ class GradientObserver(AbstractGradientHooks):
             parameter.grad = None
         elif self._is_last_pass() and self._sums is None:
             # Measure now: an update inside the backward pass frees the gradient next.
-            self._parts[parameter] = norm_of(parameter)
+            self._parts[parameter] = norm_of(parameter, measure=self._measure)
             self._incomplete[name] -= 1
             if self._incomplete[name] == 0:
                 with self._phases(SELECTION):
@@ -161,7 +170,7 @@ class GradientObserver(AbstractGradientHooks):
         elif self._is_late:
             self._take_late_pass()
         elif self._num_counted >= self.accumulation_steps:  # the window may end here
-            self._so_far = {name: gradient_norm(self._blocks[name]) / self._scale() for name in self._watched}
+            self._so_far = {name: self._norm(name) / self._scale() for name in self._watched}
 
     def _end_shared_pass(self) -> None:
         """Measure local parts after every pass, because only the wrapper knows in which pass it averages."""
@@ -228,7 +237,10 @@ class GradientObserver(AbstractGradientHooks):
         return self._known_scale
 
     def _complete(self, name: str, *, scale: float) -> None:
-        self._take(name, gradient_norm(self._blocks[name], known=self._parts) / scale)
+        self._take(name, self._norm(name, known=self._parts) / scale)
+
+    def _norm(self, name: str, *, known: Mapping[Parameter, Tensor] = MappingProxyType({})) -> Tensor:
+        return gradient_norm(self._blocks[name], measure=self._measure, known=known)
 
     def _take(self, name: str, norm: Tensor) -> None:
         self._norms[name] = norm

@@ -141,6 +141,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             moved_bytes=self._states.moved_bytes,
             selection_entropy=selection_entropy({name: self._update_counts[name] for name in self.policy.names}),
             norms=norms,
+            measure=self.policy.measured(),
             refreshed=self._states.take_refreshed(),
         )
         self._step += 1
@@ -225,6 +226,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self._hooks = self._observer = GradientObserver(
             self._parameters_by_block(),
             self._ownership,
+            measure=self.policy.measured(),
             accumulation_steps=accumulation_steps,
             grad_scaler=grad_scaler,
             is_one_of_many=self._agreement is not None,

@@ -26,13 +26,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
-from gradselect.core import Block
+from gradselect.core import Block, Measure
 from gradselect.usage import UsageError, check_positive, check_whole
 
 from .partitioning import resolve_names
 
 Norms = Mapping[str, float]
-"""L2 norm of each observed block's gradient, by block name."""
+"""L2 norm, or the policy's own measure, of each observed block's gradient, by block name."""
 
 
 @dataclass(eq=False)
@@ -48,6 +48,8 @@ class AbstractPolicy(ABC):
             reach, and puts back those that it reaches again; the state of a block that is out stays.
         num_elements: number of entries of each block, by block name.
         method_name: `method.name` in recipes that use it. None: no method is just this policy.
+        measure: number that "norms" hold: "l2" sqrt(sum g^2), "l1" sum |g|, for Adam's first-order gain lr |g|_1, or
+            "taylor" sum |w g|.
 
     Example:
         A policy that trains the last block only:
@@ -66,6 +68,7 @@ class AbstractPolicy(ABC):
     """
 
     method_name: ClassVar[str | None] = None
+    measure: ClassVar[Measure] = "l2"
 
     candidates: tuple[Block, ...] = field(default=(), init=False, repr=False)
     num_elements: Mapping[str, int] = field(default_factory=dict, init=False, repr=False)
@@ -99,13 +102,17 @@ class AbstractPolicy(ABC):
         raise AssertionError(f"{type(self).__name__} proposed no observation at step {step}")
 
     def score(self, step: int, block: str, norm: float) -> float:
-        """Score of `block` in the decision of `step`, given the L2 norm of its gradient; larger is better."""
+        """Score of `block` in the decision of `step`, given the norm of its gradient; larger is better."""
         raise AssertionError(f"{type(self).__name__} proposed no observation at step {step}")
 
     def decide(self, step: int, norms: Norms) -> tuple[str, ...]:
         """Return the `keep_at(step)` blocks of largest score, in model order. Called if `propose(step)` was None."""
         scores = {name: self.score(step, name, norms[name]) for name in self.names}
         return largest(self.names, scores, self.keep_at(step))
+
+    def measured(self) -> Measure:
+        """Return the measure of gradients that the optimizer takes: `measure`, unless the settings choose one."""
+        return self.measure
 
     def observes_selected(self, step: int) -> bool:
         """True if `commit` needs the norms of the selected blocks at a step whose selection was proposed."""

@@ -5,7 +5,7 @@ from .adamw_8bit import AdamW8bitRule
 from .block import Block
 from .checkpoint_identity import NOT_OF_A_GROUP, as_text, check_present, check_same, selection_of, states_by_name
 from .freezing import Ownership, freeze, is_frozen_for_now, settle
-from .gradients import AbstractGradientHooks, dense, gradient_norm, norm_of, squared_norm
+from .gradients import AbstractGradientHooks, Measure, dense, gradient_norm, norm_of, squared_norm
 from .history import BlockHistory, EntryHistory, merge_orders, read_history
 from .masters import agrees, take_over
 from .optimizer import SelectiveOptimizer
@@ -50,6 +50,7 @@ __all__ = [
     "JsonlWriter",
     "Keep",
     "MaskRecord",
+    "Measure",
     "MemoryBytes",
     "Offload",
     "OutputProbes",

@@ -1,10 +1,11 @@
-"""Gradient norms, and hooks that see each gradient as it is accumulated."""
+"""Measures of gradients, and hooks that see each gradient as it is accumulated."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,14 @@ from gradselect.usage import UsageError
 from .freezing import Ownership, is_frozen_for_now
 from .hooks import remove_all, remove_with, weak_hook
 from .passes import BackwardPasses, at_end_of_pass
+
+Measure = Literal["l2", "l1", "taylor"]
+"""Number that a block's gradient g is measured by, w being its weights: "l2" sqrt(sum g^2), "l1" sum |g|, "taylor"
+sum |w g|."""
+
+CHUNK = 2**24
+"""Entries of a gradient that are summed at once: a sum in fp32 of many more stalls, and products with weights need
+memory."""
 
 PATIENCE = 8
 """Windows in a row with fewer backward passes than expected, after which fewer are expected."""
@@ -136,7 +145,10 @@ def _free(parameter: Parameter) -> None:
 
 
 def gradient_norm(
-    parameters: Sequence[Parameter], *, known: Mapping[Parameter, Tensor] = MappingProxyType({})
+    parameters: Sequence[Parameter],
+    *,
+    measure: Measure = "l2",
+    known: Mapping[Parameter, Tensor] = MappingProxyType({}),
 ) -> Tensor:
     """L2 norm, in fp32, of the gradients of `parameters` as one vector; 0.0 without any gradient. Shape ().
 
@@ -144,19 +156,21 @@ def gradient_norm(
 
     Args:
         parameters: for example those of one block.
-        known: norms measured before; their gradients may be gone.
+        measure: taken instead of the L2 norm; "taylor" reads the weights as they are now.
+        known: the same measure of some parameters, taken before; their gradients may be gone.
 
     Raises:
         UsageError: a gradient is sparse.
     """
     norms = [
-        known[parameter] if parameter in known else norm_of(parameter)
+        known[parameter] if parameter in known else norm_of(parameter, measure=measure)
         for parameter in parameters
         if parameter in known or parameter.grad is not None
     ]
     if not norms:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    stacked = torch.stack([norm.to(norms[0].device) for norm in norms])
+    return torch.linalg.vector_norm(stacked) if measure == "l2" else stacked.sum()
 
 
 def total_norm(parameters: Iterable[Parameter]) -> float:
@@ -172,11 +186,30 @@ def total_norm(parameters: Iterable[Parameter]) -> float:
     return float(total(squares).sqrt())
 
 
-def norm_of(parameter: Parameter) -> Tensor:
-    """L2 norm, in fp32, of the local part of an existing gradient. Shape ()."""
+@torch.no_grad()
+def norm_of(parameter: Parameter, *, measure: Measure = "l2") -> Tensor:
+    """L2 norm or another measure, in fp32, of the local part of an existing gradient. Shape ()."""
     assert parameter.grad is not None
     dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return torch.linalg.vector_norm(dense(local_part(parameter.grad)), dtype=dtype).float()
+    gradient = dense(local_part(parameter.grad))
+    if measure == "l2":
+        return torch.linalg.vector_norm(gradient, dtype=dtype).float()
+    factors = (gradient, local_part(parameter)) if measure == "taylor" else (gradient,)
+    chunks = zip(*map(_chunks, factors), strict=True)
+    sums = [_absolute_sum(*several, dtype=dtype) for several in chunks]
+    return torch.stack(sums).sum().float()
+
+
+def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Cut along the first dimension into parts of about `CHUNK` entries."""
+    if tensor.ndim == 0 or tensor.numel() == 0:
+        return (tensor,)
+    return tensor.split(max(1, CHUNK * len(tensor) // tensor.numel()))
+
+
+def _absolute_sum(gradient: Tensor, weight: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
+    product = gradient if weight is None else gradient.to(dtype) * weight
+    return torch.linalg.vector_norm(product, ord=1, dtype=dtype)
 
 
 def squared_norm(gradient: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any, TypedDict
 from gradselect.files import write_atomically
 from gradselect.usage import UsageError
 
+from .gradients import Measure
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +45,9 @@ class StepRecord:
         state_bytes: bytes of optimizer state and masters on the model's device during the update.
         moved_bytes: bytes of state and masters that moved between device and host for this step, both directions.
         selection_entropy: evenness of the updates so far over the policy's candidates, in [0, 1].
-        norms: L2 norm of the gradient of each observed block, by block; empty if none was observed.
+        norms: norm of the gradient of each observed block, by block; empty if none was observed.
+        measure: kind of these norms: "l2", or the policy's own, "l1" (sum |g|) or "taylor" (sum |w g|). A file of
+            records names it only if it is not "l2".
         refreshed: blocks whose master weights were set to weights that something else had changed before this step.
 
     Example:
@@ -64,6 +68,7 @@ class StepRecord:
     moved_bytes: int
     selection_entropy: float
     norms: Mapping[str, float] = field(default_factory=dict)
+    measure: Measure = "l2"
     refreshed: tuple[str, ...] = ()
 
 
@@ -178,7 +183,10 @@ class JsonlWriter:
 
 def _as_json(record: StepRecord | MaskRecord) -> dict[str, Any]:
     """Return the record as plain values; NaN and infinity, which JSON lacks, become None."""
-    return {key: _finite(value) for key, value in asdict(record).items()}
+    values = asdict(record)
+    if values.get("measure") == "l2":
+        del values["measure"]  # of most policies: their files stay as they were
+    return {key: _finite(value) for key, value in values.items()}
 
 
 def _finite(value: Any) -> Any:

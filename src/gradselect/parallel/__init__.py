@@ -1,7 +1,7 @@
 """Several ranks: local parts of tensors, exact sums, agreement of ranks, data-parallel wrappers."""
 
 from .agreement import RankAgreement, check_alike
-from .sums import SquareSums, sum_over_ranks, total
+from .sums import NormSums, sum_over_ranks, total
 from .tensors import (
     Groups,
     as_dtensor,
@@ -21,8 +21,8 @@ from .wrappers import check_module, check_placement, unwrapped, unwrapping
 
 __all__ = [
     "Groups",
+    "NormSums",
     "RankAgreement",
-    "SquareSums",
     "as_dtensor",
     "check_alike",
     "check_module",

@@ -12,27 +12,32 @@ from torch.nn import Parameter
 from .tensors import Groups, collective_device, naming_the_collective, shard_groups
 
 
-class SquareSums:
+class NormSums:
     """Gradient norms of named sets of parameters, summed first over local parts, then over ranks.
 
     Args:
-        norm: returns the L2 norm, shape (), of the local gradients of some parameters.
+        norm: returns the norm, shape (), of the local gradients of some parameters.
+        adds_squares: True for an L2 norm, of which squares add up; False for one that adds up itself, as an L1 norm.
     """
 
-    def __init__(self, norm: Callable[[Sequence[Parameter]], Tensor]) -> None:
+    def __init__(self, norm: Callable[[Sequence[Parameter]], Tensor], *, adds_squares: bool) -> None:
         self._norm = norm
+        self._adds_squares = adds_squares
         self._sums: dict[str, dict[Groups, Tensor]] = {}
 
     def measure(self, name: str, parameters: Sequence[Parameter], *, scale: float) -> None:
-        """Store the local sum of squares of the gradients divided by `scale`, replacing an earlier one of this name."""
+        """Store what adds up, of the gradients divided by `scale`, replacing an earlier number of this name."""
         apart: dict[Groups, list[Parameter]] = {}
         for parameter in parameters:
             apart.setdefault(shard_groups(parameter), []).append(parameter)
         # In fp64, so that the root is exactly the norm that a single rank would find.
         self._sums[name] = {
-            groups: (self._norm(several).to(collective_device(several[0])).double() / scale).square()
+            groups: self._summand(self._norm(several).to(collective_device(several[0])).double() / scale)
             for groups, several in apart.items()
         }
+
+    def _summand(self, norm: Tensor) -> Tensor:
+        return norm.square() if self._adds_squares else norm
 
     def __contains__(self, name: str) -> bool:
         return name in self._sums
@@ -57,7 +62,8 @@ class SquareSums:
                 totals += sums
             if any(_size(groups) < dist.get_world_size() for groups in shardings):
                 dist.broadcast(totals, src=0)
-        return dict(zip(names, totals.sqrt().float().tolist(), strict=True))
+        norms = totals.sqrt() if self._adds_squares else totals
+        return dict(zip(names, norms.float().tolist(), strict=True))
 
 
 def sum_over_ranks(parts: Mapping[Groups, Tensor], *, device: torch.device) -> Tensor:
