@@ -24,6 +24,7 @@ from gradselect.masks import GMT, ID3, LIFT, BitFit, StaticMask, TopGradient, sa
 from gradselect.plain_data import method
 from gradselect.planning import plan
 from gradselect.policies import MISA, AdaGradSelect, All, Cyclic, Fixed, GradNormTopK, Uniform
+from gradselect.slices import join_slices
 from gradselect.usage import UsageError
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "TorchRule",
     "Uniform",
     "UsageError",
+    "join_slices",
     "method",
     "partition",
     "plan",

@@ -27,7 +27,7 @@ from . import checkpoint
 from .backward_updates import BackwardUpdates
 from .compile_check import UnreachedBlocks
 from .observer import GradientObserver
-from .partitioning import check_partition, partition, resolve_names
+from .partitioning import check_partition, resolve_names, whole_layers
 from .policy import AbstractPolicy
 from .reach import Reach
 from .set_up import bind_policy, check_model, check_window, warn_of_dropped_masters
@@ -211,7 +211,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         update = UpdateSettings.of(locals())
         check_window(accumulation_steps, grad_scaler, in_backward=update_in_backward, skips=skip_nonfinite)
         model = check_model(model, update.rule)
-        blocks = partition(model) if blocks is None else check_partition(model, blocks)
+        blocks = whole_layers(model) if blocks is None else check_partition(model, blocks)
         warn_of_dropped_masters(blocks, update)
         self._always = resolve_names(blocks, always)
         self.policy = bind_policy(policy, model, blocks, always=self._always)

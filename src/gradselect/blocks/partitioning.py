@@ -5,23 +5,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 from torch.nn import Parameter
 
 from gradselect.core import Block, can_train, is_frozen_for_now, nothing_trains, settle
 from gradselect.parallel import check_module
-from gradselect.usage import UsageError, as_tuple, matches_any, matching, nearest, parent
+from gradselect.slices import check_whole_layers, sliced_linears
+from gradselect.usage import UsageError, as_tuple, check_one_of, matches_any, matching, nearest, parent
 
+from .slicing import DEFAULT_PARTS, check_parts, slice_layers, slice_names
 from .structure import Layout, Place
+
+By = Literal["layer", "matrix", "columns", "rows"]
+"""Size of a block."""
 
 Patterns = Mapping[str, str | Sequence[str]]
 """Block name -> a glob, or several, on parameter names."""
 
 
 def partition(
-    model: nn.Module, *, by: Literal["layer", "matrix"] = "layer", patterns: Patterns | None = None
+    model: nn.Module, *, by: By = "layer", parts: int | None = None, patterns: Patterns | None = None
 ) -> tuple[Block, ...]:
     """Divide the parameters that train among blocks: each stands in exactly one.
 
@@ -46,6 +51,13 @@ def partition(
         by: "matrix" divides the layers further: a tensor of two or more dimensions is a block, with the 1-D tensors of
             its module, under the module's name ("layer.3.self_attn.q_proj"), or under its own if the module holds
             several ("layer.3.mlp.experts.down_proj"). The other 1-D tensors of a layer are "layer.3.vectors".
+            "columns" and "rows" cut the weight of every plain `nn.Linear` in the layers, **in place**, into `parts`
+            ranges of columns or rows: "layer.3.columns.0" holds the first range of each of them. The 1-D tensors of a
+            layer are "layer.3.vectors", other matrices are blocks as with "matrix". The layers stay the same objects,
+            the forward pass and state dicts are those of the plain model, and `gradselect.join_slices` undoes it. Cut
+            before DistributedDataParallel wraps the model. Called again with the same `parts` it only returns the
+            blocks. docs/slices.md says more.
+        parts: number of ranges, for "columns" and "rows". Default 8. Their sizes differ by at most one.
         patterns: blocks of the user's own. What matches the globs of an entry forms the block of that name, the first
             entry wins, and the rest is divided as above. Any of the names of a tied tensor stands for it.
 
@@ -54,20 +66,27 @@ def partition(
 
     Raises:
         UsageError: nothing trains; there are no repeated layers and `patterns` does not name every parameter; a pattern
-            matches nothing, or its block gets nothing; a name in `patterns` is also that of a block of the rest.
+            matches nothing, or its block gets nothing; a name in `patterns` is also that of a block of the rest. For
+            slices: a layer has no plain `nn.Linear`, all have fewer columns or rows than `parts`, the model is sharded
+            or wrapped, or an optimizer holds it.
 
     Example:
         >>> layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
         >>> [block.name for block in partition(nn.ModuleDict({"tokens": nn.Embedding(3, 2), "layers": layers}))]
         ['embedding', 'layer.0', 'layer.1']
     """
-    if by not in ("layer", "matrix"):
-        raise UsageError(f'by={by!r} is unknown; write by="layer" or by="matrix"')
+    check_one_of("by", by, get_args(By))
+    check_parts(parts, by=by)
     names = names_of_trained(model)
     if not names:
         raise UsageError(nothing_trains(model))
+    if by in ("columns", "rows"):
+        slice_layers(model, by=by, parts=parts or DEFAULT_PARTS)
+        names = names_of_trained(model)
+    elif by == "matrix":
+        check_whole_layers(model, to='by="matrix"')
     claimed = claim(names, patterns or {})
-    layout = Layout(model, matrices=matrices_of(names) if by == "matrix" else None)
+    layout = layout_of(model, names, by=by)
     unclaimed = [parameter for parameter in names if parameter not in claimed]
     if unclaimed and not layout.layers:
         raise UsageError(no_layers(model, [names[parameter][0] for parameter in unclaimed]))
@@ -83,6 +102,20 @@ def partition(
     for parameter, block in claimed.items():
         places[parameter] = [places[parameter][0]._replace(block=block)]
     return with_short_names(assemble(names, places), main=layout.main)
+
+
+def whole_layers(model: nn.Module) -> tuple[Block, ...]:
+    """Return the blocks of an optimizer that was given none.
+
+    Raises:
+        UsageError: the model is sliced, so that somebody wants slices as blocks.
+    """
+    for sliced in sliced_linears(model).values():
+        raise UsageError(
+            "the model is cut into slices, and no blocks are given; write blocks=partition(model, "
+            f'by="{sliced.kind}", parts={len(sliced.slice_names)}), or blocks=partition(model) for whole layers'
+        )
+    return partition(model)
 
 
 def resolve_names(blocks: Sequence[Block], patterns: str | Sequence[str]) -> tuple[str, ...]:
@@ -190,6 +223,15 @@ def claim(names: Mapping[Parameter, list[str]], patterns: Patterns) -> dict[Para
         if block not in claimed.values():
             raise UsageError(f"block {block!r} gets no parameter: earlier entries match all of {globs!r}; leave it out")
     return claimed
+
+
+def layout_of(model: nn.Module, names: Mapping[Parameter, list[str]], *, by: By) -> Layout:
+    """Return the layout whose layers are divided in this way."""
+    if by == "layer":
+        return Layout(model, matrices=None)
+    slices = slice_names(model) if by in ("columns", "rows") else {}
+    whole = {each: known for each, known in names.items() if known[0] not in slices}
+    return Layout(model, matrices=matrices_of(whole), slices=slices)
 
 
 def matrices_of(names: Mapping[Parameter, list[str]]) -> dict[str, list[str]]:

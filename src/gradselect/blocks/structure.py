@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import nn
@@ -50,10 +51,18 @@ class Layout:
         model: any module.
         matrices: names of the matrices that divide the layers, by path of the module that holds them directly; None:
             layers stay whole.
+        slices: name of the block inside its layer ("columns.0"), by name of a slice of a linear layer.
     """
 
-    def __init__(self, model: nn.Module, *, matrices: Mapping[str, Sequence[str]] | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        matrices: Mapping[str, Sequence[str]] | None,
+        slices: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.matrices = matrices
+        self.slices = slices
         self.stacks = find_stacks(model)
         self.labels = labels_of([stack.path for stack in self.stacks])
         self.layers = {path: index for index, stack in enumerate(self.stacks) for path in stack.layers}
@@ -86,12 +95,14 @@ class Layout:
         return Place((index, KINDS.index(kind), 0, 0), join(scope, own_name if kind == "other" else kind))
 
     def place_in_layer(self, layer: str, *, name: str) -> Place:
-        """Return the place of a layer's parameter: in the block of the layer, or of the one matrix of its module."""
+        """Return the place of a layer's parameter: in the block of the layer, of a slice, or of a matrix."""
         index = self.layers[layer]
         number = self.stacks[index].layers[layer]
         block = join(self.labels[index], f"layer.{number}")
         if self.matrices is None:
             return Place((index, KINDS.index("layer"), number, 0), block)
+        if name in self.slices:
+            return Place((index, KINDS.index("layer"), number, 0), f"{block}.{self.slices[name]}")
         beside = self.matrices.get(parent(name), ())
         if len(beside) != 1 and name not in beside:
             return Place((index, KINDS.index("layer"), number, 1), f"{block}.vectors")

@@ -18,7 +18,7 @@ from .quantised import ADVICE, below, can_train, is_chosen, nothing_trains, quan
 from .records import MEMORY_CATEGORIES, JsonlWriter, MaskRecord, MemoryBytes, StepRecord, selection_entropy
 from .residency import AbstractResidency, Drop, Keep, Offload
 from .rules import AbstractRule, Ages, State, check_shards
-from .saved_names import Place, places_of
+from .saved_names import Place, Region, places_of
 from .settings import UpdateSettings
 from .sgd import SGDRule
 from .state import HALF, MASTER, BlockStates, num_bytes
@@ -59,6 +59,7 @@ __all__ = [
     "Patch",
     "Phases",
     "Place",
+    "Region",
     "SGDRule",
     "SelectiveOptimizer",
     "State",

@@ -26,10 +26,18 @@ def make_patch(places: Sequence[Place], moved: Moved, *, from_step: int, to_step
         if first.name != place.name:
             tied[place.name] = first.name
     changes, shapes = {}, {}
+    parts: dict[str, list[Place]] = {}
     for parameter, place in firsts.items():
-        if parameter in moved and (change := _change_of(place, moved[parameter])) is not None:
+        if parameter not in moved:
+            continue
+        if place.region is not None:
+            parts.setdefault(place.name, []).append(place)
+        elif (change := _change_of(place, moved[parameter])) is not None:
             changes[place.name] = change
             shapes[place.name] = tuple((change if isinstance(change, Tensor) else parameter).shape)
+    for name, several in parts.items():
+        changes[name] = _change_of_parts(several)
+        shapes[name] = tuple(several[0].tensor().shape)
     return Patch(
         changes=changes,
         shapes=shapes,
@@ -54,6 +62,16 @@ def _change_of(place: Place, indices: Tensor | None) -> Entries | Tensor | None:
     if entries is None or is_smaller_whole(entries[0].numel(), size, parameter.element_size()):
         return full_tensor(parameter).clone(memory_format=torch.contiguous_format)
     return Entries(entries[0].to(index_dtype(size)), entries[1]) if entries[0].numel() else None
+
+
+def _change_of_parts(places: Sequence[Place]) -> Entries | Tensor:
+    """Return the change of one tensor, of which these regions may have moved as a whole."""
+    whole = places[0].tensor()
+    if is_smaller_whole(sum(place.parameter.numel() for place in places), whole.numel(), whole.element_size()):
+        return whole.clone(memory_format=torch.contiguous_format)
+    regions = [place.region for place in places if place.region is not None]
+    indices = torch.cat([region.indices(whole.shape) for region in regions]).sort().values.to(whole.device)
+    return Entries(indices.to(index_dtype(whole.numel())), whole.reshape(-1).index_select(0, indices))
 
 
 def _taken(weight: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

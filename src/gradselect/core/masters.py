@@ -65,3 +65,13 @@ def _agree_in_samples(masters: Mapping[Parameter, Tensor]) -> bool:
 def _sampled(tensor: Tensor) -> Tensor:
     flat = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // SAMPLES)]
+
+
+def packed(weight: Tensor) -> Tensor:
+    """Return the weight, or a copy in memory of its own if it is a strided part of a larger tensor.
+
+    Fused kernels walk through memory and would write to the rest of that tensor; loops are slower on strided memory.
+    """
+    if weight.is_contiguous() or torch.empty_like(weight, device="meta").stride() == weight.stride():
+        return weight
+    return weight.detach().contiguous()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -27,6 +28,43 @@ class StoresOtherwise(Protocol):
     checkpoint_names: Mapping[str, str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """Part of a tensor of a checkpoint: a range of its rows or columns.
+
+    Attributes:
+        tensor: name of the attribute that is the whole tensor, which the checkpoint uses too.
+        dim: 0 for a range of rows, 1 for one of columns.
+        first, end: the range, without `end`.
+    """
+
+    tensor: str
+    dim: int
+    first: int
+    end: int
+
+    def indices(self, shape: Sequence[int]) -> Tensor:
+        """Flat indices, in the whole matrix of this shape, of the entries of the region; in the order of the region."""
+        rows, columns = (torch.arange(size) for size in shape)
+        if self.dim == 0:
+            rows = rows[self.first : self.end]
+        else:
+            columns = columns[self.first : self.end]
+        return (rows[:, None] * shape[1] + columns).flatten()
+
+
+@runtime_checkable
+class StoresInParts(Protocol):
+    """Module that trains parts of a tensor that a checkpoint holds whole.
+
+    Attributes:
+        checkpoint_regions: by name of such a parameter, its part.
+    """
+
+    @property
+    def checkpoint_regions(self) -> Mapping[str, Region]: ...
+
+
 @dataclass(frozen=True)
 class Place:
     """Place of a parameter in a checkpoint.
@@ -36,12 +74,14 @@ class Place:
         parameter: the parameter itself.
         module: that it belongs to.
         attribute: of the module, which computes the tensor of the checkpoint; None: the parameter is that tensor.
+        region: part of that tensor that the parameter is; None: all of it.
     """
 
     name: str
     parameter: Parameter
     module: nn.Module
     attribute: str | None
+    region: Region | None = None
 
     def tensor(self) -> Tensor:
         """Return what the checkpoint holds."""
@@ -64,12 +104,15 @@ def places_of(model: nn.Module) -> list[Place]:
         path, own = parent(name), name.rpartition(".")[2]
         module = model.get_submodule(path)
         attribute = module.checkpoint_names.get(own) if isinstance(module, StoresOtherwise) else None
+        region = module.checkpoint_regions.get(own) if isinstance(module, StoresInParts) else None
+        if region is not None:
+            attribute = region.tensor
         plain = (
             _without_adapter(join(path, attribute or own), adapters, kinds)
             if adapters
             else join(path, attribute or own)
         )
-        places.append(Place(_without_wrappers(plain), parameter, module, attribute))
+        places.append(Place(_without_wrappers(plain), parameter, module, attribute, region))
     _check_distinct(places)
     return places
 
@@ -95,7 +138,7 @@ def _without_adapter(name: str, adapters: set[str], kinds: Mapping[str, set[str]
 def _check_distinct(places: list[Place]) -> None:
     by_name: dict[str, set[int]] = defaultdict(set)
     for place in places:
-        by_name[place.name].add(id(place.parameter))
+        by_name[place.name].add(id(place.parameter if place.region is None else place.module))
     shared = [name for name, parameters in by_name.items() if len(parameters) > 1]
     if shared:
         raise UsageError(

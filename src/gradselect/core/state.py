@@ -15,7 +15,7 @@ from gradselect.parallel import as_dtensor, local_part, local_part_like
 from gradselect.usage import UsageError
 
 from .gradients import dense
-from .masters import MasterWatch
+from .masters import MasterWatch, packed
 from .parameter_groups import ParameterTable
 from .phases import STATE, Phases, in_phase
 from .residency import AbstractMover, StateCopy
@@ -191,7 +191,7 @@ class BlockStates:
             return
         states = [self.of(parameter) for parameter, _ in moving]
         targets = [local_part(parameter) for parameter, _ in moving]
-        weights = [state.get(MASTER, target) for state, target in zip(states, targets, strict=True)]
+        weights = [state.get(MASTER, packed(target)) for state, target in zip(states, targets, strict=True)]
         grads = [dense(local_part(grad)).to(weight.dtype) for weight, (_, grad) in zip(weights, moving, strict=True)]
         self._rule.update(weights, grads, states, group)
         self.moved.update(parameter for parameter, _ in moving)

@@ -144,12 +144,12 @@ def _tensors_of(target: Target) -> dict[str, Tensor]:
         return dict(target)
     tensors: dict[str, Tensor] = {}
     for place in places_of(unwrapped(target)):
-        if place.attribute is not None:
+        if place.attribute is not None and place.region is None:
             raise UsageError(
                 f"{type(place.module).__name__} stores {place.name!r} in another basis, and a patch holds the plain "
                 "weight; apply it to the plain model, or after gs.sparsegrad.fold(model)"
             )
-        tensors[place.name] = place.parameter
+        tensors[place.name] = place.parameter if place.region is None else place.tensor()
     return tensors
 
 

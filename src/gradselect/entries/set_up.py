@@ -21,6 +21,7 @@ from gradselect.core import (
     settle,
 )
 from gradselect.parallel import check_placement, local_part, shard_groups, unwrapped
+from gradselect.slices import check_whole_layers
 from gradselect.usage import UsageError, check_is, check_whole
 
 from .mask import AbstractDenseMask, AbstractMask, MaskTensor
@@ -32,10 +33,11 @@ def check_model(model: nn.Module, rule: AbstractRule) -> nn.Module:
     """Return the model without its wrappers.
 
     Raises:
-        UsageError: a wrapper hides its gradients, or its parameters are on several devices.
+        UsageError: a wrapper hides its gradients, its parameters are on several devices, or it is sliced.
     """
     check_placement(model)
     inner = unwrapped(model)
+    check_whole_layers(inner, to="a mask")
     check_shards(inner.parameters(), rule)
     return inner
 

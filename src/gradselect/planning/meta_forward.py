@@ -12,6 +12,7 @@ from torch.nn import Parameter, functional
 from torch.overrides import TorchFunctionMode
 
 from gradselect.core import is_frozen_for_now
+from gradselect.slices import sliced_linears
 from gradselect.usage import UsageError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,7 +43,8 @@ def meta_copy(model: Model, *, checkpointing: bool = False) -> Model:
         model: any module; it stays as it is.
         checkpointing: switch the cache of keys and values off, as transformers does with gradient checkpointing.
     """
-    twins: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    wholes = [sliced.whole_weight for sliced in sliced_linears(model).values()]
+    twins: dict[int, Any] = {id(tensor): tensor.to("meta") for tensor in (*model.buffers(), *wholes)}
     for parameter in model.parameters():
         trains = parameter.requires_grad or is_frozen_for_now(parameter)
         twins[id(parameter)] = Parameter(parameter.detach().to("meta"), requires_grad=trains)

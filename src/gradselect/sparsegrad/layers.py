@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from gradselect.blocks import Layout
+from gradselect.slices import check_whole_layers
 from gradselect.usage import UsageError, as_tuple, beginnings, matching
 
 from .rotated import RotatedLinear
@@ -84,8 +85,9 @@ def linears_of(model: nn.Module) -> list[LinearLayer]:
     """Return all linear layers inside the repeated layers, in model order.
 
     Raises:
-        UsageError: a part of the model is rotated already.
+        UsageError: a part of the model is rotated or sliced already.
     """
+    check_whole_layers(model, to="gs.sparsegrad.convert")
     layout = Layout(model, matrices=None)
     found = []
     for name, module in model.named_modules():
