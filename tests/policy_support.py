@@ -41,7 +41,12 @@ def choose(policy: AbstractPolicy, step: int) -> tuple[tuple[str, ...], dict[str
     seen = {name: norm for name, norm in norms_at(step).items() if name in policy.names}
     if proposal is None:
         return policy.decide(step, seen), seen
-    return proposal, {name: seen[name] for name in proposal if policy.observes_selected(step)}
+    return proposal, {name: seen[name] for name in observed(policy, step, proposal)}
+
+
+def observed(policy: AbstractPolicy, step: int, proposal: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the blocks that the optimizer measures in a step with a proposal."""
+    return (*policy.observed(step), *(proposal if policy.observes_selected(step) else ()))
 
 
 def run(policy: AbstractPolicy, steps: range = range(NUM_STEPS)) -> Iterator[tuple[str, ...]]:
@@ -84,6 +89,6 @@ def take_step(policy: AbstractPolicy, step: int, norms: dict[str, float]) -> tup
     """Take one step with the given gradient norms; return the selection."""
     proposal = policy.propose(step)
     selected = policy.decide(step, norms) if proposal is None else proposal
-    wanted = selected if policy.observes_selected(step) else ()
+    wanted = observed(policy, step, selected)
     policy.commit(step, selected, norms if proposal is None else {name: norms[name] for name in wanted})
     return selected

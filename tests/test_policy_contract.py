@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -14,7 +15,7 @@ from reach_support import parts, steps
 
 from gradselect import BlockOptimizer, UsageError, policies
 from gradselect.blocks.policy import AbstractPolicy, resolve_count
-from gradselect.policies import MISA, AdaGradSelect, All, Cyclic, Fixed, GradNormTopK, Uniform
+from gradselect.policies import MISA, AdaGradSelect, All, Cyclic, Fixed, GradNormTopK, LoSiA, Stratified, Uniform
 
 # What to build, given a seed. Rows that ignore the seed draw nothing.
 TABLE: dict[str, Callable[[int], AbstractPolicy]] = {
@@ -49,8 +50,23 @@ TABLE: dict[str, Callable[[int], AbstractPolicy]] = {
     ),
     "misa": lambda seed: MISA(share=0.3, every=5, seed=seed),
     "misa, among layers": lambda seed: MISA(share=0.5, every=1, eta=4.0, ema=0.5, among=("layer.*",), seed=seed),
+    "adagradselect, strata": lambda seed: AdaGradSelect(
+        fraction=0.5, explore_steps=30, strata="category", coverage=9, every=2, seed=seed
+    ),
+    "stratified": lambda seed: Stratified(by="category", fraction=0.5, every=2, seed=seed),
+    "stratified, rotate": lambda _: Stratified(by="category", count=2, order="rotate", every=3),
+    "stratified, rotate, aligned": lambda _: Stratified(by="category", fraction=0.5, order="rotate", stagger=False),
+    "stratified, fixed": lambda seed: Stratified(by="category", count=2, order="fixed", seed=seed),
+    "losia": lambda seed: LoSiA(by="category", count=2, every=3, seed=seed),
+    "losia, by fraction": lambda seed: LoSiA(by="category", fraction=0.5, every=1, ema=0.5, seed=seed),
+    "stratified, norm": lambda _: Stratified(by="category", count=2, order="norm", every=4),
 }
-RANDOM = [name for name in TABLE if repr(TABLE[name](0)) != repr(TABLE[name](1))]
+# Rows that draw at every selection: one draw for all steps is often the same for two seeds.
+RANDOM = [
+    name
+    for name in TABLE
+    if repr(TABLE[name](0)) != repr(TABLE[name](1)) and not name.startswith(("stratified, fixed", "losia"))
+]
 
 each_policy = pytest.mark.parametrize("make", TABLE.values(), ids=TABLE.keys())
 
@@ -103,6 +119,10 @@ def test_a_selection_has_exactly_the_size_asked_for(make: Callable[[int], Abstra
         elif isinstance(policy, Cyclic):
             last_of_round = num_blocks % policy.count or policy.count
             assert len(selected) in (policy.count, last_of_round)
+        elif settings.get("by") or settings.get("strata"):
+            in_strata = Counter(map(policy.stratum, selected))
+            assert in_strata == {stratum: policy.keep_in(step, stratum) for stratum in in_strata}
+            assert set(in_strata) == set(map(policy.stratum, policy.names))
         elif "fraction" in settings:
             fraction, count = settings["fraction"], settings["count"]
             assert len(selected) == resolve_count(num_blocks=num_blocks, fraction=fraction, count=count)
@@ -119,9 +139,11 @@ def test_a_decision_is_the_keep_blocks_of_largest_score(make: Callable[[int], Ab
         if policy.propose(step) is None:
             assert len(selected) == policy.keep_at(step)
             scores = {name: policy.score(step, name, norms[name]) for name in policy.names}
-            worst_in = min((scores[name] for name in selected), default=math.inf)
-            best_out = max((scores[name] for name in policy.names if name not in selected), default=-math.inf)
-            assert worst_in >= best_out or policy.keep_at(step) == 0
+            for stratum in set(map(policy.stratum, policy.names)):
+                rivals = {name: scores[name] for name in policy.names if policy.stratum(name) == stratum}
+                worst_in = min((score for name, score in rivals.items() if name in selected), default=math.inf)
+                best_out = max((score for name, score in rivals.items() if name not in selected), default=-math.inf)
+                assert worst_in >= best_out or policy.keep_in(step, stratum) == 0
         policy.commit(step, selected, norms)
 
 
@@ -217,7 +239,8 @@ def test_promised_coverage_is_kept(make: Callable[[int], AbstractPolicy]) -> Non
 
 def test_coverage_is_promised_where_it_can_be() -> None:
     promising = {name for name in TABLE if TABLE[name](0).bind(make_blocks()).coverage_steps is not None}
-    expected = {name for name in TABLE if name.startswith(("all", "fixed", "cyclic")) or "coverage" in name}
+    expected = {name for name in TABLE if name.startswith(("all", "fixed", "cyclic")) or "rotate" in name}
+    expected |= {name for name in TABLE if "coverage" in name or "adagradselect, strata" in name}
     assert promising == expected
 
 
@@ -326,6 +349,22 @@ BAD_SETTINGS: list[tuple[Callable[[], AbstractPolicy], str]] = [
     (lambda: MISA(eta=0.0), "eta=0.0 is outside"),
     (lambda: MISA(ema=1), "ema=1 would never learn"),
     (lambda: MISA(seed=-1), "seed=-1 is not"),
+    (lambda: AdaGradSelect(strata="columns"), 'strata="layer" or strata="category"'),  # type: ignore[arg-type]
+    (lambda: Stratified(), "give one of them"),
+    (lambda: Stratified(fraction=1.5), "fraction=1.5 is outside"),
+    (lambda: Stratified(count=0), "count=0 is not"),
+    (lambda: Stratified(count=1, by="columns"), 'by="layer" or by="category"'),  # type: ignore[arg-type]
+    (lambda: Stratified(count=1, order="cyclic"), "order='cyclic' is unknown"),  # type: ignore[arg-type]
+    (lambda: Stratified(count=1, every=0), "every=0 is not"),
+    (lambda: Stratified(count=1, seed=-1), "seed=-1 is not"),
+    (lambda: Stratified(count=1, order="rotate", stagger=2), "stagger=2 is no bool"),  # type: ignore[arg-type]
+    (lambda: Stratified(count=1, order="fixed", every=5), "draws once; leave one of them out"),
+    (lambda: Stratified(count=1, stagger=False), 'or write order="rotate"'),
+    (lambda: Stratified(count=1, among=()), r"among=\(\) names no block"),
+    (lambda: LoSiA(), "give one of them"),
+    (lambda: LoSiA(count=1, every=0), "every=0 is not"),
+    (lambda: LoSiA(count=1, ema=0.0), "ema=0.0 is outside"),
+    (lambda: LoSiA(count=1, ema=1), "ema=1 would never learn"),
     (lambda: Fixed(()), r"blocks=\(\) names no block"),
     (lambda: Fixed(""), "blocks='' names no block"),
 ]
@@ -347,6 +386,12 @@ MISFITS: list[AbstractPolicy] = [
     MISA(among=("layer.*.*.*",)),
     Uniform(count=1, among=("decoder.*",)),
     AdaGradSelect(count=2, coverage=3),
+    AdaGradSelect(count=1, strata="layer"),
+    AdaGradSelect(count=6, strata="category"),
+    AdaGradSelect(count=1, strata="category", coverage=4),
+    Stratified(count=1, by="layer"),
+    Stratified(count=6, by="category"),
+    LoSiA(count=1),
 ]
 
 

@@ -23,7 +23,7 @@ from gradselect.entries import AbstractCompactMask, AbstractDenseMask, AbstractM
 from gradselect.masks import GMT, ID3, LIFT, BitFit, StaticMask, TopGradient, salience
 from gradselect.plain_data import method
 from gradselect.planning import plan
-from gradselect.policies import MISA, AdaGradSelect, All, Cyclic, Fixed, GradNormTopK, Uniform
+from gradselect.policies import MISA, AdaGradSelect, All, Cyclic, Fixed, GradNormTopK, LoSiA, Stratified, Uniform
 from gradselect.slices import join_slices
 from gradselect.usage import UsageError
 
@@ -51,6 +51,7 @@ __all__ = [
     "GradNormTopK",
     "JsonlWriter",
     "Keep",
+    "LoSiA",
     "MaskRecord",
     "Offload",
     "Patch",
@@ -58,6 +59,7 @@ __all__ = [
     "SparseOptimizer",
     "StaticMask",
     "StepRecord",
+    "Stratified",
     "TopGradient",
     "TorchRule",
     "Uniform",

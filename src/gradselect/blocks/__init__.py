@@ -1,7 +1,7 @@
 """Block-wise selection: optimizer, partition of a model, contract of a policy, observation of gradients."""
 
 from .draws import gumbel, log_gamma, random_stream
-from .flops import FULL_STEP, speed_up_limit, step_time, visited_share
+from .flops import FULL_STEP, layer_of, speed_up_limit, step_time, visited_share
 from .optimizer import BlockOptimizer
 from .partitioning import partition, resolve_names
 from .policy import (
@@ -24,6 +24,7 @@ __all__ = [
     "check_fraction_or_count",
     "gumbel",
     "largest",
+    "layer_of",
     "log_gamma",
     "module_of_getter",
     "partition",

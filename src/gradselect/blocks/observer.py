@@ -25,6 +25,8 @@ from gradselect.core import (
 )
 from gradselect.parallel import NormSums
 
+from .policy import AbstractPolicy
+
 logger = logging.getLogger(__name__)
 
 Score = Callable[[str, float], float]
@@ -37,8 +39,9 @@ class GradientObserver(AbstractGradientHooks):
 
     With `stream`, only the blocks of the `keep` largest scores so far keep gradients (*streaming top-k*): when a block
     completes, the worst of the best `keep + 1` is freed at once. The backward pass visits one block after the other, so
-    at most `keep + 1` watched blocks hold gradients at any time. A block whose norm is NaN or infinite keeps its
-    gradients and takes no place among the `keep`: a gradient scaler or clipping must see the overflow.
+    at most `keep + 1` watched blocks hold gradients at any time. Strata compete apart, each with its own `keep`. A
+    block whose norm is NaN or infinite keeps its gradients and takes no place among the `keep`: a gradient scaler or
+    clipping must see the overflow.
 
     A pass beyond the expected ones adds to the gradients that are left; those of freed blocks are freed again. The
     blocks are then those of the passes that were read.
@@ -79,7 +82,8 @@ class GradientObserver(AbstractGradientHooks):
         self._rank = {name: position for position, name in enumerate(blocks)}
         self._watched: frozenset[str] = frozenset()
         self._score: Score | None = None
-        self._keep = 0
+        self._stratum: Callable[[str], str] = _one_stratum
+        self._keep: Mapping[str, int] = {}
         self._has_said_late = False
         self._measure: Measure = measure
         norm = partial(gradient_norm, measure=measure)
@@ -92,15 +96,39 @@ class GradientObserver(AbstractGradientHooks):
         self.restart()
         self._register((name, parameter) for name, parameters in self._blocks.items() for parameter in parameters)
 
+    def prepare(self, policy: AbstractPolicy, step: int, proposal: Sequence[str] | None) -> None:
+        """Measure what the policy needs at this step, and keep only gradients that the step may apply."""
+        if proposal is None:
+            self.watch(policy.names)
+            keep, score = policy.keep_by_stratum(step), partial(policy.score, step)
+            self.stream(keep=keep, score=score, stratum=policy.stratum)
+            return
+        observed = policy.observed(step) if proposal else ()
+        needed = {*observed, *(proposal if policy.observes_selected(step) else ())}
+        self.watch([name for name in self._blocks if name in needed])
+        if not needed.issubset(proposal):
+            kept = frozenset(proposal)
+            keep = {"selected": len(kept), "observed": 0}
+            self.stream(keep=keep, score=_no_score, stratum=lambda name: "selected" if name in kept else "observed")
+
     def watch(self, names: Sequence[str]) -> None:
         """Measure these blocks in the following backward passes."""
         self._watched = frozenset(names)
         self._score = None
         self.restart()
 
-    def stream(self, *, keep: int, score: Score) -> None:
-        """Keep only the gradients of the `keep` watched blocks of largest `score(name, norm)`; call after `watch`."""
-        self._keep = keep
+    def stream(
+        self, *, keep: int | Mapping[str, int], score: Score, stratum: Callable[[str], str] | None = None
+    ) -> None:
+        """Keep only the gradients of the `keep` watched blocks of largest `score(name, norm)`; call after `watch`.
+
+        Args:
+            keep: number of blocks, or numbers by stratum.
+            score: of a block, given its norm.
+            stratum: of a block; None: all blocks are one.
+        """
+        self._stratum = _one_stratum if stratum is None else stratum
+        self._keep = {"": keep} if isinstance(keep, int) else keep
         self._score = score
 
     def restart(self) -> None:
@@ -253,15 +281,26 @@ class GradientObserver(AbstractGradientHooks):
         self._norms[name] = number = float(self._norms[name])
         if math.isfinite(number):
             self._leaders[name] = self._score(name, number)
+            stratum = self._stratum(name)
+            rivals = [leader for leader in self._leaders if self._stratum(leader) == stratum]
             # A scaler raises an error if it finds no gradient at all.
-            if len(self._leaders) > (self._keep if self.grad_scaler is None else max(1, self._keep)):
-                self._release_worst()
+            is_only = self.grad_scaler is not None and len(self._leaders) == 1 and not any(self._keep.values())
+            if len(rivals) > self._keep[stratum] and not is_only:
+                self._release_worst(rivals)
 
-    def _release_worst(self) -> None:
-        worst = min(self._leaders, key=lambda name: (_ordered(self._leaders[name]), -self._rank[name]))
+    def _release_worst(self, rivals: Sequence[str]) -> None:
+        worst = min(rivals, key=lambda name: (_ordered(self._leaders[name]), -self._rank[name]))
         del self._leaders[worst]
         for parameter in self._blocks[worst]:
             parameter.grad = None
+
+
+def _one_stratum(name: str) -> str:
+    return ""
+
+
+def _no_score(name: str, norm: float) -> float:
+    return 0.0
 
 
 def _ordered(score: float) -> float:

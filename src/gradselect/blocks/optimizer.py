@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -153,16 +152,13 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         """Ask for the next selection; freeze, thaw and observe accordingly; state begins to move."""
         self.policy.candidates = self._reach.candidates_of(self._candidates)
         self._proposal = self._reach.propose(self.policy, self._step)
+        self._observed = () if not self._proposal else self.policy.observed(self._step)
         self._set_trainable({*self.trainable, *self._reach.watched})
         self._reach.expect(self.trainable)
-        if self._proposal is None:
-            self._observer.watch(self.policy.names)
-            score = partial(self.policy.score, self._step)
-            self._observer.stream(keep=self.policy.keep_at(self._step), score=score)
-        else:
-            self._observer.watch(self._proposal if self.policy.observes_selected(self._step) else ())
-            self._states.prefetch(self.trainable)
-        self._in_backward.expect(() if self._proposal is None else self.trainable)
+        self._observer.prepare(self.policy, self._step, self._proposal)
+        if self._proposal is not None:
+            self._states.prefetch(self._proposed)
+        self._in_backward.expect(self._proposed)
 
     def __init__(
         self,
@@ -259,8 +255,16 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """Blocks that take part in the coming backward pass: the selection, or every candidate in an explore step."""
-        return self._with_always(self.policy.names if self._proposal is None else self._proposal)
+        """Blocks that take part in the coming backward pass.
+
+        The selection and what the policy observes beside it, or every candidate in an explore step.
+        """
+        return self._with_always(self.policy.names if self._proposal is None else {*self._proposal, *self._observed})
+
+    @property
+    def _proposed(self) -> tuple[str, ...]:
+        """Blocks that the coming step updates; empty if that is not known before it."""
+        return () if self._proposal is None else self._with_always(self._proposal)
 
     @property
     def unreached(self) -> tuple[str, ...]:
@@ -322,7 +326,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         parameters = self._parameters_by_block()
         self._observer.follow(parameters)
         self._reach.follow()
-        is_full = self._proposal is not None and self.trainable == self.blocks
+        is_full = self._proposal is not None and self._proposed == self.blocks
         self._agreement.check_start(parameters, self._facts(), trains_everything=is_full)
         self._set_trainable({*self.trainable, *self._reach.watched})
         self._agreement.carry_over(self._table.named())

@@ -14,7 +14,11 @@ proposes what the interrupted one had proposed.
 
 A decision is always "the `keep_at(t)` blocks of largest score", ties to the earlier block, and a score depends on one
 block's norm only. So the observer can free a block's gradients during the backward pass as soon as that many better
-blocks are known. A random draw adds noise that is fixed before the norms are seen (Gumbel top-k).
+blocks are known. A random draw adds noise that is fixed before the norms are seen (Gumbel top-k). A policy with
+*strata* (`stratum`, `keep_in`) selects so in each stratum apart.
+
+At a step with a proposal a policy may look at other blocks too (`observed`): they take part in the backward pass, are
+measured, and lose their gradients at once.
 """
 
 from __future__ import annotations
@@ -105,10 +109,32 @@ class AbstractPolicy(ABC):
         """Score of `block` in the decision of `step`, given the norm of its gradient; larger is better."""
         raise AssertionError(f"{type(self).__name__} proposed no observation at step {step}")
 
+    def stratum(self, block: str) -> str:
+        """Return the stratum in which `block` competes in decisions. By default there is one, called ""."""
+        return ""
+
+    def keep_in(self, step: int, stratum: str) -> int:
+        """Number of blocks of this stratum that the decision of `step` selects; over all strata it is `keep_at`."""
+        return self.keep_at(step)
+
+    def keep_by_stratum(self, step: int) -> dict[str, int]:
+        """Return `keep_in` of every stratum that the candidates stand in."""
+        strata = dict.fromkeys(map(self.stratum, self.names))
+        return {stratum: self.keep_in(step, stratum) for stratum in strata}
+
     def decide(self, step: int, norms: Norms) -> tuple[str, ...]:
         """Return the `keep_at(step)` blocks of largest score, in model order. Called if `propose(step)` was None."""
-        scores = {name: self.score(step, name, norms[name]) for name in self.names}
-        return largest(self.names, scores, self.keep_at(step))
+        return self.best(step, {name: self.score(step, name, norms[name]) for name in self.names})
+
+    def best(self, step: int, scores: Mapping[str, float]) -> tuple[str, ...]:
+        """Return the candidates of largest score, `keep_in(step, stratum)` of each stratum, in model order."""
+        members: dict[str, list[str]] = {}
+        for name in self.names:
+            members.setdefault(self.stratum(name), []).append(name)
+        selected = {
+            name for stratum, names in members.items() for name in largest(names, scores, self.keep_in(step, stratum))
+        }
+        return tuple(name for name in self.names if name in selected)
 
     def measured(self) -> Measure:
         """Return the measure of gradients that the optimizer takes: `measure`, unless the settings choose one."""
@@ -117,6 +143,13 @@ class AbstractPolicy(ABC):
     def observes_selected(self, step: int) -> bool:
         """True if `commit` needs the norms of the selected blocks at a step whose selection was proposed."""
         return False
+
+    def observed(self, step: int) -> tuple[str, ...]:
+        """Candidates whose norms `commit` needs at a step whose selection was proposed, be they selected or not.
+
+        Those that are not selected cost their weight gradients and change nothing.
+        """
+        return ()
 
     def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
         """Count a step that has updated `selected`, as proposed or decided. `norms` holds observed norms, if any."""

@@ -5,7 +5,9 @@ from .all import All
 from .cyclic import Cyclic
 from .fixed import Fixed
 from .grad_norm import GradNormTopK
+from .losia import LoSiA
 from .misa import MISA
+from .stratified import Stratified
 from .uniform import Uniform
 
-__all__ = ["MISA", "AdaGradSelect", "All", "Cyclic", "Fixed", "GradNormTopK", "Uniform"]
+__all__ = ["MISA", "AdaGradSelect", "All", "Cyclic", "Fixed", "GradNormTopK", "LoSiA", "Stratified", "Uniform"]

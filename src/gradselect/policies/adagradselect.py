@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, final
+from typing import Any, Literal, final
 
 from gradselect.blocks import (
     AbstractPolicy,
     Norms,
     check_fraction_or_count,
     gumbel,
-    largest,
     log_gamma,
     random_stream,
     resolve_count,
@@ -20,6 +20,8 @@ from gradselect.blocks import (
     taking_part,
 )
 from gradselect.usage import UsageError, check_one_of, check_patterns, check_positive, check_whole
+
+from .strata import By, Strata, check_strata, strata_of
 
 
 @final
@@ -54,6 +56,8 @@ class AdaGradSelect(AbstractPolicy):
         discount: factor on f and G at each selection. Below 1 the bandit forgets old steps.
         coverage: every block trains at least once in any `coverage` consecutive steps. None: no such guarantee.
         delta_growth: delta_t = delta + delta_growth * t.
+        strata: "layer" or "category" selects `fraction` or `count` of each stratum apart, as `gradselect.Stratified`
+            divides them: with slices, so many of each layer. The rule is the same within each. None: no strata.
         seed: seed of every draw.
 
     Example:
@@ -79,6 +83,7 @@ class AdaGradSelect(AbstractPolicy):
     discount: float = 1.0
     coverage: int | None = None
     delta_growth: float = 0.0
+    strata: By | None = None
     seed: int = 0
 
     counts: dict[str, float] = field(default_factory=dict, init=False, repr=False)
@@ -96,6 +101,8 @@ class AdaGradSelect(AbstractPolicy):
         check_one_of("rank_by", self.rank_by, ("cumulative", "step"))
         check_one_of("norm", self.norm, ("l2", "rms"))
         check_one_of("draw", self.draw, ("top-k", "multinomial"))
+        if self.strata is not None:
+            check_one_of("strata", self.strata, ("layer", "category"))
         check_whole("every", self.every)
         check_positive("discount", self.discount, at_most=1, example=0.99)
         check_whole("seed", self.seed, least=0)
@@ -110,12 +117,15 @@ class AdaGradSelect(AbstractPolicy):
 
     def start(self) -> None:
         self.candidates = taking_part(self.candidates, self.among)
-        count = resolve_count(num_blocks=len(self.candidates), fraction=self.fraction, count=self.count)
-        self._check_coverage(num_blocks=len(self.candidates), num_selected=count)
+        self._check_fit()
         self.counts = dict.fromkeys(self.names, 0.0)
         self.scores = dict.fromkeys(self.names, 0.0)
         self.last_steps = dict.fromkeys(self.names, -1)
         self.selection = []
+
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor's arguments; `strata` only if given, because older checkpoints do not name it."""
+        return {name: value for name, value in super().settings().items() if name != "strata" or value is not None}
 
     def fill_explore_steps(self, num_steps: int) -> None:
         """Set N to `num_steps`, the optimizer steps of the first epoch, unless N is known already.
@@ -148,14 +158,22 @@ class AdaGradSelect(AbstractPolicy):
         if random_stream(seed=self.seed, step=step, purpose="explore").random() < self.explore_probability(step):
             return None
         due_first = self._exploit_keys(step) | dict.fromkeys(self._due(step), math.inf)
-        return largest(self.names, due_first, self.keep_at(step))
+        return self.best(step, due_first)
 
     def decide(self, step: int, norms: Norms) -> tuple[str, ...]:
         self._known_explore_steps()  # fails before the first update rather than after it
         return super().decide(step, norms)
 
+    def stratum(self, block: str) -> str:
+        return "" if self.strata is None else self._divided(self.strata).of[block]
+
+    def keep_in(self, step: int, stratum: str) -> int:
+        if self.strata is None:
+            return resolve_count_now(num_blocks=len(self.candidates), fraction=self.fraction, count=self.count)
+        return self._divided(self.strata).num_taken(stratum, step // self.every)
+
     def keep_at(self, step: int) -> int:
-        return resolve_count_now(num_blocks=len(self.candidates), fraction=self.fraction, count=self.count)
+        return sum(self.keep_by_stratum(step).values())
 
     def score(self, step: int, block: str, norm: float) -> float:
         if block in self._due(step):
@@ -204,16 +222,35 @@ class AdaGradSelect(AbstractPolicy):
     def _due(self, step: int) -> tuple[str, ...]:
         if self.coverage is None:
             return ()
-        slacks = {name: (self.last_steps[name] + self.coverage - step) // self.every for name in self.names}
-        return due(slacks, self.keep_at(step))
+        slacks: dict[str, dict[str, int]] = {}
+        for name in self.names:
+            left = (self.last_steps[name] + self.coverage - step) // self.every
+            slacks.setdefault(self.stratum(name), {})[name] = left
+        return tuple(name for stratum, left in slacks.items() for name in due(left, self._least_count(stratum)))
 
-    def _check_coverage(self, *, num_blocks: int, num_selected: int) -> None:
-        least = (math.ceil(num_blocks / num_selected) - 1) * self.every + 1
-        if self.coverage is not None and self.coverage < least:
-            raise UsageError(
-                f"coverage={self.coverage} cannot be kept: {num_selected} of {num_blocks} blocks, selected anew every "
-                f"{self.every} steps, need {least} steps to reach all; write coverage={least} or more"
-            )
+    def _divided(self, by: By) -> Strata:
+        return strata_of(self.names, by, self.fraction, self.count)
+
+    def _least_count(self, stratum: str) -> int:
+        """Return how many blocks of the stratum every selection holds at least."""
+        if self.strata is None:
+            return self.keep_in(0, stratum)
+        return math.floor(self._divided(self.strata).mean_count(stratum))
+
+    def _check_fit(self) -> None:
+        """Check count and coverage against the candidates."""
+        if self.strata is None:
+            resolve_count(num_blocks=len(self.candidates), fraction=self.fraction, count=self.count)
+        else:
+            check_strata(self._divided(self.strata), by=self.strata)
+        for stratum, num_blocks in Counter(map(self.stratum, self.names)).items():
+            num_selected = self._least_count(stratum)
+            least = (math.ceil(num_blocks / num_selected) - 1) * self.every + 1
+            if self.coverage is not None and self.coverage < least:
+                raise UsageError(
+                    f"coverage={self.coverage} cannot be kept: {num_selected} of {num_blocks} blocks, selected anew "
+                    f"every {self.every} steps, need {least} steps to reach all; write coverage={least} or more"
+                )
 
 
 def due(slacks: Mapping[str, int], num_selected: int) -> tuple[str, ...]:
