@@ -292,7 +292,7 @@ def test_the_model_may_go_elsewhere_and_come_back() -> None:
     for run in (ours, twin):
         run.steps(range(6))
         assert run.optimizer._states._open is not None
-        run.optimizer._states._open = torch.device("meta"), run.optimizer._states._open[1]
+        run.optimizer._states._open = torch.device("meta"), *run.optimizer._states._open[1:]
         run.optimizer.state_dict()
         run.steps(range(6, 16))
     assert_twins(ours, twin)

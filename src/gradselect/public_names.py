@@ -2,7 +2,7 @@
 
 import gradselect.delta
 import gradselect.sparsegrad  # noqa: F401  # so that gs.delta and gs.sparsegrad are there
-from gradselect.blocks import AbstractPolicy, BlockOptimizer, partition
+from gradselect.blocks import AbstractPolicy, BlockOptimizer, Borders, partition
 from gradselect.core import (
     AbstractResidency,
     AbstractRule,
@@ -45,6 +45,7 @@ __all__ = [
     "BitFit",
     "Block",
     "BlockOptimizer",
+    "Borders",
     "Cyclic",
     "Drop",
     "Fixed",

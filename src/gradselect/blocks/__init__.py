@@ -1,5 +1,6 @@
 """Block-wise selection: optimizer, partition of a model, contract of a policy, observation of gradients."""
 
+from .borders import Borders
 from .draws import gumbel, log_gamma, random_stream
 from .flops import FULL_STEP, layer_of, speed_up_limit, step_time, visited_share
 from .optimizer import BlockOptimizer
@@ -19,6 +20,7 @@ __all__ = [
     "FULL_STEP",
     "AbstractPolicy",
     "BlockOptimizer",
+    "Borders",
     "Layout",
     "Norms",
     "check_fraction_or_count",

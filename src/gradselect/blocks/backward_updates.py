@@ -10,6 +10,8 @@ from torch.nn import Parameter
 from gradselect.core import AbstractGradientHooks, BlockStates, Group, Ownership, ParameterTable
 from gradselect.usage import UsageError
 
+from .borders import BorderRules
+
 
 class BackwardUpdates(AbstractGradientHooks):
     """Applies the rule to each selected parameter when its gradient is complete, then frees the gradient.
@@ -29,6 +31,7 @@ class BackwardUpdates(AbstractGradientHooks):
         states: apply the rule.
         table: finds parameters and their groups.
         ownership: of the optimizer.
+        borders: of the optimizer.
         is_active: if False, nothing moves in the backward pass.
 
     Reference:
@@ -37,14 +40,21 @@ class BackwardUpdates(AbstractGradientHooks):
     """
 
     def __init__(
-        self, states: BlockStates, table: ParameterTable, ownership: Ownership, *, is_active: bool = True
+        self,
+        states: BlockStates,
+        table: ParameterTable,
+        ownership: Ownership,
+        borders: BorderRules,
+        *,
+        is_active: bool = True,
     ) -> None:
         super().__init__(ownership, accumulation_steps=1)
         self.is_active = is_active
         self._states = states
         self._table = table
+        self._borders = borders
         self._names: tuple[str, ...] = ()
-        self._groups: dict[Parameter, Group] = {}
+        self._groups: dict[Parameter, tuple[str, Group]] = {}
         self._moved: set[Parameter] = set()
         self._register(table.named() if is_active else ())
 
@@ -52,7 +62,7 @@ class BackwardUpdates(AbstractGradientHooks):
         """Move the parameters of these blocks, and no others, in the next backward pass."""
         self._names = tuple(names) if self.is_active else ()
         self._groups = {
-            parameter: group
+            parameter: (name, group)
             for name in self._names
             for group, parameters in self._table.by_group(name)
             for parameter in parameters
@@ -73,8 +83,7 @@ class BackwardUpdates(AbstractGradientHooks):
 
     @torch.no_grad()
     def arrived(self, name: str, parameter: Parameter) -> None:
-        group = self._groups.get(parameter)
-        if group is None:
+        if parameter not in self._groups:
             return
         if parameter in self._moved:
             raise UsageError(
@@ -83,8 +92,8 @@ class BackwardUpdates(AbstractGradientHooks):
                 "where a step was skipped call optimizer.zero_grad()"
             )
         if not self._moved:
-            self._states.admit(self._names)
+            self._states.admit((*self._names, *self._borders.coasting(self._names)))
             self._states.follow_weights(self._names)
         self._moved.add(parameter)
-        self._states.update([parameter], group)
+        self._states.update([parameter], self._borders.group_of(*self._groups[parameter]))
         parameter.grad = None

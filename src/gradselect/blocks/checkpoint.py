@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gradselect.core import NOT_OF_A_GROUP, as_text, check_same, selection_of, states_by_name
+from gradselect.core import NOT_OF_A_GROUP, AdamWRule, as_text, check_same, selection_of, states_by_name
 from gradselect.parallel import is_dtensor
 from gradselect.usage import UsageError
 
 if TYPE_CHECKING:
     from .optimizer import BlockOptimizer
+
+logger = logging.getLogger(__name__)
 
 
 def identity_of(optimizer: BlockOptimizer) -> dict[str, Any]:
@@ -21,6 +24,7 @@ def identity_of(optimizer: BlockOptimizer) -> dict[str, Any]:
         "rule": optimizer.rule.identity,
         "blocks": {name: list(members) for name, members in optimizer._table.members.items()},
         "always": list(optimizer._always),
+        "borders": optimizer._borders.identity(),
         "groups": [list(group["param_names"]) for group in optimizer.param_groups],
     }
 
@@ -52,6 +56,8 @@ def write_state_dict(optimizer: BlockOptimizer, state_dict: dict[str, Any]) -> d
         "step": optimizer.num_steps,
         "policy_state": optimizer.policy.state(),
         "update_counts": optimizer.update_counts,
+        "border_state": optimizer._borders.state(),
+        "in_use": _in_use(optimizer),
         "resident": [name for name in optimizer.blocks if name in states.resident],
         "moved_bytes": states.moved_bytes,
         "num_passes": optimizer._hooks.num_passes_before,
@@ -79,7 +85,8 @@ def read_state_dict(optimizer: BlockOptimizer, state_dict: Mapping[str, Any]) ->
             "torch.distributed.checkpoint passes on only the state of parameters that are trainable now; load "
             "before the first forward pass, as a resuming Trainer does"
         )
-    check_same(selection, identity_of(optimizer))
+    check_same({"borders": {}, **selection}, identity_of(optimizer))
+    _say_other_use(selection.get("in_use"), _in_use(optimizer))
     states = optimizer._states
     states.load(states_by_name(state_dict, selection, optimizer._table.names), resident=selection["resident"])
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
@@ -89,6 +96,25 @@ def read_state_dict(optimizer: BlockOptimizer, state_dict: Mapping[str, Any]) ->
     optimizer._hooks.num_shorter = selection.get("num_shorter", 0)
     optimizer._update_counts = dict(selection["update_counts"])
     optimizer.policy.load_state(selection["policy_state"])
+    optimizer._borders.load_state(selection.get("border_state"))
     optimizer._reach.begin(selection.get("reach"))
     optimizer._propose()
     states.moved_bytes += selection["moved_bytes"]
+
+
+def _in_use(optimizer: BlockOptimizer) -> dict[str, bool | None]:
+    """Return what the device decides where it is not given; a run that resumes may differ in it."""
+    rule = optimizer.rule
+    return {
+        "fused": rule.fused if isinstance(rule, AdamWRule) else None,
+        "frees_device": optimizer.residency.frees_device,
+    }
+
+
+def _say_other_use(saved: Mapping[str, bool | None] | None, ours: Mapping[str, bool | None]) -> None:
+    if saved is not None and dict(saved) != dict(ours):
+        logger.info(
+            "the checkpoint was written with fused=%s and a residency with frees_device=%s, and the run goes on with "
+            "fused=%s and frees_device=%s: the formula is the same, results are equal up to rounding",
+            *(saved["fused"], saved["frees_device"], ours["fused"], ours["frees_device"]),
+        )

@@ -14,6 +14,7 @@ from gradselect.core import (
     AbstractResidency,
     AbstractRule,
     Block,
+    Drop,
     SelectiveOptimizer,
     StepRecord,
     UpdateSettings,
@@ -24,12 +25,13 @@ from gradselect.core import (
 
 from . import checkpoint
 from .backward_updates import BackwardUpdates
+from .borders import BorderRules, Borders
 from .compile_check import UnreachedBlocks
 from .observer import GradientObserver
 from .partitioning import check_partition, resolve_names, whole_layers
 from .policy import AbstractPolicy
 from .reach import Reach
-from .set_up import bind_policy, check_model, check_window, warn_of_dropped_masters
+from .set_up import bind_policy, check_borders, check_model, check_window, warn_of_dropped_masters
 
 
 class BlockOptimizer(SelectiveOptimizer[StepRecord]):
@@ -39,6 +41,8 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
 
         (w_b, s_b) <- R(w_b, g_b, s_b)   for b in S_t
         (w_b, s_b) unchanged             otherwise: bit-identical, no decay, no momentum drift
+
+    The one exception is asked for: `Borders(coasting=...)` lets blocks that have just left move on by their momentum.
 
     Unselected blocks have `requires_grad=False` during forward and backward: no weight gradient is computed for them,
     and the backward pass stops below the lowest selected block. When the policy asks for gradient norms (an *explore*
@@ -89,11 +93,12 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         if selected is None:
             return loss
         self._unreached.check(selected, norms, has_gradient=self._in_backward.has_gradient)
-        self._states.admit(selected)  # 2
-        self._states.follow_weights(selected)
-        self._update(selected)  # 3
+        coasting = self._borders.coasting(selected)
+        self._states.admit((*selected, *coasting))  # 2
+        self._states.follow_weights((*selected, *coasting))
+        self._update(selected, coasting)  # 3
         self._release(selected)  # 4
-        record = self._commit(selected, norms)
+        record = self._commit(selected, coasting, norms)
         self._propose()  # 5
         self._report(record)  # 6
         return loss
@@ -120,14 +125,17 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self.zero_grad()
         self._propose()
 
-    def _update(self, selected: Sequence[str]) -> None:
+    def _update(self, selected: Sequence[str], coasting: Sequence[str]) -> None:
         """Apply the rule, block by block."""
         for name in selected:
             for group, parameters in self._table.by_group(name):
-                self._states.update(parameters, group)
+                self._states.update(parameters, self._borders.group_of(name, group))
+        for name in coasting:
+            for group, parameters in self._table.by_group(name):
+                self._states.coast(parameters, self._borders.coasting_group_of(name, group))
 
     @in_phase(SELECTION)
-    def _commit(self, selected: tuple[str, ...], norms: Mapping[str, float]) -> StepRecord:
+    def _commit(self, selected: tuple[str, ...], coasted: tuple[str, ...], norms: Mapping[str, float]) -> StepRecord:
         """Count the step: in the policy, in the update counts and as a record."""
         self.policy.commit(self._step, [name for name in selected if name not in self._always], norms)
         for name in selected:
@@ -142,6 +150,8 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             norms=norms,
             measure=self.policy.measured(),
             refreshed=self._states.take_refreshed(),
+            coasted=coasted,
+            rates=self._borders.commit(selected),
         )
         self._step += 1
         self._states.moved_bytes = 0
@@ -153,11 +163,12 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self.policy.candidates = self._reach.candidates_of(self._candidates)
         self._proposal = self._reach.propose(self.policy, self._step)
         self._observed = () if not self._proposal else self.policy.observed(self._step)
+        self._borders.expect(self._step, {name: self._update_counts[name] for name in self.policy.names})
         self._set_trainable({*self.trainable, *self._reach.watched})
         self._reach.expect(self.trainable)
         self._observer.prepare(self.policy, self._step, self._proposal)
         if self._proposal is not None:
-            self._states.prefetch(self._proposed)
+            self._states.prefetch((*self._proposed, *self._borders.coasting(self._proposed)))
         self._in_backward.expect(self._proposed)
 
     def __init__(
@@ -175,6 +186,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         residency: AbstractResidency | None = None,
         master_dtype: torch.dtype | None = torch.float32,
         blocks: Sequence[Block] | None = None,
+        borders: Borders | None = None,
         accumulation_steps: int = 1,
         grad_scaler: GradScaler | None = None,
         update_in_backward: bool = False,
@@ -191,11 +203,13 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             eps: added to the root of the second moment, >= 0.
             weight_decay: decay of the decay group, >= 0. Default 0.01.
             no_decay: globs of parameters that are not decayed. None: biases and norms (fewer than two dimensions).
-            rule: update formula: `AdamWRule()` (default, bitwise `torch.optim.AdamW(foreach=False)`),
-                `AdamWRule(fused=True)` (faster on a GPU), `AdamW8bitRule()`, `SGDRule()`.
-            residency: where the state of unselected blocks lives: `Keep()` (default), `Offload()` or `Drop()`.
+            rule: update formula: `AdamWRule()` (bitwise `torch.optim.AdamW(foreach=False)`), `AdamWRule(fused=True)`,
+                `AdamW8bitRule()`, `SGDRule()`. None: AdamW, fused for weights on an accelerator, the loop on a CPU.
+            residency: where the state of unselected blocks lives: `Keep()`, `Offload()` or `Drop()`. None: `Offload()`
+                for weights on an accelerator, `Keep()` on a CPU.
             master_dtype: of masters and moments of a bf16 or fp16 model. None: no masters, as `torch.optim.AdamW`.
             blocks: the partition, e.g. `partition(model, by="matrix")`. Default `partition(model)`.
+            borders: rules for blocks that leave the selection or return, e.g. `Borders(coasting=5)`. None: no rules.
             accumulation_steps: backward passes per step, >= 1.
             grad_scaler: the `torch.amp.GradScaler` of the loop, if there is one; it needs fp32 weights under autocast.
             update_in_backward: in steps that do not look at all gradients, update within the backward pass.
@@ -206,6 +220,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         """
         update = UpdateSettings.of(locals())
         check_window(accumulation_steps, grad_scaler, in_backward=update_in_backward, skips=skip_nonfinite)
+        borders = check_borders(borders, update.rule)
         model = check_model(model, update.rule)
         blocks = whole_layers(model) if blocks is None else check_partition(model, blocks)
         warn_of_dropped_masters(blocks, update)
@@ -213,6 +228,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self.policy = bind_policy(policy, model, blocks, always=self._always)
         self._candidates = self.policy.candidates
         super().__init__(model, blocks, update)
+        self._borders = BorderRules(borders, self.blocks, drops=isinstance(residency, Drop))
         self._start(accumulation_steps, grad_scaler, update_in_backward=update_in_backward)
 
     def _start(self, accumulation_steps: int, grad_scaler: GradScaler | None, *, update_in_backward: bool) -> None:
@@ -229,7 +245,9 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             phases=self._phases,
             passes=self._passes,
         )
-        self._in_backward = BackwardUpdates(self._states, self._table, self._ownership, is_active=update_in_backward)
+        self._in_backward = BackwardUpdates(
+            self._states, self._table, self._ownership, self._borders, is_active=update_in_backward
+        )
         self._unreached = UnreachedBlocks(self._model)
         named = {*self.policy.names, *self._always}
         names = [name for name in self.blocks if name in named]
@@ -316,7 +334,8 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         return super()._is_idle() and not self._in_backward.has_moved and not any(self._observer.norms().values())
 
     def _facts(self) -> dict[str, Any]:
-        return {**super()._facts(), "policy_state": self.policy.state(), "unreached": self.unreached}
+        states = {"policy_state": self.policy.state(), "border_state": self._borders.state()}
+        return {**super()._facts(), **states, "unreached": self.unreached}
 
     @torch.no_grad()
     def _begin_training(self) -> None:

@@ -12,6 +12,7 @@ from gradselect.core import HALF, AbstractRule, Block, Drop, UpdateSettings, che
 from gradselect.parallel import check_placement, is_running, unwrapped
 from gradselect.usage import UsageError, check_is, check_whole
 
+from .borders import Borders
 from .compile_check import warn_of_compiled_model
 from .policy import AbstractPolicy
 from .quantised_blocks import said_of, without_quantised
@@ -30,6 +31,19 @@ def check_model(model: nn.Module, rule: AbstractRule) -> nn.Module:
     inner = unwrapped(model)
     check_shards(inner.parameters(), rule)
     return inner
+
+
+def check_borders(borders: Borders | None, rule: AbstractRule) -> Borders:
+    """Return the border rules; without any, those that change nothing.
+
+    Raises:
+        UsageError: they are none, or the update rule cannot follow them.
+    """
+    if borders is None:
+        return Borders()
+    check_is(borders, Borders, name="borders", example="borders=gs.Borders(coasting=5)")
+    borders.check_rule(rule)
+    return borders
 
 
 def check_window(accumulation_steps: int, grad_scaler: GradScaler | None, *, in_backward: bool, skips: bool) -> None:

@@ -4,10 +4,11 @@ from .adamw import AdamWRule
 from .adamw_8bit import AdamW8bitRule
 from .block import Block
 from .checkpoint_identity import NOT_OF_A_GROUP, as_text, check_present, check_same, selection_of, states_by_name
+from .devices import device_of_run
 from .freezing import Ownership, freeze, is_frozen_for_now, settle
 from .gradients import AbstractGradientHooks, Measure, dense, gradient_norm, norm_of, squared_norm
 from .history import BlockHistory, EntryHistory, merge_orders, read_history
-from .masters import agrees, take_over
+from .masters import HALF, MASTER, agrees, take_over
 from .optimizer import SelectiveOptimizer
 from .output_probes import WHOLE, OutputProbes
 from .parameter_groups import Group, ParameterTable
@@ -16,12 +17,12 @@ from .patch import Entries, Patch, index_dtype, is_smaller_whole
 from .phases import SELECTION, Phases, in_phase
 from .quantised import ADVICE, below, can_train, is_chosen, nothing_trains, quantised_weights
 from .records import MEMORY_CATEGORIES, JsonlWriter, MaskRecord, MemoryBytes, StepRecord, selection_entropy
-from .residency import AbstractResidency, Drop, Keep, Offload
+from .residency import AbstractResidency, Drop, Keep, Offload, default_residency
 from .rules import AbstractRule, Ages, State, check_shards
 from .saved_names import Place, Region, places_of
 from .settings import UpdateSettings
 from .sgd import SGDRule
-from .state import HALF, MASTER, BlockStates, num_bytes
+from .state import BlockStates, num_bytes
 from .torch_rule import TorchRule
 from .watch import is_list
 
@@ -73,7 +74,9 @@ __all__ = [
     "check_present",
     "check_same",
     "check_shards",
+    "default_residency",
     "dense",
+    "device_of_run",
     "freeze",
     "gradient_norm",
     "in_phase",

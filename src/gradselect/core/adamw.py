@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from .devices import has_fused_kernels
 from .rules import AbstractRule, Ages, State
 
 
@@ -25,7 +27,8 @@ class AdamWRule(AbstractRule):
 
     Args:
         fused: use one kernel for all tensors of a block instead of a loop: faster, equal up to rounding. Default False:
-            bitwise equal to `torch.optim.AdamW(foreach=False)`.
+            bitwise equal to `torch.optim.AdamW(foreach=False)`. None: the kernel for weights on an accelerator, the
+            loop on a CPU. The optimizers' `rule=None` is `AdamWRule(fused=None)`.
 
     Example:
         >>> weight, grad, rule = torch.ones(2), torch.ones(2), AdamWRule()
@@ -38,7 +41,7 @@ class AdamWRule(AbstractRule):
         Loshchilov, Hutter: Decoupled Weight Decay Regularization, arXiv 1711.05101, algorithm 2.
     """
 
-    fused: bool = False
+    fused: bool | None = False
     state_names = ("exp_avg", "exp_avg_sq")
 
     def make_state(self, weight: Tensor) -> State:
@@ -47,7 +50,13 @@ class AdamWRule(AbstractRule):
 
     def counter_device(self, weight: Tensor) -> torch.device:
         # The loop reads the counter on the host; the fused kernel needs it on the weight's device.
-        return weight.device if self.fused else torch.device("cpu")
+        return weight.device if self._is_fused(weight.device) else torch.device("cpu")
+
+    def on(self, device: torch.device) -> AdamWRule:
+        return self if self.fused is not None else replace(self, fused=self._is_fused(device))
+
+    def _is_fused(self, device: torch.device) -> bool:
+        return has_fused_kernels(device) if self.fused is None else self.fused
 
     def update(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]
@@ -61,7 +70,7 @@ class AdamWRule(AbstractRule):
             [],
             [state["step"] for state in states],
             foreach=False,
-            fused=self.fused,
+            fused=self._is_fused(weights[0].device),
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -71,11 +80,25 @@ class AdamWRule(AbstractRule):
             maximize=False,
         )
 
+    def coast(self, weights: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]) -> None:
+        """m <- beta1 m, w <- w - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps); v, t and decay rest."""
+        beta1, beta2 = group["betas"]
+        for weight, state in zip(weights, states, strict=True):
+            # Counters may be on the device, so nothing here waits for a number. 1 - beta^t would lose digits in fp32.
+            first, second = (-torch.expm1(state["step"] * _log(beta)) for beta in (beta1, beta2))
+            mean = state["exp_avg"].mul_(beta1)
+            denominator = (state["exp_avg_sq"] / second).sqrt_().add_(group["eps"])
+            weight.sub_(mean.div(denominator).mul_(group["lr"] / first))
+
     def update_entries(
         self, weights: Tensor, gradients: Tensor, state: Mapping[str, Tensor], ages: Ages, group: Mapping[str, Any]
     ) -> None:
         options = {name: group[name] for name in self.hyper_parameters}
         adamw_entries(weights, gradients, state["exp_avg"], state["exp_avg_sq"], ages, **options)
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta else -math.inf
 
 
 def adamw_entries(

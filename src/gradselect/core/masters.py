@@ -9,6 +9,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradselect.parallel import local_part
+from gradselect.usage import UsageError
+
+from .rules import State
+
+MASTER = "master"
+
+HALF = (torch.bfloat16, torch.float16)
+"""Dtypes of weights that may have a master."""
 
 SAMPLES = 64
 """Values of each tensor that are compared with its master at every step."""
@@ -44,6 +52,22 @@ class MasterWatch:
     def forget(self) -> None:
         """Compare all values at the next step."""
         self._versions.clear()
+
+
+def check_master(name: str, state: State, parameter: Parameter, *, master_dtype: torch.dtype | None) -> None:
+    """Check that a saved state has the master that this run would have made.
+
+    Raises:
+        UsageError: it is missing or has another dtype.
+    """
+    if not state or parameter.dtype not in HALF:
+        return
+    theirs = state[MASTER].dtype if MASTER in state else None
+    if theirs != master_dtype:
+        raise UsageError(
+            f"the checkpoint was written with master_dtype={theirs} and this run has master_dtype="
+            f"{master_dtype} ({name!r} is {parameter.dtype}); write master_dtype={theirs}"
+        )
 
 
 def take_over(weight: Tensor, master: Tensor) -> None:

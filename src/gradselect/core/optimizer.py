@@ -24,7 +24,8 @@ from .parameter_groups import ParameterTable, decay_groups
 from .patch import Patch
 from .phases import SELECTION, Phases, Span, in_phase
 from .records import MemoryBytes
-from .rules import State
+from .residency import AbstractResidency
+from .rules import AbstractRule, State
 from .saved_names import places_of
 from .settings import UpdateSettings
 from .state import BlockStates, num_bytes
@@ -39,8 +40,6 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
     """A torch optimizer with fixed groups that trains a selection and reports each step as a record.
 
     Attributes:
-        rule: the update formula.
-        residency: where the state of unselected blocks lives.
         master_dtype: of masters and moments of bf16 and fp16 weights; None: there are none.
         num_skipped: number of steps skipped so far.
         num_skipped_in_a_row: number of steps skipped since the last one that was taken.
@@ -74,7 +73,7 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
         # Helpers that take a state_dict apart keep the keys of the groups that they find in a new optimizer.
         self.param_groups[0][SELECTION_KEY] = ""
         self.state = self._store = StateStore(dict)
-        self.rule, self.residency, self.master_dtype = update.rule, update.residency, update.master_dtype
+        self._rule, self.master_dtype = update.rule, update.master_dtype
         self._skip_nonfinite = update.skip_nonfinite
         self.num_skipped = self.num_skipped_in_a_row = 0
         self.last_record: Record | None = None
@@ -86,6 +85,16 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
         self._hold(model, owned)
 
     # For users -----------------------------------------------------------------------------------------------------
+
+    @property
+    def rule(self) -> AbstractRule:
+        """The update formula, as it works on the device of the weights."""
+        return self._rule.on(self._table.all()[0].device)
+
+    @property
+    def residency(self) -> AbstractResidency:
+        """Place of the state of unselected blocks; without one given, the device decides until the first update."""
+        return self._states.residency
 
     @property
     def num_steps(self) -> int:
@@ -238,6 +247,9 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
             name = type(self).__name__
             raise UsageError(f"param_groups of {name} are fixed; build a new {name} on the whole model")
         super().add_param_group(param_group)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}\nrule: {self.rule!r}\nresidency: {self.residency!r}\n)"
 
     def __getstate__(self) -> NoReturn:
         raise UsageError(f"{type(self).__name__} cannot be copied or pickled whole; save optimizer.state_dict()")

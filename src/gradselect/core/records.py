@@ -18,6 +18,10 @@ from .gradients import Measure
 logger = logging.getLogger(__name__)
 
 
+OF_BORDERS = ("coasted", "rates")
+"""Fields that a line of a records file holds only where they are not empty."""
+
+
 class MemoryBytes(TypedDict):
     """Bytes held now, by category; their sum is the training state without activations.
 
@@ -49,6 +53,8 @@ class StepRecord:
         measure: kind of these norms: "l2", or the policy's own, "l1" (sum |g|) or "taylor" (sum |w g|). A file of
             records names it only if it is not "l2".
         refreshed: blocks whose master weights were set to weights that something else had changed before this step.
+        coasted: blocks that moved by their momentum alone, in model order; see `Borders`.
+        rates: factor of the learning rate of each selected block, where it was not 1; see `Borders`.
 
     Example:
         >>> import torch
@@ -70,6 +76,8 @@ class StepRecord:
     norms: Mapping[str, float] = field(default_factory=dict)
     measure: Measure = "l2"
     refreshed: tuple[str, ...] = ()
+    coasted: tuple[str, ...] = ()
+    rates: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,10 +191,10 @@ class JsonlWriter:
 
 def _as_json(record: StepRecord | MaskRecord) -> dict[str, Any]:
     """Return the record as plain values; NaN and infinity, which JSON lacks, become None."""
-    values = asdict(record)
+    values = {key: _finite(value) for key, value in asdict(record).items()}
     if values.get("measure") == "l2":
         del values["measure"]  # of most policies: their files stay as they were
-    return {key: _finite(value) for key, value in values.items()}
+    return {key: value for key, value in values.items() if value or key not in OF_BORDERS}
 
 
 def _finite(value: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 
 from gradselect.usage import UsageError
 
+from .devices import is_accelerator
 from .rules import State
 from .transfer import Transfer, open_streams
 
@@ -149,6 +150,19 @@ class Offload(AbstractResidency):
     def open(self, device: torch.device) -> AbstractMover:
         transfer = Transfer(open_streams(device), max_pinned_bytes=self.max_pinned_bytes)
         return _Offloading(transfer, max_device_bytes=self.max_device_bytes)
+
+
+def default_residency(device: torch.device) -> AbstractResidency:
+    """Return the residency where none is given: `Offload()` on an accelerator, as in AdaGradSelect, else `Keep()`.
+
+    Example:
+        >>> default_residency(torch.device("cpu"))
+        Keep()
+
+    Reference:
+        Kumar, Gupta, Chawla: AdaGradSelect, arXiv 2512.15764, section on optimizer state management.
+    """
+    return Offload() if is_accelerator(device) else Keep()
 
 
 class _Keeping(AbstractMover):

@@ -87,6 +87,15 @@ class AbstractRule(ABC):
         """Name that a checkpoint and the run that loads it must agree on."""
         return type(self).__name__
 
+    @property
+    def coasts(self) -> bool:
+        """True if the rule has `coast`."""
+        return type(self).coast is not AbstractRule.coast
+
+    def on(self, device: torch.device) -> AbstractRule:
+        """Return the rule as it works on weights on `device`; itself by default."""
+        return self
+
     def group_options(self) -> dict[str, Any]:
         """Return the rule's own hyper-parameters, which every parameter group holds beside `hyper_parameters`."""
         return {}
@@ -111,6 +120,10 @@ class AbstractRule(ABC):
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]
     ) -> None:
         """Move `weights` in place and advance `states`; `group` holds the hyper-parameters."""
+
+    def coast(self, weights: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]) -> None:
+        """Move `weights` in place by their momentum alone, which decays; see `gradselect.Borders`."""
+        raise NotImplementedError(type(self).__name__)
 
     def update_entries(
         self, weights: Tensor, gradients: Tensor, state: Mapping[str, Tensor], ages: Ages, group: Mapping[str, Any]

@@ -11,7 +11,7 @@ import torch
 from gradselect.usage import UsageError, check_hyper_parameters, check_is
 
 from .adamw import AdamWRule
-from .residency import AbstractResidency, Keep
+from .residency import AbstractResidency
 from .rules import AbstractRule, check_unused
 from .torch_rule import check_no_torch_class
 
@@ -19,6 +19,8 @@ from .torch_rule import check_no_torch_class
 @dataclass(frozen=True, kw_only=True)
 class UpdateSettings:
     """Rule, hyper-parameters and residency, named as in the arguments of the optimizers.
+
+    `residency=None` is decided by the device of the weights at the first update, as `AdamWRule(fused=None)` is.
 
     Raises:
         UsageError: a value is outside its range, or the rule would ignore it.
@@ -32,17 +34,19 @@ class UpdateSettings:
     master_dtype: torch.dtype | None
     skip_nonfinite: bool
     rule: AbstractRule
-    residency: AbstractResidency
+    residency: AbstractResidency | None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> UpdateSettings:
-        """Pick the settings out of an optimizer's arguments; rule and residency have defaults for None."""
+        """Pick the settings out of an optimizer's arguments; without a rule it is AdamW's."""
         given: dict[str, Any] = {field.name: arguments.get(field.name) for field in fields(cls)}
-        defaults: dict[str, Any] = {"rule": AdamWRule(), "residency": Keep()}
-        return cls(**given | {name: value for name, value in defaults.items() if given[name] is None})
+        if given["rule"] is None:
+            given["rule"] = AdamWRule(fused=None)
+        return cls(**given)
 
     def __post_init__(self) -> None:
-        check_is(self.residency, AbstractResidency, name="residency", example="residency=gs.Offload()")
+        if self.residency is not None:
+            check_is(self.residency, AbstractResidency, name="residency", example="residency=gs.Offload()")
         check_no_torch_class(self.rule)
         check_is(self.rule, AbstractRule, name="rule", example="rule=gs.AdamWRule()")
         check_hyper_parameters(lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)

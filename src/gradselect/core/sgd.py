@@ -89,6 +89,16 @@ class SGDRule(AbstractRule):
         for state in states:
             state["step"] += 1
 
+    @property
+    def coasts(self) -> bool:
+        return self.momentum > 0
+
+    def coast(self, weights: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]) -> None:
+        """b <- momentum b, then w <- w - lr momentum b if nesterov, else w <- w - lr b."""
+        for weight, state in zip(weights, states, strict=True):
+            buffer = state["momentum_buffer"].mul_(group["momentum"])
+            weight.sub_(buffer.mul(group["lr"] * (group["momentum"] if self.nesterov else 1.0)))
+
     def update_entries(
         self, weights: Tensor, gradients: Tensor, state: Mapping[str, Tensor], ages: Ages, group: Mapping[str, Any]
     ) -> None:

@@ -15,19 +15,14 @@ from gradselect.parallel import as_dtensor, local_part, local_part_like
 from gradselect.usage import UsageError
 
 from .gradients import dense
-from .masters import MasterWatch, packed
+from .masters import HALF, MASTER, MasterWatch, check_master, packed
 from .parameter_groups import ParameterTable
 from .phases import STATE, Phases, in_phase
-from .residency import AbstractMover, StateCopy
+from .residency import AbstractMover, AbstractResidency, StateCopy, default_residency
 from .rules import State
 from .settings import UpdateSettings
 
 logger = logging.getLogger(__name__)
-
-MASTER = "master"
-
-HALF = (torch.bfloat16, torch.float16)
-"""Dtypes of weights that may have a master."""
 
 
 class BlockStates:
@@ -62,9 +57,9 @@ class BlockStates:
         self._store = store
         self._table = table
         self._rule = update.rule
-        self._residency = update.residency
+        self._given = update.residency
         self._master_dtype = update.master_dtype
-        self._open: tuple[torch.device, AbstractMover] | None = None
+        self._open: tuple[torch.device, AbstractResidency, AbstractMover] | None = None
         self._masters = MasterWatch()
         self._shown: set[Tensor] = set()
         self.resident: set[str] = set()
@@ -87,7 +82,7 @@ class BlockStates:
             UsageError: the state of the selection exceeds the residency's `max_device_bytes`.
         """
         self._check_fits(names)
-        staying = names if self._residency.frees_device else self._table.blocks
+        staying = names if self.residency.frees_device else self._table.blocks
         leaving = [name for name in self._table.blocks if name in self.resident and name not in staying]
         coming = [name for name in self._table.blocks if name in names and name not in self.resident]
         copies = [[self._copy_of(name) for name in blocks if self._existing(name)] for blocks in (leaving, coming)]
@@ -98,7 +93,7 @@ class BlockStates:
             for parameter, state in self._existing(name):
                 if not state:
                     del self._store[parameter]
-        if self._residency.frees_device:
+        if self.residency.frees_device:
             # Dropped state no longer exists, so it counts as not moved.
             self.moved_bytes += sum(map(self.num_bytes, (*leaving, *coming)))
 
@@ -189,13 +184,28 @@ class BlockStates:
         moving = [(parameter, grad) for parameter, grad in zip(parameters, grads, strict=True) if grad is not None]
         if not moving:
             return
-        states = [self.of(parameter) for parameter, _ in moving]
-        targets = [local_part(parameter) for parameter, _ in moving]
-        weights = [state.get(MASTER, packed(target)) for state, target in zip(states, targets, strict=True)]
+        moved = [parameter for parameter, _ in moving]
+        states, targets, weights = self._prepared(moved)
         grads = [dense(local_part(grad)).to(weight.dtype) for weight, (_, grad) in zip(weights, moving, strict=True)]
         self._rule.update(weights, grads, states, group)
-        self.moved.update(parameter for parameter, _ in moving)
-        for weight, target, (parameter, _) in zip(weights, targets, moving, strict=True):
+        self._write(moved, targets, weights)
+
+    def coast(self, parameters: Sequence[Parameter], group: Mapping[str, Any]) -> None:
+        """Let the rule move the parameters that have state by their momentum, as `update` does by gradients."""
+        moved = [parameter for parameter in parameters if self.exists(parameter)]
+        states, targets, weights = self._prepared(moved)
+        self._rule.coast(weights, states, group)
+        self._write(moved, targets, weights)
+
+    def _prepared(self, parameters: Sequence[Parameter]) -> tuple[list[State], list[Tensor], list[Tensor]]:
+        """Return the states, the local parts, and what the rule moves: masters, or the local parts themselves."""
+        states, targets = list(map(self.of, parameters)), list(map(local_part, parameters))
+        return states, targets, [s.get(MASTER, packed(t)) for s, t in zip(states, targets, strict=True)]
+
+    def _write(self, parameters: Sequence[Parameter], targets: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+        """Note that these parameters have moved; round masters to their weights."""
+        self.moved.update(parameters)
+        for parameter, target, weight in zip(parameters, targets, weights, strict=True):
             if weight is not target:
                 target.copy_(weight)
                 self._masters.wrote(parameter)
@@ -254,7 +264,7 @@ class BlockStates:
             UsageError: masters are missing or have another dtype than in this run.
         """
         for name, parameter in self._table.named():
-            self._check_master(name, saved[name], parameter)
+            check_master(name, saved[name], parameter, master_dtype=self._master_dtype)
         self._mover.forget()
         self._masters.forget()
         self._store.clear()
@@ -270,16 +280,6 @@ class BlockStates:
             if block not in resident:
                 self.prefetch(self.resident - {block})
         self.moved_bytes = 0
-
-    def _check_master(self, name: str, state: State, parameter: Parameter) -> None:
-        if not state or parameter.dtype not in HALF:
-            return
-        theirs = state[MASTER].dtype if MASTER in state else None
-        if theirs != self._master_dtype:
-            raise UsageError(
-                f"the checkpoint was written with master_dtype={theirs} and this run has master_dtype="
-                f"{self._master_dtype} ({name!r} is {parameter.dtype}); write master_dtype={theirs}"
-            )
 
     def _placed(self, state: State, parameter: Parameter) -> State:
         large = self._large(state)
@@ -308,25 +308,34 @@ class BlockStates:
         return {MASTER: master, **self._rule.make_state(master)}
 
     @property
+    def residency(self) -> AbstractResidency:
+        """The residency in use; without one given, that of the device."""
+        return self._opened()[1]
+
+    @property
     def _mover(self) -> AbstractMover:
-        """Mover, opened late: before the first update the model may move to another device.
+        return self._opened()[2]
+
+    def _opened(self) -> tuple[torch.device, AbstractResidency, AbstractMover]:
+        """Device, residency and mover, opened late: before the first update the model may move to another device.
 
         Later it may move too, e.g. to be saved, and come back; states stay where they are.
         """
         device = self._table.all()[0].device
         if self._open is None or (self._open[0] != device and not any(map(self.exists, self._store))):
-            self._open = device, self._residency.open(device)
-        return self._open[1]
+            residency = default_residency(device) if self._given is None else self._given
+            self._open = device, residency, residency.open(device)
+        return self._open
 
     def _check_fits(self, names: Collection[str]) -> None:
-        limit = self._residency.max_device_bytes
+        limit = self.residency.max_device_bytes
         if limit is None:
             return
         needed = sum(self._needed_bytes(parameter) for name in names for parameter in self._table.of(name))
         if needed > limit:
             raise UsageError(
                 f"the state of {', '.join(names)} takes {needed} bytes on the device, and max_device_bytes={limit}; "
-                f"write max_device_bytes={needed} or more, or let the policy select less"
+                f"write max_device_bytes={needed} or more, or let the policy select less, and coast shorter"
             )
 
     def _needed_bytes(self, parameter: Parameter) -> int:

@@ -13,6 +13,7 @@ from gradselect.core import (
     HALF,
     SELECTION,
     AbstractRule,
+    Keep,
     MaskRecord,
     MemoryBytes,
     SelectiveOptimizer,
@@ -161,7 +162,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
             eps: added to the root of the second moment, >= 0.
             weight_decay: decay of the decay group, >= 0; it touches entries of the set only. Default 0.01.
             no_decay: globs of parameters that are not decayed. None: biases and norms (fewer than two dimensions).
-            rule: update formula: `AdamWRule()` (default) or `SGDRule()`.
+            rule: update formula: `AdamWRule(fused=None)` (default) or `SGDRule()`.
             max_grad_norm: the gradients that are applied are scaled down to this L2 norm of all together. None: never.
             master_dtype: of master values of bf16 and fp16 weights; None: none, weights are rounded at every step.
             accumulation_steps: backward passes per step, >= 1.
@@ -172,7 +173,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         Raises:
             UsageError: a value outside its range, a pattern that matches nothing, a mask that does not fit the model.
         """
-        update = UpdateSettings.of(locals())
+        update = UpdateSettings.of({**locals(), "residency": Keep()})
         check_arguments(mask, update.rule, max_grad_norm=max_grad_norm, accumulation_steps=accumulation_steps)
         model = check_model(model, update.rule)
         tensors = trainable_tensors(model)

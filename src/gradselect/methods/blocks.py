@@ -66,7 +66,7 @@ class AbstractBlockMethod(AbstractSelectionMethod):
 
     def rule(self) -> AbstractRule:
         """Return the update rule as an object."""
-        return AdamW8bitRule() if self.moment_bits == 8 else AdamWRule()
+        return AdamW8bitRule() if self.moment_bits == 8 else AdamWRule(fused=None)
 
     @model_validator(mode="after")
     def check_policy(self) -> Self:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gradselect.blocks import AbstractPolicy
-from gradselect.core import AbstractResidency, AbstractRule, Block, Keep
+from gradselect.core import AbstractResidency, AbstractRule, Block, default_residency, device_of_run
 from gradselect.entries import AbstractMask
 from gradselect.usage import UsageError, check_whole
 
@@ -98,7 +98,8 @@ def plan(
         batch_size: rows of a forward pass.
         sequence_length: tokens of a row.
         always: what trains at every step, as for the optimizer.
-        residency: as for `BlockOptimizer`. Default `Keep()`.
+        residency: as for `BlockOptimizer`. None: its default on the model's device; for a model on the meta device,
+            on the accelerator of this machine, or else on its CPU.
         master_dtype: as for the optimizers.
         blocks: as for `BlockOptimizer`, of this model.
         accumulation_steps: micro-batches of a step.
@@ -124,13 +125,14 @@ def plan(
     check_whole("batch_size", batch_size)
     check_whole("sequence_length", sequence_length)
     check_whole("accumulation_steps", accumulation_steps)
+    device = device_of_run(next((each.device for each in model.parameters()), torch.device("cpu")))
     meta = meta_copy(model, checkpointing=gradient_checkpointing)
     rows = Rows(batch=batch_size, length=sequence_length)
     forward = ForwardPass(ActivationCounter(meta), rows, loss="whole", checkpointing=gradient_checkpointing)
     training = Training(
         model=meta,
         always=(always,) if isinstance(always, str) else tuple(always),
-        residency=Keep() if residency is None else residency,
+        residency=default_residency(device) if residency is None else residency,
         master_dtype=master_dtype,
         blocks=blocks,
         accumulation_steps=accumulation_steps,
