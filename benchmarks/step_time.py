@@ -5,8 +5,7 @@
 
 Every method trains its own copy of one Qwen2-type model with random weights. The methods take turns, one step each a
 round. A ratio is taken inside a round, and the table has its median. `limit` is the speed-up that the FLOPs allow for
-the selected blocks, 6 / (2 + 2 d + 2 (1 - s)): s is the frozen share of the parameters, d the share of the layers that
-the backward pass visits.
+the selected blocks, see `gradselect.blocks.StepCost`.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import torch
 from torch import nn
 
 import gradselect as gs
+from gradselect.blocks import StepCost
 
 RESULT = common.RESULTS / "step_time.json"
 LR = 1e-5
@@ -132,7 +132,8 @@ class Competitor:
         if self.clock is None:
             return None
         records = self.clock.records[-len(own.seconds) :]
-        return statistics.mean(1.0 if r.explored else flop_limit(own.model, r.selected) for r in records)
+        cost = StepCost.of_model(own.model, gs.partition(own.model))
+        return statistics.mean(1.0 if r.explored else 1 / cost.relative_time(r.selected) for r in records)
 
     def _bookkeeping_share(self) -> float | None:
         own = self.method
@@ -164,16 +165,6 @@ def competitors(arguments: argparse.Namespace) -> Iterator[Competitor]:
         yield Competitor("BAdam, package `badam`", common.random_model(config), badam_package)
     except ImportError:
         print("the package `badam` is not installed (extra `peers`): left out")
-
-
-def flop_limit(model: nn.Module, selected: tuple[str, ...]) -> float:
-    """Return 6 / (2 + 2 d + 2 (1 - s)) of this selection; see the top of this file."""
-    blocks = gs.partition(model)
-    trained = sum(block.num_elements for block in blocks if block.name in selected)
-    layers = [block.name for block in blocks if block.name.startswith("layer.")]
-    visited = [i for i, name in enumerate(layers) if name in selected]
-    depth = 1.0 if "embedding" in selected else 1 - min(visited, default=len(layers)) / len(layers)
-    return 6 / (2 + 2 * depth + 2 * trained / sum(block.num_elements for block in blocks))
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -10,10 +10,10 @@ from tiny_models import tiny_batch, tiny_llama
 from torch import nn
 
 import gradselect as gs
-from gradselect.blocks.flops import step_time
+from gradselect.blocks import StepCost
 from gradselect.core import MEMORY_CATEGORIES
 from gradselect.planning import CATEGORIES, Plan
-from gradselect.planning.policy_survey import mean_depth, mean_entries, survey
+from gradselect.planning.policy_survey import mean_by_lowest, mean_sum, survey
 
 # Weights, gradients, masters, state ---------------------------------------------------------------------------------
 
@@ -159,25 +159,27 @@ def test_everything_takes_the_time_of_full_fine_tuning() -> None:
 def test_time_of_the_top_layer_follows_its_operations() -> None:
     model = tiny_llama(layers=4)
     found = gs.plan(model, gs.Fixed(("layer.3",)), batch_size=2, sequence_length=8)
-    share = gs.partition(model)[4].num_elements / sum(parameter.numel() for parameter in model.parameters())
-    assert found.relative_time == pytest.approx(step_time(depth=1 / 4, frozen=1 - share) / 6)
+    cost = StepCost.of_model(model, gs.partition(model))
+    assert found.relative_time == pytest.approx(cost.relative_time(["layer.3"]))
     again = gs.plan(model, gs.Fixed(("layer.3",)), batch_size=2, sequence_length=8, gradient_checkpointing=True)
-    assert again.relative_time - found.relative_time == pytest.approx(2 * (1 / 4) / 6)
+    layer = cost.weights["layer.3"]
+    assert again.relative_time - found.relative_time == pytest.approx(2 * layer / cost.full)
+    assert found.backward_skipped == pytest.approx(1 - cost.backward(["layer.3"]) / (4 * cost.total))
 
 
-def test_mean_depth_and_size_are_those_of_many_draws() -> None:
+def test_mean_by_lowest_and_size_are_those_of_many_draws() -> None:
     """2,000 draws give the means to 3 %."""
     blocks = gs.partition(tiny_llama(layers=8))
     policy = gs.Uniform(count=3, among=("layer.*",)).bind(blocks)
     names = list(policy.names)
     visited = {name: (len(names) - place) / len(names) for place, name in enumerate(names)}
-    sizes = {name: 1 + place for place, name in enumerate(names)}
+    sizes = {name: 1.0 + place for place, name in enumerate(names)}
     found = survey(gs.Uniform(count=3, among=("layer.*",)).bind(blocks))
     draws = [policy.propose(step) for step in range(2000)]
     depths = [max(visited[name] for name in draw) for draw in draws]
     elements = [sum(sizes[name] for name in draw) for draw in draws]
-    assert mean_depth(found, visited) == pytest.approx(sum(depths) / len(depths), rel=0.03)
-    assert mean_entries(found, sizes) == pytest.approx(sum(elements) / len(elements), rel=0.03)
+    assert mean_by_lowest(found, visited) == pytest.approx(sum(depths) / len(depths), rel=0.03)
+    assert mean_sum(found, sizes) == pytest.approx(sum(elements) / len(elements), rel=0.03)
 
 
 @pytest.mark.parametrize("policy", [gs.Uniform(count=2, every=500), gs.Cyclic(every=700)])

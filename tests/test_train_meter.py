@@ -16,7 +16,7 @@ from gradselect.app.train import train
 from gradselect.app.train.meter import PHASES, Meter, medians, percentile
 from gradselect.app.train.run_record import as_json
 from gradselect.app.train.stopwatch import AbstractClock, Stopwatch
-from gradselect.blocks.flops import speed_up_limit, step_time, visited_share
+from gradselect.blocks import StepCost, speed_up_limit
 from gradselect.files.checked_json import sealed
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
@@ -99,50 +99,6 @@ def test_an_error_in_a_phase_ends_it() -> None:
         raise KeyError
     ticks.now += 1
     assert watch.read(watch.stop()) == {"base": 1, "broken": 0}
-
-
-# The limit of the speed-up ---------------------------------------------------------------------------------------
-
-SIZES = {"embedding": 20, "layer.0": 10, "layer.1": 10, "layer.2": 10, "layer.3": 10, "norm": 0, "head": 20}
-
-
-def test_a_full_step_takes_six_units_and_a_forward_pass_alone_two() -> None:
-    assert step_time(depth=1.0, frozen=0.0) == 6
-    assert step_time(depth=0.0, frozen=1.0) == 2
-
-
-@pytest.mark.parametrize(
-    ("trained", "share"),
-    [
-        (["embedding"], 1.0),
-        (["layer.0", "layer.3"], 1.0),
-        (["layer.1"], 0.75),
-        (["layer.3", "head"], 0.25),
-        (["norm", "head"], 0.0),
-        ([], 0.0),
-    ],
-)
-def test_the_backward_pass_visits_what_lies_above_the_lowest_trained_block(trained: list[str], share: float) -> None:
-    assert visited_share(trained, list(SIZES)) == share
-
-
-def test_a_matrix_is_in_its_layer() -> None:
-    blocks = ["embedding", "layer.0.q", "layer.0.k", "layer.1.q", "layer.1.k", "encoder.layer.10.q"]
-    assert visited_share(["layer.1.k"], blocks) == pytest.approx(2 / 3)
-    assert visited_share(["encoder.layer.10.q"], blocks) == pytest.approx(1 / 3)
-
-
-def test_the_limit_of_one_step_is_the_published_formula() -> None:
-    depth, frozen = 0.5, 1 - 10 / 80
-    assert speed_up_limit([["layer.2"]], SIZES) == pytest.approx(6 / (2 + 2 * depth + 2 * (1 - frozen)))
-    assert speed_up_limit([list(SIZES)], SIZES) == 1.0
-    assert speed_up_limit([], SIZES) is None
-
-
-def test_times_of_steps_are_averaged_not_their_speed_ups() -> None:
-    full, fast = list(SIZES), ["layer.3"]
-    limits = [speed_up_limit([step], SIZES) for step in (full, fast)]
-    assert speed_up_limit([full, fast], SIZES) == pytest.approx(2 / sum(1 / limit for limit in limits if limit))
 
 
 # Whole runs ------------------------------------------------------------------------------------------------------
@@ -261,8 +217,8 @@ def test_a_resumed_run_keeps_the_selections_before_it(place: Path, tmp_path: Pat
 def test_the_limit_is_of_the_blocks_that_had_gradients(place: Path, tmp_path: Path) -> None:
     method = {"name": "adagradselect", "count": 1, "explore_steps": 2, "among": ["layer.*"]}
     result = run(place, tmp_path / "out", method=method)
-    model_blocks = gs.partition(build(place, tmp_path / "other")[1].model)
-    sizes = {block.name: block.num_elements for block in model_blocks}
+    model = build(place, tmp_path / "other")[1].model
+    cost = StepCost.of_model(model, gs.partition(model))
     selection = result["selection"]
     layers = [name for name in selection["blocks"] if name.startswith("layer.")]
     steps = [
@@ -270,7 +226,7 @@ def test_the_limit_is_of_the_blocks_that_had_gradients(place: Path, tmp_path: Pa
         for selected, explored in zip(selection["selected"], selection["explored"], strict=True)
     ]
     assert {0, 1} == set(selection["explored"])
-    assert result["flop"] == {"limit": pytest.approx(speed_up_limit(steps, sizes)), "speed_up": None}
+    assert result["flop"] == {"limit": pytest.approx(speed_up_limit(steps, cost)), "speed_up": None}
 
 
 def test_what_selects_no_blocks_has_no_limit(place: Path, tmp_path: Path) -> None:

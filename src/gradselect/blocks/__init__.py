@@ -2,7 +2,7 @@
 
 from .borders import Borders
 from .draws import gumbel, log_gamma, random_stream
-from .flops import FULL_STEP, layer_of, speed_up_limit, step_time, visited_share
+from .flops import Depth, StepCost, layer_of, speed_up_limit
 from .optimizer import BlockOptimizer
 from .partitioning import partition, resolve_names
 from .policy import (
@@ -17,12 +17,13 @@ from .policy import (
 from .structure import Layout, module_of_getter
 
 __all__ = [
-    "FULL_STEP",
     "AbstractPolicy",
     "BlockOptimizer",
     "Borders",
+    "Depth",
     "Layout",
     "Norms",
+    "StepCost",
     "check_fraction_or_count",
     "gumbel",
     "largest",
@@ -35,7 +36,5 @@ __all__ = [
     "resolve_count_now",
     "resolve_names",
     "speed_up_limit",
-    "step_time",
     "taking_part",
-    "visited_share",
 ]

@@ -1,58 +1,199 @@
-"""Upper limit of the speed-up, from floating-point operations."""
+"""Cost of a step in floating-point operations, and the upper limit of the speed-up that follows from it."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
 
-FULL_STEP = 6.0
-"""FLOPs of a full step per parameter and token: forward 2, backward through activations 2, weight gradients 2."""
+from torch import nn
+from torch.nn import Parameter
+
+from gradselect.core import Block
+from gradselect.usage import beginnings, parent
+
+from .structure import KINDS, Layout
+
+FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = 2.0, 2.0, 2.0
+"""FLOPs of a matrix product per entry of the matrix and token."""
+
+FULL_STEP = FORWARD + INPUT_GRADIENT + WEIGHT_GRADIENT
 
 _LAYER = re.compile(r"^(.*\.)?layer\.\d+")
 
+_INPUT_SIDE = frozenset(
+    {"q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v", "q_lin", "k_lin", "v_lin", "wq", "wk", "wv"}
+    | {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv"}
+    | {"gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "wi_0", "wi_1"}
+)
+"""Names of modules that read the input of attention or of an MLP: side by side, none of them lies above another, and
+all lie below the other modules there."""
 
-def step_time(*, depth: float, frozen: float) -> float:
-    """FLOPs of a step per parameter and token: 2 + 2 d + 2 (1 - s).
+
+class Depth(NamedTuple):
+    """Depth at which a tensor is used: tensors of a larger one are nearer to the loss.
 
     Args:
-        depth: d, share of the layers that the backward pass visits.
-        frozen: s, share of the entries without a gradient.
+        unit: stack, kind and number of a layer or of a component around the layers, as `Layout` orders them.
+        stage: order within the unit. 0: before its first matrix.
     """
-    return 2 + 2 * depth + 2 * (1 - frozen)
+
+    unit: tuple[int, int, int]
+    stage: int = 0
+
+    @property
+    def is_in_layer(self) -> bool:
+        """True inside the layers."""
+        return self.unit[1] == KINDS.index("layer")
 
 
-def speed_up_limit(steps: Iterable[Collection[str]], sizes: Mapping[str, int]) -> float | None:
-    """Upper limit of the speed-up over full fine-tuning: 6 / mean over steps of 2 + 2 d + 2 (1 - s).
+@dataclass(frozen=True)
+class StepCost:
+    """FLOPs of a step, per token, for a given selection of blocks.
 
-    Averages times and not speed-ups, as a clock does: a step of time 6 and one of time 3 give 6 / 4.5.
+        2 N                  forward pass: N entries in matrices that are multiplied
+        2 (entries above)    gradients of inputs: every matrix above the lowest selected tensor, the head among them
+        2 (entries selected) gradients of weights
+
+    A lookup (an `nn.Embedding`) costs nothing, a 1-D tensor nothing. An embedding that is tied to the head is
+    multiplied there: selected, it costs the head's weight gradient, and its lookup forces the backward pass through all
+    layers. Of a sliced linear layer the selected slices cost their own entries. Full fine-tuning costs 6 N.
+
+    Left out: attention's own products, elementwise work, the optimizer. In a layer norms count as used before its first
+    matrix. Matrices lie above each other as they are registered, but for names that are known to read the same input
+    ("q_proj" and "k_proj"). Experts count as if every token visited all of them.
+
+    Figures of older result files follow 2 + 2 d + 2 (1 - s) instead, with d a share of layers and 1 - s a share of all
+    weights: there an embedding counted as much as a layer of its size, and the head only through its weight gradient.
+
+    Args:
+        products: entries of each matrix that is multiplied, by depth; adapters included.
+        depths: depth of the lowest tensor of each block.
+        weights: entries of each block's matrices that are multiplied.
+        num_adapted: entries of LoRA adapters among the products, which full fine-tuning would not have.
+
+    Example:
+        >>> import torch
+        >>> import gradselect as gs
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+        >>> cost = StepCost.of_model(model, gs.partition(model))
+        >>> cost.relative_time(["layer.2"]), cost.relative_time(["layer.0", "layer.1", "layer.2"])
+        (0.44..., 0.88...)
+    """
+
+    products: Mapping[Depth, int]
+    depths: Mapping[str, Depth]
+    weights: Mapping[str, int]
+    num_adapted: int = 0
+    total: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total", sum(self.products.values()))
+
+    @classmethod
+    def of_model(cls, model: nn.Module, blocks: Sequence[Block] | Mapping[str, Collection[str]]) -> Self:
+        """Cost of a model's steps; parameters that no block holds take part in the forward pass.
+
+        Args:
+            model: any module, also on the meta device.
+            blocks: blocks, or the names of the parameters of each, by name.
+        """
+        members = blocks if isinstance(blocks, Mapping) else {block.name: block.parameter_names for block in blocks}
+        named = dict(model.named_parameters(remove_duplicate=False))
+        modules = dict(model.named_modules(remove_duplicate=False))
+        lookups = {name for name in named if isinstance(modules[parent(name)], nn.Embedding)}
+        depths = _depths(model, named)
+        products: dict[Depth, int] = {}
+        for name in _products(named, lookups):
+            products[depths[name]] = products.get(depths[name], 0) + _num_entries(named[name], modules[parent(name)])
+        lowest: dict[Parameter, Depth] = {}
+        for name, parameter in named.items():
+            lowest[parameter] = min(depths[name], lowest.get(parameter, depths[name]))
+        multiplied = {named[name] for name in _products(named, lookups)}
+        return cls(
+            products=products,
+            depths={block: min(lowest[named[name]] for name in names) for block, names in members.items() if names},
+            weights={
+                block: sum(named[name].numel() for name in names if named[name] in multiplied)
+                for block, names in members.items()
+            },
+            num_adapted=sum(named[name].numel() for name in named if ".lora_" in name),
+        )
+
+    @classmethod
+    def of_blocks(cls, blocks: Sequence[Block]) -> Self:
+        """Cost of the steps of a model that consists of these blocks, as far as their names and order tell it.
+
+        "embedding" is a lookup unless it has the alias "head"; a block is one stage of its layer.
+        """
+        layers = list(dict.fromkeys(layer for block in blocks if (layer := layer_of(block.name)) is not None))
+        depths: dict[str, Depth] = {}
+        products: dict[Depth, int] = {}
+        weights: dict[str, int] = {}
+        for position, block in enumerate(blocks):
+            layer = layer_of(block.name)
+            kind = "layer" if layer else "embedding" if block.name.endswith("embedding") else "head"
+            depths[block.name] = Depth((0, KINDS.index(kind), layers.index(layer) if layer else position))
+            is_lookup = kind == "embedding" and "head" not in block.aliases
+            weights[block.name] = 0 if is_lookup else sum(each.numel() for each in block.parameters if each.ndim > 1)
+            unit = (1, 0, 0) if kind == "embedding" else depths[block.name].unit  # a tied head lies above all
+            used = Depth(unit, stage=1)
+            products[used] = products.get(used, 0) + weights[block.name]
+        return cls(products=products, depths=depths, weights=weights)
+
+    def input_gradients(self, trained: Collection[str], *, lowest: Depth | None = None) -> float:
+        """FLOPs of the gradients of inputs if these blocks are trained, or if `lowest` is the lowest trained tensor."""
+        if lowest is None:
+            if not trained:
+                return 0.0
+            lowest = min(self.depths[name] for name in trained)
+        return INPUT_GRADIENT * sum(entries for depth, entries in self.products.items() if depth > lowest)
+
+    def weight_gradients(self, trained: Collection[str]) -> float:
+        """FLOPs of the gradients of weights of these blocks."""
+        return WEIGHT_GRADIENT * sum(self.weights[name] for name in trained)
+
+    def backward(self, trained: Collection[str]) -> float:
+        """FLOPs of the backward pass if these blocks are trained."""
+        return self.input_gradients(trained) + self.weight_gradients(trained)
+
+    def recomputed(self, lowest: Depth | None) -> float:
+        """FLOPs of the layers that gradient checkpointing computes again: from that of `lowest` upwards."""
+        if lowest is None:
+            return 0.0
+        above = [entries for depth, entries in self.products.items() if depth.is_in_layer and depth.unit >= lowest.unit]
+        return FORWARD * sum(above)
+
+    def relative(self, backward: float) -> float:
+        """Time of a step with a backward pass of so many FLOPs, in units of a full step; 1 for a model of no matrix."""
+        return (FORWARD * self.total + backward) / self.full if self.full else 1.0
+
+    def relative_time(self, trained: Collection[str]) -> float:
+        """Time of a step that trains these blocks, in units of a step of full fine-tuning."""
+        return self.relative(self.backward(trained))
+
+    @property
+    def full(self) -> float:
+        """FLOPs of a step of full fine-tuning, without adapters."""
+        return FULL_STEP * (self.total - self.num_adapted)
+
+
+def speed_up_limit(steps: Iterable[Collection[str]], cost: StepCost) -> float | None:
+    """Upper limit of the speed-up over full fine-tuning: the inverse of the mean time of a step.
+
+    Averages times and not speed-ups, as a clock does: a step of time 1 and one of time 0.5 give 1 / 0.75.
 
     Args:
         steps: blocks that had gradients in each step: the selected ones, or all in an explore step.
-        sizes: number of entries of each block, by name, in model order.
+        cost: of the model and its blocks.
 
     Returns:
         The limit; None without a step.
-
-    Example:
-        >>> speed_up_limit([["layer.1"]], {"layer.0": 5, "layer.1": 5})
-        1.5
     """
-    times = [_time(trained, sizes) for trained in steps]
-    return FULL_STEP * len(times) / sum(times) if times else None
-
-
-def visited_share(trained: Collection[str], blocks: Sequence[str]) -> float:
-    """Share of the layers that the backward pass visits: those at and above the lowest trained block.
-
-    Blocks are in model order. A matrix, "layer.3.mlp.up_proj", counts as its layer. The share is 1.0 for a block below
-    the layers and 0.0 for one above.
-    """
-    layers = list(dict.fromkeys(layer for name in blocks if (layer := layer_of(name)) is not None))
-    if not layers:
-        return 1.0 if trained else 0.0
-    lowest = next((position for position, name in enumerate(blocks) if name in trained), len(blocks))
-    above = {layer for name in blocks[lowest:] if (layer := layer_of(name)) is not None}
-    return len(above) / len(layers)
+    times = [cost.relative_time(trained) for trained in steps]
+    return len(times) / sum(times) if times else None
 
 
 def layer_of(block: str) -> str | None:
@@ -61,6 +202,44 @@ def layer_of(block: str) -> str | None:
     return None if match is None else match.group()
 
 
-def _time(trained: Collection[str], sizes: Mapping[str, int]) -> float:
-    share = sum(size for name, size in sizes.items() if name in trained) / sum(sizes.values())
-    return step_time(depth=visited_share(trained, list(sizes)), frozen=1 - share)
+def _depths(model: nn.Module, named: Mapping[str, Parameter]) -> dict[str, Depth]:
+    """Return the depth of each name of a parameter; a tied one has several."""
+    layout = Layout(model, matrices=None)
+    linears = {path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)}
+    num_matrices = Counter(parent(name) for name, parameter in named.items() if parameter.ndim > 1)
+    places: dict[str, tuple[str, str]] = {}
+    for name, parameter in named.items():
+        is_alone = num_matrices[parent(name)] == 1 or parent(name) in linears  # a sliced linear holds several
+        if parameter.ndim > 1 or is_alone:
+            places[name] = _place_in_layer(parent(name) if is_alone else name)
+    above = {place[0]: -position for position, place in reversed([*enumerate(places.values())])}
+    ordered = sorted(dict.fromkeys(places.values()), key=lambda place: (-above[place[0]], place[1] != ""))
+    stages = {place: stage for stage, place in enumerate(ordered, start=1)}
+    return {
+        name: Depth(layout.place(name).rank[:3], stage=stages[places[name]] if name in places else 0) for name in named
+    }
+
+
+def _place_in_layer(path: str) -> tuple[str, str]:
+    """Return the module that holds a matrix's module, and its own name; "" for all that read the input there.
+
+    An adapter of a module stands where the module does.
+    """
+    for place in beginnings(path):
+        above, _, name = place.rpartition(".")
+        if name in _INPUT_SIDE:
+            return above, ""
+    above, _, name = path.rpartition(".")
+    return above, name
+
+
+def _products(named: Mapping[str, Parameter], lookups: Collection[str]) -> list[str]:
+    """Return a name of each parameter that is multiplied; of a tied one, the last."""
+    found = {parameter: name for name, parameter in named.items() if parameter.ndim > 1 and name not in lookups}
+    return list(found.values())
+
+
+def _num_entries(parameter: Parameter, module: nn.Module) -> int:
+    if not parameter.is_floating_point() and isinstance(module, nn.Linear):
+        return module.in_features * module.out_features  # a quantised weight packs several entries into one number
+    return parameter.numel()

@@ -33,6 +33,7 @@ from typing import Any, ClassVar, Self
 from gradselect.core import Block, Measure
 from gradselect.usage import UsageError, check_positive, check_whole
 
+from .flops import StepCost
 from .partitioning import resolve_names
 
 Norms = Mapping[str, float]
@@ -51,9 +52,12 @@ class AbstractPolicy(ABC):
             are never selected and never observed. Between steps the optimizer leaves out those that the loss does not
             reach, and puts back those that it reaches again; the state of a block that is out stays.
         num_elements: number of entries of each block, by block name.
+        cost: FLOPs of the model's steps.
         method_name: `method.name` in recipes that use it. None: no method is just this policy.
         measure: number that "norms" hold: "l2" sqrt(sum g^2), "l1" sum |g|, for Adam's first-order gain lr |g|_1, or
             "taylor" sum |w g|.
+        is_even: True if all sets of blocks of one size are about equally likely while gradients are alike. A plan
+            then takes the mean over all sets, otherwise over steps that it draws.
 
     Example:
         A policy that trains the last block only:
@@ -73,12 +77,18 @@ class AbstractPolicy(ABC):
 
     method_name: ClassVar[str | None] = None
     measure: ClassVar[Measure] = "l2"
+    is_even: ClassVar[bool] = True
 
     candidates: tuple[Block, ...] = field(default=(), init=False, repr=False)
     num_elements: Mapping[str, int] = field(default_factory=dict, init=False, repr=False)
+    cost: StepCost = field(default_factory=lambda: StepCost.of_blocks(()), init=False, repr=False)
 
-    def bind(self, blocks: Sequence[Block]) -> Self:
+    def bind(self, blocks: Sequence[Block], *, cost: StepCost | None = None) -> Self:
         """Return a copy of this policy, with fresh state, that selects among `blocks`. The original stays unbound.
+
+        Args:
+            blocks: in model order.
+            cost: of the model's steps; holds these blocks. None: made from the blocks alone.
 
         Raises:
             UsageError: the settings do not fit these blocks (a name that none of them has, more blocks than there are).
@@ -90,6 +100,7 @@ class AbstractPolicy(ABC):
         bound = copy.copy(self)
         bound.candidates = tuple(blocks)
         bound.num_elements = {block.name: block.num_elements for block in blocks}
+        bound.cost = StepCost.of_blocks(blocks) if cost is None else cost
         bound.start()
         return bound
 

@@ -14,6 +14,7 @@ from gradselect.usage import UsageError, check_is, check_whole
 
 from .borders import Borders
 from .compile_check import warn_of_compiled_model
+from .flops import StepCost
 from .policy import AbstractPolicy
 from .quantised_blocks import said_of, without_quantised
 
@@ -102,7 +103,7 @@ def bind_policy(
     candidates = without_quantised(model, blocks, always=always)
     left_out = [block.name for block in blocks if block not in candidates and block.name not in always]
     try:
-        return policy.bind(candidates)
+        return policy.bind(candidates, cost=StepCost.of_model(model, blocks))
     except UsageError as error:
         quantised = f" ({said_of(left_out, blocks)})" if left_out else ""
         named = f" (the policy does not select blocks in `always`: {', '.join(always)})" if always else ""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from gradselect.blocks import AbstractPolicy, partition, resolve_names, visited_share
+from gradselect.blocks import AbstractPolicy, StepCost, partition, resolve_names
 from gradselect.core import Drop, num_bytes
 
 from .bytes import Bytes, Cost, cost_of, largest_cost, total_cost
 from .forward_pass import ForwardPass
-from .policy_survey import mean_depth, mean_entries, survey_policy, worst
+from .policy_survey import mean_by_lowest, mean_sum, survey_policy, worst
 from .steps import Gradients, Step, StepKind, Work, make_step
 from .training import Training
 
@@ -41,7 +41,8 @@ class _BlockPlanner:
         self._forward = forward
         blocks = partition(training.model) if training.blocks is None else training.blocks
         self._always = resolve_names(blocks, training.always)
-        self.survey = training.survey or survey_policy(policy, blocks, self._always)
+        self._cost = StepCost.of_model(training.model, blocks)
+        self.survey = training.survey or survey_policy(policy, blocks, self._always, cost=self._cost)
         self._names = {block.name: block.parameter_names for block in blocks}
         self._costs = {
             block.name: cost_of(block.parameters, master_dtype=training.master_dtype, rule=training.rule)
@@ -49,7 +50,6 @@ class _BlockPlanner:
         }
         self._sizes = {name: part.num_entries for name, part in self._costs.items()}
         self._weights = sum(map(num_bytes, training.model.parameters()))
-        self._num_entries = sum(parameter.numel() for parameter in training.model.parameters())
 
     def explore(self, keep: int) -> Step:
         """All candidates have gradients; during the backward pass the best `keep` and one more hold theirs."""
@@ -65,17 +65,36 @@ class _BlockPlanner:
             after=updated.gradients,
         )
         case = _Case(trained=everything, updated=updated, gradients=gradients)
-        return self._step("explore", [case], depth=self._depth(everything), num_entries=whole.num_entries)
+        return self._step("explore", [case], self._work(everything))
 
     def exploit(self) -> Step:
         """Only selected blocks have gradients."""
-        visited = {name: self._depth({name, *self._always}) for name in self.survey.candidates}
-        return self._step(
-            "exploit",
-            [*map(self._exploit_case, worst(self.survey, self._sizes)), *self._first_case()],
-            depth=mean_depth(self.survey, visited) if visited else self._depth(self._always),
-            num_entries=mean_entries(self.survey, self._sizes) + self._sum(self._always).num_entries,
+        cases = [*map(self._exploit_case, worst(self.survey, self._sizes)), *self._first_case()]
+        return self._step("exploit", cases, self._mean_work())
+
+    def _mean_work(self) -> Work:
+        """Mean operations of a step whose selection was proposed."""
+        candidates, cost = self.survey.candidates, self._cost
+        down_to = {name: {name, *self._always} for name in candidates}
+        if not candidates:
+            return self._work(self._always)
+        recomputed = {name: self._recomputed(trained) for name, trained in down_to.items()}
+        inputs = {name: cost.input_gradients(trained) for name, trained in down_to.items()}
+        weights = {name: cost.weight_gradients([name]) for name in candidates}
+        always = cost.weight_gradients(self._always)
+        return Work(
+            cost=cost,
+            backward=mean_by_lowest(self.survey, inputs) + mean_sum(self.survey, weights) + always,
+            recomputed=mean_by_lowest(self.survey, recomputed),
         )
+
+    def _work(self, trained: Collection[str]) -> Work:
+        return Work(cost=self._cost, backward=self._cost.backward(trained), recomputed=self._recomputed(trained))
+
+    def _recomputed(self, trained: Collection[str]) -> float:
+        if not self._forward.checkpointing:
+            return 0.0
+        return self._cost.recomputed(min((self._cost.depths[name] for name in trained), default=None))
 
     def _exploit_case(self, selection: Collection[str]) -> _Case:
         trained = {*selection, *self._always}
@@ -96,9 +115,8 @@ class _BlockPlanner:
         smallest = min(lowest, key=lambda name: sizes[name].numel())
         return [replace(self._exploit_case(self.survey.proposed[0]), probed=(smallest,))]
 
-    def _step(self, kind: StepKind, cases: Sequence[_Case], *, depth: float, num_entries: float) -> Step:
+    def _step(self, kind: StepKind, cases: Sequence[_Case], work: Work) -> Step:
         """The case with the highest peak."""
-        work = Work(depth=depth, frozen=1 - num_entries / self._num_entries, checkpointing=self._forward.checkpointing)
         steps = [
             make_step(
                 kind,
@@ -141,9 +159,6 @@ class _BlockPlanner:
     @property
     def _itemsize(self) -> int:
         return next(self._training.model.parameters()).element_size()
-
-    def _depth(self, trained: Collection[str]) -> float:
-        return visited_share(trained, list(self._names))
 
     def _costs_of(self, names: Collection[str]) -> Mapping[str, Cost]:
         return {name: part for name, part in self._costs.items() if name in names}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from gradselect.blocks import partition, visited_share
+from gradselect.blocks import StepCost
 from gradselect.core import HALF, index_dtype, num_bytes
 from gradselect.entries import (
     RUN,
@@ -86,29 +86,13 @@ def adamw_step(training: Training, forward: ForwardPass) -> Step:
 
 def work_of(model: nn.Module, trained: Sequence[str], forward: ForwardPass) -> Work:
     """Return the operations of a step in which always the same parameters have gradients."""
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    adapters = sum(size for name, size in sizes.items() if ".lora_" in name)
-    blocks = partition_all(model)
-    names = set(trained)
-    touched = [block for block, members in blocks.items() if not names.isdisjoint(members)]
-    total = sum(sizes.values())
+    cost = StepCost.of_model(model, {name: (name,) for name in trained})
+    lowest = min(cost.depths.values(), default=None)
     return Work(
-        depth=visited_share(touched, list(blocks)),
-        frozen=1 - sum(sizes[name] for name in trained) / total,
-        growth=total / (total - adapters),
-        checkpointing=forward.checkpointing,
+        cost=cost,
+        backward=cost.backward(trained),
+        recomputed=cost.recomputed(lowest) if forward.checkpointing else 0.0,
     )
-
-
-def partition_all(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return the parameter names of each block in model order, frozen parameters included."""
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.requires_grad_(True)
-        return {block.name: block.parameter_names for block in partition(model)}
-    finally:
-        for parameter, required in before.items():
-            parameter.requires_grad_(required)
 
 
 def entry_counts(mask: AbstractMask) -> Budgets:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from gradselect.blocks import AbstractPolicy, resolve_names
+from gradselect.blocks import AbstractPolicy, StepCost, resolve_names
 from gradselect.core import Block
 
 MAX_STEPS, ENOUGH_STEPS, ENOUGH_SELECTIONS = 2000, 240, 64
 """Limits of a survey. It ends after `ENOUGH_STEPS` if the selection changes and its size does not, after
 `ENOUGH_SELECTIONS` different selections, or after `MAX_STEPS`."""
+
+ENOUGH_DRAWS = 400
+"""Proposed steps that are counted of a policy whose draws are not even."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +25,19 @@ class Survey:
     Args:
         candidates: blocks that it may select, in model order.
         explored: numbers of blocks that steps keep which look at all gradients; empty without such steps.
-        proposed: different selections that were known before their step.
+        times: number of steps that took each of the different selections that were known before their step.
+        is_even: True if all sets of blocks of one size are about equally likely.
     """
 
     candidates: tuple[str, ...]
     explored: tuple[int, ...]
-    proposed: tuple[tuple[str, ...], ...]
+    times: Mapping[tuple[str, ...], int]
+    is_even: bool = True
+
+    @property
+    def proposed(self) -> tuple[tuple[str, ...], ...]:
+        """Different selections that were known before their step."""
+        return tuple(self.times)
 
     @property
     def count(self) -> int | None:
@@ -47,34 +58,48 @@ class Survey:
         return tuple(name for name in self.candidates if any(name in selection for selection in self.proposed))
 
 
-def survey_policy(policy: AbstractPolicy, blocks: Sequence[Block], always: Collection[str]) -> Survey:
+def survey_policy(
+    policy: AbstractPolicy, blocks: Sequence[Block], always: Collection[str], *, cost: StepCost
+) -> Survey:
     """Survey the policy on these blocks, without the blocks that always train.
 
     Raises:
         UsageError: the policy does not fit the blocks.
     """
     fixed = resolve_names(blocks, tuple(always))
-    return survey(policy.bind([block for block in blocks if block.name not in fixed]))
+    return survey(policy.bind([block for block in blocks if block.name not in fixed], cost=cost))
 
 
 def survey(policy: AbstractPolicy) -> Survey:
-    """Run a bound policy over its first steps with equal gradient norms. This uses the policy up."""
+    """Run a bound policy over its first steps with equal gradient norms. This uses the policy up.
+
+    For measures that are sums over entries the entries are equal, not the blocks.
+    """
     policy.fill_explore_steps(ENOUGH_STEPS // 4)
     explored: set[int] = set()
-    proposed: dict[tuple[str, ...], None] = {}
-    norms = dict.fromkeys(policy.names, 1.0)
+    proposed: Counter[tuple[str, ...]] = Counter()
+    is_sum = policy.measured() != "l2"
+    norms = {name: float(policy.num_elements[name]) if is_sum else 1.0 for name in policy.names}
     for step in range(MAX_STEPS):
         selection = policy.propose(step)
         if selection is None:
             explored.add(policy.keep_at(step))
             policy.commit(step, policy.decide(step, norms), norms)
         else:
-            proposed[tuple(selection)] = None
-            policy.commit(step, selection, dict.fromkeys(selection, 1.0))
-        is_regular = len(proposed) > 1 and len({len(each) for each in proposed}) == 1
-        if len(proposed) == ENOUGH_SELECTIONS or (step >= ENOUGH_STEPS and is_regular):
+            proposed[tuple(selection)] += 1
+            policy.commit(step, selection, {name: norms[name] for name in selection})
+        if _is_enough(proposed, step, is_even=policy.is_even):
             break
-    return Survey(candidates=policy.names, explored=tuple(sorted(explored)), proposed=tuple(proposed))
+    return Survey(
+        candidates=policy.names, explored=tuple(sorted(explored)), times=dict(proposed), is_even=policy.is_even
+    )
+
+
+def _is_enough(proposed: Counter[tuple[str, ...]], step: int, *, is_even: bool) -> bool:
+    if not is_even:
+        return proposed.total() >= ENOUGH_DRAWS
+    is_regular = len(proposed) > 1 and len({len(each) for each in proposed}) == 1
+    return len(proposed) == ENOUGH_SELECTIONS or (step >= ENOUGH_STEPS and is_regular)
 
 
 def worst(found: Survey, sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
@@ -92,37 +117,35 @@ def worst(found: Survey, sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
     return [found.candidates[:count], (lowest, *beside), tuple(by_size[:count])]
 
 
-def mean_depth(found: Survey, visited: Mapping[str, float]) -> float:
-    r"""Return the mean share of layers that the backward pass of a proposed step visits.
+def mean_by_lowest(found: Survey, values: Mapping[str, float]) -> float:
+    r"""Return the mean over proposed steps of a value that the lowest selected block decides.
 
-    With k of n blocks, all sets equally likely, and v_j the share that is visited if block j is the lowest:
-    sum_j v_j P(lowest = j), where P(lowest >= j) = C(n - j, k) / C(n, k). If the number of blocks varies: the mean over
-    the selections of the survey.
+    With k of n blocks, all sets equally likely, and v_j the value if block j is the lowest: sum_j v_j P(lowest = j),
+    where P(lowest >= j) = C(n - j, k) / C(n, k). If the number of blocks varies, or draws are not even: the mean over
+    the steps of the survey.
 
     Args:
         found: the survey.
-        visited: the share by lowest block.
+        values: by lowest block; the lower the block, the larger.
     """
     count = found.count
-    if count is None:
-        return _mean([max((visited[name] for name in selection), default=0.0) for selection in found.proposed])
+    if count is None or not found.is_even:
+        return _mean(found, {each: max((values[name] for name in each), default=0.0) for each in found.times})
     number, total = len(found.candidates), math.comb(len(found.candidates), count)
+    lowest_first = sorted(found.candidates, key=lambda name: values[name], reverse=True)
     return sum(
-        visited[name] * (math.comb(number - place, count) - math.comb(number - place - 1, count)) / total
-        for place, name in enumerate(found.candidates)
+        values[name] * (math.comb(number - place, count) - math.comb(number - place - 1, count)) / total
+        for place, name in enumerate(lowest_first)
     )
 
 
-def mean_entries(found: Survey, sizes: Mapping[str, int]) -> float:
-    """Return the mean number of entries that a proposed step trains, under the same assumption."""
-    if found.count is None:
-        return _mean([_sum(selection, sizes) for selection in found.proposed])
-    return found.count / len(found.candidates) * _sum(found.candidates, sizes)
+def mean_sum(found: Survey, values: Mapping[str, float]) -> float:
+    """Return the mean over proposed steps of the sum over selected blocks, under the same assumption."""
+    if found.count is None or not found.is_even:
+        return _mean(found, {selection: sum(values[name] for name in selection) for selection in found.times})
+    return found.count / len(found.candidates) * sum(values[name] for name in found.candidates)
 
 
-def _sum(names: Collection[str], sizes: Mapping[str, int]) -> float:
-    return float(sum(sizes[name] for name in names))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _mean(found: Survey, values: Mapping[tuple[str, ...], float]) -> float:
+    total = sum(found.times.values())
+    return sum(times * values[selection] for selection, times in found.times.items()) / total if total else 0.0

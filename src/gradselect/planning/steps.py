@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from gradselect.blocks import FULL_STEP, step_time
+from gradselect.blocks import StepCost
 
 from .bytes import Bytes, largest
 from .forward_pass import Kept
 
 StepKind = Literal["step", "explore", "exploit"]
-BACKWARD = 4.0
-"""Operations for each parameter and token in a full backward pass: two for activations, two for weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,27 +19,25 @@ class Work:
     """Operations of a step.
 
     Args:
-        depth: share of the layers that the backward pass visits.
-        frozen: share of the weights without a gradient.
-        growth: number of weights with an adapter, divided by the number without.
-        checkpointing: True if the visited layers are computed again.
+        cost: of the model's steps.
+        backward: operations of the backward pass; a mean over selections.
+        recomputed: operations of layers that gradient checkpointing computes again.
     """
 
-    depth: float
-    frozen: float
-    growth: float = 1.0
-    checkpointing: bool = False
+    cost: StepCost
+    backward: float
+    recomputed: float = 0.0
 
     @property
     def relative_time(self) -> float:
-        """Operations divided by those of full fine-tuning, which are 6: forward 2, backward 2 and 2."""
-        again = 2 * self.depth if self.checkpointing else 0.0
-        return self.growth * (step_time(depth=self.depth, frozen=self.frozen) + again) / FULL_STEP
+        """Operations divided by those of full fine-tuning."""
+        return self.cost.relative(self.backward + self.recomputed)
 
     @property
     def backward_skipped(self) -> float:
         """Share of a full backward pass that is not computed."""
-        return 1 - (2 * self.depth + 2 * (1 - self.frozen)) / BACKWARD
+        full = self.cost.full * 2 / 3  # gradients of inputs and of weights; the forward pass is the other third
+        return 1 - self.backward / full if full else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

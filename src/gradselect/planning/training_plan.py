@@ -88,7 +88,11 @@ def plan(
     make. Activations are counted: the model runs on the meta device. Time is in floating-point operations, relative to
     full fine-tuning:
 
-        (2 + 2 d + 2 (1 - s)) / 6       d: share of layers that the backward pass visits, s: share of frozen weights
+        2 N in the forward pass, 2 for each entry of matrices above the lowest selected one, 2 for each selected entry;
+        6 N in full fine-tuning. N: entries in matrices that are multiplied, so not those of a lookup.
+
+    A selection changes from step to step, so the time is a mean: over all sets of as many blocks, or, for a policy that
+    prefers some, over steps that it draws with equal gradients.
 
     Args:
         model: a model of transformers, or any module that takes tokens and returns logits; it is not changed. It may be

@@ -29,6 +29,7 @@ from gradselect.app.recipe import (
 )
 from gradselect.app.runtime import RunFolder
 from gradselect.app.train import mask_optimizer, method_parts
+from gradselect.blocks import StepCost
 from gradselect.planning import (
     ActivationCounter,
     ForwardPass,
@@ -64,7 +65,9 @@ class _Prepared:
         """Survey of the policy, if there is one. It takes a while."""
         if "policy" not in self.options:
             return None
-        return survey_policy(self.options["policy"], self.options["blocks"], self.options["always"])
+        blocks = self.options["blocks"]
+        cost = StepCost.of_model(self.model, blocks)
+        return survey_policy(self.options["policy"], blocks, self.options["always"], cost=cost)
 
 
 class RecipePlanner:

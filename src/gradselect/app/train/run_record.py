@@ -200,14 +200,14 @@ def describe_selection(optimizer: torch.optim.Optimizer, records_file: Path) -> 
 def describe_flop(optimizer: torch.optim.Optimizer, records_file: Path) -> dict[str, Any]:
     """Return the limit of the speed-up over full fine-tuning; None if no blocks are selected."""
     # Here rather than above: the comparison imports the training that it compares.
-    from gradselect.blocks import speed_up_limit
+    from gradselect.blocks import StepCost, speed_up_limit
 
     if not isinstance(optimizer, BlockOptimizer) or not records_file.exists():
         return {"limit": None, "speed_up": None}
     # If all gradients were read, all blocks have a norm.
     steps = [{*record["selected"], *record["norms"]} for record in read_records(records_file)]
-    sizes = {name: sum(map(torch.Tensor.numel, optimizer._table.of(name))) for name in optimizer.blocks}
-    return {"limit": speed_up_limit(steps, sizes), "speed_up": None}
+    cost = StepCost.of_model(optimizer._model, optimizer._table.members)
+    return {"limit": speed_up_limit(steps, cost), "speed_up": None}
 
 
 def read_records(path: Path) -> Sequence[Mapping[str, Any]]:
