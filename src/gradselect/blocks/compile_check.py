@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from torch import nn
 
 from gradselect.parallel import unwrapping
+from gradselect.slices import check_whole_layers
 from gradselect.usage import UsageError
 
 logger = logging.getLogger(__name__)
@@ -44,10 +45,12 @@ class UnreachedBlocks:
             has_gradient: returns True if a parameter of the block got a gradient.
 
         Raises:
-            UsageError: a block was missed in `MAX_MISSES` steps in a row, while others were reached.
+            UsageError: a block was missed in `MAX_MISSES` steps in a row, while others were reached; or the model is
+                sliced.
         """
         if not is_compiled(self._model):
             return
+        check_not_sliced(self._model)
         reached = {name for name, norm in norms.items() if norm != 0.0} | set(filter(has_gradient, selected))
         for name in reached:
             del self._misses[name]
@@ -64,9 +67,21 @@ class UnreachedBlocks:
 
 def is_compiled(model: nn.Module) -> bool:
     """True if torch.compile has compiled something in this process, and a module of the model is to be compiled."""
-    return has_compiled() and any(
-        module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()
-    )
+    return has_compiled() and is_to_be_compiled(model)
+
+
+def is_to_be_compiled(model: nn.Module) -> bool:
+    """True if torch.compile wraps the model or a module of it."""
+    return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules())
+
+
+def check_not_sliced(model: nn.Module) -> None:
+    """Refuse slices in a model that is to be compiled: each new set of slices would compile anew, without end.
+
+    Raises:
+        UsageError: there are slices.
+    """
+    check_whole_layers(model, to="torch.compile, which would compile anew for each new set of them,")
 
 
 def has_compiled() -> bool:
@@ -77,7 +92,13 @@ def has_compiled() -> bool:
 
 
 def warn_of_compiled_model(model: nn.Module) -> None:
-    """Warn if the model is compiled as a whole, because such a graph serves one selection only."""
+    """Warn if the model is compiled as a whole, because such a graph serves one selection only; refuse slices.
+
+    Raises:
+        UsageError: a module is to be compiled, and the model is sliced.
+    """
+    if is_to_be_compiled(model):
+        check_not_sliced(model)
     if any("_orig_mod" in each._modules or each._compiled_call_impl is not None for each in unwrapping(model)):
         logger.warning(
             "the model is compiled as a whole: each new selection compiles it again, and after "

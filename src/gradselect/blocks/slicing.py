@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gradselect.core import is_frozen_for_now
-from gradselect.slices import SlicedLinear, check_free, inputs_shared_by, size_of, slice_linear
+from gradselect.slices import SlicedLinear, inputs_shared_by, size_of, slice_linear
 from gradselect.usage import UsageError, beginnings, check_whole, join
 
 from .structure import Layout
@@ -55,11 +55,8 @@ def slice_layers(model: nn.Module, *, by: str, parts: int) -> None:
         small += [name for name in linears if name not in fitting]
         if not fitting:
             raise UsageError(_nothing_to_cut(model, layer, linears, by=by, parts=parts))
-        cut = {name: each for name, each in fitting.items() if not _is_cut(each, by=by, parts=parts)}
-        if cut:
-            check_free(model, to=f'partition(model, by="{by}", parts={parts})')
         inputs = inputs_shared_by(fitting.values())
-        for each in cut.values():
+        for each in fitting.values():
             slice_linear(each, by=by, parts=parts, shared=inputs)
     if small:
         logger.warning(
@@ -101,10 +98,6 @@ def slice_names(model: nn.Module) -> dict[str, str]:
         if isinstance(module, SlicedLinear)
         for name in module.slice_names
     }
-
-
-def _is_cut(linear: nn.Linear, *, by: str, parts: int) -> bool:
-    return isinstance(linear, SlicedLinear) and (linear.kind, len(linear.slice_names)) == (by, parts)
 
 
 def _trains(parameter: Parameter) -> bool:

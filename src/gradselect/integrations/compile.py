@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from gradselect import partition
+from gradselect.slices import check_whole_layers
 
 NUM_VARIANTS = 16
 """Graphs per layer: trains or not, passes a gradient on or not, fixed or varying length, training or evaluation."""
@@ -41,7 +42,7 @@ def compile_blocks(model: nn.Module, **settings: Any) -> tuple[str, ...]:
         Names of the compiled modules.
 
     Raises:
-        UsageError: the model has no repeated layers.
+        UsageError: the model has no repeated layers, or they are sliced.
 
     Example:
         >>> import torch
@@ -49,6 +50,7 @@ def compile_blocks(model: nn.Module, **settings: Any) -> tuple[str, ...]:
         >>> compile_blocks(model, backend="eager")
         ('0', '1', '2')
     """
+    check_whole_layers(model, to="torch.compile, which would compile anew for each new set of them,")
     layers = [block for block in partition(model) if "layer." in block.name]
     names = tuple(_module_of(block.parameter_names) for block in layers)
     _raise_limit(NUM_VARIANTS * len(names))

@@ -26,8 +26,9 @@ class AbstractBlockMethod(AbstractSelectionMethod):
         always: blocks that train at every step beside the selected ones, e.g. ["embedding"].
         residency: place of the optimizer state of unselected blocks: on the device (keep), in host memory (offload),
             nowhere (drop).
-        blocks: size of a block: a layer, or one matrix of a layer ("layer.3.self_attn.q_proj"). See
-            `gradselect.partition`.
+        blocks: size of a block: a layer, one matrix of a layer ("layer.3.self_attn.q_proj"), or a range of columns or
+            rows of every linear of a layer ("layer.3.columns.0"). See `gradselect.partition`.
+        parts: number of ranges of columns or rows, 8 by default.
         update_in_backward: in steps whose blocks are known beforehand, update each weight within the backward pass, so
             that one gradient exists at a time. Needs optimizer.max_grad_norm=0 and run.accumulation=1.
         moment_bits: bits of each number in AdamW's moments. 8 takes a quarter of the memory
@@ -39,7 +40,8 @@ class AbstractBlockMethod(AbstractSelectionMethod):
 
     always: tuple[str, ...] = ()
     residency: Residency = "offload"
-    blocks: Literal["layer", "matrix"] = "layer"
+    blocks: Literal["layer", "matrix", "columns", "rows"] = "layer"
+    parts: PositiveInt | None = None
     update_in_backward: bool = False
     moment_bits: Literal[8, 32] = 32
 
@@ -48,7 +50,7 @@ class AbstractBlockMethod(AbstractSelectionMethod):
         """Return the policy for a model with these blocks, given by names and aliases."""
 
     def optimizer_options(self, model: nn.Module, facts: RunFacts, *, head: Collection[str] = ()) -> dict[str, Any]:
-        blocks = partition(model, by=self.blocks)
+        blocks = partition(model, by=self.blocks, parts=self.parts)
         heads = [block.name for block in blocks if not set(head).isdisjoint(block.parameter_names)]
         names = [name for block in blocks for name in (block.name, *block.aliases)]
         return {
@@ -67,6 +69,18 @@ class AbstractBlockMethod(AbstractSelectionMethod):
     def rule(self) -> AbstractRule:
         """Return the update rule as an object."""
         return AdamW8bitRule() if self.moment_bits == 8 else AdamWRule(fused=None)
+
+    @model_validator(mode="after")
+    def check_slices(self) -> Self:
+        """Refuse a number of slices without slices, and one that makes none."""
+        if self.parts is not None and self.blocks not in ("columns", "rows"):
+            raise ValueError(
+                f"method.parts={self.parts} is a number of slices, and method.blocks={self.blocks} makes none: write "
+                "method.blocks=columns, or leave method.parts out"
+            )
+        if self.parts == 1:
+            raise ValueError("method.parts=1 makes no slices: write method.parts=8, or method.blocks=layer")
+        return self
 
     @model_validator(mode="after")
     def check_policy(self) -> Self:

@@ -9,9 +9,10 @@ from .conversion import (
     slice_linear,
     sliced_linears,
 )
-from .sliced_linear import SlicedLinear
+from .sliced_linear import NO_SHARDS, SlicedLinear
 
 __all__ = [
+    "NO_SHARDS",
     "SlicedLinear",
     "check_free",
     "check_whole_layers",

@@ -11,7 +11,7 @@ from gradselect.parallel import is_dtensor
 from gradselect.usage import UsageError
 
 from .shared_inputs import SharedInputs
-from .sliced_linear import SlicedLinear, cut, join
+from .sliced_linear import NO_SHARDS, SlicedLinear, cut, join
 from .sliced_product import COLUMNS, ROWS
 
 DIMS = {"columns": COLUMNS, "rows": ROWS}
@@ -26,21 +26,25 @@ def slice_linear(linear: nn.Linear, *, by: str, parts: int, shared: SharedInputs
     """Cut the weight of a plain linear layer into `parts` slices, in place. The object, its hooks and bias stay.
 
     Args:
-        linear: of the class `nn.Linear` itself, or a sliced one, which is cut anew.
+        linear: of the class `nn.Linear` itself, or a sliced one, which is cut anew unless it is cut like this.
         by: "columns" or "rows" of the weight.
         parts: number of slices, at most the number of columns or rows.
         shared: keeps one copy of an input for all layers that read it.
 
     Raises:
-        UsageError: the weight is sharded.
+        UsageError: the weight is sharded, or an optimizer holds it.
     """
     if isinstance(linear, SlicedLinear):
+        linear.settle()
+        if (linear.kind, len(linear.slice_names)) == (by, parts):
+            return
+        check_free(linear, to=f'partition(model, by="{by}", parts={parts})')
         join(linear)
+    check_free(linear, to=f'partition(model, by="{by}", parts={parts})')
     weight = linear.weight
     if is_dtensor(weight) or type(weight) is not Parameter:
         raise UsageError(
-            f"a weight is sharded or of a special class ({type(weight).__name__}) and cannot be cut into slices; "
-            'slices work on one device and under DistributedDataParallel: write by="layer" or by="matrix" to shard'
+            f"a weight is sharded or of a special class ({type(weight).__name__}) and cannot be cut. {NO_SHARDS}"
         )
     cut(linear, dim=DIMS[by], parts=parts, shared=shared or SharedInputs())
 

@@ -17,6 +17,11 @@ from gradselect.usage import UsageError
 from .shared_inputs import SharedInputs
 from .sliced_product import COLUMNS, ActiveSlices, SlicedProduct, merged
 
+NO_SHARDS = (
+    "Slices work on one device and under DistributedDataParallel; to shard, as torch.distributed.fsdp.fully_shard and "
+    'FSDP2 in Accelerate do, write by="layer" or by="matrix" (method.blocks in a recipe) instead of columns or rows'
+)
+
 
 class SlicedLinear(nn.Linear):
     """Linear layer whose weight is one tensor in memory and several parameters: ranges of its columns or rows.
@@ -59,7 +64,10 @@ class SlicedLinear(nn.Linear):
         }
 
     def forward(self, input: Tensor) -> Tensor:
-        self._settle()
+        if torch.compiler.is_compiling():
+            # torch then runs what is around this layer uncompiled, and the optimizer refuses its first step.
+            raise UsageError("slices are not for torch.compile, which would compile anew for each new set of them")
+        self.settle()
         training = torch.is_grad_enabled()
         active = [number for number, each in enumerate(self._slices) if each.requires_grad] if training else ()
         if not active:
@@ -84,7 +92,7 @@ class SlicedLinear(nn.Linear):
         assert found is not None
         return found
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Take over slices that were given other memory (`parameter.data = ...`).
 
         Raises:
@@ -94,10 +102,7 @@ class SlicedLinear(nn.Linear):
             self._parameters.get(name) is not each for name, each in zip(self.slice_names, self._slices, strict=True)
         ):
             raise UsageError(
-                "something has replaced the slices of a linear layer by parameters of its own, as "
-                "torch.distributed.fsdp.fully_shard does; slices work on one device and under "
-                'DistributedDataParallel: write partition(model, by="layer") or by="matrix" to shard, or call '
-                "gs.join_slices(model) first"
+                f"something has replaced the slices of a linear layer by parameters of its own. {NO_SHARDS}"
             )
         if any(each.data_ptr() != known for each, known in zip(self._slices, self._addresses, strict=True)):
             with torch.no_grad():
@@ -192,7 +197,7 @@ def cut(linear: nn.Linear, *, dim: int, parts: int, shared: SharedInputs) -> Non
 def join(linear: SlicedLinear) -> None:
     """Turn a sliced layer into a plain one, in place."""
     slices: Sequence[Parameter] = linear._slices
-    linear._settle()
+    linear.settle()
     weight = Parameter(linear.whole_weight, requires_grad=any(each.requires_grad for each in slices))
     bias = linear._parameters["bias"]
     for name in ("whole_weight", "slice_dim", "slice_names", "slice_bounds", "shared_inputs", "_slices", "_addresses"):

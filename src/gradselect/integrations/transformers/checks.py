@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import accelerate
@@ -12,6 +13,8 @@ from torch import nn
 from transformers import AutoConfig, TrainerState, TrainingArguments
 
 from gradselect import All, BlockOptimizer, SparseOptimizer, UsageError
+from gradselect.methods import parse_selection
+from gradselect.slices import NO_SHARDS, sliced_linears
 
 from .checkpointing import is_reentrant
 
@@ -54,6 +57,18 @@ def check_deepspeed(args: TrainingArguments) -> None:
             "buffers of its own, in which no block can be selected; leave deepspeed out, and shard with FSDP2 "
             "(fsdp='full_shard', fsdp_config={'version': 2}) or train replicas with DDP (start with torchrun)"
         )
+
+
+def check_sharding(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Refuse slices in a model that Accelerate will shard.
+
+    Raises:
+        UsageError: FSDP is on, and the model is sliced, or will be.
+    """
+    method = options.get("method")
+    will_be = method is not None and getattr(parse_selection(method), "blocks", "layer") in ("columns", "rows")
+    if AcceleratorState._shared_state.get("fsdp_plugin") is not None and (will_be or sliced_linears(model)):
+        raise UsageError(f"FSDP shards the weights, and slices cannot be sharded. {NO_SHARDS}")
 
 
 def warn_of_sharded_checkpoints() -> None:

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from gradselect import BlockOptimizer, SparseOptimizer, UsageError
 from gradselect.methods import RunFacts, parse_selection
 
-from .checks import adamw_settings, check_clipping, check_deepspeed, warn_of_sharded_checkpoints
+from .checks import adamw_settings, check_clipping, check_deepspeed, check_sharding, warn_of_sharded_checkpoints
 
 CHOICES = ("policy", "mask", "method")
 """Options that say what trains; exactly one is given."""
@@ -64,6 +64,7 @@ class SelectiveOptimizerFactory:
         warn_of_sharded_checkpoints()
         check_options(options, of="the kwargs of SelectiveOptimizerFactory")
         kind = optimizer_class(options)
+        check_sharding(model, options)
         if "method" in options:
             options = _with_method(model, options, seed=0 if args is None else args.seed)
         settings = options if args is None else {**_settings_of(args, kind), **options}

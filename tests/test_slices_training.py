@@ -1,0 +1,307 @@
+"""Training of slices: what the optimizer does with blocks it does with ranges of columns and rows."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from policy_support import through_torch
+from test_integration_transformers import arguments, examples
+from test_slices import is_linked
+from tiny_models import tiny_batch, tiny_llama, tiny_plain, tiny_qwen2
+from torch import Tensor, nn
+from train_fixtures import build as build_run
+from train_fixtures import parse, quiet, weights, write_model, write_sums
+from transformers import AutoModelForCausalLM, Trainer
+
+import gradselect as gs
+from gradselect.app.train import train as train_recipe
+from gradselect.integrations.compile import compile_blocks
+from gradselect.integrations.transformers import SelectiveTraining
+from gradselect.slices import SlicedLinear, sliced_linears
+
+# TRL 1.16 uses names that transformers 5.23 has replaced.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+
+NUM_STEPS = 8
+POLICY = gs.AdaGradSelect(count=5, delta=9.0, explore_steps=3)
+
+
+def build(by: str, *, model: nn.Module | None = None, policy: Any = POLICY, **options: Any) -> Any:
+    """Return a sliced model and its optimizer."""
+    model = tiny_qwen2(layers=2) if model is None else model
+    blocks = gs.partition(model, by=by, parts=4)  # type: ignore[arg-type]
+    return model, gs.BlockOptimizer(model, policy, **{"lr": 1e-2, "blocks": blocks, **options})
+
+
+def step(model: nn.Module, optimizer: gs.BlockOptimizer, number: int) -> tuple[str, ...]:
+    """Take a step; return the selected blocks."""
+    model(**tiny_batch(model, seed=number)).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert optimizer.last_record is not None
+    return optimizer.last_record.selected
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+# Against the plain model ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["columns", "rows"])
+@pytest.mark.parametrize("options", [{}, {"update_in_backward": True}, {"rule": gs.AdamWRule(fused=True)}], ids=str)
+def test_slices_train_as_parts_of_whole_gradients(by: str, options: dict[str, Any]) -> None:
+    """The twin takes the whole gradients of the plain model, and steps torch's AdamW on copies of the selected slices.
+
+    To rounding, because products of fewer columns may add in another order. What is not selected stays bit for bit.
+    """
+    plain = tiny_qwen2(layers=2)
+    model, optimizer = build(by, model=copy.deepcopy(plain), policy=gs.Cyclic(every=1), **options)
+    own = dict(model.named_parameters())
+    twins = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in own.items()}
+    undecayed = [twin for twin in twins.values() if twin.ndim < 2]
+    decayed = [twin for twin in twins.values() if twin.ndim > 1]
+    adamw = torch.optim.AdamW([{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}], lr=1e-2)
+    for number in range(NUM_STEPS):
+        before = copied(model)
+        selected = step(model, optimizer, number)
+        plain.zero_grad()
+        plain(**tiny_batch(plain, seed=number)).loss.backward()
+        adamw.zero_grad()
+        moved = {name for block in selected for name in optimizer._table.members[block]}
+        for name in moved:
+            twins[name].grad = part(plain, model, name, lambda tensor: tensor.grad).clone()
+        adamw.step()
+        with torch.no_grad():
+            for name in own:
+                part(plain, model, name, lambda tensor: tensor.detach()).copy_(twins[name])
+        for name, parameter in own.items():
+            torch.testing.assert_close(parameter, twins[name], rtol=1e-4, atol=1e-5)
+        check_untouched(model, before, moved)
+        # the twin goes on from the same bits: at this rate Adam makes much of the last digit of a small gradient
+        with torch.no_grad():
+            for name, parameter in own.items():
+                twins[name].copy_(parameter)
+            plain.load_state_dict(model.state_dict())
+
+
+def part(plain: nn.Module, sliced: nn.Module, name: str, of: Any) -> Tensor:
+    """Return the part of a plain model's parameter, or of its gradient, that a parameter of the sliced model is."""
+    path, _, own = name.rpartition(".")
+    module = sliced.get_submodule(path)
+    if not isinstance(module, SlicedLinear) or own == "bias":
+        return of(plain.get_parameter(name))
+    region = module.checkpoint_regions[own]
+    return of(plain.get_parameter(f"{path}.weight")).narrow(region.dim, region.first, region.end - region.first)
+
+
+def check_untouched(model: nn.Module, before: dict[str, Tensor], moved: set[str]) -> None:
+    """Every entry that is in no moved parameter has its bits of before."""
+    after = model.state_dict()
+    for path, module in sliced_linears(model).items():
+        for own, region in module.checkpoint_regions.items():
+            one, other = (
+                tensors[f"{path}.weight"].narrow(region.dim, region.first, region.end - region.first)
+                for tensors in (before, after)
+            )
+            assert torch.equal(one, other) == (f"{path}.{own}" not in moved)
+
+
+def test_explore_steps_stream_and_select_by_the_norms_of_the_slices() -> None:
+    model, optimizer = build("columns", policy=gs.GradNormTopK(count=3))
+    twin = copy.deepcopy(model)
+    selected = step(model, optimizer, 0)
+    twin(**tiny_batch(twin, seed=0)).loss.backward()
+    norms = {
+        block.name: float(torch.cat([each.grad.flatten() for each in block.parameters]).norm())
+        for block in gs.partition(twin, by="columns", parts=4)
+    }
+    assert set(selected) == set(sorted(norms, key=lambda name: -norms[name])[:3])
+    assert optimizer.last_record.norms == pytest.approx(norms, rel=1e-4)
+
+
+def test_gradients_in_an_explore_step_are_freed_while_it_runs() -> None:
+    """Streaming top-k: at most `keep + 1` blocks hold gradients, and none keeps the memory of a freed one."""
+    for by in ("columns", "rows"):
+        model, optimizer = build(by, policy=gs.GradNormTopK(count=2))
+        model(**tiny_batch(model, seed=0)).loss.backward()
+        held = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        assert len(held) <= 14
+        assert all(gradient.untyped_storage().nbytes() == gradient.nbytes for gradient in held)
+        optimizer.step()
+
+
+# Resume, masters, residency, rules -----------------------------------------------------------------------------------
+
+RUNS = {
+    "columns": ("columns", torch.float32, {}),
+    "rows, offload": ("rows", torch.float32, {"residency": gs.Offload()}),
+    "bf16 with masters": ("columns", torch.bfloat16, {"residency": gs.Offload()}),
+    "bf16, drop, in backward": ("rows", torch.bfloat16, {"residency": gs.Drop(), "update_in_backward": True}),
+    "8 bits": ("columns", torch.float32, {"rule": gs.AdamW8bitRule()}),
+    "a class of torch": ("columns", torch.float32, {"rule": gs.TorchRule(torch.optim.Adafactor)}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_resumes_at_every_step_to_the_bit(name: str) -> None:
+    """From a plain checkpoint: the model is cut anew, then the optimizer's state is loaded."""
+    by, dtype, options = RUNS[name]
+    model, optimizer = build(by, model=tiny_qwen2(layers=2, dtype=dtype), **options)
+    checkpoints = []
+    for number in range(NUM_STEPS):
+        checkpoints.append((copied(model), through_torch(optimizer.state_dict())))
+        step(model, optimizer, number)
+    for first, (plain, state) in enumerate(checkpoints):
+        other = tiny_qwen2(layers=2, dtype=dtype)
+        other.load_state_dict(plain)
+        other, resumed = build(by, model=other, **options)
+        resumed.load_state_dict(state)
+        for number in range(first, NUM_STEPS):
+            step(other, resumed, number)
+        assert same(copied(other), copied(model)), first
+
+
+def test_another_number_of_parts_is_another_run() -> None:
+    model, optimizer = build("columns")
+    step(model, optimizer, 0)
+    other = tiny_qwen2(layers=2)
+    blocks = gs.partition(other, by="columns", parts=2)
+    with pytest.raises(gs.UsageError, match="the checkpoint is of another run: blocks"):
+        gs.BlockOptimizer(other, POLICY, blocks=blocks).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("by", ["columns", "rows"])
+def test_the_bytes_of_the_state_are_those_of_the_selected_slices(by: str) -> None:
+    policy = gs.Fixed((f"layer.1.{by}.2",))
+    model, optimizer = build(by, policy=policy, residency=gs.Offload())
+    step(model, optimizer, 0)
+    size = sum(parameter.numel() for parameter in optimizer._table.of(f"layer.1.{by}.2"))
+    assert optimizer.memory()["state_on_device"] == 2 * 4 * size
+    assert optimizer.memory()["weights"] == sum(4 * parameter.numel() for parameter in model.parameters())
+    blocks = gs.partition(model, by=by, parts=4)  # type: ignore[arg-type]
+    planned = gs.plan(model, policy, batch_size=2, sequence_length=8, blocks=blocks, residency=gs.Offload())
+    assert planned.bytes.state_on_device == 2 * 4 * size
+    assert planned.bytes.gradients == 4 * size
+    assert is_linked(model)
+
+
+# Patches -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["columns", "rows"])
+@pytest.mark.parametrize("sliced", [True, False])
+def test_a_copy_follows_by_patches_under_plain_names(by: str, sliced: bool) -> None:
+    follower = tiny_qwen2(layers=2)
+    model, optimizer = build(by, policy=gs.Uniform(count=2))
+    names = set(follower.state_dict())
+    if sliced:
+        gs.partition(follower, by="columns", parts=3)
+    for number in range(NUM_STEPS):
+        step(model, optimizer, number)
+        patch = optimizer.changed_entries()
+        assert names.issuperset(patch)
+        assert patch.num_bytes < patch.model_bytes / 2
+        gs.delta.apply_patch(follower, patch)
+        assert same(copied(follower), copied(model))
+
+
+# Compilation ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
+def test_slices_are_refused_in_a_compiled_model() -> None:
+    """Each new set of slices would compile anew. A layer that is compiled later is found before the first step."""
+    model, optimizer = build("columns", model=tiny_plain(layers=2))
+    with pytest.raises(gs.UsageError, match=r"linear layers are cut into slices.*torch.compile"):
+        compile_blocks(model)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        model.compile(backend="eager")
+        with pytest.raises(gs.UsageError, match=r"torch.compile.*gs.join_slices\(model\)"):
+            step(model, optimizer, 0)
+        torch._dynamo.reset()
+    optimizer.close()
+    with pytest.raises(gs.UsageError, match=r"torch.compile"):
+        build("columns", model=model)
+
+
+# Trainer -------------------------------------------------------------------------------------------------------------
+
+METHOD = {"name": "uniform", "count": 4, "blocks": "columns", "parts": 4, "residency": "offload"}
+
+
+def trainer(folder: Any, **settings: Any) -> Trainer:
+    return Trainer(
+        tiny_llama(layers=2),
+        arguments(folder, **settings),
+        train_dataset=examples(16),
+        eval_dataset=examples(2),
+        callbacks=[SelectiveTraining(method=METHOD)],
+    )
+
+
+def test_a_trainer_saves_plain_weights_resumes_and_loads_the_best(tmp_path: Any) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    whole_run = trainer(tmp_path / "one", **settings)
+    whole_run.train()
+    expected = copied(whole_run.model)
+    resumed = trainer(tmp_path / "two", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-4"))
+    assert same(copied(resumed.model), expected)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "checkpoint-6")
+    assert same(copied(saved), expected)
+    best = trainer(tmp_path / "three", **settings, load_best_model_at_end=True, learning_rate=0.5)
+    best.train()
+    loaded = AutoModelForCausalLM.from_pretrained(best.state.best_model_checkpoint)
+    assert same(copied(loaded), copied(best.model))
+    assert gs.join_slices(best.model) == 14
+
+
+# Recipe --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("slices")
+    write_model(folder / "model")
+    write_sums(folder / "sums.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize("blocks", ["columns", "rows"])
+def test_a_recipe_trains_slices_and_writes_plain_weights(place: Any, tmp_path: Any, blocks: str) -> None:
+    method = {"name": "uniform", "count": 4, "blocks": blocks, "parts": 4, "among": [f"layer.*.{blocks}.*"]}
+    recipe = parse(place, method=method, run={"output": str(tmp_path / "out"), "steps": 2})
+    train_recipe(recipe, console=quiet())
+    ours, before = weights(tmp_path / "out"), weights(place / "model")
+    assert ours.keys() == before.keys()
+    changed = {name for name in ours if not torch.equal(ours[name], before[name])}
+    assert changed
+    assert all("_proj" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"name": "uniform", "count": 1, "parts": 8}, "method.parts=8 is a number of slices, and method.blocks=layer"),
+        ({"name": "uniform", "count": 1, "blocks": "rows", "parts": 1}, "method.parts=1 makes no slices"),
+        ({"name": "uniform", "count": 1, "blocks": "rows", "parts": 0}, "method.parts"),
+        ({"name": "uniform", "count": 1, "blocks": "row"}, "method.blocks"),
+    ],
+)
+def test_bad_settings_are_refused(place: Any, method: dict[str, Any], message: str) -> None:
+    with pytest.raises(gs.UsageError, match=message):
+        parse(place, method=method)
+
+
+def test_eight_parts_are_the_default(place: Any, tmp_path: Any) -> None:
+    made, _ = build_run(place, tmp_path / "out", method={"name": "uniform", "count": 1, "blocks": "columns"})
+    assert "layer.0.columns.7" in made.create_optimizer().blocks
