@@ -14,6 +14,7 @@ from tiny_models import tiny_batch, tiny_llama
 from torch import Tensor, nn
 
 import gradselect as gs
+from gradselect.integrations.transformers.method_settings import method_settings
 
 COASTING = gs.Borders(coasting=2, coasting_decay=0.7)
 REWARM = gs.Borders(rewarm_steps=3, rewarm_after=3)
@@ -257,6 +258,59 @@ def test_what_coasts_stays_on_the_device_and_counts_for_its_limit() -> None:
     model = small(torch.float32)
     with pytest.raises(gs.UsageError, match=rf"takes {limit} bytes .* max_device_bytes={limit - 1}.*coast"):
         train(model, build(model, policy, COASTING, residency=gs.Offload(max_device_bytes=limit - 1)), range(8))
+
+
+def test_a_plan_counts_what_coasts() -> None:
+    model, policy = tiny_llama(dtype=torch.bfloat16), gs.Cyclic(every=1, among="layer.*")
+    sizes = {"batch_size": 2, "sequence_length": 8, "always": "norm", "residency": gs.Offload()}
+    plain = gs.plan(model, policy, **sizes).bytes
+    found = gs.plan(model, policy, **sizes, borders=COASTING).bytes
+    optimizer = build(model, policy, COASTING, always="norm", residency=gs.Offload())
+    most = 0
+    for step in range(6):
+        model(**tiny_batch(model, seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        record = optimizer.last_record
+        assert record is not None
+        most = max(most, record.state_bytes)
+    assert found.masters + found.state_on_device == most > plain.masters + plain.state_on_device
+
+
+def test_a_recipe_sets_them() -> None:
+    values = {"name": "uniform", "count": 1, "coasting": 2, "rewarm_steps": 5, "rate_by_visits": 0.5}
+    optimizer = gs.method(values).make_optimizer(small(), lr=1e-3)
+    assert isinstance(optimizer, gs.BlockOptimizer)
+    assert {key: optimizer.borders[key] for key in list(values)[2:]} == dict(list(values.items())[2:])
+    settings = method_settings(optimizer)
+    assert settings["selection/borders/coasting"] == 2
+    plain = gs.method({"name": "uniform", "count": 1}).make_optimizer(small(), lr=1e-3)
+    assert not any("borders" in key for key in method_settings(plain))
+    for wrong, message in (
+        ({"coasting": -1}, r"coasting=-1 is not a whole number from 0 on"),
+        ({"rate_by_visits": 2}, r"rate_by_visits=2.0 is outside"),
+        ({"moment_bits": 8}, r"coasting=2 needs a rule .* AdamW8bitRule cannot"),
+    ):
+        with pytest.raises(gs.UsageError, match=message):
+            gs.method({**values, **wrong})
+
+
+def test_slices_coast_too() -> None:
+    model = tiny_llama()
+    blocks = gs.partition(model, by="columns", parts=4)
+    optimizer = build(model, gs.Uniform(count=3), EVERYTHING, blocks=blocks, residency=gs.Offload())
+    coasted = 0
+    for step in range(4):
+        before = {b.name: [p.detach().clone() for p in b.parameters] for b in blocks}
+        model(**tiny_batch(model, seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        record = optimizer.last_record
+        assert record is not None
+        moved = {b.name for b in blocks if not all(map(torch.equal, b.parameters, before[b.name]))}
+        assert moved == {*record.selected, *record.coasted}
+        coasted += len(record.coasted)
+    assert coasted
 
 
 def test_records_say_what_happened_and_others_stay_as_they_were(tmp_path) -> None:

@@ -304,6 +304,11 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self._observer.grad_scaler = value
 
     @property
+    def borders(self) -> dict[str, Any]:
+        """Settings of the border rules; empty if none is on."""
+        return self._borders.identity()
+
+    @property
     def update_in_backward(self) -> bool:
         """True if weights move within the backward pass in steps whose selection is known beforehand."""
         return self._in_backward.is_active

@@ -39,13 +39,14 @@ def say_explore_steps(optimizer: BlockOptimizer, *, num_steps: int) -> None:
 
 
 def _summarise_blocks(records: Sequence[StepRecord]) -> dict[str, float]:
+    coasted = fmean(len(record.coasted) for record in records)
     return {
         "selection/blocks": fmean(len(record.selected) for record in records),
         "selection/explored": fmean(record.explored for record in records),
         "selection/entropy": records[-1].selection_entropy,
         "selection/state_bytes": max(record.state_bytes for record in records),
         "selection/moved_bytes": fmean(record.moved_bytes for record in records),
-    }
+    } | ({"selection/coasted": coasted} if coasted else {})
 
 
 def _summarise_masks(records: Sequence[MaskRecord]) -> dict[str, float]:

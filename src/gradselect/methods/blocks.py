@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import PositiveInt, field_validator, model_validator
 from torch import nn
 
-from gradselect.blocks import AbstractPolicy, BlockOptimizer, partition
+from gradselect.blocks import AbstractPolicy, BlockOptimizer, Borders, partition
 from gradselect.core import AbstractResidency, AbstractRule, AdamW8bitRule, AdamWRule, Drop, Keep, Offload
 from gradselect.policies import All, Fixed
 
@@ -33,6 +34,13 @@ class AbstractBlockMethod(AbstractSelectionMethod):
             that one gradient exists at a time. Needs optimizer.max_grad_norm=0 and run.accumulation=1.
         moment_bits: bits of each number in AdamW's moments. 8 takes a quarter of the memory
             (`gradselect.AdamW8bitRule`).
+        coasting: steps in which a block that has just left moves on by its momentum (`gradselect.Borders`).
+        coasting_decay: factor of each of these steps against the one before, beside the momentum's own decay.
+        rewarm_steps: updates over which the learning rate of a block that returns rises to its full value.
+        rewarm_after: least number of steps without an update after which a block returns.
+        rewarm_first: warm a block's first updates of all too.
+        rate_by_visits: exponent in [0, 1] by which blocks that are seldom selected take larger steps.
+        rate_cap: largest factor of that kind.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"units": "blocks"}
@@ -44,6 +52,13 @@ class AbstractBlockMethod(AbstractSelectionMethod):
     parts: PositiveInt | None = None
     update_in_backward: bool = False
     moment_bits: Literal[8, 32] = 32
+    coasting: int = Borders.coasting
+    coasting_decay: float = Borders.coasting_decay
+    rewarm_steps: int = Borders.rewarm_steps
+    rewarm_after: int = Borders.rewarm_after
+    rewarm_first: bool = Borders.rewarm_first
+    rate_by_visits: float = Borders.rate_by_visits
+    rate_cap: float = Borders.rate_cap
 
     @abstractmethod
     def policy(self, *, seed: int, block_names: Sequence[str]) -> AbstractPolicy:
@@ -58,6 +73,7 @@ class AbstractBlockMethod(AbstractSelectionMethod):
             "always": (*self.always, *heads),
             "residency": self.place(),
             "rule": self.rule(),
+            "borders": self.borders(),
             "update_in_backward": self.update_in_backward,
             "blocks": blocks,
         }
@@ -69,6 +85,10 @@ class AbstractBlockMethod(AbstractSelectionMethod):
     def rule(self) -> AbstractRule:
         """Return the update rule as an object."""
         return AdamW8bitRule() if self.moment_bits == 8 else AdamWRule(fused=None)
+
+    def borders(self) -> Borders:
+        """Return the rules for blocks that leave the selection or return to it."""
+        return Borders(**self.model_dump(include={field.name for field in fields(Borders)}))
 
     @model_validator(mode="after")
     def check_slices(self) -> Self:
@@ -84,8 +104,9 @@ class AbstractBlockMethod(AbstractSelectionMethod):
 
     @model_validator(mode="after")
     def check_policy(self) -> Self:
-        """Let the policy check its settings. Its error becomes an error of the recipe."""
+        """Let the policy and the border rules check their settings. Their errors become errors of the recipe."""
         self.policy(seed=0, block_names=())
+        self.borders().check_rule(self.rule())
         return self
 
 

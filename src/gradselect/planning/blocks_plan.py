@@ -139,9 +139,11 @@ class _BlockPlanner:
         # the last one, which is still on the device while the new one is unknown.
         stays = isinstance(self._training.residency, Drop) or self.survey.is_fixed
         on_host = 0 if stays else self._sum(self.survey.reached).state - self._least_state()
-        return Bytes(
-            weights=self._weights, masters=updated.masters, state_on_device=updated.moments, state_on_host=on_host
-        )
+        # Coasting blocks come from as many selections before, at most all different.
+        always, before = self._sum(self._always), 0 if self.survey.is_fixed else self._training.borders.coasting
+        masters = min(updated.masters + before * (updated.masters - always.masters), reached.masters)
+        moments = min(updated.moments + before * (updated.moments - always.moments), reached.moments)
+        return Bytes(weights=self._weights, masters=masters, state_on_device=moments, state_on_host=on_host)
 
     def _least_state(self) -> int:
         """State of the selection that has least."""

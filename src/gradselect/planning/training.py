@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from gradselect.blocks import Borders
 from gradselect.core import AbstractResidency, AbstractRule, Block, Keep
 
 from .policy_survey import Survey
@@ -31,4 +32,5 @@ class Training:
     num_steps: int = 1000
     rule: AbstractRule | None = None
     update_in_backward: bool = False
+    borders: Borders = field(default_factory=Borders)
     survey: Survey | None = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gradselect.blocks import AbstractPolicy
+from gradselect.blocks import AbstractPolicy, Borders
 from gradselect.core import AbstractResidency, AbstractRule, Block, default_residency, device_of_run
 from gradselect.entries import AbstractMask
 from gradselect.usage import UsageError, check_whole
@@ -81,6 +81,7 @@ def plan(
     gradient_checkpointing: bool = False,
     rule: AbstractRule | None = None,
     update_in_backward: bool = False,
+    borders: Borders | None = None,
 ) -> Plan:
     r"""Return the bytes that a training run will hold, and the time of its steps, without computing a number.
 
@@ -110,6 +111,7 @@ def plan(
         gradient_checkpointing: layers keep only their inputs and are computed again.
         rule: as for `BlockOptimizer`.
         update_in_backward: as for `BlockOptimizer`.
+        borders: as for `BlockOptimizer`. Every selection of which blocks coast counts as a different one.
 
     Returns:
         A `Plan`: `.peak_bytes`, `.bytes`, `.relative_time`, `.backward_skipped`, `.steps`, `.notes`.
@@ -142,6 +144,7 @@ def plan(
         accumulation_steps=accumulation_steps,
         rule=rule,
         update_in_backward=update_in_backward,
+        borders=Borders() if borders is None else borders,
     )
     return Plan(steps=plan_steps(training, choice, forward))
 

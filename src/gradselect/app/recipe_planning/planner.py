@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from gradselect import Keep, UsageError
+from gradselect import Borders, Keep, UsageError
 from gradselect.app.inputs import Inputs, check_base_can_train
 from gradselect.app.models import draw_weights, load_configuration, quantisation_of
 from gradselect.app.recipe import (
@@ -95,6 +95,7 @@ class RecipePlanner:
             num_steps=recipe.run.steps or ASSUMED_STEPS,
             rule=options.get("rule"),
             update_in_backward=options.get("update_in_backward", False),
+            borders=options.get("borders", Borders()),
             survey=prepared.survey,
         )
         forward = ForwardPass(

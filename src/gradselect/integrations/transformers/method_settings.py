@@ -31,6 +31,7 @@ def method_settings(optimizer: BlockOptimizer | SparseOptimizer) -> dict[str, An
         values |= _named("policy", optimizer.policy, optimizer.policy.settings())
         values |= {"blocks": optimizer.blocks, "update_in_backward": optimizer.update_in_backward}
         values |= _named("residency", optimizer.residency)
+        values |= {f"borders/{key}": value for key, value in optimizer.borders.items()}
     else:
         values |= _named("mask", optimizer.mask, optimizer.mask.settings())
         values |= {"max_grad_norm": optimizer.max_grad_norm}
