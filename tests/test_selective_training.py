@@ -270,6 +270,18 @@ def test_a_method_that_does_not_fit_the_trainer_is_refused_before_the_first_step
     assert same(weights(trainer.model), before)
 
 
+def test_a_file_of_records_that_is_no_file_name_is_refused():
+    for wrong in (5, "", ["selection.jsonl"]):
+        for make in (
+            lambda wrong: SelectiveTraining(policy=gs.All(), jsonl=wrong),
+            lambda wrong: SelectionCallback(jsonl=wrong),
+        ):
+            with pytest.raises(gs.UsageError, match=r"jsonl=.* is no file name; write e.g. jsonl='selection.jsonl'"):
+                make(wrong)
+        with pytest.raises(gs.UsageError, match=r"path=.* is no file name"):
+            gs.JsonlWriter(wrong)
+
+
 def test_an_option_that_the_method_decides_is_refused(tmp_path):
     trainer = build(
         tmp_path, callbacks=[SelectiveTraining(method={"name": "uniform", "count": 1}, residency=gs.Drop())]

@@ -72,6 +72,12 @@ def test_the_usual_ranges_are_the_rate_and_what_the_method_has(folder):
     assert [str(searched) for searched in read_ranges((), parse(folder))] == [str(plain["optimizer.lr"])]
 
 
+def test_ranges_are_shown_without_digits_of_rounding_and_kept_with_them():
+    searched = SearchRange(key="optimizer.lr", low=5e-8, high=5e-7 * 10, log=True)
+    assert str(searched) == "optimizer.lr=5e-08:5e-06:log"
+    assert searched.exact == "optimizer.lr=5e-08:4.9999999999999996e-06:log"
+
+
 def test_a_fraction_is_never_searched_above_the_whole(folder):
     ranges = usual_ranges(parse(folder, method={"name": "adagradselect", "fraction": 0.7}))
     assert next(searched for searched in ranges if searched.key == "method.fraction").high == 1.0

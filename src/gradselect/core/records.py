@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from gradselect.files import write_atomically
-from gradselect.usage import UsageError
+from gradselect.usage import UsageError, check_file_name
 
 from .gradients import Measure
 
@@ -146,6 +146,7 @@ class JsonlWriter:
     """
 
     def __init__(self, path: str | Path) -> None:
+        check_file_name("path", path, example="selection.jsonl")
         self.path = Path(path)
         self._started = False
 

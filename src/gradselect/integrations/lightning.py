@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradselect import All, BlockOptimizer, JsonlWriter, SparseOptimizer, UsageError
 from gradselect.integrations.reporting import say_explore_steps, summarise
+from gradselect.usage import check_file_name
 
 try:
     from lightning.pytorch.callbacks import Callback  # pyright: ignore[reportMissingImports]
@@ -61,6 +62,8 @@ class SelectionCallback(Callback):
     """
 
     def __init__(self, *, jsonl: str | Path | None = None) -> None:
+        if jsonl is not None:
+            check_file_name("jsonl", jsonl, example="selection.jsonl")
         self._jsonl = jsonl
         self._recent: deque[Any] = deque(maxlen=1)
         self._hooks: list[Any] = []

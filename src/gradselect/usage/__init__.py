@@ -1,7 +1,15 @@
 """User input and messages: the one error, argument checks, name patterns, setting differences, byte sizes."""
 
 from .byte_sizes import read_fractions, read_size, smallest_text, write_size
-from .checks import check_hyper_parameters, check_is, check_one_of, check_patterns, check_positive, check_whole
+from .checks import (
+    check_file_name,
+    check_hyper_parameters,
+    check_is,
+    check_one_of,
+    check_patterns,
+    check_positive,
+    check_whole,
+)
 from .differences import find_differences, flatten
 from .errors import UsageError
 from .installation import missing_packages
@@ -12,6 +20,7 @@ __all__ = [
     "UsageError",
     "as_tuple",
     "beginnings",
+    "check_file_name",
     "check_hyper_parameters",
     "check_is",
     "check_one_of",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 from .errors import UsageError
@@ -29,6 +30,16 @@ def check_positive(name: str, value: object, *, at_most: float = math.inf, examp
     if not (0 < number <= at_most and math.isfinite(number)):
         interval = "(0, inf)" if at_most == math.inf else f"(0, {at_most}]"
         raise UsageError(f"{name}={value!r} is outside {interval}; write e.g. {name}={example}")
+
+
+def check_file_name(name: str, value: object, *, example: str) -> None:
+    """Check that the setting `name` is the name of a file.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise UsageError(f"{name}={value!r} is no file name; write e.g. {name}={example!r}")
 
 
 def check_one_of(name: str, value: object, options: Sequence[str]) -> None:

@@ -47,6 +47,11 @@ class SearchRange:
             raise UsageError(f"--search {self}: a logarithm needs LOW above 0; {FORM}")
 
     def __str__(self) -> str:
+        return f"{self.key}={_short(self.low)}:{_short(self.high)}{':log' if self.log else ''}"
+
+    @property
+    def exact(self) -> str:
+        """The range with all digits, as a study keeps it."""
         return f"{self.key}={self.low!r}:{self.high!r}{':log' if self.log else ''}"
 
     def has(self, value: Any) -> bool:
@@ -86,6 +91,11 @@ def usual_ranges(recipe: Recipe) -> Iterator[SearchRange]:
     if "delta" in method:
         # Top-k of a Dirichlet draw is close to winner-takes-all; only a delta of hundreds loosens it.
         yield SearchRange(key="method.delta", low=method["delta"] / 10, high=method["delta"] * 1000, log=True)
+
+
+def _short(value: Number) -> str:
+    """Return a number without the last digits, where 5e-05 / 10 is 4.9999999999999996e-06."""
+    return repr(float(f"{value:.12g}")) if isinstance(value, float) else str(value)
 
 
 def with_values(recipe: Recipe, values: Mapping[str, Any], *, source: str) -> Recipe:

@@ -72,7 +72,7 @@ def _describe(recipe: Recipe, ranges: Sequence[SearchRange], *, seed: int, stage
     """Return everything that decides the trials, including the contents of model and data."""
     start = describe_start(recipe, read_inputs(recipe, stages=stages), command=()).values()
     kept = ("started_at", "recipe", "model", "data", "versions", "machine")
-    return {**{key: start[key] for key in kept}, "search": list(map(str, ranges)), "seed": seed}
+    return {**{key: start[key] for key in kept}, "search": [searched.exact for searched in ranges], "seed": seed}
 
 
 def _opening(

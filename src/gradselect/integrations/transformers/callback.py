@@ -18,6 +18,7 @@ from transformers.trainer_utils import has_length
 from gradselect import BlockOptimizer, JsonlWriter, SparseOptimizer, UsageError
 from gradselect.integrations.callers import caller_of
 from gradselect.integrations.reporting import say_explore_steps, summarise
+from gradselect.usage import check_file_name
 
 from .checkpointing import keep_backward_short, restore_inputs, shorten_backward
 from .checks import (
@@ -83,6 +84,8 @@ class SelectionCallback(TrainerCallback):
     """
 
     def __init__(self, *, jsonl: str | Path | None = None) -> None:
+        if jsonl is not None:
+            check_file_name("jsonl", jsonl, example="selection.jsonl")
         self._jsonl = jsonl
         self._connected: BlockOptimizer | SparseOptimizer | None = None
         self._since_log: list[Any] = []

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from gradselect import UsageError
 from gradselect.integrations.callers import caller_of
-from gradselect.usage import check_is
+from gradselect.usage import check_file_name, check_is
 
 from .callback import SelectionCallback
 from .checkpointing import is_reentrant
@@ -51,6 +51,8 @@ class SelectiveTraining(TrainerCallback):
 
     def __init__(self, *, jsonl: str | Path | None = None, **options: Any) -> None:
         check_options(options, of=OF)
+        if jsonl is not None:
+            check_file_name("jsonl", jsonl, example="selection.jsonl")
         self._jsonl = jsonl
         self._options = options
         self._trainers: weakref.WeakSet[Trainer] = weakref.WeakSet()
