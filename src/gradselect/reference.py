@@ -68,10 +68,14 @@ class SelectiveAdamW:
     def step(self) -> tuple[str, ...]:
         """Take one step from the gradients of all blocks; return the selection."""
         selected = self.policy.propose(self.num_steps)
-        norms = {}
+        norms = block_norms(self.blocks, measure=self.policy.measured())
         if selected is None:
-            norms = block_norms(self.blocks, measure=self.policy.measured())
             selected = self.policy.decide(self.num_steps, norms)
+        else:
+            needed = {*self.policy.observed(self.num_steps)}
+            if self.policy.observes_selected(self.num_steps):
+                needed |= {*selected}
+            norms = {name: norm for name, norm in norms.items() if name in needed}
         for block in self.blocks:
             if block.name in selected:
                 for name, weight in zip(block.parameter_names, block.parameters, strict=True):
