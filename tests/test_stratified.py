@@ -316,8 +316,8 @@ def test_only_what_is_selected_changes(policy):
 
 @pytest.mark.parametrize("policy", RUNS.values(), ids=RUNS)
 def test_it_equals_the_readable_twin(policy):
-    """Tolerance: the twin writes AdamW in another order of operations."""
-    model, twin = tiny_llama(), tiny_llama()
+    """In float64: the twin rounds in another order."""
+    model, twin = tiny_llama(dtype=torch.float64), tiny_llama(dtype=torch.float64)
     blocks = gs.partition(twin, by="matrix")
     by_hand = SelectiveAdamW(blocks, policy.bind(blocks), lr=1e-2)
     for step, record in enumerate(train(model, by_matrix(model, policy), range(6))):
@@ -325,7 +325,7 @@ def test_it_equals_the_readable_twin(policy):
         assert by_hand.step() == record.selected
         twin.zero_grad()
         for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
 def test_by_norm_at_most_one_gradient_too_many_exists_during_the_backward_pass():
