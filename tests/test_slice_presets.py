@@ -17,6 +17,9 @@ import gradselect as gs
 from gradselect import UsageError
 from gradselect.methods import AbstractBlockMethod, Method
 
+# TRL 1.16 uses names that transformers 5.23 has replaced.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+
 ON_SLICES = ("paca", "s2ft", "chunkft", "losia")
 
 
