@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
 import torch
 from policy_support import through_torch
 from test_integration_transformers import arguments, examples
+from test_plan_activations import BATCH, LENGTH, saved_by
 from test_slices import is_linked
 from tiny_models import tiny_batch, tiny_llama, tiny_plain, tiny_qwen2
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ import gradselect as gs
 from gradselect.app.train import train as train_recipe
 from gradselect.integrations.compile import compile_blocks
 from gradselect.integrations.transformers import SelectiveTraining
+from gradselect.planning.activations import ActivationCounter
+from gradselect.planning.meta_forward import Rows, meta_copy
 from gradselect.slices import SlicedLinear, sliced_linears
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
@@ -191,7 +195,35 @@ def test_the_bytes_of_the_state_are_those_of_the_selected_slices(by: str) -> Non
     planned = gs.plan(model, policy, batch_size=2, sequence_length=8, blocks=blocks, residency=gs.Offload())
     assert planned.bytes.state_on_device == 2 * 4 * size
     assert planned.bytes.gradients == 4 * size
+    largest = max(parameter.numel() for parameter in optimizer._table.of(f"layer.1.{by}.2"))
+    assert planned.bytes.workspace == 8 * largest + (4 * size if by == "columns" else 0)
     assert is_linked(model)
+
+
+@pytest.mark.parametrize("by", ["columns", "rows"])
+@pytest.mark.parametrize("active", ["_0", "_[13]", "layers.1.*_2", "*"])
+def test_planned_activations_are_those_that_autograd_saves(by: str, active: str) -> None:
+    model: Any = tiny_qwen2(layers=2).train()
+    model.config.use_cache = False
+    gs.partition(model, by=by, parts=4)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(fnmatchcase(name, f"*{active}"))
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert names
+    counted = ActivationCounter(meta_copy(model)).count(names, Rows(batch=BATCH, length=LENGTH))
+    assert counted.whole == saved_by(model)
+
+
+def test_columns_keep_less_for_the_backward_pass_than_whole_layers() -> None:
+    kept = {}
+    for by in ("layer", "columns", "rows"):
+        model = tiny_llama(layers=2)
+        blocks = gs.partition(model, by=by)  # type: ignore[arg-type]
+        fixed = ("layer.*",) if by == "layer" else (f"layer.*.{by}.0",)
+        plan = gs.plan(model, gs.Fixed(fixed), batch_size=2, sequence_length=8, blocks=blocks)
+        kept[by] = plan.bytes.activations
+    assert kept["columns"] < 0.8 * kept["rows"]
+    assert kept["rows"] <= kept["layer"]
 
 
 # Patches -------------------------------------------------------------------------------------------------------------

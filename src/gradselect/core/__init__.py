@@ -8,7 +8,7 @@ from .devices import device_of_run
 from .freezing import Ownership, freeze, is_frozen_for_now, settle
 from .gradients import AbstractGradientHooks, Measure, dense, gradient_norm, norm_of, squared_norm
 from .history import BlockHistory, EntryHistory, merge_orders, read_history
-from .masters import HALF, MASTER, agrees, take_over
+from .masters import HALF, MASTER, agrees, is_strided, take_over
 from .optimizer import SelectiveOptimizer
 from .output_probes import WHOLE, OutputProbes
 from .parameter_groups import Group, ParameterTable
@@ -85,6 +85,7 @@ __all__ = [
     "is_frozen_for_now",
     "is_list",
     "is_smaller_whole",
+    "is_strided",
     "merge_orders",
     "norm_of",
     "nothing_trains",

@@ -96,6 +96,9 @@ def packed(weight: Tensor) -> Tensor:
 
     Fused kernels walk through memory and would write to the rest of that tensor; loops are slower on strided memory.
     """
-    if weight.is_contiguous() or torch.empty_like(weight, device="meta").stride() == weight.stride():
-        return weight
-    return weight.detach().contiguous()
+    return weight.detach().contiguous() if is_strided(weight) else weight
+
+
+def is_strided(weight: Tensor) -> bool:
+    """True if there are gaps between the entries of the weight: it is a part of a larger tensor, such as columns."""
+    return not weight.is_contiguous() and torch.empty_like(weight, device="meta").stride() != weight.stride()

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gradselect.blocks import AbstractPolicy, StepCost, partition, resolve_names
-from gradselect.core import Drop, num_bytes
+from gradselect.core import Drop, is_strided, num_bytes
 
 from .bytes import Bytes, Cost, cost_of, largest_cost, total_cost
 from .forward_pass import ForwardPass
@@ -49,6 +49,7 @@ class _BlockPlanner:
             for block in blocks
         }
         self._sizes = {name: part.num_entries for name, part in self._costs.items()}
+        self._strided = {block.name: sum(map(num_bytes, filter(is_strided, block.parameters))) for block in blocks}
         self._weights = sum(map(num_bytes, training.model.parameters()))
 
     def explore(self, keep: int) -> Step:
@@ -132,7 +133,7 @@ class _BlockPlanner:
 
     def _held(self, updated: Cost) -> Bytes:
         """Bytes that stay through a step in which `updated` is updated, after every block has had a turn."""
-        reached = self._sum({*self.survey.reached, *self._always})
+        reached = self._sum(self._reached())
         if not self._training.residency.frees_device:
             return Bytes(weights=self._weights, masters=reached.masters, state_on_device=reached.moments)
         # Just before an update the host may hold all state but that of one selection: the new one, which has come, or
@@ -153,10 +154,20 @@ class _BlockPlanner:
         return min([*cases, *(sum(states[:count]) for count in counts)])
 
     def _workspace(self) -> int:
-        """AdamW on one block: its gradients in the masters' dtype, and two tensors for the denominator."""
-        parts = self._costs_of({*self.survey.reached, *self._always}).values()
+        """AdamW on one block: its gradients in the masters' dtype, and two tensors for the denominator.
+
+        Columns of a weight are copied for the update, if it has no master.
+        """
+        parts = self._costs_of(self._reached()).values()
         copied = max((part.masters for part in parts), default=0)
-        return copied + 2 * (4 if copied else self._itemsize) * max((part.largest for part in parts), default=0)
+        columns = 0 if copied else max(map(self._strided.__getitem__, self._reached()), default=0)
+        return (
+            copied + columns + 2 * (4 if copied else self._itemsize) * max((part.largest for part in parts), default=0)
+        )
+
+    def _reached(self) -> set[str]:
+        """Blocks that train sooner or later."""
+        return {*self.survey.reached, *self._always}
 
     @property
     def _itemsize(self) -> int:
