@@ -71,7 +71,14 @@ class Runner:
         monkeypatch.setattr(_comparison, "source_state", lambda: SourceState(commit="c0ffee", dirty=self.dirty))
 
     def __call__(
-        self, suite: Suite, results: Path, *, only: Sequence[str] = (), seeds: int | None = None, resume: bool = False
+        self,
+        suite: Suite,
+        results: Path,
+        *,
+        only: Sequence[str] = (),
+        seeds: int | None = None,
+        resume: bool = False,
+        recalibrate: bool = False,
     ) -> list[Any]:
         self.ran, stream = [], io.StringIO()
         console = Console(file=stream, width=200)
@@ -80,6 +87,7 @@ class Runner:
             folder=ResultsFolder(results),
             seeds=seeds or suite.seeds,
             resume=resume,
+            recalibrate=recalibrate,
             console=console,
             command=["gradselect", "compare"],
         )

@@ -23,6 +23,9 @@ def compare(
         int | None, typer.Option(help="Number of runs of each method at its best learning rate.", min=1)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume unfinished runs from their checkpoints.")] = False,
+    recalibrate: Annotated[
+        bool, typer.Option("--recalibrate", help="Under a budget, measure the time of steps again.")
+    ] = False,
     results: Annotated[
         str | None, typer.Option(help="Folder of the result files.", show_default="runs/compare/<suite>")
     ] = None,
@@ -44,7 +47,12 @@ def compare(
             only=only or (),
             seeds=seeds,
             resume=resume,
-            command=[*words, *(["--resume"] if resume else [])],
+            recalibrate=recalibrate,
+            command=[
+                *words,
+                *(["--resume"] if resume else []),
+                *(["--recalibrate"] if recalibrate else []),
+            ],
         )
     if any(len(summary.results) < (seeds or loaded.seeds) for summary in summaries):
         raise typer.Exit(INCOMPLETE_EXIT_CODE)

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from gradselect import UsageError
 from gradselect.app.progress import Stages
-from gradselect.app.recipe import todays_method
 from gradselect.app.results import Result, write_result
 from gradselect.app.runtime import check_ids
 
+from .calibrating import calibrated
 from .git_state import SourceState, source_state
 from .job import Job
 from .protocol import protocol_differences, protocol_hash, protocol_settings
 from .result_record import describe_failure
 from .results import ResultsFolder, read_own_result
+from .run_plan import RunPlan
 from .schedule import PlannedRun, best_rate, is_at_edge, rate_runs, score_run
 from .subprocesses import prepare, run_job
 from .suite import Suite, ids_of_suite
@@ -36,6 +36,7 @@ class Comparison:
         folder: for the results; may hold those of earlier calls.
         seeds: number of seeds of each method.
         resume: resume unfinished runs from their newest checkpoint.
+        recalibrate: measure the cost of steps again, also where an earlier call has.
         console: for progress.
         command: what the user typed.
     """
@@ -47,6 +48,7 @@ class Comparison:
         folder: ResultsFolder,
         seeds: int,
         resume: bool,
+        recalibrate: bool = False,
         console: Console,
         command: Sequence[str],
     ) -> None:
@@ -54,6 +56,8 @@ class Comparison:
         self._folder = folder
         self._seeds = seeds
         self._resume = resume
+        self._recalibrate = recalibrate
+        self._plan = RunPlan(suite)
         self._console = console
         self._command = tuple(command)
         self._protocol: dict[str, Any] = {}
@@ -71,26 +75,52 @@ class Comparison:
             self._say(f"note       {note}")
         self._protocol = protocol_settings(self._suite)
         self._folder.prepare()
-        self._check_folder()
+        self._check_protocol()
         self._look_at_source()
 
-        # 2 the learning rate of each method, and its first seed with the model that the search has trained
+        # 2 under a budget, the steps of each method
+        methods = self._calibrate(methods)
+        self._retire_others()
+
+        # 3 the learning rate of each method, and its first seed with the model that the search has trained
         rates = {method: self._search(method) for method in methods}
 
-        # 3 the other seeds, methods in turn: stopped early, all methods have as many
+        # 4 the other seeds, methods in turn: stopped early, all methods have as many
         for seed in range(1, self._seeds):
             for method, lr in rates.items():
                 if lr is not None:
                     self._ensure(score_run(method, lr=lr, seed=seed))
 
-        # 4 the table
+        # 5 the table
         summaries = [self._summarize(method, lr) for method, lr in rates.items()]
         self._console.print(summary_table(self._suite.name, summaries))
         self._say(f"results in {self._folder.root}; next: gradselect report {self._folder.root}")
         return summaries
 
+    def _calibrate(self, methods: Sequence[str]) -> list[str]:
+        """Calibrate under a budget. Return the methods that run: those that fit into its memory."""
+        if self._suite.budget is None:
+            if self._recalibrate:
+                raise UsageError(
+                    f"--recalibrate: the suite {self._suite.name!r} has no budget to calibrate for; leave it out"
+                )
+            return list(methods)
+        calibration = calibrated(
+            self._suite,
+            methods,
+            folder=self._folder,
+            protocol=self._protocol,
+            recalibrate=self._recalibrate,
+            console=self._console,
+        )
+        self._plan = RunPlan(self._suite, calibration)
+        return [name for name in methods if not calibration.methods[name].left_out]
+
     def _search(self, method: str) -> float | None:
         """Return the best rate, and run the first seed's score with it. None if every run of the search failed."""
+        if error := self._plan.error(method):
+            self._say(f"failed     {method}: its calibration failed: {error}")
+            return None
         entry, losses = self._suite.methods[method], {}
         for run in rate_runs(method, entry):
             losses[run.lr] = self._ensure(run).record.validation_loss
@@ -121,10 +151,10 @@ class Comparison:
         try:
             result = read_own_result(path)
         except UsageError:
-            # `_check_folder` has shown the reason.
+            # `_check_protocol` has shown the reason.
             return None
         record = result.record
-        is_same = record.method == run.method and self._has_settings(run.method, record.method_settings)
+        is_same = record.method == run.method and self._plan.why_not(record) is None
         # Tables omit dirty results, so a clean library repeats them.
         is_usable = self._source.dirty or not record.dirty
         return result if result.succeeded and is_same and is_usable else None
@@ -146,7 +176,6 @@ class Comparison:
     def _job(self, run: PlannedRun) -> Job:
         suite, entry = self._suite, self._suite.methods[run.method]
         is_score = run.role == "score"
-        output = self._folder.training(run)
         return Job(
             suite=suite.name,
             protocol=protocol_hash(self._protocol),
@@ -155,7 +184,8 @@ class Comparison:
             rates=entry.rates,
             rate_at_edge=is_at_edge(run.lr, entry.rates) if is_score else None,
             role=run.role,
-            recipe=suite.training_recipe(run.method, lr=run.lr, seed=run.seed, output=output),
+            budget=self._plan.budget(run.method),
+            recipe=self._plan.recipe(run, output=self._folder.training(run)),
             evaluations=suite.evaluations if is_score else {},
             forgetting=suite.forgetting if is_score else None,
             forgetting_file=self._folder.forgetting_file,
@@ -182,8 +212,8 @@ class Comparison:
             if lr != best and tried[lr] is not None:
                 shutil.rmtree(self._folder.training(score_run(method, lr=lr, seed=0)), ignore_errors=True)
 
-    def _check_folder(self) -> None:
-        """Move results with other method settings out of the way.
+    def _check_protocol(self) -> None:
+        """Say which files are no results.
 
         Raises:
             UsageError: the folder holds results of another protocol.
@@ -192,12 +222,14 @@ class Comparison:
         for line in skipped:
             self._say(f"skipped    {line}")
         for result in results:
-            record = result.record
-            if record.protocol != protocol_hash(self._protocol):
+            if result.record.protocol != protocol_hash(self._protocol):
                 self._refuse(result)
-            method = record.method
-            if method in self._suite.methods and not self._has_settings(method, record.method_settings):
-                self._retire(result, f"{method} had other settings")
+
+    def _retire_others(self) -> None:
+        """Move results out of the way that are of other settings, or of other methods than those that fit."""
+        for result in self._folder.read()[0]:
+            if result.record.method in self._suite.methods and (reason := self._plan.why_not(result.record)):
+                self._retire(result, reason)
 
     def _refuse(self, result: Result) -> None:
         different = protocol_differences(result.record.protocol_settings, self._protocol)
@@ -225,14 +257,6 @@ class Comparison:
         if self._source.dirty and not before.dirty:
             self._say("note       the library differs from its last commit: results are marked dirty, tables omit them")
 
-    def _has_settings(self, method: str, there: Mapping[str, Any]) -> bool:
-        """True if a result's settings equal those of the suite. Keys of newer versions count with their defaults."""
-        here = self._suite.methods[method].method
-        try:
-            return type(here).model_validate(todays_method(there)) == here
-        except ValidationError:
-            return False
-
     def _summarize(self, method: str, lr: float | None) -> MethodSummary:
         runs = [] if lr is None else [score_run(method, lr=lr, seed=seed) for seed in range(self._seeds)]
         results = [result for run in runs if (result := self._done(run)) is not None]
@@ -257,6 +281,7 @@ def compare(
     only: Sequence[str] = (),
     seeds: int | None = None,
     resume: bool = False,
+    recalibrate: bool = False,
     console: Console | None = None,
     command: Sequence[str] = (),
 ) -> list[MethodSummary]:
@@ -271,6 +296,7 @@ def compare(
         only: names, slugs or globs of methods; by default all.
         seeds: number of seeds; by default that of the suite.
         resume: resume unfinished runs from their newest checkpoint instead of starting again.
+        recalibrate: under a budget, measure the cost of steps again. Results with other steps are moved aside.
         console: for progress; by default the standard output.
         command: what the user typed, kept in the results.
 
@@ -289,6 +315,7 @@ def compare(
         folder=ResultsFolder(Path(results or Path("runs", "compare", suite.name))),
         seeds=seeds or suite.seeds,
         resume=resume,
+        recalibrate=recalibrate,
         console=console or Console(),
         command=command,
     ).run(methods)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gradselect.app.recipe import Recipe, Settings
-from gradselect.app.results import Role
+from gradselect.app.results import Role, RunBudget
 
 from .suite import Evaluation
 
@@ -22,6 +22,7 @@ class Job(Settings):
         rates: learning rates of the method's grid.
         rate_at_edge: True if the best rate is the first or the last of the grid; None without a search.
         role: "rate" or "score".
+        budget: under which the recipe got its steps; None without a budget.
         recipe: the training.
         evaluations: of the trained model; empty if the rate is searched.
         forgetting: loss to measure for the base and for the trained model.
@@ -42,6 +43,7 @@ class Job(Settings):
     rates: tuple[float, ...]
     rate_at_edge: bool | None
     role: Role
+    budget: RunBudget | None = None
     recipe: Recipe
     evaluations: dict[str, Evaluation]
     forgetting: Evaluation | None

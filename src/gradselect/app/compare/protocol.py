@@ -49,7 +49,7 @@ def protocol_settings(suite: Suite) -> dict[str, Any]:
     """
     forgetting = None if suite.forgetting is None else _evaluation_settings(suite.forgetting)
     return {
-        "recipe": _recipe_settings(suite.recipe),
+        **_length_settings(suite),
         "evaluations": {name: _evaluation_settings(entry) for name, entry in suite.evaluations.items()},
         "forgetting": forgetting,
         "rank_by": suite.rank_by,
@@ -94,6 +94,20 @@ def local_folder(place: str, *, revision: str | None) -> Path:
 
     path = Path(place)
     return path if path.is_dir() else Path(snapshot_download(place, revision=revision, local_files_only=True))
+
+
+def _length_settings(suite: Suite) -> dict[str, Any]:
+    """Return the recipe's settings. A budget takes the place of its number of steps, which differs among methods.
+
+    Memory is no part: it decides which methods run, and changes none of them.
+    """
+    recipe, budget = _recipe_settings(suite.recipe), suite.budget
+    if budget is None or not budget.limits_steps:
+        return {"recipe": recipe}
+    length = {key: recipe["run"].pop(key) for key in ("steps", "epochs")}
+    if budget.time_of is None:
+        return {"recipe": recipe, "budget": {"seconds": budget.seconds, "flops": budget.flops}}
+    return {"recipe": recipe, "budget": {"time_of": budget.time_of, "share": budget.share, "of": length}}
 
 
 def _recipe_settings(recipe: Recipe) -> dict[str, Any]:

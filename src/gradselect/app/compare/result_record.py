@@ -125,6 +125,8 @@ def _identity(job: Job) -> dict[str, Any]:
         "commit": job.commit,
         "dirty": job.dirty,
         "command": list(job.command),
+        # Without a budget there is no key, as in results of earlier versions.
+        **({} if job.budget is None else {"budget": job.budget}),
     }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradselect import UsageError
-from gradselect.app.results import ComparedRun, Result, read_result
+from gradselect.app.results import CALIBRATION, ComparedRun, Result, read_result
 
 from .schedule import PlannedRun
 
@@ -16,7 +16,8 @@ from .schedule import PlannedRun
 class ResultsFolder:
     """Paths in the folder of a comparison.
 
-    METHOD.lr-RATE.seed-SEED.ROLE.json   one result for each run; a report reads nothing else
+    METHOD.lr-RATE.seed-SEED.ROLE.json   one result for each run; a report reads these
+    calibration.json                     cost of a step of each method, under a budget
     work/                                unfinished models, logs and jobs; without it nothing can be resumed
     """
 
@@ -60,6 +61,8 @@ class ResultsFolder:
         """Return the results, and for every other JSON file a line with its name and why it is skipped."""
         results, skipped = [], []
         for path in sorted(self.root.glob("*.json")):
+            if path.name == CALIBRATION:
+                continue
             try:
                 results.append(read_own_result(path))
             except UsageError as error:

@@ -32,8 +32,8 @@ def prepare(preparations: Sequence[Preparation], *, say: Callable[[str], None]) 
             _run_preparation(preparation)
 
 
-def run_job(job_file: Path, log: Path) -> str | None:
-    """Run a job in its own process; its output goes to `log`.
+def run_job(job_file: Path, log: Path, *, worker: str = "worker") -> str | None:
+    """Run a job in its own process; its output goes to `log`. `worker` is the module that carries it out.
 
     SIGTERM, SIGINT and SIGHUP are passed on to the job, which finishes its step and saves a checkpoint. A second signal
     ends it at once.
@@ -44,7 +44,7 @@ def run_job(job_file: Path, log: Path) -> str | None:
     Raises:
         Preempted: a signal came, and the job has ended.
     """
-    words = [sys.executable, "-m", "gradselect.app.compare.worker", str(job_file)]
+    words = [sys.executable, "-m", f"gradselect.app.compare.{worker}", str(job_file)]
     job: subprocess.Popen[bytes] | None = None
     received: list[int] = []
 

@@ -27,7 +27,9 @@ from gradselect.app.recipe import (
     with_overrides,
 )
 from gradselect.app.runtime import HubId
-from gradselect.usage import matching
+from gradselect.usage import matching, nearest
+
+from .budget import Budget
 
 NOT_SHARED = {
     "method": "write each method below methods",
@@ -137,6 +139,7 @@ class Suite(Settings):
         evaluations: of every trained model, by name; none to compare speed and memory only.
         forgetting: a loss, measured for the base and for every trained model.
         rank_by: selects the learning rate: the loss on held-out training examples, never a test score.
+        budget: cost that every run may take, in place of the recipe's number of steps.
         seeds: number of seeds of each method at its best rate: 0, 1, ...
         methods: by their name in tables; null drops a method of `base`.
     """
@@ -148,6 +151,7 @@ class Suite(Settings):
     evaluations: dict[str, Evaluation] = Field(default_factory=dict)
     forgetting: Evaluation | None = None
     rank_by: Literal["validation_loss"] = "validation_loss"
+    budget: Budget | None = None
     seeds: PositiveInt = 3
     methods: Annotated[dict[str, MethodEntry], Field(min_length=1), BeforeValidator(_without_dropped)]
 
@@ -159,6 +163,14 @@ class Suite(Settings):
                 raise ValueError(f"methods: {name!r} has no letter and no digit to name a file by")
             if (other := taken.setdefault(slug(name), name)) != name:
                 raise ValueError(f"methods: {other!r} and {name!r} would both be the file {slug(name)!r}; rename one")
+        return self
+
+    @model_validator(mode="after")
+    def check_budget(self) -> Self:
+        reference = None if self.budget is None else self.budget.time_of
+        if reference is not None and reference not in self.methods:
+            close = nearest(reference, list(self.methods))
+            raise ValueError(f"budget.time_of={reference!r} names no method of this suite; write one of {close}")
         return self
 
     @model_validator(mode="after")

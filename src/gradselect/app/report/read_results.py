@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradselect.app.results import NO_RESULT, ComparedRun, Result, Skipped, read_result
+from gradselect.app.results import CALIBRATION, NO_RESULT, ComparedRun, Result, Skipped, read_result
 from gradselect.usage import UsageError, find_differences
 
 from . import number_format as words
@@ -39,7 +39,7 @@ def read_results(folder: Path, *, include_dirty: bool) -> Results:
         raise UsageError(
             f"{folder} is no folder; give that of a run, or of results, made with: gradselect compare suites/quick.yaml"
         )
-    runs, skipped = _read_all(sorted(folder.glob("*.json")))
+    runs, skipped = _read_all(sorted(path for path in folder.glob("*.json") if path.name != CALIBRATION))
     dirty = () if include_dirty else tuple(run for run in runs if run.record.dirty)
     kept = [run for run in runs if include_dirty or not run.record.dirty]
     _check_one_protocol(kept)

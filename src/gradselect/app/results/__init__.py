@@ -1,5 +1,14 @@
 """Records on disk: one schema for whoever writes them and whoever reads them."""
 
+from .calibration_file import (
+    CALIBRATION,
+    Calibration,
+    KindCost,
+    MethodCalibration,
+    RunBudget,
+    read_calibration,
+    write_calibration,
+)
 from .result_file import (
     FAILED,
     FORMAT,
@@ -34,21 +43,26 @@ from .run_record import (
 )
 
 __all__ = [
+    "CALIBRATION",
     "FAILED",
     "FORMAT",
     "NO_RESULT",
     "SUCCESS",
     "BlockSelection",
+    "Calibration",
     "ComparedRun",
     "Curve",
     "FinishedRun",
     "Forgetting",
     "HeldBytes",
     "Item",
+    "KindCost",
     "MaskSelection",
+    "MethodCalibration",
     "Result",
     "ResultFile",
     "Role",
+    "RunBudget",
     "RunInfo",
     "RunRecord",
     "SavedModel",
@@ -58,8 +72,10 @@ __all__ = [
     "StepSeconds",
     "TokenCounts",
     "TrainInfo",
+    "read_calibration",
     "read_finished_run",
     "read_result",
     "read_run",
+    "write_calibration",
     "write_result",
 ]

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from gradselect.files import read_sealed, sealed, writing_aside
 from gradselect.usage import UsageError
 
+from .calibration_file import RunBudget
 from .record import Number, Record
 from .run_record import Flop, Seconds, Selection
 
@@ -116,6 +117,7 @@ class ComparedRun(Record):
         rate_at_edge: True if the best rate is the first or the last of the grid; None without a search.
         commit: of the library; None if it was no checkout.
         dirty: True if the library differed from that commit.
+        budget: under which the run got its steps; None without a budget.
         validation_loss: None if it is undefined, or if the run failed.
     """
 
@@ -133,6 +135,7 @@ class ComparedRun(Record):
     commit: str | None = None
     dirty: bool
     command: list[str] = Field(default_factory=list)
+    budget: RunBudget | None = None
     seconds: Seconds | None = None
     bytes: HeldBytes | None = None
     flop: Flop | None = None

@@ -3,18 +3,21 @@
 from gradselect.app.recipe import Recipe, dump_recipe, load_recipe
 from gradselect.app.runtime import Preempted
 
+from .meter import Meter, kind_of_step
 from .method_setup import mask_optimizer, method_parts
 from .run import train
 from .run_record import describe_start, differences
 from .setup import build_trainer
 
 __all__ = [
+    "Meter",
     "Preempted",
     "Recipe",
     "build_trainer",
     "describe_start",
     "differences",
     "dump_recipe",
+    "kind_of_step",
     "load_recipe",
     "mask_optimizer",
     "method_parts",

@@ -1,0 +1,110 @@
+"""Calibration of a comparison: reuse the file of the folder, measure in a process of its own, write the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from gradselect import UsageError
+from gradselect.app.progress import Stages
+from gradselect.app.results import Calibration, read_calibration, write_calibration
+from gradselect.files import locked
+
+from .allotment import allot
+from .calibration import Calibrator, fingerprint_of, machine_facts
+from .calibration_table import calibration_table
+from .results import ResultsFolder
+from .subprocesses import run_job
+from .suite import Suite
+from .turns import Turn, Turns, TurnsJob
+
+
+def calibrated(
+    suite: Suite,
+    methods: Sequence[str],
+    *,
+    folder: ResultsFolder,
+    protocol: Mapping[str, Any],
+    recalibrate: bool,
+    console: Console,
+) -> Calibration:
+    """Return the calibration of these methods with the steps of each, and keep it in the folder.
+
+    What an earlier call has measured with the same settings on this machine is not measured again.
+
+    Raises:
+        UsageError: the calibration failed, the budget is shorter than a step, or the folder holds results of a
+            calibration that does not hold here.
+    """
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def measure(names: Sequence[str], first: int) -> Sequence[Turn]:
+        return _measure(suite, names, first=first, folder=folder, console=console)
+
+    calibrator = Calibrator(
+        suite,
+        measure=measure,
+        shared=fingerprint_of(protocol["recipe"]),
+        machine=machine_facts(suite.recipe.run.device),
+        say=say,
+    )
+    known = None if recalibrate else read_calibration(folder.root)
+    if known is not None and (difference := calibrator.difference(known)) is not None:
+        _check_is_free(folder, difference)
+        say(f"note       the calibration in {folder.root} is not used: {difference}")
+        known = None
+    missing = calibrator.missing(methods, known)
+    if missing:
+        with locked(folder.root, name="--results"):
+            calibration = calibrator.calibrate(missing, known)
+    else:
+        assert known is not None
+        calibration = known
+        say(f"calibrated the calibration of {known.made_at} is used again (--recalibrate measures anew)")
+    calibration = allot(suite, calibration, methods)
+    write_calibration(folder.root, calibration)
+    console.print(calibration_table(calibration, methods))
+    for name in methods:
+        if reason := calibration.methods[name].left_out:
+            say(f"left out   {name}: {reason} ({calibration.counted})")
+    return calibration
+
+
+def _check_is_free(folder: ResultsFolder, difference: str) -> None:
+    """Refuse to calibrate anew beside results that have their steps from another calibration."""
+    if folder.read()[0]:
+        raise UsageError(
+            f"the calibration in {folder.root} cannot be used here: {difference}; equal time holds for one machine and "
+            "one calibration. Choose another folder: --results DIR; or measure again with --recalibrate: results with "
+            "another number of steps are then moved to work/superseded"
+        )
+
+
+def _measure(
+    suite: Suite, names: Sequence[str], *, first: int, folder: ResultsFolder, console: Console
+) -> Sequence[Turn]:
+    budget = suite.budget
+    assert budget is not None
+    result, log = folder.work / "calibration.turns.json", folder.work / "calibration.log"
+    recipes = {
+        name: suite.training_recipe(name, lr=min(suite.methods[name].rates), seed=0, output="-") for name in names
+    }
+    job = TurnsJob(
+        recipes=recipes,
+        first=first,
+        rounds=budget.rounds,
+        steps=budget.round_steps,
+        count_flops=budget.flops is not None,
+        result=result,
+    )
+    job_file = folder.work / "calibration.job.json"
+    job_file.write_text(job.model_dump_json(indent=1), "utf-8")
+    with Stages(console).open(f"calibrating {len(names)} methods in {budget.rounds} rounds, in {log}"):
+        error = run_job(job_file, log, worker="turns_worker")
+    if error is not None:
+        raise UsageError(f"the calibration failed: {error}\n           log: {log}")
+    return Turns.model_validate_json(result.read_text("utf-8")).turns

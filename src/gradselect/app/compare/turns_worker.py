@@ -1,0 +1,71 @@
+"""Process of a calibration: the methods take turns, one after another, in every round.
+
+    python -m gradselect.app.compare.turns_worker JOB.json
+
+Exit code 2 with a message: an error that the user can correct.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from gradselect import UsageError
+from gradselect.app.runtime import collected_messages
+from gradselect.files import write_atomically
+from gradselect.usage import first_line
+
+from .turn import measure_turn
+from .turns import Turn, Turns, TurnsJob
+
+MEMORY_ERRORS = (torch.OutOfMemoryError, MemoryError)
+
+
+def main(job_file: str) -> None:
+    """Carry out the job in this file."""
+    job = TurnsJob.model_validate_json(Path(job_file).read_text("utf-8"))
+    with collected_messages(Console()):
+        turns = tuple(take_turns(job))
+    write_atomically(job.result, Turns(turns=turns).model_dump_json(indent=1))
+
+
+def take_turns(job: TurnsJob) -> Iterator[Turn]:
+    """Yield the turns of all rounds. A method that fails has no further turns.
+
+    Each round begins with another method, so none is always the first.
+    """
+    failed: set[str] = set()
+    names = list(job.recipes)
+    for number in range(job.first, job.first + job.rounds):
+        begin = number % len(names)
+        for method in names[begin:] + names[:begin]:
+            if method in failed:
+                continue
+            turn = _take(job, method, number)
+            if turn.error:
+                failed.add(method)
+            yield turn
+
+
+def _take(job: TurnsJob, method: str, number: int) -> Turn:
+    try:
+        return measure_turn(
+            job.recipes[method],
+            method=method,
+            number=number,
+            steps=job.steps,
+            count_flops=job.count_flops,
+            count_bytes=number == job.first,
+        )
+    except UsageError as error:
+        return Turn(method=method, number=number, error=str(error))
+    except MEMORY_ERRORS as error:
+        return Turn(method=method, number=number, error=f"out of memory: {first_line(error)}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,349 @@
+"""Equal time: the budget of a suite, its calibration, the steps of each method, and what is reused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compare_fixtures import BLOCKS, FULL, MISFIT, Runner, make_suite, suite_values, write_place
+
+from gradselect import UsageError
+from gradselect.app.compare import calibrating as _calibrating
+from gradselect.app.compare import load_suite, turns_worker
+from gradselect.app.compare.allotment import allot, kind_shares
+from gradselect.app.compare.budget import Budget, with_steps
+from gradselect.app.compare.calibration import Calibrator
+from gradselect.app.compare.protocol import protocol_settings
+from gradselect.app.compare.suite import Suite, parse_suite
+from gradselect.app.compare.turn import turn_recipe
+from gradselect.app.compare.turns import MOST_TIMES, Turn, TurnsJob, ratios
+from gradselect.app.results import Calibration, MethodCalibration, read_calibration, read_result
+
+# TRL 1.16 uses names that transformers 5.23 has replaced.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+
+ADA = {"method": {"name": "adagradselect", "count": 2, "explore_steps": 25}, "rates": [1e-2]}
+MACHINE = {"processor": "slow", "device": "cpu", "cpus": 2, "threads": 2}
+
+BAD = {
+    "two budgets": ({"time_of": "full", "seconds": 5}, "got time_of='full' and seconds=5.0; give one of them"),
+    "no budget": ({"rounds": 3}, "it limits nothing; write time_of: full"),
+    "a share of nothing": ({"seconds": 5, "share": 0.5}, "share=0.5 is a factor on time_of"),
+    "a method that is not there": (
+        {"time_of": "fall"},
+        "budget.time_of='fall' names no method of this suite; write one",
+    ),
+    "a size of no unit": ({"memory": "2 elephants"}, "'2 elephants' is no size"),
+    "no time": ({"seconds": 0}, "budget.seconds = 0"),
+    "unknown key": ({"tme_of": "full"}, "budget.tme_of: unknown key, did you mean 'time_of'?"),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_place(tmp_path_factory.mktemp("place"))
+
+
+def make(folder: Path, budget: Mapping[str, Any], *, steps: int = 100, **methods: Any) -> Suite:
+    values = suite_values(folder, budget=dict(budget), methods=methods or {"full": FULL, "ada": ADA})
+    values["recipe"]["run"]["steps"] = steps
+    return parse_suite(values, source="suite")
+
+
+class FakeMachine:
+    """Measures without a clock: the costs of a step by method and kind, times a factor of each round."""
+
+    def __init__(
+        self, costs: Mapping[str, Mapping[str, float]], *, factors: Mapping[str, Sequence[float]] | None = None
+    ) -> None:
+        self.costs, self.factors = costs, factors or {}
+        self.measured: list[list[str]] = []
+        self.bytes = dict.fromkeys(costs, 100)
+
+    def __call__(self, names: Sequence[str], first: int) -> list[Turn]:
+        self.measured.append(list(names))
+        return [self._turn(name, number) for number in range(first, first + 3) for name in names]
+
+    def _turn(self, name: str, number: int) -> Turn:
+        factors = self.factors.get(name, [1.0])
+        kinds = [kind for kind in self.costs[name] for _ in range(8 // len(self.costs[name]))]
+        return Turn(
+            method=name,
+            number=number,
+            kinds=tuple(kinds),
+            costs=tuple(self.costs[name][kind] * factors[number % len(factors)] for kind in kinds),
+            bytes=self.bytes[name],
+            counted="weights",
+            epoch_steps=40,
+            block_names=("layer.0",),
+        )
+
+
+def calibrate(
+    suite: Suite,
+    machine: FakeMachine,
+    *,
+    known: Calibration | None = None,
+    facts: Mapping[str, Any] = MACHINE,
+    said: list[str] | None = None,
+) -> Calibration:
+    calibrator = Calibrator(
+        suite, measure=machine, shared="x", machine=facts, say=(said if said is not None else []).append
+    )
+    missing = calibrator.missing(list(suite.methods), known)
+    calibration = calibrator.calibrate(missing, known) if missing or known is None else known
+    return allot(suite, calibration, list(suite.methods))
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_in_a_budget_are_named(case: str, tmp_path: Path) -> None:
+    budget, said = BAD[case]
+    with pytest.raises(UsageError) as raised:
+        parse_suite(suite_values(tmp_path, budget=budget), source="s.yaml")
+    assert said in str(raised.value)
+
+
+def test_a_budget_is_read_and_written_as_people_write_it(tmp_path: Path) -> None:
+    suite = make(tmp_path, {"time_of": "full", "share": 0.5, "memory": "1.5GiB"})
+    assert suite.budget is not None
+    assert suite.budget.memory == 3 * 2**29
+    assert suite.budget.text() == "time_of: full, share: 0.5, memory: 1.5GiB"
+    assert Budget.model_validate({"flops": "1e15"}).text() == "flops: 1e+15"
+
+
+def test_the_equal_time_suite_drops_its_budget_with_null() -> None:
+    folder = Path(__file__).parents[1] / "suites"
+    suite = load_suite(folder / "small-equal-time.yaml")
+    assert suite.budget is not None
+    assert (suite.budget.time_of, suite.seeds) == ("full", 5)
+    assert list(suite.methods)[: len(plain := load_suite(folder / "small.yaml").methods)] == list(plain)
+    assert load_suite(folder / "small-equal-time.yaml", ["budget=null"]).budget is None
+
+
+def test_phases_keep_their_share_and_periods_their_length(tmp_path: Path) -> None:
+    method = {"name": "adagradselect", "count": 2, "explore_steps": 25, "every": 3}
+    suite = make(tmp_path, {"time_of": "a"}, a={"method": method, "rates": [1]})
+    recipe = suite.training_recipe("a", lr=1, seed=0, output="-")
+    recipe = recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update={"warmup": 10.0})})
+    longer = with_steps(recipe, steps=150, run_steps=100)
+    own: Any = longer.method
+    assert (longer.run.steps, own.explore_steps, own.every, longer.optimizer.warmup) == (150, 38, 3, 15.0)
+    assert with_steps(recipe, steps=1, run_steps=100).method.explore_steps == 1  # pyright: ignore
+    assert with_steps(recipe, steps=100, run_steps=100) == recipe
+
+
+def test_the_reference_has_its_own_steps_and_a_faster_method_more(tmp_path: Path) -> None:
+    """By hand: ada costs 1.0 and 0.5 of a full step; of n steps the expected number explores."""
+    suite = make(tmp_path, {"time_of": "full"})
+    machine = FakeMachine({"full": {"step": 2.0}, "ada": {"explore": 2.0, "exploit": 1.0}})
+    found = calibrate(suite, machine)
+    ada = found.methods["ada"]
+    assert (found.methods["full"].steps, found.methods["full"].ratio, found.budget) == (100, 1.0, 200.0)
+    assert ada.steps is not None
+    policy_steps = {n: _explored(round(n / 4), n) for n in (ada.steps, ada.steps + 1)}
+    costs = {n: 2.0 * explored + 1.0 * (n - explored) for n, explored in policy_steps.items()}
+    assert costs[ada.steps] <= 200 < costs[ada.steps + 1]
+    assert ada.step_cost == pytest.approx(costs[ada.steps] / ada.steps)
+
+
+def _explored(explore_steps: int, num_steps: int) -> float:
+    """Expected explore steps, from the formula of AdaGradSelect with epsilon_end = 0.01."""
+    return sum(math.exp(math.log(0.01) * t / explore_steps) for t in range(min(explore_steps, num_steps)))
+
+
+def test_half_the_time_and_a_time_in_seconds(tmp_path: Path) -> None:
+    costs = {"full": {"step": 2.0}, "ada": {"explore": 2.0, "exploit": 2.0}}
+    half = calibrate(make(tmp_path, {"time_of": "full", "share": 0.5}), FakeMachine(costs))
+    timed = calibrate(make(tmp_path, {"seconds": 61}), FakeMachine(costs))
+    assert [half.methods[name].steps for name in costs] == [50, 50]
+    assert [timed.methods[name].steps for name in costs] == [30, 30]
+
+
+def test_a_budget_shorter_than_a_step_names_the_method_and_the_least(tmp_path: Path) -> None:
+    costs = {"full": {"step": 2.0}, "ada": {"explore": 7.0, "exploit": 3.0}}
+    with pytest.raises(
+        UsageError, match=r"budget\.seconds=5 is 5 s and shorter than one step of 'ada', which takes 7 s"
+    ):
+        calibrate(make(tmp_path, {"seconds": 5}), FakeMachine(costs))
+    with pytest.raises(UsageError, match=r"write budget\.share=0\.035 or more"):
+        calibrate(make(tmp_path, {"time_of": "full", "share": 0.01}), FakeMachine(costs))
+
+
+def test_a_method_that_takes_too_much_memory_is_left_out(tmp_path: Path) -> None:
+    machine = FakeMachine({"full": {"step": 1.0}, "ada": {"explore": 1.0, "exploit": 1.0}})
+    machine.bytes["full"] = 3000
+    found = calibrate(make(tmp_path, {"memory": 2048}), machine)
+    assert found.methods["full"].left_out == "takes 2.93 KiB of 2.00 KiB"
+    assert (found.methods["ada"].left_out, found.methods["ada"].steps, found.budget) == ("", None, None)
+
+
+def test_rounds_that_vary_are_repeated_and_the_median_of_all_is_kept(tmp_path: Path) -> None:
+    """The first three rounds vary by 0.5, the next three by nothing."""
+    said: list[str] = []
+    factors = {"ada": [1.0, 1.5, 1.0, 1.1, 1.1, 1.1]}
+    machine = FakeMachine({"full": {"step": 1.0}, "ada": {"explore": 1.0, "exploit": 1.0}}, factors=factors)
+    found = calibrate(make(tmp_path, {"time_of": "full"}), machine, said=said)
+    assert machine.measured == [["full", "ada"], ["full", "ada"]]
+    assert "the rounds vary: ada by 50 %" in said[0]
+    assert found.methods["ada"].by_kind["exploit"].ratio == pytest.approx(1.1)
+    assert (found.methods["ada"].num_rounds, found.methods["ada"].spread) == (6, pytest.approx(0.5 / 1.1))
+
+
+def test_rounds_that_never_settle_are_kept_and_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    machine = FakeMachine({"full": {"step": 1.0}, "b": {"step": 1.0}, "c": {"step": 1.0}}, factors={"b": [1, 2]})
+    suite = make(tmp_path, {"time_of": "full"}, full=FULL, b=FULL, c=FULL)
+    found = calibrate(suite, machine, said=said)
+    assert machine.measured == [["full", "b", "c"], ["full", "b"], ["full", "b"]]
+    assert "still vary: b by 100 %; the medians of all rounds are kept" in said[-1]
+    assert (found.methods["b"].num_rounds, found.methods["c"].num_rounds) == (9, 3)
+
+
+def test_a_burst_of_another_process_counts_little_and_a_dear_step_counts() -> None:
+    quiet = Turn(method="full", number=0, kinds=("step",) * 4, costs=(2.0, 2.0, 4.0, 2.0))
+    burst = Turn(method="a", number=0, kinds=("exploit",) * 4, costs=(1.0, 90.0, 2.0, 1.0))
+    assert ratios(burst, quiet) == {"exploit": pytest.approx((1 + 1.5 * MOST_TIMES + 2 + 1) / 10)}
+    mixed = Turn(method="b", number=0, kinds=("explore", "explore", "exploit", "exploit"), costs=(2.0, 2.0, 2.0, 1.0))
+    assert ratios(mixed, quiet) == {"explore": 1.0, "exploit": 0.5}  # on the same batches: 4 / 4 and 3 / 6
+
+
+def test_what_is_known_is_not_measured_again(tmp_path: Path) -> None:
+    costs = {"full": {"step": 2.0}, "ada": {"explore": 2.0, "exploit": 1.0}, "new": {"step": 4.0}}
+    machine = FakeMachine(costs)
+    known = calibrate(make(tmp_path, {"time_of": "full"}), machine)
+    again = calibrate(make(tmp_path, {"time_of": "full"}), machine, known=known)
+    assert len(machine.measured) == 1
+    assert again.methods == known.methods
+    # A new method is compared with the reference, on a machine that is twice as slow at the moment.
+    slower = FakeMachine({name: {kind: 2 * cost for kind, cost in kinds.items()} for name, kinds in costs.items()})
+    more = make(tmp_path, {"time_of": "full"}, full=FULL, ada=ADA, new=BLOCKS)
+    found = calibrate(more, slower, known=known)
+    assert slower.measured == [["full", "new"]]
+    assert {name: found.methods[name] for name in known.methods} == known.methods
+    assert (found.methods["new"].steps, found.budget) == (50, known.budget)
+
+
+def test_another_machine_or_another_reference_is_measured_anew(tmp_path: Path) -> None:
+    costs = {"full": {"step": 2.0}, "ada": {"explore": 2.0, "exploit": 1.0}}
+    machine = FakeMachine(costs)
+    suite = make(tmp_path, {"time_of": "full"})
+    known = calibrate(suite, machine)
+    calibrate(suite, machine, known=known, facts={**MACHINE, "cpus": 4})
+    calibrate(make(tmp_path, {"time_of": "ada"}), machine, known=known)
+    assert machine.measured == [["full", "ada"], ["full", "ada"], ["ada", "full"]]
+    other = Calibrator(suite, measure=machine, shared="x", machine={**MACHINE, "cpus": 4}, say=print)
+    assert other.difference(known) == (
+        "it was made on another machine: slow, 2 CPUs, 2 threads there, slow, 4 CPUs, 2 threads here"
+    )
+
+
+def test_a_short_turn_sees_both_kinds_of_steps(tmp_path: Path) -> None:
+    suite = make(tmp_path, {"time_of": "a"}, a={"method": {**ADA["method"], "every": 50}, "rates": [1]})
+    turn = turn_recipe(suite.training_recipe("a", lr=1, seed=0, output="-"), number=3, steps=8, output="x")
+    own: Any = turn.method
+    assert (turn.run.steps, turn.run.seed, own.explore_steps, own.epsilon_end, own.every) == (10, 3, 5, 1.0, 2)
+    assert turn.data == suite.recipe.data
+
+
+def test_a_kind_that_no_turn_has_seen_counts_as_the_others(tmp_path: Path) -> None:
+    recipe = make(tmp_path, {"time_of": "ada"}).training_recipe("ada", lr=1, seed=0, output="-")
+    known = MethodCalibration(by_kind={"exploit": {"ratio": 0.5}}, block_names=["layer.0"])  # pyright: ignore
+    assert kind_shares(recipe, known, steps=100) == {"exploit": 1.0}
+
+
+def test_the_budget_takes_the_place_of_the_steps_in_the_protocol(place: Path) -> None:
+    plain = protocol_settings(make_suite(place))
+    timed = protocol_settings(make_suite(place, budget={"seconds": 5}))
+    held = protocol_settings(make_suite(place, budget={"memory": "1GiB"}))
+    shared = protocol_settings(make_suite(place, budget={"time_of": "full", "share": 0.5}))
+    assert held == plain
+    assert plain["recipe"]["run"]["steps"] == 2
+    assert "budget" not in plain
+    assert "steps" not in timed["recipe"]["run"]
+    assert timed["budget"] == {"seconds": 5.0, "flops": None}
+    assert shared["budget"] == {"time_of": "full", "share": 0.5, "of": {"steps": 2, "epochs": None}}
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
+    """Calibrates in this process too, with costs that no clock decides."""
+
+    def run_job(job_file: Path, log: Path, *, worker: str) -> None:
+        assert worker == "turns_worker"
+        job = TurnsJob.model_validate_json(job_file.read_text("utf-8"))
+        turns_worker.main(str(job_file))
+        content = json.loads(job.result.read_text("utf-8"))
+        for turn in content["turns"]:
+            turn["costs"] = [2.0 if turn["method"] == "full" else 1.0] * len(turn["costs"])
+        job.result.write_text(json.dumps(content), "utf-8")
+
+    monkeypatch.setattr(_calibrating, "run_job", run_job)
+    return Runner(monkeypatch)
+
+
+def test_a_comparison_at_equal_time(
+    place: Path, tmp_path: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real turns and runs; only the clock is not real."""
+    budget: dict[str, Any] = {"time_of": "full", "rounds": 2, "round_steps": 2}
+    methods = {"full": {**FULL, "rates": [1e-2]}, "uniform 2": BLOCKS, "misfit": MISFIT}
+    suite = make_suite(place, budget=budget, methods=methods, seeds=1, evaluations={}, forgetting=None)
+    folder = tmp_path / "results"
+    full, uniform, misfit = runner(suite, folder)
+    names = {path.stem for path in folder.glob("*.json")}
+    assert names == {"full.lr-0.01.seed-0.score", "uniform-2.lr-0.01.seed-0.score", "calibration"}
+    assert [summary.results[0].content.run_info.train_config["run"]["steps"] for summary in (full, uniform)] == [2, 4]
+    own = uniform.results[0].record.budget
+    assert (own.steps, own.ratio, own.total, own.text, own.rounds) == (4, 0.5, 4.0, "time_of: full", 2)
+    assert sum(kind.steps for kind in uniform.results[0].record.seconds.by_kind.values()) == 4
+    assert misfit.results == ()
+    assert "failed     misfit: its calibration failed: " in runner.said
+    assert "count=99 is more than the 6 blocks" in runner.said
+
+    # 1 again: nothing is measured, but what has failed; nothing runs
+    calibration = read_calibration(folder)
+    assert calibration is not None
+    runner(suite, folder, only=["full", "uniform 2"])
+    assert runner.ran == []
+    assert "is used again" in runner.said
+    assert read_calibration(folder) == calibration
+
+    # 2 with a limit of memory: full fine-tuning does not fit, and its result goes aside
+    budget["memory"] = (calibration.methods["full"].bytes or 0) - 1
+    small = make_suite(place, budget=budget, methods=methods, seeds=1, evaluations={}, forgetting=None)
+    (uniform,) = runner(small, folder, only=["full", "uniform 2"])
+    assert runner.ran == []
+    assert "left out   full: takes " in runner.said
+    assert not (folder / "full.lr-0.01.seed-0.score.json").exists()
+    assert read_result(folder / "uniform-2.lr-0.01.seed-0.score.json").record.budget is not None
+
+    # 3 on another machine: refused beside results, unless the user asks for it
+    elsewhere = {**calibration.machine, "cpus": 99}
+    monkeypatch.setattr(_calibrating, "machine_facts", lambda device: elsewhere)
+    with pytest.raises(UsageError, match=r"cannot be used here: it was made on another machine.*--recalibrate"):
+        runner(suite, folder)
+    runner(suite, folder, only=["uniform 2"], recalibrate=True)
+    again = read_calibration(folder)
+    assert again is not None
+    assert (again.machine, runner.ran) == (elsewhere, [])
+
+
+def test_recalibrating_needs_a_budget(place: Path, tmp_path: Path, runner: Runner) -> None:
+    with pytest.raises(UsageError, match=r"--recalibrate: the suite 'sums' has no budget"):
+        runner(make_suite(place), tmp_path / "results", recalibrate=True)
+
+
+def test_flops_are_counted_and_not_timed(place: Path, tmp_path: Path) -> None:
+    """The last layers alone cost less than all: by torch's counter, without a clock."""
+    methods = {"full": FULL, "last": {"method": {"name": "last", "count": 1}, "rates": [1e-2]}}
+    suite = make_suite(place, methods=methods, budget={"flops": 1e9})
+    recipes = {name: suite.training_recipe(name, lr=1e-2, seed=0, output="-") for name in methods}
+    job = TurnsJob(recipes=recipes, first=0, rounds=1, steps=2, count_flops=True, result=tmp_path / "turns.json")
+    full, last = sorted(turns_worker.take_turns(job), key=lambda turn: turn.method)
+    assert len(full.costs) == len(last.costs) == 2
+    assert all(cost == round(cost) and cost > 1e5 for cost in full.costs)
+    assert all(part < 0.8 * whole for part, whole in zip(last.costs, full.costs, strict=True))
