@@ -196,7 +196,7 @@ def test_the_bytes_of_the_state_are_those_of_the_selected_slices(by: str) -> Non
     assert planned.bytes.state_on_device == 2 * 4 * size
     assert planned.bytes.gradients == 4 * size
     largest = max(parameter.numel() for parameter in optimizer._table.of(f"layer.1.{by}.2"))
-    assert planned.bytes.workspace == 8 * largest + (4 * size if by == "columns" else 0)
+    assert planned.steps[0].moments["update"].workspace == 8 * largest + (4 * size if by == "columns" else 0)
     assert is_linked(model)
 
 

@@ -161,9 +161,8 @@ class _BlockPlanner:
         parts = self._costs_of(self._reached()).values()
         copied = max((part.masters for part in parts), default=0)
         columns = 0 if copied else max(map(self._strided.__getitem__, self._reached()), default=0)
-        return (
-            copied + columns + 2 * (4 if copied else self._itemsize) * max((part.largest for part in parts), default=0)
-        )
+        largest = max((part.largest for part in parts), default=0)
+        return copied + columns + 2 * (4 if copied else self._itemsize) * largest
 
     def _reached(self) -> set[str]:
         """Blocks that train sooner or later."""
