@@ -9,13 +9,13 @@ from itertools import pairwise
 
 from matplotlib.axes import Axes
 
-from gradselect.app.stats import Interval
 from gradselect.integrations.pictures import GREY, INK, PALE, new_figure, to_png
 
 from . import number_format as words
 from .chart_labels import label_points
 from .chart_style import Mark
 from .methods import Method
+from .pareto import Point, pareto_front
 from .scores import Difference, Measure, Scores
 
 MOST_LINES = 6
@@ -62,16 +62,6 @@ class Axis:
     @property
     def label(self) -> str:
         return f"{self.title}, {self.unit}" if self.unit else self.title
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """A method in a plane."""
-
-    name: str
-    x: float
-    y: float
-    interval: Interval | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,16 +161,6 @@ def _draw_front(axes: Axes, front: Sequence[Point], x: Axis, y: Axis) -> None:
     if len(front) > 1:
         where = [point.x / x.size for point in front], [point.y / y.size for point in front]
         axes.plot(*where, drawstyle="steps-post", color=GREY, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
-
-
-def pareto_front(points: Sequence[Point], *, higher_is_better: bool) -> list[Point]:
-    """Return the points that are better (y) than all points of the same or lower cost (x), the cheapest first."""
-    sign = 1 if higher_is_better else -1
-    front: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.x, -sign * point.y, point.name)):
-        if not front or sign * point.y > sign * front[-1].y:
-            front.append(point)
-    return front
 
 
 def draw_differences(differences: Sequence[Difference], *, measure: Measure, reference: str, marks: Marks) -> Chart:

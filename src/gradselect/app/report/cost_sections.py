@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from . import number_format as words
 from .chart_bars import draw_bytes, draw_time_parts
-from .charts import Axis, Chart, Point, byte_axis, draw_plane, score_axis, score_points, time_axis
+from .charts import Axis, Chart, draw_plane, score_axis, score_points, time_axis
 from .comparison import Comparison
 from .cost_tables import bytes_table, time_table
-from .methods import Method
+from .front_sections import front_charts, front_parts, memory_axis
 from .page import Part
+from .pareto import Point
 from .table import Namer
 
 
-def trade_off_parts(comparison: Comparison) -> Iterator[Part]:
-    charts = [*_time_against_memory(comparison), *_fronts(comparison), *_score_by_share(comparison)]
+def trade_off_parts(comparison: Comparison, name: Namer) -> Iterator[Part]:
+    charts = [*_time_against_memory(comparison), *front_charts(comparison), *_score_by_share(comparison)]
     if charts:
         yield Part(charts=tuple(charts))
+    yield from front_parts(comparison, name)
 
 
 def _time_against_memory(comparison: Comparison) -> Iterator[Chart]:
-    memory_axis, memory = _memory_axis(comparison)
+    axis, memory = memory_axis(comparison)
     points = [
         Point(name=method.name, x=held, y=seconds)
         for method in comparison.methods
@@ -30,7 +32,7 @@ def _time_against_memory(comparison: Comparison) -> Iterator[Chart]:
     if len(points) > 1:
         yield draw_plane(
             points,
-            x=memory_axis,
+            x=axis,
             y=time_axis([point.y for point in points]),
             marks=comparison.marks,
             name="time-memory",
@@ -38,28 +40,6 @@ def _time_against_memory(comparison: Comparison) -> Iterator[Chart]:
             caption="Left and down is better. The thin lines cross at full fine-tuning.",
             reference=comparison.full and comparison.full.name,
         )
-
-
-def _fronts(comparison: Comparison) -> Iterator[Chart]:
-    if not comparison.scores:
-        return
-    scores = comparison.scores[0]
-    memory_axis, memory = _memory_axis(comparison)
-    by_time = score_points(comparison.methods, scores, lambda method: method.training_seconds)
-    time = time_axis([point.x for point in by_time])
-    by_memory = score_points(comparison.methods, scores, memory)
-    for key, points, axis in (("time", by_time, time), ("memory", by_memory, memory_axis)):
-        if len(points) > 1:
-            yield draw_plane(
-                points,
-                x=axis,
-                y=score_axis(scores.measure),
-                marks=comparison.marks,
-                name=f"score-{key}",
-                title=f"{words.upper_first(scores.measure.title)} against {axis.title}",
-                caption="Bars are 95 % intervals. The dashed line is the Pareto front of the means.",
-                with_front=True,
-            )
 
 
 def _score_by_share(comparison: Comparison) -> Iterator[Chart]:
@@ -77,17 +57,6 @@ def _score_by_share(comparison: Comparison) -> Iterator[Chart]:
             title=f"{words.upper_first(scores.measure.title)} against the share of blocks trained",
             caption="Bars are 95 % intervals. Methods that do not train whole blocks are left out.",
         )
-
-
-def _memory_axis(comparison: Comparison) -> tuple[Axis, Callable[[Method], float | None]]:
-    """Axis and value of memory: reserved on the device if all methods ran on one, else the counted bytes."""
-    on_device = all(method.reserved_average is not None for method in comparison.methods)
-
-    def memory(method: Method) -> float | None:
-        return method.reserved_average if on_device else method.average_bytes
-
-    known = [held for method in comparison.methods if (held := memory(method)) is not None]
-    return byte_axis(known, "average reserved memory" if on_device else "average bytes held"), memory
 
 
 def cost_parts(comparison: Comparison, name: Namer) -> Iterator[Part]:

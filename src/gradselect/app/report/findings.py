@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from . import number_format as words
+from .budget_section import budget_findings
 from .comparison import Comparison
 from .methods import Method, ratio
 
@@ -32,6 +33,7 @@ def findings(comparison: Comparison) -> Iterator[str]:
     """Yield the best method, the cheapest ones that are not shown to be worse than full fine-tuning, and limits."""
     if comparison.scores:
         yield _best(comparison)
+    yield from budget_findings(comparison)
     yield from _cheap(comparison, "Fastest to train", "training time", lambda method: method.training_seconds)
     yield from _cheap(comparison, "Smallest on average", "average bytes", lambda method: method.average_bytes)
     yield from _edges(comparison)

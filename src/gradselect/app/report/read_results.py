@@ -6,7 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradselect.app.results import CALIBRATION, NO_RESULT, ComparedRun, Result, Skipped, read_result
+from gradselect.app.results import (
+    CALIBRATION,
+    NO_RESULT,
+    Calibration,
+    ComparedRun,
+    Result,
+    Skipped,
+    read_calibration,
+    read_result,
+)
 from gradselect.usage import UsageError, find_differences
 
 from . import number_format as words
@@ -21,12 +30,14 @@ class Results:
         failed: failed runs.
         dirty: runs of a library with uncommitted changes, if these are left out.
         skipped: files that are damaged or no results.
+        calibration: cost of the steps, if the runs had a budget.
     """
 
     runs: tuple[Result, ...]
     failed: tuple[Result, ...]
     dirty: tuple[Result, ...]
     skipped: tuple[Skipped, ...]
+    calibration: Calibration | None = None
 
 
 def read_results(folder: Path, *, include_dirty: bool) -> Results:
@@ -44,12 +55,25 @@ def read_results(folder: Path, *, include_dirty: bool) -> Results:
     kept = [run for run in runs if include_dirty or not run.record.dirty]
     _check_one_protocol(kept)
     good = tuple(run for run in kept if run.succeeded)
+    calibration = _read_calibration(folder, skipped)
     results = Results(
-        runs=good, failed=tuple(run for run in kept if not run.succeeded), dirty=dirty, skipped=tuple(skipped)
+        runs=good,
+        failed=tuple(run for run in kept if not run.succeeded),
+        dirty=dirty,
+        skipped=tuple(skipped),
+        calibration=calibration,
     )
     if not good:
         raise UsageError(_nothing_to_report(folder, results))
     return results
+
+
+def _read_calibration(folder: Path, skipped: list[Skipped]) -> Calibration | None:
+    try:
+        return read_calibration(folder)
+    except UsageError as error:
+        skipped.append(Skipped(file=CALIBRATION, reason=str(error).removeprefix(f"{CALIBRATION}: ")))
+        return None
 
 
 def _read_all(files: Sequence[Path]) -> tuple[list[Result], list[Skipped]]:

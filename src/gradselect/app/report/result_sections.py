@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from . import number_format as words
+from .budget_section import left_out_for_memory
 from .charts import draw_differences
 from .comparison import Comparison
 from .page import Part
@@ -69,6 +70,11 @@ def rate_parts(comparison: Comparison, name: Namer) -> Iterator[Part]:
 
 def left_out_parts(comparison: Comparison, name: Namer) -> Iterator[Part]:
     results = comparison.results
+    if left_out := left_out_for_memory(comparison):
+        yield Part(
+            title="Too large for the memory",
+            lines=tuple(f"{method} {reason}" for method, reason in left_out.items()),
+        )
     if results.failed:
         yield Part(title="Failed runs", table=failed_table(results.failed, name=name))
     if results.skipped:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from gradselect.integrations.pictures import chart_settings
 
+from .budget_section import budget_parts
 from .comparison import compare_results
 from .cost_sections import cost_parts, trade_off_parts
 from .findings import facts, findings
@@ -25,7 +26,8 @@ def build_page(results: Results) -> Page:
         sections = (
             _section("results", "Results", result_parts(comparison, name)),
             _section("differences", "Significant differences", difference_parts(comparison, name)),
-            _section("trade-offs", "Score against cost", trade_off_parts(comparison)),
+            _section("trade-offs", "Score against cost", trade_off_parts(comparison, name)),
+            _section("budget", "Budget and calibration", budget_parts(comparison, name)),
             _section("costs", "Time and memory", cost_parts(comparison, name)),
             _section("convergence", "Convergence", convergence_parts(comparison)),
             _section("selection", "Selected blocks and entries", selection_parts(comparison, name)),
