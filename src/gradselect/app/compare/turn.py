@@ -19,6 +19,7 @@ from gradselect.app.inputs import read_inputs
 from gradselect.app.recipe import AbstractBlockMethod, Recipe
 from gradselect.app.runtime import RunFolder, take_device
 from gradselect.app.train import Meter, build_trainer, kind_of_step
+from gradselect.blocks import StepCost
 from gradselect.planning import survey_policy
 
 from .turns import EXPLORE_SHARE, WARM_UP, Turn
@@ -120,7 +121,7 @@ def _measure(recipe: Recipe, *, method: str, number: int, count_flops: bool, cou
         number=number,
         kinds=tuple(steps.kinds[WARM_UP:]),
         costs=tuple(costs[WARM_UP:]),
-        bytes=peak + (_growth(own, options) if count_bytes and isinstance(own, BlockOptimizer) else 0),
+        bytes=peak + (_growth(trainer.model, own, options) if count_bytes and isinstance(own, BlockOptimizer) else 0),
         counted=counted,
         epoch_steps=max(1, -(-len(loader) // recipe.run.accumulation)),
         block_names=tuple(name for block in options.get("blocks", ()) for name in (block.name, *block.aliases)),
@@ -163,14 +164,15 @@ def _peak_bytes(measured: dict[str, Any]) -> tuple[int, str]:
     return int(measured["bytes"]["peak"]["together"]), ON_CPU
 
 
-def _growth(optimizer: BlockOptimizer, options: Mapping[str, Any]) -> int:
+def _growth(model: Any, optimizer: BlockOptimizer, options: Mapping[str, Any]) -> int:
     """Bytes of state and masters of blocks that a whole run trains and the turn has not trained yet."""
     residency = optimizer.residency
     if isinstance(residency, Drop) or (torch.cuda.is_available() and not isinstance(residency, Keep)):
         return 0  # the state of other blocks is nowhere, or in host memory
     blocks = options["blocks"]
     sizes = {block.name: block.num_elements for block in blocks}
-    reached = survey_policy(options["policy"], blocks, options["always"]).reached
+    cost = StepCost.of_model(model, blocks)
+    reached = survey_policy(options["policy"], blocks, options["always"], cost=cost).reached
     trained = {name for name, count in optimizer.update_counts.items() if count}
     held = optimizer.memory()
     state = held["masters"] + held["state_on_device"] + held["state_on_host"]
