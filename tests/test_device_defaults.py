@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -62,6 +63,13 @@ def test_kinds_of_devices(kind: str, accelerates: bool, fuses: bool) -> None:
     assert devices.has_fused_kernels(device) is fuses
     assert gs.AdamWRule(fused=None).on(device) == gs.AdamWRule(fused=fuses)
     assert residency.default_residency(device) == (gs.Offload() if accelerates else gs.Keep())
+
+
+def test_counters_are_where_the_kernel_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.empty(1, device="meta")
+    for fuses, place in ((False, "cpu"), (True, "meta")):
+        monkeypatch.setattr(adamw, "has_fused_kernels", lambda device, fuses=fuses: fuses)
+        assert gs.AdamWRule(fused=None).make_state(weight)["step"].device.type == place
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -170,12 +178,10 @@ def test_a_run_goes_on_on_another_kind_of_device_and_says_so(
 def test_a_plan_on_meta_takes_the_accelerator_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         model = tiny_llama()
-    sizes = {"batch_size": 2, "sequence_length": 8}
+    plan = partial(gs.plan, model, gs.Uniform(count=1), batch_size=2, sequence_length=8)
     for found, place in ((None, gs.Keep()), (torch.device("cuda"), gs.Offload())):
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available, found=found: found)
-        assert gs.plan(model, gs.Uniform(count=1), **sizes) == gs.plan(
-            model, gs.Uniform(count=1), **sizes, residency=place
-        )
+        assert plan() == plan(residency=place)
 
 
 @pytest.mark.usefixtures("accelerator")

@@ -39,6 +39,10 @@ POLICIES = {
     "l1": Measured("l1"),
     "taylor": Measured("taylor"),
 }
+BORDERS = {
+    "borders": gs.Borders(coasting=2, rewarm_steps=3, rewarm_after=2, rate_by_visits=0.5),
+    "residency": gs.Drop(),
+}
 WRAPPED = [
     *(("fully_shard", policy) for policy in POLICIES),
     ("replicate", "adagradselect"),
@@ -100,6 +104,8 @@ def train_all(rank, *, runs):
 def pair():
     """Results of two ranks, for every policy under every wrapper."""
     runs = {key: {"policy": POLICIES[key[1]], "wrapper": key[0]} for key in WRAPPED}
+    for wrapper in ("ddp", "fully_shard"):
+        runs["borders", wrapper] = {"policy": POLICIES["uniform"], "wrapper": wrapper, **BORDERS}
     runs["sync last"] = {**runs["fully_shard", "adagradselect"], "sync": "last", "accumulation_steps": 1}
     runs["fp32"] = {**runs["fully_shard", "adagradselect"], "dtype": torch.float32}
     for name, dtype, settings in (
@@ -130,6 +136,18 @@ def test_two_processes_train_as_one_does(key, pair, alone):
         for record, same in zip(records, expected_records, strict=True):
             assert record.norms == pytest.approx(same.norms, rel=1e-6)
         assert distance(parameters, expected) < 1e-12
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fully_shard"])
+def test_blocks_coast_and_warm_on_two_processes_as_on_one(wrapper, pair):
+    model, optimizer = build(POLICIES["uniform"], **BORDERS)
+    expected = train(model, optimizer, steps=STEPS)
+    for rank in range(2):
+        parameters, records, _ = pair[rank]["borders", wrapper]
+        for record, same in zip(records, expected, strict=True):
+            assert (record.selected, record.coasted, record.rates) == (same.selected, same.coasted, same.rates)
+        assert distance(parameters, whole(model)) < 1e-12
+    assert any(record.coasted for record in expected)
 
 
 def test_reducing_only_the_last_micro_batch_changes_nothing(pair, alone):
@@ -210,9 +228,9 @@ def test_frozen_blocks_cost_no_gradient_traffic_from_the_first_step_on():
 # resuming --------------------------------------------------------------------------------------------
 
 
-def train_part(rank, *, folder, first, steps, residency=None):
+def train_part(rank, *, folder, first, steps, **options):
     world = dist.get_world_size()
-    model, optimizer = build(POLICIES["adagradselect"], wrapper="fully_shard", residency=residency)
+    model, optimizer = build(POLICIES["adagradselect"], wrapper="fully_shard", **options)
     if first:
         distributed.load(f"{folder}/{first}", model=model, optimizer=optimizer)
     train(model, optimizer, steps=steps, rank=rank, world=world, first=first)
@@ -220,19 +238,19 @@ def train_part(rank, *, folder, first, steps, residency=None):
     return whole(model)
 
 
-@pytest.mark.parametrize("residency", [gs.Keep(), gs.Drop()], ids=["keep", "drop"])
-def test_resumes_on_another_number_of_processes(tmp_path, residency):
+@pytest.mark.parametrize("options", [{"residency": gs.Keep()}, {"residency": gs.Drop()}], ids=["keep", "drop"])
+def test_resumes_on_another_number_of_processes(tmp_path, options):
     """2, then 1, then 3 ranks end with the result of one process that never stops."""
-    settings = {"folder": str(tmp_path), "residency": residency}
+    settings = {"folder": str(tmp_path), **options}
     succeed(train_part, world=2, first=0, steps=7, **settings)
-    model, optimizer = build(POLICIES["adagradselect"], residency=residency)
+    model, optimizer = build(POLICIES["adagradselect"], **options)
     distributed.load(tmp_path / "7", model=model, optimizer=optimizer)
     assert optimizer.num_steps == 7
     train(model, optimizer, steps=7, first=7)
     distributed.save(tmp_path / "14", model=model, optimizer=optimizer)
     results = succeed(train_part, world=3, first=14, steps=6, **settings)
 
-    model, optimizer = build(POLICIES["adagradselect"], residency=residency)
+    model, optimizer = build(POLICIES["adagradselect"], **options)
     train(model, optimizer, steps=20)
     for result in results:
         assert distance(result, whole(model)) < 1e-12
