@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gradselect as gs
 from gradselect import UsageError
+from gradselect.blocks import StepCost
 from gradselect.methods import AbstractBlockMethod, Method
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
@@ -104,6 +105,52 @@ def test_the_weight_gradients_cost_exactly_the_share_of_each_layer_at_every_step
     )
     (share,), (whole,) = set(flops({})), set(flops({"count": 8}))
     assert whole - share == 7 / 8 * 2 * num_tokens * weights
+
+
+@pytest.mark.parametrize("name", [*ON_SLICES, "hft"])
+def test_a_plan_has_the_cost_of_the_steps_that_follow(name: str) -> None:
+    model = tiny_llama()
+    method = preset(name)
+    blocks = gs.partition(model, by=method.blocks, parts=method.parts)
+    policy = method.policy(seed=0, block_names=[block.name for block in blocks])
+    (planned,) = gs.plan(model, policy, batch_size=2, sequence_length=8, blocks=blocks, residency=gs.Keep()).steps
+    optimizer = gs.BlockOptimizer(model, policy, blocks=blocks, residency=gs.Keep(), lr=1e-2)
+    cost = StepCost.of_model(model, blocks)
+    for record in train(model, optimizer, range(4)):
+        assert cost.relative_time({*record.selected, *record.norms}) == pytest.approx(planned.relative_time)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        gs.LoSiA(count=1, among=("layer.*.*.*",)),
+        gs.Stratified(count=1, order="norm", among=("layer.*.*.*",)),
+        gs.GradNormTopK(count=1, among=("layer.*.*.*",)),
+    ],
+    ids=["losia", "norm", "no strata"],
+)
+def test_a_plan_counts_the_gradients_that_are_looked_at(policy: gs.AbstractPolicy, is_exact: bool, passes: int) -> None:
+    """Slices of a layer complete one after the other in its last linear, and are freed there: a little below."""
+    model = tiny_llama()
+    blocks = gs.partition(model, by="columns")
+    plan = gs.plan(model, policy, batch_size=2, sequence_length=8, blocks=blocks, accumulation_steps=passes)
+    most = 0
+
+    def measure(_: torch.Tensor) -> None:
+        nonlocal most
+        gradients = [parameter.grad for block in blocks for parameter in block.parameters]
+        most = max(most, sum(each.numel() * each.element_size() for each in gradients if each is not None))
+
+    for block in blocks:
+        for parameter in block.parameters:
+            parameter.register_post_accumulate_grad_hook(measure)
+    optimizer = gs.BlockOptimizer(model, policy, blocks=blocks, lr=1e-2, accumulation_steps=passes)
+    for number in range(passes):
+        model(**tiny_batch(model, seed=number)).loss.backward()
+    optimizer.step()
+    planned = plan.steps[0].bytes.gradients
+    assert planned == most if passes > 1 else most <= planned <= 1.2 * most
 
 
 @pytest.mark.parametrize("name", [*ON_SLICES, "hft"])

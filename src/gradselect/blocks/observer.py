@@ -39,9 +39,9 @@ class GradientObserver(AbstractGradientHooks):
 
     With `stream`, only the blocks of the `keep` largest scores so far keep gradients (*streaming top-k*): when a block
     completes, the worst of the best `keep + 1` is freed at once. The backward pass visits one block after the other, so
-    at most `keep + 1` watched blocks hold gradients at any time. Strata compete apart, each with its own `keep`. A
-    block whose norm is NaN or infinite keeps its gradients and takes no place among the `keep`: a gradient scaler or
-    clipping must see the overflow.
+    at most `keep + 1` watched blocks hold gradients at any time, where the slices of a layer, which complete together,
+    count as one more. Strata compete apart, each with its own `keep`. A block whose norm is NaN or infinite keeps its
+    gradients and takes no place among the `keep`: a gradient scaler or clipping must see the overflow.
 
     A pass beyond the expected ones adds to the gradients that are left; those of freed blocks are freed again. The
     blocks are then those of the passes that were read.

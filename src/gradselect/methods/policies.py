@@ -184,10 +184,11 @@ PRESETS = (
         name="losia",
         about="""LoSiA (Wang et al., arXiv 2507.04487) on slices: each layer's most important ones, layers in turn.
 
-        `gradselect.LoSiA` says which parts are from the paper.
+        `gradselect.LoSiA` says which parts are from the paper. The rate of new slices warms up over `rewarm_steps`
+        updates, in the paper those of a slot; that of the first ones does too.
         """,
         policy=LoSiA,
-        defaults={**_OF_SLICES, "residency": "drop"},
+        defaults={**_OF_SLICES, "residency": "drop", "rewarm_steps": 50},
         types={"count": int},
         without=("by", "fraction"),
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +15,8 @@ from .forward_pass import ForwardPass
 from .policy_survey import mean_by_lowest, mean_sum, survey_policy, worst
 from .steps import Gradients, Step, StepKind, Work, make_step
 from .training import Training
+
+SLICE = re.compile(r"\.(columns|rows)\.\d+$")
 
 
 def block_steps(training: Training, policy: AbstractPolicy, forward: ForwardPass) -> tuple[Step, ...]:
@@ -53,16 +57,26 @@ class _BlockPlanner:
         self._weights = sum(map(num_bytes, training.model.parameters()))
 
     def explore(self, keep: int) -> Step:
-        """All candidates have gradients; during the backward pass the best `keep` and one more hold theirs."""
+        """All candidates have gradients; during the backward pass the best `keep` and one more hold theirs.
+
+        Slices of a layer complete together, so that all of them are one more.
+        """
         candidates = self._costs_of(self.survey.candidates)
         everything = {*self.survey.candidates, *self._always}
         updated = largest_cost(candidates, keep) + self._sum(self._always)
         whole = self._sum(everything)
-        streamed = largest_cost(candidates, keep + 1) + self._sum(self._always)
+        streamed = largest_cost(candidates, keep + 1).gradients
+        slices: Counter[str] = Counter()
+        for name, part in candidates.items():
+            if found := SLICE.search(name):
+                slices[name[: found.start()]] += part.gradients
+        if slices:
+            streamed = max(streamed, largest_cost(candidates, keep).gradients + max(slices.values()))
+        most = min(streamed + self._sum(self._always).gradients, whole.gradients)
         accumulates = self._training.accumulation_steps > 1
         gradients = Gradients(
             before=whole.gradients if accumulates else 0,
-            most=whole.gradients if accumulates else streamed.gradients,
+            most=whole.gradients if accumulates else most,
             after=updated.gradients,
         )
         case = _Case(trained=everything, updated=updated, gradients=gradients)
@@ -98,11 +112,15 @@ class _BlockPlanner:
         return self._cost.recomputed(min((self._cost.depths[name] for name in trained), default=None))
 
     def _exploit_case(self, selection: Collection[str]) -> _Case:
-        trained = {*selection, *self._always}
-        updated = self._sum(trained)
-        before = updated.gradients if self._training.accumulation_steps > 1 else 0
-        most = updated.largest * self._itemsize if self._training.update_in_backward else updated.gradients
-        return _Case(trained=trained, updated=updated, gradients=Gradients(before=before, most=most, after=most))
+        updated = self._sum({*selection, *self._always})
+        beside = self.survey.beside.get(tuple(selection), ())
+        trained = {*selection, *self._always, *beside}
+        accumulates = self._training.accumulation_steps > 1
+        looked_at = self._sum(beside).gradients  # slices of a layer complete together, at its end
+        before = updated.gradients + looked_at if accumulates else 0
+        after = updated.largest * self._itemsize if self._training.update_in_backward else updated.gradients
+        gradients = Gradients(before=before, most=after + looked_at, after=after)
+        return _Case(trained=trained, updated=updated, gradients=gradients)
 
     def _first_case(self) -> list[_Case]:
         """The first step, whose probes look at all candidates: its backward pass visits the lowest one too.

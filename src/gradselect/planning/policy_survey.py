@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from gradselect.blocks import AbstractPolicy, StepCost, resolve_names
 from gradselect.core import Block
@@ -26,12 +26,14 @@ class Survey:
         candidates: blocks that it may select, in model order.
         explored: numbers of blocks that steps keep which look at all gradients; empty without such steps.
         times: number of steps that took each of the different selections that were known before their step.
+        beside: blocks that a step looks at without updating them, by selection; selections without any are left out.
         is_even: True if all sets of blocks of one size are about equally likely.
     """
 
     candidates: tuple[str, ...]
     explored: tuple[int, ...]
     times: Mapping[tuple[str, ...], int]
+    beside: Mapping[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
     is_even: bool = True
 
     @property
@@ -48,12 +50,12 @@ class Survey:
     @property
     def is_fixed(self) -> bool:
         """True if all selections are the same."""
-        return not self.explored and len(set(self.proposed)) <= 1
+        return not self.explored and not self.beside and len(set(self.proposed)) <= 1
 
     @property
     def reached(self) -> tuple[str, ...]:
         """Blocks that train sooner or later."""
-        if self.explored or self.count is not None:
+        if self.explored or self.beside or self.count is not None:
             return self.candidates
         return tuple(name for name in self.candidates if any(name in selection for selection in self.proposed))
 
@@ -80,6 +82,8 @@ def survey(policy: AbstractPolicy) -> Survey:
     proposed: Counter[tuple[str, ...]] = Counter()
     is_sum = policy.measured() != "l2"
     norms = {name: float(policy.num_elements[name]) if is_sum else 1.0 for name in policy.names}
+    beside: dict[tuple[str, ...], tuple[str, ...]] = {}
+    is_even = policy.is_even and not any(map(policy.stratum, policy.names))
     for step in range(MAX_STEPS):
         selection = policy.propose(step)
         if selection is None:
@@ -87,11 +91,18 @@ def survey(policy: AbstractPolicy) -> Survey:
             policy.commit(step, policy.decide(step, norms), norms)
         else:
             proposed[tuple(selection)] += 1
-            policy.commit(step, selection, {name: norms[name] for name in selection})
-        if _is_enough(proposed, step, is_even=policy.is_even):
+            observed = policy.observed(step)
+            if left := tuple(name for name in observed if name not in selection):
+                beside.setdefault(tuple(selection), left)
+            policy.commit(step, selection, {name: norms[name] for name in {*selection, *observed}})
+        if _is_enough(proposed, step, is_even=is_even):
             break
     return Survey(
-        candidates=policy.names, explored=tuple(sorted(explored)), times=dict(proposed), is_even=policy.is_even
+        candidates=policy.names,
+        explored=tuple(sorted(explored)),
+        times=dict(proposed),
+        beside=beside,
+        is_even=is_even and not beside,
     )
 
 
@@ -106,11 +117,12 @@ def worst(found: Survey, sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
     """Return selections that no other exceeds, in the depth of the backward pass or in bytes.
 
     For a constant number of blocks: the lowest blocks, the lowest one with the largest others, and the largest. Else
-    all selections of the survey.
+    all selections of the survey, or the largest of them if there are many.
     """
     count = found.count
-    if count is None:
-        return list(found.proposed)
+    if count is None or not found.is_even:
+        largest_first = sorted(found.proposed, key=lambda each: sum(sizes[name] for name in each), reverse=True)
+        return largest_first if count is None else largest_first[:ENOUGH_SELECTIONS]
     by_size = sorted(found.candidates, key=lambda name: sizes[name], reverse=True)
     lowest = found.candidates[0]
     beside = [name for name in by_size if name != lowest][: count - 1]
@@ -130,7 +142,7 @@ def mean_by_lowest(found: Survey, values: Mapping[str, float]) -> float:
     """
     count = found.count
     if count is None or not found.is_even:
-        return _mean(found, {each: max((values[name] for name in each), default=0.0) for each in found.times})
+        return _mean(found, lambda names: max((values[name] for name in names), default=0.0))
     number, total = len(found.candidates), math.comb(len(found.candidates), count)
     lowest_first = sorted(found.candidates, key=lambda name: values[name], reverse=True)
     return sum(
@@ -140,12 +152,16 @@ def mean_by_lowest(found: Survey, values: Mapping[str, float]) -> float:
 
 
 def mean_sum(found: Survey, values: Mapping[str, float]) -> float:
-    """Return the mean over proposed steps of the sum over selected blocks, under the same assumption."""
+    """Return the mean over proposed steps of the sum over blocks with gradients, under the same assumption."""
     if found.count is None or not found.is_even:
-        return _mean(found, {selection: sum(values[name] for name in selection) for selection in found.times})
+        return _mean(found, lambda names: sum(values[name] for name in names))
     return found.count / len(found.candidates) * sum(values[name] for name in found.candidates)
 
 
-def _mean(found: Survey, values: Mapping[tuple[str, ...], float]) -> float:
+def _mean(found: Survey, value: Callable[[Collection[str]], float]) -> float:
+    """Mean over proposed steps of a value of the blocks that have gradients in it."""
     total = sum(found.times.values())
-    return sum(times * values[selection] for selection, times in found.times.items()) / total if total else 0.0
+    if not total:
+        return 0.0
+    steps = [((*selection, *found.beside.get(selection, ())), times) for selection, times in found.times.items()]
+    return sum(times * value(names) for names, times in steps) / total

@@ -36,13 +36,13 @@ class LoSiA(AbstractPolicy):
     the rest of one layer.
 
     From the paper and its code: importance, uncertainty and their product, ema = 0.85, the turns of the layers, the
-    reset of I and U, moments cleared where the selection changes (`residency=Drop()`).
+    reset of I and U, moments cleared where the selection changes (`residency=Drop()`), the learning rate that warms up
+    again there over T steps (`borders=Borders(rewarm_steps=T)`).
 
     Different here: a slice is a range of columns of every linear of a layer, where the paper selects rows and columns
     one by one for each matrix, by a greedy search. I and U are kept for each slice, where the paper has them for each
     entry. q leaves out the paper's second-order term, as the option "param_first" of its code does; with it,
-    q = |w g - (w g)^2 / 2|. A slice that stays selected keeps its moments. The learning rate does not warm up again
-    for new slices.
+    q = |w g - (w g)^2 / 2|. A slice that stays selected keeps its moments and its rate.
 
     Args:
         by: kind of strata, as `gradselect.Stratified` has them: with "category" slots go by category.
