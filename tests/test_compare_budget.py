@@ -243,9 +243,9 @@ def test_another_machine_or_another_reference_is_measured_anew(tmp_path: Path) -
 
 def test_a_short_turn_sees_both_kinds_of_steps(tmp_path: Path) -> None:
     suite = make(tmp_path, {"time_of": "a"}, a={"method": {**ADA["method"], "every": 50}, "rates": [1]})
-    turn = turn_recipe(suite.training_recipe("a", lr=1, seed=0, output="-"), number=3, steps=8, output="x")
+    turn = turn_recipe(suite.training_recipe("a", lr=1, seed=0, output="-"), number=3, steps=11, output="x")
     own: Any = turn.method
-    assert (turn.run.steps, turn.run.seed, own.explore_steps, own.epsilon_end, own.every) == (10, 3, 5, 1.0, 2)
+    assert (turn.run.steps, turn.run.seed, own.explore_steps, own.epsilon_end, own.every) == (13, 3, 5, 1.0, 2)
     assert turn.data == suite.recipe.data
 
 

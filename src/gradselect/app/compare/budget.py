@@ -38,7 +38,7 @@ class Budget(Settings):
     flops: PositiveFloat | None = None
     memory: PositiveInt | None = None
     rounds: Annotated[int, Field(ge=1, le=1000)] = 5
-    round_steps: Annotated[int, Field(ge=2, le=1000)] = 8
+    round_steps: Annotated[int, Field(ge=2, le=1000)] = 11
 
     @model_validator(mode="before")
     @classmethod
