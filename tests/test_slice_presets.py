@@ -130,7 +130,7 @@ def test_a_plan_has_the_cost_of_the_steps_that_follow(name: str) -> None:
     ],
     ids=["losia", "norm", "no strata"],
 )
-def test_a_plan_counts_the_gradients_that_are_looked_at(policy: gs.AbstractPolicy, is_exact: bool, passes: int) -> None:
+def test_a_plan_counts_the_gradients_that_are_looked_at(policy: gs.AbstractPolicy, passes: int) -> None:
     """Slices of a layer complete one after the other in its last linear, and are freed there: a little below."""
     model = tiny_llama()
     blocks = gs.partition(model, by="columns")
