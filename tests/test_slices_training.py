@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -295,6 +297,23 @@ def test_a_trainer_saves_plain_weights_resumes_and_loads_the_best(tmp_path: Any)
     loaded = AutoModelForCausalLM.from_pretrained(best.state.best_model_checkpoint)
     assert same(copied(loaded), copied(best.model))
     assert gs.join_slices(best.model) == 14
+
+
+# Page ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_code_of_the_page_runs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "slices.md").read_text("utf-8")
+    model = tiny_llama()
+    names = {"gs": gs, "model": model, "loader": [tiny_batch(model, seed=seed) for seed in range(3)]}
+    for code in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        exec(code, names)
+    assert (tmp_path / "tuned" / "model.safetensors").exists()
+    limits = re.findall(r"^\| 1/(\d+) \| (\d\.\d\d) \|$", page, re.MULTILINE)
+    assert len(limits) == 3
+    for parts, limit in limits:
+        assert float(limit) == pytest.approx(6 / (4 + 2 / int(parts)), abs=0.005)
 
 
 # Recipe --------------------------------------------------------------------------------------------------------------
