@@ -17,7 +17,7 @@ from test_slices import is_linked
 from tiny_models import tiny_batch, tiny_llama, tiny_plain, tiny_qwen2
 from torch import Tensor, nn
 from train_fixtures import build as build_run
-from train_fixtures import parse, quiet, weights, write_model, write_sums
+from train_fixtures import assert_same_weights, parse, quiet, train_until, weights, write_model, write_sums
 from transformers import AutoModelForCausalLM, Trainer
 
 import gradselect as gs
@@ -328,15 +328,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("blocks", ["columns", "rows"])
-def test_a_recipe_trains_slices_and_writes_plain_weights(place: Any, tmp_path: Any, blocks: str) -> None:
+def test_a_recipe_trains_slices_writes_plain_weights_and_resumes(
+    place: Any, tmp_path: Any, blocks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     method = {"name": "uniform", "count": 4, "blocks": blocks, "parts": 4, "among": [f"layer.*.{blocks}.*"]}
-    recipe = parse(place, method=method, run={"output": str(tmp_path / "out"), "steps": 2})
-    train_recipe(recipe, console=quiet())
-    ours, before = weights(tmp_path / "out"), weights(place / "model")
+    recipes = [
+        parse(place, method=method, run={"output": str(tmp_path / out), "steps": 4, "save_every": 1})
+        for out in ("whole", "stopped")
+    ]
+    train_recipe(recipes[0], console=quiet())
+    ours, before = weights(tmp_path / "whole"), weights(place / "model")
     assert ours.keys() == before.keys()
     changed = {name for name in ours if not torch.equal(ours[name], before[name])}
     assert changed
     assert all("_proj" in name for name in changed)
+    train_until(recipes[1], step=2, monkeypatch=monkeypatch)
+    train_recipe(recipes[1], console=quiet(), resume=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
 
 
 @pytest.mark.parametrize(
