@@ -16,8 +16,8 @@ from test_plan_activations import BATCH, LENGTH, saved_by
 from test_slices import is_linked
 from tiny_models import tiny_batch, tiny_llama, tiny_plain, tiny_qwen2
 from torch import Tensor, nn
-from train_fixtures import build as build_run
 from train_fixtures import assert_same_weights, parse, quiet, train_until, weights, write_model, write_sums
+from train_fixtures import build as build_run
 from transformers import AutoModelForCausalLM, Trainer
 
 import gradselect as gs

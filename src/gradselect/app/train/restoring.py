@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 
 from gradselect.app.models import is_quantised
+from gradselect.slices import SlicedLinear, sliced_linears
 from gradselect.usage import UsageError
 
 NUM_NAMED = 3
@@ -162,11 +163,16 @@ class _ReceivingModule:
         return getattr(self.__dict__["module"], name)
 
     def __setattr__(self, name: str, value: Tensor) -> None:
-        target = {**self.module._parameters, **self.module._buffers}.get(name)
+        target = {**self.module._parameters, **self.module._buffers, **_whole_weight(self.module)}.get(name)
         # Others are computed from these, as the plain weight of a rotated layer.
         if target is not None:
             target.copy_(value)
             self.arrived.add(id(target))
+
+
+def _whole_weight(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensor that the slices of a linear layer are parts of, by its name in a checkpoint."""
+    return {"weight": module.whole_weight} if isinstance(module, SlicedLinear) else {}
 
 
 @contextmanager
@@ -186,6 +192,7 @@ def _missing(model: PreTrainedModel, arrived: Collection[int]) -> set[str]:
     """Return names of tensors that were not written, under this name or under another one that they are tied to."""
     stored = model.state_dict().keys() - set(model._keys_to_ignore_on_save or ())
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors += [(f"{path}.weight", module.whole_weight) for path, module in sliced_linears(model).items()]
     return {name for name, tensor in tensors if name in stored and id(tensor) not in arrived}
 
 
