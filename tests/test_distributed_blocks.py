@@ -38,6 +38,8 @@ POLICIES = {
     "misa": gs.MISA(share=0.5, every=3),
     "l1": Measured("l1"),
     "taylor": Measured("taylor"),
+    "strata": gs.Stratified(by="category", count=1, order="norm", every=3),
+    "losia": gs.LoSiA(by="category", count=1, every=3),
 }
 BORDERS = {
     "borders": gs.Borders(coasting=2, rewarm_steps=3, rewarm_after=2, rate_by_visits=0.5),
@@ -50,6 +52,7 @@ WRAPPED = [
     ("ddp", "adagradselect"),
     ("ddp", "cyclic"),
     ("ddp", "taylor"),
+    ("ddp", "losia"),
     ("ddp afterwards", "uniform"),
 ]
 MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
