@@ -153,6 +153,13 @@ def test_flops_and_memory_have_their_own_words(tmp_path: Path) -> None:
     assert texts(part.table)[0][1] == "2e+13"
 
 
+def test_a_run_that_held_more_than_its_budget_is_named(tmp_path: Path) -> None:
+    for values in results_of("full", seeds=2):
+        write(tmp_path, with_budget(values, seconds=24, total=None, steps=None, memory=MODEL_BYTES))
+    (found,) = budget_findings(compare_results(read_results(tmp_path, include_dirty=False)))
+    assert found.startswith("Held more in its run than the memory of the budget: full (16.8\N{NO-BREAK SPACE}MB)")
+
+
 def test_a_damaged_calibration_is_named_and_the_page_is_made(tmp_path: Path) -> None:
     write_all(tmp_path, "full", "LoRA r=64", seeds=2)
     (tmp_path / CALIBRATION).write_text("{")

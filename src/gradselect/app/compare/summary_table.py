@@ -41,6 +41,12 @@ class MethodSummary:
         return [loss for loss in losses if loss is not None]
 
     @property
+    def steps(self) -> int | None:
+        """Steps that the budget allowed; None without a budget of steps."""
+        budgets = [budget for result in self.results if (budget := result.record.budget) is not None]
+        return budgets[0].steps if budgets else None
+
+    @property
     def step_seconds(self) -> float | None:
         """Median seconds of the most frequent kind of step; the median of that over the seeds."""
         kinds = [seconds.by_kind.values() for result in self.results if (seconds := result.record.seconds) is not None]
@@ -60,12 +66,16 @@ def summary_table(title: str, summaries: Sequence[MethodSummary]) -> Table:
     evaluations = list(dict.fromkeys(name for result in results for name in result.record.scores))
     table = Table(title=title, title_justify="left", caption="* at the edge of the grid", caption_justify="left")
     table.add_column("method")
-    for heading in ("best rate", "validation loss", *evaluations, "seconds a step", "peak MiB", "seeds"):
+    # Without a budget all methods have the steps of the recipe.
+    has_steps = any(summary.steps is not None for summary in summaries)
+    steps = ["steps"] if has_steps else []
+    for heading in ("best rate", *steps, "validation loss", *evaluations, "seconds a step", "peak MiB", "seeds"):
         table.add_column(heading, justify="right")
     for summary in summaries:
         table.add_row(
             summary.method,
             _rate(summary),
+            *([_number(summary.steps, ",")] if has_steps else []),
             _spread(summary.validation_losses),
             *(_spread(summary.scores(name)) for name in evaluations),
             _number(summary.step_seconds, ".4f"),

@@ -87,6 +87,14 @@ def budget_findings(comparison: Comparison) -> Iterator[str]:
     if over:
         named = words.joined([f"{name} ({words.share(taken)})" for name, taken in over.items()])
         yield f"Trained longer than their budget by more than a tenth: {named}. Compare their scores with care."
+    larger = {
+        method.name: held
+        for method in comparison.methods
+        if method.name in known and (held := _held(method)) > (known[method.name].memory or held)
+    }
+    if larger:
+        named = words.joined([f"{name} ({words.num_bytes(held)})" for name, held in larger.items()])
+        yield f"Held more in its run than the memory of the budget: {named}. The calibration had counted less."
     for name, reason in left_out_for_memory(comparison).items():
         calibration = comparison.results.calibration
         yield f"Left out for memory: {name} {reason} ({calibration.counted if calibration else ''})."
@@ -129,6 +137,12 @@ def _text(known: Mapping[str, RunBudget]) -> str:
 
 def _taken(method: Method, budget: RunBudget) -> float | None:
     return ratio(method.training_seconds, budget.total) if budget.unit == "seconds" else None
+
+
+def _held(method: Method) -> float:
+    """Return the peak of the runs in the bytes that the budget counts."""
+    on_device = method.most_held("allocated")
+    return (on_device if on_device is not None else method.peak_bytes()) or 0.0
 
 
 def _of_budget(method: Method, budget: RunBudget) -> str:
