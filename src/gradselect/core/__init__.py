@@ -2,7 +2,7 @@
 
 from .adamw import AdamWRule
 from .adamw_8bit import AdamW8bitRule
-from .block import Block
+from .block import Block, num_bytes
 from .checkpoint_identity import NOT_OF_A_GROUP, as_text, check_present, check_same, selection_of, states_by_name
 from .devices import device_of_run
 from .freezing import Ownership, freeze, is_frozen_for_now, settle
@@ -22,7 +22,7 @@ from .rules import AbstractRule, Ages, State, check_shards
 from .saved_names import Place, Region, places_of
 from .settings import UpdateSettings
 from .sgd import SGDRule
-from .state import BlockStates, num_bytes
+from .state import BlockStates
 from .torch_rule import TorchRule
 from .watch import is_list
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.nn import Parameter
+
+from gradselect.parallel import local_part
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,3 +36,8 @@ class Block:
     def num_elements(self) -> int:
         """Number of entries in the block."""
         return sum(parameter.numel() for parameter in self.parameters)
+
+
+def num_bytes(tensor: Tensor) -> int:
+    """Bytes of the local part of a tensor."""
+    return local_part(tensor).numel() * tensor.element_size()

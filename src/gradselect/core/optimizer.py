@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradselect.usage import UsageError, check_whole
 
-from .block import Block
+from .block import Block, num_bytes
 from .changes import make_patch
 from .checkpoint_identity import SELECTION_KEY, CheckpointFormat, selection_of
 from .gradients import total_norm
@@ -28,7 +28,7 @@ from .residency import AbstractResidency
 from .rules import AbstractRule, State
 from .saved_names import places_of
 from .settings import UpdateSettings
-from .state import BlockStates, num_bytes
+from .state import BlockStates
 from .state_store import StateStore
 
 logger = logging.getLogger(__name__)

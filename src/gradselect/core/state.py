@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from gradselect.parallel import as_dtensor, local_part, local_part_like
 from gradselect.usage import UsageError
 
+from .block import num_bytes
 from .gradients import dense
 from .masters import HALF, MASTER, MasterWatch, check_master, packed
 from .parameter_groups import ParameterTable
@@ -352,8 +353,3 @@ class BlockStates:
 
     def _large(self, state: State) -> list[str]:
         return [*self._rule.large_names(state), *([MASTER] if MASTER in state else [])]
-
-
-def num_bytes(tensor: Tensor) -> int:
-    """Bytes of the local part of a tensor."""
-    return local_part(tensor).numel() * tensor.element_size()
