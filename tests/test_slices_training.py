@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from policy_support import through_torch
 from test_integration_transformers import arguments, examples
 from test_plan_activations import BATCH, LENGTH, saved_by
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, Trainer
 import gradselect as gs
 from gradselect.app.train import train as train_recipe
 from gradselect.integrations.compile import compile_blocks
-from gradselect.integrations.transformers import SelectiveTraining
+from gradselect.integrations.transformers import SelectiveOptimizerFactory, SelectiveTraining
 from gradselect.planning.activations import ActivationCounter
 from gradselect.planning.meta_forward import Rows, meta_copy
 from gradselect.slices import SlicedLinear, sliced_linears
@@ -297,6 +298,17 @@ def test_a_trainer_saves_plain_weights_resumes_and_loads_the_best(tmp_path: Any)
     loaded = AutoModelForCausalLM.from_pretrained(best.state.best_model_checkpoint)
     assert same(copied(loaded), copied(best.model))
     assert gs.join_slices(best.model) == 14
+
+
+@pytest.mark.parametrize("sliced", [True, False])
+def test_a_trainer_that_will_shard_refuses_slices(sliced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", object())
+    model = tiny_llama(layers=2)
+    options: dict[str, Any] = {"method": METHOD}
+    if sliced:
+        options = {"policy": gs.Uniform(count=1), "blocks": gs.partition(model, by="rows", parts=2)}
+    with pytest.raises(gs.UsageError, match=r"FSDP shards the weights.*method.blocks in a recipe"):
+        SelectiveOptimizerFactory()(model, lr=1e-3, **options)
 
 
 # Page ----------------------------------------------------------------------------------------------------------------
