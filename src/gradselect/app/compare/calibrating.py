@@ -13,8 +13,9 @@ from gradselect.app.results import Calibration, read_calibration, write_calibrat
 from gradselect.files import locked
 
 from .allotment import allot
-from .calibration import Calibrator, fingerprint_of, machine_facts
+from .calibration import Calibrator, machine_facts
 from .calibration_table import calibration_table
+from .protocol import protocol_hash
 from .results import ResultsFolder
 from .subprocesses import run_job
 from .suite import Suite
@@ -48,7 +49,7 @@ def calibrated(
     calibrator = Calibrator(
         suite,
         measure=measure,
-        shared=fingerprint_of(protocol["recipe"]),
+        shared=protocol_hash(protocol["recipe"]),
         machine=machine_facts(suite.recipe.run.device),
         say=say,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import statistics
@@ -157,10 +155,9 @@ class Calibrator:
 
     def _spread(self, name: str, *, first: int) -> float:
         """Return the spread of the rounds from `first` on; 0 if there are none."""
-        turns = [turn for turn in self._of(name) if turn.number >= first]
-        if not turns or name == self.reference:
-            return 0.0
         entry = self._entry(name, first=first)
+        if entry.error or name == self.reference:
+            return 0.0
         recipe = self._suite.training_recipe(name, lr=1.0, seed=0, output="-")
         return spread(entry.by_kind, kind_shares(recipe, entry, steps=recipe.run.steps or entry.epoch_steps or 1))
 
@@ -180,11 +177,6 @@ class Calibrator:
 
     def _of(self, name: str) -> list[Turn]:
         return [turn for turn in self._turns if turn.method == name and not turn.error]
-
-
-def fingerprint_of(shared: Mapping[str, Any]) -> str:
-    """SHA-256 of settings; the order of keys does not matter."""
-    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
 
 def machine_facts(device: str) -> dict[str, Any]:
