@@ -284,12 +284,15 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("policy", RUNS.values(), ids=RUNS)
-@pytest.mark.parametrize("options", [{}, {"residency": gs.Drop()}], ids=["keep", "drop"])
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [*((policy, {}) for policy in RUNS.values()), (RUNS["losia"], {"residency": gs.Drop()})],
+    ids=[*RUNS, "losia, drop"],
+)
 def test_stopped_at_any_step_it_goes_on_bitwise_alike(policy, options):
     whole = tiny_llama()
-    records = list(train(whole, by_matrix(whole, policy, **options), range(7)))
-    for stop in range(0, 7, 2):
+    records = list(train(whole, by_matrix(whole, policy, **options), range(6)))
+    for stop in range(1, 6):
         model = tiny_llama()
         first = by_matrix(model, policy, **options)
         list(train(model, first, range(stop)))
@@ -297,7 +300,7 @@ def test_stopped_at_any_step_it_goes_on_bitwise_alike(policy, options):
         first.close()
         resumed = by_matrix(model, policy, **options)
         resumed.load_state_dict(saved)
-        rest = list(train(model, resumed, range(stop, 7)))
+        rest = list(train(model, resumed, range(stop, 6)))
         assert [record.selected for record in rest] == [record.selected for record in records[stop:]]
         assert all(map(torch.equal, model.parameters(), whole.parameters()))
 
@@ -308,7 +311,7 @@ def test_only_what_is_selected_changes(policy):
     optimizer = by_matrix(model, policy)
     members = {block.name: block.parameter_names for block in gs.partition(model, by="matrix")}
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    for record in train(model, optimizer, range(6)):
+    for record in train(model, optimizer, range(4)):
         changed = {name for name, parameter in model.named_parameters() if not parameter.equal(before[name])}
         assert changed == {name for block in record.selected for name in members[block]}
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -320,7 +323,7 @@ def test_it_equals_the_readable_twin(policy):
     model, twin = tiny_llama(dtype=torch.float64), tiny_llama(dtype=torch.float64)
     blocks = gs.partition(twin, by="matrix")
     by_hand = SelectiveAdamW(blocks, policy.bind(blocks), lr=1e-2)
-    for step, record in enumerate(train(model, by_matrix(model, policy), range(6))):
+    for step, record in enumerate(train(model, by_matrix(model, policy), range(4))):
         twin(**tiny_batch(twin, seed=step)).loss.backward()
         assert by_hand.step() == record.selected
         twin.zero_grad()

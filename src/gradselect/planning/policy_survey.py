@@ -117,12 +117,15 @@ def worst(found: Survey, sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
     """Return selections that no other exceeds, in the depth of the backward pass or in bytes.
 
     For a constant number of blocks: the lowest blocks, the lowest one with the largest others, and the largest. Else
-    all selections of the survey, or the largest of them if there are many.
+    all selections of the survey; of many, the largest and those that go deepest.
     """
     count = found.count
     if count is None or not found.is_even:
-        largest_first = sorted(found.proposed, key=lambda each: sum(sizes[name] for name in each), reverse=True)
-        return largest_first if count is None else largest_first[:ENOUGH_SELECTIONS]
+        places = {name: place for place, name in enumerate(found.candidates)}
+        largest = sorted(found.proposed, key=lambda each: -sum(sizes[name] for name in each))
+        deepest = sorted(largest, key=lambda each: min((places[name] for name in each), default=len(places)))
+        half = ENOUGH_SELECTIONS // 2
+        return list(dict.fromkeys([*largest[:half], *deepest[:half]]))
     by_size = sorted(found.candidates, key=lambda name: sizes[name], reverse=True)
     lowest = found.candidates[0]
     beside = [name for name in by_size if name != lowest][: count - 1]
