@@ -15,7 +15,18 @@ from reach_support import parts, steps
 
 from gradselect import BlockOptimizer, UsageError, policies
 from gradselect.blocks.policy import AbstractPolicy, resolve_count
-from gradselect.policies import MISA, AdaGradSelect, All, Cyclic, Fixed, GradNormTopK, LoSiA, Stratified, Uniform
+from gradselect.policies import (
+    MISA,
+    AdaGradSelect,
+    All,
+    CostAware,
+    Cyclic,
+    Fixed,
+    GradNormTopK,
+    LoSiA,
+    Stratified,
+    Uniform,
+)
 
 # What to build, given a seed. Rows that ignore the seed draw nothing.
 TABLE: dict[str, Callable[[int], AbstractPolicy]] = {
@@ -47,6 +58,10 @@ TABLE: dict[str, Callable[[int], AbstractPolicy]] = {
     "adagradselect, coverage": lambda seed: AdaGradSelect(count=2, explore_steps=30, delta=0.01, coverage=4, seed=seed),
     "adagradselect, coverage, every": lambda seed: AdaGradSelect(
         count=2, explore_steps=30, delta=0.01, coverage=12, every=3, draw="multinomial", seed=seed
+    ),
+    "cost aware": lambda seed: CostAware(count=2, explore_steps=30, seed=seed),
+    "cost aware, SGD": lambda seed: CostAware(
+        count=3, explore_steps=20, gain="l2", full_every=2, floor=0.5, delta=10.0, among=("layer.*", "norm"), seed=seed
     ),
     "misa": lambda seed: MISA(share=0.3, every=5, seed=seed),
     "misa, among layers": lambda seed: MISA(share=0.5, every=1, eta=4.0, ema=0.5, among=("layer.*",), seed=seed),
@@ -272,9 +287,9 @@ def test_one_block_is_enough(make: Callable[[int], AbstractPolicy]) -> None:
     settings = policy.settings()
     fewer = {"count": 1} if settings.get("count") else {}
     everything = {"among": None} if settings.get("among") else {"blocks": ("*",)} if "blocks" in settings else {}
-    single = type(policy)(**settings | fewer | everything).bind(make_blocks(BLOCK_NAMES[:1]))
+    single = type(policy)(**settings | fewer | everything).bind(make_blocks(BLOCK_NAMES[1:2]))
     probed = settings.get("probe_steps", 0)
-    assert list(run(single)) == [()] * probed + [BLOCK_NAMES[:1]] * (NUM_STEPS - probed)
+    assert list(run(single)) == [()] * probed + [BLOCK_NAMES[1:2]] * (NUM_STEPS - probed)
 
 
 @each_policy
@@ -332,6 +347,13 @@ BAD_SETTINGS: list[tuple[Callable[[], AbstractPolicy], str]] = [
     (lambda: AdaGradSelect(norm="l1"), 'norm="l2" or norm="rms"'),  # type: ignore[arg-type]
     (lambda: AdaGradSelect(draw="topk"), 'draw="top-k" or draw="multinomial"'),  # type: ignore[arg-type]
     (lambda: AdaGradSelect(among=()), r"among=\(\) names no block"),
+    (lambda: CostAware(fraction=1.5), "fraction=1.5 is outside"),
+    (lambda: CostAware(fraction=0.2, count=2), "give one of them"),
+    (lambda: CostAware(full_every=0), "full_every=0 is not"),
+    (lambda: CostAware(floor=0.0), "floor=0.0 is outside"),
+    (lambda: CostAware(floor=1.5), "floor=1.5 is outside"),
+    (lambda: CostAware(gain="taylor"), 'gain="l1" or gain="l2"'),  # type: ignore[arg-type]
+    (lambda: CostAware(delta=0.0), "delta=0.0 is outside"),
     (lambda: GradNormTopK(), "give one of them"),
     (lambda: GradNormTopK(count=1, refresh=0), "refresh=0 is not"),
     (lambda: GradNormTopK(count=1, temperature=0.0), "temperature=0.0 is outside"),
@@ -379,6 +401,8 @@ def test_a_wrong_setting_is_refused_with_what_to_write(make: Callable[[], Abstra
 MISFITS: list[AbstractPolicy] = [
     AdaGradSelect(count=8),
     AdaGradSelect(count=6, among=("layer.*",)),
+    CostAware(count=8),
+    CostAware(among=("embedding", "norm")),
     GradNormTopK(count=8),
     Uniform(count=8),
     Cyclic(count=8),

@@ -23,7 +23,18 @@ from gradselect.entries import AbstractCompactMask, AbstractDenseMask, AbstractM
 from gradselect.masks import GMT, ID3, LIFT, BitFit, StaticMask, TopGradient, salience
 from gradselect.plain_data import method
 from gradselect.planning import plan
-from gradselect.policies import MISA, AdaGradSelect, All, Cyclic, Fixed, GradNormTopK, LoSiA, Stratified, Uniform
+from gradselect.policies import (
+    MISA,
+    AdaGradSelect,
+    All,
+    CostAware,
+    Cyclic,
+    Fixed,
+    GradNormTopK,
+    LoSiA,
+    Stratified,
+    Uniform,
+)
 from gradselect.slices import join_slices
 from gradselect.usage import UsageError
 
@@ -46,6 +57,7 @@ __all__ = [
     "Block",
     "BlockOptimizer",
     "Borders",
+    "CostAware",
     "Cyclic",
     "Drop",
     "Fixed",

@@ -56,8 +56,6 @@ class AbstractPolicy(ABC):
         method_name: `method.name` in recipes that use it. None: no method is just this policy.
         measure: number that "norms" hold: "l2" sqrt(sum g^2), "l1" sum |g|, for Adam's first-order gain lr |g|_1, or
             "taylor" sum |w g|.
-        is_even: True if all sets of blocks of one size are about equally likely while gradients are alike. A plan
-            then takes the mean over all sets, otherwise over steps that it draws.
 
     Example:
         A policy that trains the last block only:
@@ -77,7 +75,6 @@ class AbstractPolicy(ABC):
 
     method_name: ClassVar[str | None] = None
     measure: ClassVar[Measure] = "l2"
-    is_even: ClassVar[bool] = True
 
     candidates: tuple[Block, ...] = field(default=(), init=False, repr=False)
     num_elements: Mapping[str, int] = field(default_factory=dict, init=False, repr=False)
@@ -150,6 +147,13 @@ class AbstractPolicy(ABC):
     def measured(self) -> Measure:
         """Return the measure of gradients that the optimizer takes: `measure`, unless the settings choose one."""
         return self.measure
+
+    def draws_evenly(self) -> bool:
+        """True if all sets of blocks of one size are about equally likely while gradients are alike.
+
+        A plan then takes the mean over all sets, otherwise over steps that it draws.
+        """
+        return True
 
     def observes_selected(self, step: int) -> bool:
         """True if `commit` needs the norms of the selected blocks at a step whose selection was proposed."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gradselect.blocks import AbstractPolicy, StepCost, resolve_names
+from gradselect.blocks import AbstractPolicy, StepCost, random_stream, resolve_names
 from gradselect.core import Block
 
 MAX_STEPS, ENOUGH_STEPS, ENOUGH_SELECTIONS = 2000, 240, 64
@@ -75,16 +75,16 @@ def survey_policy(
 def survey(policy: AbstractPolicy) -> Survey:
     """Run a bound policy over its first steps with equal gradient norms. This uses the policy up.
 
-    For measures that are sums over entries the entries are equal, not the blocks.
+    A policy whose draws are not even gets norms with noise instead, so that no block is favoured for its place; for a
+    measure that is a sum over entries they are in proportion to the entries.
     """
     policy.fill_explore_steps(ENOUGH_STEPS // 4)
     explored: set[int] = set()
     proposed: Counter[tuple[str, ...]] = Counter()
-    is_sum = policy.measured() != "l2"
-    norms = {name: float(policy.num_elements[name]) if is_sum else 1.0 for name in policy.names}
     beside: dict[tuple[str, ...], tuple[str, ...]] = {}
-    is_even = policy.is_even and not any(map(policy.stratum, policy.names))
+    is_even = policy.draws_evenly() and not any(map(policy.stratum, policy.names))
     for step in range(MAX_STEPS):
+        norms = _norms(policy, step)
         selection = policy.propose(step)
         if selection is None:
             explored.add(policy.keep_at(step))
@@ -104,6 +104,15 @@ def survey(policy: AbstractPolicy) -> Survey:
         beside=beside,
         is_even=is_even and not beside,
     )
+
+
+def _norms(policy: AbstractPolicy, step: int) -> dict[str, float]:
+    is_sum = policy.measured() != "l2"
+    norms = {name: float(policy.num_elements[name]) if is_sum else 1.0 for name in policy.names}
+    if policy.draws_evenly():
+        return norms
+    generator = random_stream(seed=0, step=step, purpose="survey")
+    return {name: norm * generator.uniform(0.5, 1.5) for name, norm in norms.items()}
 
 
 def _is_enough(proposed: Counter[tuple[str, ...]], step: int, *, is_even: bool) -> bool:

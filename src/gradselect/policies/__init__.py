@@ -2,6 +2,7 @@
 
 from .adagradselect import AdaGradSelect
 from .all import All
+from .cost_aware import CostAware
 from .cyclic import Cyclic
 from .fixed import Fixed
 from .grad_norm import GradNormTopK
@@ -10,4 +11,15 @@ from .misa import MISA
 from .stratified import Stratified
 from .uniform import Uniform
 
-__all__ = ["MISA", "AdaGradSelect", "All", "Cyclic", "Fixed", "GradNormTopK", "LoSiA", "Stratified", "Uniform"]
+__all__ = [
+    "MISA",
+    "AdaGradSelect",
+    "All",
+    "CostAware",
+    "Cyclic",
+    "Fixed",
+    "GradNormTopK",
+    "LoSiA",
+    "Stratified",
+    "Uniform",
+]

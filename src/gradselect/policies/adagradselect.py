@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 from gradselect.blocks import (
-    AbstractPolicy,
     Norms,
     check_fraction_or_count,
     gumbel,
@@ -21,12 +20,13 @@ from gradselect.blocks import (
 )
 from gradselect.usage import UsageError, check_one_of, check_patterns, check_positive, check_whole
 
+from .epsilon_greedy import AbstractEpsilonGreedy
 from .strata import By, Strata, check_strata, strata_of
 
 
 @final
 @dataclass(eq=False, kw_only=True)
-class AdaGradSelect(AbstractPolicy):
+class AdaGradSelect(AbstractEpsilonGreedy):
     """Epsilon-greedy selection of blocks: by gradient norm while exploring, by a Dirichlet draw while exploiting.
 
         eps_t = exp(-lambda t) for t < N, 0 afterwards;   lambda = ln(1 / epsilon_end) / N,   N = explore_steps
@@ -127,42 +127,16 @@ class AdaGradSelect(AbstractPolicy):
         """Return the constructor's arguments; `strata` only if given, because older checkpoints do not name it."""
         return {name: value for name, value in super().settings().items() if name != "strata" or value is not None}
 
-    def fill_explore_steps(self, num_steps: int) -> None:
-        """Set N to `num_steps`, the optimizer steps of the first epoch, unless N is known already.
-
-        It is part of the state, so a resumed run has it. Binding keeps it.
-        """
-        check_whole("explore_steps", num_steps)
-        if self.explore_steps is None and self.filled_explore_steps is None:
-            self.filled_explore_steps = num_steps
-
-    def explore_probability(self, step: int) -> float:
-        """Return eps_t, the probability that step `step` explores; 0 where `every` keeps the selection.
-
-        Raises:
-            UsageError: `step` is not 0 and the length of the first epoch is unknown.
-        """
-        if step % self.every:
-            return 0.0
-        if step == 0:
-            return 1.0
-        num_steps = self._known_explore_steps()
-        return self.epsilon_end ** (step / num_steps) if step < num_steps else 0.0
-
-    def expected_explore_steps(self, num_steps: int) -> float:
-        return sum(map(self.explore_probability, range(num_steps)))
+    def selects_anew(self, step: int) -> bool:
+        return step % self.every == 0
 
     def propose(self, step: int) -> tuple[str, ...] | None:
         if step % self.every and (kept := self.still_among(self.selection)) is not None:
             return kept
-        if random_stream(seed=self.seed, step=step, purpose="explore").random() < self.explore_probability(step):
+        if self.explores(step):
             return None
         due_first = self._exploit_keys(step) | dict.fromkeys(self._due(step), math.inf)
         return self.best(step, due_first)
-
-    def decide(self, step: int, norms: Norms) -> tuple[str, ...]:
-        self._known_explore_steps()  # fails before the first update rather than after it
-        return super().decide(step, norms)
 
     def stratum(self, block: str) -> str:
         return "" if self.strata is None else self._divided(self.strata).of[block]
@@ -193,15 +167,6 @@ class AdaGradSelect(AbstractPolicy):
     @property
     def coverage_steps(self) -> int | None:
         return self.coverage
-
-    def _known_explore_steps(self) -> int:
-        num_steps = self.filled_explore_steps if self.explore_steps is None else self.explore_steps
-        if num_steps is None:
-            raise UsageError(
-                "explore_steps=None was never filled in; write AdaGradSelect(explore_steps=len(loader)), or let the "
-                "Trainer's SelectionCallback fill it in"
-            )
-        return num_steps
 
     def _exploit_keys(self, step: int) -> dict[str, float]:
         """Return a key per block. The k largest keys are the draw: top-k of log p, or of log p + Gumbel noise."""

@@ -1,0 +1,76 @@
+"""Explore phase that policies share: steps that look at all gradients, ever fewer in the first epoch."""
+
+from __future__ import annotations
+
+from gradselect.blocks import AbstractPolicy, Norms, random_stream
+from gradselect.usage import UsageError, check_whole
+
+
+class AbstractEpsilonGreedy(AbstractPolicy):
+    """Policy that explores in step t with probability eps_t = epsilon_end^(t / N) for t < N, 0 afterwards.
+
+    Step 0 always explores. A concrete policy declares the attributes as fields: the first three are settings.
+
+    Attributes:
+        explore_steps: N, the optimizer steps of the first epoch. None: `fill_explore_steps` gives it.
+        epsilon_end: value of eps_t at t = N.
+        seed: of every draw.
+        filled_explore_steps: N as `fill_explore_steps` gave it; state.
+    """
+
+    explore_steps: int | None
+    epsilon_end: float
+    seed: int
+    filled_explore_steps: int | None
+
+    def selects_anew(self, step: int) -> bool:
+        """True if step `step` may explore, rather than keep the selection of the step before."""
+        return True
+
+    def fill_explore_steps(self, num_steps: int) -> None:
+        """Set N to `num_steps`, the optimizer steps of the first epoch, unless N is known already.
+
+        It is part of the state, so a resumed run has it. Binding keeps it.
+        """
+        check_whole("explore_steps", num_steps)
+        if self.explore_steps is None and self.filled_explore_steps is None:
+            self.filled_explore_steps = num_steps
+
+    def explore_probability(self, step: int) -> float:
+        """Return eps_t, the probability that step `step` explores; 0 where the selection is kept.
+
+        Raises:
+            UsageError: `step` is not 0 and the length of the first epoch is unknown.
+        """
+        if not self.selects_anew(step):
+            return 0.0
+        if step == 0:
+            return 1.0
+        num_steps = self.known_explore_steps()
+        return self.epsilon_end ** (step / num_steps) if step < num_steps else 0.0
+
+    def expected_explore_steps(self, num_steps: int) -> float:
+        return sum(map(self.explore_probability, range(num_steps)))
+
+    def explores(self, step: int) -> bool:
+        """Draw: True if step `step` looks at all gradients."""
+        return random_stream(seed=self.seed, step=step, purpose="explore").random() < self.explore_probability(step)
+
+    def decide(self, step: int, norms: Norms) -> tuple[str, ...]:
+        self.known_explore_steps()  # fails before the first update rather than after it
+        return super().decide(step, norms)
+
+    def known_explore_steps(self) -> int:
+        """Return N.
+
+        Raises:
+            UsageError: it is unknown.
+        """
+        num_steps = self.filled_explore_steps if self.explore_steps is None else self.explore_steps
+        if num_steps is None:
+            name = type(self).__name__
+            raise UsageError(
+                f"explore_steps=None was never filled in; write {name}(explore_steps=len(loader)), or let the "
+                "Trainer's SelectionCallback fill it in"
+            )
+        return num_steps
