@@ -120,7 +120,7 @@ def check_strata(strata: Strata, *, by: By) -> None:
         listed = ", ".join(list(strata.members)[:3])
         raise UsageError(
             f'strata by="{by}" hold one block each ({listed}, ...), so all {len(sizes)} would train at every step; '
-            'divide the layers, with blocks=gs.partition(model, by="matrix") or method.blocks=matrix, or write '
+            'divide the layers, with blocks=gs.partition(model, by="columns") or method.blocks=columns, or write '
             "policy=gs.All()"
         )
     if strata.count is not None and strata.count > largest:
