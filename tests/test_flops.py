@@ -88,6 +88,17 @@ def test_other_architectures_are_near(build: Callable[[], nn.Module], by: str) -
         assert -1e-9 <= difference < 0.07, block.name
 
 
+def test_slices_cost_their_own_entries() -> None:
+    """Exactly, a slice of the lowest layer and two of different layers."""
+    model = tiny_llama(layers=2)
+    blocks = gs.partition(model, by="columns", parts=4)
+    cost = StepCost.of_model(model, blocks)
+    members = {block.name: block.parameter_names for block in blocks}
+    for selection in (["layer.0.columns.1"], ["layer.1.columns.0", "layer.1.columns.3"], ["layer.0.vectors", "head"]):
+        trains_only(model, {each for name in selection for each in members[name]})
+        assert cost.relative_time(selection) * cost.full == pytest.approx(counted(model), rel=1e-12)
+
+
 def test_an_adapter_costs_its_own_gradients_and_those_of_inputs() -> None:
     model = tiny_lora(layers=3)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
