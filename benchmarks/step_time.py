@@ -5,7 +5,7 @@
 
 Every method trains its own copy of one Qwen2-type model with random weights. The methods take turns, one step each a
 round. A ratio is taken inside a round, and the table has its median. `limit` is the speed-up that the FLOPs allow for
-the selected blocks, see `gradselect.blocks.StepCost`.
+the drawn steps, see `gradselect.blocks.StepCost`; `of limit` is the share of it that was reached.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,11 +25,12 @@ import torch
 from torch import nn
 
 import gradselect as gs
-from gradselect.blocks import StepCost
+from gradselect.blocks import StepCost, speed_up_limit
 
 RESULT = common.RESULTS / "step_time.json"
 LR = 1e-5
-LORA_RANKS = (16, 128, 256)
+LORA_RANKS = (16, 256)
+SLICES = ("layer.*.columns.*",)
 
 
 class UpdateClock:
@@ -60,13 +62,49 @@ class UpdateClock:
         self.records.append(record)
 
 
-def blocks(policy: gs.AbstractPolicy, **settings: Any) -> Callable[[nn.Module], gs.BlockOptimizer]:
-    return partial(gs.BlockOptimizer, policy=policy, lr=LR, rule=gs.AdamWRule(fused=True), **settings)
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """A policy on a partition: what makes the optimizer of a model.
+
+    Args:
+        policy: selects.
+        partition: arguments of `gradselect.partition`.
+        settings: further arguments of `BlockOptimizer`.
+    """
+
+    policy: gs.AbstractPolicy
+    partition: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, model: nn.Module) -> gs.BlockOptimizer:
+        blocks = gs.partition(model, **self.partition)
+        return gs.BlockOptimizer(
+            model, self.policy, blocks=blocks, lr=LR, rule=gs.AdamWRule(fused=True), **self.settings
+        )
+
+    def cost(self, model: nn.Module) -> StepCost:
+        """Return the cost of steps of the model that `__call__` has partitioned."""
+        return StepCost.of_model(model, gs.partition(model, **self.partition))
 
 
-def exploiting(share: float, **settings: Any) -> Callable[[nn.Module], gs.BlockOptimizer]:
+def exploiting(share: float, **settings: Any) -> Selection:
     """AdaGradSelect that explores in the first step alone."""
-    return blocks(gs.AdaGradSelect(fraction=share, explore_steps=1), **settings)
+    return Selection(policy=gs.AdaGradSelect(fraction=share, explore_steps=1), settings=settings)
+
+
+def cost_aware(**partition: Any) -> Selection:
+    """Depths drawn by gain per time, the embedding left out, as many blocks as AdaGradSelect's 20 % of the layers."""
+    among = SLICES if partition else ("layer.*",)
+    share = 1 / 8 if partition else 0.2
+    return Selection(policy=gs.CostAware(fraction=share, among=among, explore_steps=1), partition=partition)
+
+
+def slices(parts: int, *, layers: int | None = None, by: str = "columns") -> Selection:
+    """One of `parts` ranges of each layer, another one at each step; if `layers` is given, of their upper half only."""
+    where = SLICES if layers is None else tuple(f"layer.{n}.columns.*" for n in range(layers // 2, layers))
+    among = tuple(name.replace("columns", by) for name in where)
+    policy = gs.Stratified(count=1, order="rotate", among=among)
+    return Selection(policy=policy, partition={"by": by, "parts": parts})
 
 
 def badam_package(model: nn.Module) -> torch.optim.Optimizer:
@@ -83,21 +121,31 @@ def badam_package(model: nn.Module) -> torch.optim.Optimizer:
 
 
 FULL = partial(common.fused_adamw, lr=LR)
-OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
-    "full, torch AdamW fused": FULL,
-    "full, All()": blocks(gs.All()),
-    "AdaGradSelect 10 %, exploit": exploiting(0.1),
-    "AdaGradSelect 20 %, exploit": exploiting(0.2),
-    "AdaGradSelect 20 %, exploit, Offload()": exploiting(0.2, residency=gs.Offload()),
-    "AdaGradSelect 20 %, exploit, Drop()": exploiting(0.2, residency=gs.Drop()),
-    "AdaGradSelect 20 %, exploit, embedding always": exploiting(0.2, always=("embedding",)),
-    "AdaGradSelect 30 %, exploit": exploiting(0.3),
-    "AdaGradSelect 20 %, explore": blocks(gs.AdaGradSelect(fraction=0.2, explore_steps=10**9)),
-    "LISA, 2 layers + embedding, norm, head": blocks(
-        gs.Uniform(count=2, every=20), always=("embedding", "norm", "head")
-    ),
-    "BAdam, 1 block": blocks(gs.Cyclic(every=2), residency=gs.Drop()),
-}
+
+
+def optimizers(layers: int) -> dict[str, Callable[[nn.Module], Any]]:
+    """Return what makes the optimizer of each method; `layers` is their number."""
+    return {
+        "full, torch AdamW fused": FULL,
+        "full, All()": Selection(policy=gs.All()),
+        "AdaGradSelect 10 %, exploit": exploiting(0.1),
+        "AdaGradSelect 20 %, exploit": exploiting(0.2),
+        "AdaGradSelect 20 %, exploit, Offload()": exploiting(0.2, residency=gs.Offload()),
+        "AdaGradSelect 20 %, exploit, Drop()": exploiting(0.2, residency=gs.Drop()),
+        "AdaGradSelect 20 %, exploit, embedding always": exploiting(0.2, always=("embedding",)),
+        "AdaGradSelect 30 %, exploit": exploiting(0.3),
+        "AdaGradSelect 20 %, explore": Selection(policy=gs.AdaGradSelect(fraction=0.2, explore_steps=10**9)),
+        "cost-aware, 20 % of layers, exploit": cost_aware(),
+        "slices, 1/4 of the columns": slices(4),
+        "slices, 1/8 of the columns": slices(8),
+        "slices, 1/8 of the rows": slices(8, by="rows"),
+        "slices, 1/8 of the columns, upper half": slices(8, layers=layers),
+        "slices, 1/8, cost-aware, exploit": cost_aware(by="columns", parts=8),
+        "LISA, 2 layers + embedding, norm, head": Selection(
+            policy=gs.Uniform(count=2, every=20), settings={"always": ("embedding", "norm", "head")}
+        ),
+        "BAdam, 1 block": Selection(policy=gs.Cyclic(every=2), settings={"residency": gs.Drop()}),
+    }
 
 
 class Competitor:
@@ -105,6 +153,7 @@ class Competitor:
 
     def __init__(self, name: str, model: nn.Module, make_optimizer: Callable[[nn.Module], Any]) -> None:
         self.gradient_bytes = 0
+        self.make_optimizer = make_optimizer
         self.method = common.Method(name, model, make_optimizer(model), after_backward=self._after_backward)
         self.clock = UpdateClock(own) if isinstance(own := self.method.optimizer, gs.BlockOptimizer) else None
 
@@ -114,11 +163,13 @@ class Competitor:
             self.clock.begin()
 
     def row(self, baseline: common.Method) -> dict[str, Any]:
-        own, state = self.method, common.state_bytes(self.method.optimizer)
+        own, state, limit = self.method, common.state_bytes(self.method.optimizer), self._flop_limit()
+        speed_up = common.ratio_columns("speed_up", baseline.seconds, own.seconds)
         return {
             "method": own.name,
-            **common.ratio_columns("speed_up", baseline.seconds, own.seconds),
-            "flop_limit": self._flop_limit(),
+            **speed_up,
+            "flop_limit": limit,
+            "limit_reached": None if limit is None else speed_up["speed_up"] / limit,
             "seconds": statistics.median(own.seconds),
             "optimizer_seconds": statistics.median(own.optimizer_seconds),
             "bookkeeping_share": self._bookkeeping_share(),
@@ -128,12 +179,15 @@ class Competitor:
         }
 
     def _flop_limit(self) -> float | None:
-        own = self.method
-        if self.clock is None:
-            return None
-        records = self.clock.records[-len(own.seconds) :]
-        cost = StepCost.of_model(own.model, gs.partition(own.model))
-        return statistics.mean(1.0 if r.explored else 1 / cost.relative_time(r.selected) for r in records)
+        """Return the speed-up that FLOPs allow; None for an optimizer that does not tell what it trains."""
+        model = self.method.model
+        if self.clock is None or not isinstance(self.make_optimizer, Selection):
+            trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+            cost = StepCost.of_model(model, {"trained": trained})
+            return 1 / cost.relative_time(["trained"]) if self.make_optimizer is FULL else None
+        cost, records = self.make_optimizer.cost(model), self.clock.records[-len(self.method.seconds) :]
+        trained = [cost.weights if record.explored else record.selected for record in records]
+        return speed_up_limit(trained, cost)
 
     def _bookkeeping_share(self) -> float | None:
         own = self.method
@@ -155,7 +209,7 @@ def competitors(arguments: argparse.Namespace) -> Iterator[Competitor]:
         vocabulary=arguments.vocabulary,
         length=arguments.length,
     )
-    for name, make_optimizer in OPTIMIZERS.items():
+    for name, make_optimizer in optimizers(arguments.layers).items():
         yield Competitor(name, common.random_model(config), make_optimizer)
     for rank in LORA_RANKS:
         yield Competitor(
@@ -168,7 +222,7 @@ def competitors(arguments: argparse.Namespace) -> Iterator[Competitor]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    headings = ["method", "speed-up", "min-max", "limit", "optimizer s", "bookkeeping"]
+    headings = ["method", "speed-up", "min-max", "limit", "of limit", "optimizer s", "bookkeeping"]
     return common.markdown_table(
         [*headings, "state MB", "on host MB", "gradients MB"],
         [
@@ -177,6 +231,7 @@ def markdown(result: dict[str, Any]) -> str:
                 f"{row['speed_up']:.2f}",
                 f"{row['speed_up_min']:.2f}-{row['speed_up_max']:.2f}",
                 "" if row["flop_limit"] is None else f"{row['flop_limit']:.2f}",
+                "" if row.get("limit_reached") is None else f"{100 * row['limit_reached']:.0f} %",
                 f"{row['optimizer_seconds']:.3f}",
                 "" if row["bookkeeping_share"] is None else f"{100 * row['bookkeeping_share']:.2f} %",
                 common.megabytes(row["state_on_device_bytes"], digits=0),
