@@ -48,11 +48,12 @@ def speed() -> str:
     settings, machine = result["settings"], result["machine"]
     size = f"{settings['layers']} layers of width {settings['hidden']}, vocabulary {settings['vocabulary']:,}"
     turns = f"--rounds {settings['rounds']} --warmup {settings['warmup']}"
+    reached = ", `of limit` the share of it that was reached" if "limit_reached" in result["methods"][0] else ""
     return (
         f"`python benchmarks/step_time.py {turns}`: a Qwen2-type model of {size}, batch {settings['batch']} x "
         f"{settings['length']}, fp32, {machine['threads']} CPU threads, torch {machine['torch']}. Methods take turns; "
         "the speed-up is the median over rounds against full fine-tuning in the same round. `limit` is what the FLOPs "
-        "allow.\n\n" + step_time.markdown(result)
+        f"allow{reached}.\n\n" + step_time.markdown(result)
     )
 
 

@@ -222,25 +222,26 @@ def competitors(arguments: argparse.Namespace) -> Iterator[Competitor]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    headings = ["method", "speed-up", "min-max", "limit", "of limit", "optimizer s", "bookkeeping"]
-    return common.markdown_table(
-        [*headings, "state MB", "on host MB", "gradients MB"],
-        [
-            [
-                row["method"],
-                f"{row['speed_up']:.2f}",
-                f"{row['speed_up_min']:.2f}-{row['speed_up_max']:.2f}",
-                "" if row["flop_limit"] is None else f"{row['flop_limit']:.2f}",
-                "" if row.get("limit_reached") is None else f"{100 * row['limit_reached']:.0f} %",
-                f"{row['optimizer_seconds']:.3f}",
-                "" if row["bookkeeping_share"] is None else f"{100 * row['bookkeeping_share']:.2f} %",
-                common.megabytes(row["state_on_device_bytes"], digits=0),
-                common.megabytes(row["state_on_host_bytes"], digits=0),
-                common.megabytes(row["gradient_bytes_after_backward"], digits=0),
-            ]
-            for row in result["methods"]
-        ],
-    )
+    """Return the table of a result; without the share of the limit for a result that was made before it had one."""
+    rows = [_cells(row) for row in result["methods"]]
+    unknown = {"of limit"} if all("limit_reached" not in row for row in result["methods"]) else set()
+    headings = [heading for heading in rows[0] if heading not in unknown]
+    return common.markdown_table(headings, [[cells[heading] for heading in headings] for cells in rows])
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "method": row["method"],
+        "speed-up": f"{row['speed_up']:.2f}",
+        "min-max": f"{row['speed_up_min']:.2f}-{row['speed_up_max']:.2f}",
+        "limit": "" if row["flop_limit"] is None else f"{row['flop_limit']:.2f}",
+        "of limit": "" if row.get("limit_reached") is None else f"{100 * row['limit_reached']:.0f} %",
+        "optimizer s": f"{row['optimizer_seconds']:.3f}",
+        "bookkeeping": "" if row["bookkeeping_share"] is None else f"{100 * row['bookkeeping_share']:.2f} %",
+        "state MB": common.megabytes(row["state_on_device_bytes"], digits=0),
+        "on host MB": common.megabytes(row["state_on_host_bytes"], digits=0),
+        "gradients MB": common.megabytes(row["gradient_bytes_after_backward"], digits=0),
+    }
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

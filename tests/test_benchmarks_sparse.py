@@ -18,9 +18,20 @@ gsm8k_masks = importlib.import_module("gsm8k_masks")
 encoder_text = importlib.import_module("encoder_text")
 pretrain_encoder = importlib.import_module("pretrain_encoder")
 sparse_step = importlib.import_module("sparse_step")
+step_time = importlib.import_module("step_time")
 
 
 # Tables and bytes ---------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_step_times_has_the_share_of_the_limit_where_the_result_has_it():
+    rows = common.read_result(step_time.RESULT)["methods"][:2]
+    before = [{key: value for key, value in row.items() if key != "limit_reached"} for row in rows]
+    after = [{**before[0], "limit_reached": None}, {**before[1], "limit_reached": 0.914}]
+    assert "of limit" not in step_time.markdown({"methods": before})
+    heading, _, *lines = step_time.markdown({"methods": after}).splitlines()
+    column = heading.split("|").index(" of limit ")
+    assert [line.split("|")[column].strip() for line in lines] == ["", "91 %"]
 
 
 def test_the_table_of_glue_has_means_over_seeds_and_over_tasks():

@@ -120,7 +120,11 @@ def test_the_equal_time_suite_drops_its_budget_with_null() -> None:
     suite = load_suite(folder / "small-equal-time.yaml")
     assert suite.budget is not None
     assert (suite.budget.time_of, suite.seeds) == ("full", 5)
-    assert list(suite.methods)[: len(plain := load_suite(folder / "small.yaml").methods)] == list(plain)
+    # What both suites have is the same method, whatever this one drops or adds: only the time differs.
+    plain = load_suite(folder / "small.yaml").methods
+    both = [name for name in suite.methods if name in plain]
+    assert {"full", "AdaGradSelect 3 of 8 + embedding"} <= set(both)
+    assert [suite.methods[name].method for name in both] == [plain[name].method for name in both]
     assert load_suite(folder / "small-equal-time.yaml", ["budget=null"]).budget is None
 
 
