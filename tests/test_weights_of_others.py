@@ -114,7 +114,7 @@ def test_only_values_that_changed_are_taken_over():
     before = optimizer.state[embedding]["master"].clone()
     with torch.no_grad():
         embedding[3] = 7.0
-    optimizer._states.follow_weights(["embedding"])
+    optimizer._updates.follow_weights(["embedding"])
     after = optimizer.state[embedding]["master"]
     assert torch.equal(after[3], torch.full_like(after[3], 7.0))
     rest = [row for row in range(len(after)) if row != 3]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import Parameter
 
-from gradselect.core import AbstractGradientHooks, BlockStates, Group, Ownership, ParameterTable
+from gradselect.core import AbstractGradientHooks, BlockStates, Group, Ownership, ParameterTable, WeightUpdates
 from gradselect.usage import UsageError
 
 from .borders import BorderRules
@@ -28,7 +28,8 @@ class BackwardUpdates(AbstractGradientHooks):
     before it is freed.
 
     Args:
-        states: apply the rule.
+        states: of all blocks.
+        updates: apply the rule.
         table: finds parameters and their groups.
         ownership: of the optimizer.
         borders: of the optimizer.
@@ -42,6 +43,7 @@ class BackwardUpdates(AbstractGradientHooks):
     def __init__(
         self,
         states: BlockStates,
+        updates: WeightUpdates,
         table: ParameterTable,
         ownership: Ownership,
         borders: BorderRules,
@@ -51,6 +53,7 @@ class BackwardUpdates(AbstractGradientHooks):
         super().__init__(ownership, accumulation_steps=1)
         self.is_active = is_active
         self._states = states
+        self._updates = updates
         self._table = table
         self._borders = borders
         self._names: tuple[str, ...] = ()
@@ -93,7 +96,7 @@ class BackwardUpdates(AbstractGradientHooks):
             )
         if not self._moved:
             self._states.admit((*self._names, *self._borders.coasting(self._names)))
-            self._states.follow_weights(self._names)
+            self._updates.follow_weights(self._names)
         self._moved.add(parameter)
-        self._states.update([parameter], self._borders.group_of(*self._groups[parameter]))
+        self._updates.update([parameter], self._borders.group_of(*self._groups[parameter]))
         parameter.grad = None

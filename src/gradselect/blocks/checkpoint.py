@@ -89,6 +89,7 @@ def read_state_dict(optimizer: BlockOptimizer, state_dict: Mapping[str, Any]) ->
     _say_other_use(selection.get("in_use"), _in_use(optimizer))
     states = optimizer._states
     states.load(states_by_name(state_dict, selection, optimizer._table.names), resident=selection["resident"])
+    optimizer._updates.forget()
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         group.update({key: value for key, value in saved.items() if key not in NOT_OF_A_GROUP})
     optimizer._step = selection["step"]

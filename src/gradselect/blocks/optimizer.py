@@ -95,7 +95,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         self._unreached.check(selected, norms, has_gradient=self._in_backward.has_gradient)
         coasting = self._borders.coasting(selected)
         self._states.admit((*selected, *coasting))  # 2
-        self._states.follow_weights((*selected, *coasting))
+        self._updates.follow_weights((*selected, *coasting))
         self._update(selected, coasting)  # 3
         self._release(selected)  # 4
         record = self._commit(selected, coasting, norms)
@@ -129,10 +129,10 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         """Apply the rule, block by block."""
         for name in selected:
             for group, parameters in self._table.by_group(name):
-                self._states.update(parameters, self._borders.group_of(name, group))
+                self._updates.update(parameters, self._borders.group_of(name, group))
         for name in coasting:
             for group, parameters in self._table.by_group(name):
-                self._states.coast(parameters, self._borders.coasting_group_of(name, group))
+                self._updates.coast(parameters, self._borders.coasting_group_of(name, group))
 
     @in_phase(SELECTION)
     def _commit(self, selected: tuple[str, ...], coasted: tuple[str, ...], norms: Mapping[str, float]) -> StepRecord:
@@ -149,7 +149,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             selection_entropy=selection_entropy({name: self._update_counts[name] for name in self.policy.names}),
             norms=norms,
             measure=self.policy.measured(),
-            refreshed=self._states.take_refreshed(),
+            refreshed=self._updates.take_refreshed(),
             coasted=coasted,
             rates=self._borders.commit(selected),
         )
@@ -246,7 +246,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
             passes=self._passes,
         )
         self._in_backward = BackwardUpdates(
-            self._states, self._table, self._ownership, self._borders, is_active=update_in_backward
+            self._states, self._updates, self._table, self._ownership, self._borders, is_active=update_in_backward
         )
         self._unreached = UnreachedBlocks(self._model)
         named = {*self.policy.names, *self._always}

@@ -25,6 +25,7 @@ from .sgd import SGDRule
 from .state import BlockStates
 from .torch_rule import TorchRule
 from .watch import is_list
+from .weight_updates import WeightUpdates
 
 __all__ = [
     "ADVICE",
@@ -67,6 +68,7 @@ __all__ = [
     "StepRecord",
     "TorchRule",
     "UpdateSettings",
+    "WeightUpdates",
     "agrees",
     "as_text",
     "below",

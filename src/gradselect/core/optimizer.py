@@ -30,6 +30,7 @@ from .saved_names import places_of
 from .settings import UpdateSettings
 from .state import BlockStates
 from .state_store import StateStore
+from .weight_updates import WeightUpdates
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
         self._record_hooks: OrderedDict[int, Callable[[Record], None]] = OrderedDict()
         self._table = ParameterTable(self.param_groups, {block.name: block.parameter_names for block in blocks})
         self._states = BlockStates(self.state, self._table, update, phases=self._phases)
+        self._updates = WeightUpdates(self._states, self._table, update.rule)
         self._hold(model, owned)
 
     # For users -----------------------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
         state_dict with other weights than those it was saved with, which is refused otherwise.
         """
         self._watch.expect(None)
-        self._states.refresh_masters()
+        self._updates.refresh_masters()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that decides the next step, as tensors and plain values.
@@ -322,8 +324,8 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
 
     def _take_moved(self) -> dict[Tensor, Tensor | None]:
         """Return what moved since the last call, as `make_patch` takes it."""
-        moved = dict.fromkeys(self._states.moved)
-        self._states.moved.clear()
+        moved = dict.fromkeys(self._updates.moved)
+        self._updates.moved.clear()
         return moved
 
     def _has_rate(self) -> bool:

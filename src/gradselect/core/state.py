@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradselect.parallel import as_dtensor, local_part, local_part_like
+from gradselect.parallel import local_part
 from gradselect.usage import UsageError
 
 from .block import num_bytes
-from .gradients import dense
-from .masters import HALF, MASTER, MasterWatch, check_master, packed
+from .masters import HALF, MASTER, check_master
 from .parameter_groups import ParameterTable
 from .phases import STATE, Phases, in_phase
 from .residency import AbstractMover, AbstractResidency, StateCopy, default_residency
 from .rules import State
 from .settings import UpdateSettings
-
-logger = logging.getLogger(__name__)
+from .state_form import StateForm
 
 
 class BlockStates:
@@ -35,8 +31,6 @@ class BlockStates:
     Attributes:
         resident: blocks whose state is on the device.
         moved_bytes: bytes that moved between device and host since the last step.
-        refreshed: blocks whose masters followed since they were last taken.
-        moved: parameters that were updated since the last patch.
 
     Args:
         store: the optimizer's `state`, by parameter.
@@ -57,16 +51,12 @@ class BlockStates:
         self._phases = phases
         self._store = store
         self._table = table
-        self._rule = update.rule
+        self._form = StateForm(update.rule, master_dtype=update.master_dtype)
         self._given = update.residency
-        self._master_dtype = update.master_dtype
         self._open: tuple[torch.device, AbstractResidency, AbstractMover] | None = None
-        self._masters = MasterWatch()
         self._shown: set[Tensor] = set()
         self.resident: set[str] = set()
         self.moved_bytes = 0
-        self.refreshed: list[str] = []
-        self.moved: set[Tensor] = set()
 
     def admit(self, names: Collection[str]) -> None:
         """Make the state of these blocks ready on the device; if the residency frees, no other state stays there."""
@@ -98,34 +88,27 @@ class BlockStates:
             # Dropped state no longer exists, so it counts as not moved.
             self.moved_bytes += sum(map(self.num_bytes, (*leaving, *coming)))
 
-    def follow_weights(self, names: Collection[str]) -> None:
-        """Let masters of resident blocks follow weights that others have changed; `refreshed` names those blocks.
+    def masters(self) -> dict[Tensor, Tensor]:
+        """Return the masters that exist, wherever they are, by parameter."""
+        held = {parameter: state for parameter, state in self._store.items() if parameter not in self._shown}
+        return {parameter: state[MASTER] for parameter, state in held.items() if MASTER in state}
+
+    def masters_of(self, names: Collection[str]) -> dict[Parameter, Tensor]:
+        """Return the masters of half-precision weights of resident blocks, by parameter.
 
         A weight that was cast to half precision after its first update gets its master now.
         """
-        if self._master_dtype is None:
-            return
         masters = {}
+        if self._form.master_dtype is None:
+            return masters
         for name in names:
             for parameter, state in self._existing(name):
                 if state and MASTER not in state and parameter.dtype in HALF:
-                    state[MASTER] = local_part(parameter).detach().to(self._master_dtype, copy=True)
+                    state[MASTER] = self._form.master_of(local_part(parameter))
                     self._mover.adopt(state, [MASTER])
                 if MASTER in state and parameter.dtype in HALF:
                     masters[parameter] = state[MASTER]
-        changed = set(map(id, self._masters.follow(masters))) if masters else ()
-        if changed:
-            self.refreshed += [name for name in names if not changed.isdisjoint(map(id, self._table.of(name)))]
-            logger.info("weights of %s were changed by something else; masters follow", ", ".join(self.refreshed))
-
-    def wrote(self, parameter: Parameter) -> None:
-        """Note that the optimizer itself has just written a weight, beside `update`."""
-        self._masters.wrote(parameter)
-
-    def take_refreshed(self) -> tuple[str, ...]:
-        """Return the blocks whose masters followed since the last call."""
-        taken, self.refreshed = tuple(self.refreshed), []
-        return taken
+        return masters
 
     def wait(self) -> None:
         """Wait until all state may be read, wherever it is."""
@@ -136,15 +119,10 @@ class BlockStates:
         # Reading optimizer.state[parameter], as a logging loop may, leaves an empty state.
         if not self.exists(parameter):
             self._shown.discard(parameter)
-            self._store[parameter] = state = self._make(local_part(parameter))
-            self._mover.adopt(state, self._large(state))
+            self._store[parameter] = state = self._form.make(local_part(parameter))
+            self._mover.adopt(state, self._form.large(state))
         state = self._store[parameter]
-        if self._rule.state_names and state.keys().isdisjoint(self._rule.state_names):
-            raise UsageError(
-                f"something else keeps {', '.join(map(repr, state))} in the optimizer's state: a wrapper such as "
-                "schedule-free's averages weights that it believes to move at every step, and most blocks do not; use "
-                "the optimizer without it, with a schedule of torch.optim.lr_scheduler"
-            )
+        self._form.check_own(state)
         return state
 
     def exists(self, parameter: Tensor) -> bool:
@@ -158,7 +136,7 @@ class BlockStates:
         """
         for parameter in self._table.all():
             if not self.exists(parameter):
-                self._store[parameter] = others.get(parameter) or self._zeros(parameter, is_to_load=is_to_load)
+                self._store[parameter] = others.get(parameter) or self._form.zeros(parameter, is_to_load=is_to_load)
                 self._shown.add(parameter)
 
     def hide(self) -> None:
@@ -166,54 +144,9 @@ class BlockStates:
         while self._shown:
             self._store.pop(self._shown.pop(), None)
 
-    def update(
-        self, parameters: Sequence[Parameter], group: Mapping[str, Any], *, gradient: Tensor | None = None
-    ) -> None:
-        """Apply the rule to parameters of one group; masters replace half-precision weights in it.
-
-        A parameter without a gradient does not move.
-
-        Args:
-            parameters: of the group.
-            group: hyper-parameters.
-            gradient: replaces the gradient of the only parameter; may have the dtype of its master.
-
-        Raises:
-            UsageError: a gradient is sparse.
-        """
-        grads = [parameter.grad if gradient is None else gradient for parameter in parameters]
-        moving = [(parameter, grad) for parameter, grad in zip(parameters, grads, strict=True) if grad is not None]
-        if not moving:
-            return
-        moved = [parameter for parameter, _ in moving]
-        states, targets, weights = self._prepared(moved)
-        grads = [dense(local_part(grad)).to(weight.dtype) for weight, (_, grad) in zip(weights, moving, strict=True)]
-        self._rule.update(weights, grads, states, group)
-        self._write(moved, targets, weights)
-
-    def coast(self, parameters: Sequence[Parameter], group: Mapping[str, Any]) -> None:
-        """Let the rule move the parameters that have state by their momentum, as `update` does by gradients."""
-        moved = [parameter for parameter in parameters if self.exists(parameter)]
-        states, targets, weights = self._prepared(moved)
-        self._rule.coast(weights, states, group)
-        self._write(moved, targets, weights)
-
-    def _prepared(self, parameters: Sequence[Parameter]) -> tuple[list[State], list[Tensor], list[Tensor]]:
-        """Return the states, the local parts, and what the rule moves: masters, or the local parts themselves."""
-        states, targets = list(map(self.of, parameters)), list(map(local_part, parameters))
-        return states, targets, [s.get(MASTER, packed(t)) for s, t in zip(states, targets, strict=True)]
-
-    def _write(self, parameters: Sequence[Parameter], targets: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-        """Note that these parameters have moved; round masters to their weights."""
-        self.moved.update(parameters)
-        for parameter, target, weight in zip(parameters, targets, weights, strict=True):
-            if weight is not target:
-                target.copy_(weight)
-                self._masters.wrote(parameter)
-
     def num_bytes(self, name: str) -> int:
         """Bytes of the block's moments and masters, on device or host."""
-        return sum(num_bytes(state[key]) for _, state in self._existing(name) for key in self._large(state))
+        return sum(self._form.num_bytes(state) for _, state in self._existing(name))
 
     def memory(self) -> tuple[int, int, int]:
         """Bytes held now: of masters on the device, of moments on the device, of both on the host."""
@@ -223,23 +156,10 @@ class BlockStates:
         host_bytes = sum(self.num_bytes(name) for name in self._table.blocks if name not in self.resident)
         return master_bytes, device_bytes - master_bytes, host_bytes
 
-    def refresh_masters(self) -> None:
-        """Set masters to the current weights."""
-        self.wait()
-        for parameter, state in self._store.items():
-            if MASTER in state and parameter not in self._shown:
-                state[MASTER].copy_(local_part(parameter))
-
     def as_dtensors(self, states: Mapping[int, State]) -> dict[int, State]:
         """Return states for a checkpoint, by number of the parameter, sharded as their weights are."""
         parameters = self._table.all()
-        return {
-            number: {
-                key: as_dtensor(value, like=parameters[number]) if key in self._large(state) else value
-                for key, value in state.items()
-            }
-            for number, state in states.items()
-        }
+        return {number: self._form.as_dtensors(state, parameters[number]) for number, state in states.items()}
 
     def filled(self, states: Mapping[int, State], *, is_to_load: bool) -> dict[int, State]:
         """Return `states` with zeros for every parameter that has no state.
@@ -249,7 +169,7 @@ class BlockStates:
             is_to_load: True if the zeros will be written to; otherwise they take no memory.
         """
         missing = {
-            number: self._zeros(parameter, is_to_load=is_to_load)
+            number: self._form.zeros(parameter, is_to_load=is_to_load)
             for number, parameter in enumerate(self._table.all())
             if not states.get(number)
         }
@@ -265,48 +185,21 @@ class BlockStates:
             UsageError: masters are missing or have another dtype than in this run.
         """
         for name, parameter in self._table.named():
-            check_master(name, saved[name], parameter, master_dtype=self._master_dtype)
+            check_master(name, saved[name], parameter, master_dtype=self._form.master_dtype)
         self._mover.forget()
-        self._masters.forget()
         self._store.clear()
         self._shown.clear()
         self.resident = set()
         for block in sorted(self._table.blocks, key=lambda block: block in resident):
             for name, parameter in zip(self._table.members[block], self._table.of(block), strict=True):
                 if saved[name]:
-                    self._store[parameter] = state = self._placed(saved[name], parameter)
-                    self._mover.adopt(state, self._large(state))
+                    self._store[parameter] = state = self._form.placed(saved[name], parameter)
+                    self._mover.adopt(state, self._form.large(state))
             if block in resident or self._existing(block):
                 self.resident.add(block)
             if block not in resident:
                 self.prefetch(self.resident - {block})
         self.moved_bytes = 0
-
-    def _placed(self, state: State, parameter: Parameter) -> State:
-        large = self._large(state)
-        counter_device = self._rule.counter_device(parameter)
-        return {
-            key: local_part_like(value, like=parameter).to(
-                parameter.device if key in large else counter_device, copy=True
-            )
-            for key, value in state.items()
-        }
-
-    def _zeros(self, parameter: Parameter, *, is_to_load: bool) -> State:
-        """Return a state of zeros for the parameter."""
-        state = self._make(local_part(parameter).to("meta"))
-        for key, value in state.items():
-            is_large = key in self._large(state)
-            device = parameter.device if is_large else self._rule.counter_device(parameter)
-            zeros = torch.zeros((), dtype=value.dtype, device=device).expand(value.shape)
-            state[key] = zeros.contiguous() if is_to_load or not is_large else zeros
-        return state
-
-    def _make(self, weight: Tensor) -> State:
-        if self._master_dtype is None or weight.dtype not in HALF:
-            return self._rule.make_state(weight)
-        master = weight.detach().to(self._master_dtype, copy=True)
-        return {MASTER: master, **self._rule.make_state(master)}
 
     @property
     def residency(self) -> AbstractResidency:
@@ -340,16 +233,14 @@ class BlockStates:
             )
 
     def _needed_bytes(self, parameter: Parameter) -> int:
-        state = self._store[parameter] if self.exists(parameter) else self._make(local_part(parameter).to("meta"))
-        return sum(num_bytes(state[name]) for name in self._large(state))
+        if self.exists(parameter):
+            return self._form.num_bytes(self._store[parameter])
+        return self._form.num_bytes_for(parameter)
 
     def _copy_of(self, name: str) -> StateCopy:
-        states = [(state, self._large(state)) for _, state in self._existing(name)]
+        states = [(state, self._form.large(state)) for _, state in self._existing(name)]
         return StateCopy(states=states, num_bytes=self.num_bytes(name))
 
     def _existing(self, name: str) -> list[tuple[Parameter, State]]:
         known = [parameter for parameter in self._table.of(name) if parameter in self._store]
         return [(parameter, self._store[parameter]) for parameter in known if parameter not in self._shown]
-
-    def _large(self, state: State) -> list[str]:
-        return [*self._rule.large_names(state), *([MASTER] if MASTER in state else [])]

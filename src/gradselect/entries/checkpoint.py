@@ -79,6 +79,7 @@ def read_state_dict(optimizer: SparseOptimizer, state_dict: Mapping[str, Any]) -
     check_present(states, list(entries.names))
     whole = {name: {} if name in entries.names else state for name, state in states.items()}
     optimizer._states.load(whole, resident=optimizer._dense.names)
+    optimizer._updates.forget()
     entries.load({name: shards.local_state(name, states[name]) for name in entries.names})
     optimizer.mask.filled_steps = selection.get("filled_steps", optimizer.mask.filled_steps)
     optimizer._selector.count()

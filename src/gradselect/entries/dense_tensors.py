@@ -11,11 +11,11 @@ from torch.nn import Parameter
 from gradselect.core import (
     MASTER,
     SELECTION,
-    AbstractRule,
     BlockStates,
     Group,
     ParameterTable,
     Phases,
+    WeightUpdates,
     dense,
     in_phase,
     squared_norm,
@@ -32,8 +32,8 @@ class DenseTensors:
         names: of the tensors.
         table: finds their parameters.
         states: hold their state.
+        updates: apply the rule.
         mask: of the optimizer; a compact one has no effect here.
-        rule: the update formula.
         phases: of the optimizer.
     """
 
@@ -42,16 +42,16 @@ class DenseTensors:
         names: Sequence[str],
         table: ParameterTable,
         states: BlockStates,
+        updates: WeightUpdates,
         *,
         mask: AbstractMask,
-        rule: AbstractRule,
         phases: Phases,
     ) -> None:
         self.names = tuple(names)
         self._table = table
         self._states = states
+        self._updates = updates
         self._mask = mask if isinstance(mask, AbstractDenseMask) else None
-        self._rule = rule
         self._phases = phases
         self._is_asked = False
         self._moved: dict[Tensor, Tensor] = {}
@@ -103,7 +103,7 @@ class DenseTensors:
                 if name in masks:
                     self._update_masked(parameter, group, masks[name])
                 else:
-                    self._states.update([parameter], group)
+                    self._updates.update([parameter], group)
                 parameter.grad = None
 
     def take_moved(self) -> dict[Tensor, Tensor | None]:
@@ -112,9 +112,9 @@ class DenseTensors:
         Lists entries of a mask on "update" from the second call on: a mask of one byte an entry is kept meanwhile.
         """
         masked = {parameter: mask.view(-1).nonzero().view(-1) for parameter, mask in self._moved.items()}
-        whole = dict.fromkeys(self._states.moved)
+        whole = dict.fromkeys(self._updates.moved)
         self._moved.clear()
-        self._states.moved.clear()
+        self._updates.moved.clear()
         self._is_asked = True
         return {**masked, **whole}
 
@@ -136,23 +136,23 @@ class DenseTensors:
         mine = local_part(parameter)
         weight = self._states.of(parameter).get(MASTER, mine)
         if self._mask.mask == "update":
-            before, was_moved = weight.clone(), parameter in self._states.moved
-            self._states.update([parameter], group)
+            before, was_moved = weight.clone(), parameter in self._updates.moved
+            self._updates.update([parameter], group)
             weight.copy_(torch.where(mask, weight, before))
             mine.copy_(weight)
-            self._states.wrote(parameter)
+            self._updates.wrote(parameter)
             if self._is_asked and not was_moved:
-                self._states.moved.discard(parameter)
+                self._updates.moved.discard(parameter)
                 self._moved[parameter] = mask | self._moved[parameter] if parameter in self._moved else mask
             return
         assert parameter.grad is not None
         gradient, decay = local_part(parameter.grad), group["weight_decay"]
-        if self._rule.decouples_decay:
+        if self._updates.rule.decouples_decay:
             weight.copy_(torch.where(mask, weight * (1 - group["lr"] * decay), weight))
         elif decay:
             # In the master's dtype: beside a gradient of half precision a small decay would be rounded away.
             gradient = gradient.to(weight.dtype).add(torch.where(mask, weight, 0.0), alpha=decay)
-        self._states.update([parameter], {**group, "weight_decay": 0.0}, gradient=gradient)
+        self._updates.update([parameter], {**group, "weight_decay": 0.0}, gradient=gradient)
 
     def _gradients(self, names: Collection[str]) -> dict[str, Tensor]:
         """Local parts of the gradients that exist, by tensor name."""

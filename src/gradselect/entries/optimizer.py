@@ -96,7 +96,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         self._change = self._selector.select_by_gradient(is_whole=self._reader.saw_all) or self._change  # 1
         masks = self._dense.select()
         grad_norm = self._clip()  # 2
-        self._states.follow_weights(self._dense.names)
+        self._updates.follow_weights(self._dense.names)
         self._entries.update()  # 3
         self._dense.update(masks)
         record = self._describe(grad_norm, masks)
@@ -195,7 +195,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         phases, masked = self._phases, {tensor.name: tensor.parameter for tensor in self.mask.tensors}
         is_half = any(parameter.dtype in HALF for parameter in self._table.all())
         self._master_values = str(update.master_dtype) if is_half else "None"
-        self._dense = DenseTensors(dense, self._table, self._states, mask=self.mask, rule=update.rule, phases=phases)
+        self._dense = DenseTensors(dense, self._table, self._states, self._updates, mask=self.mask, phases=phases)
         self._entries = EntryStates(self.param_groups, compact, rule=update.rule, master_dtype=update.master_dtype)
         self._shards = Shards(masked)
         self._selector = EntrySelector(self.mask, self._entries, masked, self._shards, phases=phases)
@@ -317,7 +317,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
             overlap=change.num_kept / change.num_previous if change.num_previous else 1.0,
             grad_norm=grad_norm,
             state_bytes=sum(self._entries.num_bytes()) + self._dense.num_bytes(),
-            refreshed=(*self._entries.refreshed, *self._states.take_refreshed()),
+            refreshed=(*self._entries.refreshed, *self._updates.take_refreshed()),
         )
 
     def _facts(self) -> dict[str, Any]:
