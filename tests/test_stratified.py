@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from policy_support import make_blocks, take_step
-from tiny_models import tiny_batch, tiny_llama
+from tiny_models import tiny_batch, tiny_llama, tiny_t5
 
 import gradselect as gs
 from gradselect.policies.strata import strata_of
@@ -51,8 +51,10 @@ def in_layer(layer, selected):
         ("layer", "layer.1", "layer.1"),
         ("layer", "vision_tower.layer.1.columns.0", "vision_tower.layer.1.columns"),
         ("layer", "embedding", "embedding"),
+        ("layer", "decoder.layer.1.layer.0.SelfAttention.relative_attention_bias", "decoder.layer.1.matrices"),
         ("category", "layer.1.columns.3", "layer.1.columns"),
         ("category", "layer.1.self_attn.q_proj", "layer.1.self_attn"),
+        ("category", "decoder.layer.1.layer.1.EncDecAttention.q", "decoder.layer.1.EncDecAttention"),
         ("category", "layer.1.mlp.experts.down_proj", "layer.1.mlp"),
         ("category", "layer.1.fc1", "layer.1.matrices"),
         ("category", "layer.1.vectors", "layer.*.vectors"),
@@ -68,9 +70,17 @@ def test_the_stratum_of_a_block_follows_from_the_structure_of_its_name(by, name,
         "layer.1.mlp.experts.down_proj": ("layer.1.mlp.gate",),
         "layer.1.fc1": ("layer.1.fc2",),
         "layer.1.columns.3": ("layer.1.columns.4",),
+        "decoder.layer.1.layer.1.EncDecAttention.q": ("decoder.layer.1.layer.1.EncDecAttention.k",),
     }
     names = (name, *same_layer.get(name, ()))
     assert strata_of(names, by, None, 1).of[name] == stratum
+
+
+def test_the_sublayers_of_t5_are_no_layers():
+    names = tuple(block.name for block in gs.partition(tiny_t5(layers=2), by="matrix"))
+    strata = strata_of(names, "layer", 0.5, None)
+    layers = [f"{side}.layer.{number}" for side in ("encoder", "decoder") for number in range(2)]
+    assert {stratum for stratum in strata.members if stratum.endswith(".matrices")} == {f"{x}.matrices" for x in layers}
 
 
 def test_a_block_whose_layer_has_no_other_of_its_category_stands_with_those_of_all_layers():

@@ -21,7 +21,7 @@ FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = 2.0, 2.0, 2.0
 
 FULL_STEP = FORWARD + INPUT_GRADIENT + WEIGHT_GRADIENT
 
-_LAYER = re.compile(r"^(.*\.)?layer\.\d+")
+_LAYER = re.compile(r"^(.*?\.)?layer\.\d+")  # the first: T5's layers hold a list called "layer" themselves
 
 _INPUT_SIDE = frozenset(
     {"q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v", "q_lin", "k_lin", "v_lin", "wq", "wk", "wv"}

@@ -16,6 +16,7 @@ from gradselect.usage import UsageError
 By = Literal["layer", "category"]
 
 _SLICE = re.compile(r"(columns|rows)\.\d+")
+_SUBLAYER = re.compile(r"^layer\.\d+\.")  # of T5
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def strata_of(names: tuple[str, ...], by: By, fraction: float | None, count: int
 
         by="layer"     the slices of a layer; its other blocks of matrices; its 1-D tensors ("vectors")
         by="category"  the slices of a layer; its matrices by the first word of `rest`, which names the module that
-                       holds them ("self_attn", "mlp"), those that the layer holds itself together ("fc1", "fc2");
+                       holds them ("self_attn", "mlp"; of T5's "layer.0.SelfAttention" the name after the number),
+                       those that the layer holds itself together ("fc1", "fc2");
                        where a layer has one block of a category ("vectors", or the layer whole), such blocks of all
                        layers of a stack are one stratum
 
@@ -138,7 +140,7 @@ def _key(name: str, by: By) -> str:
         return f"{layer}.{found.group(1)}"
     if rest == "vectors":
         return name
-    module, dot, _ = rest.partition(".")
+    module, dot, _ = _SUBLAYER.sub("", rest).partition(".")
     return f"{layer}.{module}" if by == "category" and dot else f"{layer}.matrices"
 
 
