@@ -182,7 +182,10 @@ def test_mean_by_lowest_and_size_are_those_of_many_draws() -> None:
     assert mean_sum(found, sizes) == pytest.approx(sum(elements) / len(elements), rel=0.03)
 
 
-@pytest.mark.parametrize("policy", [gs.Uniform(count=2, every=500), gs.Cyclic(every=700)])
+@pytest.mark.parametrize(
+    "policy",
+    [gs.Uniform(count=2, every=500), gs.Cyclic(every=700), gs.Cyclic(every=5000), gs.Uniform(count=2, every=2500)],
+)
 def test_a_policy_that_seldom_changes_does_not_count_as_fixed(policy: gs.AbstractPolicy) -> None:
     found = survey(policy.bind(gs.partition(tiny_llama())))
     assert not found.is_fixed
@@ -190,6 +193,17 @@ def test_a_policy_that_seldom_changes_does_not_count_as_fixed(policy: gs.Abstrac
 
 
 # Mistakes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 450, 1250])
+@pytest.mark.parametrize("order", ["random", "rotate"])
+def test_strata_that_seldom_change_hold_the_state_of_all_blocks_sooner_or_later(order: Any, every: int) -> None:
+    model = tiny_llama(layers=2)
+    blocks = gs.partition(model, by="columns", parts=8)
+    policy = gs.Stratified(fraction=0.3, order=order, every=every, among=("layer.*.columns.*",))
+    found = gs.plan(model, policy, blocks=blocks, batch_size=1, sequence_length=4, residency=gs.Keep())
+    columns = [block for block in blocks if ".columns." in block.name]
+    assert found.bytes.state_on_device == 8 * sum(block.num_elements for block in columns)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,11 @@ ENOUGH_DRAWS = 400
 """Proposed steps that are counted of a policy whose draws are not even."""
 
 
+LATER_STEPS = (10_000, 70_000, 99_991, 999_983)
+"""Steps that tell a selection which changes seldom from one that never does. Multiples of most periods, and others: a
+policy may change at multiples only, and a rotation may stand where it began at all of those."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Survey:
     """Selections of a policy.
@@ -25,7 +30,8 @@ class Survey:
     Args:
         candidates: blocks that it may select, in model order.
         explored: numbers of blocks that steps keep which look at all gradients; empty without such steps.
-        times: number of steps that took each of the different selections that were known before their step.
+        times: number of steps that took each of the different selections that were known before their step; 0 for one
+            that only a step beyond the survey takes.
         beside: blocks that a step looks at without updating them, by selection; selections without any are left out.
         is_even: True if all sets of blocks of one size are about equally likely.
     """
@@ -54,8 +60,8 @@ class Survey:
 
     @property
     def reached(self) -> tuple[str, ...]:
-        """Blocks that train sooner or later."""
-        if self.explored or self.beside or self.count is not None:
+        """Blocks that train sooner or later: all candidates, if the selection changes at all."""
+        if self.explored or self.beside or len(self.proposed) > 1:
             return self.candidates
         return tuple(name for name in self.candidates if any(name in selection for selection in self.proposed))
 
@@ -97,6 +103,9 @@ def survey(policy: AbstractPolicy) -> Survey:
             policy.commit(step, selection, {name: norms[name] for name in {*selection, *observed}})
         if _is_enough(proposed, step, is_even=is_even):
             break
+    if len(proposed) == 1 and not explored:
+        later = map(policy.propose, LATER_STEPS)
+        proposed.update(dict.fromkeys((tuple(selection) for selection in later if selection is not None), 0))
     return Survey(
         candidates=policy.names,
         explored=tuple(sorted(explored)),
