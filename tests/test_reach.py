@@ -211,7 +211,7 @@ def test_where_all_blocks_are_reached_no_bit_changes(policy, options):
     for model, is_known in zip(models, (False, True), strict=True):
         optimizer = gs.BlockOptimizer(model, policy, lr=1e-2, **options)
         if is_known:
-            optimizer._reach.begin(KNOWN)
+            optimizer._pass_hooks.reach.begin(KNOWN)
         found.append(steps(model, optimizer, range(12)))
         assert optimizer.unreached == ()
     assert found[0] == found[1]

@@ -172,7 +172,7 @@ def test_where_everything_is_reached_no_bit_changes(build, by):
         model = build()
         optimizer = gs.BlockOptimizer(model, gs.Cyclic(every=1), lr=1e-3, blocks=gs.partition(model, by=by))
         if is_known:
-            optimizer._reach.begin({**optimizer._reach.state(), "unknown": ()})
+            optimizer._pass_hooks.reach.begin({**optimizer._pass_hooks.reach.state(), "unknown": ()})
         for seed in range(4):
             own_loss(model, seed).backward()
             optimizer.step()

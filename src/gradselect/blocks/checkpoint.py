@@ -43,7 +43,7 @@ def write_state_dict(optimizer: BlockOptimizer, state_dict: dict[str, Any]) -> d
     Raises:
         UsageError: within a step, where `update_in_backward` has moved weights already.
     """
-    if optimizer._in_backward.has_moved:
+    if optimizer._pass_hooks.updates.has_moved:
         raise UsageError(
             "state_dict() between backward() and step(), but update_in_backward=True has moved the weights and "
             "the step is not counted yet; save after optimizer.step()"
@@ -63,7 +63,7 @@ def write_state_dict(optimizer: BlockOptimizer, state_dict: dict[str, Any]) -> d
         "num_passes": optimizer._hooks.num_passes_before,
         "num_shorter": optimizer._hooks.num_shorter,
         "weights": optimizer._watch.fingerprints() if optimizer.num_steps else {},
-        "reach": optimizer._reach.state(),
+        "reach": optimizer._pass_hooks.reach.state(),
         "with_state": [name for name, parameter in table.named() if states.exists(parameter)],
     }
     if any(map(is_dtensor, table.all())):
@@ -95,10 +95,10 @@ def read_state_dict(optimizer: BlockOptimizer, state_dict: Mapping[str, Any]) ->
     optimizer._step = selection["step"]
     optimizer._hooks.num_passes_before = selection.get("num_passes", 0)
     optimizer._hooks.num_shorter = selection.get("num_shorter", 0)
-    optimizer._update_counts = dict(selection["update_counts"])
+    optimizer._selection.update_counts = dict(selection["update_counts"])
     optimizer.policy.load_state(selection["policy_state"])
     optimizer._borders.load_state(selection.get("border_state"))
-    optimizer._reach.begin(selection.get("reach"))
+    optimizer._pass_hooks.reach.begin(selection.get("reach"))
     optimizer._propose()
     states.moved_bytes += selection["moved_bytes"]
 

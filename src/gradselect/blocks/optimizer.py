@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,17 +20,14 @@ from gradselect.core import (
     UpdateSettings,
     check_shards,
     in_phase,
-    selection_entropy,
 )
 
 from . import checkpoint
-from .backward_updates import BackwardUpdates
 from .borders import BorderRules, Borders
-from .compile_check import UnreachedBlocks
-from .observer import GradientObserver
 from .partitioning import check_partition, resolve_names, whole_layers
+from .pass_hooks import PassHooks
 from .policy import AbstractPolicy
-from .reach import Reach
+from .selection import StepSelection
 from .set_up import bind_policy, check_borders, check_model, check_window, warn_of_dropped_masters
 
 
@@ -82,17 +79,17 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         """
         loss = self._evaluate(closure)
         self._watch.check()
-        if not self._saw_gradients():
-            if self._reach.conclude(self.trainable, has_gradient=self._in_backward.has_gradient):
+        if not self._pass_hooks.saw_gradients():
+            if self._pass_hooks.learns_reach(self.trainable):
                 self._select_anew()
             return loss
         if self._is_skipped():
             return loss
-        norms = self._observer.norms()
+        norms = self._pass_hooks.observer.norms()
         selected = self._decide(norms)  # 1
         if selected is None:
             return loss
-        self._unreached.check(selected, norms, has_gradient=self._in_backward.has_gradient)
+        self._pass_hooks.check_compiled(selected, norms)
         coasting = self._borders.coasting(selected)
         self._states.admit((*selected, *coasting))  # 2
         self._updates.follow_weights((*selected, *coasting))
@@ -109,19 +106,19 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
 
         Blocks that turn out to be unreached are left out; None if no other was selected.
         """
-        decided = self.policy.decide(self._step, norms) if self._proposal is None else self._proposal
-        selected = self._with_always(decided)
+        selected = self._selection.decide(self._step, norms)
         self._check_ranks(lambda: self._parameters_by_block(selected), lambda: {"selection": selected, **self._facts()})
-        if self._reach.conclude(selected, has_gradient=self._in_backward.has_gradient):
-            reached = self._with_always(selected)
-            if selected and not reached:
-                self._select_anew()
-                return None
-            return reached
-        return selected
+        if not self._pass_hooks.learns_reach(selected):
+            return selected
+        reached = self._selection.with_always(selected)
+        if selected and not reached:
+            self._select_anew()
+            return None
+        return reached
 
     def _select_anew(self) -> None:
-        self._reach.lose(self._step)
+        """Count the step as lost, and ask for another selection."""
+        self._pass_hooks.reach.lose(self._step)
         self.zero_grad()
         self._propose()
 
@@ -137,16 +134,14 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     @in_phase(SELECTION)
     def _commit(self, selected: tuple[str, ...], coasted: tuple[str, ...], norms: Mapping[str, float]) -> StepRecord:
         """Count the step: in the policy, in the update counts and as a record."""
-        self.policy.commit(self._step, [name for name in selected if name not in self._always], norms)
-        for name in selected:
-            self._update_counts[name] += 1
+        self._selection.commit(self._step, selected, norms)
         record = StepRecord(
             step=self._step,
             selected=selected,
-            explored=self._proposal is None,
+            explored=self._selection.proposal is None,
             state_bytes=sum(map(self._states.num_bytes, self._states.resident)),
             moved_bytes=self._states.moved_bytes,
-            selection_entropy=selection_entropy({name: self._update_counts[name] for name in self.policy.names}),
+            selection_entropy=self._selection.entropy,
             norms=norms,
             measure=self.policy.measured(),
             refreshed=self._updates.take_refreshed(),
@@ -160,16 +155,15 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     @in_phase(SELECTION)
     def _propose(self) -> None:
         """Ask for the next selection; freeze, thaw and observe accordingly; state begins to move."""
-        self.policy.candidates = self._reach.candidates_of(self._candidates)
-        self._proposal = self._reach.propose(self.policy, self._step)
-        self._observed = () if not self._proposal else self.policy.observed(self._step)
-        self._borders.expect(self._step, {name: self._update_counts[name] for name in self.policy.names})
-        self._set_trainable({*self.trainable, *self._reach.watched})
-        self._reach.expect(self.trainable)
-        self._observer.prepare(self.policy, self._step, self._proposal)
-        if self._proposal is not None:
-            self._states.prefetch((*self._proposed, *self._borders.coasting(self._proposed)))
-        self._in_backward.expect(self._proposed)
+        self._selection.propose(self._step)
+        hooks, proposal, proposed = self._pass_hooks, self._selection.proposal, self._selection.proposed
+        self._borders.expect(self._step, self._selection.candidate_counts)
+        self._set_trainable({*self.trainable, *hooks.reach.watched})
+        hooks.reach.expect(self.trainable)
+        hooks.observer.prepare(self.policy, self._step, proposal)
+        if proposal is not None:
+            self._states.prefetch((*proposed, *self._borders.coasting(proposed)))
+        hooks.updates.expect(proposed)
 
     def __init__(
         self,
@@ -226,34 +220,12 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         warn_of_dropped_masters(blocks, update)
         self._always = resolve_names(blocks, always)
         self.policy = bind_policy(policy, model, blocks, always=self._always)
-        self._candidates = self.policy.candidates
         super().__init__(model, blocks, update)
         self._borders = BorderRules(borders, self.blocks, drops=isinstance(residency, Drop))
-        self._start(accumulation_steps, grad_scaler, update_in_backward=update_in_backward)
-
-    def _start(self, accumulation_steps: int, grad_scaler: GradScaler | None, *, update_in_backward: bool) -> None:
-        """Register hooks while everything is trainable, then freeze."""
-        self._update_counts = dict.fromkeys(self.blocks, 0)
-        self._set_trainable(self.blocks)
-        self._hooks = self._observer = GradientObserver(
-            self._parameters_by_block(),
-            self._ownership,
-            measure=self.policy.measured(),
-            accumulation_steps=accumulation_steps,
-            grad_scaler=grad_scaler,
-            is_one_of_many=self._agreement is not None,
-            phases=self._phases,
-            passes=self._passes,
-        )
-        self._in_backward = BackwardUpdates(
-            self._states, self._updates, self._table, self._ownership, self._borders, is_active=update_in_backward
-        )
-        self._unreached = UnreachedBlocks(self._model)
-        named = {*self.policy.names, *self._always}
-        names = [name for name in self.blocks if name in named]
-        self._reach = Reach(
-            self._model, self._table, names, self._ownership, self._observer, is_one_of_many=self._agreement is not None
-        )
+        self._set_trainable(self.blocks)  # hooks are registered while everything is
+        self._pass_hooks = PassHooks(self, accumulation_steps, grad_scaler, update_in_backward=update_in_backward)
+        self._hooks = self._pass_hooks.observer
+        self._selection = StepSelection(self.policy, self.blocks, self._always, self._pass_hooks.reach)
         self._propose()
 
     @property
@@ -269,7 +241,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     @property
     def update_counts(self) -> dict[str, int]:
         """Number of updates of each block."""
-        return dict(self._update_counts)
+        return dict(self._selection.update_counts)
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -277,12 +249,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
 
         The selection and what the policy observes beside it, or every candidate in an explore step.
         """
-        return self._with_always(self.policy.names if self._proposal is None else {*self._proposal, *self._observed})
-
-    @property
-    def _proposed(self) -> tuple[str, ...]:
-        """Blocks that the coming step updates; empty if that is not known before it."""
-        return () if self._proposal is None else self._with_always(self._proposal)
+        return self._selection.trainable
 
     @property
     def unreached(self) -> tuple[str, ...]:
@@ -291,17 +258,17 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         A vision tower on batches of text, an unused pooler, experts that get no tokens. The first step finds them, and
         a warning names them. A block that a later backward pass reaches is a candidate again from the next step on.
         """
-        return tuple(name for name in self.blocks if name in self._reach.unreached)
+        return tuple(name for name in self.blocks if name in self._pass_hooks.reach.unreached)
 
     @property
     def grad_scaler(self) -> GradScaler | None:
         """The gradient scaler of the loop; may be set between steps."""
-        return self._observer.grad_scaler
+        return self._pass_hooks.observer.grad_scaler
 
     @grad_scaler.setter
     def grad_scaler(self, value: GradScaler | None) -> None:
         check_window(self.accumulation_steps, value, in_backward=self.update_in_backward, skips=self.skip_nonfinite)
-        self._observer.grad_scaler = value
+        self._pass_hooks.observer.grad_scaler = value
 
     @property
     def borders(self) -> dict[str, Any]:
@@ -311,7 +278,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     @property
     def update_in_backward(self) -> bool:
         """True if weights move within the backward pass in steps whose selection is known beforehand."""
-        return self._in_backward.is_active
+        return self._pass_hooks.updates.is_active
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients and begin a new accumulation window.
@@ -321,22 +288,18 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         """
         super().zero_grad(set_to_none=set_to_none)
         self._release(self.trainable)
-        self._observer.drop_window()
-        self._in_backward.restart()
-        self._reach.restart()
+        self._pass_hooks.restart()
 
     def close(self) -> None:
-        self._in_backward.close()
-        self._reach.end()
+        self._pass_hooks.close()
         super().close()
 
     def _continue(self) -> None:
-        self._in_backward.open()
-        self._reach.begin(self._reach.state())
+        self._pass_hooks.open()
         self._propose()
 
     def _is_idle(self) -> bool:
-        return super()._is_idle() and not self._in_backward.has_moved and not any(self._observer.norms().values())
+        return super()._is_idle() and not self._pass_hooks.has_worked
 
     def _facts(self) -> dict[str, Any]:
         states = {"policy_state": self.policy.state(), "border_state": self._borders.state()}
@@ -348,23 +311,11 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         check_shards(self._table.all(), self.rule)  # Accelerate shards later, and puts others into the groups
         self._ownership.take(self._table.all())
         parameters = self._parameters_by_block()
-        self._observer.follow(parameters)
-        self._reach.follow()
-        is_full = self._proposal is not None and self._proposed == self.blocks
+        self._pass_hooks.follow(parameters)
+        is_full = self._selection.proposal is not None and self._selection.proposed == self.blocks
         self._agreement.check_start(parameters, self._facts(), trains_everything=is_full)
-        self._set_trainable({*self.trainable, *self._reach.watched})
+        self._set_trainable({*self.trainable, *self._pass_hooks.reach.watched})
         self._agreement.carry_over(self._table.named())
 
     def _check_window(self, accumulation_steps: int, *, skips: bool) -> None:
         check_window(accumulation_steps, self.grad_scaler, in_backward=self.update_in_backward, skips=skips)
-
-    def _saw_gradients(self) -> bool:
-        self._reach.take_back()
-        # A decision that keeps no block has released all gradients; only the observer knows that there were some.
-        return self._observer.saw_gradients or any(map(self._in_backward.has_gradient, self.blocks))
-
-    def _with_always(self, selected: Collection[str]) -> tuple[str, ...]:
-        unreached = self._reach.unreached
-        return tuple(
-            name for name in self.blocks if (name in selected or name in self._always) and name not in unreached
-        )

@@ -39,6 +39,7 @@ def compare(
     options = [word for pattern in only or [] for word in ("--only", pattern)]
     options += [] if seeds is None else ["--seeds", str(seeds)]
     options += [] if results is None else ["--results", results]
+    flags = [*(["--resume"] if resume else []), *(["--recalibrate"] if recalibrate else [])]
     words = ["gradselect", "compare", suite, *(overrides or []), *options]
     with advice_when_stopped([*words, "--resume"]):
         summaries = carry_out(
@@ -48,11 +49,7 @@ def compare(
             seeds=seeds,
             resume=resume,
             recalibrate=recalibrate,
-            command=[
-                *words,
-                *(["--resume"] if resume else []),
-                *(["--recalibrate"] if recalibrate else []),
-            ],
+            command=[*words, *flags],
         )
     if any(len(summary.results) < (seeds or loaded.seeds) for summary in summaries):
         raise typer.Exit(INCOMPLETE_EXIT_CODE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -53,11 +53,7 @@ def calibrated(
         machine=machine_facts(suite.recipe.run.device),
         say=say,
     )
-    known = None if recalibrate else read_calibration(folder.root)
-    if known is not None and (difference := calibrator.difference(known)) is not None:
-        _check_is_free(folder, difference)
-        say(f"note       the calibration in {folder.root} is not used: {difference}")
-        known = None
+    known = None if recalibrate else _known(calibrator, folder, say)
     missing = calibrator.missing(methods, known)
     if missing:
         with locked(folder.root, name="--results"):
@@ -73,6 +69,16 @@ def calibrated(
         if reason := calibration.methods[name].left_out:
             say(f"left out   {name}: {reason} ({calibration.counted})")
     return calibration
+
+
+def _known(calibrator: Calibrator, folder: ResultsFolder, say: Callable[[str], None]) -> Calibration | None:
+    """Return the calibration in the folder if it holds here; say so if it does not."""
+    known = read_calibration(folder.root)
+    if known is None or (difference := calibrator.difference(known)) is None:
+        return known
+    _check_is_free(folder, difference)
+    say(f"note       the calibration in {folder.root} is not used: {difference}")
+    return None
 
 
 def _check_is_free(folder: ResultsFolder, difference: str) -> None:
