@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_batch, tiny_llama
+from slice_support import train as train_on_tokens
+from tiny_models import tiny_llama
 from torch import Tensor, nn
 
 import gradselect as gs
@@ -200,11 +201,7 @@ def test_only_selected_and_coasting_blocks_move(residency: str, dtype: torch.dty
     num_coasted = 0
     for step in range(8):
         before = copy.deepcopy(dict(model.named_parameters()))
-        model(**tiny_batch(model, seed=step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        record = optimizer.last_record
-        assert record is not None
+        (record,) = train_on_tokens(model, optimizer, [step])
         moved = {n for n, parameter in model.named_parameters() if not torch.equal(parameter, before[n])}
         assert moved <= {name for block in (*record.selected, *record.coasted) for name in members[block]}
         assert all(not moved.isdisjoint(members[block]) for block in record.coasted)
@@ -281,11 +278,7 @@ def test_a_plan_counts_what_coasts() -> None:
     optimizer = build(model, policy, COASTING, always="norm", residency=gs.Offload())
     most = 0
     for step in range(6):
-        model(**tiny_batch(model, seed=step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        record = optimizer.last_record
-        assert record is not None
+        (record,) = train_on_tokens(model, optimizer, [step])
         most = max(most, record.state_bytes)
     assert found.masters + found.state_on_device == most > plain.masters + plain.state_on_device
 
@@ -315,11 +308,7 @@ def test_slices_coast_too() -> None:
     coasted = 0
     for step in range(4):
         before = {b.name: [p.detach().clone() for p in b.parameters] for b in blocks}
-        model(**tiny_batch(model, seed=step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        record = optimizer.last_record
-        assert record is not None
+        (record,) = train_on_tokens(model, optimizer, [step])
         moved = {b.name for b in blocks if not all(map(torch.equal, b.parameters, before[b.name]))}
         assert moved == {*record.selected, *record.coasted}
         coasted += len(record.coasted)

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from policy_support import BLOCK_NAMES, make_blocks, norms_at
+from slice_support import train
 from tiny_models import tiny_batch, tiny_llama, tiny_qwen2, tiny_t5
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -243,21 +244,15 @@ def test_stopped_at_any_step_it_resumes_bitwise() -> None:
         model = tiny_llama()
         return model, gs.BlockOptimizer(model, CostAware(count=2, explore_steps=5, full_every=3), lr=1e-2)
 
-    def train(model: nn.Module, optimizer: gs.BlockOptimizer, steps: range) -> None:
-        for step in steps:
-            model(**tiny_batch(model, seed=step)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
     whole, optimizer = built()
-    train(whole, optimizer, range(10))
+    list(train(whole, optimizer, range(10)))
     for stop in range(1, 10, 2):
         first, before = built()
-        train(first, before, range(stop))
+        list(train(first, before, range(stop)))
         again, resumed = built()
         again.load_state_dict(first.state_dict())
         resumed.load_state_dict(before.state_dict())
-        train(again, resumed, range(stop, 10))
+        list(train(again, resumed, range(stop, 10)))
         assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), again.parameters(), strict=True))
 
 

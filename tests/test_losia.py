@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 from policy_support import make_blocks, take_step
-from test_stratified import LAYERS, NORMS, SLICED, by_matrix, in_layer, train
+from slice_support import LAYERS, SLICED, in_layer, train
+from test_stratified import NORMS, by_matrix
 from tiny_models import tiny_batch, tiny_llama
 
 import gradselect as gs

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
-from test_stratified import in_layer, train
+from slice_support import in_layer, train
 from test_train_peers import run
 from tiny_models import tiny_batch, tiny_llama
 from torch.utils.flop_counter import FlopCounterMode

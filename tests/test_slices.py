@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
+from slice_support import is_linked, parts_of
 from tiny_models import tiny_batch, tiny_gpt2, tiny_llama, tiny_lora, tiny_mixtral
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -44,26 +44,6 @@ def activate(layer: SlicedLinear, numbers: tuple[int, ...]) -> list[Parameter]:
     for number, name in enumerate(layer.slice_names):
         layer.get_parameter(name).requires_grad_(number in numbers)
     return [layer.get_parameter(layer.slice_names[number]) for number in numbers]
-
-
-def parts_of(gradient: Tensor, layer: SlicedLinear) -> list[Tensor]:
-    """The readable twin: cut the gradient of the whole weight."""
-    return [gradient.narrow(layer.slice_dim, first, end - first) for first, end in layer.slice_bounds]
-
-
-def slices(model: nn.Module) -> Iterator[tuple[str, SlicedLinear]]:
-    yield from sliced_linears(model).items()
-
-
-def is_linked(model: nn.Module) -> bool:
-    """True if every slice is the part of its whole weight that it stands for."""
-    return all(
-        layer.get_parameter(name).data_ptr() == part.data_ptr()
-        and layer.get_parameter(name).stride() == part.stride()
-        and torch.equal(layer.get_parameter(name), part)
-        for _, layer in slices(model)
-        for name, part in zip(layer.slice_names, parts_of(layer.whole_weight, layer), strict=True)
-    )
 
 
 # Numbers -------------------------------------------------------------------------------------------------------------
@@ -208,7 +188,7 @@ def test_columns_keep_their_part_of_the_input_once_for_all_layers_that_read_it(a
     model = Stack()
     gs.partition(model, by="columns", parts=8)
     layer = model.layers[0]
-    for _, each in slices(layer):
+    for each in sliced_linears(layer).values():
         activate(each, (3,))
         each.bias.requires_grad_(False)
     x = torch.randn(10, 64, requires_grad=True)
@@ -219,7 +199,7 @@ def test_columns_keep_their_part_of_the_input_once_for_all_layers_that_read_it(a
 def test_rows_keep_the_input_itself() -> None:
     model = Stack()
     gs.partition(model, by="rows", parts=8)
-    for _, each in slices(model.layers[0]):
+    for each in sliced_linears(model.layers[0]).values():
         activate(each, (3,))
     assert saved_bytes(model.layers[0], torch.randn(10, 64)) == 10 * 64 * 4
 
@@ -228,7 +208,7 @@ def test_an_input_that_is_written_to_between_two_layers_is_copied_again() -> Non
     model = Stack()
     gs.partition(model, by="columns", parts=8)
     layer = model.layers[0]
-    for _, each in slices(layer):
+    for each in sliced_linears(layer).values():
         activate(each, (0,))
     x = torch.randn(2, 64)
     first = x.clone()
@@ -289,7 +269,7 @@ def test_the_layer_stays_the_same_object_with_its_hooks(by: str) -> None:
     [
         copy.deepcopy,
         lambda model: pickle.loads(pickle.dumps(model)),
-        lambda model: torch.load(through_torch(model), weights_only=False),
+        lambda model: torch.load(saved(model), weights_only=False),
         lambda model: model.to(torch.bfloat16),
         lambda model: model.to(torch.bfloat16).to(torch.float64),
         lambda model: model.to("meta").to_empty(device="cpu"),
@@ -314,7 +294,7 @@ def test_copies_and_moves_keep_slices_and_weight_one_tensor(by: str, change) -> 
         assert not (model.layers[0].q.weight == 7.0).any()
 
 
-def through_torch(model: nn.Module) -> io.BytesIO:
+def saved(model: nn.Module) -> io.BytesIO:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from policy_support import through_torch
+from slice_support import is_linked, train
 from test_integration_transformers import arguments, examples
 from test_plan_activations import BATCH, LENGTH, saved_by
-from test_slices import is_linked
 from tiny_models import tiny_batch, tiny_llama, tiny_plain, tiny_qwen2
 from torch import Tensor, nn
 from train_fixtures import assert_same_weights, parse, quiet, train_until, weights, write_model, write_sums
@@ -45,11 +45,8 @@ def build(by: str, *, model: nn.Module | None = None, policy: Any = POLICY, **op
 
 def step(model: nn.Module, optimizer: gs.BlockOptimizer, number: int) -> tuple[str, ...]:
     """Take a step; return the selected blocks."""
-    model(**tiny_batch(model, seed=number)).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    assert optimizer.last_record is not None
-    return optimizer.last_record.selected
+    (record,) = train(model, optimizer, [number])
+    return record.selected
 
 
 def copied(model: nn.Module) -> dict[str, Tensor]:

@@ -7,19 +7,13 @@ from collections import Counter
 import pytest
 import torch
 from policy_support import make_blocks, take_step
+from slice_support import LAYERS, SLICED, SLICES, in_layer, train
 from tiny_models import tiny_batch, tiny_llama, tiny_t5
 
 import gradselect as gs
 from gradselect.policies.strata import strata_of
 from gradselect.reference import SelectiveAdamW
 
-LAYERS = 3
-SLICES = tuple(
-    name
-    for layer in range(LAYERS)
-    for name in (*(f"layer.{layer}.columns.{part}" for part in range(8)), f"layer.{layer}.vectors")
-)
-SLICED = ("embedding", *SLICES, "norm", "head")
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 MATRICES = (
@@ -32,13 +26,6 @@ NORMS = {name: float(place % 11) + 0.5 for place, name in enumerate(dict.fromkey
 
 def bound(names=SLICED, kind=gs.Stratified, **settings):
     return kind(**settings).bind(make_blocks(names))
-
-
-def in_layer(layer, selected):
-    return [name for name in selected if name.startswith(f"layer.{layer}.columns.")]
-
-
-# Strata --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -270,14 +257,6 @@ def test_strata_that_do_not_fit_are_refused_with_what_to_write(settings, message
 
 
 # Training ------------------------------------------------------------------------------------------------------------
-
-
-def train(model, optimizer, steps):
-    for step in steps:
-        model(**tiny_batch(model, seed=step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        yield optimizer.last_record
 
 
 def by_matrix(model, policy, **options):
