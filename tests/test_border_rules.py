@@ -357,6 +357,7 @@ def test_a_checkpoint_of_other_borders_is_refused() -> None:
         ({"rate_by_visits": -0.5}, r"rate_by_visits=-0.5 is outside"),
         ({"rate_by_visits": math.nan}, r"rate_by_visits=nan is outside"),
         ({"rate_cap": 0.5}, r"rate_cap=0.5 is below 1"),
+        ({"rewarm_first": "no"}, r"rewarm_first='no' is no bool object; write rewarm_first=False"),
     ],
     ids=str,
 )

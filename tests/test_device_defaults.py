@@ -231,3 +231,9 @@ def test_a_run_of_a_cpu_goes_on_on_cuda_and_back() -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert optimizer.rule == gs.AdamWRule(fused=device == "cuda")
+
+
+def test_a_word_is_no_choice_of_the_kernel() -> None:
+    """ "no" would be true."""
+    with pytest.raises(gs.UsageError, match=r"fused='no' is no bool object; write fused=True, fused=False"):
+        gs.AdamWRule(fused="no")  # pyright: ignore[reportArgumentType]

@@ -206,6 +206,19 @@ def test_strata_that_seldom_change_hold_the_state_of_all_blocks_sooner_or_later(
     assert found.bytes.state_on_device == 8 * sum(block.num_elements for block in columns)
 
 
+@pytest.mark.parametrize("every", [1, 450])
+def test_the_largest_blocks_of_each_stratum_are_planned_also_where_few_draws_are_seen(every: int) -> None:
+    model = tiny_llama(layers=2)
+    blocks = gs.partition(model, by="matrix")
+    policy = gs.Stratified(count=1, by="category", every=every, among=("layer.*.*.*",))
+    found = gs.plan(model, policy, blocks=blocks, batch_size=1, sequence_length=4, residency=gs.Offload())
+    num_elements = {block.name: block.num_elements for block in blocks}
+    largest = sum(
+        num_elements[f"layer.{layer}.{name}"] for layer in range(2) for name in ("self_attn.q_proj", "mlp.up_proj")
+    )
+    assert found.bytes.state_on_device == 8 * largest
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

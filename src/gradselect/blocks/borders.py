@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gradselect.core import AbstractRule, Group
-from gradselect.usage import UsageError, check_positive, check_whole
+from gradselect.usage import UsageError, check_is, check_positive, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,7 @@ class Borders:
         check_positive("coasting_decay", self.coasting_decay, at_most=1, example=0.5)
         if self.rate_by_visits != 0:
             check_positive("rate_by_visits", self.rate_by_visits, at_most=1, example=0.5)
+        check_is(self.rewarm_first, bool, name="rewarm_first", example="rewarm_first=False")
         check_positive("rate_cap", self.rate_cap, example=4.0)
         if self.rate_cap < 1:
             raise UsageError(f"rate_cap={self.rate_cap} is below 1; write e.g. rate_cap=4.0")

@@ -38,7 +38,7 @@ def check_borders(borders: Borders | None, rule: AbstractRule) -> Borders:
     """Return the border rules; without any, those that change nothing.
 
     Raises:
-        UsageError: they are none, or the update rule cannot follow them.
+        UsageError: `borders` is something else, or the update rule cannot follow them.
     """
     if borders is None:
         return Borders()

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from gradselect.usage import check_is
+
 from .devices import has_fused_kernels
 from .rules import AbstractRule, Ages, State
 
@@ -43,6 +45,10 @@ class AdamWRule(AbstractRule):
 
     fused: bool | None = False
     state_names = ("exp_avg", "exp_avg_sq")
+
+    def __post_init__(self) -> None:
+        if self.fused is not None:
+            check_is(self.fused, bool, name="fused", example="fused=True, fused=False or fused=None")
 
     def make_state(self, weight: Tensor) -> State:
         step = torch.zeros((), dtype=torch.float32, device=self.counter_device(weight))

@@ -34,6 +34,7 @@ class Survey:
             that only a step beyond the survey takes.
         beside: blocks that a step looks at without updating them, by selection; selections without any are left out.
         is_even: True if all sets of blocks of one size are about equally likely.
+        strata: stratum of each candidate, of a policy with strata.
     """
 
     candidates: tuple[str, ...]
@@ -41,6 +42,7 @@ class Survey:
     times: Mapping[tuple[str, ...], int]
     beside: Mapping[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
     is_even: bool = True
+    strata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def proposed(self) -> tuple[tuple[str, ...], ...]:
@@ -88,7 +90,8 @@ def survey(policy: AbstractPolicy) -> Survey:
     explored: set[int] = set()
     proposed: Counter[tuple[str, ...]] = Counter()
     beside: dict[tuple[str, ...], tuple[str, ...]] = {}
-    is_even = policy.draws_evenly() and not any(map(policy.stratum, policy.names))
+    strata = {name: stratum for name in policy.names if (stratum := policy.stratum(name))}
+    is_even = policy.draws_evenly() and not strata
     for step in range(MAX_STEPS):
         norms = _norms(policy, step)
         selection = policy.propose(step)
@@ -112,6 +115,7 @@ def survey(policy: AbstractPolicy) -> Survey:
         times=dict(proposed),
         beside=beside,
         is_even=is_even and not beside,
+        strata=strata,
     )
 
 
@@ -135,7 +139,8 @@ def worst(found: Survey, sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
     """Return selections that no other exceeds, in the depth of the backward pass or in bytes.
 
     For a constant number of blocks: the lowest blocks, the lowest one with the largest others, and the largest. Else
-    all selections of the survey; of many, the largest and those that go deepest.
+    all selections of the survey; of many, the largest and those that go deepest. With strata one more: the largest
+    blocks of each, as many as a selection of the survey takes.
     """
     count = found.count
     if count is None or not found.is_even:
@@ -143,11 +148,26 @@ def worst(found: Survey, sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
         largest = sorted(found.proposed, key=lambda each: -sum(sizes[name] for name in each))
         deepest = sorted(largest, key=lambda each: min((places[name] for name in each), default=len(places)))
         half = ENOUGH_SELECTIONS // 2
-        return list(dict.fromkeys([*largest[:half], *deepest[:half]]))
+        in_strata = [_largest_of_strata(found, sizes)] if found.strata and len(found.proposed) > 1 else []
+        return list(dict.fromkeys([*largest[:half], *deepest[:half], *in_strata]))
     by_size = sorted(found.candidates, key=lambda name: sizes[name], reverse=True)
     lowest = found.candidates[0]
     beside = [name for name in by_size if name != lowest][: count - 1]
     return [found.candidates[:count], (lowest, *beside), tuple(by_size[:count])]
+
+
+def _largest_of_strata(found: Survey, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    by_size = sorted(found.candidates, key=lambda name: sizes[name], reverse=True)
+
+    def exchanged(selection: Sequence[str]) -> tuple[str, ...]:
+        left, taken = Counter(map(found.strata.__getitem__, selection)), set()
+        for name in by_size:
+            if left[found.strata[name]]:
+                left[found.strata[name]] -= 1
+                taken.add(name)
+        return tuple(name for name in found.candidates if name in taken)
+
+    return max(map(exchanged, found.proposed), key=lambda each: sum(sizes[name] for name in each))
 
 
 def mean_by_lowest(found: Survey, values: Mapping[str, float]) -> float:
