@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,15 @@ from gradselect.app.compare.calibration import Calibrator
 from gradselect.app.compare.protocol import protocol_settings
 from gradselect.app.compare.suite import Suite, parse_suite
 from gradselect.app.compare.turn import turn_recipe
-from gradselect.app.compare.turns import MOST_TIMES, Turn, TurnsJob, ratios
-from gradselect.app.results import Calibration, MethodCalibration, read_calibration, read_result
+from gradselect.app.compare.turns import MOST_TIMES, TURN_OF, Turn, TurnsJob, ratios
+from gradselect.app.results import (
+    CALIBRATION,
+    Calibration,
+    MethodCalibration,
+    read_calibration,
+    read_result,
+    write_calibration,
+)
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -38,6 +46,10 @@ BAD = {
         "budget.time_of='fall' names no method of this suite; write one",
     ),
     "a size of no unit": ({"memory": "2 elephants"}, "'2 elephants' is no size"),
+    "a number of nothing": (
+        600,
+        "budget: got 600, which does not say what it is of; write time_of: full, seconds: 600",
+    ),
     "no time": ({"seconds": 0}, "budget.seconds = 0"),
     "unknown key": ({"tme_of": "full"}, "budget.tme_of: unknown key, did you mean 'time_of'?"),
 }
@@ -327,7 +339,18 @@ def test_a_comparison_at_equal_time(
     assert not (folder / "full.lr-0.01.seed-0.score.json").exists()
     assert read_result(folder / "uniform-2.lr-0.01.seed-0.score.json").record.budget is not None
 
-    # 3 on another machine: refused beside results, unless the user asks for it
+    # 3 with less than anybody takes: refused, and nothing is moved
+    before = sorted(path.name for path in folder.rglob("*.json"))
+    tiny = make_suite(
+        place, budget={**budget, "memory": 1024}, methods=methods, seeds=1, evaluations={}, forgetting=None
+    )
+    with pytest.raises(
+        UsageError, match=r"too small for every method: the smallest, 'uniform 2', takes .*; write budget"
+    ):
+        runner(tiny, folder, only=["full", "uniform 2"])
+    assert sorted(path.name for path in folder.rglob("*.json")) == before
+
+    # 4 on another machine: refused beside results, unless the user asks for it
     elsewhere = {**calibration.machine, "cpus": 99}
     monkeypatch.setattr(_calibrating, "machine_facts", lambda device: elsewhere)
     with pytest.raises(UsageError, match=r"cannot be used here: it was made on another machine.*--recalibrate"):
@@ -336,6 +359,84 @@ def test_a_comparison_at_equal_time(
     again = read_calibration(folder)
     assert again is not None
     assert (again.machine, runner.ran) == (elsewhere, [])
+
+
+def small_suite(place: Path, budget: Mapping[str, Any]) -> Suite:
+    methods = {"full": {**FULL, "rates": [1e-2]}, "uniform 2": BLOCKS}
+    budget = {**budget, "rounds": 1, "round_steps": 2}
+    return make_suite(place, budget=budget, methods=methods, seeds=1, evaluations={}, forgetting=None)
+
+
+def test_a_budget_that_was_too_short_is_corrected_without_measuring_again(
+    place: Path, tmp_path: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        UsageError, match=r"budget\.seconds=1 is 1 s and shorter than one step of 'full', which takes 2 s"
+    ):
+        runner(small_suite(place, {"seconds": 1}), tmp_path / "results")
+    monkeypatch.setattr(_calibrating, "run_job", lambda *_, **__: "measured again")
+    full, uniform = runner(small_suite(place, {"seconds": 4}), tmp_path / "results")
+    assert (full.steps, uniform.steps) == (2, 4)
+
+
+def test_what_another_comparison_has_measured_meanwhile_is_kept(
+    place: Path, tmp_path: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two calls with other methods into one folder: the second waits for the lock, and finds what the first wrote."""
+    suite, folder = small_suite(place, {"time_of": "full"}), tmp_path / "results"
+    runner(suite, folder, only=["full"])
+    first = read_calibration(folder)
+    (folder / CALIBRATION).unlink()
+
+    @contextmanager
+    def late(root: Path, *, name: str) -> Iterator[None]:
+        assert first is not None
+        write_calibration(root, first)
+        yield
+
+    monkeypatch.setattr(_calibrating, "locked", late)
+    runner(suite, folder, only=["uniform 2"])
+    both = read_calibration(folder)
+    assert first is not None
+    assert both is not None
+    assert (both.methods["full"], both.budget) == (first.methods["full"], first.budget)
+    assert both.methods["uniform 2"].steps == 4
+
+
+def test_a_process_that_is_ended_names_the_method_whose_turn_it_was(
+    place: Path, tmp_path: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(job_file: Path, log: Path, *, worker: str) -> str:
+        log.write_text(f"{TURN_OF}full\nLoading weights\n{TURN_OF}uniform 2\nLoading weights\n", "utf-8")
+        return "the process was ended by signal 9"
+
+    monkeypatch.setattr(_calibrating, "run_job", killed)
+    with pytest.raises(UsageError, match="the calibration failed at the turn of 'uniform 2': the process was ended by"):
+        runner(small_suite(place, {"time_of": "full"}), tmp_path / "results")
+    assert read_calibration(tmp_path / "results") is None
+
+
+def test_a_method_that_breaks_does_not_end_the_calibration_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(recipe: Any, *, method: str, number: int, **_: Any) -> Turn:
+        if method == "ada":
+            raise RuntimeError("no kernel for this shape\nat line 3")
+        return Turn(method=method, number=number, kinds=("step",), costs=(1.0,))
+
+    monkeypatch.setattr(turns_worker, "measure_turn", measure)
+    suite = make(tmp_path, {"time_of": "full"})
+    recipes = {name: suite.training_recipe(name, lr=1, seed=0, output="-") for name in suite.methods}
+    job = TurnsJob(recipes=recipes, first=0, rounds=2, steps=2, result=tmp_path / "turns.json")
+    turns = list(turns_worker.take_turns(job))
+    assert [(turn.method, turn.error) for turn in turns] == [
+        ("full", ""),
+        ("ada", "RuntimeError: no kernel for this shape"),
+        ("full", ""),
+    ]
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [f"{TURN_OF}full", f"{TURN_OF}ada", f"{TURN_OF}full"]
+    assert "at line 3" in said.err
 
 
 def test_recalibrating_needs_a_budget(place: Path, tmp_path: Path, runner: Runner) -> None:

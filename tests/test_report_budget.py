@@ -68,7 +68,7 @@ def with_budget(values: dict[str, Any], *, seconds: float, **changes: Any) -> di
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three methods at equal time, and one that did not fit."""
+    """Three methods at equal time, one that did not fit, and one that could not be measured."""
     folder = tmp_path_factory.mktemp("results")
     for name, seconds in TIMES.items():
         for values in results_of(name):
@@ -77,6 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     known = {
         **{name: MethodCalibration(steps=60) for name in TIMES},
         "big": MethodCalibration(left_out="takes 3.00 GiB of 2.00 GiB", bytes=3 * 2**30),
+        "misfit": MethodCalibration(error="count=99 is more than the 6 blocks\nwrite count=6"),
     }
     calibration = Calibration(reference="full", reference_cost=0.4, methods=known, counted="weights and state")
     write_calibration(folder, calibration)
@@ -132,11 +133,12 @@ def test_the_calibration_and_the_time_taken_are_shown(comparison: Comparison) ->
 
 
 def test_who_is_ahead_at_equal_cost_is_a_finding(comparison: Comparison) -> None:
-    ranking, over, left_out = budget_findings(comparison)
+    ranking, over, left_out, failed = budget_findings(comparison)
     assert ranking.startswith("At equal cost (budget time_of: full), test accuracy: ahead of full: none; behind: LoRA")
     assert "not told apart: AdaGradSelect 20 % (" in ranking
     assert over.startswith("Trained longer than their budget by more than a tenth: LoRA r=64 (125")
     assert left_out == "Left out for memory: big takes 3.00 GiB of 2.00 GiB (weights and state)."
+    assert failed == "Not run, because its calibration failed: misfit (count=99 is more than the 6 blocks)."
     assert left_out_for_memory(comparison) == {"big": "takes 3.00 GiB of 2.00 GiB"}
 
 
@@ -151,6 +153,19 @@ def test_flops_and_memory_have_their_own_words(tmp_path: Path) -> None:
     assert part.table is not None
     assert part.table.columns[1].title == "FLOPs a step"
     assert texts(part.table)[0][1] == "2e+13"
+
+
+def test_budgets_that_differ_are_not_called_the_same(tmp_path: Path) -> None:
+    """A limit of memory may change between two calls: it changes no run."""
+    for name, changes in {"full": {}, "LoRA r=64": {"memory": 2**31, "text": "time_of: full, memory: 2GiB"}}.items():
+        for values in results_of(name, seeds=1):
+            write(tmp_path, with_budget(values, seconds=24, **changes))
+    comparison = compare_results(read_results(tmp_path, include_dirty=False))
+    (part,) = budget_parts(comparison, Namer(comparison.marks))
+    assert "the same budget" not in part.text
+    spent = "which is 24.0\N{NO-BREAK SPACE}s of training steps"
+    assert f"time_of: full, memory: 2GiB, {spent}: LoRA r=64" in part.text
+    assert f"time_of: full, {spent}: full" in part.text
 
 
 def test_a_run_that_held_more_than_its_budget_is_named(tmp_path: Path) -> None:

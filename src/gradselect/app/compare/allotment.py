@@ -67,6 +67,23 @@ def run_budget(calibration: Calibration, method: str) -> RunBudget:
     )
 
 
+def check_any_fits(calibration: Calibration, methods: Sequence[str]) -> None:
+    """Refuse a memory that is too small for each of these methods that could be measured.
+
+    Raises:
+        UsageError: none fits; names the smallest.
+    """
+    measured = {name: own for name in methods if not (own := calibration.methods[name]).error}
+    if measured and all(own.left_out for own in measured.values()):
+        smallest = min(measured, key=lambda name: measured[name].bytes or 0)
+        needed = math.ceil((measured[smallest].bytes or 0) / 2**20)
+        raise UsageError(
+            f"budget.memory={write_size(calibration.memory or 0)} is too small for every method: the smallest, "
+            f"{smallest!r}, {measured[smallest].left_out} ({calibration.counted}); write "
+            f"budget.memory={needed}MiB or more"
+        )
+
+
 def kind_shares(recipe: Recipe, known: MethodCalibration, *, steps: int) -> dict[str, float]:
     """Return the expected share of each kind of step in a run of `steps` steps of this recipe."""
     explored = _expected_explore_steps(recipe, known, steps=steps) / steps

@@ -44,7 +44,9 @@ class Budget(Settings):
     @classmethod
     def read_memory(cls, values: Any) -> Any:
         """Read a size as people write it."""
-        if not isinstance(values, dict) or not isinstance(values.get("memory"), str):
+        if not isinstance(values, dict | Budget):
+            raise ValueError(f"got {values!r}, which does not say what it is of; write {FORMS}")
+        if isinstance(values, Budget) or not isinstance(values.get("memory"), str):
             return values
         try:
             return {**values, "memory": read_size(values["memory"])}

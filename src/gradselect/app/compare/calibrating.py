@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,14 +13,14 @@ from gradselect.app.progress import Stages
 from gradselect.app.results import Calibration, read_calibration, write_calibration
 from gradselect.files import locked
 
-from .allotment import allot
+from .allotment import allot, check_any_fits
 from .calibration import Calibrator, machine_facts
 from .calibration_table import calibration_table
 from .protocol import protocol_hash
 from .results import ResultsFolder
 from .subprocesses import run_job
 from .suite import Suite
-from .turns import Turn, Turns, TurnsJob
+from .turns import TURN_OF, Turn, Turns, TurnsJob
 
 
 def calibrated(
@@ -53,26 +54,37 @@ def calibrated(
         machine=machine_facts(suite.recipe.run.device),
         say=say,
     )
-    known = None if recalibrate else _known(calibrator, folder, say)
-    missing = calibrator.missing(methods, known)
-    if missing:
+    known = None if recalibrate else _known(folder, calibrator, say=say)
+    if known is None or calibrator.missing(methods, known):
         with locked(folder.root, name="--results"):
-            calibration = calibrator.calibrate(missing, known)
+            # Another comparison may have measured since.
+            known = None if recalibrate else _known(folder, calibrator, say=lambda line: None)
+            missing = calibrator.missing(methods, known)
+            measured = calibrator.calibrate(missing, known) if missing or known is None else known
+            # Before the steps: a budget that is too short is corrected without measuring again.
+            write_calibration(folder.root, measured)
+            calibration = allot(suite, measured, methods)
+            write_calibration(folder.root, calibration)
     else:
-        assert known is not None
-        calibration = known
         say(f"calibrated the calibration of {known.made_at} is used again (--recalibrate measures anew)")
-    calibration = allot(suite, calibration, methods)
-    write_calibration(folder.root, calibration)
+        calibration = allot(suite, known, methods)
+        if calibration != known:
+            with locked(folder.root, name="--results"):
+                write_calibration(folder.root, calibration)
     console.print(calibration_table(calibration, methods))
     for name in methods:
         if reason := calibration.methods[name].left_out:
             say(f"left out   {name}: {reason} ({calibration.counted})")
+    check_any_fits(calibration, methods)
     return calibration
 
 
-def _known(calibrator: Calibrator, folder: ResultsFolder, say: Callable[[str], None]) -> Calibration | None:
-    """Return the calibration in the folder if it holds here; say so if it does not."""
+def _known(folder: ResultsFolder, calibrator: Calibrator, *, say: Callable[[str], None]) -> Calibration | None:
+    """Return the calibration of the folder; None if there is none that holds here.
+
+    Raises:
+        UsageError: it does not hold here, and there are results that have their steps from it.
+    """
     known = read_calibration(folder.root)
     if known is None or (difference := calibrator.difference(known)) is None:
         return known
@@ -110,8 +122,16 @@ def _measure(
     )
     job_file = folder.work / "calibration.job.json"
     job_file.write_text(job.model_dump_json(indent=1), "utf-8")
-    with Stages(console).open(f"calibrating {len(names)} methods in {budget.rounds} rounds, in {log}"):
+    what = f"calibrating {len(names)} method{'s' if len(names) > 1 else ''}"
+    with Stages(console).open(f"{what} in {budget.rounds} rounds, in {log}"):
         error = run_job(job_file, log, worker="turns_worker")
     if error is not None:
-        raise UsageError(f"the calibration failed: {error}\n           log: {log}")
+        raise UsageError(f"the calibration failed{_at_turn(log)}: {error}\n           log: {log}")
     return Turns.model_validate_json(result.read_text("utf-8")).turns
+
+
+def _at_turn(log: Path) -> str:
+    """Return whose turn it was when the process of a calibration ended."""
+    lines = log.read_text("utf-8", errors="replace").splitlines()
+    turns = [line.removeprefix(TURN_OF) for line in lines if line.startswith(TURN_OF)]
+    return f" at the turn of {turns[-1]!r}" if turns else ""

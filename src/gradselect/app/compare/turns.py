@@ -24,6 +24,10 @@ NOISY = 1 / 3
 """Spread of a method's ratios above which its rounds are repeated."""
 
 
+TURN_OF = "turn of    "
+"""Start of a line in the log of a calibration; the method follows."""
+
+
 class Turn(Settings):
     """Measured steps of one method in one round.
 

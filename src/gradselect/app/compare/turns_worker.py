@@ -8,6 +8,7 @@ Exit code 2 with a message: an error that the user can correct.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from gradselect.files import write_atomically
 from gradselect.usage import first_line
 
 from .turn import measure_turn
-from .turns import Turn, Turns, TurnsJob
+from .turns import TURN_OF, Turn, Turns, TurnsJob
 
 MEMORY_ERRORS = (torch.OutOfMemoryError, MemoryError)
 
@@ -45,6 +46,9 @@ def take_turns(job: TurnsJob) -> Iterator[Turn]:
         for method in names[begin:] + names[:begin]:
             if method in failed:
                 continue
+            # If the process is ended, the log says whose turn it was.
+            sys.stdout.write(f"{TURN_OF}{method}\n")
+            sys.stdout.flush()
             turn = _take(job, method, number)
             if turn.error:
                 failed.add(method)
@@ -65,6 +69,10 @@ def _take(job: TurnsJob, method: str, number: int) -> Turn:
         return Turn(method=method, number=number, error=str(error))
     except MEMORY_ERRORS as error:
         return Turn(method=method, number=number, error=f"out of memory: {first_line(error)}")
+    except Exception as error:
+        # As in a comparison without a budget, the other methods go on; the log has the traceback.
+        traceback.print_exc()
+        return Turn(method=method, number=number, error=f"{type(error).__name__}: {first_line(error)}")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,14 @@ def left_out_for_memory(comparison: Comparison) -> dict[str, str]:
     return {name: own.left_out for name, own in methods.items() if own.left_out}
 
 
+def failed_to_calibrate(comparison: Comparison) -> dict[str, str]:
+    """Return the methods that never ran because their calibration failed, with the error."""
+    calibration = comparison.results.calibration
+    methods = {} if calibration is None else calibration.methods
+    ran = {method.name for method in comparison.methods}
+    return {name: own.error for name, own in methods.items() if own.error and name not in ran}
+
+
 def budget_table(methods: Sequence[Method], known: Mapping[str, RunBudget], *, name: Namer) -> Table:
     """Calibrated cost of a step, steps, and the measured training time of the runs."""
     unit = next(iter(known.values())).unit
@@ -98,6 +106,8 @@ def budget_findings(comparison: Comparison) -> Iterator[str]:
     for name, reason in left_out_for_memory(comparison).items():
         calibration = comparison.results.calibration
         yield f"Left out for memory: {name} {reason} ({calibration.counted if calibration else ''})."
+    for name, error in failed_to_calibrate(comparison).items():
+        yield f"Not run, because its calibration failed: {name} ({error.splitlines()[0]})."
 
 
 def _ranking(tested: Sequence[Difference], *, reference: str, measure: Measure) -> str:
@@ -122,17 +132,23 @@ def _with_difference(one: Difference, measure: Measure) -> str:
 
 def _text(known: Mapping[str, RunBudget]) -> str:
     one = next(iter(known.values()))
-    total = (
-        ""
-        if one.total is None
-        else (
-            f", which is {words.seconds(one.total)} of training steps"
-            if one.unit == "seconds"
-            else f", which is {_flops(one.total)} FLOPs"
-        )
-    )
+    ratios = "Ratios are medians over interleaved rounds."
+    whose: dict[str, list[str]] = {}
+    for name, budget in known.items():
+        whose.setdefault(f"{budget.text}{_total(budget)}", []).append(name)
+    if len(whose) > 1:
+        each = "; ".join(f"{text}: {words.joined(names)}" for text, names in whose.items())
+        return f"The runs had different budgets, or steps of different calibrations. {each}. {ratios}"
     memory = "" if one.memory is None else f" Memory: {words.num_bytes(one.memory)} of {one.counted}."
-    return f"Every run had the same budget ({one.text}){total}. Ratios are medians over interleaved rounds.{memory}"
+    return f"Every run had the same budget ({one.text}){_total(one)}. {ratios}{memory}"
+
+
+def _total(budget: RunBudget) -> str:
+    if budget.total is None:
+        return ""
+    if budget.unit == "seconds":
+        return f", which is {words.seconds(budget.total)} of training steps"
+    return f", which is {_flops(budget.total)} FLOPs"
 
 
 def _taken(method: Method, budget: RunBudget) -> float | None:
