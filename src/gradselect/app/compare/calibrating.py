@@ -56,15 +56,7 @@ def calibrated(
     )
     known = None if recalibrate else _known(folder, calibrator, say=say)
     if known is None or calibrator.missing(methods, known):
-        with locked(folder.root, name="--results"):
-            # Another comparison may have measured since.
-            known = None if recalibrate else _known(folder, calibrator, say=lambda line: None)
-            missing = calibrator.missing(methods, known)
-            measured = calibrator.calibrate(missing, known) if missing or known is None else known
-            # Before the steps: a budget that is too short is corrected without measuring again.
-            write_calibration(folder.root, measured)
-            calibration = allot(suite, measured, methods)
-            write_calibration(folder.root, calibration)
+        calibration = _calibrate(suite, methods, calibrator, folder=folder, recalibrate=recalibrate)
     else:
         say(f"calibrated the calibration of {known.made_at} is used again (--recalibrate measures anew)")
         calibration = allot(suite, known, methods)
@@ -76,6 +68,22 @@ def calibrated(
         if reason := calibration.methods[name].left_out:
             say(f"left out   {name}: {reason} ({calibration.counted})")
     check_any_fits(calibration, methods)
+    return calibration
+
+
+def _calibrate(
+    suite: Suite, methods: Sequence[str], calibrator: Calibrator, *, folder: ResultsFolder, recalibrate: bool
+) -> Calibration:
+    """Measure what is missing, and keep it with the steps of each method."""
+    with locked(folder.root, name="--results"):
+        # Another comparison may have measured since.
+        known = None if recalibrate else _known(folder, calibrator, say=lambda line: None)
+        missing = calibrator.missing(methods, known)
+        measured = calibrator.calibrate(missing, known) if missing or known is None else known
+        # Before the steps: a budget that is too short is corrected without measuring again.
+        write_calibration(folder.root, measured)
+        calibration = allot(suite, measured, methods)
+        write_calibration(folder.root, calibration)
     return calibration
 
 
