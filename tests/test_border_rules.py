@@ -182,7 +182,7 @@ def test_updates_in_the_backward_pass_are_the_same(borders: str) -> None:
 
 def test_settings_that_change_nothing_are_no_settings_bitwise() -> None:
     pair = []
-    for borders in (None, gs.Borders(), gs.Borders(rewarm_steps=1, coasting_decay=0.5, rate_cap=1.0)):
+    for borders in (None, gs.Borders(), gs.Borders(rewarm_steps=1)):
         model = small(torch.float32)
         pair.append((train(model, build(model, gs.Uniform(count=2), borders), range(8)), list(model.parameters())))
     for records, parameters in pair[1:]:
@@ -357,6 +357,13 @@ def test_a_checkpoint_of_other_borders_is_refused() -> None:
         ({"rate_by_visits": -0.5}, r"rate_by_visits=-0.5 is outside"),
         ({"rate_by_visits": math.nan}, r"rate_by_visits=nan is outside"),
         ({"rate_cap": 0.5}, r"rate_cap=0.5 is below 1"),
+        (
+            {"coasting_decay": 0.5},
+            r"coasting_decay=0.5 changes nothing while coasting=0; write coasting=5 too, or leave",
+        ),
+        ({"rewarm_after": 3}, r"rewarm_after=3 changes nothing while rewarm_steps=0; write rewarm_steps=50 too"),
+        ({"rewarm_first": False}, r"rewarm_first=False changes nothing while rewarm_steps=0"),
+        ({"rate_cap": 2.0, "coasting": 1}, r"rate_cap=2.0 changes nothing while rate_by_visits=0.0"),
         ({"rewarm_first": "no"}, r"rewarm_first='no' is no bool object; write rewarm_first=False"),
     ],
     ids=str,

@@ -347,6 +347,8 @@ BAD_SETTINGS: list[tuple[Callable[[], AbstractPolicy], str]] = [
     (lambda: AdaGradSelect(norm="l1"), 'norm="l2" or norm="rms"'),  # type: ignore[arg-type]
     (lambda: AdaGradSelect(draw="topk"), 'draw="top-k" or draw="multinomial"'),  # type: ignore[arg-type]
     (lambda: AdaGradSelect(among=()), r"among=\(\) names no block"),
+    (lambda: AdaGradSelect(among=5), "among=5 is no list of block names; write e.g."),  # pyright: ignore[reportArgumentType]
+    (lambda: AdaGradSelect(among=["layer.*", 3]), "is no list of block names"),  # pyright: ignore[reportArgumentType]
     (lambda: CostAware(fraction=1.5), "fraction=1.5 is outside"),
     (lambda: CostAware(fraction=0.2, count=2), "give one of them"),
     (lambda: CostAware(full_every=0), "full_every=0 is not"),

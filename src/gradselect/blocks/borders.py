@@ -9,6 +9,14 @@ from typing import Any
 from gradselect.core import AbstractRule, Group
 from gradselect.usage import UsageError, check_is, check_positive, check_whole
 
+_NEEDS = (
+    ("coasting_decay", "coasting", 5),
+    ("rewarm_after", "rewarm_steps", 50),
+    ("rewarm_first", "rewarm_steps", 50),
+    ("rate_cap", "rate_by_visits", 0.5),
+)
+"""A setting, the one that turns its rule on, and a value for that."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Borders:
@@ -48,7 +56,7 @@ class Borders:
         rate_cap: largest factor, >= 1.
 
     Raises:
-        UsageError: a value outside its range.
+        UsageError: a value outside its range, or a setting of a rule that is off.
 
     Example:
         >>> import torch, gradselect as gs
@@ -85,6 +93,21 @@ class Borders:
         check_positive("rate_cap", self.rate_cap, example=4.0)
         if self.rate_cap < 1:
             raise UsageError(f"rate_cap={self.rate_cap} is below 1; write e.g. rate_cap=4.0")
+        self._check_used()
+
+    def _check_used(self) -> None:
+        """Refuse a setting of a rule that is off: it would change nothing.
+
+        Raises:
+            UsageError: names the setting, and the one that turns its rule on.
+        """
+        for name, switch, example in _NEEDS:
+            value = getattr(self, name)
+            if value != getattr(Borders, name) and not getattr(self, switch):
+                raise UsageError(
+                    f"{name}={value} changes nothing while {switch}={getattr(self, switch)}; write {switch}={example} "
+                    f"too, or leave {name} out"
+                )
 
     @property
     def is_on(self) -> bool:

@@ -57,10 +57,12 @@ def check_patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
     """Return block names and globs as a tuple; a single one may stand alone.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or something is no text.
     """
     if not patterns:
         raise UsageError(f'{name}={patterns!r} names no block; write e.g. {name}=("layer.*",)')
+    if not isinstance(patterns, Sequence) or not all(isinstance(each, str) for each in patterns):
+        raise UsageError(f'{name}={patterns!r} is no list of block names; write e.g. {name}=("layer.*",)')
     return as_tuple(patterns)
 
 
