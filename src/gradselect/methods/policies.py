@@ -85,6 +85,20 @@ class Preset:
 _OF_SLICES = {"count": 1, "blocks": "columns", "among": ("layer.*.*.*",)}
 _WITHOUT = ("by", "fraction", "every", "stagger")
 
+
+def _fixed_slices(*, name: str, about: str) -> Preset:
+    """Return a preset of slices of each layer that are drawn once."""
+    return Preset(
+        name=name,
+        about=about,
+        policy=Stratified,
+        defaults={**_OF_SLICES, "residency": "keep"},
+        types={"count": int},
+        without=_WITHOUT,
+        pinned={"order": "fixed"},
+    )
+
+
 PRESETS = (
     Preset(
         name="grass",
@@ -136,7 +150,7 @@ PRESETS = (
         without=("count", "stagger"),
         pinned={"by": "category"},
     ),
-    Preset(
+    _fixed_slices(
         name="paca",
         about="""PaCA (Woo et al., arXiv 2503.01905) on slices: random columns of every linear, drawn once.
 
@@ -144,13 +158,8 @@ PRESETS = (
         one range, the same in all linears of a layer; the paper draws single columns for each linear, and scales their
         rate as LoRA does. The numbers are our choice: the paper's scripts train 8 or 16 columns.
         """,
-        policy=Stratified,
-        defaults={**_OF_SLICES, "residency": "keep"},
-        types={"count": int},
-        without=_WITHOUT,
-        pinned={"order": "fixed"},
     ),
-    Preset(
+    _fixed_slices(
         name="s2ft",
         about="""S2FT (Yang et al., arXiv 2412.06289) on slices: fixed columns of every linear of a layer.
 
@@ -159,11 +168,6 @@ PRESETS = (
         each layer has its share, and heads may be cut. The numbers are our choice: the paper's scripts train 5.2 % of
         the heads and 2 % of the channels, drawn over all layers together.
         """,
-        policy=Stratified,
-        defaults={**_OF_SLICES, "residency": "keep"},
-        types={"count": int},
-        without=_WITHOUT,
-        pinned={"order": "fixed"},
     ),
     Preset(
         name="chunkft",

@@ -10,7 +10,6 @@ from typing import Any, Literal, final
 
 from gradselect.blocks import (
     Norms,
-    check_fraction_or_count,
     gumbel,
     log_gamma,
     random_stream,
@@ -18,7 +17,7 @@ from gradselect.blocks import (
     resolve_count_now,
     taking_part,
 )
-from gradselect.usage import UsageError, check_one_of, check_patterns, check_positive, check_whole
+from gradselect.usage import UsageError, check_one_of, check_positive, check_whole
 
 from .epsilon_greedy import AbstractEpsilonGreedy
 from .strata import By, Strata, check_strata, strata_of
@@ -93,11 +92,7 @@ class AdaGradSelect(AbstractEpsilonGreedy):
     filled_explore_steps: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.fraction is None and self.count is None:
-            self.fraction = 0.2
-        check_fraction_or_count(fraction=self.fraction, count=self.count)
-        check_positive("epsilon_end", self.epsilon_end, at_most=1, example=0.01)
-        check_positive("delta", self.delta, example=1.0)
+        self.check_shared_settings()
         check_one_of("rank_by", self.rank_by, ("cumulative", "step"))
         check_one_of("norm", self.norm, ("l2", "rms"))
         check_one_of("draw", self.draw, ("top-k", "multinomial"))
@@ -105,11 +100,6 @@ class AdaGradSelect(AbstractEpsilonGreedy):
             check_one_of("strata", self.strata, ("layer", "category"))
         check_whole("every", self.every)
         check_positive("discount", self.discount, at_most=1, example=0.99)
-        check_whole("seed", self.seed, least=0)
-        if self.explore_steps is not None:
-            check_whole("explore_steps", self.explore_steps)
-        if self.among is not None:
-            self.among = check_patterns("among", self.among)
         if self.coverage is not None:
             check_whole("coverage", self.coverage)
         if self.delta_growth != 0:

@@ -10,7 +10,6 @@ from typing import Literal, final
 from gradselect.blocks import (
     Depth,
     Norms,
-    check_fraction_or_count,
     log_gamma,
     random_stream,
     resolve_count,
@@ -18,7 +17,7 @@ from gradselect.blocks import (
     taking_part,
 )
 from gradselect.core import Measure
-from gradselect.usage import UsageError, check_one_of, check_patterns, check_positive, check_whole
+from gradselect.usage import UsageError, check_one_of, check_positive, check_whole
 
 from .epsilon_greedy import AbstractEpsilonGreedy
 
@@ -58,8 +57,7 @@ class CostAware(AbstractEpsilonGreedy):
         full_every: m. The least share of exploit steps of the whole depth is 1 / m. 1: all of them.
         floor: share of the other exploit steps whose cut is drawn uniformly. With C cuts each has a chance of at least
             floor / C. 1: no regard to gain and time.
-        gain: "l2", or "l1". Neither decides for Adam: by first order it gains lr |g|_1, and on the problems of the
-            quickstart "l2" selected better layers.
+        gain: "l2", or "l1", to which Adam's first-order gain lr |g|_1 is proportional. Which is better is not settled.
         explore_steps: N, the optimizer steps of the first epoch: `len(loader)` without gradient accumulation.
             None: an integration that knows the loader calls `fill_explore_steps`.
         epsilon_end: value of eps_t = epsilon_end^(t / N) at t = N.
@@ -98,19 +96,10 @@ class CostAware(AbstractEpsilonGreedy):
     filled_explore_steps: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.fraction is None and self.count is None:
-            self.fraction = 0.2
-        check_fraction_or_count(fraction=self.fraction, count=self.count)
+        self.check_shared_settings()
         check_whole("full_every", self.full_every)
         check_positive("floor", self.floor, at_most=1, example=0.25)
         check_one_of("gain", self.gain, ("l1", "l2"))
-        check_positive("epsilon_end", self.epsilon_end, at_most=1, example=0.01)
-        check_positive("delta", self.delta, example=1.0)
-        check_whole("seed", self.seed, least=0)
-        if self.explore_steps is not None:
-            check_whole("explore_steps", self.explore_steps)
-        if self.among is not None:
-            self.among = check_patterns("among", self.among)
 
     def start(self) -> None:
         self.candidates = taking_part(self.candidates, self.among)

@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
-from gradselect.blocks import AbstractPolicy, Norms, random_stream
-from gradselect.usage import UsageError, check_whole
+from collections.abc import Sequence
+
+from gradselect.blocks import AbstractPolicy, Norms, check_fraction_or_count, random_stream
+from gradselect.usage import UsageError, check_patterns, check_positive, check_whole
 
 
 class AbstractEpsilonGreedy(AbstractPolicy):
     """Policy that explores in step t with probability eps_t = epsilon_end^(t / N) for t < N, 0 afterwards.
 
-    Step 0 always explores. A concrete policy declares the attributes as fields: the first three are settings.
+    Step 0 always explores. A concrete policy declares the attributes as fields: all but the last are settings.
 
     Attributes:
+        fraction: share of the candidate blocks that trains in a step; 0.2 unless `count` is given.
+        count: number of these blocks.
+        delta: added to every count of the Dirichlet draw.
+        among: names or globs of the candidate blocks. None: all.
         explore_steps: N, the optimizer steps of the first epoch. None: `fill_explore_steps` gives it.
         epsilon_end: value of eps_t at t = N.
         seed: of every draw.
         filled_explore_steps: N as `fill_explore_steps` gave it; state.
     """
 
+    fraction: float | None
+    count: int | None
+    delta: float
+    among: Sequence[str] | None
     explore_steps: int | None
     epsilon_end: float
     seed: int
     filled_explore_steps: int | None
+
+    def check_shared_settings(self) -> None:
+        """Check the settings that these policies share, and fill in the default of `fraction`.
+
+        Raises:
+            UsageError: one is outside its range.
+        """
+        if self.fraction is None and self.count is None:
+            self.fraction = 0.2
+        check_fraction_or_count(fraction=self.fraction, count=self.count)
+        check_positive("epsilon_end", self.epsilon_end, at_most=1, example=0.01)
+        check_positive("delta", self.delta, example=1.0)
+        check_whole("seed", self.seed, least=0)
+        if self.explore_steps is not None:
+            check_whole("explore_steps", self.explore_steps)
+        if self.among is not None:
+            self.among = check_patterns("among", self.among)
 
     def selects_anew(self, step: int) -> bool:
         """True if step `step` may explore, rather than keep the selection of the step before."""
