@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 import gradselect as gs
 from gradselect.app.compare import source_state
+from gradselect.files import read_json_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -284,7 +285,8 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a result, also one that `gzip` has packed."""
+    return json.loads(read_json_text(path))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

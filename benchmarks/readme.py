@@ -110,7 +110,7 @@ def score_table(what: str, *folders: str) -> str:
 
 def scored(folder: Path) -> list[tuple[float, list[str]]]:
     """Return mean accuracy and cells of each method in a folder of results."""
-    results = [read_result(file) for file in sorted(folder.glob("*.score.json"))]
+    results = [read_result(file) for file in sorted(folder.glob("*.score.json*"))]
     rows = []
     for method in dict.fromkeys(result["gradselect"]["method"] for result in results):
         runs = [result for result in results if result["gradselect"]["method"] == method]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import signal
 from pathlib import Path
@@ -150,6 +151,15 @@ def test_what_is_done_is_not_done_again(place: Path, copy: Path, runner: Runner)
     summaries = runner(make_suite(place), copy)
     assert runner.ran == []
     assert {path: path.read_bytes() for path in copy.glob("*.json")} == before
+    assert [len(summary.results) for summary in summaries] == [2, 2]
+
+
+def test_packed_results_are_not_made_again(place: Path, copy: Path, runner: Runner) -> None:
+    for path in list(copy.glob("*.lr-*.json")):
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    summaries = runner(make_suite(place), copy)
+    assert runner.ran == []
     assert [len(summary.results) for summary in summaries] == [2, 2]
 
 

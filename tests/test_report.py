@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -238,6 +239,27 @@ def test_what_is_no_json_object_is_skipped(tmp_path, content):
     write(tmp_path, result("full"))
     (tmp_path / "bad.json").write_bytes(content)
     assert [skipped.file for skipped in read_results(tmp_path, include_dirty=False).skipped] == ["bad.json"]
+
+
+def test_packed_results_are_read_as_the_plain_ones(tmp_path):
+    path = write(tmp_path, result("full"))
+    plain = read_results(tmp_path, include_dirty=False).runs
+    path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    packed = read_results(tmp_path, include_dirty=False)
+    assert [run.content for run in packed.runs] == [run.content for run in plain]
+    assert packed.skipped == ()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"{}", lambda data: data[:12] + b"x" + data[13:]]
+)
+def test_a_damaged_packed_file_is_skipped(tmp_path, damage):
+    path = write(tmp_path, result("full"))
+    path.with_name("bad.json.gz").write_bytes(damage(gzip.compress(path.read_bytes())))
+    (skipped,) = read_results(tmp_path, include_dirty=False).skipped
+    assert skipped.file == "bad.json.gz"
+    assert "damaged" in skipped.reason
 
 
 def test_a_run_that_stands_in_two_files_counts_once(tmp_path):

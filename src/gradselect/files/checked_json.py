@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,22 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**plain, KEY: _digests(plain)}
 
 
+def read_json_text(path: Path) -> str:
+    """Return the text of a JSON file; of a `.gz` file, what `gzip` packed.
+
+    Raises:
+        OSError: it cannot be read or unpacked.
+        UnicodeDecodeError: it is no UTF-8.
+    """
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, zlib.error) as error:
+            raise OSError(f"cannot be unpacked: {error}") from None
+    return data.decode("utf-8")
+
+
 def read_sealed(path: Path, *, needed: Sequence[str] = (), name: str | None = None) -> dict[str, Any]:
     """Return the values in a file, without their digests. A file from before there were digests is not checked.
 
@@ -35,7 +53,7 @@ def read_sealed(path: Path, *, needed: Sequence[str] = (), name: str | None = No
     """
     name = name or str(path)
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = json.loads(read_json_text(path))
     # A UnicodeDecodeError is a ValueError.
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{name}: damaged or half-written ({error}); put a copy back, or make it again") from None

@@ -145,8 +145,8 @@ class Comparison:
 
     def _done(self, run: PlannedRun) -> Result | None:
         """Return the result of an earlier call, if it succeeded with these settings."""
-        path = self._folder.result_file(run)
-        if not path.exists():
+        path = self._folder.existing_result(run)
+        if path is None:
             return None
         try:
             result = read_own_result(path)

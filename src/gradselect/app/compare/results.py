@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradselect import UsageError
-from gradselect.app.results import CALIBRATION, ComparedRun, Result, read_result
+from gradselect.app.results import ComparedRun, Result, read_result, result_paths
 
 from .schedule import PlannedRun
 
@@ -25,6 +25,12 @@ class ResultsFolder:
 
     def result_file(self, run: PlannedRun) -> Path:
         return self.root / f"{run.name}.json"
+
+    def existing_result(self, run: PlannedRun) -> Path | None:
+        """Return the result file of the run, plain or packed by `gzip`; None if there is none."""
+        plain = self.result_file(run)
+        candidates = (plain, plain.with_name(f"{plain.name}.gz"))
+        return next((path for path in candidates if path.exists()), None)
 
     @property
     def work(self) -> Path:
@@ -60,9 +66,7 @@ class ResultsFolder:
     def read(self) -> tuple[list[Result], list[str]]:
         """Return the results, and for every other JSON file a line with its name and why it is skipped."""
         results, skipped = [], []
-        for path in sorted(self.root.glob("*.json")):
-            if path.name == CALIBRATION:
-                continue
+        for path in result_paths(self.root):
             try:
                 results.append(read_own_result(path))
             except UsageError as error:
@@ -85,7 +89,7 @@ def read_own_result(path: Path) -> Result:
     """
     result = read_result(path)
     expected = f"{_planned(result.record).name}.json"
-    if path.name != expected:
+    if path.name.removesuffix(".gz") != expected:
         raise UsageError(f"{path.name}: holds the result of another run; give it the name {expected}")
     return result
 

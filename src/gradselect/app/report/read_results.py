@@ -15,6 +15,7 @@ from gradselect.app.results import (
     Skipped,
     read_calibration,
     read_result,
+    result_paths,
 )
 from gradselect.usage import UsageError, find_differences
 
@@ -50,7 +51,7 @@ def read_results(folder: Path, *, include_dirty: bool) -> Results:
         raise UsageError(
             f"{folder} is no folder; give that of a run, or of results, made with: gradselect compare suites/quick.yaml"
         )
-    runs, skipped = _read_all(sorted(path for path in folder.glob("*.json") if path.name != CALIBRATION))
+    runs, skipped = _read_all(result_paths(folder))
     dirty = () if include_dirty else tuple(run for run in runs if run.record.dirty)
     kept = [run for run in runs if include_dirty or not run.record.dirty]
     _check_one_protocol(kept)

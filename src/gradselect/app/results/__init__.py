@@ -27,6 +27,7 @@ from .result_file import (
     Skipped,
     TrainInfo,
     read_result,
+    result_paths,
     write_result,
 )
 from .run_record import (
@@ -76,6 +77,7 @@ __all__ = [
     "read_finished_run",
     "read_result",
     "read_run",
+    "result_paths",
     "write_calibration",
     "write_result",
 ]

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from gradselect.files import read_sealed, sealed, writing_aside
+from gradselect.files import read_json_text, read_sealed, sealed, writing_aside
 from gradselect.usage import UsageError
 
-from .calibration_file import RunBudget
+from .calibration_file import CALIBRATION, RunBudget
 from .record import Number, Record
 from .run_record import Flop, Seconds, Selection
 
@@ -186,8 +186,14 @@ class Skipped:
     reason: str
 
 
+def result_paths(folder: Path) -> list[Path]:
+    """Return the JSON files of a folder that may be results, also those that `gzip` has packed, in order of names."""
+    found = (path for pattern in ("*.json", "*.json.gz") for path in folder.glob(pattern))
+    return sorted(path for path in found if path.name != CALIBRATION)
+
+
 def read_result(path: Path) -> Result:
-    """Read a result file.
+    """Read a result file, also one that `gzip` has packed.
 
     Raises:
         UsageError: it is half-written, damaged, or not a result of this format; names file and key.
@@ -206,7 +212,7 @@ def read_result(path: Path) -> Result:
 def _check_holds_object(path: Path, *, name: str) -> None:
     """Tell a whole file of something else from a damaged result."""
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = json.loads(read_json_text(path))
     except (OSError, ValueError, RecursionError):
         return  # the reader says what is wrong
     if not isinstance(values, dict):
