@@ -344,8 +344,7 @@ def of_report() -> dict[str, str]:
 
 
 def write_problems(path: Path, *, count: int) -> None:
-    sys.path.insert(0, str(ROOT / "quickstart"))
-    from problems import problems
+    from gradselect.app.word_problems import problems
 
     lines = (json.dumps(problem) + "\n" for problem in problems(count=count, seed=1, split="train"))
     path.write_text("".join(lines), encoding="utf-8")

@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,10 +29,7 @@ from rich.console import Console
 from gradselect.app.evaluate import EvaluationSettings, evaluate
 from gradselect.app.recipe import load_recipe
 from gradselect.app.train import train
-
-sys.path.insert(0, str(ROOT / "quickstart"))
-
-from problems import problems
+from gradselect.app.word_problems import problems
 
 RESULT = RESULTS / "grpo.json"
 RECIPE = ROOT / "recipes" / "grpo-random-mask.yaml"

@@ -20,9 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "quickstart"))
+from gradselect.app.word_problems import LARGEST, Misfit, calculate, choose, draw_cast
 
-from grammar import LARGEST, Misfit, calculate, choose, draw_cast
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "quickstart"))  # of others: pretrain, stories
 
 SPLITS = {"test": 0.1, "valid": 0.15, "train": 1.0}
 """Upper ends of the buckets; the quickstart's test problems are the same tenth of all questions."""

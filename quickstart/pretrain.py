@@ -21,13 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from problems import problems
 from stories import documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from gradselect.app.word_problems import problems
 
 END, PAD = "<|end|>", "<|pad|>"
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from grammar import LARGEST, OPERATIONS, Misfit, choose, draw_cast, fill
+from gradselect.app.word_problems import LARGEST, OPERATIONS, Misfit, choose, draw_cast, fill
 
 FACTS = {
     "+": ("[a + b]", "{a} plus {b} is [=a + b]", "{a} and {b} make [=a + b]"),

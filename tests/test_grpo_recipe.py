@@ -14,12 +14,11 @@ from train_fixtures import quiet
 from gradselect.app.evaluate import EvaluationSettings, evaluate
 from gradselect.app.recipe import Recipe, load_recipe
 from gradselect.app.train import train
+from gradselect.app.word_problems import problems
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "quickstart" / "base"
-sys.path[:0] = [str(ROOT / "quickstart"), str(ROOT / "benchmarks")]
-
-from problems import problems  # noqa: E402
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 grpo = importlib.import_module("grpo")
 

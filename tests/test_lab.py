@@ -16,6 +16,7 @@ from gradselect.app.compare.suite import load_suite
 from gradselect.app.inputs import read_inputs
 from gradselect.app.runtime.run_folder import RunFolder
 from gradselect.app.train.setup import build_trainer
+from gradselect.app.word_problems import split_of as short_split_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "quickstart")]
@@ -24,7 +25,6 @@ import lab_base  # noqa: E402
 import lab_presets  # noqa: E402
 import lab_problems  # noqa: E402
 import lab_text  # noqa: E402
-import problems as short_problems  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
@@ -107,7 +107,7 @@ def test_the_splits_share_no_question_and_follow_the_quickstart_s():
     for split, questions in of.items():
         assert {lab_problems.split_of(question) for question in questions} == {split}
         expected = "test" if split == "test" else "train"
-        assert {short_problems.split_of(question) for question in questions} == {expected}
+        assert {short_split_of(question) for question in questions} == {expected}
 
 
 def test_the_problems_follow_from_the_seed_alone():

@@ -11,13 +11,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gradselect.app.word_problems import (
+    LARGEST,
+    SMALLEST,
+    TEMPLATES,
+    Misfit,
+    calculate,
+    main,
+    make_problem,
+    problems,
+    split_of,
+)
+
 QUICKSTART = Path(__file__).resolve().parent.parent / "quickstart"
 BASE = QUICKSTART / "base"
 sys.path.insert(0, str(QUICKSTART))
 
-from grammar import LARGEST, SMALLEST, Misfit, calculate  # noqa: E402
 from pretrain import Recipe  # noqa: E402
-from problems import TEMPLATES, main, make_problem, problems, split_of  # noqa: E402
 from stories import documents  # noqa: E402
 
 CALCULATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")

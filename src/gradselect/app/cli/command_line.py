@@ -29,6 +29,7 @@ from .export import export
 from .launch import launch
 from .plan import plan
 from .plugin_path import show_plugin_path
+from .quickstart import quickstart
 from .report import report
 from .train import train
 from .tune import tune
@@ -42,6 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(delta_commands)
+app.command()(quickstart)
 app.command()(report)
 app.command()(compare)
 app.command()(tune)

@@ -1,11 +1,7 @@
-"""Picture of which blocks trained when, from the records of a run.
-
-python quickstart/picture.py records.jsonl blocks.png
-"""
+"""Picture of which blocks trained when, from the records of a run."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,17 +65,3 @@ def as_text(selections: Selections, *, width: int = 60) -> str:
         cells = "".join(SHADES[int(np.ceil(share * (len(SHADES) - 1)))] for share in shares)
         lines.append(f"{block:>12} |{cells}| {row.sum():4d}")
     return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("records", type=Path)
-    parser.add_argument("picture", type=Path)
-    arguments = parser.parse_args()
-    records = [json.loads(line) for line in arguments.records.read_text(encoding="utf-8").splitlines()]
-    blocks = list(dict.fromkeys(name for record in records for name in (*record["norms"], *record["selected"])))
-    draw(Selections.read(arguments.records, blocks=blocks), arguments.picture)
-
-
-if __name__ == "__main__":
-    main()
