@@ -3,8 +3,8 @@
 Only Python itself is needed. `python quickstart/problems.py` writes them to a file.
 """
 
+from .generation import TEMPLATES, Template, main, make_problem, problems, split_of
 from .grammar import LARGEST, OPERATIONS, SMALLEST, Misfit, calculate, choose, draw_cast, fill
-from .problems import TEMPLATES, Template, main, make_problem, problems, split_of
 
 __all__ = [
     "LARGEST",
