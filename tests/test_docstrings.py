@@ -53,7 +53,7 @@ def test_the_examples_of_a_module_run(name: str) -> None:
         module = importlib.import_module(name)
     except (ModuleNotFoundError, SystemExit) as error:
         is_ours = isinstance(error, ModuleNotFoundError) and str(error.name).startswith("gradselect")
-        if name.startswith(("gradselect.app", integrations.__name__)) and not is_ours:
+        if name.startswith(("gradselect.app", "gradselect.adapters", integrations.__name__)) and not is_ours:
             pytest.skip(f"an optional package is missing: {error}")
         raise
     with torch.random.fork_rng():

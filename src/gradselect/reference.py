@@ -171,3 +171,53 @@ class DenseID3:
         names = list(self.parameters)
         for rank, index in top_entries(scores, count):
             self.masks[names[rank]].view(-1)[index] = True
+
+
+def ether_weight(weight: Tensor, normals: Tensor) -> Tensor:
+    """Return W H for H = diag(I - 2 u uᵀ / |u|²), built as one dense matrix; twin of `adapters.EtherConfig`.
+
+    Args:
+        weight: (outputs, inputs).
+        normals: u of each block of inputs.
+
+    Reference: Bini, Roth, Akata, Khoreva, arXiv 2405.20271, equation 1.
+    """
+    return weight @ torch.block_diag(*(_identity(u) - 2 * _projection(u) for u in normals))
+
+
+def etherplus_weight(weight: Tensor, *, inputs: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor]) -> Tensor:
+    """Return G W H, both dense with blocks I - u uᵀ / |u|² + v vᵀ / |v|²; twin of `adapters.EtherPlusConfig`.
+
+    Args:
+        weight: (outputs, inputs).
+        inputs: u and v of each block of inputs, for H.
+        outputs: those of each block of outputs, for G.
+
+    Reference: Bini, Roth, Akata, Khoreva, arXiv 2405.20271, section 3.3.
+    """
+    right, left = (
+        torch.block_diag(*(_identity(u) - _projection(u) + _projection(v) for u, v in zip(*side, strict=True)))
+        for side in (inputs, outputs)
+    )
+    return left @ weight @ right
+
+
+def propulsion_weight(
+    weight: Tensor, bias: Tensor | None, *, scale: Tensor, degree: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return diag(z)^k W and diag(z)^k b, multiplied out; twin of `adapters.PropulsionConfig`.
+
+    Reference: Kowsher, Prottasha, Bhat, arXiv 2409.10927, equation 3.
+    """
+    for _ in range(degree):
+        weight = torch.diag(scale) @ weight
+        bias = None if bias is None else torch.diag(scale) @ bias
+    return weight, bias
+
+
+def _identity(vector: Tensor) -> Tensor:
+    return torch.eye(len(vector), dtype=vector.dtype, device=vector.device)
+
+
+def _projection(vector: Tensor) -> Tensor:
+    return torch.outer(vector, vector) / vector.dot(vector)

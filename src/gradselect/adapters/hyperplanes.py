@@ -1,0 +1,59 @@
+"""Reflections and projections along unit normals of blocks, without a dense matrix."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter, functional
+
+from gradselect.usage import UsageError
+
+
+def new_normals(size: int, num_blocks: int) -> Parameter:
+    """Return random normals, not of unit length: one row for each block of `size` numbers.
+
+    Args:
+        size: numbers of the vectors that are changed.
+        num_blocks: blocks; it divides the size.
+    """
+    normals = Parameter(torch.empty(num_blocks, size // num_blocks))
+    nn.init.kaiming_uniform_(normals, a=math.sqrt(5))
+    return normals
+
+
+def check_blocks(num_blocks: int, path: str, **sizes: int) -> None:
+    """Check that blocks divide each size of a layer.
+
+    Args:
+        num_blocks: blocks.
+        path: name of the layer.
+        sizes: its sizes by what they count: `inputs`, `outputs`.
+
+    Raises:
+        UsageError: they do not; names the nearest number that does.
+    """
+    for what, size in sizes.items():
+        if size % num_blocks:
+            common = math.gcd(*sizes.values())
+            fits = max(number for number in range(1, min(num_blocks, common) + 1) if common % number == 0)
+            raise UsageError(
+                f"num_blocks={num_blocks} does not divide the {size} {what} of {path!r}; write num_blocks={fits}"
+            )
+
+
+def along(x: Tensor, units: Tensor) -> Tensor:
+    """Return the part of each block of `x` that lies along the block's unit normal.
+
+    Args:
+        x: (..., blocks x size).
+        units: (blocks, size), of length 1.
+    """
+    shares = torch.einsum("...bs,bs->...b", x.unflatten(-1, units.shape), units)
+    return (shares.unsqueeze(-1) * units).flatten(-2)
+
+
+def unit(normals: Tensor) -> Tensor:
+    """Return the normals with length 1."""
+    return functional.normalize(normals, dim=-1)

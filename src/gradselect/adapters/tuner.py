@@ -1,0 +1,129 @@
+"""The tuner that every adapter derives from: it puts the layers of a method into a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, cast
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from gradselect.usage import UsageError, nearest, parent
+
+from .config import AdapterConfig
+from .layer import UNKNOWN, AdapterLinear
+
+MOST_NAMES = 8
+"""Names that an error lists."""
+
+
+class AdapterTuner(BaseTuner):
+    """Puts the layers of a method into a model. If something does not fit, the model is as it was before.
+
+    A subclass sets `prefix` (which begins the names of the layers' parameters) and `tuner_layer_cls`.
+    """
+
+    target_module_mapping = {}  # noqa: RUF012  # an attribute of PEFT
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put layers with the adapter in place of those that its settings name.
+
+        Raises:
+            UsageError: a target matches nothing, or a layer that the method cannot change.
+        """
+        config: Any = self.peft_config[adapter_name]
+        targets = config.target_modules
+        already = set(self.targeted_module_names)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if not config.inference_mode and isinstance(targets, set):
+                self._check_all_match(targets, model)
+        except UsageError:
+            self._take_out(model, adapter_name, already)
+            raise
+        except ValueError as error:
+            self._take_out(model, adapter_name, already)
+            if "not found in the base model" not in str(error):
+                raise
+            raise UsageError(self._nothing_found(targets, model)) from None
+
+    def make_layer(self, target: nn.Module, adapter_name: str, config: Any, *, path: str) -> AdapterLinear:
+        """Return the layer that takes the place of `target`."""
+        return self._layer_class(target, adapter_name, config, path=path)
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, self._layer_class):
+            target.update_layer(adapter_name, cast(AdapterConfig, peft_config))
+            return
+        self._check_layer(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target, current_key)
+        layer = self.make_layer(target, adapter_name, peft_config, path=current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _check_layer(self, layer: nn.Module, path: str) -> None:
+        """Check that the method can change a layer.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        method, known = self._method, self._layer_class.known_layers
+        if not isinstance(layer, known) or isinstance(layer, UNKNOWN):
+            raise UsageError(
+                f"{method} cannot change {path!r}, which is of the class {type(layer).__name__}; it knows "
+                f"{', '.join(kind.__name__ for kind in known)}. Name other layers in target_modules, or write "
+                f"exclude_modules=[{path.rpartition('.')[2]!r}]"
+            )
+        weight = cast(Any, layer).weight
+        uses = Counter(id(parameter) for _, parameter in self.model.named_parameters(remove_duplicate=False))
+        if uses[id(weight)] > 1:
+            raise UsageError(
+                f"{path!r} shares its weight with another layer, which merging would change too; write "
+                f"exclude_modules=[{path.rpartition('.')[2]!r}], or load the model with tie_word_embeddings=False"
+            )
+
+    @property
+    def _layer_class(self) -> type[AdapterLinear]:
+        return cast(type[AdapterLinear], self.tuner_layer_cls)
+
+    @property
+    def _method(self) -> str:
+        return self.prefix.removesuffix("_")
+
+    def _check_all_match(self, targets: set[str], model: nn.Module) -> None:
+        found = self.targeted_module_names
+        for target in sorted(targets):
+            if not any(name == target or name.endswith(f".{target}") for name in found):
+                raise UsageError(self._nothing_found({target}, model))
+
+    def _nothing_found(self, targets: Any, model: nn.Module) -> str:
+        names = [name for name, module in model.named_modules() if isinstance(module, self._layer_class.known_layers)]
+        lasts = sorted({name.rpartition(".")[2] for name in names})
+        listed = ", ".join(map(repr, lasts[:MOST_NAMES])) + (", ..." if lasts[MOST_NAMES:] else "")
+        shown = targets if isinstance(targets, str) else sorted(targets or ())
+        near = f"; nearest: {nearest(str(shown[0]), lasts)}" if isinstance(shown, list) and shown and lasts else ""
+        return (
+            f"target_modules={shown!r} matches no layer that {self._method} can change{near}; "
+            f"{type(model).__name__} has {listed or 'none'}. Write e.g. target_modules='all-linear'"
+        )
+
+    def _take_out(self, model: nn.Module, adapter_name: str, already: set[str]) -> None:
+        """Undo an injection that failed."""
+        for path, module in list(model.named_modules()):
+            if not isinstance(module, self._layer_class):
+                continue
+            if module._all_available_adapter_names() in ([], [adapter_name]):
+                setattr(model.get_submodule(parent(path)), path.rpartition(".")[2], module.base_layer)
+            elif adapter_name in module._all_available_adapter_names():
+                module.delete_adapter(adapter_name)
+        self.targeted_module_names = [name for name in self.targeted_module_names if name in already]

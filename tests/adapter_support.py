@@ -1,0 +1,123 @@
+"""Adapters for the tests: the settings, the dense twin and the number of parameters of each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+import torch
+from tiny_models import seeded, tiny_llama
+from torch import Tensor, nn
+
+from gradselect import adapters, reference
+from gradselect.adapters import AdapterLinear
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterCase:
+    """One adapter.
+
+    Args:
+        config: class of its settings.
+        settings: its own settings.
+        twin: returns weight (outputs x inputs) and bias of a layer of the model with its adapter "default", from dense
+            matrices.
+        count: returns the number of parameters by the paper's formula, from the adapted layers.
+        is_neutral: True if a new adapter changes nothing.
+        build: returns a tiny model that the adapter fits.
+    """
+
+    config: Any
+    settings: dict[str, Any] = field(default_factory=dict)
+    twin: Callable[[Any], tuple[Tensor, Tensor | None]]
+    count: Callable[[list[Any]], int]
+    is_neutral: bool = True
+    build: Callable[[], nn.Module] = lambda: tiny_llama(layers=2)
+
+    def make(self, **settings: Any) -> Any:
+        """Return settings; by default those of a language model with adapters on all linear layers."""
+        return self.config(**{"task_type": "CAUSAL_LM", **self.settings, **settings})
+
+    def adapted(self, *, noise: float = 0.3, model: nn.Module | None = None, **settings: Any) -> Any:
+        """Return a tiny model in PEFT.
+
+        Args:
+            noise: deviation of what is added to the adapter, which makes a neutral one change something.
+            model: what to adapt. None: a new model.
+            settings: settings beside the case's own.
+        """
+        base: Any = self.build() if model is None else model
+        return disturbed(wrapped(base, self.make(**settings)), noise)
+
+
+def wrapped(model: Any, config: Any) -> Any:
+    """Return a model in PEFT, always with the same new weights."""
+    with warnings.catch_warnings():
+        # peft asks transformers 5 for a property that was renamed
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        return seeded(lambda: peft.get_peft_model(model, config))
+
+
+def disturbed(model: Any, noise: float, *, seed: int = 1) -> Any:
+    """Add noise to everything that trains."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += noise * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    return model
+
+
+def layers_of(model: nn.Module) -> list[Any]:
+    """Return the layers that have adapters."""
+    return [module for module in model.modules() if isinstance(module, AdapterLinear)]
+
+
+def plain(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Return weight (outputs x inputs) and bias below the adapter."""
+    base = layer.get_base_layer()
+    return base.weight if isinstance(base, nn.Linear) else base.weight.T, getattr(base, "bias", None)
+
+
+def ether_twin(layer: Any) -> tuple[Tensor, Tensor | None]:
+    weight, bias = plain(layer)
+    return reference.ether_weight(weight, layer.ether_u["default"]), bias
+
+
+def etherplus_twin(layer: Any) -> tuple[Tensor, Tensor | None]:
+    weight, bias = plain(layer)
+    inputs, outputs = (
+        tuple(getattr(layer, f"etherplus_{side}_{name}")["default"] for name in "uv") for side in ("in", "out")
+    )
+    return reference.etherplus_weight(weight, inputs=inputs, outputs=outputs), bias
+
+
+def propulsion_twin(layer: Any) -> tuple[Tensor, Tensor | None]:
+    scale = 1 + layer.propulsion_scale_bias["default"]
+    return reference.propulsion_weight(*plain(layer), scale=scale, degree=layer.degrees["default"])
+
+
+ADAPTERS = {
+    "ether": AdapterCase(
+        config=adapters.EtherConfig,
+        settings={"num_blocks": 4},
+        twin=ether_twin,
+        count=lambda layers: sum(layer.in_features for layer in layers),
+        is_neutral=False,
+    ),
+    "etherplus": AdapterCase(
+        config=adapters.EtherPlusConfig,
+        settings={"num_blocks": 4},
+        twin=etherplus_twin,
+        count=lambda layers: sum(2 * (layer.in_features + layer.out_features) for layer in layers),
+    ),
+    "propulsion": AdapterCase(
+        config=adapters.PropulsionConfig,
+        settings={"degree": 3},
+        twin=propulsion_twin,
+        count=lambda layers: sum(layer.out_features for layer in layers),
+    ),
+}
