@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from gradselect import UsageError
 from gradselect.app.recipe import AdaLoraMethod
 from gradselect.app.train import train
-from gradselect.app.train.adalora import OrthogonalityPenalty, ranks
+from gradselect.app.train.adalora import OrthogonalityPenalty
 from gradselect.app.train.meter import training_bytes
+from gradselect.integrations.transformers.adalora import ranks
 
 pytestmark = [
     # TRL 1.16 uses names that transformers 5.23 has replaced.
@@ -97,7 +98,7 @@ def test_ranks_of_adalora_fall_to_the_rank_asked_for(place: Path, tmp_path: Path
     trainer.train()
     assert num_matrices == 4 * 7
     assert seen.totals[1] == 4 * num_matrices
-    assert seen.totals[-1] <= 2 * num_matrices
+    assert seen.totals[-1] == 2 * num_matrices
     # Between two allocations a singular value may come back; from the end of the fall on none does.
     allocated = [*seen.totals[4:12:2], *seen.totals[12:]]
     assert allocated == sorted(allocated, reverse=True)
@@ -110,7 +111,7 @@ def test_steps_of_epochs_set_the_schedule_too(place: Path, tmp_path: Path) -> No
     trainer.train()
     model: Any = trainer.model
     assert model.active_peft_config.total_step == trainer.state.max_steps == 12
-    assert sum(ranks(model).values()) <= 2 * len(ranks(model))
+    assert sum(ranks(model).values()) == 2 * len(ranks(model))
 
 
 def test_adalora_merges_into_a_plain_model(place: Path, tmp_path: Path) -> None:
@@ -159,6 +160,11 @@ def test_a_schedule_of_adalora_that_falls_nowhere_is_refused(place: Path, method
 def test_a_run_too_short_for_adalora_is_refused_before_it_begins(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"of 1 steps leave no step for ranks to fall"):
         build(place, tmp_path, method=ADALORA, run={"steps": 1})
+
+
+def test_adalora_by_the_name_of_peft_is_refused_because_its_ranks_would_stay(place: Path) -> None:
+    with pytest.raises(UsageError, match=r"ranks fall only with name=adalora"):
+        parse(place, method={"name": "peft", "type": "AdaLora", "options": {"total_step": 10}})
 
 
 def test_the_default_ranks_have_the_ratio_of_pefts_defaults() -> None:

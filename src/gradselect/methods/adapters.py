@@ -133,10 +133,10 @@ class AdaLoraMethod(AbstractAdapterMethod):
             deltaT=self.every,
             orth_reg_weight=self.orthogonality,
             modules_to_save=list(head) or None,
-            total_step=1,  # `schedule` sets it once the number of steps is known
+            total_step=1,  # `write_schedule` sets it once the number of steps is known
         )
 
-    def schedule(self, config: Any, *, num_steps: int) -> None:
+    def write_schedule(self, config: Any, num_steps: int) -> None:
         """Write the schedule of the ranks over a run of `num_steps` into PEFT's configuration.
 
         Raises:
@@ -163,6 +163,15 @@ class OtherAdapterMethod(AbstractAdapterMethod):
     name: Literal["peft"]
     type: str
     options: Mapping[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def check_type(self) -> Self:
+        if self.type.upper() == "ADALORA":
+            raise ValueError(
+                f"type={self.type!r} would be a plain LoRA here: ranks fall only with name=adalora; write "
+                "method={name: adalora, rank: 8, initial_rank: 12}"
+            )
+        return self
 
     def peft_config(self, *, embedding: str, head: Sequence[str] = ()) -> PeftConfig:
         from peft import get_peft_config

@@ -28,9 +28,9 @@ from gradselect.app.recipe import (
     RunFacts,
 )
 from gradselect.app.runtime import RunFolder
-from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
+from gradselect.integrations.transformers import AdaLoraCallback, SelectionCallback, SelectiveOptimizerFactory
 
-from .adalora import OrthogonalityPenalty, RankCallback
+from .adalora import OrthogonalityPenalty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +123,11 @@ def _adalora_parts(method: AdaLoraMethod, recipe: Recipe, inputs: Inputs) -> Met
     assert isinstance(parts.model, PeftModel)
     if recipe.run.steps is not None:
         # Now, so that a bad schedule fails before training; with epochs only the trainer knows the number of steps.
-        method.schedule(parts.model.active_peft_config, num_steps=recipe.run.steps)
+        method.write_schedule(parts.model.active_peft_config, recipe.run.steps)
     return replace(
         parts,
         can_resume=False,
-        callbacks=[*parts.callbacks, RankCallback(method, parts.model)],
+        callbacks=[*parts.callbacks, AdaLoraCallback(schedule=method.write_schedule)],
         penalty=OrthogonalityPenalty(parts.model, weight=method.orthogonality) if method.orthogonality else None,
     )
 

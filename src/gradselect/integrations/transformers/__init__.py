@@ -9,17 +9,19 @@ parts, which can also be given apart:
     callbacks=[SelectionCallback(jsonl="selection.jsonl")],
 
 The factory builds the optimizer. The callback passes it what only the Trainer knows, and adds its records to the
-Trainer's logs.
+Trainer's logs. `AdaLoraCallback` lowers the ranks of PEFT's AdaLoRA, which no Trainer does.
 """
 
 from gradselect.integrations.reporting import summarise
 
+from .adalora import AdaLoraCallback
 from .callback import SelectionCallback
 from .checkpointing import checkpoint_selected
 from .factory import SelectiveOptimizerFactory
 from .training import SelectiveTraining
 
 __all__ = [
+    "AdaLoraCallback",
     "SelectionCallback",
     "SelectiveOptimizerFactory",
     "SelectiveTraining",

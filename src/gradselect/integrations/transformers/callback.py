@@ -20,6 +20,7 @@ from gradselect.integrations.callers import caller_of
 from gradselect.integrations.reporting import say_explore_steps, summarise
 from gradselect.usage import check_file_name
 
+from .adalora import warn_of_adalora
 from .checkpointing import keep_backward_short, restore_inputs, shorten_backward
 from .checks import (
     check_clipping,
@@ -116,6 +117,7 @@ class SelectionCallback(TrainerCallback):
         optimizer = _unwrap_optimizer(parts["optimizer"])
         check_resumed(optimizer, state)
         warn_of_settings(args, optimizer, parts["model"])
+        warn_of_adalora(parts["model"], optimizer, getattr(caller_of(CallbackHandler), "callbacks", []))
         optimizer.reopen()
         optimizer.check_model()
         if isinstance(optimizer, BlockOptimizer):
