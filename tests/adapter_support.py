@@ -9,7 +9,7 @@ from typing import Any
 
 import peft
 import torch
-from tiny_models import seeded, tiny_llama
+from tiny_models import seeded, tiny_bert, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 
 from gradselect import adapters, reference
@@ -25,17 +25,29 @@ class AdapterCase:
         settings: its own settings.
         twin: returns weight (outputs x inputs) and bias of a layer of the model with its adapter "default", from dense
             matrices.
-        count: returns the number of parameters by the paper's formula, from the adapted layers.
+        count: returns the number of parameters by the paper's formula, from the adapted model.
+        targets: layers to adapt, some and not all.
         is_neutral: True if a new adapter changes nothing.
-        build: returns a tiny model that the adapter fits.
+        is_shared: True if layers share weights, which the tuner holds.
+        models: return tiny models that the adapter fits, a decoder without biases first.
     """
 
     config: Any
     settings: dict[str, Any] = field(default_factory=dict)
     twin: Callable[[Any], tuple[Tensor, Tensor | None]]
-    count: Callable[[list[Any]], int]
+    count: Callable[[Any], int]
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "down_proj"])
     is_neutral: bool = True
-    build: Callable[[], nn.Module] = lambda: tiny_llama(layers=2)
+    is_shared: bool = False
+    models: tuple[Callable[[], nn.Module], ...] = (
+        lambda: tiny_llama(layers=2),
+        lambda: tiny_bert(layers=2),
+        lambda: tiny_gpt2(layers=2),
+    )
+
+    def build(self) -> Any:
+        """Return the first model."""
+        return self.models[0]()
 
     def make(self, **settings: Any) -> Any:
         """Return settings; by default those of a language model with adapters on all linear layers."""
@@ -105,19 +117,19 @@ ADAPTERS = {
         config=adapters.EtherConfig,
         settings={"num_blocks": 4},
         twin=ether_twin,
-        count=lambda layers: sum(layer.in_features for layer in layers),
+        count=lambda model: sum(layer.in_features for layer in layers_of(model)),
         is_neutral=False,
     ),
     "etherplus": AdapterCase(
         config=adapters.EtherPlusConfig,
         settings={"num_blocks": 4},
         twin=etherplus_twin,
-        count=lambda layers: sum(2 * (layer.in_features + layer.out_features) for layer in layers),
+        count=lambda model: sum(2 * (layer.in_features + layer.out_features) for layer in layers_of(model)),
     ),
     "propulsion": AdapterCase(
         config=adapters.PropulsionConfig,
         settings={"degree": 3},
         twin=propulsion_twin,
-        count=lambda layers: sum(layer.out_features for layer in layers),
+        count=lambda model: sum(layer.out_features for layer in layers_of(model)),
     ),
 }
