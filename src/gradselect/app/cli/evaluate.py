@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or an id on the hub.", metavar="MODEL")],
-    task: Annotated[str | None, typer.Option(help="gsm8k, math, loss or classification.")] = None,
+    task: Annotated[str | None, typer.Option(help="gsm8k, math, generation, loss or classification.")] = None,
     data: Annotated[str | None, typer.Option(help="Data file or folder, or the id of a data set on the hub.")] = None,
     subset: Annotated[str | None, typer.Option(help="Configuration of a data set on the hub.")] = None,
     split: Annotated[str, typer.Option(help="Split of a data set on the hub, or of a folder.")] = "test",
@@ -52,7 +52,7 @@ def evaluate(
     ] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Solved examples in the prompts of lm-eval.")] = None,
 ) -> None:
-    """Evaluate MODEL: accuracy on worked problems or labels, loss on a text, or published tasks through lm-eval."""
+    """Evaluate MODEL: accuracy on worked problems or labels, texts against references, loss, or tasks of lm-eval."""
     options, stages = locals(), command_stages(stderr=True)
     del options["show"]
     with stages.open(LOADING):

@@ -25,7 +25,7 @@ from gradselect.files import read_sealed, sealed, write_atomically
 from .job import Job
 from .protocol import local_folder
 
-ITEM_KEYS = ("index", "correct", "loss", "num_tokens")
+ITEM_KEYS = ("index", "correct", "loss", "num_tokens", "score")
 """Keys that a result keeps of each item."""
 
 

@@ -27,6 +27,7 @@ from gradselect.app.recipe import (
     with_overrides,
 )
 from gradselect.app.runtime import HubId
+from gradselect.app.stats import MEAN_CHRF
 from gradselect.usage import matching, nearest
 
 from .budget import Budget
@@ -39,6 +40,9 @@ NOT_SHARED = {
 }
 """Keys that a suite's `recipe` must not have, with the advice for the user."""
 
+OF_GENERATION = (MEAN_CHRF, "chrf", "bleu")
+"""Scores that an evaluation of texts may name; the others are of classifications."""
+
 NOT_OF_AN_EVALUATION = {"model", "output", "harness", "num_fewshot"}
 """Fields of `EvaluationSettings` that are no keys of a suite."""
 
@@ -50,7 +54,7 @@ def _as_preparations(value: Any) -> Any:
 
 
 def _without_dropped(value: Any) -> Any:
-    """Drop methods that are null: the suite does not want them from its base."""
+    """Drop methods or evaluations that are null: the suite does not want them from its base."""
     return {name: entry for name, entry in value.items() if entry is not None} if isinstance(value, Mapping) else value
 
 
@@ -89,20 +93,22 @@ class Evaluation(_EvaluationKeys):
     """Settings of `gradselect evaluate`, without the model; the keys are those of `EvaluationSettings`.
 
     Attributes:
-        metric: the score of a classification. Default: accuracy, or for scores the Pearson correlation.
+        metric: the score of a classification or of a generation. Default: accuracy, for scores the Pearson correlation,
+            for a generation the mean chrF of its texts.
     """
 
     with_commas: ClassVar[tuple[str, ...]] = ("stop",)
 
     task: str
-    metric: Literal["accuracy", "matthews", "f1", "pearson", "spearman"] | None = None
+    metric: Literal["accuracy", "matthews", "f1", "pearson", "spearman", "mean_chrf", "chrf", "bleu"] | None = None
 
     @model_validator(mode="after")
     def check_settings(self) -> Self:
         """Check the settings by making them once."""
         self.settings("-")
-        if self.metric is not None and self.task != "classification":
-            raise ValueError(f"metric={self.metric} is for task: classification, not {self.task}; leave metric out")
+        task = "generation" if self.metric in OF_GENERATION else "classification"
+        if self.metric is not None and self.task != task:
+            raise ValueError(f"metric={self.metric} is for task: {task}, not {self.task}; leave metric out")
         return self
 
     def settings(self, model: str | Path) -> EvaluationSettings:
@@ -136,7 +142,7 @@ class Suite(Settings):
         about: purpose of the suite.
         prepare: commands that make the data or the base model.
         recipe: shared by all methods, without method, learning rate, seed and output: the protocol.
-        evaluations: of every trained model, by name; none to compare speed and memory only.
+        evaluations: of every trained model, by name; none to compare speed and memory only. Null drops one of `base`.
         forgetting: a loss, measured for the base and for every trained model.
         rank_by: selects the learning rate: the loss on held-out training examples, never a test score.
         budget: cost that every run may take, in place of the recipe's number of steps.
@@ -148,7 +154,7 @@ class Suite(Settings):
     about: str = ""
     prepare: Annotated[tuple[Preparation, ...], BeforeValidator(_as_preparations)] = ()
     recipe: Annotated[Recipe, BeforeValidator(_with_placeholders)]
-    evaluations: dict[str, Evaluation] = Field(default_factory=dict)
+    evaluations: Annotated[dict[str, Evaluation], Field(default_factory=dict), BeforeValidator(_without_dropped)]
     forgetting: Evaluation | None = None
     rank_by: Literal["validation_loss"] = "validation_loss"
     budget: Budget | None = None

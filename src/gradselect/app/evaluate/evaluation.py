@@ -10,7 +10,7 @@ from typing import Any
 from gradselect.app.answers import FIND_ANSWER, Judge
 from gradselect.app.data import Conversation
 from gradselect.app.recipe import DEFAULT_PROMPT, EvaluationSettings
-from gradselect.app.stats import mean_loss, mean_loss_interval, wilson_interval
+from gradselect.app.stats import check_text_scores, mean_loss, mean_loss_interval, wilson_interval
 from gradselect.usage import UsageError
 
 from .classification import labelled_texts, measure_classification, with_recipe
@@ -20,6 +20,7 @@ from .problems import Passage, Problem, Source, passages, problems, read_source
 from .results import EvaluationResult, Item, ItemWriter, check_new_folder, plain_settings, versions
 from .text_loss import SegmentLoss, score_all
 from .tokens import Prompt, Segment, conversation_segments, encode_prompt, segments
+from .written_texts import measure_generation, referenced, with_templates
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished items and of all items."""
@@ -75,6 +76,8 @@ def _evaluate(
         check_new_folder(settings.output)
     if settings.task == "classification":
         settings = with_recipe(settings)
+    if settings.task == "generation":
+        check_text_scores()
     source = read_source(settings)
     progress = on_progress or (lambda done, total: None)
     if settings.task == "loss":
@@ -83,6 +86,10 @@ def _evaluate(
     elif settings.task == "classification":
         rows = labelled_texts(source, settings)
         result = measure_classification(rows, get_model(), source, settings, progress)
+    elif settings.task == "generation":
+        settings = with_templates(settings, source)
+        texts = referenced(source, settings)
+        result = measure_generation(texts, get_model(), source, settings, progress)
     else:
         asked = problems(source, settings)
         with Judge() as judge:

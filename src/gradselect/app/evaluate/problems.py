@@ -137,15 +137,15 @@ def problems(source: Source, settings: EvaluationSettings) -> list[Problem]:
         UsageError: a missing column, an empty value, or a reference without an answer; names the row.
     """
     assert settings.task is not None
-    rows = source.rows.map(_with_question)
+    rows = source.rows.map(with_question)
     prompt = settings.prompt or DEFAULT_PROMPT
-    _say_unread_input(source, prompt)
+    say_unread_input(source, prompt)
     completion = settings.completion or _answer_template(source, ANSWER_COLUMNS[settings.task])
-    _require(rows, prompt, completion, name=source.name)
+    require(rows, prompt, completion, name=source.name)
     find = FIND_REFERENCE[settings.task]
 
     def problem(index: int, row: Row) -> Problem:
-        _check_cells(row, prompt)
+        check_cells(row, prompt)
         text = render(prompt, row)
         if says_nothing(prompt, row) or not text.strip():
             raise UsageError("the prompt is empty")
@@ -164,7 +164,7 @@ def passages(source: Source, settings: EvaluationSettings) -> list[Passage]:
     """
     columns = source.rows[0]
     if (chat := chat_columns(source, settings)) is not None:
-        _require(source.rows, *(f"{{{column}}}" for column in chat.messages), name=source.name)
+        require(source.rows, *(f"{{{column}}}" for column in chat.messages), name=source.name)
 
         def conversation(_: int, row: Row) -> Passage:
             return Passage(prompt=read_conversation(row, chat), target="", ends=True)
@@ -172,7 +172,7 @@ def passages(source: Source, settings: EvaluationSettings) -> list[Passage]:
         return list(each_row(source.rows, conversation, name=source.name))
     if "text" in columns and settings.prompt is None:
         ends = not source.is_running_text
-        _require(source.rows, "{text}", name=source.name)
+        require(source.rows, "{text}", name=source.name)
         say_empty(source.rows, ("{text}",), what="text", name=source.name)
         return list(each_row(source.rows, lambda _, row: _document(render("{text}", row), ends=ends), name=source.name))
     return _completions(source, settings)
@@ -180,16 +180,16 @@ def passages(source: Source, settings: EvaluationSettings) -> list[Passage]:
 
 def _completions(source: Source, settings: EvaluationSettings) -> list[Passage]:
     as_is = "prompt" in source.rows[0] and "completion" in source.rows[0]
-    rows = source.rows.map(_with_question)
+    rows = source.rows.map(with_question)
     prompt = settings.prompt or ("{prompt}" if as_is else DEFAULT_PROMPT)
-    _say_unread_input(source, prompt)
+    say_unread_input(source, prompt)
     completion = settings.completion or (
         "{completion}" if as_is else f" {_answer_template(source, ANSWER_COLUMNS['loss'])}"
     )
-    _require(rows, prompt, completion, name=source.name)
+    require(rows, prompt, completion, name=source.name)
 
     def passage(_: int, row: Row) -> Passage:
-        _check_cells(row, prompt + completion)
+        check_cells(row, prompt + completion)
         asked, target = render(prompt, row), render(completion, row)
         if settings.as_chat:
             talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": target.strip()}]
@@ -225,8 +225,12 @@ def chat_columns(source: Source, settings: EvaluationSettings) -> ChatColumns | 
     )
 
 
-def _check_cells(row: Row, template: str) -> None:
-    """Refuse messages where text is expected."""
+def check_cells(row: Row, template: str) -> None:
+    """Refuse messages where text is expected.
+
+    Raises:
+        UsageError: names the column.
+    """
     found = [column for column in columns_of(template) if holds_messages(row.get(column))]
     if found:
         raise UsageError(
@@ -239,7 +243,7 @@ def _document(text: str, *, ends: bool) -> Passage:
     return Passage(prompt=None, target=text, ends=ends)
 
 
-def _with_question(row: Row) -> Row:
+def with_question(row: Row) -> Row:
     """Return the row with its question also under the names that templates use."""
     column = next((column for column in QUESTION_COLUMNS if column in row), None)
     return row if column is None else {"question": row[column], "query": row[column], **row}
@@ -252,7 +256,7 @@ def _answer_template(source: Source, columns: Sequence[str]) -> str:
     return f"{{{column}}}"
 
 
-def _require(rows: Sequence[Row], *templates: str, name: str) -> None:
+def require(rows: Sequence[Row], *templates: str, name: str) -> None:
     require_columns(rows, [column for template in templates for column in columns_of(template)], path=name)
 
 
@@ -264,7 +268,7 @@ def each_row(rows: Sequence[Row], make: Callable[[int, Row], Any], *, name: str)
             raise UsageError(f"{place_of(rows, index, path=name)}: {error}") from None
 
 
-def _say_unread_input(source: Source, prompt: str) -> None:
+def say_unread_input(source: Source, prompt: str) -> None:
     """Say how many rows of instructions have an input that the default prompt leaves out."""
     column = next((name for name in QUESTION_COLUMNS if name in source.rows[0]), None)
     if prompt != DEFAULT_PROMPT or column != "instruction":

@@ -25,13 +25,15 @@ class EvaluationResult:
     """Figures of one evaluation.
 
     Args:
-        task: "gsm8k", "math", "loss" or "classification".
+        task: "gsm8k", "math", "generation", "loss" or "classification".
         num_items: problems, segments of text, or rows.
-        accuracy: share of items with the right answer or label; None for a loss and for scores.
+        accuracy: share of items with the right answer or label; None for a loss, a generation and scores.
         loss: mean nats per target token; None for an accuracy.
-        interval: 95 % confidence interval of the accuracy (Wilson) or the loss (over items; a single item has none).
-        metrics: for labels "matthews" and, with two labels, "f1" of the second; for scores "pearson" and "spearman".
-            None if undefined, such as the correlation with a constant.
+        interval: 95 % confidence interval of the accuracy (Wilson), the loss or the mean chrF (over items; a single
+            item has none).
+        metrics: for labels "matthews" and, with two labels, "f1" of the second; for scores "pearson" and "spearman";
+            for a generation "mean_chrf", over items, and "chrf" and "bleu" of all texts together. None if undefined,
+            such as the correlation with a constant.
         num_correct: items with the right answer.
         num_unanswered: problems without an answer in the model's text; they count as wrong.
         num_unfinished: answers that `max_new_tokens` cut off.
@@ -80,7 +82,10 @@ class EvaluationResult:
             share = f"accuracy {100 * self.accuracy:.1f} % (95 % interval {low} to {high})"
             return f"{self.task}: {share}, {self.num_correct} of {self.num_items}{self._named_metrics(', ')}"
         if self.metrics is not None:
-            return f"{self.task}: {self._named_metrics('')}, {self.num_items} items"
+            between = (
+                "" if self.interval is None else f", the first {self.interval[0]:.4f} to {self.interval[1]:.4f} (95 %)"
+            )
+            return f"{self.task}: {self._named_metrics('')}, {self.num_items} items{between}"
         between = "" if self.interval is None else f" (95 % interval {self.interval[0]:.4f} to {self.interval[1]:.4f})"
         return f"{self.task}: {self.loss:.4f} nats per token{between}, {self.num_tokens} tokens"
 

@@ -33,7 +33,7 @@ def answer_lines(result: EvaluationResult, *, count: int = NUM_SHOWN) -> Iterato
         yield f"answers    {len(shown)} of {len(items):,}{spread}"
     for item in shown:
         yield f"  item {item['index'] + 1:<6,} {_question(item)}"
-        yield f"    expected  {shortened(str(item['reference']))}"
+        yield f"    expected  {_expected(item)}"
         yield f"    given     {_given(item)}"
 
 
@@ -48,7 +48,17 @@ def _question(item: Item) -> str:
     return " | ".join(shortened(str(part)) for part in parts if part)
 
 
+def _expected(item: Item) -> str:
+    if "references" not in item:
+        return shortened(str(item["reference"]))
+    first, *others = item["references"]
+    return f"{shortened(first)}{f' (and {len(others)} more)' if others else ''}"
+
+
 def _given(item: Item) -> str:
+    if "references" in item:
+        cut = "" if item["finished"] else " (cut off by max_new_tokens)"
+        return f"{shortened(item['prediction'])}: chrF {item['score']:.1f}{cut}"
     if "correct" not in item:  # a score
         return f"{item['prediction']:.4g}"
     verdict = "right" if item["correct"] else "wrong"

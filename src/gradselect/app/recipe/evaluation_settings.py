@@ -11,7 +11,7 @@ from gradselect.usage import UsageError
 HUB_DATA = {"gsm8k": ("openai/gsm8k", "main"), "math": ("HuggingFaceH4/MATH-500", None)}
 """Hub id and configuration of the data of a task."""
 
-TASKS = ("gsm8k", "math", "loss", "classification")
+TASKS = ("gsm8k", "math", "generation", "loss", "classification")
 CLASSIFICATION_KEYS = ("text", "text_pair", "label", "labels", "columns")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_PROMPT = "Question: {question}\nAnswer:"
@@ -24,8 +24,9 @@ class EvaluationSettings:
 
     Args:
         model: a folder with a checkpoint (or a PEFT adapter), or the id of a model on the hub.
-        task: "gsm8k" (a number after `####`), "math" (a boxed expression), "loss" (nats per target token) or
-            "classification" (labels or scores, by a model with a head for them).
+        task: "gsm8k" (a number after `####`), "math" (a boxed expression), "generation" (a text like one of several
+            references, by chrF and BLEU), "loss" (nats per target token) or "classification" (labels or scores, by a
+            model with a head for them).
         data: a `.jsonl .json .csv .tsv .parquet .txt` file (docs/data.md has all), a folder of such files, or the id of
             a data set on the hub. Default: the hub's test set of gsm8k or math.
         subset: configuration of a data set on the hub.
@@ -35,7 +36,8 @@ class EvaluationSettings:
             the question, whatever its column is called. Default: "Question: {question}\\nAnswer:"; for a loss on data
             with the columns prompt and completion, "{prompt}".
         completion: template of the reference answer (for "loss": of the target text). Default: the usual column names
-            are tried, and a loss puts a space before the answer.
+            are tried, and a loss puts a space before the answer. For "generation" a column in braces may hold a list of
+            references.
         text: for "classification": template of the text. This key and the next four default to those of the recipe
             that the model was trained with, if it is in the model's folder.
         text_pair: template of the second text.
@@ -45,7 +47,8 @@ class EvaluationSettings:
         rows_key: key of the rows in a JSON file that holds one object. Default: the only list of objects.
         as_chat: send the prompt as a user's message through the tokenizer's chat template.
         batch_size: items per forward pass.
-        max_new_tokens: limit of one answer. Default: 512 for gsm8k and 1024 for math, at most half of the context.
+        max_new_tokens: limit of one answer. Default: 512 for gsm8k, 1024 for math and 256 for generation, at most half
+            of the context.
         stop: an answer ends before any of these strings.
         dtype: dtype of the weights: "auto" (as stored), "float32", "bfloat16" or "float16".
         device: "auto" (an accelerator if there is one), "cpu", "cuda", "cuda:1", ...
@@ -109,7 +112,7 @@ class EvaluationSettings:
             raise UsageError(f"no task is named; write task={TASKS[0]} (or {', '.join(TASKS[1:])}), or harness=...")
         if self.task not in TASKS:
             raise UsageError(f"task={self.task!r} is not one of {', '.join(TASKS)}; tasks of lm-eval go to harness")
-        if self.task in ("loss", "classification") and self.data is None:
+        if self.task not in HUB_DATA and self.data is None:
             raise UsageError(f"the task {self.task} has no data of its own; write data=test.jsonl")
         self._check_keys_of_task()
 

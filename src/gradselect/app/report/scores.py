@@ -11,6 +11,7 @@ import numpy as np
 
 from gradselect.app.results import Item, Result
 from gradselect.app.stats import (
+    MEAN_CHRF,
     Interval,
     Outcomes,
     draw_means,
@@ -272,4 +273,6 @@ def _gain(measure: Measure, item: Item) -> tuple[float, float] | None:
         return float(item.correct), 1.0
     if measure.metric == "loss" and item.loss is not None and item.num_tokens:
         return item.loss, float(item.num_tokens)
+    if measure.metric == MEAN_CHRF and item.score is not None:
+        return item.score, 1.0
     return None

@@ -86,12 +86,13 @@ class Forgetting(Record):
 
 
 class Item(Record):
-    """Outcome of one item: right or wrong, or its loss in nats, summed over its tokens."""
+    """Outcome of one item: right or wrong, its loss in nats, summed over its tokens, or the score of its text."""
 
     index: int
     correct: bool | None = None
     loss: Number | None = None
     num_tokens: int | None = None
+    score: Number | None = None
 
 
 class Curve(Record):

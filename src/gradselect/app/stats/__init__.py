@@ -1,4 +1,4 @@
-"""Intervals, tests, bootstrap and metrics, on scipy and numpy."""
+"""Intervals, tests, bootstrap and metrics, on scipy and numpy; scores of texts, on sacrebleu."""
 
 from .bootstrap import Outcomes, draw_means
 from .intervals import (
@@ -12,11 +12,16 @@ from .intervals import (
 )
 from .metrics import class_metrics, score_metrics
 from .paired_tests import holm_adjusted, mcnemar, two_sided_p
+from .text_scores import MEAN_CHRF, check_text_scores, chrf, corpus_scores
 
 __all__ = [
+    "MEAN_CHRF",
     "Interval",
     "Outcomes",
+    "check_text_scores",
+    "chrf",
     "class_metrics",
+    "corpus_scores",
     "draw_means",
     "holm_adjusted",
     "mcnemar",
