@@ -3,19 +3,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup quickstart test lint bench integrations clean
+.PHONY: setup quickstart test lint wheel ci-matrix bench integrations clean
 
 quickstart: .venv/.train  ## fine-tune the embedded base model on word problems and show what came of it
 	$(BIN)/python quickstart/run.py
 
 test: .venv/.dev  ## the whole test suite, offline, on CPU
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto -W error
 
 lint: .venv/.dev  ## style, types, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright
+
+wheel: .venv/.dev  ## wheel and sdist in dist/, and tests with the installed wheel while the source tree is out of the way
+	$(INSTALL) --editable ".[wheel]"
+	$(BIN)/python .ci/wheel.py
+
+ci-matrix:  ## the tests on every Python that is here, and with the oldest and newest versions: hours; `make ci-matrix JOBS=py3.12-pinned`
+	$(PYTHON) .ci/matrix.py $(JOBS)
 
 bench: .venv/.dev  ## step time of every method against full fine-tuning, side by side; writes benchmarks/results
 	$(INSTALL) --editable ".[peers]"
@@ -43,4 +50,4 @@ setup: .venv/.dev  ## install for development
 	touch $@
 
 clean:
-	rm -rf .venv runs quickstart/out
+	rm -rf .venv dist runs quickstart/out

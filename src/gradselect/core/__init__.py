@@ -4,7 +4,7 @@ from .adamw import AdamWRule
 from .adamw_8bit import AdamW8bitRule
 from .block import Block, num_bytes
 from .checkpoint_identity import NOT_OF_A_GROUP, as_text, check_present, check_same, selection_of, states_by_name
-from .devices import device_of_run
+from .devices import device_of_run, has_fused_kernels, is_accelerator
 from .freezing import Ownership, freeze, is_frozen_for_now, settle
 from .gradients import AbstractGradientHooks, Measure, dense, gradient_norm, norm_of, squared_norm
 from .history import BlockHistory, EntryHistory, merge_orders, read_history
@@ -81,8 +81,10 @@ __all__ = [
     "device_of_run",
     "freeze",
     "gradient_norm",
+    "has_fused_kernels",
     "in_phase",
     "index_dtype",
+    "is_accelerator",
     "is_chosen",
     "is_frozen_for_now",
     "is_list",

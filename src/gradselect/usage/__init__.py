@@ -12,11 +12,12 @@ from .checks import (
 )
 from .differences import find_differences, flatten
 from .errors import UsageError
-from .installation import missing_packages
+from .installation import NeededPackage, missing_packages, needed_packages
 from .names import as_tuple, beginnings, join, matches_any, matching, nearest, parent
 from .text import first_line, printable, shortened
 
 __all__ = [
+    "NeededPackage",
     "UsageError",
     "as_tuple",
     "beginnings",
@@ -35,6 +36,7 @@ __all__ = [
     "matching",
     "missing_packages",
     "nearest",
+    "needed_packages",
     "parent",
     "printable",
     "read_fractions",

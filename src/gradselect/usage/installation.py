@@ -1,10 +1,65 @@
-"""Packages that an extra of this one needs."""
+"""Packages that this one needs, and those that are not installed."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import re
 import shlex
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeededPackage:
+    """A package that gradselect or one of its extras needs.
+
+    Args:
+        name: name on the index.
+        requirement: as pip takes it: "typer>=0.20".
+        oldest: oldest version that will do; empty if any will.
+        installed: version that is here; None if the package is missing.
+
+    Example:
+        >>> NeededPackage(name="rich", requirement="rich>=14.0", oldest="14.0", installed="13.9.4").is_too_old
+        True
+    """
+
+    name: str
+    requirement: str
+    oldest: str
+    installed: str | None
+
+    @property
+    def is_too_old(self) -> bool:
+        """True if it is installed and older than the oldest version that will do."""
+        return self.installed is not None and _numbers(self.installed) < _numbers(self.oldest)
+
+
+def needed_packages(extra: str | None = None) -> list[NeededPackage]:
+    """Return the packages of an extra, or those that the library always needs, by name.
+
+    Example:
+        >>> needed_packages("no such extra")
+        []
+    """
+    try:
+        requirements = importlib.metadata.requires("gradselect") or []
+    except importlib.metadata.PackageNotFoundError:  # a source tree that was never installed
+        return []
+    found: dict[str, NeededPackage] = {}
+    for requirement in requirements:
+        text, _, marker = (part.strip() for part in requirement.partition(";"))
+        name = re.split(r"[^A-Za-z0-9._-]", text)[0]
+        of_extra = re.search(r"extra == ['\"]([^'\"]+)['\"]", marker)
+        if name == "gradselect" or (of_extra and of_extra[1]) != extra:
+            continue
+        oldest = re.search(r">=\s*([\w.]+)", text)
+        package = NeededPackage(
+            name=name, requirement=text, oldest=oldest[1] if oldest else "", installed=_installed(name)
+        )
+        # An extra that includes another one may ask for a newer version of the same package.
+        if name not in found or _numbers(found[name].oldest) < _numbers(package.oldest):
+            found[name] = package
+    return list(found.values())
 
 
 def missing_packages(extra: str) -> list[str]:
@@ -14,22 +69,17 @@ def missing_packages(extra: str) -> list[str]:
         >>> missing_packages("no such extra")
         []
     """
-    try:
-        requirements = importlib.metadata.requires("gradselect") or []
-    except importlib.metadata.PackageNotFoundError:  # a source tree that was never installed
-        return []
-    found = []
-    for requirement in requirements:
-        package, _, marker = requirement.partition(";")
-        name = re.split(r"[^A-Za-z0-9._-]", package.strip())[0]
-        if re.search(rf"extra == ['\"]{re.escape(extra)}['\"]", marker) and name != "gradselect" and not _is_here(name):
-            found.append(shlex.quote(package.strip()))
-    return found
+    return [shlex.quote(package.requirement) for package in needed_packages(extra) if package.installed is None]
 
 
-def _is_here(name: str) -> bool:
+def _installed(name: str) -> str | None:
     try:
-        importlib.metadata.distribution(name)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return the numbers that a version begins with: 2.13.0+cpu is (2, 13, 0)."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()

@@ -23,6 +23,7 @@ from .chat import chat
 from .compare import compare
 from .data import data
 from .delta import app as delta_commands
+from .doctor import doctor
 from .entry import USAGE_EXIT_CODE
 from .evaluate import evaluate
 from .export import export
@@ -38,7 +39,6 @@ app = typer.Typer(
     name="gradselect",
     help="Fine-tune language models at full-parameter quality, training in each step only the part that matters.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -67,6 +67,12 @@ def _launch(words: typer.Context) -> None:
     raise SystemExit(launch(words.args))
 
 
+@app.command("doctor", context_settings=ANY_WORDS, add_help_option=False)
+def _doctor(words: typer.Context) -> None:
+    """Look at this installation: versions, what each feature lacks, devices, and a few training steps on each."""
+    raise SystemExit(doctor(words.args))
+
+
 @app.command("plugin-path", context_settings=ANY_WORDS, add_help_option=False)
 def _plugin_path(words: typer.Context) -> None:
     """Print the path of the plug-in for a framework that loads plug-ins by path."""
@@ -91,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> None:
     try:
-        app(arguments)
+        app(arguments, prog_name="gradselect")  # completion scripts call it by this name
     except UsageError as error:
         Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(USAGE_EXIT_CODE) from None
