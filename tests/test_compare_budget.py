@@ -13,6 +13,7 @@ import pytest
 from compare_fixtures import BLOCKS, FULL, MISFIT, Runner, make_suite, suite_values, write_place
 
 from gradselect import UsageError
+from gradselect.app.compare import budget as _budget
 from gradselect.app.compare import calibrating as _calibrating
 from gradselect.app.compare import load_suite, turns_worker
 from gradselect.app.compare.allotment import allot, kind_shares
@@ -51,6 +52,11 @@ BAD = {
         "budget: got 600, which does not say what it is of; write time_of: full, seconds: 600",
     ),
     "no time": ({"seconds": 0}, "budget.seconds = 0"),
+    "too few rounds": (
+        {"seconds": 5, "rounds": 2},
+        "budget: rounds=2: the median of fewer than 3 rounds keeps the one that another process disturbed",
+    ),
+    "too few steps of a turn": ({"seconds": 5, "round_steps": 3}, "write round_steps: 4 or more"),
     "unknown key": ({"tme_of": "full"}, "budget.tme_of: unknown key, did you mean 'time_of'?"),
 }
 
@@ -298,6 +304,9 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
         job.result.write_text(json.dumps(content), "utf-8")
 
     monkeypatch.setattr(_calibrating, "run_job", run_job)
+    # Costs that no clock decides need no more rounds.
+    monkeypatch.setattr(_budget, "LEAST_ROUNDS", 1)
+    monkeypatch.setattr(_budget, "LEAST_ROUND_STEPS", 2)
     return Runner(monkeypatch)
 
 

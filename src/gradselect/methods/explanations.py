@@ -70,7 +70,8 @@ def _tag_key(problem: Mapping[str, Any]) -> str:
 def _follow(location: Sequence[str | int], *, root: type[BaseModel]) -> tuple[type[BaseModel] | None, list[str]]:
     """Return the settings class that holds the last key of a pydantic error, and the keys as the user wrote them.
 
-    In a union pydantic puts the name of the variant between the keys. That name is no key of the recipe.
+    In a union pydantic puts the name of the variant between the keys. That name is no key of the recipe, and neither is
+    the empty name of what is the only one of its kind.
     """
     model: type[BaseModel] | None = root
     options: dict[str, type[BaseModel]] = {}
@@ -78,7 +79,7 @@ def _follow(location: Sequence[str | int], *, root: type[BaseModel]) -> tuple[ty
     for place, part in enumerate(map(str, location)):
         if part in options:
             model, options = options[part], {}
-        elif model is None and not part.isdigit():
+        elif not part or (model is None and not part.isdigit()):
             continue
         else:
             keys.append(part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -11,6 +12,12 @@ from gradselect.usage import read_size, smallest_text
 
 PHASES = ("explore_steps", "probe_steps", "steps")
 """Keys of methods that give the length of a phase as a number of steps. They keep their share of the run."""
+
+LEAST_ROUNDS = 3
+"""Rounds of a calibration whose median is not moved by one of them."""
+
+LEAST_ROUND_STEPS = 4
+"""Measured steps of a turn, of which one may explore: the median of the three others is not moved by one of them."""
 
 FORMS = "time_of: full, seconds: 600, flops: 1e15 or memory: 2GiB"
 
@@ -37,8 +44,8 @@ class Budget(Settings):
     seconds: PositiveFloat | None = None
     flops: PositiveFloat | None = None
     memory: PositiveInt | None = None
-    rounds: Annotated[int, Field(ge=1, le=1000)] = 5
-    round_steps: Annotated[int, Field(ge=2, le=1000)] = 11
+    rounds: Annotated[int, Field(le=1000)] = 5
+    round_steps: Annotated[int, Field(le=1000)] = 11
 
     @model_validator(mode="before")
     @classmethod
@@ -63,6 +70,21 @@ class Budget(Settings):
             raise ValueError(f"it limits nothing; write {FORMS}, or budget: null for the recipe's steps")
         if self.share != 1 and self.time_of is None:
             raise ValueError(f"share={self.share:g} is a factor on time_of; write e.g. time_of: full, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def check_calibration(self) -> Self:
+        if self.rounds < LEAST_ROUNDS:
+            raise ValueError(
+                f"rounds={self.rounds}: the median of fewer than {LEAST_ROUNDS} rounds keeps the one that another "
+                f"process disturbed, and their spread does not show it; write rounds: {LEAST_ROUNDS} or more"
+            )
+        if self.round_steps < LEAST_ROUND_STEPS:
+            raise ValueError(
+                f"round_steps={self.round_steps}: among fewer than {LEAST_ROUND_STEPS} steps of a turn, of which one "
+                "explores, none can be told from one that another process disturbed; write round_steps: "
+                f"{LEAST_ROUND_STEPS} or more"
+            )
         return self
 
     @property
@@ -95,15 +117,36 @@ def with_steps(recipe: Recipe, *, steps: int, run_steps: int) -> Recipe:
         run_steps: number of steps that the recipe was written for.
     """
 
-    def scaled(count: float) -> int:
-        return max(1, round(count * steps / run_steps))
+    changes = {"steps": steps, "epochs": None}
+    return _with_length(recipe, changes, scaled=lambda count: count * steps / run_steps)
+
+
+def with_share(recipe: Recipe, share: float) -> Recipe:
+    """Return the recipe of a run that has this share of its length, otherwise as `with_steps`."""
+    steps, epochs = recipe.run.steps, recipe.run.epochs
+    if steps is not None:
+        return with_steps(recipe, steps=share_of(steps, share), run_steps=steps)
+    assert epochs is not None
+    return _with_length(recipe, {"epochs": epochs * share}, scaled=lambda count: count * share)
+
+
+def share_of(steps: int, share: float) -> int:
+    """Return this share of a number of steps, at least one step."""
+    return max(1, round(steps * share))
+
+
+def _with_length(recipe: Recipe, changes: dict[str, Any], *, scaled: Callable[[float], float]) -> Recipe:
+    """Return the recipe with these changes of its length, and all that is a number of steps scaled with it."""
+
+    def whole(count: float) -> int:
+        return max(1, round(scaled(count)))
 
     method, warmup = recipe.method, recipe.optimizer.warmup
     phases = {key: value for key in PHASES if isinstance(value := getattr(method, key, None), int) and value > 0}
-    changes: dict[str, Any] = {
-        "run": recipe.run.model_copy(update={"steps": steps, "epochs": None}),
-        "method": method.model_copy(update={key: scaled(count) for key, count in phases.items()}),
+    parts: dict[str, Any] = {
+        "run": recipe.run.model_copy(update=changes),
+        "method": method.model_copy(update={key: whole(count) for key, count in phases.items()}),
     }
     if warmup >= 1:
-        changes["optimizer"] = recipe.optimizer.model_copy(update={"warmup": float(scaled(warmup))})
-    return recipe.model_copy(update=changes)
+        parts["optimizer"] = recipe.optimizer.model_copy(update={"warmup": float(whole(warmup))})
+    return recipe.model_copy(update=parts)

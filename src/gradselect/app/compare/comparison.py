@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,21 @@ from rich.console import Console
 
 from gradselect import UsageError
 from gradselect.app.progress import Stages
-from gradselect.app.results import Result, write_result
+from gradselect.app.results import Result, Rung, rungs_of, write_result
 from gradselect.app.runtime import check_ids
 
 from .calibrating import calibrated
 from .git_state import SourceState, source_state
 from .job import Job
 from .protocol import protocol_differences, protocol_hash, protocol_settings
+from .rate_search import find_rate
 from .result_record import describe_failure
 from .results import ResultsFolder, read_own_result
 from .run_plan import RunPlan
-from .schedule import PlannedRun, best_rate, is_at_edge, rate_runs, score_run
+from .schedule import PlannedRun, best_rate, is_at_edge, score_run
 from .subprocesses import prepare, run_job
 from .suite import Suite, ids_of_suite
-from .summary_table import MethodSummary, summary_table
+from .summary_table import MethodSummary, forgetting_table, summary_table
 
 
 class Comparison:
@@ -92,8 +93,13 @@ class Comparison:
                     self._ensure(score_run(method, lr=lr, seed=seed))
 
         # 5 the table
-        summaries = [self._summarize(method, lr) for method, lr in rates.items()]
+        found = self._folder.read()[0]
+        summaries = [self._summarize(method, lr, rungs=rungs_of(found, method)) for method, lr in rates.items()]
         self._console.print(summary_table(self._suite.name, summaries))
+        if self._suite.search is not None:
+            self._say(f"search     {self._suite.search.text()}")
+        if any(summary.forgetting_names for summary in summaries):
+            self._console.print(forgetting_table(summaries))
         self._say(f"results in {self._folder.root}; next: gradselect report {self._folder.root}")
         return summaries
 
@@ -121,11 +127,15 @@ class Comparison:
         if error := self._plan.error(method):
             self._say(f"failed     {method}: its calibration failed: {error}")
             return None
-        entry, losses = self._suite.methods[method], {}
-        for run in rate_runs(method, entry):
-            losses[run.lr] = self._ensure(run).record.validation_loss
-            self._delete_losers(method, best_rate(entry, losses), tried=losses)
-        best = best_rate(entry, losses)
+        entry = self._suite.methods[method]
+        best = find_rate(
+            method,
+            entry,
+            search=self._suite.search,
+            ensure=self._ensure,
+            forget=lambda losses: self._delete_losers(method, best_rate(entry, losses), tried=losses),
+            say=self._say,
+        )
         if best is None:
             self._say(f"failed     {method}: no learning rate of {list(entry.rates)} came to an end")
             return None
@@ -184,12 +194,13 @@ class Comparison:
             rates=entry.rates,
             rate_at_edge=is_at_edge(run.lr, entry.rates) if is_score else None,
             role=run.role,
+            share=run.share,
             budget=self._plan.budget(run.method),
             recipe=self._plan.recipe(run, output=self._folder.training(run)),
             evaluations=suite.evaluations if is_score else {},
-            forgetting=suite.forgetting if is_score else None,
+            forgetting=suite.forgetting if is_score else {},
             forgetting_file=self._folder.forgetting_file,
-            keep_training=not is_score,
+            keep_training=not is_score and run.share == 1,
             may_reuse=self._resume or self._is_trained_by_search(run),
             resume=self._resume,
             result=self._folder.result_file(run),
@@ -206,7 +217,7 @@ class Comparison:
         here = (self._source.commit, self._source.dirty)
         return search is not None and (search.record.commit, search.record.dirty) == here
 
-    def _delete_losers(self, method: str, best: float | None, *, tried: dict[float, float | None]) -> None:
+    def _delete_losers(self, method: str, best: float | None, *, tried: Mapping[float, float | None]) -> None:
         """Delete the models of rates that are not the best. Unfinished runs stay."""
         for lr in tried:
             if lr != best and tried[lr] is not None:
@@ -257,10 +268,11 @@ class Comparison:
         if self._source.dirty and not before.dirty:
             self._say("note       the library differs from its last commit: results are marked dirty, tables omit them")
 
-    def _summarize(self, method: str, lr: float | None) -> MethodSummary:
+    def _summarize(self, method: str, lr: float | None, *, rungs: tuple[Rung, ...]) -> MethodSummary:
         runs = [] if lr is None else [score_run(method, lr=lr, seed=seed) for seed in range(self._seeds)]
         results = [result for run in runs if (result := self._done(run)) is not None]
-        return MethodSummary(method=method, lr=lr, rates=self._suite.methods[method].rates, results=tuple(results))
+        rates = self._suite.methods[method].rates
+        return MethodSummary(method=method, lr=lr, rates=rates, results=tuple(results), rungs=rungs)
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)

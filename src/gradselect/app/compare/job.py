@@ -22,11 +22,12 @@ class Job(Settings):
         rates: learning rates of the method's grid.
         rate_at_edge: True if the best rate is the first or the last of the grid; None without a search.
         role: "rate" or "score".
+        share: of the method's own steps that the recipe has.
         budget: under which the recipe got its steps; None without a budget.
         recipe: the training.
         evaluations: of the trained model; empty if the rate is searched.
-        forgetting: loss to measure for the base and for the trained model.
-        forgetting_file: keeps the loss of the base model.
+        forgetting: losses to measure for the base and for the trained model, by name of the set.
+        forgetting_file: keeps the losses of the base model.
         keep_training: keep the trained model for another run with the same recipe.
         may_reuse: reuse a finished training with exactly this recipe.
         resume: resume this training from a checkpoint, if there is one.
@@ -43,10 +44,11 @@ class Job(Settings):
     rates: tuple[float, ...]
     rate_at_edge: bool | None
     role: Role
+    share: float = 1.0
     budget: RunBudget | None = None
     recipe: Recipe
     evaluations: dict[str, Evaluation]
-    forgetting: Evaluation | None
+    forgetting: dict[str, Evaluation]
     forgetting_file: Path
     keep_training: bool
     may_reuse: bool

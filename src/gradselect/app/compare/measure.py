@@ -34,8 +34,8 @@ class Shipment:
     """Files to ship to somebody who has the base model.
 
     Args:
-        num_bytes: size of the adapter, of the delta, or of the whole model if that is no larger; None for a model that
-            is not kept.
+        num_bytes: size of the adapter, of the delta, or of the whole model if that is no larger; None for a model of
+            random data or of a short run.
         num_trained: entries of the adapter, or of the tensors that changed.
     """
 
@@ -48,17 +48,19 @@ def measure_scores(job: Job) -> dict[str, EvaluationResult]:
     return {name: evaluate(entry.settings(job.training)) for name, entry in job.evaluations.items()}
 
 
-def measure_forgetting(job: Job) -> Forgetting | None:
-    """Measure the loss of the base model, once for all runs, and of the trained model."""
-    if job.forgetting is None:
-        return None
-    return Forgetting(before=_loss_of_base(job), after=_loss(job.forgetting.settings(job.training)))
+def measure_forgetting(job: Job) -> Forgetting | dict[str, Forgetting] | None:
+    """Measure losses of the base model, once for all runs, and of the trained one; by name, if the sets have names."""
+    found = {
+        name: Forgetting(before=_loss_of_base(job, name), after=_loss(entry.settings(job.training)))
+        for name, entry in job.forgetting.items()
+    }
+    return found.get("", found or None)
 
 
 def measure_shipment(job: Job, run: FinishedRun) -> Shipment:
     """Find the smallest files to ship the trained model with."""
     folder = RunFolder(job.training)
-    if isinstance(job.recipe.data, RandomData):
+    if isinstance(job.recipe.data, RandomData) or job.share < 1:
         return Shipment(num_bytes=None, num_trained=None)
     if folder.adapter.is_dir():
         return Shipment(num_bytes=weight_bytes(folder.adapter), num_trained=count_weights(folder.adapter))
@@ -134,15 +136,16 @@ def _delta_shipment(base: Path, tuned: Path, *, whole: int) -> Shipment:
     return Shipment(num_bytes=min(whole, path.stat().st_size), num_trained=moved)
 
 
-def _loss_of_base(job: Job) -> float:
+def _loss_of_base(job: Job, name: str) -> float:
     """Loss of the base model in the dtype of the training. Measured once, then read from `forgetting_file`."""
-    assert job.forgetting is not None
-    key, file = job.protocol, job.forgetting_file
+    key, file = f"{job.protocol} {name}".strip(), job.forgetting_file
     known = read_sealed(file) if file.exists() else {}
     if key not in known:
         model = job.recipe.model
-        settings = job.forgetting.settings(local_folder(model.path, revision=model.revision))
-        known[key] = _loss(replace(settings, dtype=model.dtype) if settings.dtype == "auto" else settings)
+        settings = job.forgetting[name].settings(local_folder(model.path, revision=model.revision))
+        loss = _loss(replace(settings, dtype=model.dtype) if settings.dtype == "auto" else settings)
+        # Another run may have written meanwhile.
+        known = {**(read_sealed(file) if file.exists() else {}), key: loss}
         write_atomically(file, json.dumps(sealed(known), indent=1) + "\n")
     return known[key]
 

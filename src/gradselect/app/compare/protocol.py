@@ -47,12 +47,15 @@ def protocol_settings(suite: Suite) -> dict[str, Any]:
     Raises:
         UsageError: a model or data set is neither on the disk nor on the hub.
     """
-    forgetting = None if suite.forgetting is None else _evaluation_settings(suite.forgetting)
+    forgetting = {name: _evaluation_settings(entry) for name, entry in suite.forgetting.items()}
+    # Without a search of its own there is no key, as in protocols of earlier versions.
+    search = {} if suite.search is None else {"search": suite.search.model_dump(mode="json")}
     return {
         **_length_settings(suite),
         "evaluations": {name: _evaluation_settings(entry) for name, entry in suite.evaluations.items()},
-        "forgetting": forgetting,
+        "forgetting": forgetting.get("", forgetting or None),
         "rank_by": suite.rank_by,
+        **search,
     }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import accumulate
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from gradselect.app.results import (
@@ -42,14 +43,14 @@ class Outcome:
     Args:
         run: `run.json` of the training.
         scores: by name of the evaluation.
-        forgetting: loss on text that the base model knew.
+        forgetting: losses on text that the base model knew.
         shipment: size of the file to ship.
         total_seconds: of training and evaluations, loading included.
     """
 
     run: FinishedRun
     scores: Mapping[str, EvaluationResult]
-    forgetting: Forgetting | None
+    forgetting: Forgetting | dict[str, Forgetting] | None
     shipment: Shipment
     total_seconds: float
 
@@ -125,8 +126,9 @@ def _identity(job: Job) -> dict[str, Any]:
         "commit": job.commit,
         "dirty": job.dirty,
         "command": list(job.command),
-        # Without a budget there is no key, as in results of earlier versions.
+        # Without a budget, and at full length, there is no key, as in results of earlier versions.
         **({} if job.budget is None else {"budget": job.budget}),
+        **({} if job.share == 1 else {"share": job.share}),
     }
 
 
@@ -136,12 +138,16 @@ def _run_info(job: Job, *, created_at: str, total_time: float, error: str) -> Ru
     return RunInfo(
         created_at=created_at,
         total_time=total_time,
-        experiment_name=f"{job.suite}/{job.method}/lr-{recipe.optimizer.lr:.12g}/seed-{recipe.run.seed}",
+        experiment_name=f"{job.suite}/{job.method}/lr-{recipe.optimizer.lr:.12g}/seed-{recipe.run.seed}{_length(job)}",
         peft_branch="",
         train_config=recipe.model_dump(mode="json", exclude={"run": {"output"}}),
         peft_config=json.loads(adapter.read_text("utf-8")) if adapter.is_file() else None,
         error_msg=error,
     )
+
+
+def _length(job: Job) -> str:
+    return "" if job.share == 1 else f"/share-{job.share:.12g}"
 
 
 def _train_info(job: Job, outcome: Outcome) -> TrainInfo:
@@ -181,7 +187,8 @@ def _progress_rows(job: Job, run: FinishedRun) -> list[dict[str, Any]]:
 
 
 def _last_row(job: Job, outcome: Outcome) -> dict[str, Any]:
-    run, forgetting = outcome.run, outcome.forgetting
+    run, sets = outcome.run, outcome.forgetting
+    rises = [one.rise for one in ([sets] if isinstance(sets, Forgetting) else (sets or {}).values())]
     accuracies = [result.accuracy for result in outcome.scores.values() if result.accuracy is not None]
     return {
         "step": run.steps,
@@ -189,7 +196,7 @@ def _last_row(job: Job, outcome: Outcome) -> dict[str, Any]:
         "train loss": run.training_loss,
         "train samples": run.steps * _samples_per_step(job),
         "train total tokens": run.tokens,
-        "forgetting": None if forgetting is None else forgetting.after - forgetting.before,
+        "forgetting": fmean(rises) if rises else None,
     }
 
 

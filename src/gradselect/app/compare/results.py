@@ -16,7 +16,8 @@ from .schedule import PlannedRun
 class ResultsFolder:
     """Paths in the folder of a comparison.
 
-    METHOD.lr-RATE.seed-SEED.ROLE.json   one result for each run; a report reads these
+    METHOD.lr-RATE.seed-SEED.ROLE.json   one result for each run; a report reads these. Short runs of the search have
+                                         .share-SHARE before the role
     calibration.json                     cost of a step of each method, under a budget
     work/                                unfinished models, logs and jobs; without it nothing can be resumed
     """
@@ -95,4 +96,4 @@ def read_own_result(path: Path) -> Result:
 
 
 def _planned(record: ComparedRun) -> PlannedRun:
-    return PlannedRun(method=record.method, lr=record.lr, seed=record.seed, role=record.role)
+    return PlannedRun(method=record.method, lr=record.lr, seed=record.seed, role=record.role, share=float(record.share))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from gradselect.app.recipe import Recipe, todays_method
 from gradselect.app.results import Calibration, ComparedRun, RunBudget
 
 from .allotment import run_budget
-from .budget import with_steps
+from .budget import share_of, with_share, with_steps
 from .schedule import PlannedRun
 from .suite import Suite
 
@@ -35,9 +34,9 @@ class RunPlan:
         recipe = self.suite.training_recipe(run.method, lr=run.lr, seed=run.seed, output=output)
         steps = self._steps(run.method)
         if self.calibration is None or steps is None:
-            return recipe
+            return recipe if run.share == 1 else with_share(recipe, run.share)
         assert self.calibration.run_steps is not None
-        return with_steps(recipe, steps=steps, run_steps=self.calibration.run_steps)
+        return with_steps(recipe, steps=share_of(steps, run.share), run_steps=self.calibration.run_steps)
 
     def budget(self, method: str) -> RunBudget | None:
         """Return the budget of the runs of a method."""
@@ -55,7 +54,7 @@ class RunPlan:
             return f"{method} {known.left_out}"
         if known is None and self.calibration is not None:
             return None  # a method that this call does not run
-        if not self._has_settings(method, record.method_settings):
+        if not self._has_settings(record):
             return f"{method} had other settings"
         steps, there = self._steps(method), None if record.budget is None else record.budget.steps
         return f"{method} has {steps} steps now, and had {there}" if steps not in (None, there) else None
@@ -63,10 +62,11 @@ class RunPlan:
     def _steps(self, method: str) -> int | None:
         return None if self.calibration is None else self.calibration.methods[method].steps
 
-    def _has_settings(self, method: str, there: Mapping[str, Any]) -> bool:
+    def _has_settings(self, record: ComparedRun) -> bool:
         """True if a result's settings equal those of the suite. Keys of newer versions count with their defaults."""
-        here: Any = self.recipe(PlannedRun(method=method, lr=1.0, seed=0, role="score"), output="-").method
+        run = PlannedRun(method=record.method, lr=1.0, seed=0, role="score", share=float(record.share))
+        here: Any = self.recipe(run, output="-").method
         try:
-            return type(here).model_validate(todays_method(there)) == here
+            return type(here).model_validate(todays_method(record.method_settings)) == here
         except ValidationError:
             return False

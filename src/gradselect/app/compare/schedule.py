@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gradselect.app.results import Role
 
+from .search import percent
 from .suite import MethodEntry, slug
 
 
@@ -20,17 +21,20 @@ class PlannedRun:
         seed: of the run.
         role: "rate" for the search of the best learning rate by the held-out loss; "score" at the best rate, with
             evaluations.
+        share: of the method's own steps; below 1 only in the search.
     """
 
     method: str
     lr: float
     seed: int
     role: Role
+    share: float = 1.0
 
     @property
     def training_name(self) -> str:
         """Name of the training; both roles share it."""
-        return f"{slug(self.method)}.lr-{self.lr:.12g}.seed-{self.seed}"
+        length = "" if self.share == 1 else f".share-{self.share:.12g}"
+        return f"{slug(self.method)}.lr-{self.lr:.12g}.seed-{self.seed}{length}"
 
     @property
     def name(self) -> str:
@@ -38,13 +42,18 @@ class PlannedRun:
         return f"{self.training_name}.{self.role}"
 
     def __str__(self) -> str:
-        return f"{self.method}, lr {self.lr:.12g}, seed {self.seed}"
+        length = "" if self.share == 1 else f", {percent(self.share)} of its steps"
+        return f"{self.method}, lr {self.lr:.12g}, seed {self.seed}{length}"
+
+
+def rung_runs(method: str, rates: Sequence[float], *, share: float = 1.0) -> list[PlannedRun]:
+    """Return the runs of one rung of the search, with seed 0."""
+    return [PlannedRun(method=method, lr=lr, seed=0, role="rate", share=share) for lr in rates]
 
 
 def rate_runs(method: str, entry: MethodEntry) -> list[PlannedRun]:
-    """Return the runs that search the grid, with seed 0; none for a grid of one rate."""
-    rates = entry.rates if len(entry.rates) > 1 else ()
-    return [PlannedRun(method=method, lr=lr, seed=0, role="rate") for lr in rates]
+    """Return the runs that search the whole grid, with seed 0; none for a grid of one rate."""
+    return rung_runs(method, entry.rates if len(entry.rates) > 1 else ())
 
 
 def score_run(method: str, *, lr: float, seed: int) -> PlannedRun:

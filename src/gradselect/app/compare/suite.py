@@ -31,6 +31,7 @@ from gradselect.app.stats import MEAN_CHRF
 from gradselect.usage import matching, nearest
 
 from .budget import Budget
+from .search import Search
 
 NOT_SHARED = {
     "method": "write each method below methods",
@@ -56,6 +57,21 @@ def _as_preparations(value: Any) -> Any:
 def _without_dropped(value: Any) -> Any:
     """Drop methods or evaluations that are null: the suite does not want them from its base."""
     return {name: entry for name, entry in value.items() if entry is not None} if isinstance(value, Mapping) else value
+
+
+def _as_sets(value: Any) -> Any:
+    """Return the sets of `forgetting` by name; a single set without a name gets the empty one."""
+    if not isinstance(value, Mapping):
+        return {} if value is None else {"": value}
+    given = {key: entry for key, entry in value.items() if entry is not None}
+    sets = [key for key, entry in given.items() if isinstance(entry, Mapping)]
+    others = [key for key in given if key not in sets]
+    if sets and others:
+        raise ValueError(
+            f"{others[0]} is a key of a single set, and {sets[0]} the name of a set; write all sets by name, e.g. "
+            "{wikitext: {task: loss, data: known.txt}}, and null for keys of a base: {" + f"{others[0]}: null" + "}"
+        )
+    return given if sets or not given else {"": given}
 
 
 def _with_placeholders(value: Any) -> Any:
@@ -143,8 +159,10 @@ class Suite(Settings):
         prepare: commands that make the data or the base model.
         recipe: shared by all methods, without method, learning rate, seed and output: the protocol.
         evaluations: of every trained model, by name; none to compare speed and memory only. Null drops one of `base`.
-        forgetting: a loss, measured for the base and for every trained model.
+        forgetting: losses, measured for the base and for every trained model, by name of the set; the only one of a
+            suite needs no name.
         rank_by: selects the learning rate: the loss on held-out training examples, never a test score.
+        search: successive halving of the learning rates. None: every rate runs at full length.
         budget: cost that every run may take, in place of the recipe's number of steps.
         seeds: number of seeds of each method at its best rate: 0, 1, ...
         methods: by their name in tables; null drops a method of `base`.
@@ -155,8 +173,9 @@ class Suite(Settings):
     prepare: Annotated[tuple[Preparation, ...], BeforeValidator(_as_preparations)] = ()
     recipe: Annotated[Recipe, BeforeValidator(_with_placeholders)]
     evaluations: Annotated[dict[str, Evaluation], Field(default_factory=dict), BeforeValidator(_without_dropped)]
-    forgetting: Evaluation | None = None
+    forgetting: Annotated[dict[str, Evaluation], BeforeValidator(_as_sets)] = Field(default_factory=dict)
     rank_by: Literal["validation_loss"] = "validation_loss"
+    search: Search | None = None
     budget: Budget | None = None
     seeds: PositiveInt = 3
     methods: Annotated[dict[str, MethodEntry], Field(min_length=1), BeforeValidator(_without_dropped)]
@@ -191,8 +210,10 @@ class Suite(Settings):
             raise ValueError(
                 "evaluations and forgetting: a model that is trained on random data is not kept; leave them out"
             )
-        if self.forgetting is not None and self.forgetting.task != "loss":
-            raise ValueError(f"forgetting.task={self.forgetting.task!r}: forgetting is a loss; write task: loss")
+        for name, entry in self.forgetting.items():
+            if entry.task != "loss":
+                key = f"forgetting.{name}.task" if name else "forgetting.task"
+                raise ValueError(f"{key}={entry.task!r}: forgetting is a loss; write task: loss")
         return self
 
     def training_recipe(self, method: str, *, lr: float, seed: int, output: str | Path) -> Recipe:
@@ -229,7 +250,7 @@ def slug(name: str) -> str:
 def ids_of_suite(suite: Suite) -> Iterator[HubId]:
     """Yield the base model and the data of a suite that are no files of this machine."""
     yield from ids_of_recipe(suite.recipe)
-    evaluations = [*suite.evaluations.values(), *([suite.forgetting] if suite.forgetting else [])]
+    evaluations = [*suite.evaluations.values(), *suite.forgetting.values()]
     for evaluation in evaluations:
         yield from (one for one in ids_of_evaluation(evaluation.settings("-")) if one.kind == "dataset")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from gradselect.app.results import Result
+from gradselect.app.results import Forgetting, Result, Rung
 from gradselect.app.stats import mean_and_deviation
 
 from .schedule import is_at_edge
@@ -23,17 +23,28 @@ class MethodSummary:
         lr: the best learning rate; None if no run of the search succeeded.
         rates: learning rates that were tried.
         results: successful runs at the best rate, by seed.
+        rungs: search of the rate, the shortest runs first; none for a grid of one rate.
     """
 
     method: str
     lr: float | None
     rates: tuple[float, ...]
     results: tuple[Result, ...]
+    rungs: tuple[Rung, ...] = ()
 
     def scores(self, evaluation: str) -> list[float]:
         """Return one score for each seed, without undefined ones."""
         values = [result.record.scores[evaluation].value for result in self.results]
         return [value for value in values if value is not None]
+
+    @property
+    def forgetting_names(self) -> tuple[str, ...]:
+        """Names of the sets on which forgetting was measured; that of an only set may be empty."""
+        return tuple(dict.fromkeys(name for result in self.results for name in result.record.forgotten))
+
+    def forgotten(self, name: str) -> list[Forgetting]:
+        """Return the losses on one set, one for each seed."""
+        return [result.record.forgotten[name] for result in self.results if name in result.record.forgotten]
 
     @property
     def validation_losses(self) -> list[float]:
@@ -83,6 +94,31 @@ def summary_table(title: str, summaries: Sequence[MethodSummary]) -> Table:
             str(len(summary.results)),
         )
     return table
+
+
+def forgetting_table(summaries: Sequence[MethodSummary]) -> Table:
+    """One row per method: the loss of its models on each set that the base knew, and how much that is above the base.
+
+    The base's loss stands in the heading.
+    """
+    names = dict.fromkeys(name for summary in summaries for name in summary.forgetting_names)
+    table = Table(title="forgetting, nats per token", title_justify="left")
+    table.add_column("method")
+    for name in names:
+        before = next(one.before for summary in summaries for one in summary.forgotten(name))
+        table.add_column(f"{name or 'loss'} (base {before:.4f})", justify="right")
+        table.add_column("rise", justify="right")
+    for summary in summaries:
+        cells = []
+        for name in names:
+            losses = summary.forgotten(name)
+            cells += [_spread([one.after for one in losses]), _rise([one.rise for one in losses])]
+        table.add_row(summary.method, *cells)
+    return table
+
+
+def _rise(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):+.4f}" if values else "-"
 
 
 def _rate(summary: MethodSummary) -> str:

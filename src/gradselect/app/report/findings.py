@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from gradselect.app.results import reversals, rungs_of
+
 from . import number_format as words
 from .budget_section import budget_findings
 from .comparison import Comparison
@@ -18,9 +20,11 @@ def facts(comparison: Comparison) -> Iterator[str]:
     results = comparison.results
     yield words.plural(len(comparison.methods), "method")
     yield words.plural(sum(len(method.runs) for method in comparison.methods), "scored run")
-    searched = sum(run.record.role == "rate" for run in results.runs)
+    searched = [run.record.share for run in results.runs if run.record.role == "rate"]
     if searched:
-        yield f"{words.plural(searched, 'run')} of the rate search"
+        short = sum(share < 1 for share in searched)
+        of_them = f" ({short:,} of them short)" if short else ""
+        yield f"{words.plural(len(searched), 'run')} of the rate search{of_them}"
     yield f"protocol {results.runs[0].record.protocol[:12]}"
     commits = sorted({(run.record.commit or "no commit")[:12] for run in results.runs})
     yield f"{'commit' if len(commits) == 1 else 'commits'} {', '.join(commits)}"
@@ -37,6 +41,9 @@ def findings(comparison: Comparison) -> Iterator[str]:
     yield from _cheap(comparison, "Fastest to train", "training time", lambda method: method.training_seconds)
     yield from _cheap(comparison, "Smallest on average", "average bytes", lambda method: method.average_bytes)
     yield from _edges(comparison)
+    if found := list(disagreements(comparison)):
+        lines = f"{words.plural(len(found), 'pair')} of rates"
+        yield f"Short runs of the rate search and those of all steps put {lines} in another order; see its section."
     yield from _left_out(comparison)
 
 
@@ -88,6 +95,17 @@ def _edges(comparison: Comparison) -> Iterator[str]:
     on_edge = [method.name for method in comparison.methods if method.edge in ("lowest", "highest")]
     if on_edge:
         yield f"Best rate at an edge of the grid, so a better one may lie beyond it: {_few(on_edge)}."
+
+
+def disagreements(comparison: Comparison) -> Iterator[str]:
+    """Yield a line for each pair of rates that short runs of the search and those of all steps put in another order."""
+    runs = comparison.results.runs
+    for method in sorted({run.record.method for run in runs if run.record.share < 1}):
+        for pair in reversals(rungs_of(runs, method)):
+            yield (
+                f"{method}: at {words.share(pair.share)} of its steps {words.rate(pair.ahead)} was ahead of "
+                f"{words.rate(pair.behind)}, at all steps it is behind."
+            )
 
 
 def _left_out(comparison: Comparison) -> Iterator[str]:

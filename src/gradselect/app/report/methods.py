@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from gradselect.app.results import BlockSelection, MaskSelection, Result, Selection, StepSeconds
+from gradselect.app.results import BlockSelection, Forgetting, MaskSelection, Result, Selection, StepSeconds
 
 CATEGORIES = ("weights", "gradients", "masters", "state_on_device", "state_on_host")
 """Categories of exact bytes; "together" is their sum at one moment."""
@@ -53,12 +53,18 @@ class Method:
     def validation_loss(self) -> float | None:
         return self._mean(lambda run: run.record.validation_loss)
 
-    @cached_property
-    def forgetting(self) -> float | None:
-        """Rise of the loss on text that the base model knew, in nats per token."""
-        return self._mean(
-            lambda run: None if (lost := run.record.forgetting) is None else lost.after - lost.before,
-        )
+    @property
+    def forgetting_names(self) -> tuple[str, ...]:
+        """Sets of text that the base model knew; the only one of a suite has an empty name."""
+        return tuple(dict.fromkeys(name for run in self.runs for name in run.record.forgotten))
+
+    def forgotten(self, name: str) -> list[Forgetting]:
+        """Losses on one set before and after the training, one for each seed that has them."""
+        return [run.record.forgotten[name] for run in self.runs if name in run.record.forgotten]
+
+    def forgetting(self, name: str) -> float | None:
+        """Rise of the loss on a set of text that the base model knew, in nats per token."""
+        return self._mean(lambda run: one.rise if (one := run.record.forgotten.get(name)) is not None else None)
 
     @cached_property
     def step_seconds(self) -> float | None:

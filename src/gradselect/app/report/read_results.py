@@ -78,7 +78,7 @@ def _read_calibration(folder: Path, skipped: list[Skipped]) -> Calibration | Non
 
 
 def _read_all(files: Sequence[Path]) -> tuple[list[Result], list[Skipped]]:
-    runs: dict[tuple[str, float, int, str], Result] = {}
+    runs: dict[tuple[str, float, int, str, float], Result] = {}
     skipped = []
     for path in files:
         try:
@@ -87,7 +87,7 @@ def _read_all(files: Sequence[Path]) -> tuple[list[Result], list[Skipped]]:
             skipped.append(Skipped(file=path.name, reason=str(error).removeprefix(f"{path.name}: ")))
             continue
         record = result.record
-        first = runs.setdefault((record.method, record.lr, record.seed, record.role), result)
+        first = runs.setdefault((record.method, record.lr, record.seed, record.role, record.share), result)
         if first is not result:
             skipped.append(Skipped(file=path.name, reason=f"the same run as {first.path.name}"))
     return list(runs.values()), skipped

@@ -8,9 +8,10 @@ from . import number_format as words
 from .budget_section import left_out_for_memory
 from .charts import draw_differences
 from .comparison import Comparison
+from .findings import disagreements
 from .page import Part
 from .run_tables import failed_table, rate_table, skipped_table
-from .score_tables import difference_table, pair_table, results_table
+from .score_tables import difference_table, forgetting_table, pair_table, results_table
 from .table import Namer
 
 HOW_TO_READ = (
@@ -38,6 +39,9 @@ def result_parts(comparison: Comparison, name: Namer) -> Iterator[Part]:
         text=relative,
         table=results_table(comparison.methods, scores=comparison.scores, full=full, name=name),
     )
+    if (forgotten := forgetting_table(comparison.methods, name=name)) is not None:
+        text = "Loss on text that the base model knew, in nats per token, before and after the training."
+        yield Part(title="Forgetting", text=text, table=forgotten)
     yield Part(title="How to read this", lines=HOW_TO_READ, is_folded=True)
 
 
@@ -64,8 +68,16 @@ def difference_parts(comparison: Comparison, name: Namer) -> Iterator[Part]:
 
 
 def rate_parts(comparison: Comparison, name: Namer) -> Iterator[Part]:
-    if (table := rate_table(comparison.results.runs, name=name)) is not None:
-        yield Part(text="Validation loss at the end of training, by learning rate.", table=table)
+    runs = comparison.results.runs
+    if (table := rate_table(runs, name=name)) is None:
+        return
+    text = "Validation loss at the end of training, by learning rate."
+    if any(run.record.share < 1 for run in runs):
+        text += (
+            " Rates were searched by successive halving: each row is a length of the runs, and the best of it went on "
+            "to the next. Runs of all steps chose the rate."
+        )
+    yield Part(text=text, table=table, lines=tuple(disagreements(comparison)))
 
 
 def left_out_parts(comparison: Comparison, name: Namer) -> Iterator[Part]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from gradselect.app.results import Result, Skipped
+from gradselect.app.results import Result, Rung, Skipped, rungs_of
 
 from . import number_format as words
 from .methods import Method, ratio
@@ -15,15 +14,18 @@ LARGEST_TENSORS = 3
 
 
 def rate_table(runs: Sequence[Result], *, name: Namer) -> Table | None:
-    """Validation losses of the search, by method and rate; None without a search."""
+    """Validation losses of the search, by method and rate, with a row for each length of the runs; None without one."""
     searched = [run for run in runs if run.record.role == "rate"]
     if not searched:
         return None
-    losses = {(run.record.method, run.record.lr): run.record.validation_loss for run in searched}
-    rates = sorted({lr for _, lr in losses})
+    rates = sorted({run.record.lr for run in searched})
+    methods = sorted({run.record.method for run in searched}, key=lambda method: (method.casefold(), method))
+    rungs = {method: rungs_of(searched, method) for method in methods}
+    has_lengths = any(rung.share < 1 for found in rungs.values() for rung in found)
     rows = [
-        (name(method), *(_rate_cells(method, rates, losses)))
-        for method in sorted({method for method, _ in losses}, key=lambda method: (method.casefold(), method))
+        (name(method, _length(rung) if has_lengths else ""), *_rate_cells(rungs[method], place, rates))
+        for method in methods
+        for place, rung in enumerate(rungs[method])
     ]
     return Table(columns=(Column("Method", is_text=True), *(Column(words.rate(lr)) for lr in rates)), rows=tuple(rows))
 
@@ -89,17 +91,26 @@ def pair_list(pairs: Sequence[tuple[str, object]], *, titles: tuple[str, str]) -
     )
 
 
-def _rate_cells(method: str, rates: Sequence[float], losses: Mapping[tuple[str, float], float | None]) -> list[Cell]:
-    known = {lr: loss for lr in rates if (loss := losses.get((method, lr))) is not None and math.isfinite(loss)}
-    best = min(known, key=lambda lr: (known[lr], lr), default=None)
-    tried = [lr for lr in rates if (method, lr) in losses]
-    on_edge = len(tried) > 1 and best in (tried[0], tried[-1])
-    show: Callable[[float], Cell] = lambda lr: Cell(  # noqa: E731
-        words.number(known.get(lr)) if (method, lr) in losses else "",
-        ("best, at the edge" if on_edge else "best") if lr == best else "",
-        is_strong=lr == best,
-    )
-    return [show(lr) for lr in rates]
+def _length(rung: Rung) -> str:
+    return "all steps" if rung.share == 1 else f"{words.share(rung.share)} of its steps"
+
+
+def _rate_cells(rungs: Sequence[Rung], place: int, rates: Sequence[float]) -> list[Cell]:
+    """Cells of one rung. At full length the best rate is marked; in a short rung those that were dropped are."""
+    rung, later = rungs[place], rungs[place + 1 :]
+    grid = sorted({lr for each in rungs for lr in each.losses})
+    best = rung.order[0] if rung.share == 1 and rung.order else None
+    on_edge = len(grid) > 1 and best in (grid[0], grid[-1])
+
+    def detail(lr: float) -> str:
+        if lr == best:
+            return "best, at the edge" if on_edge else "best"
+        return "dropped" if later and lr in rung.losses and lr not in later[0].losses else ""
+
+    return [
+        Cell(words.number(rung.losses[lr]) if lr in rung.losses else "", detail(lr), is_strong=lr == best)
+        for lr in rates
+    ]
 
 
 def _largest(by_tensor: Mapping[str, int]) -> str:

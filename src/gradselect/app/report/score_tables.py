@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
+
+from gradselect.app.stats import student_interval
 
 from . import number_format as words
 from .methods import PARTS, Method, ratio
@@ -15,6 +18,7 @@ EDGES = {"lowest": "lowest tried", "highest": "highest tried", "only": "only one
 def results_table(methods: Sequence[Method], *, scores: Sequence[Scores], full: Method | None, name: Namer) -> Table:
     """Headline: score and cost of each method."""
     has_validation = any(found.measure.name == VALIDATION for found in scores)
+    sets = forgetting_names(methods)
 
     def speed_up(method: Method) -> float | None:
         return None if full is None else ratio(full.step_seconds, method.step_seconds)
@@ -25,7 +29,7 @@ def results_table(methods: Sequence[Method], *, scores: Sequence[Scores], full: 
             Cell(words.rate(method.lr), EDGES.get(method.edge or "", "")),
             Cell(str(len(method.seeds))),
             *(_score_cell(found, method.name) for found in scores),
-            Cell(words.number(method.forgetting, sign=True)),
+            *(Cell(words.number(method.forgetting(known), sign=True)) for known in sets),
             Cell(words.seconds(method.step_seconds)),
             Cell(words.times(speed_up(method))),
             Cell(words.times(method.flop_limit)),
@@ -39,17 +43,17 @@ def results_table(methods: Sequence[Method], *, scores: Sequence[Scores], full: 
             *([] if has_validation else [Cell(words.number(method.validation_loss))]),
         )
 
-    columns = _result_columns(scores, has_validation=has_validation)
+    columns = _result_columns(scores, sets, has_validation=has_validation)
     return Table(columns=columns, rows=tuple(map(row, methods))).without_unknown()
 
 
-def _result_columns(scores: Sequence[Scores], *, has_validation: bool) -> tuple[Column, ...]:
+def _result_columns(scores: Sequence[Scores], sets: Sequence[str], *, has_validation: bool) -> tuple[Column, ...]:
     return (
         Column("Method", is_text=True),
         Column("Best rate", is_text=True),
         Column("Seeds"),
         *(Column(words.upper_first(found.measure.title), _score_unit(found.measure)) for found in scores),
-        Column("Forgetting", "nats per token"),
+        *(Column(f"Forgetting: {known}" if known else "Forgetting", "nats per token") for known in sets),
         Column("Step", "median"),
         Column("Speed-up", "over full"),
         Column("FLOP limit", "of the speed-up"),
@@ -62,6 +66,43 @@ def _result_columns(scores: Sequence[Scores], *, has_validation: bool) -> tuple[
         Column("Ships", "file"),
         *([] if has_validation else [Column("Validation loss", "nats per token")]),
     )
+
+
+def forgetting_names(methods: Sequence[Method]) -> list[str]:
+    """Return the sets on which forgetting was measured, as the suite orders them; the only one may have no name."""
+    return list(dict.fromkeys(name for method in methods for name in method.forgetting_names))
+
+
+def forgetting_table(methods: Sequence[Method], *, name: Namer) -> Table | None:
+    """Loss on each set that the base knew: of the base, of the trained models, and the rise with its interval."""
+    sets = forgetting_names(methods)
+    if not sets:
+        return None
+    columns = [Column("Method", is_text=True)]
+    for known in sets:
+        title = known or "Loss"
+        columns += [Column(title, "base"), Column(title, "trained"), Column("Rise", "mean, 95 % over seeds")]
+    rows = [
+        (name(method.name), *(cell for known in sets for cell in _before_and_after(method, known)))
+        for method in methods
+    ]
+    return Table(columns=tuple(columns), rows=tuple(rows)).without_unknown()
+
+
+def _before_and_after(method: Method, known: str) -> list[Cell]:
+    losses = method.forgotten(known)
+    if not losses:
+        return [Cell(words.UNKNOWN)] * 3
+    rises = [one.rise for one in losses]
+    interval = student_interval(rises)
+    spread = (
+        "" if interval is None else f"{words.number(interval[0], sign=True)} to {words.number(interval[1], sign=True)}"
+    )
+    return [
+        Cell(words.number(fmean(one.before for one in losses))),
+        Cell(words.number(fmean(one.after for one in losses))),
+        Cell(words.number(fmean(rises), sign=True), spread),
+    ]
 
 
 def difference_table(differences: Sequence[Difference], *, measure: Measure, reference: str, name: Namer) -> Table:

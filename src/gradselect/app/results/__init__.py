@@ -9,6 +9,7 @@ from .calibration_file import (
     read_calibration,
     write_calibration,
 )
+from .rate_search import Reversal, Rung, reversals, rungs_of
 from .result_file import (
     FAILED,
     FORMAT,
@@ -62,10 +63,12 @@ __all__ = [
     "MethodCalibration",
     "Result",
     "ResultFile",
+    "Reversal",
     "Role",
     "RunBudget",
     "RunInfo",
     "RunRecord",
+    "Rung",
     "SavedModel",
     "Score",
     "Selection",
@@ -78,6 +81,8 @@ __all__ = [
     "read_result",
     "read_run",
     "result_paths",
+    "reversals",
+    "rungs_of",
     "write_calibration",
     "write_result",
 ]

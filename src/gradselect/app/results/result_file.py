@@ -84,6 +84,11 @@ class Forgetting(Record):
     before: Number
     after: Number
 
+    @property
+    def rise(self) -> float:
+        """Loss of the trained model minus that of the base."""
+        return self.after - self.before
+
 
 class Item(Record):
     """Outcome of one item: right or wrong, its loss in nats, summed over its tokens, or the score of its text."""
@@ -118,8 +123,10 @@ class ComparedRun(Record):
         rate_at_edge: True if the best rate is the first or the last of the grid; None without a search.
         commit: of the library; None if it was no checkout.
         dirty: True if the library differed from that commit.
-        budget: under which the run got its steps; None without a budget.
+        share: of the method's own steps, for a short run of the search; 1 for every other run.
+        budget: under which the method got its steps; None without a budget.
         validation_loss: None if it is undefined, or if the run failed.
+        forgetting: losses on text that the base knew, of the only set or by the name of each set.
     """
 
     format: int
@@ -133,6 +140,7 @@ class ComparedRun(Record):
     rate_at_edge: bool | None = None
     seed: int
     role: Role
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
     commit: str | None = None
     dirty: bool
     command: list[str] = Field(default_factory=list)
@@ -142,10 +150,17 @@ class ComparedRun(Record):
     flop: Flop | None = None
     validation_loss: Number | None = None
     scores: Annotated[dict[str, Score], NullAsEmpty] = Field(default_factory=dict)
-    forgetting: Forgetting | None = None
+    forgetting: Forgetting | dict[str, Forgetting] | None = None
     items: Annotated[dict[str, list[Item]], NullAsEmpty] = Field(default_factory=dict)
     curves: Annotated[dict[str, Curve], NullAsEmpty] = Field(default_factory=dict)
     selection: Selection | None = None
+
+    @property
+    def forgotten(self) -> dict[str, Forgetting]:
+        """Losses on text that the base knew, by the name of the set; that of an only set without a name is empty."""
+        if self.forgetting is None:
+            return {}
+        return {"": self.forgetting} if isinstance(self.forgetting, Forgetting) else self.forgetting
 
 
 class ResultFile(Record):
