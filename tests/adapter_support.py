@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from tiny_models import seeded, tiny_bert, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 
@@ -112,6 +113,49 @@ def propulsion_twin(layer: Any) -> tuple[Tensor, Tensor | None]:
     return reference.propulsion_weight(*plain(layer), scale=scale, degree=layer.degrees["default"])
 
 
+def hiwi_twin(layer: Any) -> tuple[Tensor, Tensor | None]:
+    weight, bias = plain(layer)
+    assert bias is not None
+    return weight, reference.hiwi_bias(bias, layer.hiwi_down["default"], layer.hiwi_up["default"])
+
+
+def lorta_twin(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """The place of the layer is read off its path here; rank 3 and alpha 6."""
+    weight, bias = plain(layer)
+    factors = [getattr(layer, f"lorta_{name}")["default"] for name in ("A", "B", "C_l", "C_m", "C_h")]
+    width, head, layers, matrices, heads = factors
+    number = int(next(part for part in layer.path.split(".") if part.isdecimal()))
+    last = layer.path.rpartition(".")[2]
+    kind = next(kinds.index(last) for kinds in LORTA_KINDS if last in kinds)
+    is_output = kind == 3
+    update = reference.lorta_update(
+        *(width, head, (layers[number], matrices[kind]), heads),
+        num_heads=(layer.in_features if is_output else layer.out_features) // head.shape[1],
+        heads_on_inputs=is_output,
+    )
+    return weight + 6 / 3 * update, bias
+
+
+LORTA_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("query", "key", "value", "dense")
+
+
+def with_biases(model: nn.Module) -> nn.Module:
+    """Give a model biases that are not zero, as those of a trained one."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def untied_gpt2() -> nn.Module:
+    """A decoder with biases and a head of its own."""
+    config = tiny_gpt2(layers=2).config
+    config.tie_word_embeddings = False
+    return with_biases(seeded(lambda: transformers.GPT2LMHeadModel(config)))
+
+
 ADAPTERS = {
     "ether": AdapterCase(
         config=adapters.EtherConfig,
@@ -125,6 +169,24 @@ ADAPTERS = {
         settings={"num_blocks": 4},
         twin=etherplus_twin,
         count=lambda model: sum(2 * (layer.in_features + layer.out_features) for layer in layers_of(model)),
+    ),
+    "hiwi": AdapterCase(
+        config=adapters.HiwiConfig,
+        settings={"rank": 3},
+        twin=hiwi_twin,
+        count=lambda model: sum(2 * 3 * layer.out_features for layer in layers_of(model)),
+        targets=["c_fc"],
+        models=(untied_gpt2, lambda: with_biases(tiny_bert(layers=2))),
+    ),
+    "lorta": AdapterCase(
+        config=adapters.LortaConfig,
+        settings={"rank": 3, "alpha": 6.0},
+        twin=lorta_twin,
+        # r (d + d_head + layers + heads + matrices)
+        count=lambda model: 3 * (16 + 4 + 2 + 4 + 4),
+        targets=["q_proj", "o_proj"],
+        is_shared=True,
+        models=(lambda: tiny_llama(layers=2), lambda: tiny_bert(layers=2)),
     ),
     "propulsion": AdapterCase(
         config=adapters.PropulsionConfig,

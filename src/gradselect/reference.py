@@ -215,6 +215,46 @@ def propulsion_weight(
     return weight, bias
 
 
+def hiwi_bias(bias: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """Return b + ReLU(b W_down) W_up, unit by unit; twin of `adapters.HiwiConfig`.
+
+    Reference: Liao, Meng, Monz, arXiv 2305.16742.
+    """
+    new = bias
+    for unit in range(down.shape[1]):
+        new = new + max(bias.dot(down[:, unit]), bias.new_zeros(())) * up[unit]
+    return new
+
+
+def lorta_update(
+    width: Tensor, head: Tensor, rows: Sequence[Tensor], heads: Tensor, *, num_heads: int, heads_on_inputs: bool
+) -> Tensor:
+    """Return the update (outputs x inputs) of one projection, head by head; twin of `adapters.LortaConfig`.
+
+    Args:
+        width: A, (width, rank).
+        head: B, (rank, size of a head).
+        rows: of C_l for the layer, and of C_m for the matrix.
+        heads: C_h, (heads of the model, rank).
+        num_heads: heads of this projection, each shared by equally many of the model's.
+        heads_on_inputs: True for an output projection.
+
+    Reference: Hounie, Kanatsoulis, Tandon, Ribeiro, arXiv 2410.04060.
+    """
+    sharing = len(heads) // num_heads
+    parts = []
+    for own in range(num_heads):
+        part = torch.zeros_like(width @ head)
+        for other in range(own * sharing, (own + 1) * sharing):
+            diagonal = torch.diag(heads[other])
+            for row in rows:
+                diagonal = diagonal @ torch.diag(row)
+            part = part + width @ diagonal @ head / sharing
+        parts.append(part)
+    update = torch.cat(parts, dim=1)
+    return update if heads_on_inputs else update.T
+
+
 def _identity(vector: Tensor) -> Tensor:
     return torch.eye(len(vector), dtype=vector.dtype, device=vector.device)
 

@@ -3,7 +3,9 @@
 from .config import AdapterConfig
 from .ether import EtherConfig
 from .etherplus import EtherPlusConfig
+from .hiwi import HiwiConfig
 from .layer import AdapterLinear
+from .lorta import LortaConfig
 from .propulsion import PropulsionConfig
 from .registration import register
 from .tuner import AdapterTuner
@@ -14,6 +16,8 @@ __all__ = [
     "AdapterTuner",
     "EtherConfig",
     "EtherPlusConfig",
+    "HiwiConfig",
+    "LortaConfig",
     "PropulsionConfig",
     "register",
 ]

@@ -45,8 +45,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self._plain: tuple[Tensor, Tensor | None] | None = None
         self.out_features, self.in_features = self._oriented(self.plain_layer.weight).shape
-        for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict())
+        self.make_dictionaries()
         self.update_layer(adapter_name, config)
 
     @abstractmethod
@@ -79,6 +78,11 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
     def plain_layer(self) -> Any:
         """The layer of the model, below all tuners."""
         return self.get_base_layer()
+
+    def make_dictionaries(self) -> None:
+        """Make the dictionaries of parameters by adapter that `adapter_layer_names` lists."""
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
 
     def update_layer(self, adapter_name: str, config: AdapterConfig) -> None:
         """Add an adapter."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -25,6 +25,8 @@ class AdapterTuner(BaseTuner):
     """
 
     target_module_mapping = {}  # noqa: RUF012  # an attribute of PEFT
+    advice: ClassVar[str] = "Write e.g. target_modules='all-linear'"
+    """Ends the error where targets match nothing."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put layers with the adapter in place of those that its settings name.
@@ -114,7 +116,7 @@ class AdapterTuner(BaseTuner):
         near = f"; nearest: {nearest(str(shown[0]), lasts)}" if isinstance(shown, list) and shown and lasts else ""
         return (
             f"target_modules={shown!r} matches no layer that {self._method} can change{near}; "
-            f"{type(model).__name__} has {listed or 'none'}. Write e.g. target_modules='all-linear'"
+            f"{type(model).__name__} has {listed or 'none'}. {self.advice}"
         )
 
     def _take_out(self, model: nn.Module, adapter_name: str, already: set[str]) -> None:

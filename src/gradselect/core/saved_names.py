@@ -130,7 +130,8 @@ def _without_adapter(name: str, adapters: set[str], kinds: Mapping[str, set[str]
             continue
         if "AuxiliaryTrainingWrapper" in kind and inside[0] == "modules_to_save":
             return ".".join([*parts[:end], *inside[2:]])
-        if "BaseTunerLayer" in kind and inside[0] != "base_layer":
+        # A tuner itself has the weights that its layers share.
+        if not kind.isdisjoint(("BaseTunerLayer", "BaseTuner")) and inside[0] != "base_layer":
             return ".".join([*parts[:end], inside[0], *inside[2:]])
     return name
 

@@ -1,0 +1,112 @@
+"""HiWi: which layers it adapts, that every unit can learn, and that only biases remain of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapter_support import disturbed, layers_of, with_biases, wrapped
+from test_adapters import logits
+from tiny_models import tiny_bart, tiny_batch, tiny_bert, tiny_gpt2, tiny_llama, tiny_opt, tiny_roberta
+from torch import nn
+
+import gradselect as gs
+from gradselect.adapters import HiwiConfig
+
+pytestmark = [
+    # PEFT asks transformers 5 for a property that was renamed.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+MODELS = {"bert": tiny_bert, "roberta": tiny_roberta, "opt": tiny_opt, "gpt2": tiny_gpt2, "bart": tiny_bart}
+
+
+def adapted(build=tiny_bert, **settings):
+    return wrapped(with_biases(build(layers=2)), HiwiConfig(**{"rank": 4, **settings}))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_by_default_the_two_layers_of_each_mlp_are_adapted(kind):
+    model = adapted(MODELS[kind])
+    num_layers = 2 * (2 if kind == "bart" else 1)
+    sizes = [(layer.in_features, layer.out_features) for layer in layers_of(model)]
+    assert len(sizes) == 2 * num_layers
+    assert all(inputs == reverse for (inputs, _), (_, reverse) in zip(sizes[::2], sizes[1::2], strict=True))
+    assert all(inputs != outputs for inputs, outputs in sizes)
+
+
+def test_every_unit_begins_above_the_bend_of_relu():
+    """A unit below it would never get a gradient, because the bias that it reads never changes."""
+    model = adapted(rank=16)
+    model(**tiny_batch(model, seed=0)).loss.backward()
+    for layer in layers_of(model):
+        units = layer.plain_bias @ layer.hiwi_down["default"]
+        assert len(units) == 16
+        assert (units > 0).all()
+        assert (layer.hiwi_up["default"].grad.abs().sum(1) > 0).all()
+
+
+def test_only_biases_are_left_of_it():
+    model = disturbed(adapted(), 0.3)
+    before = {name: each.clone() for name, each in model.base_model.model.state_dict().items()}
+    adapted_names = {f"{layer.path}.bias" for layer in layers_of(model)}
+    after = model.merge_and_unload().state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before.get(name, before.get(_below(name))))}
+    assert changed == adapted_names
+
+
+def _below(name):
+    path, _, last = name.rpartition(".")
+    return f"{path}.base_layer.{last}"
+
+
+def test_each_of_two_merged_adapters_reads_the_bias_of_the_base():
+    model = disturbed(adapted(), 0.3)
+    model.add_adapter("second", HiwiConfig(rank=2))
+    model.set_adapter("second")
+    disturbed(model, 0.3, seed=2)
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model)
+    model.merge_adapter(["default"])
+    with pytest.warns(UserWarning, match="Already following adapters were merged"):
+        model.merge_adapter(["second"])
+    torch.testing.assert_close(logits(model), both, rtol=0, atol=1e-5)
+
+
+def without_biases():
+    return tiny_llama(layers=1)
+
+
+def zero_biases():
+    return tiny_bert(layers=1)
+
+
+BAD = {
+    "no bias": (
+        without_biases,
+        {"target_modules": ["up_proj"]},
+        r"'model\.layers\.0\.mlp\.up_proj' has no bias.*exclude_modules=\['up_proj'\].*name: lora",
+    ),
+    "zero bias": (zero_biases, {}, r"intermediate\.dense' has a bias of zeros: its adapter would never get a gradient"),
+    "unknown model": (without_biases, {}, r"type 'llama' are not known to HiWi; name layers with a bias"),
+    "rank 0": (zero_biases, {"rank": 0}, r"rank=0 is not a whole number from 1 on"),
+    "rank too high": (
+        lambda: with_biases(tiny_bert(layers=1)),
+        {"rank": 17},
+        r"rank=17 is above the size of the bias of .*output\.dense', 16; write e\.g\. rank=8",
+    ),
+    "nothing found": (zero_biases, {"target_modules": ["fc1"]}, r"target_modules=\['fc1'\] matches no layer"),
+    "no linear layer": (
+        lambda: with_biases(tiny_bert(layers=1)),
+        {"target_modules": ["LayerNorm"]},
+        r"hiwi cannot change .*LayerNorm.*of the class LayerNorm",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_fit_is_refused_and_leaves_the_model_as_it_was(name):
+    build, settings, words = BAD[name]
+    model: nn.Module = build()
+    before = [(path, type(module)) for path, module in model.named_modules()]
+    with pytest.raises(gs.UsageError, match=words):
+        wrapped(model, HiwiConfig(**settings))
+    assert [(path, type(module)) for path, module in model.named_modules()] == before
