@@ -18,7 +18,7 @@ lint: .venv/.dev  ## style, types, and who may import whom
 	$(BIN)/pyright
 
 wheel: .venv/.dev  ## wheel and sdist in dist/, and tests with the installed wheel while the source tree is out of the way
-	$(INSTALL) --editable ".[wheel]"
+	$(INSTALL) --editable ".[release]"
 	$(BIN)/python .ci/wheel.py
 
 ci-matrix:  ## the tests on every Python that is here, and with the oldest and newest versions: hours; `make ci-matrix JOBS=py3.12-pinned`
