@@ -11,6 +11,7 @@ from adapter_support import disturbed, layers_of, wrapped
 from test_adapters import logits, trains
 from tiny_models import tiny_bart, tiny_gpt2, tiny_llama, tiny_roberta, tiny_t5
 from torch import nn
+from torch.nn import functional
 from transformers import RobertaConfig, RobertaModel
 
 import gradselect as gs
@@ -127,6 +128,29 @@ def test_without_casting_factors_have_the_type_of_the_model():
     base = tiny_llama(layers=1, dtype=torch.bfloat16)
     model = peft.get_peft_model(base, LortaConfig(rank=3), autocast_adapter_dtype=False)
     assert {each.dtype for each in trains(model).values()} == {torch.bfloat16}
+
+
+class Packed(nn.Linear):
+    """A quantised layer, with two entries in one number, as bitsandbytes has them."""
+
+    def __init__(self, layer):
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.dense = [layer.weight.detach()]
+        self.weight = nn.Parameter(torch.zeros(self.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, x):
+        return functional.linear(x, self.dense[0])
+
+
+def test_quantised_layers_are_adapted_and_not_merged():
+    model, plain = tiny_llama(layers=1), tiny_llama(layers=1)
+    attention = model.model.layers[0].self_attn
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        setattr(attention, name, Packed(getattr(attention, name)))
+    model, plain = (disturbed(wrapped(each, LortaConfig(rank=3)), 0.3) for each in (model, plain))
+    assert torch.equal(logits(model), logits(plain))
+    with pytest.raises(gs.UsageError, match=r"q_proj' has quantised weights, which cannot take an adapter"):
+        model.merge_and_unload()
 
 
 class Bare(nn.Module):

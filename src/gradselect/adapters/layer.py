@@ -18,6 +18,14 @@ from .config import AdapterConfig
 UNKNOWN = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
 
 
+def sizes_of(layer: Any) -> tuple[int, int]:
+    """Return the inputs and outputs of a plain layer."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features  # a quantised weight has another shape
+    inputs, outputs = layer.weight.shape
+    return inputs, outputs
+
+
 class AdapterLinear(nn.Module, BaseTunerLayer):
     """A linear layer with adapters, of which the active ones change its function.
 
@@ -44,7 +52,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self._active_adapter = adapter_name
         self._plain: tuple[Tensor, Tensor | None] | None = None
-        self.out_features, self.in_features = self._oriented(self.plain_layer.weight).shape
+        self.in_features, self.out_features = sizes_of(self.plain_layer)
         self.make_dictionaries()
         self.update_layer(adapter_name, config)
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from gradselect.usage import UsageError, check_positive, check_whole
 
 from .config import AdapterConfig
-from .layer import AdapterLinear
+from .layer import AdapterLinear, sizes_of
 from .projections import (
     HEADS_ON_INPUTS,
     HEADS_ON_OUTPUTS,
@@ -249,7 +249,7 @@ class LortaModel(AdapterTuner):
         for path, module in self._layers():
             if self._check_target_module_exists(peft_config, path):
                 self._check_layer(module, path)
-                layers[path] = _sizes(module)
+                layers[path] = sizes_of(module)
         if not layers:
             return  # the injection says so
         found = find_projections(
@@ -287,11 +287,6 @@ class LortaModel(AdapterTuner):
 
     def _linear_layers(self) -> list[tuple[str, nn.Module]]:
         return [(path, module) for path, module in self._layers() if isinstance(module, (nn.Linear, Conv1D))]
-
-
-def _sizes(layer: Any) -> tuple[int, int]:
-    outputs, inputs = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape
-    return inputs, outputs
 
 
 register(LortaConfig, LortaModel)
