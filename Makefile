@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup quickstart test lint wheel ci-matrix bench integrations clean
+.PHONY: setup quickstart test lint docs notebooks wheel ci-matrix bench integrations clean
 
 quickstart: .venv/.train  ## fine-tune the embedded base model on word problems and show what came of it
 	$(BIN)/python quickstart/run.py
@@ -28,6 +28,12 @@ bench: .venv/.dev  ## step time of every method against full fine-tuning, side b
 	$(INSTALL) --editable ".[peers]"
 	$(BIN)/python benchmarks/step_time.py
 
+docs: .venv/.docs  ## the documentation site, strictly and offline, in build/docs/site
+	$(BIN)/python docs/site/build.py
+
+notebooks: .venv/.docs  ## run the notebooks, offline; what they show is saved in them
+	$(BIN)/python docs/site/run_notebooks.py
+
 FRAMEWORKS := $(patsubst integrations/%/install.sh,%,$(wildcard integrations/*/install.sh))
 
 integrations: $(FRAMEWORKS:%=integrations-%)  ## the plug-ins inside the frameworks themselves, each in its own environment
@@ -49,5 +55,9 @@ setup: .venv/.dev  ## install for development
 	$(INSTALL) --editable ".[train,dev]"
 	touch $@
 
+.venv/.docs: .venv/.dev
+	$(INSTALL) --editable ".[train,dev,docs]"
+	touch $@
+
 clean:
-	rm -rf .venv dist runs quickstart/out
+	rm -rf .venv build dist runs quickstart/out

@@ -1,4 +1,4 @@
-"""The pages name files, modules and words that exist, and the code of docs/training-loops.md runs."""
+"""The pages name files, modules and words that exist, and the code of those that are written to be run runs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ FOLDERS = "src|docs|tests|benchmarks|examples|recipes|suites|quickstart"
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
-def blocks_of_code() -> list[tuple[str, str]]:
-    """Each Python block of the page and the heading above it."""
-    text = (ROOT / "docs" / "training-loops.md").read_text(encoding="utf-8")
+EACH_APART = ("index", "quickstart", "choose", "training-loops", "coming-from")  # blocks of these pages run alone
+IN_A_ROW = ("write-a-policy", "write-a-mask", "write-a-rule")  # blocks of these go on from one another
+
+
+def blocks_of_code(page: str) -> list[tuple[str, str]]:
+    """Return each Python block of a page and the heading above it."""
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     found, heading = [], ""
     for match in re.finditer(r"^#+ (?P<heading>[^\n]+)$|^```python\n(?P<code>.*?)^```", text, re.MULTILINE | re.DOTALL):
         heading = match["heading"] or heading
@@ -105,9 +109,40 @@ def test_one_word_for_one_thing(page: Path):
     assert found is None, f"{found}: see docs/glossary.md"
 
 
-@pytest.mark.parametrize("code", [pytest.param(code, id=heading) for heading, code in blocks_of_code()])
-def test_code_for_training_loops_runs(code: str):
+ALONE = [pytest.param(code, id=f"{page}: {heading}") for page in EACH_APART for heading, code in blocks_of_code(page)]
+
+
+@pytest.mark.parametrize("code", ALONE)
+def test_a_block_of_code_runs(code: str):
     """Each with a fresh model and loader."""
+    run(code)
+
+
+@pytest.mark.parametrize("page", IN_A_ROW)
+def test_the_code_of_a_page_runs_in_a_row(page: str):
+    run("\n".join(code for _, code in blocks_of_code(page)))
+
+
+def run(code: str) -> None:
     model = tiny_llama()
     loader = [tiny_batch(model, seed=seed) for seed in range(4)]
-    exec(code, {"torch": torch, "gs": gradselect, "model": model, "loader": loader})
+    compiled = compile(code, "page", "exec", dont_inherit=True)
+    exec(compiled, {"torch": torch, "gs": gradselect, "model": model, "loader": loader})
+
+
+def test_the_reference_of_recipes_is_that_of_the_schema(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
+    recipe_page = importlib.import_module("recipe_page")
+    text = recipe_page.PAGE.read_text(encoding="utf-8")
+    assert text == recipe_page.page(), "write it anew: python docs/site/recipe_page.py"
+
+
+def test_every_key_of_a_recipe_has_a_meaning():
+    rows = [line for line in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines() if "| `" in line]
+    assert rows
+    assert [row for row in rows if row.endswith("|  |")] == []
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    text = (ROOT / "docs" / "site" / "zensical.toml").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if f'= "{page.name}"' not in text] == []

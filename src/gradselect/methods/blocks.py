@@ -111,7 +111,11 @@ class AbstractBlockMethod(AbstractSelectionMethod):
 
 
 class LastMethod(AbstractBlockMethod):
-    """The last `count` layers of the model, at every step."""
+    """The last layers of the model, at every step.
+
+    Attributes:
+        count: number of layers.
+    """
 
     name: Literal["last"]
     count: PositiveInt = 2

@@ -39,7 +39,7 @@ class GradNormTopK(AbstractPolicy):
         fraction: share of the candidate blocks that trains in a step, k = max(1, round(fraction * blocks)).
         count: k itself, instead of `fraction`.
         refresh: steps between two selections; the blocks stay the same in between.
-        temperature: temperature of the softmax, in units of the norm. None: no draw.
+        temperature: temperature of the softmax, on the scale of the norm. None: no draw.
         ema: weight of the old average, in (0, 1]. None: m_b is the latest norm.
         probe_steps: first steps, which observe and update nothing.
         norm: "l2", or "rms" = ||g_b||_2 / sqrt(number of entries), which does not favour large blocks.
