@@ -30,6 +30,7 @@ class AdapterCase:
         targets: layers to adapt, some and not all.
         is_neutral: True if a new adapter changes nothing.
         is_shared: True if layers share weights, which the tuner holds.
+        takes_linears: True if it can change every linear layer.
         models: return tiny models that the adapter fits, a decoder without biases first.
     """
 
@@ -40,6 +41,7 @@ class AdapterCase:
     targets: list[str] = field(default_factory=lambda: ["q_proj", "down_proj"])
     is_neutral: bool = True
     is_shared: bool = False
+    takes_linears: bool = True
     models: tuple[Callable[[], nn.Module], ...] = (
         lambda: tiny_llama(layers=2),
         lambda: tiny_bert(layers=2),
@@ -82,6 +84,11 @@ def disturbed(model: Any, noise: float, *, seed: int = 1) -> Any:
             if parameter.requires_grad:
                 parameter += noise * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
     return model
+
+
+def trains(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of everything that trains."""
+    return {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
 
 
 def layers_of(model: nn.Module) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapter_support import ADAPTERS, disturbed, layers_of
+from adapter_support import ADAPTERS, disturbed, layers_of, trains
 from peft.utils import PeftType
 from test_delta import round_trip
 from test_integration_transformers import arguments, examples
@@ -33,11 +33,6 @@ NUM_STEPS = 3
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     return model(**tiny_batch(model, seed=0)).logits
-
-
-def trains(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies of everything that trains."""
-    return {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
 
 
 def rest(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ try:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils.peft_types import PeftType, register_peft_method
 except ModuleNotFoundError as error:
-    if error.name != "peft":
+    if str(error.name).partition(".")[0] != "peft":
         raise
     raise ModuleNotFoundError("gradselect.adapters needs PEFT; run: pip install 'peft>=0.20'", name="peft") from None
 except ImportError:

@@ -36,11 +36,11 @@ class AdapterTuner(BaseTuner):
         """
         config: Any = self.peft_config[adapter_name]
         targets = config.target_modules
+        if not config.inference_mode and isinstance(targets, set):
+            self._check_all_match(targets, model)
         already = set(self.targeted_module_names)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if not config.inference_mode and isinstance(targets, set):
-                self._check_all_match(targets, model)
         except UsageError:
             self._take_out(model, adapter_name, already)
             raise
@@ -83,15 +83,14 @@ class AdapterTuner(BaseTuner):
         if not isinstance(layer, known) or isinstance(layer, UNKNOWN):
             raise UsageError(
                 f"{method} cannot change {path!r}, which is of the class {type(layer).__name__}; it knows "
-                f"{', '.join(kind.__name__ for kind in known)}. Name other layers in target_modules, or write "
-                f"exclude_modules=[{path.rpartition('.')[2]!r}]"
+                f"{', '.join(kind.__name__ for kind in known)}; name layers in target_modules, and this one not"
             )
         weight = cast(Any, layer).weight
         uses = Counter(id(parameter) for _, parameter in self.model.named_parameters(remove_duplicate=False))
         if uses[id(weight)] > 1:
             raise UsageError(
-                f"{path!r} shares its weight with another layer, which merging would change too; write "
-                f"exclude_modules=[{path.rpartition('.')[2]!r}], or load the model with tie_word_embeddings=False"
+                f"{path!r} shares its weight with another layer, which merging would change too; name layers in "
+                "target_modules, and this one not, or load the model with tie_word_embeddings=False"
             )
 
     @property
@@ -103,9 +102,9 @@ class AdapterTuner(BaseTuner):
         return self.prefix.removesuffix("_")
 
     def _check_all_match(self, targets: set[str], model: nn.Module) -> None:
-        found = self.targeted_module_names
+        names = [name for name, _ in model.named_modules()]
         for target in sorted(targets):
-            if not any(name == target or name.endswith(f".{target}") for name in found):
+            if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise UsageError(self._nothing_found({target}, model))
 
     def _nothing_found(self, targets: Any, model: nn.Module) -> str:

@@ -64,7 +64,7 @@ class LoraMethod(AbstractAdapterMethod):
 
         whole = [*head, *([embedding] if self.train_embedding else [])]
         return LoraConfig(
-            task_type=_task_type(head),
+            task_type=task_type(head),
             r=self.rank,
             lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
             lora_dropout=self.dropout,
@@ -124,7 +124,7 @@ class AdaLoraMethod(AbstractAdapterMethod):
         from peft import AdaLoraConfig
 
         return AdaLoraConfig(
-            task_type=_task_type(head),
+            task_type=task_type(head),
             init_r=self.first_rank,
             target_r=self.rank,
             lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
@@ -176,9 +176,12 @@ class OtherAdapterMethod(AbstractAdapterMethod):
     def peft_config(self, *, embedding: str, head: Sequence[str] = ()) -> PeftConfig:
         from peft import get_peft_config
 
+        import gradselect.adapters  # noqa: F401  # so that PEFT knows ours too
+
         whole = {"modules_to_save": list(head)} if head else {}
-        return get_peft_config({"peft_type": self.type.upper(), "task_type": _task_type(head), **whole, **self.options})
+        return get_peft_config({"peft_type": self.type.upper(), "task_type": task_type(head), **whole, **self.options})
 
 
-def _task_type(head: Sequence[str]) -> str:
+def task_type(head: Sequence[str]) -> str:
+    """Return PEFT's name of the task: classification with a head, otherwise language modelling."""
     return "SEQ_CLS" if head else "CAUSAL_LM"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import fields
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import PositiveInt, create_model, model_validator
+from pydantic import Field, PositiveInt, create_model, field_validator, model_validator
 from torch import nn
 
 from gradselect import masks
@@ -18,13 +18,14 @@ from gradselect.usage import UsageError
 from .adapters import LoraMethod
 from .base import RunFacts
 from .generated_keys import dataclass_keys, describe, named_classes, one_of
+from .own_adapters import EtherMethod, PropulsionMethod
 from .selection import AbstractSelectionMethod
 
 SALIENCES = {value.name: value for value in vars(salience).values() if isinstance(value, salience.AbstractSalience)}
 
 
 class MaskAdapter(LoraMethod):
-    """The adapter whose entries a mask selects. Its keys are those of the method `lora`."""
+    """The LoRA whose entries a mask selects. Its keys are those of the method `lora`."""
 
     name: Literal["lora", "rslora", "dora"] = "lora"
 
@@ -74,13 +75,20 @@ class AbstractFreeMaskMethod(AbstractMaskMethod):
     Attributes:
         mask_class: class of the mask.
         among: names or globs of the parameters that the mask selects from. None: all that the mask can use.
-        adapter: select among the weights of a LoRA instead, which is merged at the end, e.g. {rank: 8}.
+        adapter: select among the weights of an adapter instead, which is merged at the end: {rank: 8} for a LoRA,
+            {name: etherplus} for another.
     """
 
     mask_class: ClassVar[type[AbstractMask]]
 
     among: tuple[str, ...] | None = None
-    adapter: MaskAdapter | None = None
+    adapter: Annotated[MaskAdapter | EtherMethod | PropulsionMethod | None, Field(discriminator="name")] = None
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def name_lora(cls, adapter: Any) -> Any:
+        """An adapter without a name is a LoRA."""
+        return {"name": "lora", **adapter} if isinstance(adapter, Mapping) else adapter
 
     def mask_settings(self, facts: RunFacts) -> dict[str, Any]:
         """Return the arguments of the mask."""

@@ -12,6 +12,7 @@ from .adapters import AbstractAdapterMethod, AdaLoraMethod, LoraMethod, OtherAda
 from .blocks import AbstractBlockMethod, FixedMethod, FullMethod, LastMethod
 from .masks import AbstractMaskMethod, StaticMethod, mask_methods
 from .mlp_masks import MePropMethod, SparseGradMethod
+from .own_adapters import EtherMethod, PropulsionMethod
 from .peers import AbstractPeerMethod, BAdamPackageMethod, GaLoreMethod
 from .policies import PRESETS, policy_methods
 
@@ -27,6 +28,8 @@ else:
         LoraMethod,
         AdaLoraMethod,
         OtherAdapterMethod,
+        EtherMethod,
+        PropulsionMethod,
         BAdamPackageMethod,
         GaLoreMethod,
         *mask_methods(),

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gradselect.app.models import register_own_adapters
 from gradselect.app.recipe import EvaluationSettings
 from gradselect.files import make_folder, sealed, write_atomically
 from gradselect.usage import UsageError
@@ -96,6 +97,7 @@ def _model_arguments(settings: EvaluationSettings) -> dict[str, str]:
     adapter = Path(settings.model) / "adapter_config.json"
     if not adapter.is_file():
         return {"pretrained": str(settings.model), "dtype": settings.dtype}
+    register_own_adapters(settings.model)  # in the process in which lm-eval loads it
     base = json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"]
     return {"pretrained": base, "peft": str(settings.model), "dtype": settings.dtype}
 

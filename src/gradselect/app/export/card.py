@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradselect.app.models import register_own_adapters
 from gradselect.app.results import FinishedRun
 
 from .exported import ExportedModel
@@ -103,6 +104,8 @@ def _training(record: FinishedRun) -> Iterator[tuple[str, object]]:
 def _use(model: ExportedModel, name: str) -> Iterator[str]:
     yield "```python"
     if model.is_adapter:
+        if register_own_adapters(model.folder):
+            yield "import gradselect.adapters  # this adapter is not one of PEFT's own\n"
         yield "from peft import AutoPeftModelForCausalLM\n"
         yield f"model = AutoPeftModelForCausalLM.from_pretrained({name!r})"
     else:

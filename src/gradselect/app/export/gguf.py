@@ -31,6 +31,11 @@ def export_gguf(model: ExportedModel, *, output: Path | None = None, kind: str =
     """
     if kind not in TYPES:
         raise UsageError(f"--type {kind!r} is not one of {', '.join(TYPES)}")
+    if model.is_adapter and model.adapter_kind != "LORA":
+        raise UsageError(
+            f"{model.folder} holds an adapter of the kind {model.adapter_kind}, and GGUF has adapters of LoRA only; "
+            "leave --adapter off, for the merged model"
+        )
     run = model.run.resolve()
     target = run.with_name(f"{run.name}{'-adapter' if model.is_adapter else ''}.gguf") if output is None else output
     if target.exists():

@@ -1,5 +1,6 @@
 """Pretrained models and tokenizers, from disk or from the hub, checked before they are loaded."""
 
+from .adapters import register_own_adapters
 from .causal import at_rest, check_causal
 from .folder import files_beside_weights
 from .greedy import greedy_settings
@@ -32,4 +33,5 @@ __all__ = [
     "merge_command",
     "num_trainable",
     "quantisation_of",
+    "register_own_adapters",
 ]

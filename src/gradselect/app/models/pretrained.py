@@ -12,6 +12,7 @@ from gradselect.app.runtime import check_hub, machine_bytes
 from gradselect.files import MANIFEST_NAME, digests_of_model, sha256
 from gradselect.usage import UsageError, first_line, matches_any
 
+from .adapters import register_own_adapters
 from .size_limits import MOST_WEIGHTS, check_sizes
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -37,6 +38,7 @@ def load_weights(
     check_hub(str(path), key=key, kind="model")
     if folder.is_dir():
         _check_weight_files(folder, key=key, trust_pickle=trust_pickle)
+        register_own_adapters(folder)
         _check_manifest(folder, "*")
     if not folder.is_dir() or (folder / "config.json").is_file():
         config = load_configuration(path, key=key, most_weights=machine_bytes(), **origin)

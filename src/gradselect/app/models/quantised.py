@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapters import register_own_adapters
 from .pretrained import class_for
 
 
@@ -58,11 +59,12 @@ def num_trainable(config: Any, kind: Any, **options: Any) -> tuple[int, int] | N
 
 def merge_command(adapter: str | Path, *, base: str | None = None) -> str:
     """Return the command that merges an adapter into `base`, by default the model that it was trained on."""
+    code = "import gradselect.adapters; " if register_own_adapters(adapter) else ""
     if base is None:
-        code = "from peft import AutoPeftModelForCausalLM as Auto; "
+        code += "from peft import AutoPeftModelForCausalLM as Auto; "
         code += f"Auto.from_pretrained({str(adapter)!r}, dtype='auto')"
     else:
-        code = "from peft import PeftModel; from transformers import AutoModelForCausalLM as Auto; "
+        code += "from peft import PeftModel; from transformers import AutoModelForCausalLM as Auto; "
         code += f"PeftModel.from_pretrained(Auto.from_pretrained({base!r}, dtype='auto'), {str(adapter)!r})"
     return "python -c " + shlex.quote(code + ".merge_and_unload().save_pretrained('MERGED')")
 

@@ -178,6 +178,8 @@ def _adapt(inputs: Inputs, method: AbstractAdapterMethod, *, seed: int) -> PeftM
     try:
         config = method.peft_config(embedding=name, head=head)
         adapted = get_peft_model(model, config)
+    except UsageError as error:  # an adapter of our own, with PEFT's names of keys
+        raise UsageError(f"method: {str(error).replace('target_modules', 'targets')}") from None
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"method: PEFT refuses this adapter: {error}") from error
     if config.is_prompt_learning:
