@@ -22,6 +22,7 @@ from gradselect.app.report.read_results import read_results
 from gradselect.app.report.score_tables import results_table
 from gradselect.app.report.sections import build_page
 from gradselect.app.report.table import Namer
+from gradselect.app.results import SampledAnswer, SampleFile, write_samples
 
 FEW = ("full", "AdaGradSelect 20 %", "ID3 1 %")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -61,6 +62,10 @@ def results(tmp_path_factory):
     dirty = result("full", seed=9)
     dirty["gradselect"]["dirty"] = True
     write(folder, dirty)
+    for name, run in (("base", {}), ("full", {"method": "full", "lr": 1e-3, "seed": 0})):
+        answer = SampledAnswer(prompt="Who are you?", answer=f"I am <{name}>.\nHello.", finished=True)
+        content = SampleFile(protocol="p", chat=True, max_new_tokens=60, answers=[answer], **run)
+        write_samples(folder / "samples" / f"{name}.json", content)
     return folder
 
 
@@ -115,6 +120,12 @@ def test_the_same_results_give_the_same_bytes_in_another_process(results, writte
     assert len(files) > 8
     for name in files:
         assert (written / name).read_bytes() == (again / name).read_bytes(), name
+
+
+def test_answers_to_samples_stand_below_one_another(page):
+    answers = "Prompt Who are you? base model I am <base>. Hello. full I am <full>. Hello."
+    assert answers in page.text
+    assert "No answers of AdaGradSelect 20 % and ID3 1 %." in page.text
 
 
 def test_pictures_carry_neither_date_nor_version(written):

@@ -12,9 +12,9 @@ from report_fixtures import result, write
 
 from gradselect import UsageError
 from gradselect.app.results import ResultFile, read_finished_run, read_result, read_run, write_result
-from gradselect.files import sealed
+from gradselect.files import read_json_text, sealed
 
-COMMITTED = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("small*/*.json"))
+COMMITTED = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("small*/*.json.gz"))
 STARTED: dict[str, Any] = {
     "status": "started",
     "recipe": {"run": {"steps": 3}},
@@ -37,7 +37,7 @@ FINISHED: dict[str, Any] = {
 
 
 def without_seal(path: Path) -> dict[str, Any]:
-    return {key: value for key, value in json.loads(path.read_text("utf-8")).items() if key != "sha256"}
+    return {key: value for key, value in json.loads(read_json_text(path)).items() if key != "sha256"}
 
 
 def write_run(path: Path, values: dict[str, Any]) -> Path:

@@ -16,13 +16,15 @@ from gradselect.app.results import Result, Rung, rungs_of, write_result
 from gradselect.app.runtime import check_ids
 
 from .calibrating import calibrated
+from .folder_check import check_protocol, missing_samples
 from .git_state import SourceState, source_state
 from .job import Job
-from .protocol import protocol_differences, protocol_hash, protocol_settings
+from .protocol import protocol_hash, protocol_settings
 from .rate_search import find_rate
 from .result_record import describe_failure
 from .results import ResultsFolder, read_own_result
 from .run_plan import RunPlan
+from .samples import check_samples
 from .schedule import PlannedRun, best_rate, is_at_edge, score_run
 from .subprocesses import prepare, run_job
 from .suite import Suite, ids_of_suite
@@ -76,7 +78,9 @@ class Comparison:
             self._say(f"note       {note}")
         self._protocol = protocol_settings(self._suite)
         self._folder.prepare()
-        self._check_protocol()
+        check_protocol(self._folder, self._protocol, say=self._say)
+        if self._suite.samples is not None:
+            check_samples(self._suite.samples, self._suite.recipe)
         self._look_at_source()
 
         # 2 under a budget, the steps of each method
@@ -143,6 +147,8 @@ class Comparison:
             self._say(f"note       {method}: the best rate {best:g} is at the edge of its grid {list(entry.rates)}")
         self._retire_scores(method, best)
         self._ensure(first := score_run(method, lr=best, seed=0))
+        if note := missing_samples(self._suite.samples, self._folder, first):
+            self._say(note)
         if self._done(first):
             shutil.rmtree(self._folder.training(first), ignore_errors=True)
         return best
@@ -161,7 +167,7 @@ class Comparison:
         try:
             result = read_own_result(path)
         except UsageError:
-            # `_check_protocol` has shown the reason.
+            # `check_protocol` has shown the reason.
             return None
         record = result.record
         is_same = record.method == run.method and self._plan.why_not(record) is None
@@ -186,6 +192,7 @@ class Comparison:
     def _job(self, run: PlannedRun) -> Job:
         suite, entry = self._suite, self._suite.methods[run.method]
         is_score = run.role == "score"
+        is_sampled = is_score and run.seed == 0
         return Job(
             suite=suite.name,
             protocol=protocol_hash(self._protocol),
@@ -200,6 +207,8 @@ class Comparison:
             evaluations=suite.evaluations if is_score else {},
             forgetting=suite.forgetting if is_score else {},
             forgetting_file=self._folder.forgetting_file,
+            samples=suite.samples if is_sampled else None,
+            samples_file=self._folder.samples_file(run) if is_sampled else None,
             keep_training=not is_score and run.share == 1,
             may_reuse=self._resume or self._is_trained_by_search(run),
             resume=self._resume,
@@ -223,36 +232,11 @@ class Comparison:
             if lr != best and tried[lr] is not None:
                 shutil.rmtree(self._folder.training(score_run(method, lr=lr, seed=0)), ignore_errors=True)
 
-    def _check_protocol(self) -> None:
-        """Say which files are no results.
-
-        Raises:
-            UsageError: the folder holds results of another protocol.
-        """
-        results, skipped = self._folder.read()
-        for line in skipped:
-            self._say(f"skipped    {line}")
-        for result in results:
-            if result.record.protocol != protocol_hash(self._protocol):
-                self._refuse(result)
-
     def _retire_others(self) -> None:
         """Move results out of the way that are of other settings, or of other methods than those that fit."""
         for result in self._folder.read()[0]:
             if result.record.method in self._suite.methods and (reason := self._plan.why_not(result.record)):
                 self._retire(result, reason)
-
-    def _refuse(self, result: Result) -> None:
-        different = protocol_differences(result.record.protocol_settings, self._protocol)
-        raise UsageError(
-            "\n  ".join(
-                [
-                    f"{self._folder.root} holds results of another protocol, e.g. {result.path.name}; figures of both "
-                    "cannot stand in one table. Choose another folder: --results DIR. What differs:",
-                    *different,
-                ]
-            )
-        )
 
     def _retire_scores(self, method: str, best: float) -> None:
         """Move scores at another rate out of the way: a wider grid may have changed the best rate."""

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from gradselect.app.recipe import Recipe, Settings
-from gradselect.app.results import Role, RunBudget
+from gradselect.app.results import BASE, Role, RunBudget
 
+from .samples import Samples
 from .suite import Evaluation
 
 
@@ -28,6 +29,8 @@ class Job(Settings):
         evaluations: of the trained model; empty if the rate is searched.
         forgetting: losses to measure for the base and for the trained model, by name of the set.
         forgetting_file: keeps the losses of the base model.
+        samples: prompts that the trained model answers; None for none.
+        samples_file: gets the answers. Those of the base model are beside it.
         keep_training: keep the trained model for another run with the same recipe.
         may_reuse: reuse a finished training with exactly this recipe.
         resume: resume this training from a checkpoint, if there is one.
@@ -50,6 +53,8 @@ class Job(Settings):
     evaluations: dict[str, Evaluation]
     forgetting: dict[str, Evaluation]
     forgetting_file: Path
+    samples: Samples | None = None
+    samples_file: Path | None = None
     keep_training: bool
     may_reuse: bool
     resume: bool
@@ -57,6 +62,11 @@ class Job(Settings):
     commit: str | None
     dirty: bool
     command: tuple[str, ...]
+
+    @property
+    def samples_base(self) -> Path | None:
+        """File with the answers of the base model."""
+        return None if self.samples_file is None else self.samples_file.with_name(BASE)
 
     @property
     def training(self) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradselect import UsageError
-from gradselect.app.results import ComparedRun, Result, read_result, result_paths
+from gradselect.app.results import SAMPLES, ComparedRun, Result, read_result, result_paths
 
 from .schedule import PlannedRun
 
@@ -19,6 +19,7 @@ class ResultsFolder:
     METHOD.lr-RATE.seed-SEED.ROLE.json   one result for each run; a report reads these. Short runs of the search have
                                          .share-SHARE before the role
     calibration.json                     cost of a step of each method, under a budget
+    samples/                             answers of the base model and of seed 0 of each method to samples.prompts
     work/                                unfinished models, logs and jobs; without it nothing can be resumed
     """
 
@@ -32,6 +33,9 @@ class ResultsFolder:
         plain = self.result_file(run)
         candidates = (plain, plain.with_name(f"{plain.name}.gz"))
         return next((path for path in candidates if path.exists()), None)
+
+    def samples_file(self, run: PlannedRun) -> Path:
+        return self.root / SAMPLES / f"{run.training_name}.json"
 
     @property
     def work(self) -> Path:

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, Validat
 
 from gradselect import UsageError
 from gradselect.app.recipe import (
+    ClassificationData,
     EvaluationSettings,
     Method,
     Place,
@@ -31,6 +32,7 @@ from gradselect.app.stats import MEAN_CHRF
 from gradselect.usage import matching, nearest
 
 from .budget import Budget
+from .samples import Samples
 from .search import Search
 
 NOT_SHARED = {
@@ -161,6 +163,7 @@ class Suite(Settings):
         evaluations: of every trained model, by name; none to compare speed and memory only. Null drops one of `base`.
         forgetting: losses, measured for the base and for every trained model, by name of the set; the only one of a
             suite needs no name.
+        samples: prompts that the base model and seed 0 of every method answer.
         rank_by: selects the learning rate: the loss on held-out training examples, never a test score.
         search: successive halving of the learning rates. None: every rate runs at full length.
         budget: cost that every run may take, in place of the recipe's number of steps.
@@ -174,6 +177,7 @@ class Suite(Settings):
     recipe: Annotated[Recipe, BeforeValidator(_with_placeholders)]
     evaluations: Annotated[dict[str, Evaluation], Field(default_factory=dict), BeforeValidator(_without_dropped)]
     forgetting: Annotated[dict[str, Evaluation], BeforeValidator(_as_sets)] = Field(default_factory=dict)
+    samples: Samples | None = None
     rank_by: Literal["validation_loss"] = "validation_loss"
     search: Search | None = None
     budget: Budget | None = None
@@ -206,10 +210,12 @@ class Suite(Settings):
                 f"recipe.data.validation: missing, and {searched[0]!r} has several rates to choose from by the loss on "
                 "held-out examples; write e.g. validation: 0.02"
             )
-        if isinstance(self.recipe.data, RandomData) and (self.evaluations or self.forgetting):
+        if isinstance(self.recipe.data, RandomData) and (self.evaluations or self.forgetting or self.samples):
             raise ValueError(
-                "evaluations and forgetting: a model that is trained on random data is not kept; leave them out"
+                "evaluations, forgetting, samples: a model that is trained on random data is not kept; leave them out"
             )
+        if isinstance(self.recipe.data, ClassificationData) and self.samples is not None:
+            raise ValueError("samples: with recipe.data.format=classification no model writes answers; leave it out")
         for name, entry in self.forgetting.items():
             if entry.task != "loss":
                 key = f"forgetting.{name}.task" if name else "forgetting.task"

@@ -24,6 +24,7 @@ from gradselect.files import locked
 from .job import Job
 from .measure import measure_forgetting, measure_scores, measure_shipment
 from .result_record import Outcome, describe_success
+from .sampling import sample_answers
 
 USAGE_EXIT_CODE = 2
 
@@ -54,6 +55,7 @@ def carry_out(job: Job) -> None:
             shipment=measure_shipment(job, run),
             total_seconds=time.perf_counter() - started,
         )
+        sample_answers(job)  # not in the seconds of the run
     write_result(job.result, describe_success(job, outcome))
     if not job.keep_training:
         shutil.rmtree(job.training)

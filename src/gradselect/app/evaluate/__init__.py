@@ -3,7 +3,7 @@
 from gradselect.app.recipe import EvaluationSettings
 
 from .evaluation import evaluate, evaluate_model
-from .generation import greedy_config, resolve_max_new_tokens
+from .generation import answer_all, greedy_config, resolve_max_new_tokens
 from .harness import HarnessResult, run_harness
 from .language_model import LanguageModel, check_folder
 from .language_model import load as load_language_model
@@ -19,6 +19,7 @@ __all__ = [
     "HarnessResult",
     "LanguageModel",
     "SavedEvaluation",
+    "answer_all",
     "answer_lines",
     "check_folder",
     "encode_prompt",

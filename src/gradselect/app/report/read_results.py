@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gradselect.app.results import (
@@ -12,9 +12,11 @@ from gradselect.app.results import (
     Calibration,
     ComparedRun,
     Result,
+    SampledAnswers,
     Skipped,
     read_calibration,
     read_result,
+    read_samples,
     result_paths,
 )
 from gradselect.usage import UsageError, find_differences
@@ -32,6 +34,7 @@ class Results:
         dirty: runs of a library with uncommitted changes, if these are left out.
         skipped: files that are damaged or no results.
         calibration: cost of the steps, if the runs had a budget.
+        samples: answers of the base model and of trained models to a few prompts.
     """
 
     runs: tuple[Result, ...]
@@ -39,6 +42,7 @@ class Results:
     dirty: tuple[Result, ...]
     skipped: tuple[Skipped, ...]
     calibration: Calibration | None = None
+    samples: SampledAnswers = field(default_factory=SampledAnswers)
 
 
 def read_results(folder: Path, *, include_dirty: bool) -> Results:
@@ -57,12 +61,14 @@ def read_results(folder: Path, *, include_dirty: bool) -> Results:
     _check_one_protocol(kept)
     good = tuple(run for run in kept if run.succeeded)
     calibration = _read_calibration(folder, skipped)
+    samples = read_samples(folder)
     results = Results(
         runs=good,
         failed=tuple(run for run in kept if not run.succeeded),
         dirty=dirty,
-        skipped=tuple(skipped),
+        skipped=(*skipped, *samples.skipped),
         calibration=calibration,
+        samples=samples,
     )
     if not good:
         raise UsageError(_nothing_to_report(folder, results))

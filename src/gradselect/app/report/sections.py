@@ -14,6 +14,7 @@ from .page import Page, Part, Section
 from .protocol_section import protocol_parts
 from .read_results import Results
 from .result_sections import difference_parts, left_out_parts, rate_parts, result_parts
+from .sample_section import sample_parts
 from .table import Namer
 from .training_sections import convergence_parts, selection_parts
 
@@ -26,6 +27,7 @@ def build_page(results: Results) -> Page:
         sections = (
             _section("results", "Results", result_parts(comparison, name)),
             _section("differences", "Significant differences", difference_parts(comparison, name)),
+            _section("samples", "Sample answers", sample_parts(comparison, name)),
             _section("trade-offs", "Score against cost", trade_off_parts(comparison, name)),
             _section("budget", "Budget and calibration", budget_parts(comparison, name)),
             _section("costs", "Time and memory", cost_parts(comparison, name)),

@@ -43,12 +43,24 @@ from .run_record import (
     read_finished_run,
     read_run,
 )
+from .samples_file import (
+    BASE,
+    SAMPLES,
+    SampledAnswer,
+    SampledAnswers,
+    SampleFile,
+    read_sample_file,
+    read_samples,
+    write_samples,
+)
 
 __all__ = [
+    "BASE",
     "CALIBRATION",
     "FAILED",
     "FORMAT",
     "NO_RESULT",
+    "SAMPLES",
     "SUCCESS",
     "BlockSelection",
     "Calibration",
@@ -69,6 +81,9 @@ __all__ = [
     "RunInfo",
     "RunRecord",
     "Rung",
+    "SampleFile",
+    "SampledAnswer",
+    "SampledAnswers",
     "SavedModel",
     "Score",
     "Selection",
@@ -80,9 +95,12 @@ __all__ = [
     "read_finished_run",
     "read_result",
     "read_run",
+    "read_sample_file",
+    "read_samples",
     "result_paths",
     "reversals",
     "rungs_of",
     "write_calibration",
     "write_result",
+    "write_samples",
 ]
