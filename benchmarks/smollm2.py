@@ -87,7 +87,7 @@ def dequantise(weights: Path, out: Path) -> None:
     place = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
     read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
     settings = read.config.to_dict()
-    for key in ("quantization_config", "_name_or_path"):
+    for key in ("quantization_config", "_model_name_or_path"):
         settings.pop(key, None)
     # A model that was read from GGUF counts as quantised and cannot be saved.
     model = type(read)(type(read.config)(**settings))

@@ -32,9 +32,9 @@ def test_a_suite_has_full_a_budget_and_files_that_it_makes(name: str) -> None:
     assert (suite.budget.time_of, suite.budget.share) == ("full", 0.5 if name == "smollm2-half" else 1)
     assert (suite.recipe.run.steps, suite.recipe.run.batch_size, suite.recipe.model.dtype) == (72, 16, "bfloat16")
     made = {Path(str(preparation.makes)).parent for preparation in suite.prepare}
-    evaluations = [*suite.evaluations.values(), suite.forgetting]
-    read = [suite.recipe.data.path, *(evaluation.data for evaluation in evaluations if evaluation is not None)]
-    assert {Path(path).parent for path in map(str, read)} <= made
+    evaluations = [*suite.evaluations.values(), *suite.forgetting.values()]
+    read = [suite.recipe.data.path, *(evaluation.data for evaluation in evaluations)]
+    assert {Path(path).parent for path in map(str, read)} <= {*made, Path("suites")}
     assert Path(suite.recipe.model.path).parent in made
     for preparation in suite.prepare:
         assert (REPOSITORY / preparation.command.split()[1]).is_file()
@@ -112,5 +112,6 @@ def test_every_method_takes_two_steps(name: str, model: Any) -> None:
 
 def test_ten_prompts_of_everyday_questions() -> None:
     lines = (REPOSITORY / "suites" / "chat-prompts.jsonl").read_text("utf-8").splitlines()
-    prompts = [json.loads(line)["prompt"] for line in lines]
-    assert len(set(prompts)) == len(prompts) == 10
+    rows = [json.loads(line) for line in lines]
+    assert all(row.keys() == {"prompt", "completion"} and all(row.values()) for row in rows)
+    assert len({row["prompt"] for row in rows}) == len(rows) == 10
