@@ -11,9 +11,11 @@ from gradselect import UsageError
 from gradselect.app.compare import load_suite
 from gradselect.app.compare.schedule import best_rate, is_at_edge, rate_runs, score_run
 from gradselect.app.compare.suite import MethodEntry, parse_suite, slug
+from gradselect.app.recipe_planning.planner import RecipePlanner
+from gradselect.methods.masks import SALIENCES
 
 SUITES = Path(__file__).parents[1] / "suites"
-MINE = ("quick", "paper", "paper-llama-3.2-1b", "paper-phi-4-mini", "peft")
+MINE = ("quick", "paper", "paper-llama-3.2-1b", "paper-phi-4-mini", "peft", "salience")
 
 BAD = {
     "unknown key": ({"seed": 3}, "seed: unknown key, did you mean 'seeds'?"),
@@ -135,6 +137,23 @@ def test_suites_of_the_repository_are_valid(name: str) -> None:
     suite = load_suite(SUITES / f"{name}.yaml")
     assert suite.name == name
     assert any(entry.method.name == "full" for entry in suite.methods.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # PEFT uses old names
+def test_the_suite_of_saliences_trains_as_many_entries_as_its_lora_and_can_be_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(SUITES.parent)
+    suite, planner = load_suite(SUITES / "salience.yaml"), RecipePlanner()
+    budgets = {name: getattr(entry.method, "budget", None) for name, entry in suite.methods.items()}
+    layers, width, inner = 8, 128, 256
+    of_lora = layers * suite.methods["LoRA r=4"].method.rank * (4 * 2 * width + 3 * (width + inner))  # type: ignore[union-attr]
+    assert {name for name, budget in budgets.items() if budget != of_lora} == {"full", "LoRA r=4"}
+    saliences = {getattr(entry.method, "salience", None) for entry in suite.methods.values()}
+    assert saliences - {None} == set(SALIENCES) - {"smallest_magnitude"}
+    for name in ("full", "LoRA r=4", "gradient", "gradient, anew every 25 steps", "random"):
+        plan = planner.plan(suite.training_recipe(name, lr=1e-3, seed=0, output=str(tmp_path)))
+        assert plan.peak_bytes > 0
 
 
 def test_overrides_replace_values_of_a_suite() -> None:

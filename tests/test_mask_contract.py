@@ -33,6 +33,9 @@ def built_model(dtype: torch.dtype) -> nn.Module:
 BATCHES = [tiny_batch(make_model(), seed=seed) for seed in (101, 102)]
 NUM_ENTRIES = sum(parameter.numel() for parameter in make_model().parameters())
 
+LAST = "model.layers.1.mlp.down_proj.weight"
+FIXED = {"model.layers.0.self_attn.q_proj.bias": torch.tensor([0, 3, 15]), LAST: torch.tensor([7, 511])}
+
 # What to build, and how many entries it promises at a step, where that is a number of its own settings.
 TABLE: dict[str, tuple[Callable[[], AbstractMask], Callable[[int], int] | None]] = {
     "id3": (lambda: gs.ID3(budget=60, steps=4), lambda step: 15 * min(step + 1, 4)),
@@ -57,6 +60,12 @@ TABLE: dict[str, tuple[Callable[[], AbstractMask], Callable[[int], int] | None]]
     ),
     "bitfit": (lambda: gs.BitFit(), lambda _: LAYERS * 32),
     "bitfit, norms": (lambda: gs.BitFit(among="*norm*"), lambda _: (2 * LAYERS + 1) * 16),
+    "fixed entries": (lambda: gs.FixedEntries(entries=FIXED), lambda _: 5),
+    "fixed entries, none in one": (lambda: gs.FixedEntries(entries={**FIXED, LAST: torch.tensor([])}), lambda _: 3),
+    "mofo": (lambda: gs.MoFO(fraction=0.1), None),
+    "mofo, mlp": (lambda: gs.MoFO(fraction=0.25, among="*mlp*"), None),
+    "sparta": (lambda: gs.SpaRTA(density=0.02, seed=3), None),
+    "sparta, all": (lambda: gs.SpaRTA(density=0.01, among="*"), None),
     "static": (lambda: gs.StaticMask(budget=70), lambda _: 70),
     "static, per tensor": (lambda: gs.StaticMask(budget=70, scope="tensor"), lambda _: 70),
     "static, random per tensor": (
@@ -246,12 +255,15 @@ def test_entries_that_were_never_in_the_mask_are_bit_identical(
     optimizer = gs.SparseOptimizer(model, make(), lr=1e-2, weight_decay=0.5)
     before = snapshot(model)
     ever = {name: torch.zeros(parameter.numel(), dtype=torch.bool) for name, parameter in model.named_parameters()}
+    moments = {name: torch.zeros(parameter.shape) for name, parameter in model.named_parameters()}
     for step in range(5):
         planned = optimizer.entries
         model(**tiny_batch(model, seed=step)).loss.backward()
         mask = optimizer.mask
         if isinstance(mask, AbstractDenseMask):
             found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            if mask.ranks == "momentum":
+                found = {name: moments[name].lerp_(gradient.float(), 0.1) for name, gradient in found.items()}
             for name, each in zip(found, mask.masks(list(found.values())), strict=True):
                 ever[name] |= each.reshape(-1)
         optimizer.step()
@@ -305,6 +317,16 @@ BAD_SETTINGS: list[tuple[Callable[[], AbstractMask], str]] = [
     (lambda: gs.GMT(fraction=70), "fraction=70 is outside"),
     (lambda: gs.GMT(scope="layer"), 'scope="tensor" or scope="global"'),  # type: ignore[arg-type]
     (lambda: gs.GMT(mask="weights"), 'mask="gradient" or mask="update"'),  # type: ignore[arg-type]
+    (lambda: gs.MoFO(fraction=0.0), "fraction=0.0 is outside"),
+    (lambda: gs.MoFO(fraction=15), "fraction=15 is outside"),
+    (lambda: gs.SpaRTA(density=0.0), "density=0.0 is outside"),
+    (lambda: gs.SpaRTA(seed=-1), "seed=-1 is not"),
+    (lambda: gs.FixedEntries(entries=[0, 1]), "is no Mapping object"),  # type: ignore[arg-type]
+    (lambda: gs.FixedEntries(entries={"w": torch.tensor([0.5])}), "is not a list of flat indices"),
+    (lambda: gs.FixedEntries(entries={"w": torch.tensor([True])}), "is not a list of flat indices"),
+    (lambda: gs.FixedEntries(entries={"w": torch.tensor([[0, 1]])}), "is not a list of flat indices"),
+    (lambda: gs.FixedEntries(entries={"w": torch.tensor([1, 1])}), r"write indices\.unique\(\)"),
+    (lambda: gs.FixedEntries(entries={"w": torch.tensor([-1, 1])}), "must ascend from 0"),
     (lambda: gs.TopGradient(density=-0.1), "density=-0.1 is outside"),
     (lambda: gs.LIFT(), "give one of them, e.g. rank=32"),
     (lambda: gs.LIFT(rank=4, density=0.1), "give one of them, e.g. rank=32"),
@@ -340,6 +362,10 @@ def test_a_wrong_setting_is_refused_with_what_to_write(make: Callable[[], Abstra
 MISFITS: list[tuple[AbstractMask, str]] = [
     (gs.ID3(budget=10**6, steps=5), "budget=1,000,000 is more than"),
     (gs.StaticMask(budget=NUM_ENTRIES + 1), f"write budget={NUM_ENTRIES}"),
+    (gs.SpaRTA(density=0.5), "write density=0.1"),
+    (gs.SpaRTA(among="*.nothing.*"), "matches no parameter"),
+    (gs.FixedEntries(entries={"model.norm.weigth": torch.tensor([0])}), "nearest: 'model.norm.weight'"),
+    (gs.FixedEntries(entries={"model.norm.weight": torch.tensor([16])}), "index 16 is beyond the 16 entries"),
     (gs.LIFT(rank=1000), "lets every matrix train whole"),
     (gs.LIFT(rank=1, among="*norm*"), "finds no tensor"),
     (gs.BitFit(among="*up_proj*"), "finds no tensor"),

@@ -24,6 +24,7 @@ from gradselect.policies import (
     Fixed,
     GradNormTopK,
     LoSiA,
+    Spectrum,
     Stratified,
     Uniform,
 )
@@ -74,6 +75,8 @@ TABLE: dict[str, Callable[[int], AbstractPolicy]] = {
     "stratified, fixed": lambda seed: Stratified(by="category", count=2, order="fixed", seed=seed),
     "losia": lambda seed: LoSiA(by="category", count=2, every=3, seed=seed),
     "losia, by fraction": lambda seed: LoSiA(by="category", fraction=0.5, every=1, ema=0.5, seed=seed),
+    "spectrum": lambda _: Spectrum(fraction=0.5),
+    "spectrum, all": lambda _: Spectrum(fraction=1.0, among=("layer.1", "layer.3")),
     "stratified, norm": lambda _: Stratified(by="category", count=2, order="norm", every=4),
 }
 # Rows that draw at every selection: one draw for all steps is often the same for two seeds.
@@ -110,6 +113,8 @@ def test_candidates_are_the_blocks_taking_part_and_all_of_them_can_be_selected(
         assert set(policy.names) <= {name for name in BLOCK_NAMES if name.startswith("layer.") or name in among}
     if isinstance(policy, GradNormTopK) and policy.temperature is None:
         return  # the given norms decide
+    if isinstance(policy, Spectrum):
+        return  # the weights decide
     missing = set(policy.names)
     for seed in range(200):
         missing.difference_update(*run(make(seed).bind(make_blocks())))
@@ -138,6 +143,8 @@ def test_a_selection_has_exactly_the_size_asked_for(make: Callable[[int], Abstra
             in_strata = Counter(map(policy.stratum, selected))
             assert in_strata == {stratum: policy.keep_in(step, stratum) for stratum in in_strata}
             assert set(in_strata) == set(map(policy.stratum, policy.names))
+        elif isinstance(policy, Spectrum):
+            assert len(selected) == max(1, round(policy.fraction * num_blocks))
         elif "fraction" in settings:
             fraction, count = settings["fraction"], settings["count"]
             assert len(selected) == resolve_count(num_blocks=num_blocks, fraction=fraction, count=count)
@@ -301,6 +308,8 @@ def test_without_a_block_binding_raises(make: Callable[[int], AbstractPolicy]) -
 @each_policy
 def test_a_block_that_the_loss_does_not_reach_is_never_selected(make: Callable[[int], AbstractPolicy]) -> None:
     """In the optimizer, on a model of the same blocks whose second and fourth layers are not used."""
+    if isinstance(make(0), Spectrum):
+        pytest.skip("ranks blocks of one matrix: tests/test_spectrum.py has a test of its own")
     dead = {"layer.1", "layer.3"}
     model = parts(skipped=(1, 3), beside=False, head=False)
     optimizer = BlockOptimizer(model, make(0), lr=1e-3)
@@ -389,6 +398,8 @@ BAD_SETTINGS: list[tuple[Callable[[], AbstractPolicy], str]] = [
     (lambda: LoSiA(count=1, every=0), "every=0 is not"),
     (lambda: LoSiA(count=1, ema=0.0), "ema=0.0 is outside"),
     (lambda: LoSiA(count=1, ema=1), "ema=1 would never learn"),
+    (lambda: Spectrum(fraction=0.0), "fraction=0.0 is outside"),
+    (lambda: Spectrum(among=()), r"among=\(\) names no block"),
     (lambda: Fixed(()), r"blocks=\(\) names no block"),
     (lambda: Fixed(""), "blocks='' names no block"),
 ]
@@ -409,6 +420,7 @@ MISFITS: list[AbstractPolicy] = [
     Uniform(count=8),
     Cyclic(count=8),
     Fixed(("layer.9",)),
+    Spectrum(among=("embedding", "norm")),
     MISA(among=("layer.*.*.*",)),
     Uniform(count=1, among=("decoder.*",)),
     AdaGradSelect(count=2, coverage=3),

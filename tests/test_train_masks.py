@@ -41,8 +41,22 @@ METHODS: dict[str, dict[str, Any]] = {
     "bitfit": {"name": "bitfit", "among": ["*norm*"]},
     "sparsegrad": {"name": "sparsegrad", "density": 0.05, "calibration_batches": 2},
     "meprop": {"name": "meprop", "density": 0.05},
+    "mofo": {"name": "mofo", "fraction": 0.01},
+    "sparta": {"name": "sparta", "density": 0.01, "among": ["*"]},
+    "lora-sp": {"name": "lora-sp", "adapter": {"rank": 2}},
+    "lora-sp, each step": {"name": "lora-sp", "refresh_every": 1, "adapter": {"rank": 2}},
+    "spt": {"name": "spt", "budget": 400, "rank": 1, "calibration_batches": 2},
 }
-LARGEST_SHARE = {"id3": 60, "gmt": 0.04, "static": 0.011, "static-random": 50, "lift": 0.15, "meprop": 0.25}
+LARGEST_SHARE = {
+    "id3": 60,
+    "gmt": 0.04,
+    "static": 0.011,
+    "static-random": 50,
+    "lift": 0.15,
+    "meprop": 0.25,
+    "mofo": 0.1,
+    "sparta": 0.02,
+}
 """Maximum number of entries that can have moved, or their share of all; the other methods move whole tensors."""
 
 
@@ -88,6 +102,13 @@ def test_what_a_mask_did_is_written_down(place: Path, tmp_path: Path) -> None:
     assert load_recipe(out / "recipe.yaml").method == parse(place, method=METHODS["id3"]).method
 
 
+def test_what_spt_trains_is_said_with_numbers(place: Path, tmp_path: Path) -> None:
+    out = train(parse(place, method=METHODS["spt"], run={"output": str(tmp_path / "out")}), console=quiet())
+    run = json.loads((out / "run.json").read_text())
+    assert any("SPT trains 400 entries of a budget of 400:" in note for note in run["notes"])
+    assert run["selection"]["settings"]["about"] in run["notes"]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_recipe_with_all_defaults_is_read_back(place: Path, tmp_path: Path, name: str) -> None:
     recipe = parse(place, method=METHODS[name])
@@ -97,7 +118,7 @@ def test_a_recipe_with_all_defaults_is_read_back(place: Path, tmp_path: Path, na
 
 # Resume ----------------------------------------------------------------------------------------------------------
 
-RESUMED = ["id3-on-lora", "gmt", "static", "sparsegrad"]
+RESUMED = ["id3-on-lora", "gmt", "static", "sparsegrad", "mofo", "lora-sp, each step", "spt"]
 
 
 @pytest.mark.parametrize("name", RESUMED)

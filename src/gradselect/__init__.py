@@ -10,6 +10,7 @@ import typing as _typing
 if _typing.TYPE_CHECKING:
     from gradselect import delta as delta
     from gradselect import sparsegrad as sparsegrad
+    from gradselect import spt as spt
     from gradselect.public_names import *  # noqa: F403
 
     __version__: str

@@ -1,7 +1,8 @@
 """Public names of the library, which `import gradselect` gives. Needs torch, which takes seconds to load."""
 
 import gradselect.delta
-import gradselect.sparsegrad  # noqa: F401  # so that gs.delta and gs.sparsegrad are there
+import gradselect.sparsegrad
+import gradselect.spt  # noqa: F401  # so that gs.delta, gs.sparsegrad and gs.spt are there
 from gradselect.blocks import AbstractPolicy, BlockOptimizer, Borders, partition
 from gradselect.core import (
     AbstractResidency,
@@ -20,7 +21,18 @@ from gradselect.core import (
     TorchRule,
 )
 from gradselect.entries import AbstractCompactMask, AbstractDenseMask, AbstractMask, SparseOptimizer
-from gradselect.masks import GMT, ID3, LIFT, BitFit, StaticMask, TopGradient, salience
+from gradselect.masks import (
+    GMT,
+    ID3,
+    LIFT,
+    BitFit,
+    FixedEntries,
+    MoFO,
+    SpaRTA,
+    StaticMask,
+    TopGradient,
+    salience,
+)
 from gradselect.plain_data import method
 from gradselect.planning import plan
 from gradselect.policies import (
@@ -32,6 +44,7 @@ from gradselect.policies import (
     Fixed,
     GradNormTopK,
     LoSiA,
+    Spectrum,
     Stratified,
     Uniform,
 )
@@ -61,15 +74,19 @@ __all__ = [
     "Cyclic",
     "Drop",
     "Fixed",
+    "FixedEntries",
     "GradNormTopK",
     "JsonlWriter",
     "Keep",
     "LoSiA",
     "MaskRecord",
+    "MoFO",
     "Offload",
     "Patch",
     "SGDRule",
+    "SpaRTA",
     "SparseOptimizer",
+    "Spectrum",
     "StaticMask",
     "StepRecord",
     "Stratified",

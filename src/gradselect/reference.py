@@ -261,3 +261,37 @@ def _identity(vector: Tensor) -> Tensor:
 
 def _projection(vector: Tensor) -> Tensor:
     return torch.outer(vector, vector) / vector.dot(vector)
+
+
+def spt_choice(
+    scores: Mapping[str, Tensor], *, costs: Mapping[str, int], shares: Mapping[str, float], budget: int
+) -> tuple[set[str], set[tuple[str, int]]]:
+    """Return the tensors that train in their form, and the entries of the others; twin of `gradselect.spt.choose`.
+
+    Takes in all entries of one score after the other, the largest first, until more than `budget` entries would train.
+
+    Args:
+        scores: by tensor, in model order.
+        costs: number of entries that train in the tensor's form; a tensor that has none is left out.
+        shares: share of the cost from which the form is taken.
+        budget: number of entries to train.
+    """
+    listed = [
+        (score, position, name, index)
+        for position, (name, values) in enumerate(scores.items())
+        for index, score in enumerate(values.float().reshape(-1).tolist())
+        if score > 0
+    ]
+    listed.sort(key=lambda entry: (-entry[0], entry[1], entry[3]))
+    counts, dense = dict.fromkeys(scores, 0), set[str]()
+    for value in sorted({entry[0] for entry in listed}, reverse=True):
+        more = dict(counts)
+        for score, _, name, _ in listed:
+            more[name] += score == value
+        reached = {name for name in costs if more[name] and more[name] >= round(shares[name] * costs[name], 9)}
+        if sum(costs[name] if name in reached else more[name] for name in scores) > budget:
+            break
+        counts, dense = more, reached
+    left = budget - sum(costs[name] for name in dense)
+    rest = [(name, index) for _, _, name, index in listed if name not in dense]
+    return dense, set(rest[:left])

@@ -31,6 +31,14 @@ class Borders:
     that are not selected stay bit-identical", and costs no backward pass. The state of coasting blocks stays on the
     device, and leaves afterwards. Other rules have no momentum of this form and are refused.
 
+    **Exit step.** At the first step after its last update, a block that is not selected moves once, by all that its
+    momentum would still add if v stayed as it is: coasting for ever, in one step. With AdamW
+
+        w <- w - lr (beta1 / (1 - beta1)) (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    MISA takes it at the end of a period, before the state is cleared. Blocks that the last step of a training selects
+    take none.
+
     **Re-warming.** The n-th update of a block since its return moves by min(1, n / `rewarm_steps`) of the learning
     rate. A block returns when it was not updated for `rewarm_after` steps or more, or lost its state to `Drop()`; with
     `rewarm_first` also at its first update of all.
@@ -49,6 +57,7 @@ class Borders:
     Args:
         coasting: number of steps, >= 0. 0: a block that leaves stays as it is.
         coasting_decay: factor of each coasting step against the one before, beside the momentum's own decay, in (0, 1].
+        exit_step: move a block that leaves once, by all of its momentum.
         rewarm_steps: number of updates, >= 0. 0: no re-warming.
         rewarm_after: least number of steps without an update, >= 1.
         rewarm_first: warm a block's first updates of all too.
@@ -71,11 +80,13 @@ class Borders:
         (('layer.1',), ('layer.0',))
 
     Reference:
-        Wang et al.: LoSiA, arXiv 2507.04487, for re-warming after a new selection.
+        Wang et al.: LoSiA, arXiv 2507.04487, for re-warming after a new selection. Liu et al.: MISA, arXiv 2511.00056,
+        algorithm 1, for the exit step, which the authors' code does not take.
     """
 
     coasting: int = 0
     coasting_decay: float = 1.0
+    exit_step: bool = False
     rewarm_steps: int = 0
     rewarm_after: int = 1
     rewarm_first: bool = True
@@ -90,6 +101,12 @@ class Borders:
         if self.rate_by_visits != 0:
             check_positive("rate_by_visits", self.rate_by_visits, at_most=1, example=0.5)
         check_is(self.rewarm_first, bool, name="rewarm_first", example="rewarm_first=False")
+        check_is(self.exit_step, bool, name="exit_step", example="exit_step=True")
+        if self.exit_step and self.coasting:
+            raise UsageError(
+                f"exit_step=True with coasting={self.coasting}: the exit step is all of a block's coasting at once; "
+                "leave one of them out"
+            )
         check_positive("rate_cap", self.rate_cap, example=4.0)
         if self.rate_cap < 1:
             raise UsageError(f"rate_cap={self.rate_cap} is below 1; write e.g. rate_cap=4.0")
@@ -110,9 +127,14 @@ class Borders:
                 )
 
     @property
+    def num_coasting(self) -> int:
+        """Number of steps that a block takes after it has left."""
+        return 1 if self.exit_step else self.coasting
+
+    @property
     def is_on(self) -> bool:
         """True if any rule is on."""
-        return bool(self.coasting or self.rewarm_steps or self.rate_by_visits)
+        return bool(self.num_coasting or self.rewarm_steps or self.rate_by_visits)
 
     def check_rule(self, rule: AbstractRule) -> None:
         """Refuse an update rule that cannot follow these rules.
@@ -120,10 +142,11 @@ class Borders:
         Raises:
             UsageError: it cannot coast, or has no learning rate.
         """
-        if self.coasting and not rule.coasts:
+        if self.num_coasting and not rule.coasts:
+            name = "exit_step" if self.exit_step else "coasting"
             raise UsageError(
-                f"coasting={self.coasting} needs a rule that can take a step by its momentum alone, and {rule.name} "
-                "cannot; write rule=gs.AdamWRule() or gs.SGDRule(momentum=0.9), or leave coasting out"
+                f"{name}={getattr(self, name)} needs a rule that can take a step by its momentum alone, and "
+                f"{rule.name} cannot; write rule=gs.AdamWRule() or gs.SGDRule(momentum=0.9), or leave {name} out"
             )
         if self.is_on and "lr" not in rule.hyper_parameters:
             raise UsageError(f"{rule.name} has no learning rate that Borders could change; leave borders out")
@@ -143,7 +166,7 @@ class BorderRules:
     def __init__(self, borders: Borders, blocks: Sequence[str], *, drops: bool) -> None:
         self.settings = borders
         self._blocks = tuple(blocks)
-        self._least_absence = min(borders.rewarm_after, borders.coasting + 1) if drops else borders.rewarm_after
+        self._least_absence = min(borders.rewarm_after, borders.num_coasting + 1) if drops else borders.rewarm_after
         self._last: dict[str, int] = {}
         self._warmed: dict[str, int] = {}
         self._visits: Mapping[str, int] = {}
@@ -159,9 +182,9 @@ class BorderRules:
 
     def coasting(self, selected: Collection[str]) -> tuple[str, ...]:
         """Return the blocks that coast in this step if `selected` are selected, in model order."""
-        if not self.settings.coasting:
+        if not self.settings.num_coasting:
             return ()
-        recent = range(self._step - self.settings.coasting, self._step)
+        recent = range(self._step - self.settings.num_coasting, self._step)
         return tuple(name for name in self._blocks if self._last.get(name) in recent and name not in selected)
 
     def group_of(self, name: str, group: Group) -> Group:
@@ -172,7 +195,8 @@ class BorderRules:
         """Return the hyper-parameters with which a block coasts: its rate, decayed."""
         age = self._step - self._last[name]
         warm = _share(self._warmed.get(name), self.settings.rewarm_steps)
-        return _scaled(group, self.settings.coasting_decay**age * warm * self._by_visits(name))
+        remaining = _remaining(group) if self.settings.exit_step else self.settings.coasting_decay**age
+        return _scaled(group, remaining * warm * self._by_visits(name))
 
     def rate(self, name: str) -> float:
         """Return the factor of the block's learning rate, if it is selected in this step."""
@@ -184,7 +208,7 @@ class BorderRules:
         if self.settings.rewarm_steps:
             warmed = {name: self._next_warmed(name) for name in selected}
             self._warmed.update({name: number for name, number in warmed.items() if number is not None})
-        if self.settings.coasting or self.settings.rewarm_steps:
+        if self.settings.num_coasting or self.settings.rewarm_steps:
             self._last.update(dict.fromkeys(selected, self._step))
         return rates
 
@@ -208,7 +232,9 @@ class BorderRules:
 
     def identity(self) -> dict[str, Any]:
         """Return the settings, as a checkpoint holds them; empty if no rule is on."""
-        return asdict(self.settings) if self.settings.is_on else {}
+        settings = asdict(self.settings) if self.settings.is_on else {}
+        # Checkpoints from before there was an exit step do not hold it.
+        return {name: value for name, value in settings.items() if name != "exit_step" or value}
 
     def state(self) -> dict[str, dict[str, int]]:
         """Return what is known of each block, as plain values."""
@@ -222,6 +248,12 @@ class BorderRules:
 
 def _share(number: int | None, of: int) -> float:
     return 1.0 if number is None or not of else min(1.0, number / of)
+
+
+def _remaining(group: Group) -> float:
+    """Return 1 + beta + beta^2 + ...: all coasting steps, in terms of the first."""
+    momentum = group["momentum"] if "momentum" in group else group["betas"][0]
+    return 1 / (1 - momentum)
 
 
 def _scaled(group: Group, factor: float) -> Group:

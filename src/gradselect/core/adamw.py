@@ -45,6 +45,7 @@ class AdamWRule(AbstractRule):
 
     fused: bool | None = False
     state_names = ("exp_avg", "exp_avg_sq")
+    momentum_name = "exp_avg"
 
     def __post_init__(self) -> None:
         if self.fused is not None:

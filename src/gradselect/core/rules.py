@@ -60,6 +60,9 @@ class AbstractRule(ABC):
     hyper_parameters: tuple[str, ...] = ("lr", "betas", "eps", "weight_decay")
     """Settings of the optimizer that the rule uses; its `param_groups` hold them."""
 
+    momentum_name: str | None = None
+    """Name of the first moment in the state of a whole tensor, in full precision. None: it has none."""
+
     works_on_shards: bool = True
     """True if the state may be cut into shards as its weight is."""
 

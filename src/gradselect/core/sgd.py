@@ -46,6 +46,7 @@ class SGDRule(AbstractRule):
     momentum: float = 0.9
     nesterov: bool = False
     state_names: tuple[str, ...] = field(init=False, repr=False)
+    momentum_name: str | None = field(init=False, repr=False)
     hyper_parameters = ("lr", "weight_decay")
     decouples_decay = False
 
@@ -55,6 +56,7 @@ class SGDRule(AbstractRule):
         if self.nesterov and not self.momentum:
             raise UsageError("nesterov=True needs a momentum; write momentum=0.9")
         object.__setattr__(self, "state_names", ("momentum_buffer",) if self.momentum else ())
+        object.__setattr__(self, "momentum_name", "momentum_buffer" if self.momentum else None)
 
     @property
     def identity(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from gradselect.core import (
     in_phase,
     squared_norm,
 )
-from gradselect.parallel import local_part
+from gradselect.parallel import as_dtensor, is_dtensor, local_part
 
 from .mask import AbstractDenseMask, AbstractMask
 
@@ -80,9 +80,10 @@ class DenseTensors:
     def select(self) -> dict[str, Tensor]:
         """Select entries by the dense mask: by name of each tensor with a gradient, bool, shape of the local part.
 
-        A mask on "gradient" also sets the gradient of other entries to zero.
+        A mask on "gradient" also sets the gradient of other entries to zero. One that ranks momentum selects in
+        `update`.
         """
-        if self._mask is None:
+        if self._mask is None or self._mask.ranks == "momentum":
             return {}
         whole = {
             name: parameter.grad
@@ -96,15 +97,27 @@ class DenseTensors:
                 gradient.masked_fill_(~mask, 0.0)
         return dict(zip(whole, masks, strict=True))
 
-    def update(self, masks: Mapping[str, Tensor]) -> None:
-        """Apply the rule to each tensor that has a gradient, and free the gradient."""
+    def update(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Apply the rule to each tensor that has a gradient, and free the gradient.
+
+        Args:
+            masks: as `select` returned them.
+
+        Returns:
+            The masks, those that were made from momentum among them.
+        """
+        used = dict(masks)
+        by_momentum = self._mask.names if self._mask is not None and self._mask.ranks == "momentum" else ()
         for name in self.names:
             for group, (parameter,) in self._table.by_group(name):
-                if name in masks:
+                if name in by_momentum and parameter.grad is not None:
+                    used[name] = self._update_by_momentum(parameter, group)
+                elif name in masks:
                     self._update_masked(parameter, group, masks[name])
                 else:
                     self._updates.update([parameter], group)
                 parameter.grad = None
+        return used
 
     def take_moved(self) -> dict[Tensor, Tensor | None]:
         """Return flat indices (int64, ascending) of entries that moved since the last call, by parameter; None: all.
@@ -136,14 +149,7 @@ class DenseTensors:
         mine = local_part(parameter)
         weight = self._states.of(parameter).get(MASTER, mine)
         if self._mask.mask == "update":
-            before, was_moved = weight.clone(), parameter in self._updates.moved
-            self._updates.update([parameter], group)
-            weight.copy_(torch.where(mask, weight, before))
-            mine.copy_(weight)
-            self._updates.wrote(parameter)
-            if self._is_asked and not was_moved:
-                self._updates.moved.discard(parameter)
-                self._moved[parameter] = mask | self._moved[parameter] if parameter in self._moved else mask
+            self._update_some(parameter, group, lambda: mask)
             return
         assert parameter.grad is not None
         gradient, decay = local_part(parameter.grad), group["weight_decay"]
@@ -153,6 +159,34 @@ class DenseTensors:
             # In the master's dtype: beside a gradient of half precision a small decay would be rounded away.
             gradient = gradient.to(weight.dtype).add(torch.where(mask, weight, 0.0), alpha=decay)
         self._updates.update([parameter], {**group, "weight_decay": 0.0}, gradient=gradient)
+
+    def _update_by_momentum(self, parameter: Parameter, group: Group) -> Tensor:
+        """Update the entries that the mask selects by the first moment, which has the step's gradient in it."""
+        mask, name = self._mask, self._updates.rule.momentum_name
+        assert mask is not None
+        assert name is not None
+
+        def chosen() -> Tensor:
+            moment = self._states.of(parameter)[name].view_as(local_part(parameter))
+            whole = as_dtensor(moment, like=parameter) if is_dtensor(parameter) else moment
+            return mask.masks([whole])[0]
+
+        return self._update_some(parameter, group, chosen)
+
+    def _update_some(self, parameter: Parameter, group: Group, choose: Callable[[], Tensor]) -> Tensor:
+        """Update a tensor, then put back the entries outside the mask that `choose` returns afterwards. Return it."""
+        mine = local_part(parameter)
+        weight = self._states.of(parameter).get(MASTER, mine)
+        before, was_moved = weight.clone(), parameter in self._updates.moved
+        self._updates.update([parameter], group)
+        mask = choose()
+        weight.copy_(torch.where(mask, weight, before))
+        mine.copy_(weight)
+        self._updates.wrote(parameter)
+        if self._is_asked and not was_moved:
+            self._updates.moved.discard(parameter)
+            self._moved[parameter] = mask | self._moved[parameter] if parameter in self._moved else mask
+        return mask
 
     def _gradients(self, names: Collection[str]) -> dict[str, Tensor]:
         """Local parts of the gradients that exist, by tensor name."""

@@ -12,8 +12,8 @@ Before step t the optimizer asks for its `choice`:
 A score is elementwise, so the optimizer ranks the entries of each tensor in its backward hook and frees the gradient.
 Entries that stay when the set is replaced keep their state and their age.
 
-A **dense** mask selects at every step from whole gradients, and every entry has optimizer state: it saves movement of
-the weights, not memory.
+A **dense** mask selects at every step from whole gradients or their momentum, and every entry has optimizer state: it
+saves movement of the weights, not memory.
 
 On several ranks weights and gradients are DTensors if the model is sharded. `score` sees local parts; `choose` returns
 indices in the whole tensor, at least those of this rank's local part.
@@ -197,6 +197,8 @@ class AbstractDenseMask(AbstractMask):
     Attributes:
         mask: "gradient": the gradient of other entries is zero, and the state of all entries advances. "update": the
             state sees the whole gradient, and other entries do not move.
+        ranks: tensors that `masks` gets: "gradient", all gradients of the step together; "momentum", the first moment
+            of one tensor after the step's gradient. That needs `mask="update"` and a rule with momentum.
 
     Example:
         A mask that selects the entries of positive gradient:
@@ -211,11 +213,13 @@ class AbstractDenseMask(AbstractMask):
         [tensor([ True, False])]
     """
 
+    ranks: ClassVar[Literal["gradient", "momentum"]] = "gradient"
+
     mask: Literal["gradient", "update"] = "gradient"
 
     @abstractmethod
     def masks(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Return a bool tensor for each gradient: the selected entries, in the shape of its local part."""
+        """Return a bool tensor for each gradient or moment: the selected entries, in the shape of its local part."""
 
 
 def matching_tensors(tensors: Sequence[MaskTensor], patterns: str | Sequence[str] | None) -> tuple[MaskTensor, ...]:

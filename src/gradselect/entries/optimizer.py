@@ -98,7 +98,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         grad_norm = self._clip()  # 2
         self._updates.follow_weights(self._dense.names)
         self._entries.update()  # 3
-        self._dense.update(masks)
+        masks = self._dense.update(masks)
         record = self._describe(grad_norm, masks)
         self._step += 1
         self._propose()  # 4

@@ -10,7 +10,7 @@ from torch import nn
 from gradselect.core import OutputProbes
 from gradselect.usage import UsageError
 
-from .mask import AbstractMask
+from .mask import AbstractCompactMask, AbstractMask, FromWeights
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class EntryReach:
         name = type(mask).__name__
         lost = {name: count for name, count in planned.items() if count and name not in arrived}
         num_lost, total = sum(lost.values()), sum(planned.values())
+        if not total and isinstance(mask, AbstractCompactMask) and isinstance(mask.choice(0, 0), FromWeights):
+            return  # everything that trains does so beside the mask
         if set(mask.names).isdisjoint(arrived) or (total and num_lost == total):
             raise UsageError(
                 f"the loss reaches no tensor in which {name} has entries: {listed([*lost] or mask.names)} got no "

@@ -58,6 +58,11 @@ def check_arguments(
             f"{rule.name} {rule.why_whole_tensors}, and {type(mask).__name__} selects entries of them; "
             "write rule=gs.AdamWRule()"
         )
+    if isinstance(mask, AbstractDenseMask) and mask.ranks == "momentum" and rule.momentum_name is None:
+        raise UsageError(
+            f"{type(mask).__name__} ranks entries by their momentum, and {rule.name} keeps none in full precision; "
+            "write rule=gs.AdamWRule() or rule=gs.SGDRule(momentum=0.9)"
+        )
     if isinstance(mask, AbstractDenseMask) and mask.mask == "gradient":
         _ = rule.decouples_decay  # some rules cannot say, and then refuse
     if max_grad_norm is not None and not max_grad_norm > 0:

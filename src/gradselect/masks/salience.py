@@ -228,8 +228,8 @@ class SmallestMagnitude(WeightSalience):
 class Random(WeightSalience):
     """u ~ U(0, 1), drawn per entry: all sets of the given size are equally likely.
 
-    The draws are float64, so that they practically never tie. SpaRTA draws each entry independently, so its number of
-    entries varies; ours is exact.
+    The draws are float64, so that they practically never tie. `gradselect.SpaRTA` draws each entry independently, so
+    its number of entries varies; this one is exact.
 
     Reference: Rios et al., "Sparsity May Be All You Need: Sparse Random Parameter Adaptation", arXiv 2502.15975.
 

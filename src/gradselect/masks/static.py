@@ -30,8 +30,8 @@ from gradselect.parallel import is_dtensor, local_part, local_start
 from gradselect.usage import UsageError, check_one_of, check_whole
 
 from . import salience as saliences
-from .calibration import Batch, Loss, Probe, batch_of_ones, model_loss, widened
-from .salience import AbstractSalience, GradientSalience, WeightSalience
+from .calibration import Batch, Loss, Probe, Scores, batch_of_ones, model_loss, widened
+from .salience import AbstractSalience, GradientSalience, ModelSalience, WeightSalience
 
 logger = logging.getLogger(__name__)
 
@@ -131,29 +131,64 @@ class StaticMask(AbstractCompactMask):
         return settings
 
     def _needs_model(self) -> bool:
-        return self.batches is not None or isinstance(self.salience, saliences.ModelSalience)
+        return self.batches is not None or isinstance(self.salience, ModelSalience)
 
     def _scores(self, step: int, model: nn.Module) -> ChunkScores:
         if isinstance(self.salience, WeightSalience):
             salience = self.salience
             return lambda tensor: weight_scores(salience, tensor, seed=self.seed, step=step)
-        assert isinstance(self.salience, GradientSalience | saliences.ModelSalience)
+        assert isinstance(self.salience, GradientSalience | ModelSalience)
         batches = [batch_of_ones(model)] if self.batches is None else self.batches
-        probe = Probe(model=model, tensors=self.tensors, batches=batches, loss=self.loss or model_loss)
-        scores = self.salience.estimate(probe)
-        if lost := [tensor.name for tensor in self.tensors if tensor.name not in probe.reached]:
-            if len(lost) == len(self.tensors):
-                raise UsageError(
-                    f"the batches reach none of the {len(lost)} tensors that the mask selects from ({lost[0]}, ...); "
-                    "name others in among=..."
-                )
-            for name in lost:
-                scores[name].fill_(-math.inf)  # never selected
-            logger.warning(
-                "the batches reach no entry of %d of %d tensors, which are left out: %s",
-                *(len(lost), len(self.tensors), ", ".join(lost[:6]) + (", ..." if len(lost) > 6 else "")),
-            )
+        scores = estimate_scores(self.salience, model=model, tensors=self.tensors, batches=batches, loss=self.loss)
         return lambda tensor: iter(scores[tensor.name].reshape(-1).split(chunk_length(tensor.parameter)))
+
+
+def estimate_scores(
+    salience: GradientSalience | ModelSalience,
+    *,
+    model: nn.Module,
+    tensors: Sequence[MaskTensor],
+    batches: Iterable[Batch],
+    loss: Loss | None = None,
+) -> Scores:
+    """Return the scores of a salience over batches, by tensor name; -inf in tensors that no batch reaches.
+
+    The model stays as it is, and runs in evaluation mode.
+
+    Args:
+        salience: one that runs the model.
+        model: any module.
+        tensors: its parameters to score.
+        batches: keyword arguments of the model, on its device.
+        loss: (model, batch) -> scalar. Default `model(**batch).loss`.
+
+    Raises:
+        UsageError: there is no batch, a loss is not finite, or the batches reach none of the tensors.
+
+    Example:
+        >>> from gradselect.entries import MaskTensor
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> tensors = [MaskTensor(name="weight", parameter=layer.weight, module=layer)]
+        >>> batch = {"input": torch.tensor([[1.0, 2.0]])}
+        >>> loss = lambda model, batch: model(**batch).sum()
+        >>> estimate_scores(saliences.fisher, model=layer, tensors=tensors, batches=[batch], loss=loss)
+        {'weight': tensor([[1., 4.]])}
+    """
+    probe = Probe(model=model, tensors=tensors, batches=batches, loss=loss or model_loss)
+    scores = salience.estimate(probe)
+    if lost := [tensor.name for tensor in tensors if tensor.name not in probe.reached]:
+        if len(lost) == len(tensors):
+            raise UsageError(
+                f"the batches reach none of the {len(lost)} tensors that the mask selects from ({lost[0]}, ...); "
+                "name others in among=..."
+            )
+        for name in lost:
+            scores[name].fill_(-math.inf)  # never selected
+        logger.warning(
+            "the batches reach no entry of %d of %d tensors, which are left out: %s",
+            *(len(lost), len(tensors), ", ".join(lost[:6]) + (", ..." if len(lost) > 6 else "")),
+        )
+    return scores
 
 
 def weight_scores(salience: WeightSalience, tensor: MaskTensor, *, seed: int, step: int) -> Iterator[Tensor]:

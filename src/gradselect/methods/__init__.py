@@ -12,6 +12,7 @@ from .parse import parse_method, parse_selection
 from .peers import AbstractPeerMethod, PeerFactory, peer_bytes
 from .selection import AbstractSelectionMethod
 from .settings import Settings
+from .spt import SPTMethod
 from .union import Method
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Method",
     "PeerFactory",
     "RunFacts",
+    "SPTMethod",
     "Settings",
     "SparseGradMethod",
     "brief",

@@ -36,6 +36,7 @@ class AbstractBlockMethod(AbstractSelectionMethod):
             (`gradselect.AdamW8bitRule`).
         coasting: steps in which a block that has just left moves on by its momentum (`gradselect.Borders`).
         coasting_decay: factor of each of these steps against the one before, beside the momentum's own decay.
+        exit_step: move a block that leaves once, by all of its momentum.
         rewarm_steps: updates over which the learning rate of a block that returns rises to its full value.
         rewarm_after: least number of steps without an update after which a block returns.
         rewarm_first: warm a block's first updates of all too.
@@ -54,6 +55,7 @@ class AbstractBlockMethod(AbstractSelectionMethod):
     moment_bits: Literal[8, 32] = 32
     coasting: int = Borders.coasting
     coasting_decay: float = Borders.coasting_decay
+    exit_step: bool = Borders.exit_step
     rewarm_steps: int = Borders.rewarm_steps
     rewarm_after: int = Borders.rewarm_after
     rewarm_first: bool = Borders.rewarm_first

@@ -46,17 +46,25 @@ class AbstractMaskMethod(AbstractSelectionMethod):
     lean_accumulation: bool = False
 
     def optimizer_options(self, model: nn.Module, facts: RunFacts, *, head: Collection[str] = ()) -> dict[str, Any]:
-        if self.num_batches and not facts.batches:
-            raise UsageError(
-                f"method.name={self.name!r} looks at {self.num_batches} batches before the first step and got "
-                "none; pass make_optimizer(..., batches=[...]), or train with `gradselect train`"
-            )
+        self.check_batches(facts)
         mask = self.make_mask(model, facts)
         return {
             "mask": mask,
             "always": (*self.trained_beside(model, mask), *head),
             "lean_accumulation": self.lean_accumulation,
         }
+
+    def check_batches(self, facts: RunFacts) -> None:
+        """Refuse to go on without the batches that the method looks at.
+
+        Raises:
+            UsageError: there are none.
+        """
+        if self.num_batches and not facts.batches:
+            raise UsageError(
+                f"method.name={self.name!r} looks at {self.num_batches} batches before the first step and got "
+                "none; pass make_optimizer(..., batches=[...]), or train with `gradselect train`"
+            )
 
     @abstractmethod
     def make_mask(self, model: nn.Module, facts: RunFacts) -> AbstractMask:
@@ -172,3 +180,41 @@ class StaticMethod(_StaticKeys):
             "batches": batches,
             "loss": facts.loss if batches and criterion.has_loss else None,
         }
+
+
+class LoraSPMethod(AbstractFreeMaskMethod):
+    """LoRA-SP (Wu et al., arXiv 2403.08822): a random half of the entries of a LoRA trains, the others are frozen.
+
+    The paper's abstract does not say if the half is drawn once or at each step. `refresh_every: null` draws once,
+    `refresh_every: 1` at each step; an entry that leaves then loses its moments, which is our choice. In each matrix
+    of the adapter exactly `density` of the entries is drawn. Entries of A that are frozen keep their random first
+    value, those of B stay 0.
+
+    Attributes:
+        density: share of the entries of each matrix that train.
+        refresh_every: steps between two draws. None: one draw.
+        adapter: the LoRA.
+    """
+
+    name: Literal["lora-sp"]
+    mask_class: ClassVar[type[AbstractMask]] = StaticMask
+    density: Annotated[float, Field(gt=0, le=1)] = 0.5
+    refresh_every: PositiveInt | None = None
+    adapter: MaskAdapter | None = MaskAdapter()
+
+    def mask_settings(self, facts: RunFacts) -> dict[str, Any]:
+        return super().mask_settings(facts) | {"salience": salience.random, "scope": "tensor"}
+
+    def check_needs_no_application(self) -> None:
+        raise UsageError(
+            "method.name='lora-sp' changes the model before there is an optimizer; wrap the model with "
+            'peft.get_peft_model and write method={"name": "static", "salience": "random", "density": '
+            f'{self.density}, "scope": "tensor"}}, or train with `gradselect train`'
+        )
+
+    @model_validator(mode="after")
+    def check_adapter(self) -> Self:
+        """Refuse a LoRA-SP without a LoRA."""
+        if self.adapter is None:
+            raise ValueError("method.adapter=null leaves no LoRA; write e.g. method.adapter={rank: 8}, or leave it out")
+        return self

@@ -10,7 +10,7 @@ from pydantic import create_model
 
 from gradselect import policies
 from gradselect.blocks import AbstractPolicy
-from gradselect.policies import MISA, Cyclic, GradNormTopK, LoSiA, Stratified, Uniform
+from gradselect.policies import MISA, Cyclic, GradNormTopK, LoSiA, Spectrum, Stratified, Uniform
 
 from .blocks import AbstractBlockMethod, has_other_layers
 from .generated_keys import dataclass_keys, describe, named_classes, one_of
@@ -131,10 +131,20 @@ PRESETS = (
         name="misa",
         about="""MISA (Liu et al., arXiv 2511.00056): matrices, drawn by importance; state dropped after a period.
 
-        `gradselect.MISA` says which parts are from the paper.
+        `gradselect.MISA` says which parts are from the paper. `exit_step: true` adds the paper's last step of a period.
         """,
         policy=MISA,
         defaults={"among": ("layer.*.*.*",), "residency": "drop", "blocks": "matrix"},
+    ),
+    Preset(
+        name="spectrum",
+        about="""Spectrum (Hartford et al., arXiv 2406.06623): of each type of matrix, those of largest signal to noise.
+
+        Embedding and head train too, as in the lists of the authors' code. `gradselect.Spectrum` says which parts are
+        from the paper.
+        """,
+        policy=Spectrum,
+        defaults={"blocks": "matrix", "always": ("embedding", "head"), "residency": "keep"},
     ),
     Preset(
         name="hft",

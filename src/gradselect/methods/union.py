@@ -10,11 +10,12 @@ from pydantic import Field
 
 from .adapters import AbstractAdapterMethod, AdaLoraMethod, LoraMethod, OtherAdapterMethod
 from .blocks import AbstractBlockMethod, FixedMethod, FullMethod, LastMethod
-from .masks import AbstractMaskMethod, StaticMethod, mask_methods
+from .masks import AbstractMaskMethod, LoraSPMethod, StaticMethod, mask_methods
 from .mlp_masks import MePropMethod, SparseGradMethod
 from .own_adapters import EtherMethod, PropulsionMethod
 from .peers import AbstractPeerMethod, BAdamPackageMethod, GaLoreMethod
 from .policies import PRESETS, policy_methods
+from .spt import SPTMethod
 
 if TYPE_CHECKING:
     Method = AbstractBlockMethod | FullMethod | AbstractAdapterMethod | AbstractPeerMethod | AbstractMaskMethod
@@ -34,6 +35,8 @@ else:
         GaLoreMethod,
         *mask_methods(),
         StaticMethod,
+        LoraSPMethod,
+        SPTMethod,
         SparseGradMethod,
         MePropMethod,
     )

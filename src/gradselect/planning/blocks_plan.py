@@ -159,7 +159,7 @@ class _BlockPlanner:
         stays = isinstance(self._training.residency, Drop) or self.survey.is_fixed
         on_host = 0 if stays else self._sum(self.survey.reached).state - self._least_state()
         # Coasting blocks come from as many selections before, at most all different.
-        always, before = self._sum(self._always), 0 if self.survey.is_fixed else self._training.borders.coasting
+        always, before = self._sum(self._always), 0 if self.survey.is_fixed else self._training.borders.num_coasting
         masters = min(updated.masters + before * (updated.masters - always.masters), reached.masters)
         moments = min(updated.moments + before * (updated.moments - always.moments), reached.moments)
         return Bytes(weights=self._weights, masters=masters, state_on_device=moments, state_on_host=on_host)

@@ -18,7 +18,7 @@ from gradselect.entries import (
     resolve_budget,
     share_out,
 )
-from gradselect.masks import GMT, ID3, LIFT, BitFit, StaticMask, TopGradient
+from gradselect.masks import GMT, ID3, LIFT, BitFit, FixedEntries, MoFO, SpaRTA, StaticMask, TopGradient
 from gradselect.usage import UsageError
 
 from .bytes import Bytes, cost_of
@@ -116,7 +116,11 @@ def entry_counts(mask: AbstractMask) -> Budgets:
             return {(tensor,): max(1, round(mask.density * tensor.numel)) for tensor in mask.tensors}
         case LIFT():
             return {(tensor,): _lift_count(mask, tensor) for tensor in mask.tensors}
-        case GMT():
+        case SpaRTA():
+            return {mask.tensors: mask.expected_entries}
+        case FixedEntries():
+            return {(tensor,): len(mask.entries[tensor.name]) for tensor in mask.tensors}
+        case GMT() | MoFO():
             return {}
         case _:
             raise UsageError(

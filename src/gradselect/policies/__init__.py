@@ -8,6 +8,7 @@ from .fixed import Fixed
 from .grad_norm import GradNormTopK
 from .losia import LoSiA
 from .misa import MISA
+from .spectrum import Spectrum
 from .stratified import Stratified
 from .uniform import Uniform
 
@@ -20,6 +21,7 @@ __all__ = [
     "Fixed",
     "GradNormTopK",
     "LoSiA",
+    "Spectrum",
     "Stratified",
     "Uniform",
 ]

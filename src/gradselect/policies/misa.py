@@ -26,8 +26,11 @@ class MISA(AbstractPolicy):
     importance sampling by an average of squared gradient norms, the limit on the share (3 %), 50 steps per period, and
     the state cleared at the end of a period (`residency=Drop()`).
 
+    The paper's algorithm ends a period with one more step by the momentum alone: the optimizer's
+    `borders=Borders(exit_step=True)`. The authors' code does not take it, and neither does the default here.
+
     Our choices: eta and ema; G scaled by N_b; eta in units of the mean importance; a block drawn twice in a row keeps
-    its state; the paper's additional momentum step at the end of a period is left out.
+    its state, and takes no exit step between.
 
     Args:
         share: largest share of the candidates' entries that a draw may hold.

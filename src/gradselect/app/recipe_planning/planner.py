@@ -25,6 +25,7 @@ from gradselect.app.recipe import (
     Recipe,
     RunFacts,
     SparseGradMethod,
+    SPTMethod,
     is_packed,
 )
 from gradselect.app.runtime import RunFolder
@@ -187,7 +188,7 @@ def meta_model(recipe: Recipe) -> Any:
 
 
 def _check_method(recipe: Recipe) -> None:
-    if isinstance(recipe.method, SparseGradMethod | AbstractPeerMethod):
+    if isinstance(recipe.method, SparseGradMethod | SPTMethod | AbstractPeerMethod):
         raise UsageError(
             f"method.name={recipe.method.name} cannot be planned: its bytes depend on batches or on another package; "
             "plan e.g. method.name=meprop or method.name=badam"

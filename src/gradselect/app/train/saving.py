@@ -11,7 +11,7 @@ from typing import Any, cast
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from gradselect import sparsegrad
+from gradselect import sparsegrad, spt
 from gradselect.app.inputs import Inputs, end_of_turn_tokens
 from gradselect.app.models import files_beside_weights, is_quantised
 from gradselect.app.recipe import ChatData, PreferenceData, PromptCompletionData, RandomData, Recipe
@@ -80,7 +80,7 @@ def save_model(trainer: RunTrainer, inputs: Inputs, *, folder: RunFolder, plan: 
     """Write a plain checkpoint into the folder of the run. An adapter is merged into it and also kept beside it.
 
     On a quantised base, whose weights cannot take the sum, the adapter alone is written. Folds the rotations of
-    `sparsegrad`, so the model cannot train after this.
+    `sparsegrad` and the adapters of `spt`, so the model cannot train after this.
 
     Args:
         trainer: after its last step.
@@ -93,6 +93,9 @@ def save_model(trainer: RunTrainer, inputs: Inputs, *, folder: RunFolder, plan: 
     if any(isinstance(module, sparsegrad.RotatedLinear) for module in model.modules()):
         cast(Any, trainer.optimizer).optimizer.close()
         sparsegrad.fold(model)
+    if spt.is_converted(model) and not isinstance(model, PeftModel):
+        cast(Any, trainer.optimizer).optimizer.close()
+        spt.fold(model)
     adapter, form = model, "model"
     if isinstance(model, PeftModel):
         with writing_aside(folder.adapter) as aside:

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_config import SFTConfig
 
+from gradselect import FixedEntries
 from gradselect.app.inputs import Inputs, Rows, make_rows
 from gradselect.app.models import check_causal
 from gradselect.app.progress import SILENT, Stage, Stages
@@ -98,7 +99,10 @@ def _build(
         check_packing(trainer, _as_dataset(trainer.train_dataset)[:4]["input_ids"], max_length=inputs.max_length)
     if isinstance(recipe.method, AbstractMaskMethod):
         facts = _facts(trainer, recipe, num_batches=recipe.method.num_batches, stage=stage)
-        trainer.optimizer_cls_and_kwargs = mask_optimizer(recipe.method, recipe, inputs, parts.model, facts)
+        factory, options = mask_optimizer(recipe.method, recipe, inputs, parts.model, facts)
+        trainer.optimizer_cls_and_kwargs = (factory, options)
+        if isinstance(mask := options["mask"], FixedEntries) and mask.about:
+            trainer.notes = [*trainer.notes, mask.about]
     # Now rather than at the first step: a method that does not fit the model fails before anything is written.
     trainer.create_optimizer()
     return trainer

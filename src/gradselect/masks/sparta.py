@@ -1,0 +1,119 @@
+"""SpaRTA: entries drawn one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Self, final
+
+import torch
+from torch import Tensor, nn
+
+from gradselect.entries import AbstractCompactMask, FromWeights, Indices, MaskTensor, chunk_length, generator_of
+from gradselect.parallel import local_part, local_start
+from gradselect.usage import UsageError, check_positive, check_whole
+
+VALUES_AND_OUTPUTS = (
+    "*.v_proj.*",
+    "*.o_proj.*",
+    "*.out_proj.*",
+    "*attn.dense.*",
+    "*attention.dense.*",
+    "*attention.*.value.*",
+    "*attention.output.dense.*",
+)
+"""Value and output projections of attention, by the names that transformers' architectures give them."""
+
+
+@final
+@dataclass(eq=False, kw_only=True)
+class SpaRTA(AbstractCompactMask):
+    r"""Select each entry of the candidates with probability q, independently, at step 0; the set never changes.
+
+        q = density N / n,    N entries of the whole model, n of the candidates
+
+    So `density` is the expected share of the model's entries that train; the number itself varies by about
+    sqrt(density N). `StaticMask(salience=gradselect.salience.random)` draws an exact number instead.
+
+    From the paper and the authors' code: the draw, the share of the whole model, and the default candidates: their
+    script freezes embeddings, queries, keys, MLPs and norms, so that the value and output projections of attention are
+    left. A new head trains whole: `always=("score.*",)`. Ours: the names of these projections in other architectures;
+    weights are updated in place with fp32 masters, where the authors add and subtract a difference in the dtype of the
+    weights in each step, which rounds.
+
+    Args:
+        density: expected share of the model's entries, in (0, 1]. Default 0.01, as in the authors' script.
+        seed: seed of the draw.
+        among: names or globs of the candidate parameters. None: value and output projections of attention.
+
+    Raises:
+        UsageError: a density outside (0, 1]; at `bind`, no such projection, or a density that the candidates cannot
+            reach.
+
+    Example:
+        >>> mask = SpaRTA(density=0.01)
+        >>> all_tensors = SpaRTA(density=0.01, among=("*",))
+
+    Reference: Rios et al., "Sparsity May Be All You Need: Sparse Random Parameter Adaptation", arXiv 2502.15975.
+    """
+
+    method_name = "sparta"
+
+    density: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive("density", self.density, at_most=1, example=0.01)
+        check_whole("seed", self.seed, least=0)
+
+    def bind(self, tensors: Sequence[MaskTensor]) -> Self:
+        if self.among is None and not any(map(self.can_use, tensors)):
+            raise UsageError(
+                "SpaRTA finds no value or output projection of attention by name; name the candidates, e.g. "
+                'among=("*.c_attn.*", "*.c_proj.*"), or among=("*",) for all'
+            )
+        bound = super().bind(tensors)
+        bound._draw_from(sum(tensor.numel for tensor in tensors))
+        return bound
+
+    def can_use(self, tensor: MaskTensor) -> bool:
+        return self.among is not None or any(fnmatchcase(tensor.name, pattern) for pattern in VALUES_AND_OUTPUTS)
+
+    def start(self) -> None:
+        self._probability = self.density
+
+    def _draw_from(self, total: int) -> None:
+        """Set the probability, for a model of `total` entries."""
+        count = sum(tensor.numel for tensor in self.tensors)
+        self._probability = self.density * total / count
+        if self._probability > 1:
+            raise UsageError(
+                f"density={self.density} of the model's {total:,} entries is more than the {count:,} entries to draw "
+                f'from; write density={count / total:.3g} or less, or name more in among, e.g. among=("*",)'
+            )
+
+    @property
+    def expected_entries(self) -> int:
+        """Expected number of entries, once bound."""
+        return round(self._probability * sum(tensor.numel for tensor in self.tensors))
+
+    def choice(self, step: int, num_chosen: int) -> FromWeights | None:
+        return FromWeights() if step == 0 else None
+
+    def choose(self, step: int, model: nn.Module) -> Indices:
+        found = {tensor.name: self._drawn(tensor) for tensor in self.tensors}
+        return {name: indices for name, indices in found.items() if len(indices)}
+
+    def _drawn(self, tensor: MaskTensor) -> Tensor:
+        """Draw for all entries of the tensor; return those in this rank's part, which are the same on any number."""
+        mine = local_part(tensor.parameter)
+        generator = generator_of(seed=self.seed, step=0, name=tensor.name, device=mine.device)
+        length, parts = chunk_length(mine), []
+        for start in range(0, tensor.numel, length):
+            size = min(length, tensor.numel - start)
+            draws = torch.rand(size, generator=generator, dtype=torch.float64, device=mine.device)
+            parts.append((draws < self._probability).nonzero().view(-1) + start)
+        indices = torch.cat(parts)
+        first = 0 if mine.numel() == tensor.numel else local_start(tensor.parameter, name=tensor.name)
+        return indices[(indices >= first) & (indices < first + mine.numel())]
