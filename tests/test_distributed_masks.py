@@ -41,6 +41,8 @@ MASKS = {
     "bitfit": (gs.BitFit(), {}),
     "gmt": (gs.GMT(fraction=0.2), {}),
     "gmt global": (gs.GMT(fraction=0.3, scope="global", mask="update"), {}),
+    "mofo": (gs.MoFO(fraction=0.2), {}),
+    "sparta": (gs.SpaRTA(density=0.1, seed=3, among="*"), {}),
 }
 WRAPPED = [
     *(("fully_shard", mask) for mask in MASKS),
