@@ -14,7 +14,7 @@ from tiny_models import seeded, tiny_bert, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 
 from gradselect import adapters, reference
-from gradselect.adapters import AdapterLinear
+from gradselect.adapters.layer import AdapterLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,8 @@ class AdapterCase:
     takes_linears: bool = True
     models: tuple[Callable[[], nn.Module], ...] = (
         lambda: tiny_llama(layers=2),
-        lambda: tiny_bert(layers=2),
-        lambda: tiny_gpt2(layers=2),
+        lambda: with_biases(tiny_bert(layers=2)),
+        lambda: with_biases(tiny_gpt2(layers=2)),
     )
 
     def build(self) -> Any:

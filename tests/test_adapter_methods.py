@@ -22,6 +22,7 @@ from train_fixtures import assert_same_weights, build, parse, quiet, train_until
 from transformers import AutoModelForCausalLM, Trainer
 
 from gradselect import UsageError, adapters
+from gradselect.adapters.registration import register
 from gradselect.app.export import export_gguf, read_exported
 from gradselect.app.models import load_weights, merge_command
 from gradselect.app.train import train
@@ -173,7 +174,7 @@ def test_without_peft_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
 def test_a_method_that_peft_has_got_itself_is_pefts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = ADAPTERS[name]
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType[name.upper()], peft.LoraConfig)
-    adapters.register(case.config, None)  # leaves PEFT's
+    register(case.config, None)  # leaves PEFT's
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[name.upper()]] is peft.LoraConfig
     with pytest.raises(UsageError, match=rf"has a method '{name}' of its own; use peft.*LoraConfig"):
         case.make()

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapter_support import ADAPTERS, disturbed, layers_of, trains
+from adapter_support import ADAPTERS, AdapterCase, disturbed, layers_of, trains
 from peft.utils import PeftType
 from test_delta import round_trip
 from test_integration_transformers import arguments, examples
@@ -51,7 +51,11 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_a_layer_computes_what_its_dense_twin_does(name: str) -> None:
     """Values, and gradients of the input and of every parameter of the adapter, in fp64."""
     case = ADAPTERS[name]
-    model = case.adapted(model=case.build().double())
+    for build in case.models:
+        assert_equals_twin(case, case.adapted(model=build().double(), task_type=None))
+
+
+def assert_equals_twin(case: AdapterCase, model: Any) -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in parameters} == {torch.float64}
     generator = torch.Generator().manual_seed(0)

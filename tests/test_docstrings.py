@@ -5,6 +5,7 @@ import doctest
 import importlib
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
 
@@ -63,7 +64,8 @@ def test_the_examples_of_a_module_run(name: str) -> None:
 
 def public_objects() -> Iterator[tuple[str, object]]:
     """Yield every public name of the library with what it stands for."""
-    for module in (gs, gs.delta, gs.sparsegrad):
+    adapters = importlib.import_module("gradselect.adapters") if find_spec("peft") else gs.delta
+    for module in (gs, gs.delta, gs.sparsegrad, adapters):
         yield from ((f"{module.__name__}.{name}", getattr(module, name)) for name in module.__all__)
     for name, value in vars(gs.salience).items():
         if isinstance(value, gs.salience.AbstractSalience):

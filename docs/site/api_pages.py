@@ -58,6 +58,10 @@ TITLES = {
         "SparseGrad",
         "`gradselect.sparsegrad`: MLPs in another basis. [SparseGrad](../sparsegrad.md).",
     ),
+    "adapters": (
+        "Adapters",
+        "`gradselect.adapters`: methods for PEFT, which importing it registers. [Adapters](../adapters.md).",
+    ),
     "integrations": ("Integrations", "`gradselect.integrations`, one module for each framework."),
 }
 
@@ -88,6 +92,8 @@ def write_api_pages(source: Path, folder: Path) -> None:
     for module in ("delta", "sparsegrad"):
         for name in names_of_all(source / module / "__init__.py"):
             entries[module].append((f"gs.{module}.{name}", f"gradselect.{module}.{name}"))
+    for name in names_of_all(source / "adapters" / "__init__.py"):
+        entries["adapters"].append((f"gradselect.adapters.{name}", f"gradselect.adapters.{name}"))
     for name in INTEGRATIONS:
         entries["integrations"].append((f"gradselect.integrations.{name}", f"gradselect.integrations.{name}"))
     for page in set(TITLES) - {"salience", "integrations"}:
