@@ -202,15 +202,6 @@ def test_another_search_is_refused_with_what_differs(folder, recipe, tmp_path, m
     assert named[change] in str(caught.value)
 
 
-def test_two_processes_do_not_work_on_one_study(recipe, tmp_path, monkeypatch):
-    def second(*_, **__):
-        tune(recipe, study=tmp_path / "study", num_trials=1, search=RATES, console=quiet())
-
-    monkeypatch.setattr(_tune, "carry_out", second)
-    with pytest.raises(UsageError, match=r"--study=.*study is in use by process \d+ on "):
-        tune(recipe, study=tmp_path / "study", num_trials=1, search=RATES, console=quiet())
-
-
 def test_a_folder_with_something_else_is_left_alone(recipe, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="holds no study"):

@@ -3,7 +3,7 @@
 from .atomic import aside_of, flush_names, remove, write_atomically, writing_aside
 from .checked_json import read_json_text, read_sealed, sealed
 from .folder import make_folder
-from .lock import LOCK_NAME, locked
+from .lock import LOCK_NAME, is_owned, locked, owned, taking_turns
 from .manifest import MANIFEST_NAME, digests_of_model, newest_whole, sha256, write_manifest
 from .model_files import BELONGING, BesideWeights, belongs, beside_weights, is_safe, module_folders
 from .model_files import FOLDERS as MODEL_FOLDERS
@@ -19,16 +19,19 @@ __all__ = [
     "beside_weights",
     "digests_of_model",
     "flush_names",
+    "is_owned",
     "is_safe",
     "locked",
     "make_folder",
     "module_folders",
     "newest_whole",
+    "owned",
     "read_json_text",
     "read_sealed",
     "remove",
     "sealed",
     "sha256",
+    "taking_turns",
     "write_atomically",
     "write_manifest",
     "writing_aside",

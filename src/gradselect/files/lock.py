@@ -1,4 +1,4 @@
-"""Exclusive lock on a folder: one process at a time writes into it."""
+"""Locks: one process at a time writes into a folder, takes its turn, or owns a piece of work."""
 
 from __future__ import annotations
 
@@ -52,6 +52,71 @@ def locked(folder: Path, *, name: str = "run.output") -> Iterator[None]:
         with suppress(PermissionError):
             path.unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def taking_turns(folder: Path, *, seconds: float, name: str) -> Iterator[None]:
+    """Wait until no other process has its turn in the folder, then hold the lock of `locked`.
+
+    The lock file stays: whoever waits for it has it open.
+
+    Args:
+        folder: an existing folder.
+        seconds: longest wait.
+        name: the setting that names the folder, for errors.
+
+    Raises:
+        UsageError: another process has held it all the time; says which.
+    """
+    path = folder / LOCK_NAME
+    lock = FileLock(path, timeout=seconds, on_acquired=_write_owner)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UsageError(
+            f"{name}={folder} is in use by {_owner(path)}; wait until it has ended, or choose another {name}"
+        ) from None
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise UsageError(f"{name}={folder} cannot be written to: {error}") from None
+        logger.warning("%s is on a file system without locks: start no second process with this folder", folder)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def owned(path: Path) -> Iterator[None]:
+    """Own a piece of work until the block or the process ends. The file at `path` is the sign of it.
+
+    Take and give back ownership in turns, or `is_owned` may see a state in between.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, blocking=False, on_acquired=_write_owner)
+    with suppress(OSError):  # without locks there is one process only
+        lock.acquire()
+    try:
+        yield
+    finally:
+        with suppress(PermissionError):
+            path.unlink(missing_ok=True)
+        lock.release()
+
+
+def is_owned(path: Path) -> bool:
+    """Return True if a process that is alive owns the work of this file."""
+    if not path.exists():
+        return False
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    except OSError:
+        return False
+    lock.release()
+    return False
 
 
 def _write_owner(descriptor: int) -> None:

@@ -1,6 +1,6 @@
 """Methods: plain data that says what to train, and what each builds. They need pydantic, and know no recipe."""
 
-from .adapters import AbstractAdapterMethod, AdaLoraMethod
+from .adapters import AbstractAdapterMethod, AdaLoraMethod, LoraMethod
 from .base import AbstractMethod, RunFacts
 from .blocks import AbstractBlockMethod, AllMethod, FullMethod
 from .explanations import MAX_LINE, brief, cut, explain
@@ -27,6 +27,7 @@ __all__ = [
     "AdaLoraMethod",
     "AllMethod",
     "FullMethod",
+    "LoraMethod",
     "Method",
     "PeerFactory",
     "RunFacts",

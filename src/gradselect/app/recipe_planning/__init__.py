@@ -2,6 +2,7 @@
 
 from .answer import Device, show
 from .plain_values import as_json
+from .planner import RecipePlanner
 from .variants import plan_recipe
 
-__all__ = ["Device", "as_json", "plan_recipe", "show"]
+__all__ = ["Device", "RecipePlanner", "as_json", "plan_recipe", "show"]

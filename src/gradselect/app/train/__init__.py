@@ -7,7 +7,7 @@ from .meter import Meter, kind_of_step
 from .method_setup import mask_optimizer, method_parts
 from .run import train
 from .run_record import describe_start, differences
-from .setup import build_trainer
+from .setup import build_trainer, loss_of_batch
 
 __all__ = [
     "Meter",
@@ -19,6 +19,7 @@ __all__ = [
     "dump_recipe",
     "kind_of_step",
     "load_recipe",
+    "loss_of_batch",
     "mask_optimizer",
     "method_parts",
     "train",

@@ -139,12 +139,12 @@ def _facts(trainer: RunTrainer, recipe: Recipe, *, num_batches: int, stage: Stag
         seed=run.seed,
         num_steps=run.steps or math.ceil((run.epochs or 1) * per_epoch),
         batches=batches,
-        loss=_loss(trainer, recipe),
+        loss=loss_of_batch(trainer, recipe),
     )
 
 
-def _loss(trainer: RunTrainer, recipe: Recipe) -> Any:
-    """Return the loss that a mask is estimated from. None: the model computes it from the labels of a batch."""
+def loss_of_batch(trainer: RunTrainer, recipe: Recipe) -> Any:
+    """Return the loss of a batch for masks and searches. None: the model computes it from the labels of a batch."""
     if isinstance(recipe.trainer, AbstractTrainer):
         assert isinstance(trainer, MetricsTrainer)
         return calibration_loss(trainer)

@@ -3,6 +3,6 @@
 Importing it loads neither Optuna nor a training framework.
 """
 
-from .tuning import tune
+from .tuning import tune, tune_adapters
 
-__all__ = ["tune"]
+__all__ = ["tune", "tune_adapters"]

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from gradselect import UsageError
-from gradselect.app.inputs import read_inputs
+from gradselect.app.inputs import Inputs, read_inputs
 from gradselect.app.progress import Stages
 from gradselect.app.recipe import Recipe
 from gradselect.app.runtime import check_one_process, take_device
 from gradselect.app.train import describe_start
 
+from .memory_check import MemoryCheck
+from .proposals import Sampler, next_trial
 from .ranges import SearchRange, numbers_of, with_values
-from .study import StudyFolder, ended, next_trial, opened
-from .trial import carry_out
+from .study import StudyFolder, ended, opened, running
+from .trial import Outcome, SharedTrial, carry_out
 from .trial_table import TrialSummary, best_of, edge_notes, show_table, write_best
+
+WAIT_SECONDS = 1.0
+"""Time between two looks at trials of other processes."""
+
+MOST_VETOES = 20
+"""Number of proposals in a row that may be too large for the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,26 +51,51 @@ class TuneResult:
     trials: tuple[TrialSummary, ...]
 
 
-def search(
-    recipe: Recipe, *, folder: StudyFolder, ranges: Sequence[SearchRange], num_trials: int, seed: int, console: Console
-) -> TuneResult:
-    """Run trials until there are `num_trials`; see `tune`."""
-    _check(recipe, num_trials=num_trials)
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """Options of a search.
+
+    Args:
+        ranges: of the values.
+        num_trials: number of trials that the study has in the end, without those that could not fit the memory.
+        seed: seed of the proposals.
+        sampler: what proposes them.
+        limit: bytes that a trial may take. None: the memory of the device.
+    """
+
+    ranges: Sequence[SearchRange]
+    num_trials: int
+    seed: int
+    sampler: Sampler = "tpe"
+    limit: int | None = None
+
+
+def search(recipe: Recipe, *, folder: StudyFolder, options: SearchOptions, console: Console) -> TuneResult:
+    """Run trials until there are enough; see `tune`."""
+    check_search(recipe)
     stages = Stages(console)
-    with opened(folder, _describe(recipe, ranges, seed=seed, stages=stages)) as study:
-        for line in _opening(study, recipe, ranges, num_trials=num_trials, folder=folder):
+    check = MemoryCheck(recipe, limit=options.limit)
+    with opened(folder, _describe(recipe, options, stages=stages)) as study:
+        for line in _opening(study, recipe, options, folder=folder):
             _print(console, line)
-        while len(ended(study)) < num_trials:
-            _one_trial(study, recipe, ranges, folder=folder, seed=seed, stages=stages)
+        if check.note:
+            _print(console, f"note       {check.note}")
+        worker = _Worker(study, recipe, options, folder=folder, check=check, stages=stages)
+        while worker.carry_on():
+            pass
         trials = tuple(map(TrialSummary.of, ended(study)))
-    return _conclude(recipe, trials, ranges, folder=folder, console=console)
+        with folder.turn():
+            return _conclude(recipe, trials, options.ranges, folder=folder, console=console)
 
 
-def _check(recipe: Recipe, *, num_trials: int) -> None:
+def check_search(recipe: Recipe) -> None:
+    """Check that one process trains with validation examples.
+
+    Raises:
+        UsageError: it does not.
+    """
     check_one_process()
     take_device(recipe.run.device)
-    if num_trials < 1:
-        raise UsageError(f"--trials {num_trials}: give a positive number, e.g. --trials 20")
     if recipe.data.validation is None:
         raise UsageError(
             "trials are compared by their loss on validation examples, and data.validation is not set; "
@@ -68,44 +103,112 @@ def _check(recipe: Recipe, *, num_trials: int) -> None:
         )
 
 
-def _describe(recipe: Recipe, ranges: Sequence[SearchRange], *, seed: int, stages: Stages) -> dict[str, Any]:
+def _describe(recipe: Recipe, options: SearchOptions, *, stages: Stages) -> dict[str, Any]:
     """Return everything that decides the trials, including the contents of model and data."""
-    start = describe_start(recipe, read_inputs(recipe, stages=stages), command=()).values()
-    kept = ("started_at", "recipe", "model", "data", "versions", "machine")
-    return {**{key: start[key] for key in kept}, "search": [searched.exact for searched in ranges], "seed": seed}
+    return {
+        **described(recipe, read_inputs(recipe, stages=stages)),
+        "search": [searched.exact for searched in options.ranges],
+        "seed": options.seed,
+        "sampler": options.sampler,
+    }
 
 
-def _opening(
-    study: optuna.Study, recipe: Recipe, ranges: Sequence[SearchRange], *, num_trials: int, folder: StudyFolder
-) -> list[str]:
-    num_ended = len(ended(study))
-    lines = [f"study      {folder.root}, {num_trials} trials" + (f", {num_ended} of them done" if num_ended else "")]
-    lines += [f"search     {searched}" for searched in ranges]
+def described(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
+    """Return recipe, model, data, versions and machine of a search."""
+    start = describe_start(recipe, inputs, command=()).values()
+    return {key: start[key] for key in ("started_at", "recipe", "model", "data", "versions", "machine")}
+
+
+def _opening(study: optuna.Study, recipe: Recipe, options: SearchOptions, *, folder: StudyFolder) -> list[str]:
+    num_ended = len(counted(study))
+    lines = [
+        f"study      {folder.root}, {options.num_trials} trials" + (f", {num_ended} of them done" if num_ended else "")
+    ]
+    lines += [f"search     {searched}" for searched in options.ranges]
     if recipe.run.evaluate_every is None:
         lines.append("note       no trial is pruned: run.evaluate_every is not set; write e.g. run.evaluate_every=50")
     return lines
 
 
-def _one_trial(
-    study: optuna.Study,
-    recipe: Recipe,
-    ranges: Sequence[SearchRange],
-    *,
-    folder: StudyFolder,
-    seed: int,
-    stages: Stages,
-) -> None:
-    numbers = numbers_of(recipe)
-    trial = next_trial(study, ranges, own={searched.key: numbers[searched.key] for searched in ranges}, seed=seed)
-    changed = with_values(recipe, trial.params, source=f"trial {trial.number}")
-    outcome = carry_out(changed, trial, folder=folder.trial(trial.number), stages=stages)
-    trial.set_user_attr("end", outcome.end)
-    trial.set_user_attr("reason", outcome.reason)
-    # A stopped trial counts as pruned, so that the sampler avoids such values.
-    ended_trial = study.tell(
-        trial, outcome.loss, state=TrialState.COMPLETE if outcome.end == "finished" else TrialState.PRUNED
-    )
-    stages.say(TrialSummary.of(ended_trial).line())
+def counted(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the trials that have ended and count: not those that could not fit the memory, which took no time."""
+    return [trial for trial in ended(study) if trial.user_attrs["end"] != "vetoed"]
+
+
+class _Worker:
+    """One of the processes that work on a study."""
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        recipe: Recipe,
+        options: SearchOptions,
+        *,
+        folder: StudyFolder,
+        check: MemoryCheck,
+        stages: Stages,
+    ) -> None:
+        self._study, self._recipe, self._options = study, recipe, options
+        self._folder, self._check, self._stages = folder, check, stages
+        self._is_waiting = False
+
+    def carry_on(self) -> bool:
+        """Carry out the next trial, or wait for other processes. Returns False if the study has enough trials."""
+        with ExitStack() as ownership:
+            with self._folder.turn():
+                alive = running(self._study, self._folder)
+                num_done = len(counted(self._study))
+                if num_done >= self._options.num_trials:
+                    return False
+                trial = None
+                if num_done + len(alive) < self._options.num_trials:
+                    self._check_vetoes()
+                    trial = self._ask(alive)
+                    # In the same turn: a running trial without an owner would be given up.
+                    ownership.enter_context(self._folder.owning(trial.number))
+            if trial is None:
+                self._wait(len(alive))
+            else:
+                self._is_waiting = False
+                self._carry_out(trial, ownership)
+        return True
+
+    def _ask(self, alive: Sequence[FrozenTrial]) -> optuna.Trial:
+        numbers, options = numbers_of(self._recipe), self._options
+        own = {searched.key: numbers[searched.key] for searched in options.ranges}
+        return next_trial(self._study, options.ranges, own=own, seed=options.seed, sampler=options.sampler, alive=alive)
+
+    def _carry_out(self, trial: optuna.Trial, ownership: ExitStack) -> None:
+        changed = with_values(self._recipe, trial.params, source=f"trial {trial.number}")
+        reason = self._check.complaint(changed)
+        if reason:
+            outcome = Outcome(end="vetoed", reason=reason)
+        else:
+            shared = SharedTrial(trial, turn=self._folder.turn)
+            outcome = carry_out(changed, shared, folder=self._folder.trial(trial.number), stages=self._stages)
+        with self._folder.turn():
+            trial.set_user_attr("end", outcome.end)
+            trial.set_user_attr("reason", outcome.reason)
+            # A stopped or vetoed trial counts as pruned, so that the sampler avoids such values.
+            state = TrialState.COMPLETE if outcome.end == "finished" else TrialState.PRUNED
+            ended_trial = self._study.tell(trial, outcome.loss, state=state)
+            ownership.close()
+        self._stages.say(TrialSummary.of(ended_trial).line())
+
+    def _wait(self, num_running: int) -> None:
+        if not self._is_waiting:
+            self._stages.say(f"waiting for {num_running} trials of other processes")
+        self._is_waiting = True
+        time.sleep(WAIT_SECONDS)
+
+    def _check_vetoes(self) -> None:
+        """Refuse to go on where the sampler proposes nothing that fits."""
+        last = ended(self._study)[-MOST_VETOES:]
+        if len(last) == MOST_VETOES and all(trial.user_attrs["end"] == "vetoed" for trial in last):
+            raise UsageError(
+                f"the last {MOST_VETOES} proposals cannot fit; search smaller values, or make the trials smaller, e.g. "
+                f"with run.batch_size and run.accumulation. The last one: {last[-1].user_attrs['reason']}"
+            )
 
 
 def _conclude(

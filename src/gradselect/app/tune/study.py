@@ -1,29 +1,27 @@
-"""Study: the trials of a search in a folder, and the values of the next trial."""
+"""Study: the trials of a search in a folder that several processes may share."""
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from gradselect import UsageError
 from gradselect.app.train import differences
-from gradselect.files import locked, write_atomically
+from gradselect.files import LOCK_NAME, is_owned, owned, taking_turns, write_atomically
 from gradselect.usage import find_differences
-
-from .ranges import SearchRange
 
 STARTUP_TRIALS = 5
 """Number of trials that are drawn at random, before TPE proposes values, and that must end before one is pruned."""
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+TURN_SECONDS = 120.0
+"""Longest wait for another process's turn. Turns take milliseconds; only an older version locks the whole search."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,9 @@ class StudyFolder:
     study.json   the recipe, the ranges, the seed, and fingerprints of model and data
     trials.db    every trial with its curve, in Optuna's format
     trials/N/    recipe.yaml of trial N and, for methods that select, its records
+    running/N    locked by the process that carries out trial N
     best.yaml    the recipe with the best values
+    allocation.json  of --space adapters: the layers and their ranks
     messages.log warnings and log lines of the libraries
     """
 
@@ -46,6 +46,10 @@ class StudyFolder:
     @property
     def storage(self) -> Path:
         return self.root / "trials.db"
+
+    @property
+    def allocation(self) -> Path:
+        return self.root / "allocation.json"
 
     @property
     def best_recipe(self) -> Path:
@@ -62,6 +66,25 @@ class StudyFolder:
     def trial(self, number: int) -> Path:
         return self.root / "trials" / str(number)
 
+    def turn(self) -> AbstractContextManager[None]:
+        """Wait for this process's turn to write into the study. Take one for each read or write that belongs together.
+
+        Raises:
+            UsageError: another process holds the folder.
+        """
+        return taking_turns(self.root, seconds=TURN_SECONDS, name="--study")
+
+    def owning(self, number: int) -> AbstractContextManager[None]:
+        """Own trial `number` until the block or the process ends."""
+        return owned(self._running(number))
+
+    def is_owned(self, number: int) -> bool:
+        """Return True if a process that is alive carries out trial `number`."""
+        return is_owned(self._running(number))
+
+    def _running(self, number: int) -> Path:
+        return self.root / "running" / str(number)
+
     def keep_messages(self, messages: Sequence[str]) -> None:
         """Append messages of the libraries, if there is a study."""
         if messages and self.description.exists():
@@ -71,39 +94,32 @@ class StudyFolder:
 
 @contextmanager
 def opened(folder: StudyFolder, description: Mapping[str, Any]) -> Iterator[optuna.Study]:
-    """Open the study in the folder, or a new one, and lock it.
+    """Open the study in the folder, or make a new one. Other processes may have it open too.
 
     Raises:
-        UsageError: the folder holds something else or another study, or another process works on it.
+        UsageError: the folder holds something else or another study, or cannot be made.
     """
-    _check_folder(folder, description)
-    with locked(folder.root, name="--study"):
-        if not folder.description.exists():
-            write_atomically(folder.description, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
-        with _quiet_optuna():
-            storage = optuna.storages.RDBStorage(f"sqlite:///{folder.storage}")
-            try:
-                yield _load(storage)
-            finally:
-                storage.remove_session()
-                storage.engine.dispose()
-
-
-def next_trial(
-    study: optuna.Study, ranges: Sequence[SearchRange], *, own: Mapping[str, Any], seed: int
-) -> optuna.Trial:
-    """Return the next trial. The first has the recipe's `own` values if they are in range; then TPE proposes values.
-
-    Bergstra, Bardenet, Bengio, Kégl, "Algorithms for Hyper-Parameter Optimization", NeurIPS 2011. The seed of
-    each draw depends on the number of trials that have ended, so an interrupted search proposes the same values.
-    """
-    num_ended = len(ended(study))
-    seed_of_draw = random.Random(f"gradselect/tune/{seed}/{num_ended}").randrange(2**32)
-    study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=seed_of_draw)
-    is_queued = bool(study.get_trials(states=(TrialState.WAITING,)))
-    if num_ended == 0 and not is_queued and all(searched.has(own[searched.key]) for searched in ranges):
-        study.enqueue_trial(dict(own))
-    return study.ask({searched.key: _distribution(searched) for searched in ranges})
+    # Nothing is written into a folder of something else. One with a lock may be a study that is being made just now.
+    if not (folder.root / LOCK_NAME).exists():
+        check_folder(folder, description)
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--study={folder.root} cannot be made: {error}") from None
+    with _quiet_optuna():
+        with folder.turn():
+            check_folder(folder, description)
+            if not folder.description.exists():
+                write_atomically(folder.description, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+            storage = optuna.storages.RDBStorage(
+                f"sqlite:///{folder.storage}", engine_kwargs={"connect_args": {"timeout": TURN_SECONDS}}
+            )
+            study = _load(storage)
+        try:
+            yield study
+        finally:
+            storage.remove_session()
+            storage.engine.dispose()
 
 
 def ended(study: optuna.Study) -> list[FrozenTrial]:
@@ -111,31 +127,39 @@ def ended(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(states=ENDED)
 
 
+def running(study: optuna.Study, folder: StudyFolder) -> list[FrozenTrial]:
+    """Return the trials that processes carry out now. Gives up those whose process has died. Call it in a turn."""
+    alive = []
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        if folder.is_owned(trial.number):
+            alive.append(trial)
+        else:
+            # Its values will be proposed again.
+            study.tell(trial.number, state=TrialState.FAIL)
+    return alive
+
+
 def _load(storage: optuna.storages.RDBStorage) -> optuna.Study:
-    study = optuna.create_study(
+    return optuna.create_study(
         storage=storage,
         study_name="gradselect",
         load_if_exists=True,
         direction="minimize",
         pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS),
     )
-    # The folder is locked, so a trial marked as running was interrupted. Its values will be proposed again.
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
-    return study
 
 
-def _distribution(searched: SearchRange) -> BaseDistribution:
-    if searched.whole:
-        return IntDistribution(int(searched.low), int(searched.high), log=searched.log)
-    return FloatDistribution(searched.low, searched.high, log=searched.log)
+def check_folder(folder: StudyFolder, now: Mapping[str, Any]) -> None:
+    """Check that the folder is new or holds the study that `now` describes.
 
-
-def _check_folder(folder: StudyFolder, now: Mapping[str, Any]) -> None:
+    Raises:
+        UsageError: it holds something else; names what differs.
+    """
     if not folder.root.exists():
         return
     if not folder.description.is_file():
-        if not folder.root.is_dir() or any(folder.root.iterdir()):
+        # The lock is there while a study is being made.
+        if not folder.root.is_dir() or any(path.name != LOCK_NAME for path in folder.root.iterdir()):
             raise UsageError(f"--study {folder.root} exists and holds no study; choose another folder")
         return
     before = json.loads(folder.description.read_text("utf-8"))
@@ -152,8 +176,10 @@ def _own(description: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that a resumed run may change and a study may not: its trials are compared step by step."""
     run = description["recipe"]["run"]
     return {
-        "--search": description["search"],
-        "--seed": description["seed"],
+        "--search": description.get("search"),
+        "--sampler": description.get("sampler", "tpe"),
+        "--seed": description.get("seed"),
+        "--space adapters": description.get("adapters"),
         "run.evaluate_every": run["evaluate_every"],
     }
 

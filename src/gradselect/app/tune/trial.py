@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from gradselect.usage import first_line
 PRUNE_FROM = 0.25
 """No trial is pruned before this share of its steps, because losses during warm-up say little."""
 
-End = Literal["finished", "pruned", "stopped"]
+End = Literal["finished", "pruned", "stopped", "vetoed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +34,38 @@ class Outcome:
 
     Args:
         end: "finished"; "pruned" for being worse than the median of the trials before it at the same step; "stopped"
-            by a loss that is not finite, or by too little memory.
+            by a loss that is not finite, or by too little memory; "vetoed" before its start, because its plan does not
+            fit the memory.
         loss: validation loss at the end; None unless it finished.
-        reason: why it was stopped.
+        reason: why it was stopped or vetoed.
     """
 
     end: End
     loss: float | None = None
     reason: str = ""
+
+
+class SharedTrial:
+    """A trial of a study that other processes write to as well: it reports in its turn.
+
+    Args:
+        trial: Optuna's trial.
+        turn: waits until this process may write.
+    """
+
+    def __init__(self, trial: optuna.Trial, *, turn: Callable[[], AbstractContextManager[None]]) -> None:
+        self._trial = trial
+        self._turn = turn
+        self.number = trial.number
+
+    def report(self, value: float, step: int) -> None:
+        """Keep the loss of a step."""
+        with self._turn():
+            self._trial.report(value, step)
+
+    def should_prune(self) -> bool:
+        """Return True if the study has seen enough of the trial."""
+        return self._trial.should_prune()
 
 
 class TrialWatch(TrainerCallback):
@@ -51,7 +76,7 @@ class TrialWatch(TrainerCallback):
         is_pruned: True if the study stopped it.
     """
 
-    def __init__(self, trial: optuna.Trial, *, stage: Stage) -> None:
+    def __init__(self, trial: SharedTrial, *, stage: Stage) -> None:
         self._trial = trial
         self._stage = stage
         self.loss = math.nan
@@ -74,7 +99,7 @@ class TrialWatch(TrainerCallback):
             self.is_pruned = control.should_training_stop = True
 
 
-def carry_out(recipe: Recipe, trial: optuna.Trial, *, folder: Path, stages: Stages) -> Outcome:
+def carry_out(recipe: Recipe, trial: SharedTrial, *, folder: Path, stages: Stages) -> Outcome:
     """Train with the recipe and report validation losses to the study. Frees all memory afterwards.
 
     Raises:

@@ -28,11 +28,11 @@ class TrialSummary:
     Args:
         number: Optuna's number. Interrupted trials have numbers too and are left out.
         values: the values tried, by key of the recipe.
-        end: "finished", "pruned" or "stopped".
+        end: "finished", "pruned", "stopped" or "vetoed".
         loss: the last validation loss; None if there is none.
         step: the step of that loss.
         seconds: wall-clock time.
-        reason: why it was stopped.
+        reason: why it was stopped or vetoed.
     """
 
     number: int
