@@ -111,6 +111,7 @@ def test_every_method_takes_two_steps(name: str, model: Any) -> None:
 
 
 def test_ten_prompts_of_everyday_questions() -> None:
+    assert {suite.samples.prompts for suite in SUITES.values() if suite.samples} == {"suites/chat-prompts.jsonl"}
     lines = (REPOSITORY / "suites" / "chat-prompts.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     assert all(row.keys() == {"prompt", "completion"} and all(row.values()) for row in rows)
