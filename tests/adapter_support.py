@@ -183,6 +183,7 @@ ADAPTERS = {
         twin=hiwi_twin,
         count=lambda model: sum(2 * 3 * layer.out_features for layer in layers_of(model)),
         targets=["c_fc"],
+        takes_linears=False,
         models=(untied_gpt2, lambda: with_biases(tiny_bert(layers=2))),
     ),
     "lorta": AdapterCase(
@@ -193,6 +194,7 @@ ADAPTERS = {
         count=lambda model: 3 * (16 + 4 + 2 + 4 + 4),
         targets=["q_proj", "o_proj"],
         is_shared=True,
+        takes_linears=False,
         models=(lambda: tiny_llama(layers=2), lambda: tiny_bert(layers=2)),
     ),
     "propulsion": AdapterCase(

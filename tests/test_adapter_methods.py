@@ -61,7 +61,7 @@ BAD_TARGETS = {
     "one of two": (["q_proj", "v_porj"], r"target_modules=\['v_porj'\] matches no layer.*nearest: 'v_proj'"),
     "pattern": (
         r".*\.no_such",
-        r"target_modules='\.\*.*no_such' matches no layer.*Write e\.g\. target_modules='all-linear'",
+        r"target_modules='\.\*.*no_such' matches no layer.*(Write e\.g\. target_modules='all-linear'|Leave)",
     ),
     "norms": (["q_proj", "norm"], r"cannot change 'model.norm', which is of the class LlamaRMSNorm; it knows Linear"),
     "tied": (["q_proj", "lm_head"], r"'lm_head' shares its weight with another layer"),
@@ -282,10 +282,12 @@ def test_propulsion_scales_embeddings_and_biases_too() -> None:
 # Recipes ------------------------------------------------------------------------------------------------------------
 
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 RECIPES: dict[str, dict[str, Any]] = {
     "ether": {"num_blocks": 4},
     "etherplus": {},
     "propulsion": {"degree": 3},
+    "lorta": {"rank": 2},
 }
 
 
@@ -303,7 +305,8 @@ def test_a_recipe_trains_merges_and_goes_on_after_a_stop(
         assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
     ours, before = weights(tmp_path / "whole"), weights(place / "model")
     assert ours.keys() == before.keys()
-    assert {each.split(".")[-2] for each in ours if not torch.equal(ours[each], before[each])} == LINEARS
+    changed = {each.split(".")[-2] for each in ours if not torch.equal(ours[each], before[each])}
+    assert changed == (LINEARS if ADAPTERS[name].takes_linears else ATTENTION)
     saved = json.loads((tmp_path / "whole" / "adapter" / "adapter_config.json").read_text())
     assert saved["peft_type"] == name.upper()
     # The adapter alone, as `gradselect evaluate` and `chat` load it.
@@ -323,6 +326,13 @@ def test_a_recipe_trains_merges_and_goes_on_after_a_stop(
         ({"name": "ether", "num_blocks": 3}, r"method: num_blocks=3 does not divide the 16 inputs"),
         ({"name": "propulsion", "targets": ["no_such"]}, r"method: targets=\['no_such'\] matches no layer"),
         ({"name": "peft", "type": "ETHER", "options": {"num_blocks": 3}}, "does not divide the 16 inputs"),
+        ({"name": "lorta", "rank": 17}, "method: rank=17 is above the width of the projections, 16"),
+        (
+            {"name": "lorta", "targets": "all-linear"},
+            "method: LoRTA adapts attention projections only; leave targets",
+        ),
+        ({"name": "hiwi"}, r"method: the MLP layers of a model of the type 'llama' are not known.*name: lora"),
+        ({"name": "hiwi", "targets": ["up_proj"]}, r"method: HiWi.*up_proj' has no bias.*layers in targets whose"),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused(

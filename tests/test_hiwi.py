@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+import transformers
 from adapter_support import disturbed, layers_of, with_biases, wrapped
+from classification_fixtures import classify, write_place
 from test_adapters import logits
 from tiny_models import tiny_bart, tiny_batch, tiny_bert, tiny_gpt2, tiny_llama, tiny_opt, tiny_roberta
 from torch import nn
+from train_fixtures import quiet, weights
 
 import gradselect as gs
 from gradselect.adapters import HiwiConfig
+from gradselect.app.train import train
 
 pytestmark = [
     # PEFT asks transformers 5 for a property that was renamed.
@@ -71,6 +77,18 @@ def test_each_of_two_merged_adapters_reads_the_bias_of_the_base():
     torch.testing.assert_close(logits(model), both, rtol=0, atol=1e-5)
 
 
+def test_a_recipe_trains_the_biases_of_a_classifier(tmp_path):
+    place = write_place(tmp_path)
+    base = with_biases(transformers.AutoModel.from_pretrained(place / "bert"))
+    base.save_pretrained(place / "bert")
+    recipe = classify(place, tmp_path / "out", method={"name": "hiwi", "rank": 4}, run={"steps": 3})
+    train(recipe, console=quiet())
+    ours, before = weights(tmp_path / "out"), base.state_dict()
+    changed = {name for name in ours if not torch.equal(ours[name], before.get(name.removeprefix("bert."), ours[name]))}
+    assert len(changed) == 2 * 2
+    assert all(re.fullmatch(r"bert\.encoder\.layer\.\d\.(intermediate|output)\.dense\.bias", name) for name in changed)
+
+
 def without_biases():
     return tiny_llama(layers=1)
 
@@ -83,7 +101,7 @@ BAD = {
     "no bias": (
         without_biases,
         {"target_modules": ["up_proj"]},
-        r"'model\.layers\.0\.mlp\.up_proj' has no bias.*exclude_modules=\['up_proj'\].*name: lora",
+        r"'model\.layers\.0\.mlp\.up_proj' has no bias.*Name layers in target_modules.*name: lora",
     ),
     "zero bias": (zero_biases, {}, r"intermediate\.dense' has a bias of zeros: its adapter would never get a gradient"),
     "unknown model": (without_biases, {}, r"type 'llama' are not known to HiWi; name layers with a bias"),

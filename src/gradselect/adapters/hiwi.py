@@ -122,8 +122,8 @@ def check_bias(bias: Tensor | None, path: str) -> None:
     if bias is None or (not bias.is_meta and not bias.detach().any()):
         raise UsageError(
             f"HiWi computes the new bias of a layer from the old one, and {path!r} {lacks}: its adapter would never "
-            f"get a gradient. Leave it out (exclude_modules=[{path.rpartition('.')[2]!r}]), or train another adapter, "
-            "e.g. peft.LoraConfig(r=8), in a recipe method={name: lora, rank: 8}"
+            "get a gradient. Name layers in target_modules whose biases are not zero, or train another adapter: "
+            "peft.LoraConfig(r=8), in a recipe method={name: lora, rank: 8}"
         )
 
 
@@ -139,8 +139,9 @@ class HiwiModel(AdapterTuner):
             kind = model_config.get("model_type")
             if kind not in MLP_LAYERS:
                 raise UsageError(
-                    f"the MLP layers of a model of the type {kind!r} are not known to HiWi; name layers with a bias in "
-                    'target_modules, e.g. HiwiConfig(target_modules=["fc1", "fc2"])'
+                    f"the MLP layers of a model of the type {kind!r} are not known to HiWi; name layers with a bias: "
+                    'target_modules=["fc1", "fc2"]. A model without biases, such as Llama, cannot be adapted so: train '
+                    "peft.LoraConfig(r=8), in a recipe method={name: lora, rank: 8}"
                 )
             peft_config.target_modules = MLP_LAYERS[kind]
         return peft_config

@@ -130,7 +130,7 @@ def find_projections(
         raise UsageError(
             f"LoRTA puts all projections into one tensor, so they must have one width, but that of {path!r} is {one} "
             f"and that of {different!r} is {other}; name those of one part of the model in target_modules, e.g. as a "
-            "regular expression, or leave the others out with exclude_modules"
+            "regular expression"
         )
     return Projections(
         width=next(iter(widths)),

@@ -18,7 +18,7 @@ from gradselect.usage import UsageError
 from .adapters import LoraMethod
 from .base import RunFacts
 from .generated_keys import dataclass_keys, describe, named_classes, one_of
-from .own_adapters import EtherMethod, PropulsionMethod
+from .own_adapters import EtherMethod, HiwiMethod, LortaMethod, PropulsionMethod
 from .selection import AbstractSelectionMethod
 
 SALIENCES = {value.name: value for value in vars(salience).values() if isinstance(value, salience.AbstractSalience)}
@@ -90,7 +90,9 @@ class AbstractFreeMaskMethod(AbstractMaskMethod):
     mask_class: ClassVar[type[AbstractMask]]
 
     among: tuple[str, ...] | None = None
-    adapter: Annotated[MaskAdapter | EtherMethod | PropulsionMethod | None, Field(discriminator="name")] = None
+    adapter: Annotated[
+        MaskAdapter | EtherMethod | PropulsionMethod | LortaMethod | HiwiMethod | None, Field(discriminator="name")
+    ] = None
 
     @field_validator("adapter", mode="before")
     @classmethod

@@ -6,9 +6,9 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
-from .adapters import AbstractAdapterMethod, task_type
+from .adapters import AbstractAdapterMethod, Rank, task_type
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -34,7 +34,7 @@ class AbstractOwnAdapterMethod(AbstractAdapterMethod):
     def peft_config(self, *, embedding: str, head: Sequence[str] = ()) -> PeftConfig:
         return self.config_class(
             task_type=task_type(head),
-            target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
+            target_modules=list(self.targets) if isinstance(self.targets, tuple) else self.targets,
             modules_to_save=list(head) or None,
             **self.model_dump(exclude={"name", "targets"}),
         )
@@ -76,3 +76,50 @@ class PropulsionMethod(AbstractOwnAdapterMethod):
         from gradselect.adapters import PropulsionConfig
 
         return PropulsionConfig
+
+
+class LortaMethod(AbstractOwnAdapterMethod):
+    """The updates of all attention projections as one tensor of low rank, with a row for each layer, head and matrix.
+
+    Hounie, Kanatsoulis, Tandon, Ribeiro, "LoRTA", arXiv 2410.04060. See `gradselect.adapters.LortaConfig`.
+
+    Attributes:
+        targets: names of the attention projections to adapt. None: all of them.
+        rank: rank of the tensor.
+        alpha: the updates are scaled by alpha / rank.
+        dropout: dropout on the adapter's input.
+    """
+
+    name: Literal["lorta"]
+    targets: Literal["all-linear"] | tuple[str, ...] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    rank: Rank = 8
+    alpha: PositiveFloat = 8.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def config_class(self) -> Any:
+        from gradselect.adapters import LortaConfig
+
+        return LortaConfig
+
+
+class HiwiMethod(AbstractOwnAdapterMethod):
+    """An adapter of the biases of each MLP, of which only the new biases are left.
+
+    Liao, Meng, Monz, "Parameter-Efficient Fine-Tuning without Introducing New Latency", arXiv 2305.16742. See
+    `gradselect.adapters.HiwiConfig`. Models without biases, such as Llama, are refused.
+
+    Attributes:
+        targets: names of layers with a bias. None: the layers of the MLPs.
+        rank: units of the adapter of a bias.
+    """
+
+    name: Literal["hiwi"]
+    targets: Literal["all-linear"] | tuple[str, ...] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    rank: Rank = 8
+
+    @property
+    def config_class(self) -> Any:
+        from gradselect.adapters import HiwiConfig
+
+        return HiwiConfig

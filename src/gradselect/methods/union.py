@@ -12,7 +12,7 @@ from .adapters import AbstractAdapterMethod, AdaLoraMethod, LoraMethod, OtherAda
 from .blocks import AbstractBlockMethod, FixedMethod, FullMethod, LastMethod
 from .masks import AbstractMaskMethod, LoraSPMethod, StaticMethod, mask_methods
 from .mlp_masks import MePropMethod, SparseGradMethod
-from .own_adapters import EtherMethod, PropulsionMethod
+from .own_adapters import EtherMethod, HiwiMethod, LortaMethod, PropulsionMethod
 from .peers import AbstractPeerMethod, BAdamPackageMethod, GaLoreMethod
 from .policies import PRESETS, policy_methods
 from .spt import SPTMethod
@@ -31,6 +31,8 @@ else:
         OtherAdapterMethod,
         EtherMethod,
         PropulsionMethod,
+        LortaMethod,
+        HiwiMethod,
         BAdamPackageMethod,
         GaLoreMethod,
         *mask_methods(),

@@ -14,10 +14,7 @@ def register_own_adapters(folder: str | Path) -> bool:
     Returns:
         True if it does.
     """
-    path = Path(folder) / CONFIG
-    try:
-        kind = str(json.loads(path.read_text("utf-8"))["peft_type"])
-    except (OSError, ValueError, KeyError, TypeError):
+    if (kind := _read(folder, "peft_type")) is None:
         return False  # whoever loads the folder says more
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -25,3 +22,25 @@ def register_own_adapters(folder: str | Path) -> bool:
 
     config = {key.value: value for key, value in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(kind)
     return config is not None and config.__module__.startswith("gradselect.")
+
+
+def base_of_shared_adapter(folder: str | Path) -> str | None:
+    """Return the base of an adapter of which layers share weights; None for any other folder.
+
+    transformers loads the base of an adapter, and puts layers into it without PEFT's model, which holds what they
+    share.
+    """
+    kind = _read(folder, "peft_type")
+    if kind is None or not register_own_adapters(folder):
+        return None
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    tuner = {key.value: value for key, value in PEFT_TYPE_TO_TUNER_MAPPING.items()}[kind]
+    return _read(folder, "base_model_name_or_path") if tuner.uses_shared_state else None
+
+
+def _read(folder: str | Path, key: str) -> str | None:
+    try:
+        return str(json.loads((Path(folder) / CONFIG).read_text("utf-8"))[key])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

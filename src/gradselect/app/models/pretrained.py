@@ -12,7 +12,7 @@ from gradselect.app.runtime import check_hub, machine_bytes
 from gradselect.files import MANIFEST_NAME, digests_of_model, sha256
 from gradselect.usage import UsageError, first_line, matches_any
 
-from .adapters import register_own_adapters
+from .adapters import base_of_shared_adapter, register_own_adapters
 from .size_limits import MOST_WEIGHTS, check_sizes
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -40,6 +40,12 @@ def load_weights(
         _check_weight_files(folder, key=key, trust_pickle=trust_pickle)
         register_own_adapters(folder)
         _check_manifest(folder, "*")
+        if (base := base_of_shared_adapter(folder)) is not None:
+            model, missing = load_weights(kind, base, key=key, trust_pickle=trust_pickle, **options)
+            with _as_usage_error(f"{key}={str(path)!r} cannot be used"):
+                from peft import PeftModel
+
+                return PeftModel.from_pretrained(model, folder).get_base_model(), missing
     if not folder.is_dir() or (folder / "config.json").is_file():
         config = load_configuration(path, key=key, most_weights=machine_bytes(), **origin)
         kind = class_for(kind, config, name=f"{key}={str(path)!r}")
