@@ -39,11 +39,11 @@ class HiwiConfig(AdapterConfig):
     merging puts b' in the place of b, and nothing is slower. 2 · size · rank parameters train for each bias.
 
     A layer without a bias, or with a bias of zeros, is refused: with b = 0 neither factor ever gets a gradient. That
-    rules out Llama, Qwen and most decoders of today. The same would befall a unit of ReLU that begins at zero, because
-    b never changes: so the signs of W_down are drawn such that every unit begins above it.
+    rules out Llama, Qwen and most decoders of today. The same would befall a number under the ReLU that begins below
+    zero, because b never changes: so the signs of W_down are drawn such that all begin above it.
 
     Args:
-        rank: units of the adapter, at most the size of the bias. The paper's value is not known to us.
+        rank: width of the adapter, at most the size of the bias. The paper's value is not known to us.
         target_modules: None: the two layers of each MLP, which the paper adapts; known for BERT, RoBERTa, DeBERTa,
             ELECTRA, MPNet, DistilBERT, GPT-2, OPT, BART, GPT-NeoX and their like.
 

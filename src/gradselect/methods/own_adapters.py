@@ -111,7 +111,7 @@ class HiwiMethod(AbstractOwnAdapterMethod):
 
     Attributes:
         targets: names of layers with a bias. None: the layers of the MLPs.
-        rank: units of the adapter of a bias.
+        rank: width of the adapter of a bias.
     """
 
     name: Literal["hiwi"]
