@@ -1,7 +1,7 @@
 """Several gloo processes on one machine, and a tiny model of torch modules that they train.
 
-A job is a function `job(rank, **settings)` of a test module. Processes are forked from a server that has imported torch
-and nothing else has happened to, so a job starts in a moment.
+A job is a function `job(rank, **settings)` of a test module. Processes are forked from a server that has imported what
+jobs need and nothing else has happened to, so a job starts in a moment.
 """
 
 from __future__ import annotations
@@ -29,7 +29,16 @@ HIDDEN = 6  # not a multiple of 4 or of 3 * 2: shards are uneven
 ROWS = 6  # of a global micro-batch: divides by 1, 2 and 3 processes
 LENGTH = 4
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "gradselect"])
+PRELOADED = (
+    "torch",
+    "torch._dynamo",  # which the first step of any optimizer loads
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "gradselect.public_names",  # `import gradselect` alone loads nothing
+    "gradselect.integrations.distributed",
+    "pytest",
+)
+CONTEXT.set_forkserver_preload(list(PRELOADED))
 
 
 class TinyModel(nn.Module):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import math
 from typing import Any
 
 import pytest
 import torch
+from resume_support import assert_resumes
 from slice_support import train as train_on_tokens
 from tiny_models import tiny_llama
 from torch import Tensor, nn
@@ -261,29 +261,20 @@ def test_what_coasts_goes_on_from_weights_that_something_else_wrote() -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("residency", RESIDENCIES)
 def test_stopped_at_any_step_it_resumes_bitwise(residency: str, policy: str, borders: str) -> None:
-    def make() -> tuple[nn.Module, gs.BlockOptimizer]:
+    def built(weights: dict[str, Tensor] | None) -> tuple[nn.Module, gs.BlockOptimizer]:
         model = small(torch.bfloat16)
+        if weights is not None:
+            model.load_state_dict(weights)
         return model, build(model, POLICIES[policy](), BORDERS[borders], residency=RESIDENCIES[residency]())
 
-    steps = 10
-    whole, optimizer = make()
-    saved = []
-    records = []
-    for step in range(steps):
-        file = io.BytesIO()
-        torch.save((whole.state_dict(), optimizer.state_dict()), file)
-        saved.append(file)
-        records += train(whole, optimizer, range(step, step + 1))
-    for stop, file in enumerate(saved):
-        file.seek(0)
-        model, again = make()
-        weights, state = torch.load(file, weights_only=True)
-        model.load_state_dict(weights)
+    def change(stop: int, state: dict[str, Any]) -> None:
         if stop % 2:
             del state["selection"]  # torch.distributed.checkpoint leaves the text in the first group only
-        again.load_state_dict(state)
-        assert train(model, again, range(stop, steps)) == records[stop:]
-        assert all(map(torch.equal, whole.parameters(), model.parameters()))
+
+    def step(model: nn.Module, optimizer: gs.BlockOptimizer, number: int) -> Any:
+        return train(model, optimizer, range(number, number + 1))
+
+    assert_resumes(built, step, num_steps=10, change=change)
 
 
 def test_what_coasts_stays_on_the_device_and_counts_for_its_limit() -> None:

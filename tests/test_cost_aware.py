@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 import torch
 from policy_support import BLOCK_NAMES, make_blocks, norms_at
+from resume_support import assert_resumes
 from slice_support import train
 from tiny_models import tiny_batch, tiny_llama, tiny_qwen2, tiny_t5
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gradselect as gs
@@ -240,20 +241,16 @@ def test_gradients_are_exact_and_decisions_those_of_whole_gradients() -> None:
 
 
 def test_stopped_at_any_step_it_resumes_bitwise() -> None:
-    def built() -> tuple[nn.Module, gs.BlockOptimizer]:
+    def built(weights: dict[str, Tensor] | None) -> tuple[nn.Module, gs.BlockOptimizer]:
         model = tiny_llama()
+        if weights is not None:
+            model.load_state_dict(weights)
         return model, gs.BlockOptimizer(model, CostAware(count=2, explore_steps=5, full_every=3), lr=1e-2)
 
-    whole, optimizer = built()
-    list(train(whole, optimizer, range(10)))
-    for stop in range(1, 10, 2):
-        first, before = built()
-        list(train(first, before, range(stop)))
-        again, resumed = built()
-        again.load_state_dict(first.state_dict())
-        resumed.load_state_dict(before.state_dict())
-        list(train(again, resumed, range(stop, 10)))
-        assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), again.parameters(), strict=True))
+    def step(model: nn.Module, optimizer: gs.BlockOptimizer, number: int) -> list[gs.StepRecord]:
+        return list(train(model, optimizer, [number]))
+
+    assert_resumes(built, step, num_steps=10)
 
 
 def test_norms_beyond_the_selection_change_nothing() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import gradselect
+from gradselect.app.doctor.packages import FEATURES
 from gradselect.usage import needed_packages
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +82,11 @@ def test_the_strongest_of_two_bounds_counts(monkeypatch: pytest.MonkeyPatch) -> 
     requirements = ["x>=5.6; extra == 'train'", "x>=5.17; extra == 'train'", "x>=5.9; extra == 'train'"]
     monkeypatch.setattr("importlib.metadata.requires", lambda _: requirements)
     assert [package.requirement for package in needed_packages("train")] == ["x>=5.17"]
+
+
+def test_the_doctor_looks_at_every_extra_for_users() -> None:
+    extras = PROJECT["project"]["optional-dependencies"].keys()
+    assert set(FEATURES.values()) == extras - {"dev", "docs", "release"}
 
 
 def test_every_python_that_is_promised_is_tested() -> None:

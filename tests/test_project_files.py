@@ -24,7 +24,7 @@ def test_the_workflow_runs_commands_that_are_there() -> None:
     wanted = {word for step in steps for word in re.findall(r"^make (\S+)", step)}
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     assert {"lint", "docs", "notebooks", "wheel"} == wanted
-    assert wanted - targets <= {"docs", "notebooks"}
+    assert wanted <= targets
 
     spec = importlib.util.spec_from_file_location("matrix", ROOT / ".ci" / "matrix.py")
     assert spec is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import resume_support
 import torch
 from policy_support import through_torch
+from resume_support import same
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import OneCycleLR
@@ -188,37 +189,20 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def same(first: Any, second: Any) -> bool:
-    """Nested mappings and lists of tensors and plain values, bitwise."""
-    if isinstance(first, Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, Mapping):
-        return first.keys() == second.keys() and all(same(value, second[key]) for key, value in first.items())
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(same, first, second))
-    return first == second
-
-
 def assert_resumes(build: Callable[[], tuple[nn.Sequential, Any]]) -> None:
-    """Stop after each step, save with torch, load into a new pair, train to the end."""
-    model, optimizer = build()
-    records: list[Any] = []
-    optimizer.add_record_hook(records.append)
-    saved = []
-    for step in range(NUM_STEPS):
-        saved.append((copy.deepcopy(model.state_dict()), through_torch(optimizer.state_dict())))
-        train(model, optimizer, [step])
-    for stop, (model_state, state) in enumerate(saved):
-        resumed, again = build()
-        resumed.load_state_dict(model_state)
-        again.load_state_dict(state)
-        continued: list[Any] = []
-        again.add_record_hook(continued.append)
-        train(resumed, again, range(stop, NUM_STEPS))
-        assert same(weights(model), weights(resumed)), stop
-        assert continued == records[stop:]
-        assert same(again.state_dict(), optimizer.state_dict())
-        assert again.memory() == optimizer.memory()
+    """Stop after each step, save with torch, load into a new pair, go on."""
+
+    def built(state: dict[str, Tensor] | None) -> tuple[nn.Module, Any]:
+        model, optimizer = build()
+        if state is not None:
+            model.load_state_dict(state)
+        return model, optimizer
+
+    def step(model: Any, optimizer: Any, number: int) -> Any:
+        train(model, optimizer, [number])
+        return optimizer.last_record
+
+    resume_support.assert_resumes(built, step, num_steps=NUM_STEPS)
 
 
 def test_every_exported_rule_has_a_row() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from policy_support import through_torch
+from resume_support import assert_resumes
 from slice_support import is_linked, train
 from test_integration_transformers import arguments, examples
 from test_plan_activations import BATCH, LENGTH, saved_by
@@ -159,19 +159,14 @@ RUNS = {
 def test_a_run_resumes_at_every_step_to_the_bit(name: str) -> None:
     """From a plain checkpoint: the model is cut anew, then the optimizer's state is loaded."""
     by, dtype, options = RUNS[name]
-    model, optimizer = build(by, model=tiny_qwen2(layers=2, dtype=dtype), **options)
-    checkpoints = []
-    for number in range(NUM_STEPS):
-        checkpoints.append((copied(model), through_torch(optimizer.state_dict())))
-        step(model, optimizer, number)
-    for first, (plain, state) in enumerate(checkpoints):
-        other = tiny_qwen2(layers=2, dtype=dtype)
-        other.load_state_dict(plain)
-        other, resumed = build(by, model=other, **options)
-        resumed.load_state_dict(state)
-        for number in range(first, NUM_STEPS):
-            step(other, resumed, number)
-        assert same(copied(other), copied(model)), first
+
+    def built(plain: dict[str, Tensor] | None) -> tuple[nn.Module, Any]:
+        model = tiny_qwen2(layers=2, dtype=dtype)
+        if plain is not None:
+            model.load_state_dict(plain)
+        return build(by, model=model, **options)
+
+    assert_resumes(built, step, num_steps=NUM_STEPS)
 
 
 def test_another_number_of_parts_is_another_run() -> None:

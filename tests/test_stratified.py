@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from policy_support import make_blocks, take_step
+from resume_support import assert_resumes
 from slice_support import LAYERS, SLICED, SLICES, in_layer, train
 from tiny_models import tiny_batch, tiny_llama, tiny_t5
 
@@ -279,19 +280,17 @@ RUNS = {
     ids=[*RUNS, "losia, drop"],
 )
 def test_stopped_at_any_step_it_goes_on_bitwise_alike(policy, options):
-    whole = tiny_llama()
-    records = list(train(whole, by_matrix(whole, policy, **options), range(6)))
-    for stop in range(1, 6):
+    def built(weights):
         model = tiny_llama()
-        first = by_matrix(model, policy, **options)
-        list(train(model, first, range(stop)))
-        saved = first.state_dict()
-        first.close()
-        resumed = by_matrix(model, policy, **options)
-        resumed.load_state_dict(saved)
-        rest = list(train(model, resumed, range(stop, 6)))
-        assert [record.selected for record in rest] == [record.selected for record in records[stop:]]
-        assert all(map(torch.equal, model.parameters(), whole.parameters()))
+        if weights is not None:
+            model.load_state_dict(weights)
+        return model, by_matrix(model, policy, **options)
+
+    def step(model, optimizer, number):
+        (record,) = train(model, optimizer, [number])
+        return record.selected
+
+    assert_resumes(built, step, num_steps=6)
 
 
 @pytest.mark.parametrize("policy", RUNS.values(), ids=RUNS)

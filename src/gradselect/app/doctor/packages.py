@@ -18,6 +18,7 @@ FEATURES = {
     "Trainer of transformers": "transformers",
     "gradselect train, evaluate, compare, report": "train",
     "gradselect tune": "tune",
+    "gradselect evaluate --task generation": "generation",
     "gradselect evaluate --harness": "harness",
     "methods of other packages, for comparison": "peers",
 }

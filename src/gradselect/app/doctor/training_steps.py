@@ -91,6 +91,7 @@ def _check_unselected(optimizer: BlockOptimizer | SparseOptimizer, model: nn.Mod
         if not 0 < sum(moved.values()) <= num_selected:
             raise RuntimeError(f"{sum(moved.values())} entries have changed, and {num_selected} are selected")
         return
+    assert optimizer.last_record is not None
     selected = optimizer.last_record.selected
     for block in partition(model):
         has_moved = any(moved[name] for name in block.parameter_names)

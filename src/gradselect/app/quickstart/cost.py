@@ -30,7 +30,7 @@ class Cost:
     state_bytes: dict[str, int]
 
 
-def compare_cost(recipe: Recipe, *, num_steps: int) -> Cost:
+def compare_cost(recipe: Recipe, data: Path, *, num_steps: int) -> Cost:
     """Measure steps of the recipe's method and of full fine-tuning, in turn on the same batches.
 
     Exploration ends with the first step, so the timed steps are exploit steps.
@@ -41,13 +41,14 @@ def compare_cost(recipe: Recipe, *, num_steps: int) -> Cost:
     full = _build(recipe, gs.All(), always=(), residency=gs.Keep())
     seconds: dict[str, list[float]] = {"ours": [], "full": []}
     state = {"ours": 0, "full": 0}
-    for batch in _batches(recipe, count=num_steps + NUM_UNTIMED):
+    for batch in _batches(recipe, data, count=num_steps + NUM_UNTIMED):
         for name, (model, optimizer) in (("ours", ours), ("full", full)):
             start = time.perf_counter()
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             seconds[name].append(time.perf_counter() - start)
+            assert optimizer.last_record is not None
             state[name] = max(state[name], optimizer.last_record.state_bytes)
     timed = {name: values[NUM_UNTIMED:] for name, values in seconds.items()}
     ratios = [full / ours for full, ours in zip(timed["full"], timed["ours"], strict=True)]
@@ -64,9 +65,9 @@ def _build(recipe: Recipe, policy: gs.AbstractPolicy, **settings: Any) -> tuple[
     return model, gs.BlockOptimizer(model, policy, lr=recipe.optimizer.lr, **settings)
 
 
-def _batches(recipe: Recipe, *, count: int) -> Iterator[dict[str, torch.Tensor]]:
+def _batches(recipe: Recipe, data: Path, *, count: int) -> Iterator[dict[str, torch.Tensor]]:
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
-    rows = [json.loads(line) for line in Path(str(recipe.data.path)).read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
     size = recipe.run.batch_size
     for first in range(0, count * size, size):
         texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows[first : first + size]]

@@ -61,7 +61,7 @@ def quickstart(output: str | Path, *, steps: int | None = None, console: Console
     after = _solve(tuned, test=output / "test.jsonl")
     console.print(after.summary())
     console.rule("4  against full fine-tuning, step by step in turn")
-    cost = compare_cost(recipe, num_steps=TIMED_STEPS)
+    cost = compare_cost(recipe, output / "train.jsonl", num_steps=TIMED_STEPS)
     console.rule("5  which blocks trained when")
     selections = Selections.read(tuned / "records.jsonl", blocks=cost.blocks)
     draw(selections, output / "blocks.png")
