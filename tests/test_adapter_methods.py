@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from gradselect import UsageError, adapters
 from gradselect.adapters.registration import register
-from gradselect.app.export import export_gguf, read_exported
+from gradselect.app.export import export_gguf, model_card, read_exported
 from gradselect.app.models import load_weights, merge_command
 from gradselect.app.train import train
 from gradselect.methods import parse_method
@@ -316,6 +316,8 @@ def test_a_recipe_trains_merges_and_goes_on_after_a_stop(
     tokens = {"input_ids": torch.arange(3, 9)[None]}
     torch.testing.assert_close(model(**tokens).logits, merged(**tokens).logits, rtol=0, atol=1e-5)
     assert merge_command(tmp_path / "whole" / "adapter").startswith("python -c 'import gradselect.adapters; ")
+    card = model_card(read_exported(tmp_path / "whole", adapter=True), name="you/adapter")
+    assert "import gradselect.adapters" in card.split("from peft import")[0]
     with pytest.raises(UsageError, match=f"of the kind {name.upper()}, and GGUF has adapters of LoRA only"):
         export_gguf(read_exported(tmp_path / "whole", adapter=True))
 

@@ -41,7 +41,22 @@ def test_the_recipes_of_the_paper_take_the_same_number_of_examples_a_step() -> N
 
 
 @pytest.mark.parametrize(
-    "method", ["full", "gradnorm", "uniform", "lora", "rslora", "dora", "lisa", "badam", "grass", "last"]
+    "method",
+    [
+        "full",
+        "gradnorm",
+        "uniform",
+        "lora",
+        "rslora",
+        "dora",
+        "ether",
+        "etherplus",
+        "propulsion",
+        "lisa",
+        "badam",
+        "grass",
+        "last",
+    ],
 )
 def test_another_method_needs_only_its_own_keys(method: str) -> None:
     needs = {"gradnorm": ["method.count=2"], "uniform": ["method.fraction=0.2"], "grass": ["method.count=2"]}

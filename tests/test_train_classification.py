@@ -127,6 +127,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "last": {"count": 1},
     "full": {},
     "lora": {"rank": 2},
+    "etherplus": {},
     "peft": {"type": "ia3", "options": {"target_modules": ["key", "k_proj"], "feedforward_modules": []}},
 }
 
