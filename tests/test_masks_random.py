@@ -112,7 +112,8 @@ def test_the_preset_is_that_mask() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"adapter": None}, "leaves no LoRA"),
+        ({"adapter": None}, "adapter=None is no LoRA"),
+        ({"adapter": {"name": "ether"}}, "adapter=ether is no LoRA"),
         ({"density": 0}, "density"),
         ({"refresh_every": 0}, "refresh_every"),
     ],

@@ -202,7 +202,7 @@ class LoraSPMethod(AbstractFreeMaskMethod):
     mask_class: ClassVar[type[AbstractMask]] = StaticMask
     density: Annotated[float, Field(gt=0, le=1)] = 0.5
     refresh_every: PositiveInt | None = None
-    adapter: MaskAdapter | None = MaskAdapter()
+    adapter: Annotated[MaskAdapter | EtherMethod | PropulsionMethod | None, Field(discriminator="name")] = MaskAdapter()
 
     def mask_settings(self, facts: RunFacts) -> dict[str, Any]:
         return super().mask_settings(facts) | {"salience": salience.random, "scope": "tensor"}
@@ -217,6 +217,9 @@ class LoraSPMethod(AbstractFreeMaskMethod):
     @model_validator(mode="after")
     def check_adapter(self) -> Self:
         """Refuse a LoRA-SP without a LoRA."""
-        if self.adapter is None:
-            raise ValueError("method.adapter=null leaves no LoRA; write e.g. method.adapter={rank: 8}, or leave it out")
+        if not isinstance(self.adapter, MaskAdapter):
+            name = None if self.adapter is None else self.adapter.name
+            raise ValueError(
+                f"method.adapter={name} is no LoRA; write e.g. method.adapter={{rank: 8}}, or leave it out"
+            )
         return self
