@@ -18,6 +18,7 @@ from gradselect.app.compare import comparison as _comparison
 from gradselect.app.compare.git_state import SourceState
 from gradselect.app.compare.job import Job
 from gradselect.app.compare.results import ResultsFolder
+from gradselect.app.compare.side_by_side import SideBySide
 from gradselect.app.compare.suite import parse_suite
 from gradselect.app.compare.worker import carry_out
 
@@ -79,6 +80,7 @@ class Runner:
         seeds: int | None = None,
         resume: bool = False,
         recalibrate: bool = False,
+        side_by_side: SideBySide | None = None,
     ) -> list[Any]:
         self.ran, stream = [], io.StringIO()
         console = Console(file=stream, width=200)
@@ -88,6 +90,7 @@ class Runner:
             seeds=seeds or suite.seeds,
             resume=resume,
             recalibrate=recalibrate,
+            side_by_side=side_by_side,
             console=console,
             command=["gradselect", "compare"],
         )

@@ -26,6 +26,9 @@ def compare(
     recalibrate: Annotated[
         bool, typer.Option("--recalibrate", help="Under a budget, measure the time of steps again.")
     ] = False,
+    jobs: Annotated[
+        int, typer.Option(help="Runs at a time, each with its share of the threads or an accelerator.", min=1)
+    ] = 1,
     results: Annotated[
         str | None, typer.Option(help="Folder of the result files.", show_default="runs/compare/<suite>")
     ] = None,
@@ -38,6 +41,7 @@ def compare(
         loaded = load_suite(suite, overrides or [])
     options = [word for pattern in only or [] for word in ("--only", pattern)]
     options += [] if seeds is None else ["--seeds", str(seeds)]
+    options += [] if jobs == 1 else ["--jobs", str(jobs)]
     options += [] if results is None else ["--results", results]
     flags = [*(["--resume"] if resume else []), *(["--recalibrate"] if recalibrate else [])]
     words = ["gradselect", "compare", suite, *(overrides or []), *options]
@@ -49,6 +53,7 @@ def compare(
             seeds=seeds,
             resume=resume,
             recalibrate=recalibrate,
+            jobs=jobs,
             command=[*words, *flags],
         )
     if any(len(summary.results) < (seeds or loaded.seeds) for summary in summaries):

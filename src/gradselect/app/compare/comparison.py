@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -26,9 +26,13 @@ from .results import ResultsFolder, read_own_result
 from .run_plan import RunPlan
 from .samples import check_samples
 from .schedule import PlannedRun, best_rate, is_at_edge, score_run
+from .side_by_side import SideBySide
 from .subprocesses import prepare, run_job
 from .suite import Suite, ids_of_suite
 from .summary_table import MethodSummary, forgetting_table, summary_table
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 class Comparison:
@@ -40,6 +44,7 @@ class Comparison:
         seeds: number of seeds of each method.
         resume: resume unfinished runs from their newest checkpoint.
         recalibrate: measure the cost of steps again, also where an earlier call has.
+        side_by_side: places for several runs at a time. None: one after another.
         console: for progress.
         command: what the user typed.
     """
@@ -52,6 +57,7 @@ class Comparison:
         seeds: int,
         resume: bool,
         recalibrate: bool = False,
+        side_by_side: SideBySide | None = None,
         console: Console,
         command: Sequence[str],
     ) -> None:
@@ -60,6 +66,7 @@ class Comparison:
         self._seeds = seeds
         self._resume = resume
         self._recalibrate = recalibrate
+        self._side_by_side = side_by_side
         self._plan = RunPlan(suite)
         self._console = console
         self._command = tuple(command)
@@ -83,18 +90,19 @@ class Comparison:
             check_samples(self._suite.samples, self._suite.recipe)
         self._look_at_source()
 
-        # 2 under a budget, the steps of each method
+        # 2 under a budget, the steps of each method; nothing else runs meanwhile
         methods = self._calibrate(methods)
         self._retire_others()
+        if self._side_by_side is not None:
+            self._say(f"jobs       {self._side_by_side.text}; times of steps hold for a shared machine")
 
         # 3 the learning rate of each method, and its first seed with the model that the search has trained
-        rates = {method: self._search(method) for method in methods}
+        rates = dict(zip(methods, self._each(self._search, methods), strict=True))
 
         # 4 the other seeds, methods in turn: stopped early, all methods have as many
-        for seed in range(1, self._seeds):
-            for method, lr in rates.items():
-                if lr is not None:
-                    self._ensure(score_run(method, lr=lr, seed=seed))
+        best = {method: lr for method, lr in rates.items() if lr is not None}
+        seeds = range(1, self._seeds)
+        self._each(self._ensure, [score_run(method, lr=lr, seed=seed) for seed in seeds for method, lr in best.items()])
 
         # 5 the table
         found = self._folder.read()[0]
@@ -106,6 +114,10 @@ class Comparison:
             self._console.print(forgetting_table(summaries))
         self._say(f"results in {self._folder.root}; next: gradselect report {self._folder.root}")
         return summaries
+
+    def _each(self, act: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
+        """Return `act` of each item, one after another or side by side."""
+        return [act(item) for item in items] if self._side_by_side is None else self._side_by_side.map(act, items)
 
     def _calibrate(self, methods: Sequence[str]) -> list[str]:
         """Calibrate under a budget. Return the methods that run: those that fit into its memory."""
@@ -179,8 +191,12 @@ class Comparison:
         job, started = self._job(run), time.perf_counter()
         job_file, log = self._folder.job(run), self._folder.log(run)
         job_file.write_text(job.model_dump_json(indent=1), "utf-8")
-        with Stages(self._console).open(f"{run} ({run.role}), in {log}"):
-            error = run_job(job_file, log)
+        if self._side_by_side is None:
+            with Stages(self._console).open(f"{run} ({run.role}), in {log}"):
+                error = run_job(job_file, log)
+        else:
+            self._say(f"begins     {run} ({run.role}), in {log}")
+            error = self._side_by_side.run_job(job_file, log)
         seconds = time.perf_counter() - started
         if error is not None:
             write_result(job.result, describe_failure(job, error=error, total_seconds=seconds))
@@ -202,6 +218,7 @@ class Comparison:
             rate_at_edge=is_at_edge(run.lr, entry.rates) if is_score else None,
             role=run.role,
             share=run.share,
+            jobs=1 if self._side_by_side is None else self._side_by_side.count,
             budget=self._plan.budget(run.method),
             recipe=self._plan.recipe(run, output=self._folder.training(run)),
             evaluations=suite.evaluations if is_score else {},
@@ -278,6 +295,7 @@ def compare(
     seeds: int | None = None,
     resume: bool = False,
     recalibrate: bool = False,
+    jobs: int = 1,
     console: Console | None = None,
     command: Sequence[str] = (),
 ) -> list[MethodSummary]:
@@ -293,6 +311,8 @@ def compare(
         seeds: number of seeds; by default that of the suite.
         resume: resume unfinished runs from their newest checkpoint instead of starting again.
         recalibrate: under a budget, measure the cost of steps again. Results with other steps are moved aside.
+        jobs: runs at a time, each with its share of the threads, or an accelerator of its own. Step times then hold for
+            a shared machine; a calibration is always alone.
         console: for progress; by default the standard output.
         command: what the user typed, kept in the results.
 
@@ -300,7 +320,8 @@ def compare(
         A summary of each method, with its successful results.
 
     Raises:
-        UsageError: an unknown method, missing data or model, or results of another protocol.
+        UsageError: an unknown method, missing data or model, results of another protocol, or more jobs than the machine
+            has threads or accelerators.
 
     Example:
         >>> compare(load_suite("suites/quick.yaml"), only=["full"], seeds=1)  # doctest: +SKIP
@@ -312,6 +333,7 @@ def compare(
         seeds=seeds or suite.seeds,
         resume=resume,
         recalibrate=recalibrate,
+        side_by_side=SideBySide(jobs, device=suite.recipe.run.device) if jobs > 1 else None,
         console=console or Console(),
         command=command,
     ).run(methods)

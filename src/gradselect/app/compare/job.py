@@ -24,6 +24,7 @@ class Job(Settings):
         rate_at_edge: True if the best rate is the first or the last of the grid; None without a search.
         role: "rate" or "score".
         share: of the method's own steps that the recipe has.
+        jobs: number of runs side by side.
         budget: under which the recipe got its steps; None without a budget.
         recipe: the training.
         evaluations: of the trained model; empty if the rate is searched.
@@ -48,6 +49,7 @@ class Job(Settings):
     rate_at_edge: bool | None
     role: Role
     share: float = 1.0
+    jobs: int = 1
     budget: RunBudget | None = None
     recipe: Recipe
     evaluations: dict[str, Evaluation]

@@ -126,8 +126,9 @@ def _identity(job: Job) -> dict[str, Any]:
         "commit": job.commit,
         "dirty": job.dirty,
         "command": list(job.command),
-        # Without a budget, and at full length, there is no key, as in results of earlier versions.
+        # Without a budget, alone and at full length there is no key, as in results of earlier versions.
         **({} if job.budget is None else {"budget": job.budget}),
+        **({} if job.jobs == 1 else {"jobs": job.jobs}),
         **({} if job.share == 1 else {"share": job.share}),
     }
 

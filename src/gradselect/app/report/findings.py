@@ -41,6 +41,7 @@ def findings(comparison: Comparison) -> Iterator[str]:
     yield from _cheap(comparison, "Fastest to train", "training time", lambda method: method.training_seconds)
     yield from _cheap(comparison, "Smallest on average", "average bytes", lambda method: method.average_bytes)
     yield from _edges(comparison)
+    yield from _side_by_side(comparison)
     if found := list(disagreements(comparison)):
         lines = f"{words.plural(len(found), 'pair')} of rates"
         yield f"Short runs of the rate search and those of all steps put {lines} in another order; see its section."
@@ -95,6 +96,15 @@ def _edges(comparison: Comparison) -> Iterator[str]:
     on_edge = [method.name for method in comparison.methods if method.edge in ("lowest", "highest")]
     if on_edge:
         yield f"Best rate at an edge of the grid, so a better one may lie beyond it: {_few(on_edge)}."
+
+
+def _side_by_side(comparison: Comparison) -> Iterator[str]:
+    jobs = sorted({run.record.jobs for method in comparison.methods for run in method.runs})
+    if len(jobs) > 1:
+        counts = words.joined([f"{count:,}" for count in jobs])
+        yield f"Runs were made {counts} at a time, so times of steps do not compare among all methods."
+    elif jobs and jobs[0] > 1:
+        yield f"Runs were made {jobs[0]:,} side by side: times of steps hold for a shared machine."
 
 
 def disagreements(comparison: Comparison) -> Iterator[str]:

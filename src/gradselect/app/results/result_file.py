@@ -124,6 +124,7 @@ class ComparedRun(Record):
         commit: of the library; None if it was no checkout.
         dirty: True if the library differed from that commit.
         share: of the method's own steps, for a short run of the search; 1 for every other run.
+        jobs: number of runs that were made side by side.
         budget: under which the method got its steps; None without a budget.
         validation_loss: None if it is undefined, or if the run failed.
         forgetting: losses on text that the base knew, of the only set or by the name of each set.
@@ -143,6 +144,7 @@ class ComparedRun(Record):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     commit: str | None = None
     dirty: bool
+    jobs: int = 1
     command: list[str] = Field(default_factory=list)
     budget: RunBudget | None = None
     seconds: Seconds | None = None
