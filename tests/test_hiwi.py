@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +12,13 @@ import transformers
 from adapter_support import disturbed, layers_of, with_biases, wrapped
 from classification_fixtures import classify, write_place
 from test_adapters import logits
-from tiny_models import tiny_bart, tiny_batch, tiny_bert, tiny_gpt2, tiny_llama, tiny_opt, tiny_roberta
+from tiny_models import seeded, tiny_bart, tiny_batch, tiny_bert, tiny_gpt2, tiny_llama, tiny_opt, tiny_roberta
 from torch import nn
-from train_fixtures import quiet, weights
+from train_fixtures import byte_tokenizer, parse, quiet, weights, write_sums
 
 import gradselect as gs
 from gradselect.adapters import HiwiConfig
+from gradselect.app.compare.measure import count_weights, measure_shipment, weight_bytes
 from gradselect.app.train import train
 
 pytestmark = [
@@ -87,6 +90,21 @@ def test_a_recipe_trains_the_biases_of_a_classifier(tmp_path):
     changed = {name for name in ours if not torch.equal(ours[name], before.get(name.removeprefix("bert."), ours[name]))}
     assert len(changed) == 2 * 2
     assert all(re.fullmatch(r"bert\.encoder\.layer\.\d\.(intermediate|output)\.dense\.bias", name) for name in changed)
+
+
+def test_to_ship_it_the_biases_are_enough(tmp_path):
+    config = transformers.GPT2Config(vocab_size=258, n_positions=64, n_embd=16, n_layer=2, n_head=2)
+    with_biases(seeded(lambda: transformers.GPT2LMHeadModel(config))).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    write_sums(tmp_path / "sums.jsonl")
+    recipe = parse(tmp_path, method={"name": "hiwi", "rank": 16}, run={"output": str(tmp_path / "out"), "steps": 2})
+    train(recipe, console=quiet())
+    job: Any = SimpleNamespace(training=tmp_path / "out", recipe=recipe, share=1)
+    shipment = measure_shipment(job, job)
+    num_biases = 2 * (64 + 16)
+    assert shipment.num_trained == num_biases
+    assert shipment.num_bytes < weight_bytes(tmp_path / "out" / "adapter")
+    assert count_weights(tmp_path / "out" / "adapter") == 2 * 16 * num_biases
 
 
 def without_biases():

@@ -62,6 +62,7 @@ METHODS: dict[str, tuple[dict[str, Any], str]] = {
     "lora": ({"name": "lora", "rank": 4}, "bfloat16"),
     "lora with embedding": ({"name": "lora", "rank": 4, "train_embedding": True}, "bfloat16"),
     "etherplus": ({"name": "etherplus"}, "bfloat16"),
+    "lorta": ({"name": "lorta", "rank": 4}, "bfloat16"),
     "static": ({"name": "static", "density": 0.05}, "bfloat16"),
     "lift": ({"name": "lift", "density": 0.05, "always": ["*.embed_tokens.weight"]}, "float32"),
     "static on lora": ({"name": "static", "density": 0.5, "adapter": {"rank": 4}}, "float32"),

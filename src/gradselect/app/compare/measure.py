@@ -63,15 +63,14 @@ def measure_shipment(job: Job, run: FinishedRun) -> Shipment:
     if isinstance(job.recipe.data, RandomData) or job.share < 1:
         return Shipment(num_bytes=None, num_trained=None)
     if folder.adapter.is_dir():
-        return Shipment(num_bytes=weight_bytes(folder.adapter), num_trained=count_weights(folder.adapter))
-    whole = weight_bytes(folder.root)
+        adapter = Shipment(num_bytes=weight_bytes(folder.adapter), num_trained=count_weights(folder.adapter))
+        if job.recipe.method.name != "hiwi":
+            return adapter
+        # Of HiWi only new biases are left, which are fewer numbers than were trained.
+        return min(adapter, _delta_of_run(job, folder), key=lambda shipment: shipment.num_bytes or 0)
     if job.recipe.method.name == "full":
-        return Shipment(num_bytes=whole, num_trained=run.model.parameters)
-    model = job.recipe.model
-    base = local_folder(model.path, revision=model.revision)
-    with TemporaryDirectory(dir=folder.root) as aside:
-        _cast_checkpoint(base, Path(aside), dtype=getattr(torch, model.dtype))
-        return _delta_shipment(Path(aside), folder.root, whole=whole)
+        return Shipment(num_bytes=weight_bytes(folder.root), num_trained=run.model.parameters)
+    return _delta_of_run(job, folder)
 
 
 def score_of(result: EvaluationResult, metric: str | None = None) -> Score:
@@ -109,6 +108,14 @@ def count_weights(folder: Path) -> int:
         with safe_open(file, framework="pt") as tensors:
             total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     return total
+
+
+def _delta_of_run(job: Job, folder: RunFolder) -> Shipment:
+    model = job.recipe.model
+    base = local_folder(model.path, revision=model.revision)
+    with TemporaryDirectory(dir=folder.root) as aside:
+        _cast_checkpoint(base, Path(aside), dtype=getattr(torch, model.dtype))
+        return _delta_shipment(Path(aside), folder.root, whole=weight_bytes(folder.root))
 
 
 def _cast_checkpoint(base: Path, target: Path, *, dtype: torch.dtype) -> None:
