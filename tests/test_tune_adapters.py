@@ -52,7 +52,7 @@ def test_what_is_found_has_the_parameters_of_the_recipe_s_rank_and_trains(folder
 def test_checkpointing_does_not_change_what_is_found(folder, tmp_path):
     found = [
         tune_adapters(
-            recipe_of(folder, tmp_path, model={"gradient_checkpointing": checkpointing}),
+            recipe_of(folder, tmp_path, model={"gradient_checkpointing": checkpointing}, run={"steps": 3}),
             study=tmp_path / str(checkpointing),
             ranks=RANKS,
             console=quiet(),

@@ -180,15 +180,15 @@ def test_a_process_of_an_older_version_that_locks_the_study_is_named(recipe, tmp
 def test_a_study_of_an_older_version_goes_on_as_it_would_have(recipe, tmp_path, monkeypatch):
     """Such a study knows no sampler and no numbers of draws."""
     monkeypatch.setattr(_tune, "carry_out", by(lambda recipe: recipe.optimizer.lr))
-    whole = work(recipe, tmp_path / "whole", num_trials=7)
-    work(recipe, tmp_path / "old", num_trials=3)
+    whole = work(recipe, tmp_path / "whole", num_trials=6)
+    work(recipe, tmp_path / "old", num_trials=2)
     description = json.loads((tmp_path / "old" / "study.json").read_text())
     assert description.pop("sampler") == "tpe"
     (tmp_path / "old" / "study.json").write_text(json.dumps(description))
     with sqlite3.connect(tmp_path / "old" / "trials.db") as database:
-        assert database.execute("DELETE FROM trial_user_attributes WHERE key = 'draw'").rowcount == 3
+        assert database.execute("DELETE FROM trial_user_attributes WHERE key = 'draw'").rowcount == 2
     database.close()
-    assert rates(work(recipe, tmp_path / "old", num_trials=7)) == rates(whole)
+    assert rates(work(recipe, tmp_path / "old", num_trials=6)) == rates(whole)
 
 
 # memory -----------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def locked(folder: Path, *, name: str = "run.output") -> Iterator[None]:
 
 
 @contextmanager
-def taking_turns(folder: Path, *, seconds: float, name: str) -> Iterator[None]:
+def taking_turns(folder: Path, *, seconds: float, name: str, warn: bool = True) -> Iterator[None]:
     """Wait until no other process has its turn in the folder, then hold the lock of `locked`.
 
     The lock file stays: whoever waits for it has it open.
@@ -64,6 +64,7 @@ def taking_turns(folder: Path, *, seconds: float, name: str) -> Iterator[None]:
         folder: an existing folder.
         seconds: longest wait.
         name: the setting that names the folder, for errors.
+        warn: say that a file system has no locks.
 
     Raises:
         UsageError: another process has held it all the time; says which.
@@ -79,7 +80,8 @@ def taking_turns(folder: Path, *, seconds: float, name: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _WITHOUT_LOCKS:
             raise UsageError(f"{name}={folder} cannot be written to: {error}") from None
-        logger.warning("%s is on a file system without locks: start no second process with this folder", folder)
+        if warn:
+            logger.warning("%s is on a file system without locks: start no second process with this folder", folder)
     try:
         yield
     finally:

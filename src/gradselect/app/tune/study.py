@@ -66,13 +66,13 @@ class StudyFolder:
     def trial(self, number: int) -> Path:
         return self.root / "trials" / str(number)
 
-    def turn(self) -> AbstractContextManager[None]:
+    def turn(self, *, warn: bool = False) -> AbstractContextManager[None]:
         """Wait for this process's turn to write into the study. Take one for each read or write that belongs together.
 
         Raises:
             UsageError: another process holds the folder.
         """
-        return taking_turns(self.root, seconds=TURN_SECONDS, name="--study")
+        return taking_turns(self.root, seconds=TURN_SECONDS, name="--study", warn=warn)
 
     def owning(self, number: int) -> AbstractContextManager[None]:
         """Own trial `number` until the block or the process ends."""
@@ -107,7 +107,7 @@ def opened(folder: StudyFolder, description: Mapping[str, Any]) -> Iterator[optu
     except OSError as error:
         raise UsageError(f"--study={folder.root} cannot be made: {error}") from None
     with _quiet_optuna():
-        with folder.turn():
+        with folder.turn(warn=True):
             check_folder(folder, description)
             if not folder.description.exists():
                 write_atomically(folder.description, json.dumps(description, indent=2, ensure_ascii=False) + "\n")

@@ -108,11 +108,12 @@ class Gated:
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self._gates: Tensor | None = None
+        self._device = sites[0].down.weight.device
         self._hooks = [site.down.register_forward_hook(self._hook(index)) for index, site in enumerate(sites)]
 
     def set(self, gates: Tensor) -> None:
         """Use these gates from now on: (sites, largest rank)."""
-        self._gates = gates
+        self._gates = gates.to(self._device)  # in one copy
 
     def close(self) -> None:
         """Remove the gates."""
