@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, Trainer
 
 import gradselect as gs
+from gradselect.blocks import StepCost
 
 pytestmark = [
     # PEFT asks transformers 5 for a property that was renamed.
@@ -239,6 +240,15 @@ def test_id3_trains_some_entries_of_it_and_leaves_the_others_bit_identical(name:
     after = {each: model.get_parameter(each).detach() for each in before}
     assert 0 < sum(int((after[each] != before[each]).sum()) for each in before) <= 6
     assert all(torch.equal(model.get_parameter(each), value) for each, value in base.items())
+
+
+@every
+def test_full_fine_tuning_would_not_cost_what_it_adds(name: str) -> None:
+    case = ADAPTERS[name]
+    model, base = case.adapted(), case.build()
+    costs = [StepCost.of_model(each, gs.partition(each)) for each in (model, base)]
+    assert costs[0].full == costs[1].full
+    assert costs[0].total == costs[1].total + costs[0].num_adapted
 
 
 @every

@@ -72,7 +72,7 @@ class StepCost:
         products: entries of each matrix that is multiplied, by depth; adapters included.
         depths: depth of the lowest tensor of each block.
         weights: entries of each block's matrices that are multiplied.
-        num_adapted: entries of LoRA adapters among the products, which full fine-tuning would not have.
+        num_adapted: entries of adapters among the products, which full fine-tuning would not have.
 
     Example:
         >>> import torch
@@ -119,7 +119,7 @@ class StepCost:
                 block: sum(named[name].numel() for name in names if named[name] in multiplied)
                 for block, names in members.items()
             },
-            num_adapted=sum(named[name].numel() for name in named if ".lora_" in name),
+            num_adapted=sum(each.numel() for each in multiplied & _of_adapters(named, modules)),
         )
 
     @classmethod
@@ -237,6 +237,22 @@ def _products(named: Mapping[str, Parameter], lookups: Collection[str]) -> list[
     """Return a name of each parameter that is multiplied; of a tied one, the last."""
     found = {parameter: name for name, parameter in named.items() if parameter.ndim > 1 and name not in lookups}
     return list(found.values())
+
+
+def _of_adapters(named: Mapping[str, Parameter], modules: Mapping[str, nn.Module]) -> set[Parameter]:
+    """Return what PEFT has added to a model: what its layers and tuners hold beside the module that they wrap."""
+    # By class name: the library does not import PEFT.
+    kinds = {path: {kind.__name__ for kind in type(module).__mro__} for path, module in modules.items()}
+    inner = {path: {"base_layer"} for path, kind in kinds.items() if "BaseTunerLayer" in kind}
+    inner |= {path: {"model"} for path, kind in kinds.items() if "BaseTuner" in kind}
+    return {
+        parameter
+        for name, parameter in named.items()
+        if any(
+            path in inner and name[len(path) + 1 :].partition(".")[0] not in inner[path]
+            for path in beginnings(parent(name))
+        )
+    }
 
 
 def _num_entries(parameter: Parameter, module: nn.Module) -> int:
