@@ -7,10 +7,14 @@ import logging
 import peft
 import pytest
 import torch
+from classification_fixtures import classify, write_place
 from tiny_models import tiny_llama
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 import gradselect as gs
+from gradselect.app.inputs import read_inputs
+from gradselect.app.runtime.run_folder import RunFolder
+from gradselect.app.train.setup import build_trainer
 from gradselect.integrations.transformers import AdaLoraCallback, SelectiveTraining
 from gradselect.integrations.transformers.adalora import ranks
 
@@ -89,6 +93,17 @@ def test_a_training_that_ends_early_says_what_is_left_of_the_ranks(caplog):
     model = adapted()
     steps(model, AdaLoraCallback(), until=6)
     assert f"AdaLoRA: {total(model)} ranks are left in 4 matrices, but target_r=2 asks for 8" in caplog.text
+
+
+def test_a_recipe_meets_the_budget_with_masters_for_a_head_in_bf16_too(tmp_path):
+    """The head is PEFT's copy in bf16, which this library's optimizer trains; it keeps gradients for the scores."""
+    place = write_place(tmp_path)
+    method = {"name": "adalora", "rank": 2, "initial_rank": 4, "every": 2, "start": 0.1, "end": 0.6}
+    recipe = classify(place, tmp_path / "out", method=method, model={"dtype": "bfloat16"}, run={"steps": 10})
+    trainer = build_trainer(recipe, read_inputs(recipe), folder=RunFolder(tmp_path / "out"))
+    assert isinstance(trainer.optimizer, gs.BlockOptimizer)
+    trainer.train()
+    assert total(trainer.model) == 2 * len(ranks(trainer.model)) > 0
 
 
 def injected():
