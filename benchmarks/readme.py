@@ -1,7 +1,7 @@
-"""Put the tables of the committed result files into README.md, each between its markers.
+"""Put the tables of the committed result files into README.md and docs/results.md, each between its markers.
 
-python benchmarks/readme.py            # rewrites README.md
-python benchmarks/readme.py --check    # exits with 1 where README.md and the results differ
+python benchmarks/readme.py            # rewrites both pages
+python benchmarks/readme.py --check    # exits with 1 where a page and the results differ
 """
 
 from __future__ import annotations
@@ -21,7 +21,50 @@ import sparsegrad
 import step_time
 from common import RESULTS, ROOT, fill_section, markdown_table, megabytes, read_result, read_rows
 
-README = ROOT / "README.md"
+from gradselect.app.report.comparison import Comparison, compare_results
+from gradselect.app.report.read_results import read_results
+from gradselect.app.report.scores import Difference, Scores
+
+README, TABLES = ROOT / "README.md", ROOT / "docs" / "results.md"
+GIB = 2**30
+HEADLINE = ("full", "AdaGradSelect matrices + embedding", "slices 1/4 + embedding", "LoRA r=16 + embedding")
+"""Methods of the README's table."""
+
+LAYERS = "AdaGradSelect 3 of 8 + embedding"
+PAIRS = [
+    ("AdaGradSelect matrices + embedding", "uniform matrices + embedding"),
+    ("slices 1/4 + embedding", "uniform slices 1/4 + embedding"),
+    ("slices 1/8 + embedding", "uniform slices 1/8 + embedding"),
+    (LAYERS, "uniform 3 of 8 + embedding"),
+    ("cost-aware 3 of 9", "uniform cuts, 3 of 9"),
+    ("cost-aware slices", "uniform cuts, slices"),
+    ("AdaGradSelect matrices + embedding", LAYERS),
+    ("slices 1/4 + embedding", LAYERS),
+    ("slices 1/8 + embedding", LAYERS),
+    ("AdaGradSelect 3 of 8", LAYERS),
+    ("cost-aware 3 of 9", LAYERS),
+    ("cost-aware matrices", "AdaGradSelect matrices + embedding"),
+    ("cost-aware slices", "slices 1/8 + embedding"),
+    ("AdaGradSelect matrices + embedding", "LoRA r=16 + embedding"),
+    ("slices 1/4 + embedding", "LoRA r=16 + embedding"),
+    ("slices 1/8 + embedding", "LoRA r=16 + embedding"),
+]
+
+
+def card() -> str:
+    """The plan of a training on a card of 12 GiB, kept as benchmarks/results/plan.json.
+
+    gradselect plan recipes/paper/llama-3.2-1b.yaml model.path=suites/shapes/llama-3.2-1b \\
+        run.batch_size=1 run.accumulation=16 --fit 12GiB --json > benchmarks/results/plan.json
+    """
+    plan = read_result(RESULTS / "plan.json")
+    full = next(method for method in plan["methods"] if method["name"] == "full")
+    ours, theirs = (method["peak_bytes"] / GIB for method in (plan["own"], full))
+    return (
+        f"On a card of 12 GiB, Llama-3.2-1B trains so in bf16 with fp32 masters, by `gradselect plan`: {ours:.1f} GiB at "
+        f"the peak where full\nfine-tuning needs {theirs:.1f}, and {100 - 100 * plan['own']['relative_time']:.0f} % fewer "
+        "operations in a step that explores nothing."
+    )
 
 
 def quickstart() -> str:
@@ -82,6 +125,105 @@ def learning() -> str:
         "per token. Rates are compared with the first seed; the second ran at the best one only.\n\n"
         + gsm8k_loss.table(rows)
     )
+
+
+def equal_time() -> str:
+    """The comparison `small-equal-time`: every method trains as long as full fine-tuning."""
+    comparison = equal_time_comparison()
+    differences = {scores.measure.name: {one.first: one for one in pairs} for scores, _, pairs in comparison.differences}
+    solved, loss = (named(comparison, name) for name in ("solved", "loss"))
+    rows = [
+        [
+            *equal_time_cells(comparison, method.name),
+            with_interval(differences["solved"].get(method.name), scale=100, decimals=1),
+            f"{loss.estimates[method.name].value:.3f}",
+            with_interval(differences["loss"].get(method.name), scale=1, decimals=3),
+            megabytes(peak(comparison, method.name)),
+        ]
+        for method in sorted(comparison.methods, key=lambda method: loss.estimates[method.name].value)
+    ]
+    seeds = {len(method.runs) for method in comparison.methods}
+    items = solved.estimates["full"].source
+    return (
+        "`gradselect compare suites/small-equal-time.yaml`: the quickstart's base and problems, 1,000 unseen problems, "
+        f"{'/'.join(map(str, sorted(seeds)))} seeds, each method at its best of three or four rates, as many steps as take "
+        "the time of 250 full ones in a calibration of interleaved rounds. `step`: its time against a full step. "
+        f"Differences to full fine-tuning are paired, with 95 % intervals over {items}; bold: more than chance after "
+        "Holm's correction. Best loss first.\n\n"
+    ) + markdown_table(
+        ["method", "steps", "step", "rate", "solved %", "less full", "loss", "less full", "peak MB of weights, gradients, state"],
+        rows,
+    )
+
+
+def equal_time_pairs() -> str:
+    """Each mechanism against its twin that draws uniformly, against AdaGradSelect on layers, and against LoRA."""
+    comparison = equal_time_comparison()
+    tables = [named(comparison, name).differences(PAIRS) for name in ("solved", "loss")]
+    rows = [
+        [
+            solved.first,
+            solved.second,
+            with_interval(solved, scale=100, decimals=1),
+            with_interval(loss, scale=1, decimals=3),
+            f"{peak(comparison, solved.first) / peak(comparison, solved.second):.2f}",
+        ]
+        for solved, loss in zip(*tables, strict=True)
+    ]
+    return markdown_table(["method", "against", "solved %", "loss", "its bytes / the other's"], rows)
+
+
+def headline() -> str:
+    """Four rows of the comparison at equal time."""
+    comparison = equal_time_comparison()
+    rows = [
+        [
+            *equal_time_cells(comparison, name, with_rate=False),
+            f"{named(comparison, 'loss').estimates[name].value:.3f}",
+            megabytes(peak(comparison, name)),
+        ]
+        for name in HEADLINE
+    ]
+    return (
+        "`gradselect compare suites/small-equal-time.yaml`: a model of 1.4 M parameters learns word problems; every method "
+        "trains as long as full\nfine-tuning, at its best learning rate, with five seeds:\n\n"
+    ) + markdown_table(
+        ["method", "steps in the same time", "time of a step", "solved %", "loss", "peak MB of weights, gradients, state"],
+        rows,
+    )
+
+
+def equal_time_comparison() -> Comparison:
+    return compare_results(read_results(RESULTS / "small-equal-time", include_dirty=False))
+
+
+def equal_time_cells(comparison: Comparison, name: str, *, with_rate: bool = True) -> list[str]:
+    """Return name, steps, time of a step, rate and solved problems of a method."""
+    method = next(method for method in comparison.methods if method.name == name)
+    budget = method.runs[0].record.budget
+    assert budget is not None
+    rate = [f"{method.lr:g}"] if with_rate else []
+    solved = 100 * named(comparison, "solved").estimates[name].value
+    return [name, str(budget.steps), f"{budget.ratio:.2f}", *rate, f"{solved:.1f}"]
+
+
+def named(comparison: Comparison, measure: str) -> Scores:
+    return next(scores for scores in comparison.scores if scores.measure.name == measure)
+
+
+def peak(comparison: Comparison, name: str) -> float:
+    """Return the largest peak of counted bytes of a method's runs."""
+    runs = next(method.runs for method in comparison.methods if method.name == name)
+    return max(run.record.bytes.peak["together"] for run in runs if run.record.bytes is not None)
+
+
+def with_interval(difference: Difference | None, *, scale: float, decimals: int) -> str:
+    """Write a difference with its interval, bold if it is more than chance."""
+    if difference is None:
+        return ""
+    value, low, high = (scale * figure for figure in (difference.value, *difference.interval))
+    text = f"{value:+.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})"
+    return f"**{text}**" if difference.is_significant else text
 
 
 def accuracy() -> str:
@@ -174,36 +316,42 @@ def masks() -> str:
     )
 
 
-SECTIONS: dict[str, Callable[[], str]] = {
-    "quickstart": quickstart,
-    "step_time": speed,
-    "levers": memory,
-    "gsm8k_loss": learning,
-    "small": accuracy,
-    "small_variants": variants,
-    "sparse_step": sparse_speed,
-    "sparsegrad": rotated,
-    "gsm8k_masks": masks,
-    "glue": encoder,
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    README: {"card": card, "quickstart": quickstart, "headline": headline},
+    TABLES: {
+        "small_equal_time": equal_time,
+        "small_equal_time_pairs": equal_time_pairs,
+        "step_time": speed,
+        "levers": memory,
+        "gsm8k_loss": learning,
+        "small": accuracy,
+        "small_variants": variants,
+        "sparse_step": sparse_speed,
+        "sparsegrad": rotated,
+        "gsm8k_masks": masks,
+        "glue": encoder,
+    },
 }
 
 
-def filled(text: str) -> str:
-    """Return the README's text with the tables of the results."""
-    for name, section in SECTIONS.items():
+def filled(page: Path) -> str:
+    """Return the text of a page with the tables of the results."""
+    text = page.read_text(encoding="utf-8")
+    for name, section in PAGES[page].items():
         text = fill_section(text, name, section())
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the README differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page differs")
     check = parser.parse_args().check
-    before = README.read_text(encoding="utf-8")
-    after = filled(before)
-    if check:
-        sys.exit(int(before != after))
-    README.write_text(after, encoding="utf-8")
+    for page in PAGES:
+        after = filled(page)
+        if not check:
+            page.write_text(after, encoding="utf-8")
+        elif after != page.read_text(encoding="utf-8"):
+            sys.exit(f"{page.name} differs from the result files; run python benchmarks/readme.py")
 
 
 if __name__ == "__main__":

@@ -139,13 +139,14 @@ class Scores:
     def against(self, reference: str) -> list[Difference]:
         """Differences of every method to `reference`, the best method first."""
         others = sorted((name for name in self.estimates if name != reference), key=self.order)
-        return self._test([(name, reference) for name in others])
+        return self.differences([(name, reference) for name in others])
 
     def pairs(self) -> list[Difference]:
         """Differences of all pairs, the better method first."""
-        return self._test(list(combinations(sorted(self.estimates, key=self.order), 2)))
+        return self.differences(list(combinations(sorted(self.estimates, key=self.order), 2)))
 
-    def _test(self, pairs: Sequence[tuple[str, str]]) -> list[Difference]:
+    def differences(self, pairs: Sequence[tuple[str, str]]) -> list[Difference]:
+        """Differences of the first to the second of each pair, with Holm's correction for these pairs."""
         if self.table is None:
             return []
         found = [(pair, self.table.compare(*pair)) for pair in pairs if self.table.shared_seeds(*pair)]
