@@ -61,9 +61,9 @@ def card() -> str:
     full = next(method for method in plan["methods"] if method["name"] == "full")
     ours, theirs = (method["peak_bytes"] / GIB for method in (plan["own"], full))
     return (
-        f"On a card of 12 GiB, Llama-3.2-1B trains so in bf16 with fp32 masters, by `gradselect plan`: {ours:.1f} GiB at "
-        f"the peak where full\nfine-tuning needs {theirs:.1f}, and {100 - 100 * plan['own']['relative_time']:.0f} % fewer "
-        "operations in a step that explores nothing."
+        "On a card of 12 GiB, Llama-3.2-1B trains so in bf16 with fp32 masters, by `gradselect plan`: "
+        f"{ours:.1f} GiB at the peak where full\nfine-tuning needs {theirs:.1f}, and "
+        f"{100 - 100 * plan['own']['relative_time']:.0f} % fewer operations in a step that does not explore."
     )
 
 
@@ -130,7 +130,9 @@ def learning() -> str:
 def equal_time() -> str:
     """The comparison `small-equal-time`: every method trains as long as full fine-tuning."""
     comparison = equal_time_comparison()
-    differences = {scores.measure.name: {one.first: one for one in pairs} for scores, _, pairs in comparison.differences}
+    differences = {
+        scores.measure.name: {one.first: one for one in pairs} for scores, _, pairs in comparison.differences
+    }
     solved, loss = (named(comparison, name) for name in ("solved", "loss"))
     rows = [
         [
@@ -142,16 +144,26 @@ def equal_time() -> str:
         ]
         for method in sorted(comparison.methods, key=lambda method: loss.estimates[method.name].value)
     ]
-    seeds = {len(method.runs) for method in comparison.methods}
+    seeds = "/".join(str(number) for number in sorted({len(method.runs) for method in comparison.methods}))
     items = solved.estimates["full"].source
     return (
         "`gradselect compare suites/small-equal-time.yaml`: the quickstart's base and problems, 1,000 unseen problems, "
-        f"{'/'.join(map(str, sorted(seeds)))} seeds, each method at its best of three or four rates, as many steps as take "
-        "the time of 250 full ones in a calibration of interleaved rounds. `step`: its time against a full step. "
+        f"{seeds} seeds, each method at its best of three or four rates, as many steps as take the time of 250 full "
+        "ones in a calibration of interleaved rounds. `step`: its time against a full step. "
         f"Differences to full fine-tuning are paired, with 95 % intervals over {items}; bold: more than chance after "
         "Holm's correction. Best loss first.\n\n"
     ) + markdown_table(
-        ["method", "steps", "step", "rate", "solved %", "less full", "loss", "less full", "peak MB of weights, gradients, state"],
+        [
+            "method",
+            "steps",
+            "step",
+            "rate",
+            "solved %",
+            "less full",
+            "loss",
+            "less full",
+            "peak MB of weights, gradients, state",
+        ],
         rows,
     )
 
@@ -185,10 +197,17 @@ def headline() -> str:
         for name in HEADLINE
     ]
     return (
-        "`gradselect compare suites/small-equal-time.yaml`: a model of 1.4 M parameters learns word problems; every method "
-        "trains as long as full\nfine-tuning, at its best learning rate, with five seeds:\n\n"
+        "`gradselect compare suites/small-equal-time.yaml`: a model of 1.4 M parameters learns word problems; every "
+        "method trains as long as full\nfine-tuning, at its best learning rate, with five seeds:\n\n"
     ) + markdown_table(
-        ["method", "steps in the same time", "time of a step", "solved %", "loss", "peak MB of weights, gradients, state"],
+        [
+            "method",
+            "steps in the same time",
+            "time of a step",
+            "solved %",
+            "loss",
+            "peak MB of weights, gradients, state",
+        ],
         rows,
     )
 
