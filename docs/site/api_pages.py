@@ -19,7 +19,6 @@ ROOMS = {
 
 CORE = {
     "Block": "blocks",
-    "Borders": "optimizers",
     "Keep": "residency",
     "Offload": "residency",
     "Drop": "residency",
@@ -29,7 +28,12 @@ CORE = {
     "JsonlWriter": "records",
     "Patch": "records",
 }
-OTHERS = {"BlockOptimizer": "optimizers", "SparseOptimizer": "optimizers", "AbstractPolicy": "policies"}
+OTHERS = {
+    "AbstractPolicy": "policies",
+    "BlockOptimizer": "optimizers",
+    "Borders": "optimizers",
+    "SparseOptimizer": "optimizers",
+}
 
 TITLES = {
     "optimizers": (

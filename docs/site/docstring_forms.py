@@ -8,6 +8,7 @@ from typing import Any
 from griffe import Extension, Object
 
 KNOWN = {"args", "attributes", "raises", "returns", "yields", "examples"}
+PAGE = re.compile(r"\bdocs/(?P<page>[a-z-]+)\.md")
 OPENS_BLOCK = re.compile(r"^(?P<text>\S.*):$")
 
 
@@ -17,7 +18,12 @@ class DocstringForms(Extension):
     def on_object(self, *, obj: Object, **_: Any) -> None:
         """Rewrite the docstring of one class, function, attribute or module."""
         if obj.docstring is not None:
-            obj.docstring.value = rewritten(obj.docstring.value)
+            obj.docstring.value = PAGE.sub(link_to_page, rewritten(obj.docstring.value))
+
+
+def link_to_page(name: re.Match[str]) -> str:
+    """Return a link from a page of the API, which is in a folder, to the page that a docstring names."""
+    return f"[{name['page'].replace('-', ' ')}](../{name['page']}.html)"
 
 
 def rewritten(text: str) -> str:
