@@ -14,6 +14,7 @@ def write_notebook_page(notebook: Path, folder: Path) -> None:
     body, resources = MarkdownExporter().from_filename(str(notebook), resources={"output_files_dir": pictures})
     folder.mkdir(parents=True, exist_ok=True)
     body = re.sub(r"(\]\([\w./-]+)\.ipynb\)", r"\1.md)", body)  # notebooks are pages of the site
+    body = body.replace("![png](", "![output of the cell above](")
     (folder / f"{notebook.stem}.md").write_text(with_marked_outputs(body), encoding="utf-8")
     for name, data in resources["outputs"].items():
         path = folder / name
@@ -26,6 +27,8 @@ def with_marked_outputs(text: str) -> str:
     printed = re.compile(r"(?<=\n\n)(?:    [^\n]*\n|[ \t]*\n(?=    ))+")
 
     def fenced(found: re.Match[str]) -> str:
+        if not found[0].strip():
+            return "\n"
         lines = [line.removeprefix("    ") for line in found[0].strip("\n").split("\n")]
         return "```{.text .output}\n" + "\n".join(lines) + "\n```\n"
 

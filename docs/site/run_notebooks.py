@@ -33,14 +33,17 @@ def run(path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": folder}})
         client.execute()
-    nbformat.write(without_times(notebook), path)
+    nbformat.write(as_saved(notebook), path)
 
 
-def without_times(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Drop what differs from run to run: times of cells, numbers of cells' ids are kept."""
+def as_saved(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Drop what belongs to one machine: times, and standard error, whose warnings name its folders."""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
-    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     return notebook
 
 
