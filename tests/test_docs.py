@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -146,3 +147,15 @@ def test_every_key_of_a_recipe_has_a_meaning():
 def test_every_page_is_in_the_navigation_of_the_site():
     text = (ROOT / "docs" / "site" / "zensical.toml").read_text(encoding="utf-8")
     assert [page.name for page in PAGES[1:] if f'= "{page.name}"' not in text] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_shows_what_a_run_of_it_shows(path: Path):
+    """Every cell has run, in order and without an error, and nothing names a folder of the machine that ran it."""
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert outputs
+    assert [output for output in outputs if output["output_type"] == "error"] == []
+    texts = ["".join(output.get("text", output.get("data", {}).get("text/plain", ""))) for output in outputs]
+    assert [text for text in texts if re.search(r"(?<![\w.])/(home|root|tmp|work|Users)/", text)] == []

@@ -27,6 +27,7 @@ ROOT = DOCS.parent
 BUILD = ROOT / "build" / "docs"
 PAGES = BUILD / "pages"
 LINK = re.compile(r"\[(?P<text>[^\[\]\n]+)\]\((?P<path>(?![a-z]+:|#)[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
+TEST = re.compile(r"`tests/\w+\.py::\w+`")  # long words, which would push the columns beside them together
 PICTURES = (".png", ".svg", ".jpg", ".webp")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".sh": "bash", ".json": "json", ".jsonl": "json"}
 
@@ -51,8 +52,8 @@ def main() -> None:
     check_navigation(set(titles))
     subprocess.run([sys.executable, "-m", "zensical", "build", "--clean", "--strict"], cwd=BUILD, check=True)
     if broken := broken_links(BUILD / "site"):
-        sys.exit("\n".join(["these links of the built site lead nowhere:", *broken]))
-    print(f"built {BUILD / 'site' / 'index.html'}")
+        sys.exit("\n".join(["these links lead nowhere, or a page would load them from another host:", *broken]))
+    print(f"built {BUILD / 'site'}; to look at it: python -m http.server --directory {BUILD / 'site'}")
 
 
 def as_page_of_site(source: Path, place: str, titles: dict[str, str]) -> str:
@@ -70,7 +71,8 @@ def as_page_of_site(source: Path, place: str, titles: dict[str, str]) -> str:
         text = titles.get(name, link["text"]) if is_bare else link["text"]
         return f"[{text}]({os.path.relpath(name, os.path.dirname(place) or '.')}{link['anchor'] or ''})"
 
-    return LINK.sub(turned, source.read_text(encoding="utf-8"))
+    text = TEST.sub(r"\g<0>{ .test }", source.read_text(encoding="utf-8"))
+    return LINK.sub(turned, text)
 
 
 def page_of_file(target: Path, titles: dict[str, str]) -> str:

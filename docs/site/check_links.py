@@ -1,4 +1,4 @@
-"""Links between the pages of the built site: every file and every anchor that one names is there."""
+"""Links of the built site: every file and anchor that a page names is there, and none loads a thing from elsewhere."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ class Found(HTMLParser):
 
     anchors: set[str] = field(default_factory=set)
     links: list[str] = field(default_factory=list)
+    loaded: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -21,17 +22,23 @@ class Found(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
         self.anchors.update(value for key in ("id", "name") if (value := given.get(key)))
-        self.links += [value for key in ("href", "src") if (value := given.get(key))]
+        links = [value for key in ("href", "src") if (value := given.get(key))]
+        self.links += links
+        is_loaded = tag in ("script", "img", "iframe") or (tag == "link" and given.get("rel") == "stylesheet")
+        self.loaded += links if is_loaded else []
 
 
 def broken_links(site: Path) -> list[str]:
-    """Return a line for each link that leads nowhere. Addresses elsewhere are not asked: the build is offline."""
+    """Return a line for each link that leads nowhere, and for what a page would load from another host.
+
+    Addresses elsewhere are not asked: the build is offline.
+    """
     pages = {path: read(path) for path in sorted(site.rglob("*.html"))}
     return [
         f"{path.relative_to(site)}: {link}"
         for path, page in pages.items()
         for link in dict.fromkeys(page.links)
-        if not leads_somewhere(link, path, pages, site)
+        if not leads_somewhere(link, path, pages, site) or (link in page.loaded and is_elsewhere(link))
     ]
 
 
@@ -45,7 +52,7 @@ def read(path: Path) -> Found:
 def leads_somewhere(link: str, page: Path, pages: dict[Path, Found], site: Path) -> bool:
     """Return True if the target of a link exists, its anchor too."""
     parts = urlsplit(link)
-    if parts.scheme or parts.netloc:
+    if is_elsewhere(link):
         return True
     folder = site if parts.path.startswith("/") else page.parent
     target = (folder / unquote(parts.path).lstrip("/")).resolve() if parts.path else page
@@ -54,3 +61,9 @@ def leads_somewhere(link: str, page: Path, pages: dict[Path, Found], site: Path)
         return False
     anchor = unquote(parts.fragment)
     return not anchor or target not in pages or anchor in pages[target].anchors
+
+
+def is_elsewhere(link: str) -> bool:
+    """Return True for an address outside the site."""
+    parts = urlsplit(link)
+    return bool(parts.scheme or parts.netloc)
