@@ -27,7 +27,7 @@ ROOT = DOCS.parent
 BUILD = ROOT / "build" / "docs"
 PAGES = BUILD / "pages"
 LINK = re.compile(r"\[(?P<text>[^\[\]\n]+)\]\((?P<path>(?![a-z]+:|#)[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
-TEST = re.compile(r"`tests/\w+\.py::\w+`")  # long words, which would push the columns beside them together
+TEST = re.compile(r"`(tests/\w+\.py::\w+)`")  # long words, which would push the columns beside them together
 PICTURES = (".png", ".svg", ".jpg", ".webp")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".sh": "bash", ".json": "json", ".jsonl": "json"}
 
@@ -71,7 +71,7 @@ def as_page_of_site(source: Path, place: str, titles: dict[str, str]) -> str:
         text = titles.get(name, link["text"]) if is_bare else link["text"]
         return f"[{text}]({os.path.relpath(name, os.path.dirname(place) or '.')}{link['anchor'] or ''})"
 
-    text = TEST.sub(r"\g<0>{ .test }", source.read_text(encoding="utf-8"))
+    text = TEST.sub(r'<code class="test">\1</code>', source.read_text(encoding="utf-8"))
     return LINK.sub(turned, text)
 
 
