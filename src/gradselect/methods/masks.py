@@ -30,6 +30,9 @@ class MaskAdapter(LoraMethod):
     name: Literal["lora", "rslora", "dora"] = "lora"
 
 
+AnyAdapter = MaskAdapter | EtherMethod | PropulsionMethod | LortaMethod | HiwiMethod
+
+
 class AbstractMaskMethod(AbstractSelectionMethod):
     """Trains the entries that a mask selects. Keys not listed here are settings of the mask.
 
@@ -90,9 +93,7 @@ class AbstractFreeMaskMethod(AbstractMaskMethod):
     mask_class: ClassVar[type[AbstractMask]]
 
     among: tuple[str, ...] | None = None
-    adapter: Annotated[
-        MaskAdapter | EtherMethod | PropulsionMethod | LortaMethod | HiwiMethod | None, Field(discriminator="name")
-    ] = None
+    adapter: Annotated[AnyAdapter | None, Field(discriminator="name")] = None
 
     @field_validator("adapter", mode="before")
     @classmethod
@@ -202,7 +203,7 @@ class LoraSPMethod(AbstractFreeMaskMethod):
     mask_class: ClassVar[type[AbstractMask]] = StaticMask
     density: Annotated[float, Field(gt=0, le=1)] = 0.5
     refresh_every: PositiveInt | None = None
-    adapter: Annotated[MaskAdapter | EtherMethod | PropulsionMethod | None, Field(discriminator="name")] = MaskAdapter()
+    adapter: Annotated[AnyAdapter | None, Field(discriminator="name")] = MaskAdapter()
 
     def mask_settings(self, facts: RunFacts) -> dict[str, Any]:
         return super().mask_settings(facts) | {"salience": salience.random, "scope": "tensor"}
