@@ -36,7 +36,6 @@ RESULT = common.RESULTS / "adapter_search.json"
 DATA = Path("runs/data/small")
 RANK = 2
 LARGEST = 8
-SEARCH_RATE = 1e-2
 
 
 def recipe(
@@ -46,7 +45,8 @@ def recipe(
     seed: int,
     validation: Any,
     output: Path,
-    rate: float = SEARCH_RATE,
+    rate: float,
+    steps: int,
 ) -> Recipe:
     values = {
         "model": {"path": "quickstart/base", "dtype": "float32"},
@@ -62,7 +62,7 @@ def recipe(
         "optimizer": {"lr": rate, "schedule": "cosine", "warmup": 0.05},
         "run": {
             "output": str(output),
-            "steps": arguments.steps,
+            "steps": steps,
             "batch_size": arguments.batch,
             "seed": seed,
             "log_every": 10,
@@ -97,7 +97,15 @@ def drawn_layers(plain: Recipe, budget: int, *, seed: int) -> Allocation:
 
 def run_seed(arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     console, lora = Console(quiet=True), {"name": "lora", "rank": RANK}
-    searched = recipe(arguments, method=lora, seed=seed, validation=0.2, output=folder / "search")
+    searched = recipe(
+        arguments,
+        method=lora,
+        seed=seed,
+        validation=0.2,
+        output=folder / "search",
+        rate=arguments.search_rate,
+        steps=arguments.search_steps,
+    )
     kept = folder / "tune" / "allocation.json"
     if not kept.exists():
         tune_adapters(searched, study=folder / "tune", ranks=(1, 4, LARGEST), seed=seed, console=console)
@@ -110,7 +118,15 @@ def run_seed(arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str
     for (name, method), rate in product(methods.items(), arguments.rates):
         output = folder / f"train-{name}-{rate}"
         if not (output / "run.json").exists():
-            ours = recipe(arguments, method=method, seed=seed, validation=str(arguments.test), output=output, rate=rate)
+            ours = recipe(
+                arguments,
+                method=method,
+                seed=seed,
+                validation=str(arguments.test),
+                output=output,
+                rate=rate,
+                steps=arguments.steps,
+            )
             train(ours, console=console)
         losses.setdefault(name, {})[str(rate)] = json.loads((output / "run.json").read_text("utf-8"))["validation_loss"]
         print(f"seed {seed}  {name} at {rate}: {losses[name][str(rate)]:.4f}", flush=True)
@@ -164,8 +180,10 @@ def head_of(name: str, count: int, *, folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--search-steps", type=int, default=250)
+    parser.add_argument("--search-rate", type=float, default=3e-2)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-2, 3e-2, 1e-1])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-test", type=int, default=400)
     parser.add_argument("--num-train", type=int, default=4000)
@@ -177,8 +195,11 @@ def main() -> None:
         arguments.folder.mkdir(parents=True, exist_ok=True)
         arguments.train = head_of("train.jsonl", arguments.num_train, folder=arguments.folder)
         arguments.test = head_of("test.jsonl", arguments.num_test, folder=arguments.folder)
-        setup = {name: getattr(arguments, name) for name in ("steps", "batch", "rates", "num_train", "num_test")}
-        result: dict[str, Any] = {"setup": {**setup, "rank": RANK, "search_rate": SEARCH_RATE}, "seeds": []}
+        setup = {
+            name: getattr(arguments, name)
+            for name in ("search_steps", "search_rate", "steps", "batch", "rates", "num_train", "num_test")
+        }
+        result: dict[str, Any] = {"setup": {**setup, "rank": RANK}, "seeds": []}
         for seed in range(arguments.seeds):
             result["seeds"].append(run_seed(arguments, seed, arguments.folder / str(seed)))
             RESULT.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
