@@ -70,8 +70,9 @@ def subjects(place: Path, run: Path, *, result: Path) -> Iterator[Subject]:
     evaluate(settings)
     yield _subject("evaluation", place / "scores", read_evaluation)
 
-    write_result(place / "compared" / result.name, read_result(result).content)
-    yield _subject("comparison", place / "compared", lambda folder: read_result(folder / result.name).content.values())
+    name = result.name.removesuffix(".gz")
+    write_result(place / "compared" / name, read_result(result).content)
+    yield _subject("comparison", place / "compared", lambda folder: read_result(folder / name).content.values())
 
 
 def _subject(name: str, folder: Path, read: Callable[[Path], Any], *, but: tuple[str, ...] = ()) -> Subject:

@@ -47,7 +47,7 @@ from gradselect.app.recipe import load_recipe  # noqa: E402
 
 RESULT = RESULTS / "faults.json"
 PAGE = ROOT / "docs" / "reliability.md"
-COMPARED = RESULTS / "small" / "full.lr-0.006.seed-0.score.json"
+COMPARED = RESULTS / "small" / "full.lr-0.006.seed-0.score.json.gz"
 
 
 # Damage --------------------------------------------------------------------------------------------------------------

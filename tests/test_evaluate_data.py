@@ -235,7 +235,7 @@ def test_a_data_set_that_is_nowhere_is_explained() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"task": "gsm9k"}, "task='gsm9k' is not one of gsm8k, math, loss"),
+        ({"task": "gsm9k"}, "task='gsm9k' is not one of gsm8k, math, generation, loss"),
         ({}, "no task is named; write task=gsm8k"),
         ({"task": "loss"}, "write data="),
         ({"task": "gsm8k", "harness": ("gsm8k",)}, "give one of them"),

@@ -22,6 +22,7 @@ from gradselect.app.compare.measure import count_weights, measure_shipment, weig
 from gradselect.app.train import train
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
     # PEFT asks transformers 5 for a property that was renamed.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]

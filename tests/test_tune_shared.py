@@ -140,9 +140,10 @@ def test_two_workers_share_the_trials_of_one_study(recipe, tmp_path, monkeypatch
 
 @pytest.mark.usefixtures("without_models")
 def test_a_trial_whose_process_dies_is_carried_out_by_another(recipe, tmp_path, monkeypatch):
-    waits, said = threading.Event(), []
+    begun, waits, said = threading.Event(), threading.Event(), []
 
     def dies(recipe, trial, *, folder, stages):
+        begun.set()
         stages.say = lambda *lines: said.extend(lines)
         assert waits.wait(60)
         raise KeyboardInterrupt
@@ -155,8 +156,7 @@ def test_a_trial_whose_process_dies_is_carried_out_by_another(recipe, tmp_path, 
     monkeypatch.setattr(_tune._Worker, "_wait", wait)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(work, recipe, tmp_path / "study", num_trials=1)
-        while not list((tmp_path / "study" / "running").glob("0")):
-            assert not first.done()
+        assert begun.wait(60)
         monkeypatch.setattr(_tune, "carry_out", by(lambda recipe: recipe.optimizer.lr))
         second = pool.submit(work, recipe, tmp_path / "study", num_trials=1)
         with pytest.raises(KeyboardInterrupt):

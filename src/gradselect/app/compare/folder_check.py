@@ -1,4 +1,4 @@
-"""What a folder of results holds, before a comparison adds to it."""
+"""Check of what a folder of results holds, before a comparison adds to it."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class SampleFile(Record):
 
     @property
     def asked(self) -> tuple[bool, int, tuple[str, ...]]:
-        """What was asked: only answers to the same can stand beside one another."""
+        """Question that was asked: only answers to the same can stand beside one another."""
         return self.chat, self.max_new_tokens, tuple(each.prompt for each in self.answers)
 
 

@@ -99,9 +99,13 @@ def opened(folder: StudyFolder, description: Mapping[str, Any]) -> Iterator[optu
     Raises:
         UsageError: the folder holds something else or another study, or cannot be made.
     """
-    # Nothing is written into a folder of something else. One with a lock may be a study that is being made just now.
-    if not (folder.root / LOCK_NAME).exists():
+    # Nothing is written into a folder of something else. One with a lock may be a study that another process is making:
+    # its turn is waited for, and the folder is checked in ours.
+    try:
         check_folder(folder, description)
+    except UsageError:
+        if not (folder.root / LOCK_NAME).exists():
+            raise
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
