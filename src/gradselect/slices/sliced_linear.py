@@ -76,7 +76,7 @@ class SlicedLinear(nn.Linear):
         slices = ActiveSlices(
             dim=self.slice_dim, ranges=ranges, sizes=sizes, parameters=self._slices, shared=self.shared_inputs
         )
-        chosen = (self._slices[number] for number in active)
+        chosen = [self._slices[number] for number in active]
         return SlicedProduct.apply(input, self.whole_weight, self.bias, slices, *chosen)  # pyright: ignore
 
     def link(self, whole: Tensor) -> None:
@@ -98,13 +98,14 @@ class SlicedLinear(nn.Linear):
         Raises:
             UsageError: something has put other parameters in the place of the slices.
         """
-        if any(
-            self._parameters.get(name) is not each for name, each in zip(self.slice_names, self._slices, strict=True)
-        ):
-            raise UsageError(
-                f"something has replaced the slices of a linear layer by parameters of its own. {NO_SHARDS}"
-            )
-        if any(each.data_ptr() != known for each, known in zip(self._slices, self._addresses, strict=True)):
+        # Loops and lists: around a layer that torch.compile cannot compile it traces this function, and of a generator
+        # it walks all that the module knows, now and then deeper than Python allows.
+        for name, each in zip(self.slice_names, self._slices, strict=True):
+            if self._parameters.get(name) is not each:
+                raise UsageError(
+                    f"something has replaced the slices of a linear layer by parameters of its own. {NO_SHARDS}"
+                )
+        if [each.data_ptr() for each in self._slices] != list(self._addresses):
             with torch.no_grad():
                 self.link(torch.cat([each.detach() for each in self._slices], self.slice_dim))
 
