@@ -7,6 +7,7 @@ python benchmarks/readme.py --check    # exits with 1 where a page and the resul
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 from collections.abc import Callable
@@ -212,7 +213,9 @@ def headline() -> str:
     )
 
 
+@functools.cache
 def equal_time_comparison() -> Comparison:
+    """Return the comparison `small-equal-time`, which three tables show."""
     return compare_results(read_results(RESULTS / "small-equal-time", include_dirty=False))
 
 

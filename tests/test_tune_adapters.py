@@ -4,7 +4,7 @@ import json
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from train_fixtures import build, parse, quiet, write_model, write_recipe, write_sums
+from train_fixtures import build, parse, quiet, write_recipe
 
 from gradselect import UsageError
 from gradselect.app import cli
@@ -18,21 +18,13 @@ LORA = {"name": "lora", "rank": 2}
 RANKS = (1, 2, 4)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    write_model(folder / "model")
-    write_sums(folder / "sums.jsonl")
-    return folder
-
-
-def recipe_of(folder, tmp_path, **sections):
+def recipe_of(place, tmp_path, **sections):
     run = {"steps": 6, "output": str(tmp_path / "out"), **sections.pop("run", {})}
-    return parse(folder, **{"data": {"validation": 0.25}, "method": LORA, "run": run, **sections})
+    return parse(place, **{"data": {"validation": 0.25}, "method": LORA, "run": run, **sections})
 
 
-def test_what_is_found_has_the_parameters_of_the_recipe_s_rank_and_trains(folder, tmp_path):
-    recipe = recipe_of(folder, tmp_path, run={"accumulation": 2})
+def test_what_is_found_has_the_parameters_of_the_recipe_s_rank_and_trains(place, tmp_path):
+    recipe = recipe_of(place, tmp_path, run={"accumulation": 2})
     found = tune_adapters(recipe, ranks=RANKS, console=quiet())
     uniform = get_peft_model(read_inputs(recipe).model, recipe.method.peft_config(embedding="", head=()))
     budget = sum(p.numel() for p in uniform.parameters() if p.requires_grad)
@@ -43,16 +35,16 @@ def test_what_is_found_has_the_parameters_of_the_recipe_s_rank_and_trains(folder
     assert kept["ranks"] == found.allocation.ranks
     options = found.recipe.method.options
     assert LoraConfig(**options).rank_pattern == options["rank_pattern"]
-    trainer, _ = build(folder, tmp_path / "again", method=found.recipe.method.model_dump())
+    trainer, _ = build(place, tmp_path / "again", method=found.recipe.method.model_dump())
     assert sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) == found.allocation.num_parameters
     assert train(found.recipe, console=quiet()) == found.path.parent / "best"
     assert (found.path.parent / "best" / "model.safetensors").exists()
 
 
-def test_checkpointing_does_not_change_what_is_found(folder, tmp_path):
+def test_checkpointing_does_not_change_what_is_found(place, tmp_path):
     found = [
         tune_adapters(
-            recipe_of(folder, tmp_path, model={"gradient_checkpointing": checkpointing}, run={"steps": 3}),
+            recipe_of(place, tmp_path, model={"gradient_checkpointing": checkpointing}, run={"steps": 3}),
             study=tmp_path / str(checkpointing),
             ranks=RANKS,
             console=quiet(),
@@ -72,23 +64,23 @@ def test_checkpointing_does_not_change_what_is_found(folder, tmp_path):
         ({"method": {"name": "lora", "rank": 4}}, "there is nothing to search; give less"),
     ],
 )
-def test_recipes_that_it_cannot_search_are_refused_and_nothing_is_left(folder, tmp_path, sections, complaint):
+def test_recipes_that_it_cannot_search_are_refused_and_nothing_is_left(place, tmp_path, sections, complaint):
     with pytest.raises(UsageError, match=complaint):
-        tune_adapters(recipe_of(folder, tmp_path, **sections), ranks=RANKS, console=quiet())
+        tune_adapters(recipe_of(place, tmp_path, **sections), ranks=RANKS, console=quiet())
     assert not (tmp_path / "out-tune" / "best.yaml").exists()
 
 
-def test_a_folder_holds_one_search(folder, tmp_path):
-    recipe = recipe_of(folder, tmp_path, run={"steps": 1})
+def test_a_folder_holds_one_search(place, tmp_path):
+    recipe = recipe_of(place, tmp_path, run={"steps": 1})
     tune_adapters(recipe, ranks=RANKS, console=quiet())
     tune_adapters(recipe, ranks=RANKS, console=quiet())
     with pytest.raises(UsageError, match=r"--space adapters\.budget: None then, 200 now"):
         tune_adapters(recipe, ranks=RANKS, budget=200, console=quiet())
 
 
-def test_the_command_shows_budget_and_ranks(folder, tmp_path, capsys):
+def test_the_command_shows_budget_and_ranks(place, tmp_path, capsys):
     path = write_recipe(
-        folder, tmp_path / "r.yaml", data={"validation": 0.25}, method=LORA, run={"output": str(tmp_path / "out")}
+        place, tmp_path / "r.yaml", data={"validation": 0.25}, method=LORA, run={"output": str(tmp_path / "out")}
     )
     with pytest.raises(SystemExit) as ended:
         cli.main(["tune", str(path), "--space", "adapters", "--ranks", "1,2,4", "--budget", "500"])

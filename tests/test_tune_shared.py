@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import optuna
 import pytest
-from train_fixtures import parse, quiet, write_model, write_sums
+from train_fixtures import parse, quiet
 
 from gradselect import UsageError
 from gradselect.app.recipe_planning import RecipePlanner
@@ -31,17 +31,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 RATES = ["optimizer.lr=1e-4:1:log"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tune")
-    write_model(folder / "model")
-    write_sums(folder / "sums.jsonl")
-    return folder
-
-
 @pytest.fixture
-def recipe(folder, tmp_path):
-    return parse(folder, data={"validation": 0.25}, run={"steps": 4, "output": str(tmp_path / "out")})
+def recipe(place, tmp_path):
+    return parse(place, data={"validation": 0.25}, run={"steps": 4, "output": str(tmp_path / "out")})
 
 
 @pytest.fixture(autouse=True)
@@ -234,8 +226,8 @@ def test_the_machine_s_own_memory_is_the_limit_without_fit(recipe, monkeypatch):
     assert "more than the 1000 B of this machine's memory" in _memory.MemoryCheck(recipe, limit=None).complaint(recipe)
 
 
-def test_a_recipe_without_a_plan_is_searched_and_it_is_said_but_not_with_fit(folder, tmp_path):
-    recipe = parse(folder, data={"validation": 0.25}, method={"name": "sparsegrad"})
+def test_a_recipe_without_a_plan_is_searched_and_it_is_said_but_not_with_fit(place, tmp_path):
+    recipe = parse(place, data={"validation": 0.25}, method={"name": "sparsegrad"})
     check = _memory.MemoryCheck(recipe, limit=None)
     assert check.complaint(recipe) == ""
     assert "no trial is checked for its memory" in check.note

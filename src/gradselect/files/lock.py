@@ -33,18 +33,7 @@ def locked(folder: Path, *, name: str = "run.output") -> Iterator[None]:
     """
     path = folder / LOCK_NAME
     lock = FileLock(path, blocking=False, on_acquired=_write_owner)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise UsageError(
-            f"{name}={folder} is in use by {_owner(path)}; wait until it has ended, or choose another {name}"
-        ) from None
-    except OSError as error:
-        if error.errno not in _WITHOUT_LOCKS:
-            what = "written to" if folder.is_dir() else "made"
-            raise UsageError(f"{name}={folder} cannot be {what}: {error}") from None
-        logger.warning("%s is on a file system without locks: start no second process with this folder", folder)
+    _acquire(lock, folder, name=name, warn=True)
     try:
         yield
     finally:
@@ -61,27 +50,16 @@ def taking_turns(folder: Path, *, seconds: float, name: str, warn: bool = True) 
     The lock file stays: whoever waits for it has it open.
 
     Args:
-        folder: an existing folder.
+        folder: where the lock file is; made if needed.
         seconds: longest wait.
         name: the setting that names the folder, for errors.
         warn: say that a file system has no locks.
 
     Raises:
-        UsageError: another process has held it all the time; says which.
+        UsageError: another process has held it all the time; says which. Or the folder cannot be made or written to.
     """
-    path = folder / LOCK_NAME
-    lock = FileLock(path, timeout=seconds, on_acquired=_write_owner)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UsageError(
-            f"{name}={folder} is in use by {_owner(path)}; wait until it has ended, or choose another {name}"
-        ) from None
-    except OSError as error:
-        if error.errno not in _WITHOUT_LOCKS:
-            raise UsageError(f"{name}={folder} cannot be written to: {error}") from None
-        if warn:
-            logger.warning("%s is on a file system without locks: start no second process with this folder", folder)
+    lock = FileLock(folder / LOCK_NAME, timeout=seconds, on_acquired=_write_owner)
+    _acquire(lock, folder, name=name, warn=warn)
     try:
         yield
     finally:
@@ -119,6 +97,23 @@ def is_owned(path: Path) -> bool:
         return False
     lock.release()
     return False
+
+
+def _acquire(lock: FileLock, folder: Path, *, name: str, warn: bool) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        owner = _owner(folder / LOCK_NAME)
+        raise UsageError(
+            f"{name}={folder} is in use by {owner}; wait until it has ended, or choose another {name}"
+        ) from None
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            what = "written to" if folder.is_dir() else "made"
+            raise UsageError(f"{name}={folder} cannot be {what}: {error}") from None
+        if warn:
+            logger.warning("%s is on a file system without locks: start no second process with this folder", folder)
 
 
 def _write_owner(descriptor: int) -> None:

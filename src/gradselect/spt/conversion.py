@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradselect.entries import MaskTensor, generator_of, resolve_budget
+from gradselect.entries import check_size, generator_of, resolve_budget
 from gradselect.masks import FixedEntries, estimate_scores, salience
 from gradselect.usage import UsageError, check_patterns, check_positive, check_whole, parent
 
@@ -118,11 +118,12 @@ def convert(
         2303.08566, and the code of its authors.
     """
     _check_arguments(rank, matrix_share, vector_share, dropout, seed)
+    check_size(budget=budget, density=density)
     among = None if among is None else check_patterns("among", among)
     shares = {"matrix_share": matrix_share, "vector_share": vector_share}
     candidates = candidates_of(model, among=among, rank=rank, **shares)
     tensors = [candidate.tensor for candidate in candidates]
-    limit = _budget(tensors, budget=budget, density=density)
+    limit = resolve_budget(tensors, budget=budget, density=density)
     scores = estimate_scores(salience.fisher, model=model, tensors=tensors, batches=batches, loss=loss)
     choice = choose(candidates, scores, budget=limit)
     if choice.num_trained == limit:
@@ -177,16 +178,6 @@ def _check_arguments(rank: int, matrix_share: float, vector_share: float, dropou
         raise UsageError(f"dropout={dropout} is outside [0, 1); write dropout=0.1")
     if find_spec("peft") is None:
         raise UsageError("SPT puts a LoRA of PEFT on some matrices, and PEFT is not installed; run pip install peft")
-
-
-def _budget(tensors: Sequence[MaskTensor], *, budget: int | None, density: float | None) -> int:
-    if (budget is None) == (density is None):
-        raise UsageError(f"got budget={budget} and density={density}; give one of them, e.g. density=0.01")
-    if density is not None:
-        check_positive("density", density, at_most=1, example=0.01)
-    if budget is not None:
-        check_whole("budget", budget)
-    return resolve_budget(tensors, budget=budget, density=density)
 
 
 def _add_adapters(model: nn.Module, choice: Choice, *, rank: int, dropout: float, seed: int) -> None:

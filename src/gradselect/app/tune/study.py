@@ -106,10 +106,6 @@ def opened(folder: StudyFolder, description: Mapping[str, Any]) -> Iterator[optu
     except UsageError:
         if not (folder.root / LOCK_NAME).exists():
             raise
-    try:
-        folder.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--study={folder.root} cannot be made: {error}") from None
     with _quiet_optuna():
         with folder.turn(warn=True):
             check_folder(folder, description)
