@@ -95,7 +95,10 @@ def _run(job: str, *, named: bool, install_only: bool, options: Sequence[str]) -
     if python is None:
         return f"{job:<16} no Python {version} here", not named
     folder, start = ENVIRONMENTS / job, time.monotonic()
-    inside = _fill(folder, python=python, kind=kind)
+    try:
+        inside = _fill(folder, python=python, kind=kind)
+    except subprocess.CalledProcessError as error:
+        return f"{job:<16} cannot be installed: exit code {error.returncode}", False
     versions = _output([inside, "-m", "pip", "freeze", "--exclude-editable"])
     (folder / "versions.txt").write_text(versions, encoding="utf-8")
     found = " ".join(line for line in versions.splitlines() if re.match(r"(torch|transformers|trl)==", line))

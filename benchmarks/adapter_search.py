@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from rich.console import Console
 
 from gradselect.app.inputs import read_inputs
 from gradselect.app.recipe import Recipe, parse_recipe
+from gradselect.app.stats import student_interval
 from gradselect.app.train import train
 from gradselect.app.tune import tune_adapters
 from gradselect.integrations.bipeft import Allocation, budget_of_rank, sites_of
@@ -149,8 +149,9 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| LoRA | best rate | loss on unseen problems | minus uniform | 95 % interval |", "|---|---|---|---|---|"]
     for name, (rate, losses) in best.items():
         gaps = [ours - theirs for ours, theirs in zip(losses, best["uniform"][1], strict=True)]
-        mean, half = statistics.mean(gaps), interval(gaps)
-        behind = ["", ""] if name == "uniform" else [f"{mean:+.4f}", f"{mean - half:+.4f} to {mean + half:+.4f}"]
+        between = student_interval(gaps)
+        spread = "" if between is None else f"{between[0]:+.4f} to {between[1]:+.4f}"
+        behind = ["", ""] if name == "uniform" else [f"{statistics.mean(gaps):+.4f}", spread]
         lines.append(f"| {name} | {rate} | {statistics.mean(losses):.4f} | {behind[0]} | {behind[1]} |")
     return "\n".join(lines)
 
@@ -159,15 +160,6 @@ def best_losses(seeds: Sequence[dict[str, Any]], name: str) -> tuple[str, list[f
     """Return the rate of the smallest mean loss, and its loss for each seed."""
     by_rate = {rate: [seed["losses"][name][rate] for seed in seeds] for rate in seeds[0]["losses"][name]}
     return min(by_rate.items(), key=lambda item: statistics.mean(item[1]))
-
-
-def interval(gaps: Sequence[float]) -> float:
-    """Return half the width of Student's 95 % interval of the mean."""
-    if len(gaps) < 2:
-        return math.inf
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
 
 
 def head_of(name: str, count: int, *, folder: Path) -> Path:

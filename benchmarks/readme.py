@@ -23,6 +23,7 @@ import step_time
 from common import RESULTS, ROOT, fill_section, markdown_table, megabytes, read_result, read_rows
 
 from gradselect.app.report.comparison import Comparison, compare_results
+from gradselect.app.report.methods import Method
 from gradselect.app.report.read_results import read_results
 from gradselect.app.report.scores import Difference, Scores
 
@@ -221,7 +222,7 @@ def equal_time_comparison() -> Comparison:
 
 def equal_time_cells(comparison: Comparison, name: str, *, with_rate: bool = True) -> list[str]:
     """Return name, steps, time of a step, rate and solved problems of a method."""
-    method = next(method for method in comparison.methods if method.name == name)
+    method = method_of(comparison, name)
     budget = method.runs[0].record.budget
     assert budget is not None
     rate = [f"{method.lr:g}"] if with_rate else []
@@ -235,8 +236,13 @@ def named(comparison: Comparison, measure: str) -> Scores:
 
 def peak(comparison: Comparison, name: str) -> float:
     """Return the largest peak of counted bytes of a method's runs."""
-    runs = next(method.runs for method in comparison.methods if method.name == name)
-    return max(run.record.bytes.peak["together"] for run in runs if run.record.bytes is not None)
+    found = method_of(comparison, name).peak_bytes()
+    assert found is not None
+    return found
+
+
+def method_of(comparison: Comparison, name: str) -> Method:
+    return next(method for method in comparison.methods if method.name == name)
 
 
 def with_interval(difference: Difference | None, *, scale: float, decimals: int) -> str:

@@ -175,6 +175,19 @@ def test_transformers_loads_a_folder_with_an_adapter(name: str, tmp_path: Path) 
 
 
 @every
+def test_on_a_bf16_model_only_what_is_active_trains(name: str, tmp_path: Path) -> None:
+    """PEFT casts adapters to fp32 and makes their parameters anew."""
+    case = ADAPTERS[name]
+    model = case.adapted(model=case.build().to(torch.bfloat16))
+    assert {parameter.dtype for parameter in trains(model).values()} == {torch.float32}
+    model.save_pretrained(tmp_path)
+    loaded: Any = peft.PeftModel.from_pretrained(case.build().to(torch.bfloat16), tmp_path)
+    assert not trains(loaded)
+    model.add_adapter("second", case.make())
+    assert not any(".second" in each for each in trains(model))
+
+
+@every
 def test_several_adapters_live_in_one_model(name: str) -> None:
     case = ADAPTERS[name]
     model = case.adapted()

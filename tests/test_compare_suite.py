@@ -9,7 +9,7 @@ from compare_fixtures import BLOCKS, FULL, suite_values
 
 from gradselect import UsageError
 from gradselect.app.compare import load_suite
-from gradselect.app.compare.schedule import best_rate, is_at_edge, rate_runs, score_run
+from gradselect.app.compare.schedule import best_rate, is_at_edge, rung_runs, score_run
 from gradselect.app.compare.suite import MethodEntry, parse_suite, slug
 from gradselect.app.recipe_planning.planner import RecipePlanner
 from gradselect.methods.masks import SALIENCES
@@ -116,7 +116,7 @@ def test_files_are_named_by_method_rate_seed_and_role() -> None:
 
 def test_the_lowest_loss_chooses_the_rate() -> None:
     entry = MethodEntry.model_validate({"method": {"name": "full"}, "rates": [1, 2, 3]})
-    assert [run.lr for run in rate_runs("full", entry)] == [1, 2, 3]
+    assert [run.lr for run in rung_runs("full", entry.rates)] == [1, 2, 3]
     assert best_rate(entry, {1: 0.5, 2: 0.4, 3: None}) == 2
     assert best_rate(entry, {1: 0.5, 2: 0.5}) == 1
     assert best_rate(entry, {1: None}) is None
@@ -127,7 +127,6 @@ def test_the_lowest_loss_chooses_the_rate() -> None:
 
 def test_a_single_rate_needs_no_search() -> None:
     entry = MethodEntry.model_validate({"method": {"name": "full"}, "rates": [1]})
-    assert rate_runs("full", entry) == []
     assert best_rate(entry, {}) == 1
     assert is_at_edge(1, entry.rates) is None
 

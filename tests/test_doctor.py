@@ -171,3 +171,16 @@ for words in (["--version"], ["doctor", "--help"]):
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"gradselect {gradselect.__version__}\nUsage: gradselect doctor" in done.stdout
+
+
+def test_a_device_that_cannot_be_described_is_a_finding(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(device: torch.device) -> str:
+        raise RuntimeError("devices are busy or unavailable")
+
+    monkeypatch.setattr(devices, "_describe", busy)
+    code, said = doctor(capsys)
+    assert code == 1
+    assert "broken   device cpu" in said
+    assert "devices are busy" in said

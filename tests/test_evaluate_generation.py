@@ -66,6 +66,12 @@ def test_a_template_that_is_more_than_a_column_is_one_reference(tmp_path: Path) 
     assert (row.prompt, row.references) == ("Say it.", ("yes or no",))
 
 
+def test_a_prompt_of_empty_cells_names_the_row(tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", [ROWS[0], {"fields": "", "references": ["x"]}])
+    with pytest.raises(UsageError, match="line 2: the prompt is empty"):
+        read(settings(data))
+
+
 @pytest.mark.parametrize("cell", [[], ["good", " "], ["good", 3], None, ""])
 def test_a_missing_reference_names_the_row(cell: Any, tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl", [ROWS[0], {"fields": "x", "references": cell}])

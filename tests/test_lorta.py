@@ -12,7 +12,7 @@ from test_adapters import logits, trains
 from tiny_models import tiny_bart, tiny_gpt2, tiny_llama, tiny_roberta, tiny_t5
 from torch import nn
 from torch.nn import functional
-from transformers import RobertaConfig, RobertaModel
+from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaModel
 
 import gradselect as gs
 from gradselect.adapters import LortaConfig
@@ -230,3 +230,13 @@ def test_transformers_add_adapter_is_refused_by_peft():
     """The factors belong to PEFT's model, which add_adapter throws away."""
     with pytest.raises(ValueError, match="shared state"):
         tiny_llama(layers=1).add_adapter(LortaConfig(rank=2))
+
+
+def test_the_head_of_a_roberta_classifier_is_no_output_projection() -> None:
+    config = RobertaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = peft.get_peft_model(RobertaForSequenceClassification(config), LortaConfig(rank=2))
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "lorta_settings")]
+    assert len(adapted) == 8
+    assert not any("classifier" in name for name in adapted)

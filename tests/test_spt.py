@@ -163,6 +163,7 @@ def test_what_was_not_chosen_is_bit_identical_and_the_merged_model_is_plain(make
         unmerged = model(**batch).logits
         optimizer.close()
         assert gs.spt.fold(model) == len(spt.choice.adapters)
+        assert all(model.get_parameter(name).requires_grad for name in spt.choice.adapters)
         torch.testing.assert_close(model(**batch).logits, unmerged, rtol=1e-5, atol=1e-5)
     assert list(model.state_dict()) == keys
     for name, parameter in model.named_parameters():

@@ -11,6 +11,7 @@ from gradselect.app import cli
 from gradselect.app.inputs import read_inputs
 from gradselect.app.recipe import load_recipe
 from gradselect.app.train import train
+from gradselect.app.tune import adapters as _adapters
 from gradselect.app.tune import tune_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -41,7 +42,14 @@ def test_what_is_found_has_the_parameters_of_the_recipe_s_rank_and_trains(place,
     assert (found.path.parent / "best" / "model.safetensors").exists()
 
 
-def test_checkpointing_does_not_change_what_is_found(place, tmp_path):
+def test_checkpointing_does_not_change_what_is_found(place, tmp_path, monkeypatch):
+    seen, search = [], _adapters.AdapterSearch
+
+    def watched(model, *rest, **options):
+        seen.append(model.base_model.model.is_gradient_checkpointing)
+        return search(model, *rest, **options)
+
+    monkeypatch.setattr(_adapters, "AdapterSearch", watched)
     found = [
         tune_adapters(
             recipe_of(place, tmp_path, model={"gradient_checkpointing": checkpointing}, run={"steps": 3}),
@@ -51,6 +59,7 @@ def test_checkpointing_does_not_change_what_is_found(place, tmp_path):
         ).allocation
         for checkpointing in (False, True)
     ]
+    assert seen == [False, True]
     assert found[0] == found[1]
 
 
@@ -67,6 +76,7 @@ def test_checkpointing_does_not_change_what_is_found(place, tmp_path):
 def test_recipes_that_it_cannot_search_are_refused_and_nothing_is_left(place, tmp_path, sections, complaint):
     with pytest.raises(UsageError, match=complaint):
         tune_adapters(recipe_of(place, tmp_path, **sections), ranks=RANKS, console=quiet())
+    assert not list((tmp_path / "out-tune").glob("*"))
     assert not (tmp_path / "out-tune" / "best.yaml").exists()
 
 

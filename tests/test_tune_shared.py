@@ -248,7 +248,6 @@ def test_a_sampler_that_is_not_there_is_refused(recipe, tmp_path, monkeypatch):
 
 
 def test_a_study_keeps_its_sampler(recipe, tmp_path, monkeypatch):
-    pytest.importorskip("cmaes")
     monkeypatch.setattr(_tune, "carry_out", by(lambda recipe: 1.0))
     tune(recipe, study=tmp_path / "study", num_trials=1, search=RATES, console=quiet())
     with pytest.raises(UsageError, match="--sampler: 'tpe' then, 'cmaes' now"):
@@ -267,7 +266,6 @@ def test_every_value_of_a_range_has_its_place():
 
 
 def test_cma_es_comes_closer_from_generation_to_generation_interrupted_or_not():
-    pytest.importorskip("cmaes")
     ranges = [
         SearchRange(key="lr", low=1e-4, high=1.0, log=True),
         SearchRange(key="size", low=1, high=16, whole=True),
@@ -301,7 +299,7 @@ def test_cma_es_comes_closer_from_generation_to_generation_interrupted_or_not():
 
 def test_a_generation_is_told_its_first_trials_by_rank_pruned_ones_last():
     """Twin: the same points told to the package by hand."""
-    cmaes = pytest.importorskip("cmaes")
+    import cmaes
     import numpy as np
 
     ranges = [SearchRange(key="x", low=0.0, high=1.0), SearchRange(key="y", low=0.0, high=1.0)]

@@ -60,17 +60,11 @@ def page() -> str:
     sections += ["## model\n", *section(ModelSettings, schema)]
     sections += ["## data\n", DATA_TEXT]
     sections += families("data", "format", DATA, schema)
-    sections += [
-        "## method\n",
-        "The key `name` says which method it is. The `seed` of a policy or mask is that of the run.\n",
-    ]
+    sections += ["## method\n", METHOD_TEXT]
     sections += families("method", "name", METHODS, schema)
     sections += ["## optimizer\n", *section(OptimizerSettings, schema)]
     sections += ["## run\n", *section(RunSettings, schema)]
-    sections += [
-        "## trainer\n",
-        "Without this section a run is supervised fine-tuning. See [preference.md](preference.md).\n",
-    ]
+    sections += ["## trainer\n", TRAINER_TEXT]
     sections += families("trainer", "name", TRAINERS, schema)
     return "\n".join(sections)
 

@@ -105,8 +105,7 @@ class HiwiLinear(AdapterLinear):
         return (self.plain_bias.to(down.dtype) @ down).relu() @ up
 
     def after(self, adapter: str, y: Tensor, x: Tensor) -> Tensor:
-        shift = self.shift(adapter)
-        return (y.to(shift.dtype) + shift).to(y.dtype)
+        return (y + self.shift(adapter)).to(y.dtype)
 
     def transformed(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight, None if bias is None else bias + self.shift(adapter)

@@ -180,24 +180,24 @@ class LortaLinear(AdapterLinear):
         self.lorta_settings[adapter] = (config.alpha / config.rank, config.dropout)
 
     def sides(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """Return the update as two factors: (outputs x rank) and (rank x inputs)."""
+        """Return the update, scaled, as two factors: (outputs x rank) and (rank x inputs)."""
         place = self.shared.places[adapter][self.path]
         width, head, layers, heads, matrices = (getattr(self, name)[adapter] for name in FACTORS)
         heads = heads.unflatten(0, (place.num_heads, -1)).mean(1)
-        coefficients = heads * matrices[place.matrix] * layers[place.layer]
+        scale, _ = self.lorta_settings[adapter]
+        coefficients = scale * heads * matrices[place.matrix] * layers[place.layer]
         all_heads = torch.einsum("hr,rd->hdr", coefficients, head).flatten(0, 1)  # (heads x head size, rank)
         return (width, all_heads.T) if place.heads_on_inputs else (all_heads, width.T)
 
     def after(self, adapter: str, y: Tensor, x: Tensor) -> Tensor:
-        scale, dropout = self.lorta_settings[adapter]
+        _, dropout = self.lorta_settings[adapter]
         outputs, inputs = (side.to(x.device) for side in self.sides(adapter))
         x = functional.dropout(x.to(inputs.dtype), dropout, self.training)
-        return y + (scale * functional.linear(functional.linear(x, inputs), outputs)).to(y.dtype)
+        return y + functional.linear(functional.linear(x, inputs), outputs).to(y.dtype)
 
     def transformed(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        scale, _ = self.lorta_settings[adapter]
         outputs, inputs = (side.to(weight) for side in self.sides(adapter))
-        return weight + scale * (outputs @ inputs), bias
+        return weight + outputs @ inputs, bias
 
     def _present(self, adapters: list[str]) -> list[str]:
         return [name for name in adapters if name in self.lorta_settings]
@@ -266,12 +266,12 @@ class LortaModel(AdapterTuner):
         first: Any = dict(self._layers())[next(iter(layers))]
         self.shared.add(adapter, found, rank=peft_config.rank, like=first.weight)
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+    def _cast_factors(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
+        super()._cast_factors(adapter_name, autocast_adapter_dtype)
         for name in FACTORS:
             factors = getattr(self, name)
             if autocast_adapter_dtype and factors[adapter_name].dtype in (torch.float16, torch.bfloat16):
-                factors[adapter_name] = factors[adapter_name].float()
+                factors[adapter_name] = nn.Parameter(factors[adapter_name].detach().float())
 
     def _layers(self) -> list[tuple[str, nn.Module]]:
         """Return the modules of the plain model, by path; those below a tuner's layer have its path."""

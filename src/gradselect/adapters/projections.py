@@ -16,7 +16,11 @@ HEADS_ON_OUTPUTS = (
 )
 """Ends of the names of query, key and value projections."""
 
-HEADS_ON_INPUTS = ("o_proj", "out_proj", "out_lin", "attention.output.dense", "o")
+HEADS_ON_INPUTS = (
+    *("o_proj", "out_lin", "attention.output.dense", "o"),
+    # Not "out_proj" alone, which a classification head may have.
+    *("attn.out_proj", "self_attn.out_proj", "encoder_attn.out_proj", "attention.out_proj"),
+)
 """Ends of the names of output projections."""
 
 

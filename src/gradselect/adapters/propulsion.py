@@ -78,7 +78,8 @@ class PropulsionLinear(AdapterLinear):
 
     def after(self, adapter: str, y: Tensor, x: Tensor) -> Tensor:
         scale = self.scale(adapter)
-        return (y.to(scale.dtype) * scale).to(y.dtype)
+        # Promoted inside the product: what autograd keeps of y stays as small as y.
+        return (y * scale).to(y.dtype)
 
     def transformed(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         scale = self.scale(adapter).to(weight.dtype)

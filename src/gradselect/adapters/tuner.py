@@ -39,6 +39,7 @@ class AdapterTuner(BaseTuner):
         if not config.inference_mode and isinstance(targets, set):
             self._check_all_match(targets, model)
         already = set(self.targeted_module_names)
+        self._count_uses(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except UsageError:
@@ -49,6 +50,16 @@ class AdapterTuner(BaseTuner):
             if "not found in the base model" not in str(error):
                 raise
             raise UsageError(self._nothing_found(targets, model)) from None
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Cast as PEFT does, which makes the parameters anew; those that did not train still do not."""
+        trains = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
+        self._cast_factors(adapter_name, autocast_adapter_dtype)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(trains[name])
+
+    def _cast_factors(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def make_layer(self, target: nn.Module, adapter_name: str, config: Any, *, path: str) -> AdapterLinear:
         """Return the layer that takes the place of `target`."""
@@ -73,6 +84,10 @@ class AdapterTuner(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _count_uses(self, model: nn.Module) -> None:
+        """Count once in how many places each parameter stands, not for each layer anew."""
+        self._uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+
     def _check_layer(self, layer: nn.Module, path: str) -> None:
         """Check that the method can change a layer.
 
@@ -86,8 +101,7 @@ class AdapterTuner(BaseTuner):
                 f"{', '.join(kind.__name__ for kind in known)}; name layers in target_modules, and this one not"
             )
         weight = cast(Any, layer).weight
-        uses = Counter(id(parameter) for _, parameter in self.model.named_parameters(remove_duplicate=False))
-        if uses[id(weight)] > 1:
+        if self._uses[id(weight)] > 1:
             raise UsageError(
                 f"{path!r} shares its weight with another layer, which merging would change too; name layers in "
                 "target_modules, and this one not, or load the model with tie_word_embeddings=False"

@@ -107,7 +107,8 @@ class DenseTensors:
             The masks, those that were made from momentum among them.
         """
         used = dict(masks)
-        by_momentum = self._mask.names if self._mask is not None and self._mask.ranks == "momentum" else ()
+        ranks_momentum = self._mask is not None and self._mask.ranks == "momentum"
+        by_momentum = frozenset(self._mask.names if self._mask is not None and ranks_momentum else ())
         for name in self.names:
             for group, (parameter,) in self._table.by_group(name):
                 if name in by_momentum and parameter.grad is not None:

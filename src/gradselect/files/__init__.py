@@ -1,7 +1,7 @@
 """Files that are whole or not there: atomic writes, checked JSON, locks, manifests; files of a model."""
 
 from .atomic import aside_of, flush_names, remove, write_atomically, writing_aside
-from .checked_json import read_json_text, read_sealed, sealed
+from .checked_json import json_files, plain_or_packed, read_json_text, read_sealed, sealed
 from .folder import make_folder
 from .lock import LOCK_NAME, is_owned, locked, owned, taking_turns
 from .manifest import MANIFEST_NAME, digests_of_model, newest_whole, sha256, write_manifest
@@ -21,11 +21,13 @@ __all__ = [
     "flush_names",
     "is_owned",
     "is_safe",
+    "json_files",
     "locked",
     "make_folder",
     "module_folders",
     "newest_whole",
     "owned",
+    "plain_or_packed",
     "read_json_text",
     "read_sealed",
     "remove",

@@ -40,6 +40,17 @@ def read_json_text(path: Path) -> str:
     return data.decode("utf-8")
 
 
+def plain_or_packed(path: Path) -> Path | None:
+    """Return the file at `path`, or the one that `gzip` has made of it; None if there is neither."""
+    candidates = (path, path.with_name(f"{path.name}.gz"))
+    return next((each for each in candidates if each.exists()), None)
+
+
+def json_files(folder: Path) -> list[Path]:
+    """Return the JSON files of a folder, also those that `gzip` has packed, in order of names."""
+    return sorted(path for pattern in ("*.json", "*.json.gz") for path in folder.glob(pattern))
+
+
 def read_sealed(path: Path, *, needed: Sequence[str] = (), name: str | None = None) -> dict[str, Any]:
     """Return the values in a file, without their digests. A file from before there were digests is not checked.
 

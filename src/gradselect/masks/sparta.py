@@ -17,7 +17,7 @@ from gradselect.usage import UsageError, check_positive, check_whole
 VALUES_AND_OUTPUTS = (
     "*.v_proj.*",
     "*.o_proj.*",
-    "*.out_proj.*",
+    "*att*.out_proj.*",  # a classification head may have an out_proj too
     "*attn.dense.*",
     "*attention.dense.*",
     "*attention.*.value.*",
@@ -31,9 +31,10 @@ VALUES_AND_OUTPUTS = (
 class SpaRTA(AbstractCompactMask):
     r"""Select each entry of the candidates with probability q, independently, at step 0; the set never changes.
 
-        q = density N / n,    N entries of the whole model, n of the candidates
+        q = density N / n,    N entries of all tensors that can train, n of the candidates
 
-    So `density` is the expected share of the model's entries that train; the number itself varies by about
+    So `density` is the expected share of these entries that train; frozen tensors and those that `always` names do not
+    count in N; the number itself varies by about
     sqrt(density N). `StaticMask(salience=gradselect.salience.random)` draws an exact number instead.
 
     From the paper and the authors' code: the draw, the share of the whole model, and the default candidates: their

@@ -11,7 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gradselect.blocks import AbstractPolicy, layer_of, resolve_count_now, taking_part
+from gradselect.blocks import AbstractPolicy, largest, layer_of, resolve_count_now, taking_part
 from gradselect.core import Block
 from gradselect.parallel import full_tensor
 from gradselect.usage import UsageError, check_patterns, check_positive
@@ -83,7 +83,7 @@ class Spectrum(AbstractPolicy):
         selected: set[str] = set()
         for names in of_type.values():
             count = resolve_count_now(num_blocks=len(names), fraction=self.fraction, count=None)
-            selected.update(sorted(names, key=lambda name: -self.ratios[name])[:count])
+            selected.update(largest(names, self.ratios, count))
         return tuple(name for name in self.names if name in selected)
 
 

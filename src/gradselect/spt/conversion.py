@@ -153,6 +153,7 @@ def fold(model: nn.Module) -> int:
     for name, module in adapted.items():
         layer: Any = module
         layer.merge()
+        layer.get_base_layer().weight.requires_grad_(True)  # only matrices that trained get an adapter
         setattr(model.get_submodule(parent(name)), name.rpartition(".")[2], layer.get_base_layer())
     if adapted and hasattr(model, "peft_config"):
         del model.peft_config
@@ -221,19 +222,21 @@ def _parts(model: nn.Module, candidates: Sequence[Candidate], choice: Choice) ->
     entries = {now[name]: indices for name, indices in choice.entries.items()}
     always = (*adapters, *(now[name] for name in choice.whole))
     if not entries:
-        entries = _no_entries(model, always)
+        entries = _no_entries(model, first=[now[name] for name in choice.adapters], always=always)
     return SPT(mask=FixedEntries(entries=entries, about=choice.describe()), always=always, choice=choice)
 
 
-def _no_entries(model: nn.Module, always: Sequence[str]) -> dict[str, Tensor]:
+def _no_entries(model: nn.Module, *, first: Sequence[str], always: Sequence[str]) -> dict[str, Tensor]:
     """Return an empty set of entries. A mask needs a tensor to select from, though all budget went elsewhere.
 
     Raises:
         UsageError: everything trains whole.
     """
-    for name, parameter in model.named_parameters():
+    # Matrices with an adapter trained before; what was frozen stays so.
+    parameters = dict(model.named_parameters())
+    for name in (*first, *(name for name, parameter in parameters.items() if parameter.requires_grad)):
         if name not in always:
-            parameter.requires_grad_(True)
+            parameters[name].requires_grad_(True)
             return {name: torch.empty(0, dtype=torch.int64)}
     raise UsageError("every parameter would train whole; write gs.SparseOptimizer(model, gs.StaticMask(density=1.0))")
 

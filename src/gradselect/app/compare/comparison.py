@@ -159,9 +159,9 @@ class Comparison:
             self._say(f"note       {method}: the best rate {best:g} is at the edge of its grid {list(entry.rates)}")
         self._retire_scores(method, best)
         self._ensure(first := score_run(method, lr=best, seed=0))
-        if note := missing_samples(self._suite.samples, self._folder, first):
-            self._say(note)
         if self._done(first):
+            if note := missing_samples(self._suite.samples, self._folder, first):
+                self._say(note)
             shutil.rmtree(self._folder.training(first), ignore_errors=True)
         return best
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from gradselect import UsageError
 from gradselect.app.results import SAMPLES, read_sample_file
+from gradselect.files import plain_or_packed
 
 from .protocol import protocol_differences, protocol_hash
 from .results import ResultsFolder
@@ -42,8 +43,9 @@ def missing_samples(samples: Samples | None, folder: ResultsFolder, run: Planned
     result = folder.existing_result(run)
     if samples is None or result is None:
         return None
-    path, reason = folder.samples_file(run), "has no answers to samples.prompts: it was scored without them"
-    if path.exists():
+    path = plain_or_packed(folder.samples_file(run))
+    reason = "has no answers to samples.prompts: it was scored without them"
+    if path is not None:
         try:
             known = read_sample_file(path)
         except UsageError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gradselect import UsageError
 from gradselect.app.results import SAMPLES, ComparedRun, Result, read_result, result_paths
+from gradselect.files import plain_or_packed
 
 from .schedule import PlannedRun
 
@@ -30,9 +31,7 @@ class ResultsFolder:
 
     def existing_result(self, run: PlannedRun) -> Path | None:
         """Return the result file of the run, plain or packed by `gzip`; None if there is none."""
-        plain = self.result_file(run)
-        candidates = (plain, plain.with_name(f"{plain.name}.gz"))
-        return next((path for path in candidates if path.exists()), None)
+        return plain_or_packed(self.result_file(run))
 
     def samples_file(self, run: PlannedRun) -> Path:
         return self.root / SAMPLES / f"{run.training_name}.json"

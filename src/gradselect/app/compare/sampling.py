@@ -14,6 +14,7 @@ from gradselect.app.evaluate import (
     resolve_max_new_tokens,
 )
 from gradselect.app.results import SampledAnswer, SampleFile, read_sample_file, write_samples
+from gradselect.files import plain_or_packed
 
 from .job import Job
 from .protocol import local_folder
@@ -77,10 +78,11 @@ def answer(
 def _is_answered(base: Path, job: Job, prompts: tuple[str, ...]) -> bool:
     """True if the file of the base model has its answers to what this job asks."""
     assert job.samples is not None
-    if not base.exists():
+    found = plain_or_packed(base)
+    if found is None:
         return False
     try:
-        known = read_sample_file(base)
+        known = read_sample_file(found)
     except UsageError:
         return False
     return (known.protocol, known.asked) == (job.protocol, (job.samples.chat, job.samples.max_new_tokens, prompts))

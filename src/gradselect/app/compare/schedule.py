@@ -51,11 +51,6 @@ def rung_runs(method: str, rates: Sequence[float], *, share: float = 1.0) -> lis
     return [PlannedRun(method=method, lr=lr, seed=0, role="rate", share=share) for lr in rates]
 
 
-def rate_runs(method: str, entry: MethodEntry) -> list[PlannedRun]:
-    """Return the runs that search the whole grid, with seed 0; none for a grid of one rate."""
-    return rung_runs(method, entry.rates if len(entry.rates) > 1 else ())
-
-
 def score_run(method: str, *, lr: float, seed: int) -> PlannedRun:
     """Return the run at the best rate."""
     return PlannedRun(method=method, lr=lr, seed=seed, role="score")

@@ -22,7 +22,7 @@ def examine_devices() -> Iterator[Finding]:
     """Yield the findings of the CPU and of every accelerator."""
     yield from _of_torch()
     for device in devices():
-        yield Finding(name=f"device {device}", status=Status.OK, text=_describe(device))
+        yield _tried(f"device {device}", lambda device=device: (Status.OK, _describe(device)))
         yield _tried(f"{device}, fused AdamW", lambda device=device: _fused(device))
         if is_accelerator(device):
             yield _tried(f"{device}, page-locked memory", lambda device=device: _page_locked(device))

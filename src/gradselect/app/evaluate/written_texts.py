@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from gradselect.app.data import Row, columns_of, is_empty, render, require_columns
+from gradselect.app.data import Row, columns_of, is_empty, render, require_columns, says_nothing
 from gradselect.app.recipe import DEFAULT_PROMPT, EvaluationSettings
 from gradselect.app.stats import MEAN_CHRF, chrf, corpus_scores, mean_loss, mean_loss_interval
 from gradselect.usage import UsageError
@@ -64,7 +64,7 @@ def referenced(source: Source, settings: EvaluationSettings) -> list[Referenced]
     def read(index: int, row: Row) -> Referenced:
         check_cells(row, prompt + completion)
         text = render(prompt, row)
-        if not text.strip():
+        if says_nothing(prompt, row) or not text.strip():
             raise UsageError("the prompt is empty")
         return Referenced(index=index, prompt=text, references=_references(row, completion))
 

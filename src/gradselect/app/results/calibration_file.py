@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from gradselect.files import sealed, writing_aside
+from gradselect.files import plain_or_packed, sealed, writing_aside
 
 from .record import Number, Record
 
@@ -139,8 +139,8 @@ def read_calibration(folder: Path) -> Calibration | None:
     Raises:
         UsageError: it is damaged.
     """
-    path = folder / CALIBRATION
-    return Calibration.read(path, name=CALIBRATION) if path.exists() else None
+    path = plain_or_packed(folder / CALIBRATION)
+    return None if path is None else Calibration.read(path, name=CALIBRATION)
 
 
 def write_calibration(folder: Path, calibration: Calibration) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from gradselect.files import read_json_text, read_sealed, sealed, writing_aside
+from gradselect.files import json_files, read_json_text, read_sealed, sealed, writing_aside
 from gradselect.usage import UsageError
 
 from .calibration_file import CALIBRATION, RunBudget
@@ -206,8 +206,7 @@ class Skipped:
 
 def result_paths(folder: Path) -> list[Path]:
     """Return the JSON files of a folder that may be results, also those that `gzip` has packed, in order of names."""
-    found = (path for pattern in ("*.json", "*.json.gz") for path in folder.glob(pattern))
-    return sorted(path for path in found if path.name != CALIBRATION)
+    return [path for path in json_files(folder) if path.name.removesuffix(".gz") != CALIBRATION]
 
 
 def read_result(path: Path) -> Result:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradselect.files import sealed, writing_aside
+from gradselect.files import json_files, sealed, writing_aside
 from gradselect.usage import UsageError
 
 from .record import Number, Record
@@ -90,7 +90,7 @@ def read_sample_file(path: Path) -> SampleFile:
 def read_samples(folder: Path) -> SampledAnswers:
     """Read the answers in a folder of results; damaged files are skipped, with the reason."""
     found, skipped = [], []
-    for path in sorted(path for pattern in ("*.json", "*.json.gz") for path in (folder / SAMPLES).glob(pattern)):
+    for path in json_files(folder / SAMPLES):
         try:
             found.append(read_sample_file(path))
         except UsageError as error:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -53,10 +54,10 @@ def search_adapters(
     asked = {"space": "adapters", "budget": budget, "ranks": list(ranks), "seed": seed}
     description = {**described(recipe, inputs), "adapters": asked}
     check_folder(folder, description)
-    with locked(folder.root, name="--study"):
-        write_atomically(folder.description, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
-        widest = _with_lora(recipe, _widest(method, ranks[-1]), output=str(folder.root / "search"))
-        trainer = build_trainer(widest, inputs, folder=RunFolder(folder.root / "search"), stages=stages)
+    # A search that is refused or interrupted leaves nothing behind that would refuse the next one.
+    with locked(folder.root, name="--study"), TemporaryDirectory() as scratch:
+        widest = _with_lora(recipe, _widest(method, ranks[-1]), output=scratch)
+        trainer = build_trainer(widest, inputs, folder=RunFolder(Path(scratch)), stages=stages)
         assert trainer.model is not None
         sites = sites_of(trainer.model)
         limit = budget_of_rank(sites, rank=method.rank) if budget is None else budget
@@ -64,6 +65,7 @@ def search_adapters(
         stages.say(*_opening(settings, sites, rank=method.rank if budget is None else None, folder=folder))
         found = _search(recipe, trainer, settings, stages=stages)
         tuned = _with_lora(recipe, {**found.options(), "lora_dropout": method.dropout}, output=str(folder.best_output))
+        write_atomically(folder.description, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
         _write(found, tuned, sites, folder=folder)
     stages.say(*_closing(found, sites), f"next: gradselect train {folder.best_recipe}")
     return AdapterResult(recipe=tuned, path=folder.best_recipe, allocation=found)
