@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from gradselect import BlockOptimizer, Drop, Keep
 from gradselect.app.inputs import read_inputs
 from gradselect.app.recipe import AbstractBlockMethod, Recipe
-from gradselect.app.runtime import RunFolder, take_device
+from gradselect.app.runtime import RunFolder, keep_freed_memory, take_device
 from gradselect.app.train import Meter, build_trainer, kind_of_step
 from gradselect.blocks import StepCost
 from gradselect.planning import survey_policy
@@ -45,6 +45,7 @@ def measure_turn(
         UsageError: the method does not fit the model.
     """
     take_device(recipe.run.device)
+    keep_freed_memory(recipe.run.device)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:

@@ -17,6 +17,7 @@ from gradselect.app.models import (
     load_weights,
 )
 from gradselect.app.recipe import EvaluationSettings
+from gradselect.app.runtime import keep_freed_memory
 from gradselect.usage import UsageError
 
 FOLDER_MARKS = ("config.json", "adapter_config.json")
@@ -57,6 +58,7 @@ def load(settings: EvaluationSettings) -> LanguageModel:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     device = resolve_device(settings.device)
+    keep_freed_memory(device.type)
     check_folder(settings.model)
     kind, wanted = AutoModelForCausalLM, "a causal language model"
     if settings.task == "classification":

@@ -1,5 +1,6 @@
 """Surroundings of a run: folder, processes, signals, messages, memory of the machine."""
 
+from .allocator import keep_freed_memory
 from .hub import HubId, check_hub, check_ids, hub_fault
 from .machine import device_memory, host_bytes, machine_bytes, peak_process_bytes
 from .messages import collected_messages, describe_messages
@@ -38,6 +39,7 @@ __all__ = [
     "host_bytes",
     "hub_fault",
     "is_rank_0",
+    "keep_freed_memory",
     "machine_bytes",
     "max_over_ranks",
     "num_processes",

@@ -27,6 +27,7 @@ from gradselect.app.runtime import (
     collected_messages,
     disconnect,
     is_rank_0,
+    keep_freed_memory,
     num_processes,
     take_device,
     watched_signals,
@@ -56,6 +57,7 @@ from .trainer import RunTrainer
 def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Console, messages: Sequence[str]) -> Path:
     """Carry out a recipe; see `train`. `messages` is the growing list of the libraries' messages."""
     take_device(recipe.run.device)
+    keep_freed_memory(recipe.run.device)
     folder = RunFolder(Path(recipe.run.output))
     console = console if is_rank_0() else Console(quiet=True)
     stages = Stages(console)
