@@ -95,6 +95,20 @@ def test_layers_of_one_adapter_share_their_factors_and_copies_do_not():
     assert all(layer.lorta_A is other.base_model.lorta_A for layer in layers_of(other))
 
 
+def test_factors_follow_a_model_that_was_taken_out_of_peft():
+    """`gradselect evaluate` loads it so, and then moves it to its device."""
+    model = disturbed(wrapped(tiny_llama(layers=2), LortaConfig(rank=3)), 0.3)
+    before = logits(model)
+    base = model.get_base_model()
+    factors = layers_of(base)[0].shared.factors
+    del model
+    base.to(torch.float64)
+    assert {factors[name]["default"].dtype for name in FACTORS} == {torch.float64}
+    torch.testing.assert_close(logits(base), before.double(), rtol=0, atol=1e-5)
+    base.to("meta")
+    assert all(factors[name]["default"].is_meta and factors[name]["default"].requires_grad for name in FACTORS)
+
+
 def test_two_adapters_with_other_layers_and_ranks_add_up():
     model = disturbed(wrapped(tiny_llama(layers=2), LortaConfig(rank=3, target_modules=["q_proj", "v_proj"])), 0.3)
     one = logits(model)

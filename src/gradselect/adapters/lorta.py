@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Self, final
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -135,6 +136,11 @@ class SharedFactors:
         self._put(adapter, "lorta_B", torch.zeros(rank, found.head_dim), like)
         self.places[adapter] = dict(found.places)
 
+    def move(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Move or cast the factors of all adapters, as `nn.Module.to` does with those of a module."""
+        for factors in self.factors.values():
+            factors._apply(change)
+
     def drop(self, adapter: str) -> None:
         """Forget an adapter."""
         self.places.pop(adapter, None)
@@ -198,6 +204,12 @@ class LortaLinear(AdapterLinear):
     def transformed(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         outputs, inputs = (side.to(weight) for side in self.sides(adapter))
         return weight + outputs @ inputs, bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # A model that was taken out of PEFT's holds its layers only, and they the factors. To move them twice is to
+        # move them once.
+        self.shared.move(fn)
+        return super()._apply(fn, recurse)
 
     def _present(self, adapters: list[str]) -> list[str]:
         return [name for name in adapters if name in self.lorta_settings]
