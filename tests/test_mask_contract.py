@@ -364,6 +364,7 @@ MISFITS: list[tuple[AbstractMask, str]] = [
     (gs.SpaRTA(among="*.nothing.*"), "matches no parameter"),
     (gs.FixedEntries(entries={"model.norm.weigth": torch.tensor([0])}), "nearest: 'model.norm.weight'"),
     (gs.FixedEntries(entries={"model.norm.weight": torch.tensor([16])}), "index 16 is beyond the 16 entries"),
+    (gs.FixedEntries(entries={"model.norm.weight": torch.tensor([])}), "nothing would train: FixedEntries has no"),
     (gs.LIFT(rank=1000), "lets every matrix train whole"),
     (gs.LIFT(rank=1, among="*norm*"), "finds no tensor"),
     (gs.BitFit(among="*up_proj*"), "finds no tensor"),

@@ -27,7 +27,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self
 
@@ -233,6 +233,23 @@ def matching_tensors(tensors: Sequence[MaskTensor], patterns: str | Sequence[str
     kind = "parameter that can train (a frozen or quantised one cannot)"
     names = matching([tensor.name for tensor in tensors], patterns, kind=kind)
     return tuple(tensor for tensor in tensors if tensor.name in names)
+
+
+def check_trains(mask: AbstractMask, always: Collection[str]) -> None:
+    """Check that a mask selects from something, or that something trains beside it.
+
+    Args:
+        mask: bound.
+        always: names of the tensors that train whole.
+
+    Raises:
+        UsageError: nothing would train.
+    """
+    if not mask.tensors and not always:
+        raise UsageError(
+            f"nothing would train: {type(mask).__name__} has no entries, and always names no tensor; write e.g. "
+            'always=("classifier.*",)'
+        )
 
 
 def check_size(*, budget: int | None, density: float | None) -> None:

@@ -178,7 +178,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         model = check_model(model, update.rule)
         tensors = trainable_tensors(model)
         self._always = matching([t.name for t in tensors], always, kind="parameter that trains", key="always")
-        self.mask = bind_mask(mask, [tensor for tensor in tensors if tensor.name not in self._always], model)
+        self.mask = bind_mask(mask, tensors, model, always=self._always)
         blocks = blocks_of(tensors, {*self._always, *self.mask.names})
         super().__init__(model, blocks, update, owned=[tensor.parameter for tensor in tensors])
         self.max_grad_norm = max_grad_norm

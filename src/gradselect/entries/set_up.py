@@ -24,7 +24,7 @@ from gradselect.parallel import check_placement, local_part, shard_groups, unwra
 from gradselect.slices import check_whole_layers
 from gradselect.usage import UsageError, check_is, check_whole
 
-from .mask import AbstractDenseMask, AbstractMask, MaskTensor
+from .mask import AbstractDenseMask, AbstractMask, MaskTensor, check_trains
 
 logger = logging.getLogger(__name__)
 
@@ -115,12 +115,21 @@ def marks_of_replicas(entries: Mapping[str, Tensor], parameters: Mapping[str, Pa
     }
 
 
-def bind_mask(mask: AbstractMask, tensors: Sequence[MaskTensor], model: nn.Module) -> AbstractMask:
+def bind_mask(
+    mask: AbstractMask, tensors: Sequence[MaskTensor], model: nn.Module, *, always: Collection[str]
+) -> AbstractMask:
     """Return a copy of the mask that selects among the tensors. Says what a quantised model leaves to select from.
+
+    Args:
+        mask: not bound yet.
+        tensors: all that can train.
+        model: that holds them.
+        always: names of those that train whole beside the mask.
 
     Raises:
         UsageError: its settings do not fit the tensors.
     """
+    tensors = [tensor for tensor in tensors if tensor.name not in always]
     fixed = quantised_weights(model)
     num_fixed = 0 if not fixed or is_chosen(model, "", fixed) else sum(fixed.values())
     try:
@@ -131,6 +140,7 @@ def bind_mask(mask: AbstractMask, tensors: Sequence[MaskTensor], model: nn.Modul
         raise UsageError(
             f"{error} ({num_fixed:,} weights are quantised or integers and cannot train; {ADVICE})"
         ) from None
+    check_trains(bound, always)
     if num_fixed:
         num_usable = sum(tensor.numel for tensor in bound.tensors)
         logger.warning(

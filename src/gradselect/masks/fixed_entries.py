@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ class FixedEntries(AbstractCompactMask):
     A checkpoint keeps their number and a digest, so that a run with other entries cannot be resumed by mistake.
 
     Args:
-        entries: flat indices by parameter name, integers, ascending, each once. A tensor may have none.
+        entries: flat indices by parameter name, integers, ascending, each once. A tensor may have none; if none has
+            any, the mask selects from no tensor, and only what the optimizer's `always` names trains.
         about: words for the record of a run, e.g. how the entries were found.
         among: names or globs that narrow `entries` down. None: all of them.
 
@@ -49,7 +51,11 @@ class FixedEntries(AbstractCompactMask):
     def bind(self, tensors: Sequence[MaskTensor]) -> Self:
         kind = "parameter that can train (a frozen or quantised one cannot)"
         matching([tensor.name for tensor in tensors], list(self.entries), key="entries", kind=kind)
-        return super().bind(tensors)
+        if any(map(len, self.entries.values())):
+            return super().bind(tensors)
+        bound = copy.copy(self)
+        bound.tensors = ()
+        return bound
 
     def can_use(self, tensor: MaskTensor) -> bool:
         return tensor.name in self.entries

@@ -14,6 +14,7 @@ from gradselect.entries import (
     AbstractDenseMask,
     AbstractMask,
     MaskTensor,
+    check_trains,
     matching_tensors,
     resolve_budget,
     share_out,
@@ -137,7 +138,9 @@ def _bind(mask: AbstractMask, training: Training) -> tuple[AbstractMask, list[st
         if parameter.requires_grad
     ]
     always = [tensor.name for tensor in matching_tensors(tensors, training.always)] if training.always else []
-    return mask.bind([tensor for tensor in tensors if tensor.name not in always]), always
+    bound = mask.bind([tensor for tensor in tensors if tensor.name not in always])
+    check_trains(bound, always)
+    return bound, always
 
 
 def _lift_count(mask: LIFT, tensor: MaskTensor) -> int:
