@@ -52,9 +52,11 @@ def batches_of(model: nn.Module, *, seeds: range) -> list[dict[str, Tensor]]:
     return [tiny_batch(model, seed=seed) for seed in seeds]
 
 
+OPTIONS: dict[str, Any] = {"density": 0.08, "rank": 1, "matrix_share": 0.5, "dropout": 0.0}
+
+
 def converted(model: nn.Module, **options: Any) -> Any:
-    options = {"density": 0.08, "rank": 1, "matrix_share": 0.5, "dropout": 0.0, **options}
-    return gs.spt.convert(model, batches_of(model, seeds=range(100, 103)), **options)
+    return gs.spt.convert(model, batches_of(model, seeds=range(100, 103)), **{**OPTIONS, **options})
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -215,14 +217,31 @@ def test_a_resumed_loop_goes_on_as_if_it_had_not_stopped(make: Any) -> None:
     weights, state = copy.deepcopy(whole.state_dict()), through_torch(optimizer.state_dict())
     train(whole, optimizer, range(2, 4))
     resumed = make()
-    again = converted(resumed, seed=3)
-    assert again.choice.adapters == spt.choice.adapters
+    again = gs.spt.convert(resumed, [], **OPTIONS, seed=3, earlier=state)
+    assert again.always == spt.always
+    assert again.mask.settings() == spt.mask.settings()
+    assert again.choice.describe() == spt.choice.describe()
     resumed.load_state_dict(weights)
     continued = gs.SparseOptimizer(resumed, mask=again.mask, always=again.always, lr=1e-2)
     continued.load_state_dict(state)
     train(resumed, continued, range(2, 4))
     for name, weight in whole.named_parameters():
         assert torch.equal(weight, resumed.get_parameter(name)), name
+
+
+def test_a_choice_that_the_state_does_not_tell_is_made_anew() -> None:
+    """A vector that the user trains whole looks as if it had been chosen; another budget is another choice."""
+    model = tiny_llama(layers=3)
+    spt = converted(model)
+    beside = next(name for name, _ in model.named_parameters() if "layernorm" in name and name not in spt.always)
+    entries = {name: indices for name, indices in spt.mask.entries.items() if name != beside}
+    mask = gs.FixedEntries(entries=entries, about=spt.mask.about)
+    optimizer = gs.SparseOptimizer(model, mask=mask, always=(*spt.always, beside))
+    train(model, optimizer, range(1))
+    again = converted(tiny_llama(layers=3), earlier=optimizer.state_dict())
+    assert again.mask.settings() == spt.mask.settings()
+    other = converted(tiny_llama(layers=3), density=0.07, earlier=optimizer.state_dict())
+    assert other.choice.budget < spt.choice.budget
 
 
 def test_other_entries_are_not_continued() -> None:
@@ -242,6 +261,8 @@ def test_a_model_in_which_every_matrix_gets_an_adapter_trains() -> None:
     assert set(spt.choice.adapters) == set(weights)
     assert spt.choice.num_masked == 0
     optimizer = gs.SparseOptimizer(model, mask=spt.mask, always=spt.always, lr=1e-2)
+    assert optimizer.mask.names == ()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(spt.always)
     before = snapshot(model)
     train(model, optimizer, range(2))
     assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == set(spt.always)

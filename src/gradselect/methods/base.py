@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ class RunFacts:
         num_steps: optimizer steps of the run. None: an integration fills them in when training begins.
         batches: as many batches as the method's `num_batches`, on the model's device.
         loss: loss of a batch. None: the model computes it.
+        earlier: state_dict of the optimizer of the checkpoint that the run resumes from. None: there is none, or it
+            does not matter to the method.
 
     Example:
         >>> RunFacts(seed=1, num_steps=1000).batches
@@ -34,6 +36,7 @@ class RunFacts:
     num_steps: int | None = None
     batches: Sequence[Any] = ()
     loss: Loss | None = None
+    earlier: Mapping[str, Any] | None = None
 
 
 class AbstractMethod(Settings, ABC):

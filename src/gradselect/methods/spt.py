@@ -71,5 +71,10 @@ class SPTMethod(AbstractMaskMethod):
     def _convert(self, model: nn.Module, facts: RunFacts) -> spt.SPT:
         own = ("budget", "density", "rank", "matrix_share", "vector_share", "dropout", "among")
         return spt.convert(
-            model, facts.batches, loss=facts.loss, seed=facts.seed, **{name: getattr(self, name) for name in own}
+            model,
+            facts.batches,
+            loss=facts.loss,
+            seed=facts.seed,
+            earlier=facts.earlier,
+            **{name: getattr(self, name) for name in own},
         )

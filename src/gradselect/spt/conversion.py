@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -19,11 +19,9 @@ from gradselect.usage import UsageError, check_patterns, check_positive, check_w
 
 from .candidates import candidates_of
 from .choice import Candidate, Choice, choose
+from .earlier import ADAPTER, earlier_choice
 
 logger = logging.getLogger(__name__)
-
-ADAPTER = "default"
-"""Name of the adapter in PEFT's layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +62,7 @@ def convert(
     among: Sequence[str] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     seed: int = 0,
+    earlier: Mapping[str, Any] | None = None,
 ) -> SPT:
     r"""Choose what SPT trains of `model`, and put adapters on it, in place. This trains nothing.
 
@@ -98,6 +97,8 @@ def convert(
             and norms outside of them.
         loss: (model, batch) -> scalar, for other models and batches.
         seed: seed of the adapters' first values.
+        earlier: to resume a training: the state_dict of its optimizer. What it trained is chosen again, without a look
+            at the batches; if it does not tell, or was made with other settings, the choice is made anew.
 
     Raises:
         UsageError: PEFT is missing, a value is out of range, no such tensor, a budget of more entries than there are,
@@ -124,8 +125,10 @@ def convert(
     candidates = candidates_of(model, among=among, rank=rank, **shares)
     tensors = [candidate.tensor for candidate in candidates]
     limit = resolve_budget(tensors, budget=budget, density=density)
-    scores = estimate_scores(salience.fisher, model=model, tensors=tensors, batches=batches, loss=loss)
-    choice = choose(candidates, scores, budget=limit)
+    choice = None if earlier is None else earlier_choice(earlier, candidates, budget=limit)
+    if choice is None:
+        scores = estimate_scores(salience.fisher, model=model, tensors=tensors, batches=batches, loss=loss)
+        choice = choose(candidates, scores, budget=limit)
     if choice.num_trained == limit:
         logger.info("%s", choice.describe())
     else:
@@ -221,24 +224,7 @@ def _parts(model: nn.Module, candidates: Sequence[Candidate], choice: Choice) ->
     adapters = tuple(name for name in names.values() if f".{ADAPTER}." in name and ".lora_" in name)
     entries = {now[name]: indices for name, indices in choice.entries.items()}
     always = (*adapters, *(now[name] for name in choice.whole))
-    if not entries:
-        entries = _no_entries(model, first=[now[name] for name in choice.adapters], always=always)
     return SPT(mask=FixedEntries(entries=entries, about=choice.describe()), always=always, choice=choice)
-
-
-def _no_entries(model: nn.Module, *, first: Sequence[str], always: Sequence[str]) -> dict[str, Tensor]:
-    """Return an empty set of entries. A mask needs a tensor to select from, though all budget went elsewhere.
-
-    Raises:
-        UsageError: everything trains whole.
-    """
-    # Matrices with an adapter trained before; what was frozen stays so.
-    parameters = dict(model.named_parameters())
-    for name in (*first, *(name for name, parameter in parameters.items() if parameter.requires_grad)):
-        if name not in always:
-            parameters[name].requires_grad_(True)
-            return {name: torch.empty(0, dtype=torch.int64)}
-    raise UsageError("every parameter would train whole; write gs.SparseOptimizer(model, gs.StaticMask(density=1.0))")
 
 
 def _is_adapted(module: nn.Module) -> bool:

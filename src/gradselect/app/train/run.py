@@ -74,7 +74,7 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         saving = plan_saving(recipe, inputs)
         samples, sample_notes = choose_samples(recipe, inputs)
         with _explained(recipe, folder):
-            trainer = build_trainer(recipe, inputs, folder=folder, stages=stages)
+            trainer = build_trainer(recipe, inputs, folder=folder, stages=stages, checkpoint=checkpoint)
         counted = row_notes(trainer.token_counts, recipe.data, max_length=inputs.max_length)
         counted = [*counted, *trainer.notes]
         notes = [*inputs.examples.notes, *counted, *sample_notes, *saving.notes, *new_token_notes(recipe, inputs)]

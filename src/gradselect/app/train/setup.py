@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_config import SFTConfig
 
@@ -24,10 +27,11 @@ from gradselect.app.recipe import (
     RandomData,
     Recipe,
     RunFacts,
+    SPTMethod,
     TokenData,
     is_packed,
 )
-from gradselect.app.runtime import RunFolder, num_processes
+from gradselect.app.runtime import RunFolder, broadcast_from_rank_0, num_processes
 
 from .classifier import batch_loss, classifier_options
 from .method_setup import mask_optimizer, method_parts
@@ -37,7 +41,9 @@ from .trainer import MetricsTrainer, RunTrainer, TokenTrainer
 from .trainer_kinds import build_other_trainer, calibration_loss, examples_per_row
 
 
-def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder, stages: Stages = SILENT) -> RunTrainer:
+def build_trainer(
+    recipe: Recipe, inputs: Inputs, *, folder: RunFolder, stages: Stages = SILENT, checkpoint: Path | None = None
+) -> RunTrainer:
     """Return a trainer for the recipe's method, without displays.
 
     Args:
@@ -45,6 +51,7 @@ def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder, stages: 
         inputs: its model, tokenizer and data.
         folder: folder of the run.
         stages: shows what is being done, also while the trainer runs.
+        checkpoint: the run is to resume from it; rank 0 decides. None: it begins.
 
     Raises:
         UsageError: the method does not fit the model, or no example fits into `data.max_length`.
@@ -59,11 +66,18 @@ def build_trainer(recipe: Recipe, inputs: Inputs, *, folder: RunFolder, stages: 
         stages=stages,
     )
     with stages.open("preparing the method") as stage:
-        return _build(recipe, inputs, rows, folder=folder, stages=stages, stage=stage)
+        return _build(recipe, inputs, rows, folder=folder, stages=stages, stage=stage, checkpoint=checkpoint)
 
 
 def _build(
-    recipe: Recipe, inputs: Inputs, rows: Mapping[str, Rows], *, folder: RunFolder, stages: Stages, stage: Stage
+    recipe: Recipe,
+    inputs: Inputs,
+    rows: Mapping[str, Rows],
+    *,
+    folder: RunFolder,
+    stages: Stages,
+    stage: Stage,
+    checkpoint: Path | None,
 ) -> RunTrainer:
     parts = method_parts(recipe, inputs, folder=folder)
     arguments = _arguments(recipe, folder=folder)
@@ -99,6 +113,7 @@ def _build(
         check_packing(trainer, _as_dataset(trainer.train_dataset)[:4]["input_ids"], max_length=inputs.max_length)
     if isinstance(recipe.method, AbstractMaskMethod):
         facts = _facts(trainer, recipe, num_batches=recipe.method.num_batches, stage=stage)
+        facts = replace(facts, earlier=_earlier(recipe, checkpoint))
         factory, options = mask_optimizer(recipe.method, recipe, inputs, parts.model, facts)
         trainer.optimizer_cls_and_kwargs = (factory, options)
         if isinstance(mask := options["mask"], FixedEntries) and mask.about:
@@ -141,6 +156,14 @@ def _facts(trainer: RunTrainer, recipe: Recipe, *, num_batches: int, stage: Stag
         batches=batches,
         loss=loss_of_batch(trainer, recipe),
     )
+
+
+def _earlier(recipe: Recipe, checkpoint: Path | None) -> dict[str, Any] | None:
+    """Return the optimizer's state in a checkpoint, if the method reads from it what it has chosen."""
+    if not isinstance(recipe.method, SPTMethod):
+        return None
+    found = broadcast_from_rank_0(None if checkpoint is None else str(checkpoint))
+    return None if found is None else torch.load(Path(found) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
 
 
 def loss_of_batch(trainer: RunTrainer, recipe: Recipe) -> Any:
