@@ -6,8 +6,10 @@
 For each seed: a search on the training problems, a fifth of them held out for the choices; then, from the start and on
 all training problems, the LoRA that was found and a LoRA of the same number of parameters with one rank on all layers;
 with --random also rank 8 on layers drawn at random. All have the same steps and batches, and each the best of the same
-rates. The figure is the loss on problems that neither the search nor a training has seen. What is done in --folder is
-not done again. Needs runs/data/small, which `gradselect compare suites/small.yaml` makes.
+rates, by the loss on problems of the training file that are held out. The figure is the loss on test problems, which
+neither the search nor a training nor the choice of a rate has seen. What is done in --folder is not done again; with
+other arguments or data the folder is refused. Needs runs/data/small, which `gradselect compare suites/small.yaml`
+makes.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import json
 import random
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -25,15 +28,18 @@ import common
 from peft import get_peft_model
 from rich.console import Console
 
+from gradselect.app.evaluate import evaluate
 from gradselect.app.inputs import read_inputs
-from gradselect.app.recipe import Recipe, parse_recipe
+from gradselect.app.recipe import EvaluationSettings, Recipe, parse_recipe
 from gradselect.app.stats import student_interval
 from gradselect.app.train import train
 from gradselect.app.tune import tune_adapters
+from gradselect.files import sha256, write_atomically
 from gradselect.integrations.bipeft import Allocation, budget_of_rank, sites_of
 
 RESULT = common.RESULTS / "adapter_search.json"
 DATA = Path("runs/data/small")
+TEMPLATES = {"prompt": "Question: {question}\nAnswer:", "completion": " {answer}"}
 RANK = 2
 LARGEST = 8
 
@@ -53,8 +59,7 @@ def recipe(
         "data": {
             "format": "prompt-completion",
             "path": str(arguments.train),
-            "prompt": "Question: {question}\nAnswer:",
-            "completion": " {answer}",
+            **TEMPLATES,
             "validation": validation,
             "max_length": 128,
         },
@@ -114,7 +119,7 @@ def run_seed(arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str
     if arguments.random:
         drawn = drawn_layers(searched, found.budget, seed=seed)
         methods["random"] = {"name": "peft", "type": "LORA", "options": drawn.options()}
-    losses = dict[str, dict[str, float]]()
+    held_out, losses = defaultdict[str, dict[str, float]](dict), defaultdict[str, dict[str, float]](dict)
     for (name, method), rate in product(methods.items(), arguments.rates):
         output = folder / f"train-{name}-{rate}"
         if not (output / "run.json").exists():
@@ -122,14 +127,15 @@ def run_seed(arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str
                 arguments,
                 method=method,
                 seed=seed,
-                validation=str(arguments.test),
+                validation=str(arguments.held_out),
                 output=output,
                 rate=rate,
                 steps=arguments.steps,
             )
             train(ours, console=console)
-        losses.setdefault(name, {})[str(rate)] = json.loads((output / "run.json").read_text("utf-8"))["validation_loss"]
-        print(f"seed {seed}  {name} at {rate}: {losses[name][str(rate)]:.4f}", flush=True)
+        held_out[name][str(rate)] = json.loads((output / "run.json").read_text("utf-8"))["validation_loss"]
+        losses[name][str(rate)] = test_loss(output, arguments.test)
+        print(f"seed {seed}  {name} at {rate}: {held_out[name][str(rate)]:.4f} held out", flush=True)
     return {
         "seed": seed,
         "budget": found.budget,
@@ -138,12 +144,23 @@ def run_seed(arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str
         "ranks": dict(found.ranks),
         "stable_from": found.stable_from,
         "search_steps": found.num_steps,
+        "held_out": held_out,
         "losses": losses,
     }
 
 
+def test_loss(model: Path, test: Path) -> float:
+    settings = EvaluationSettings(model=model, task="loss", data=test, device="cpu", **TEMPLATES)
+    loss = evaluate(settings).loss
+    assert loss is not None
+    return loss
+
+
 def table(result: dict[str, Any]) -> str:
-    """Return the losses at each method's best rate, and the paired differences from uniform ranks over seeds."""
+    """Return the losses at each method's best rate, and the paired differences from uniform ranks over seeds.
+
+    Results of before there were held-out problems have their rates chosen by the losses that they report.
+    """
     seeds = result["seeds"]
     best = {name: best_losses(seeds, name) for name in seeds[0]["losses"]}
     lines = ["| LoRA | best rate | loss on unseen problems | minus uniform | 95 % interval |", "|---|---|---|---|---|"]
@@ -157,16 +174,39 @@ def table(result: dict[str, Any]) -> str:
 
 
 def best_losses(seeds: Sequence[dict[str, Any]], name: str) -> tuple[str, list[float]]:
-    """Return the rate of the smallest mean loss, and its loss for each seed."""
-    by_rate = {rate: [seed["losses"][name][rate] for seed in seeds] for rate in seeds[0]["losses"][name]}
-    return min(by_rate.items(), key=lambda item: statistics.mean(item[1]))
+    """Return the rate of the smallest mean loss on held-out problems, and its loss for each seed."""
+    by_rate = {
+        rate: statistics.mean(seed.get("held_out", seed["losses"])[name][rate] for seed in seeds)
+        for rate in seeds[0]["losses"][name]
+    }
+    best = min(by_rate, key=lambda rate: by_rate[rate])
+    return best, [seed["losses"][name][best] for seed in seeds]
 
 
-def head_of(name: str, count: int, *, folder: Path) -> Path:
-    """Write the first rows of a data file, and return their file."""
-    lines = (DATA / name).read_text("utf-8").splitlines(keepends=True)
-    (folder / name).write_text("".join(lines[:count]), "utf-8")
-    return folder / name
+def rows_of(name: str, first: int, count: int, *, output: Path) -> Path:
+    """Write some rows of a data file, and return their file."""
+    lines = (DATA / name).read_text("utf-8").splitlines(keepends=True)[first : first + count]
+    if len(lines) < count:
+        raise SystemExit(f"{DATA / name} has no {count} rows after the first {first}; ask for fewer")
+    write_atomically(output, "".join(lines))
+    return output
+
+
+def check_folder(folder: Path, setup: dict[str, Any]) -> None:
+    """Write the setup into a new folder, or check that what is done there was done with the same one.
+
+    Raises:
+        SystemExit: it was not; names the arguments that differ.
+    """
+    file = folder / "setup.json"
+    if not file.exists() and any(folder.glob("*")):
+        raise SystemExit(f"{folder} holds something, and does not say with which arguments; name a new --folder")
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(setup, indent=2) + "\n")
+    before = json.loads(file.read_text("utf-8"))
+    if different := [f"{key}={before.get(key)}" for key in {**before, **setup} if before.get(key) != setup.get(key)]:
+        raise SystemExit(f"{folder} was made with {', '.join(different)}; name a new --folder, or these arguments")
 
 
 def main() -> None:
@@ -178,19 +218,22 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-2, 3e-2, 1e-1])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-test", type=int, default=400)
-    parser.add_argument("--num-train", type=int, default=4000)
+    parser.add_argument("--num-train", type=int, default=3600)
+    parser.add_argument("--num-held-out", type=int, default=400)
     parser.add_argument("--random", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path("runs/adapter-search"))
     arguments = parser.parse_args()
     if not arguments.table:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-        arguments.train = head_of("train.jsonl", arguments.num_train, folder=arguments.folder)
-        arguments.test = head_of("test.jsonl", arguments.num_test, folder=arguments.folder)
-        setup = {
-            name: getattr(arguments, name)
-            for name in ("search_steps", "search_rate", "steps", "batch", "rates", "num_train", "num_test")
-        }
+        names = ("search_steps", "search_rate", "steps", "batch", "rates", "num_train", "num_held_out", "num_test")
+        setup = {name: getattr(arguments, name) for name in names}
+        data = {name: sha256(DATA / name) for name in ("train.jsonl", "test.jsonl")}
+        check_folder(arguments.folder, {**setup, "data": data})
+        arguments.train = rows_of("train.jsonl", 0, arguments.num_train, output=arguments.folder / "train.jsonl")
+        arguments.held_out = rows_of(
+            "train.jsonl", arguments.num_train, arguments.num_held_out, output=arguments.folder / "held-out.jsonl"
+        )
+        arguments.test = rows_of("test.jsonl", 0, arguments.num_test, output=arguments.folder / "test.jsonl")
         result: dict[str, Any] = {"setup": {**setup, "rank": RANK}, "seeds": []}
         for seed in range(arguments.seeds):
             result["seeds"].append(run_seed(arguments, seed, arguments.folder / str(seed)))

@@ -12,6 +12,7 @@ from tiny_models import VOCABULARY, tiny_llama
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+adapter_search = importlib.import_module("adapter_search")
 common = importlib.import_module("common")
 glue = importlib.import_module("glue")
 gsm8k_masks = importlib.import_module("gsm8k_masks")
@@ -45,6 +46,34 @@ def test_the_table_of_glue_has_means_over_seeds_and_over_tasks():
     assert glue.table([unseen, *rows]).splitlines()[-1] == (
         "| ID3 | 0.01 | 18,432 | 60.0 (50.0, 70.0) | 60.0 / 60.0 (50.0, 70.0) | 60.0 |"
     )
+
+
+# The search for adapters ---------------------------------------------------------------------------------------------
+
+
+def test_rates_are_chosen_by_held_out_problems_and_reported_on_others():
+    seeds = [
+        {
+            "held_out": {name: {"0.1": 2.0 + gap, "0.3": 1.0} for name in ("uniform", "found")},
+            "losses": {"uniform": {"0.1": 1.0, "0.3": 1.5}, "found": {"0.1": 1.0, "0.3": 1.25}},
+        }
+        for gap in (0.0, 0.5)
+    ]
+    assert adapter_search.best_losses(seeds, "uniform") == ("0.3", [1.5, 1.5])
+    assert adapter_search.table({"seeds": seeds}).splitlines()[-1].startswith("| found | 0.3 | 1.2500 | -0.2500 |")
+    without = [{"losses": seed["losses"]} for seed in seeds]
+    assert adapter_search.best_losses(without, "uniform") == ("0.1", [1.0, 1.0])
+
+
+def test_runs_of_other_arguments_are_not_taken_over(tmp_path):
+    folder = tmp_path / "runs"
+    adapter_search.check_folder(folder, {"steps": 40, "rates": [0.01]})
+    adapter_search.check_folder(folder, {"steps": 40, "rates": [0.01]})
+    with pytest.raises(SystemExit, match=r"was made with steps=40; name a new --folder"):
+        adapter_search.check_folder(folder, {"steps": 50, "rates": [0.01]})
+    (folder / "setup.json").rename(folder / "0")
+    with pytest.raises(SystemExit, match="does not say with which arguments"):
+        adapter_search.check_folder(folder, {"steps": 40, "rates": [0.01]})
 
 
 # The encoder ---------------------------------------------------------------------------------------------------------
