@@ -138,6 +138,16 @@ def test_a_resumed_training_is_refused():
         AdaLoraCallback().on_train_begin(None, state, TrainerControl(), model=adapted(), optimizer=None)
 
 
+def test_only_accelerate_s_wrapper_is_taken_off_an_optimizer():
+    """Another one may keep an optimizer beside itself, whose gradients are not those of the AdaLoRA."""
+    model = adapted()
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad])
+    optimizer.optimizer = gs.SparseOptimizer(tiny_llama(layers=1), gs.ID3(density=0.1, steps=2))
+    AdaLoraCallback().on_train_begin(
+        None, TrainerState(max_steps=STEPS), TrainerControl(), model=model, optimizer=optimizer
+    )
+
+
 def test_a_mask_on_an_adalora_is_refused_with_the_callback_and_warned_of_without(tmp_path, caplog):
     mask = SelectiveTraining(mask=gs.ID3(density=0.1))
     with pytest.raises(gs.UsageError, match=r"SparseOptimizer with a selection frees them"):

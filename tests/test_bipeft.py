@@ -140,7 +140,24 @@ def test_layers_and_ranks_are_searched_in_turns_and_weights_stay_in_the_architec
     assert moved == [[True, False], [False, True]] * 2
 
 
-def test_the_weight_step_moves_only_what_trains_by_the_mean_of_its_batches():
+def test_the_weight_step_has_the_mean_gradient_and_loss_of_its_batches(monkeypatch):
+    """Twin: the mean of the losses in one backward pass. All layers are on, so that the draws are the same."""
+    model = with_lora()
+    search = AdapterSearch(model, settings())
+    monkeypatch.setattr(search.relaxation, "draw_switches", lambda step: torch.ones(len(search.sites)))
+    batches = [tiny_batch(model, seed=seed) for seed in range(3)]
+    loss = search._weight_step(batches)
+    ours = [site.up.weight.grad.clone() for site in search.sites]
+    search._gated.set(search.relaxation.gates(torch.ones(len(search.sites)), search.relaxation.best_sizes()))
+    expected = torch.stack([model(**batch).loss for batch in batches]).mean()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    theirs = torch.autograd.grad(expected, [site.up.weight for site in search.sites])
+    for gradient, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, other)
+        assert other.abs().max() > 1e-4
+
+
+def test_the_weight_step_moves_only_what_trains():
     model = with_lora()
     search = AdapterSearch(model, settings())
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}

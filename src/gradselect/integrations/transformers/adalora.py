@@ -12,6 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gradselect import All, BlockOptimizer, SparseOptimizer, UsageError
 
+from .wrappers import without_wrapper
+
 logger = logging.getLogger(__name__)
 
 
@@ -124,8 +126,7 @@ def _take_number_of_steps(config: Any, num_steps: int) -> None:
 
 
 def _check_optimizer(optimizer: Any) -> None:
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+    optimizer = without_wrapper(optimizer)
     if not _keeps_gradients(optimizer):
         raise UsageError(
             f"AdaLoraCallback scores ranks by gradients, and {type(optimizer).__name__} with a selection frees them "

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import GradientState
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
@@ -31,6 +30,7 @@ from .checks import (
 )
 from .frames import call_after_training, call_before_clipping, call_if_training_fails
 from .tracking import SelectionTracking
+from .wrappers import without_wrapper
 
 
 class SelectionCallback(TrainerCallback):
@@ -207,7 +207,7 @@ class SelectionCallback(TrainerCallback):
             self._connected.count_passes_if(None)
             self._connected.close()
         for trainer in self._trainers:  # train() may have ended before its optimizer was connected
-            optimizer = _without_wrapper(trainer.optimizer)
+            optimizer = without_wrapper(trainer.optimizer)
             if isinstance(optimizer, BlockOptimizer | SparseOptimizer):
                 optimizer.close()
         if self._max_grad_norm is not None:
@@ -236,19 +236,13 @@ def _step_follows() -> bool:
 
 
 def _unwrap_optimizer(optimizer: torch.optim.Optimizer) -> BlockOptimizer | SparseOptimizer:
-    optimizer = _without_wrapper(optimizer)
+    optimizer = without_wrapper(optimizer)
     if not isinstance(optimizer, BlockOptimizer | SparseOptimizer):
         raise UsageError(
             "SelectionCallback needs a BlockOptimizer or a SparseOptimizer, but the Trainer has "
             f"{type(optimizer).__name__}; write callbacks=[SelectiveTraining(policy=...)], which brings the optimizer, "
             "or leave the callback out"
         )
-    return optimizer
-
-
-def _without_wrapper(optimizer: Any) -> Any:
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
     return optimizer
 
 
