@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from mask_support import offered, snapshot
-from tiny_models import tiny_batch, tiny_bert, tiny_gpt2, tiny_llama
+from tiny_models import tiny_batch, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from torch import nn
 
 import gradselect as gs
@@ -17,6 +18,13 @@ from gradselect.methods import RunFacts, parse_method
 
 # PEFT uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+
+
+def tiny_distilbert() -> nn.Module:
+    return transformers.DistilBertModel(
+        transformers.DistilBertConfig(vocab_size=32, dim=16, hidden_dim=32, n_layers=1, n_heads=4)
+    )
+
 
 # SpaRTA ------------------------------------------------------------------------------------------------------------
 
@@ -52,13 +60,15 @@ def test_the_number_of_entries_varies_around_the_share_of_the_whole_model() -> N
     [
         (tiny_llama(layers=1), {"v_proj.weight", "o_proj.weight"}),
         (tiny_bert(layers=1), {"value.weight", "value.bias", "dense.weight", "dense.bias"}),
+        (tiny_t5(layers=1), {"v.weight", "o.weight"}),
+        (tiny_distilbert(), {"v_lin.weight", "v_lin.bias", "out_lin.weight", "out_lin.bias"}),
     ],
-    ids=["llama", "bert"],
+    ids=["llama", "bert", "t5", "distilbert"],
 )
 def test_values_and_outputs_of_attention_are_drawn_from(model: nn.Module, expected: set[str]) -> None:
     names = gs.SpaRTA(density=0.01).bind(offered(model)).names
     assert {name.rpartition(".")[0].rpartition(".")[2] + "." + name.rpartition(".")[2] for name in names} == expected
-    assert all("attention" in name or "attn" in name for name in names)
+    assert all("attention" in name.lower() or "attn" in name for name in names)
 
 
 def test_a_model_whose_projections_have_other_names_is_refused_with_what_to_write() -> None:

@@ -13,19 +13,12 @@ from torch import Tensor, nn
 from torch.nn import Parameter, functional
 from transformers.pytorch_utils import Conv1D
 
+from gradselect.core import ATTENTION_OUTPUTS, QUERIES_KEYS_VALUES
 from gradselect.usage import UsageError, check_positive, check_whole
 
 from .config import AdapterConfig
 from .layer import AdapterLinear, sizes_of
-from .projections import (
-    HEADS_ON_INPUTS,
-    HEADS_ON_OUTPUTS,
-    Projection,
-    Projections,
-    find_projections,
-    heads_of,
-    is_named,
-)
+from .projections import Projection, Projections, find_projections, heads_of, is_named
 from .registration import register
 from .tuner import AdapterTuner
 
@@ -79,8 +72,8 @@ class LortaConfig(AdapterConfig):
     rank: int = 8
     alpha: float = 8.0
     dropout: float = 0.0
-    heads_on_outputs: list[str] = field(default_factory=lambda: list(HEADS_ON_OUTPUTS))
-    heads_on_inputs: list[str] = field(default_factory=lambda: list(HEADS_ON_INPUTS))
+    heads_on_outputs: list[str] = field(default_factory=lambda: list(QUERIES_KEYS_VALUES))
+    heads_on_inputs: list[str] = field(default_factory=lambda: list(ATTENTION_OUTPUTS))
     num_heads: int | None = None
     head_dim: int | None = None
 

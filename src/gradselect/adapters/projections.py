@@ -10,19 +10,6 @@ from torch import nn
 
 from gradselect.usage import UsageError
 
-HEADS_ON_OUTPUTS = (
-    *("q_proj", "k_proj", "v_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin"),
-    *("query_proj", "key_proj", "value_proj", "q", "k", "v"),
-)
-"""Ends of the names of query, key and value projections."""
-
-HEADS_ON_INPUTS = (
-    *("o_proj", "out_lin", "attention.output.dense", "o"),
-    # Not "out_proj" alone, which a classification head may have.
-    *("attn.out_proj", "self_attn.out_proj", "encoder_attn.out_proj", "attention.out_proj"),
-)
-"""Ends of the names of output projections."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Projection:

@@ -11,7 +11,7 @@ from typing import NamedTuple, Self
 from torch import nn
 from torch.nn import Parameter
 
-from gradselect.core import Block
+from gradselect.core import QUERIES_KEYS_VALUES, Block
 from gradselect.usage import beginnings, parent
 
 from .structure import KINDS, Layout
@@ -24,7 +24,7 @@ FULL_STEP = FORWARD + INPUT_GRADIENT + WEIGHT_GRADIENT
 _LAYER = re.compile(r"^(.*?\.)?layer\.\d+")  # the first: T5's layers hold a list called "layer" themselves
 
 _INPUT_SIDE = frozenset(
-    {"q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v", "q_lin", "k_lin", "v_lin", "wq", "wk", "wv"}
+    {*QUERIES_KEYS_VALUES, "wq", "wk", "wv"}
     | {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv"}
     | {"gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "wi_0", "wi_1"}
 )

@@ -2,6 +2,7 @@
 
 from .adamw import AdamWRule
 from .adamw_8bit import AdamW8bitRule
+from .attention_names import ATTENTION_OUTPUTS, ATTENTION_VALUES, QUERIES_KEYS_VALUES
 from .block import Block, num_bytes
 from .checkpoint_identity import NOT_OF_A_GROUP, as_text, check_present, check_same, selection_of, states_by_name
 from .devices import device_of_run, has_fused_kernels, is_accelerator
@@ -29,10 +30,13 @@ from .weight_updates import WeightUpdates
 
 __all__ = [
     "ADVICE",
+    "ATTENTION_OUTPUTS",
+    "ATTENTION_VALUES",
     "HALF",
     "MASTER",
     "MEMORY_CATEGORIES",
     "NOT_OF_A_GROUP",
+    "QUERIES_KEYS_VALUES",
     "SELECTION",
     "WHOLE",
     "AbstractGradientHooks",

@@ -10,20 +10,16 @@ from typing import Self, final
 import torch
 from torch import Tensor, nn
 
+from gradselect.core import ATTENTION_OUTPUTS, ATTENTION_VALUES
 from gradselect.entries import AbstractCompactMask, FromWeights, Indices, MaskTensor, chunk_length, generator_of
 from gradselect.parallel import local_part, local_start
 from gradselect.usage import UsageError, check_positive, check_whole
 
 VALUES_AND_OUTPUTS = (
-    "*.v_proj.*",
-    "*.o_proj.*",
-    "*att*.out_proj.*",  # a classification head may have an out_proj too
-    "*attn.dense.*",
-    "*attention.dense.*",
-    "*attention.*.value.*",
-    "*attention.output.dense.*",
+    *(f"*.{name}.*" for name in (*ATTENTION_VALUES, *ATTENTION_OUTPUTS)),
+    *("*att*.out_proj.*", "*attn.dense.*", "*attention.dense.*"),
 )
-"""Value and output projections of attention, by the names that transformers' architectures give them."""
+"""Value and output projections of attention. The last have a value of their own in some architectures only."""
 
 
 @final
