@@ -1,7 +1,7 @@
-"""Put the tables of the committed result files into README.md and docs/results.md, each between its markers.
+"""Put the tables of the committed result files into README.md and docs/results.md, and draw the picture of README.md.
 
-python benchmarks/readme.py            # rewrites both pages
-python benchmarks/readme.py --check    # exits with 1 where a page and the results differ
+python benchmarks/readme.py            # rewrites both pages and docs/images
+python benchmarks/readme.py --check    # exits with 1 where a page or picture and the results differ
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import glue
 import gsm8k_loss
 import gsm8k_masks
 import levers
+import picture
 import sparse_step
 import sparsegrad
 import step_time
@@ -214,10 +215,19 @@ def headline() -> str:
     )
 
 
-@functools.cache
 def equal_time_comparison() -> Comparison:
-    """Return the comparison `small-equal-time`, which three tables show."""
-    return compare_results(read_results(RESULTS / "small-equal-time", include_dirty=False))
+    return comparison_of("small-equal-time")
+
+
+@functools.cache
+def comparison_of(suite: str) -> Comparison:
+    """Return the comparison of a suite, which several tables and the picture show."""
+    return compare_results(read_results(RESULTS / suite, include_dirty=False))
+
+
+def blocks_and_quality() -> str:
+    """The picture of README.md."""
+    return picture.markdown(comparison_of(picture.SUBJECT.suite))
 
 
 def equal_time_cells(comparison: Comparison, name: str, *, with_rate: bool = True) -> list[str]:
@@ -345,7 +355,7 @@ def masks() -> str:
 
 
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    README: {"card": card, "quickstart": quickstart, "headline": headline},
+    README: {"card": card, "picture": blocks_and_quality, "quickstart": quickstart, "headline": headline},
     TABLES: {
         "small_equal_time": equal_time,
         "small_equal_time_pairs": equal_time_pairs,
@@ -370,16 +380,25 @@ def filled(page: Path) -> str:
     return text
 
 
+def pictures() -> dict[Path, str]:
+    """Return the content of the picture's files; nothing with another matplotlib than that which drew them."""
+    if not picture.is_pinned():
+        print("the picture is neither drawn nor compared: that needs the matplotlib of constraints.txt")
+        return {}
+    drawn = picture.draw(comparison_of(picture.SUBJECT.suite))
+    return {picture.FILES[scheme]: svg for scheme, svg in drawn.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a file differs")
     check = parser.parse_args().check
-    for page in PAGES:
-        after = filled(page)
+    for path, after in {**{page: filled(page) for page in PAGES}, **pictures()}.items():
         if not check:
-            page.write_text(after, encoding="utf-8")
-        elif after != page.read_text(encoding="utf-8"):
-            sys.exit(f"{page.name} differs from the result files; run python benchmarks/readme.py")
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(after, encoding="utf-8")
+        elif not path.exists() or after != path.read_text(encoding="utf-8"):
+            sys.exit(f"{path.name} differs from the result files; run python benchmarks/readme.py")
 
 
 if __name__ == "__main__":

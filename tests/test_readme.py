@@ -1,10 +1,11 @@
-"""README and results say what the result files say; the README is short, and its Python runs."""
+"""README, its picture and the results say what the result files say; the README is short, and its Python runs."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import torch
@@ -39,3 +40,25 @@ def test_every_file_in_the_tree_exists():
     ]
     known = {path.name for folder in folders for path in (folder, *folder.rglob("*"))}
     assert {name.rstrip("/") for name in re.findall(r"(_?\w+\.py|\w+/)", tree)} <= known
+
+
+def test_the_picture_has_a_file_for_light_and_one_for_dark():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    light, dark = (re.search(rf' {key}="(docs/images/[\w-]+\.svg)"', text) for key in ("src", "srcset"))
+    assert light is not None
+    assert dark is not None
+    drawn = [(ROOT / found[1]).read_text(encoding="utf-8") for found in (light, dark)]
+    colour = re.compile(r"#[0-9a-f]{6}\b")
+    assert colour.sub("", drawn[0]) == colour.sub("", drawn[1])
+    assert not set(colour.findall(drawn[0])) & set(colour.findall(drawn[1]))
+
+
+def test_outside_of_the_repository_every_link_of_it_is_whole():
+    """The package index shows README.md, and knows no files."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for change in settings["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(change["pattern"], change["replacement"], text)
+    links = re.findall(r'\]\(([^)\s]+)\)| src(?:set)?="([^"]+)"', text)
+    assert len(links) > 20
+    assert [link for pair in links for link in pair if link and not link.startswith(("https://", "#"))] == []

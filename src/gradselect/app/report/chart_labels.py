@@ -25,7 +25,7 @@ def label_points(
     """Write each name near its point, where it hides least of points, names, obstacles and frame.
 
     Args:
-        points: x, y and name, in units of the axes.
+        points: x, y and name, in units of the axes. A point with an empty name is only kept free.
         obstacles: lines that names should not hide: x and y of one end, x and y of the other.
     """
     size = _settled(axes).dpi / 72
@@ -33,6 +33,8 @@ def label_points(
     taken = [Bbox.from_bounds(x - 6 * size, y - 6 * size, 12 * size, 12 * size) for x, y in places]
     taken += [_line_box(axes, ends, 2 * size) for ends in obstacles]
     for (x, y, name), place in zip(points, places, strict=True):
+        if not name:
+            continue
         text = axes.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=9.5, va="center", ha="center")
         text.set_path_effects(HALO)
         box = text.get_window_extent()

@@ -134,18 +134,8 @@ def draw_plane(
         if point.name == reference:
             axes.axvline(point.x / x.size, color=PALE, linewidth=1, zorder=0)
             axes.axhline(point.y / y.size, color=PALE, linewidth=1, zorder=0)
-        _draw_point(axes, point, marks[point.name], x.size, y.size)
     front = pareto_front(points, higher_is_better=not y.lower_is_better) if with_front else []
-    _draw_front(axes, front, x, y)
-    axes.set_xlabel(_with_direction(x))
-    axes.set_ylabel(_with_direction(y))
-    axes.margins(x=0.16, y=0.14)
-    axes.locator_params(nbins=6)
-    label_points(
-        axes,
-        [(point.x / x.size, point.y / y.size, point.name) for point in points],
-        obstacles=[*_interval_lines(points, x, y), *_front_lines(front, x, y)],
-    )
+    plot_plane(axes, points, x=x, y=y, marks=marks, labels={point.name: point.name for point in points}, front=front)
     listed = "; ".join(f"{point.name}: {x.show(point.x)}, {y.show(point.y)}" for point in points)
     on_front = f" On the front: {words.joined([point.name for point in front])}." if with_front else ""
     return Chart(
@@ -154,6 +144,31 @@ def draw_plane(
         caption=caption + on_front,
         alt=f"{title}. {x.title}, {y.title} of each method. {listed}.{on_front}",
         png=to_png(figure),
+    )
+
+
+def plot_plane(
+    axes: Axes,
+    points: Sequence[Point],
+    *,
+    x: Axis,
+    y: Axis,
+    marks: Marks,
+    labels: Mapping[str, str],
+    front: Sequence[Point] = (),
+) -> None:
+    """Draw points into a frame, with their intervals, a front, and a label beside each point that has one."""
+    for point in points:
+        _draw_point(axes, point, marks[point.name], x.size, y.size)
+    _draw_front(axes, front, x, y)
+    axes.set_xlabel(_with_direction(x))
+    axes.set_ylabel(_with_direction(y))
+    axes.margins(x=0.16, y=0.14)
+    axes.locator_params(nbins=6)
+    label_points(
+        axes,
+        [(point.x / x.size, point.y / y.size, labels.get(point.name, "")) for point in points],
+        obstacles=[*_interval_lines(points, x, y), *_front_lines(front, x, y)],
     )
 
 

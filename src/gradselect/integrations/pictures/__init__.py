@@ -1,6 +1,6 @@
 """Pictures of a run's selection, drawn by matplotlib: blocks by step, entries by step."""
 
-from .blocks import MOST_COLUMNS, draw_blocks
+from .blocks import MOST_COLUMNS, draw_blocks, draw_explore_steps
 from .entries import draw_entries
 from .style import DPI, GREY, INK, PALE, chart_settings, new_figure, to_pixels, to_png
 
@@ -13,6 +13,7 @@ __all__ = [
     "chart_settings",
     "draw_blocks",
     "draw_entries",
+    "draw_explore_steps",
     "new_figure",
     "to_pixels",
     "to_png",

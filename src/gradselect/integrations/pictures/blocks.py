@@ -43,7 +43,7 @@ def _draw(history: BlockHistory, updates: dict[str, int]) -> Figure:
     (strip, corner), (axes, bars) = figure.subplots(2, 2, width_ratios=(4, 1.25), height_ratios=tops)
     corner.set_visible(False)
     axes.pcolormesh(edges, np.arange(num_blocks + 1), trained, cmap="Greys", vmin=0, vmax=1, rasterized=True)
-    _draw_strip(strip, history)
+    draw_explore_steps(strip, history)
     shown = range(0, num_blocks, -(-num_blocks // MOST_ROWS))
     names = list(updates)
     axes.set_yticks([block + 0.5 for block in shown], [names[block] for block in shown], fontsize=9)
@@ -69,8 +69,14 @@ def in_stretches(history: BlockHistory) -> tuple[np.ndarray, np.ndarray]:
     return shares, edges + first
 
 
-def _draw_strip(strip: Axes, history: BlockHistory) -> None:
-    """Draw a line for each explore step."""
+def draw_explore_steps(strip: Axes, history: BlockHistory) -> None:
+    """Draw a line for each explore step.
+
+    Example:
+        >>> history = BlockHistory()
+        >>> history({"step": 0, "selected": ["layer.1"], "explored": True})
+        >>> draw_explore_steps(new_figure(height=1.0).subplots(), history)
+    """
     explored = np.asarray(history.steps)[np.asarray(history.explored, dtype=bool)]
     strip.vlines(explored + 0.5, 0, 1, color=INK, linewidth=0.8)
     strip.set_ylim(0, 1)

@@ -50,14 +50,14 @@ def chart_settings() -> Iterator[None]:
         yield
 
 
-def new_figure(*, height: float) -> Figure:
-    """Return an empty figure that is not on any screen.
+def new_figure(*, height: float, width: float = WIDTH) -> Figure:
+    """Return an empty figure, in inches, that is not on any screen.
 
     Example:
         >>> new_figure(height=2.0).get_size_inches().tolist()
         [5.6, 2.0]
     """
-    figure = Figure(figsize=(WIDTH, height), layout="constrained", dpi=DPI)
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
     FigureCanvasAgg(figure)
     return figure
 
