@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import gradselect as gs
+from gradselect.app.word_problems import write_problems
 
 ROOT = Path(__file__).parent.parent
 STEPS = 30
@@ -341,13 +342,6 @@ def of_report() -> dict[str, str]:
             "numbers": digest_of(re.findall(r"-?\d+(?:\.\d+)?", " ".join(cells))),
             "page": digest_of(page),
         }
-
-
-def write_problems(path: Path, *, count: int) -> None:
-    from gradselect.app.word_problems import problems
-
-    lines = (json.dumps(problem) + "\n" for problem in problems(count=count, seed=1, split="train"))
-    path.write_text("".join(lines), encoding="utf-8")
 
 
 GRADSELECT = [str(Path(sys.executable).with_name("gradselect"))]

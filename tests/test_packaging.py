@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import re
 import subprocess
@@ -12,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from project_support import matrix
 
 import gradselect
 from gradselect.app.doctor.packages import FEATURES
@@ -20,18 +20,6 @@ from gradselect.usage import needed_packages
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(gradselect.__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-
-
-def matrix():
-    """The script .ci/matrix.py, which is no package."""
-    if not (ROOT / ".ci").exists():
-        pytest.skip("an sdist has no .ci")
-    spec = importlib.util.spec_from_file_location("matrix", ROOT / ".ci" / "matrix.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_version_is_that_of_the_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:

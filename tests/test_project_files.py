@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from project_support import matrix
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / ".github").exists(), reason="an sdist has none of these files")
@@ -26,13 +26,8 @@ def test_the_workflow_runs_commands_that_are_there() -> None:
     assert {"lint", "docs", "notebooks", "wheel"} == wanted
     assert wanted <= targets
 
-    spec = importlib.util.spec_from_file_location("matrix", ROOT / ".ci" / "matrix.py")
-    assert spec is not None
-    assert spec.loader is not None
-    matrix = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(matrix)
     listed = {row["job"]: row["python"] for row in jobs["tests"]["strategy"]["matrix"]["include"]}
-    assert listed == {name: version for name, (version, _) in matrix.JOBS.items()}
+    assert listed == {name: version for name, (version, _) in matrix().JOBS.items()}
 
 
 def test_the_citation_names_papers_that_the_code_names() -> None:

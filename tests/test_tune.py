@@ -8,7 +8,7 @@ import weakref
 import optuna
 import pytest
 import yaml
-from train_fixtures import ADAGRADSELECT, parse, quiet, write_model, write_recipe, write_sums
+from train_fixtures import ADAGRADSELECT, parse, quiet, write_recipe, write_sums
 
 from gradselect import UsageError
 from gradselect.app import cli
@@ -25,17 +25,9 @@ SHORT = {"steps": 4, "evaluate_every": 1}
 RATES = ["optimizer.lr=1e-4:1:log"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tune")
-    write_model(folder / "model")
-    write_sums(folder / "sums.jsonl")
-    return folder
-
-
 @pytest.fixture
-def recipe(folder, tmp_path):
-    return parse(folder, data={"validation": 0.25}, run={**SHORT, "output": str(tmp_path / "out")})
+def recipe(place, tmp_path):
+    return parse(place, data={"validation": 0.25}, run={**SHORT, "output": str(tmp_path / "out")})
 
 
 def scripted(losses):
@@ -59,9 +51,9 @@ def tried(result):
 # what is searched -------------------------------------------------------------------------------------------
 
 
-def test_the_usual_ranges_are_the_rate_and_what_the_method_has(folder):
+def test_the_usual_ranges_are_the_rate_and_what_the_method_has(place):
     plain, ours, counted = (
-        {searched.key: searched for searched in usual_ranges(parse(folder, method=method))}
+        {searched.key: searched for searched in usual_ranges(parse(place, method=method))}
         for method in ({"name": "full"}, ADAGRADSELECT, {"name": "adagradselect", "count": 2})
     )
     assert list(plain) == ["optimizer.lr"]
@@ -69,7 +61,7 @@ def test_the_usual_ranges_are_the_rate_and_what_the_method_has(folder):
     assert list(ours) == ["optimizer.lr", "method.fraction", "method.delta"]
     assert ours["method.fraction"].high == 0.8
     assert list(counted) == ["optimizer.lr", "method.delta"]
-    assert [str(searched) for searched in read_ranges((), parse(folder))] == [str(plain["optimizer.lr"])]
+    assert [str(searched) for searched in read_ranges((), parse(place))] == [str(plain["optimizer.lr"])]
 
 
 def test_ranges_are_shown_without_digits_of_rounding_and_kept_with_them():
@@ -78,13 +70,13 @@ def test_ranges_are_shown_without_digits_of_rounding_and_kept_with_them():
     assert searched.exact == "optimizer.lr=5e-08:4.9999999999999996e-06:log"
 
 
-def test_a_fraction_is_never_searched_above_the_whole(folder):
-    ranges = usual_ranges(parse(folder, method={"name": "adagradselect", "fraction": 0.7}))
+def test_a_fraction_is_never_searched_above_the_whole(place):
+    ranges = usual_ranges(parse(place, method={"name": "adagradselect", "fraction": 0.7}))
     assert next(searched for searched in ranges if searched.key == "method.fraction").high == 1.0
 
 
-def test_whole_numbers_stay_whole_and_floats_do_not(folder):
-    lora = parse(folder, method={"name": "lora"})
+def test_whole_numbers_stay_whole_and_floats_do_not(place):
+    lora = parse(place, method={"name": "lora"})
     (rank,) = read_ranges(["method.rank=2:8"], lora)
     (alpha,) = read_ranges(["method.alpha=2:8"], lora)
     (dropout,) = read_ranges(["optimizer.warmup=0:1"], lora)
@@ -108,15 +100,15 @@ def test_whole_numbers_stay_whole_and_floats_do_not(folder):
         ("run.seed=0:8", "decides what a trial is measured on"),
     ],
 )
-def test_a_range_that_does_not_fit_is_refused_before_anything_runs(folder, text, complaint):
+def test_a_range_that_does_not_fit_is_refused_before_anything_runs(place, text, complaint):
     with pytest.raises(UsageError, match="--search") as caught:
-        read_ranges([text], parse(folder, data={"validation": 0.25}, method=ADAGRADSELECT))
+        read_ranges([text], parse(place, data={"validation": 0.25}, method=ADAGRADSELECT))
     assert complaint in str(caught.value)
 
 
-def test_one_key_has_one_range(folder):
+def test_one_key_has_one_range(place):
     with pytest.raises(UsageError, match="stands twice"):
-        read_ranges(["optimizer.lr=1e-4:1e-3", "optimizer.lr=1e-5:1e-3"], parse(folder))
+        read_ranges(["optimizer.lr=1e-4:1e-3", "optimizer.lr=1e-5:1e-3"], parse(place))
 
 
 # the course of a search -------------------------------------------------------------------------------------
@@ -173,7 +165,7 @@ def test_a_study_with_enough_trials_trains_nothing(recipe, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("change", ["rate", "ranges", "seed", "evaluations", "data"])
-def test_another_search_is_refused_with_what_differs(folder, recipe, tmp_path, monkeypatch, change):
+def test_another_search_is_refused_with_what_differs(place, recipe, tmp_path, monkeypatch, change):
     study = tmp_path / "study"
     monkeypatch.setattr(_tune, "carry_out", scripted([[1.0]]))
     tune(recipe, study=study, num_trials=1, search=RATES, console=quiet())
@@ -198,7 +190,7 @@ def test_another_search_is_refused_with_what_differs(folder, recipe, tmp_path, m
         case "data":
             sections["data"]["path"] = str(write_sums(tmp_path / "others.jsonl", rows=25))
     with pytest.raises(UsageError, match="another one") as caught:
-        tune(parse(folder, **sections), study=study, num_trials=2, console=quiet(), **options)
+        tune(parse(place, **sections), study=study, num_trials=2, console=quiet(), **options)
     assert named[change] in str(caught.value)
 
 
@@ -209,9 +201,9 @@ def test_a_folder_with_something_else_is_left_alone(recipe, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_without_validation_examples_there_is_nothing_to_compare(folder, tmp_path):
+def test_without_validation_examples_there_is_nothing_to_compare(place, tmp_path):
     with pytest.raises(UsageError, match=r"data\.validation=0\.05"):
-        tune(parse(folder), study=tmp_path / "study", console=quiet())
+        tune(parse(place), study=tmp_path / "study", console=quiet())
     assert not (tmp_path / "study").exists()
 
 
@@ -226,7 +218,7 @@ def test_a_best_value_at_an_edge_is_said():
 # real trials ------------------------------------------------------------------------------------------------
 
 
-def test_a_trial_trains_as_the_recipe_it_leaves_and_nothing_of_it_stays(folder, recipe, tmp_path, monkeypatch):
+def test_a_trial_trains_as_the_recipe_it_leaves_and_nothing_of_it_stays(place, recipe, tmp_path, monkeypatch):
     models = list[weakref.ref]()
     build = _trial.build_trainer
 
@@ -252,7 +244,7 @@ def test_a_trial_trains_as_the_recipe_it_leaves_and_nothing_of_it_stays(folder, 
     assert stored.n_trials == 2
 
 
-def test_a_pruned_trial_stops_training_and_the_next_one_is_whole(folder, recipe, tmp_path, monkeypatch):
+def test_a_pruned_trial_stops_training_and_the_next_one_is_whole(place, recipe, tmp_path, monkeypatch):
     asked = list[int]()
 
     def should_prune(trial):
@@ -271,10 +263,10 @@ def test_where_no_trial_finishes_the_reasons_are_told(recipe, tmp_path):
     assert re.search(r"(loss|gradient norm) of step \d is (nan|inf)", str(caught.value))
 
 
-def test_the_command_ends_in_a_table_and_a_recipe(folder, tmp_path, capsys, monkeypatch):
+def test_the_command_ends_in_a_table_and_a_recipe(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(_tune, "carry_out", scripted([[2.0], [1.0]]))
     path = write_recipe(
-        folder, tmp_path / "r.yaml", data={"validation": 0.25}, run={"output": str(tmp_path / "out"), "steps": 4}
+        place, tmp_path / "r.yaml", data={"validation": 0.25}, run={"output": str(tmp_path / "out"), "steps": 4}
     )
     with pytest.raises(SystemExit) as ended:
         cli.main(["tune", str(path), "--trials", "2", *("--search", RATES[0]), "optimizer.warmup=0.5"])

@@ -1,6 +1,8 @@
 """`gradselect tune --space adapters` ends in a recipe with an ordinary LoRA that keeps the budget."""
 
+import ast
 import json
+from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -40,6 +42,22 @@ def test_what_is_found_has_the_parameters_of_the_recipe_s_rank_and_trains(place,
     assert sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) == found.allocation.num_parameters
     assert train(found.recipe, console=quiet()) == found.path.parent / "best"
     assert (found.path.parent / "best" / "model.safetensors").exists()
+
+
+def test_the_search_needs_no_optuna(place, tmp_path, monkeypatch):
+    """Neither the module nor what it imports from its folder."""
+    folder, seen, waiting = Path(_adapters.__file__).parent, set(), {"adapters"}
+    while waiting:
+        seen.add(name := waiting.pop())
+        tree = ast.parse((folder / f"{name}.py").read_text("utf-8"))
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        waiting |= {str(node.module) for node in imports if node.level == 1} - seen
+        plain = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        assert not [each for each in [*plain, *(str(node.module) for node in imports)] if each.startswith("optuna")]
+    assert "study_folder" in seen
+    monkeypatch.setattr("gradselect.app.tune.tuning.find_spec", lambda name: None)
+    recipe = recipe_of(place, tmp_path, run={"steps": None, "epochs": 0.5, "batch_size": 4})
+    assert tune_adapters(recipe, ranks=RANKS, console=quiet()).allocation.num_steps > 1
 
 
 def test_checkpointing_does_not_change_what_is_found(place, tmp_path, monkeypatch):

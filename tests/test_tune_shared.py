@@ -18,13 +18,14 @@ from gradselect.app.recipe_planning import RecipePlanner
 from gradselect.app.tune import memory_check as _memory
 from gradselect.app.tune import proposals as _proposals
 from gradselect.app.tune import search_loop as _tune
-from gradselect.app.tune import study as _study
+from gradselect.app.tune import study_folder as _folder
 from gradselect.app.tune import trial as _trial
 from gradselect.app.tune import tune
 from gradselect.app.tune.proposals import CmaEsSampler, _place, _value, next_trial
 from gradselect.app.tune.ranges import SearchRange, read_ranges, with_values
 from gradselect.app.tune.search_loop import SearchOptions, search
-from gradselect.app.tune.study import StudyFolder, ended
+from gradselect.app.tune.study import ended
+from gradselect.app.tune.study_folder import StudyFolder
 from gradselect.files import is_owned, owned
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -159,7 +160,7 @@ def test_a_trial_whose_process_dies_is_carried_out_by_another(recipe, tmp_path, 
 
 @pytest.mark.usefixtures("without_models")
 def test_a_process_of_an_older_version_that_locks_the_study_is_named(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(_study, "TURN_SECONDS", 0.05)
+    monkeypatch.setattr(_folder, "TURN_SECONDS", 0.05)
     monkeypatch.setattr(_tune, "carry_out", by(lambda recipe: 1.0))
     work(recipe, tmp_path / "study", num_trials=1)
     in_use = pytest.raises(UsageError, match=r"--study=.*study is in use by process \d+ on ")

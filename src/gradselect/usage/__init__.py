@@ -12,7 +12,7 @@ from .checks import (
 )
 from .differences import find_differences, flatten
 from .errors import UsageError
-from .installation import NeededPackage, missing_packages, needed_packages
+from .installation import NeededPackage, installed_version, missing_packages, needed_packages
 from .names import as_tuple, beginnings, join, matches_any, matching, nearest, parent
 from .text import first_line, printable, shortened
 
@@ -31,6 +31,7 @@ __all__ = [
     "find_differences",
     "first_line",
     "flatten",
+    "installed_version",
     "join",
     "matches_any",
     "matching",

@@ -54,7 +54,7 @@ def needed_packages(extra: str | None = None) -> list[NeededPackage]:
             continue
         oldest = re.search(r">=\s*([\w.]+)", text)
         package = NeededPackage(
-            name=name, requirement=text, oldest=oldest[1] if oldest else "", installed=_installed(name)
+            name=name, requirement=text, oldest=oldest[1] if oldest else "", installed=installed_version(name)
         )
         # An extra that includes another one may ask for a newer version of the same package.
         if name not in found or _numbers(found[name].oldest) < _numbers(package.oldest):
@@ -72,7 +72,12 @@ def missing_packages(extra: str) -> list[str]:
     return [shlex.quote(package.requirement) for package in needed_packages(extra) if package.installed is None]
 
 
-def _installed(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """Return the version of an installed package; None if there is none.
+
+    Example:
+        >>> installed_version("no such package")
+    """
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

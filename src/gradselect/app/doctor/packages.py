@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import shlex
 import shutil
@@ -10,7 +9,7 @@ import sys
 from collections.abc import Iterator
 
 from gradselect import __version__
-from gradselect.usage import NeededPackage, needed_packages
+from gradselect.usage import NeededPackage, installed_version, needed_packages
 
 from .findings import Finding, Status
 
@@ -34,7 +33,7 @@ def versions() -> Iterator[Finding]:
     yield Finding(name="gradselect", status=Status.OK, text=__version__)
     for package in needed_packages():
         yield _of_package(package)
-    named = [f"{name} {version}" for name in ALSO_NAMED if (version := _version(name))]
+    named = [f"{name} {version}" for name in ALSO_NAMED if (version := installed_version(name))]
     if named:
         yield Finding(name="also here", status=Status.OK, text=", ".join(named))
 
@@ -79,10 +78,3 @@ def _of_feature(name: str, packages: list[NeededPackage]) -> Finding:
     texts = [_lack(package) for package in lacking]
     advice = " ".join(["pip install", *(shlex.quote(package.requirement) for package in lacking)])
     return Finding(name=name, status=Status.MISSING, text=", ".join(texts), advice=advice)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

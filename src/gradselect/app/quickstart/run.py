@@ -16,7 +16,7 @@ from gradselect import UsageError
 from gradselect.app.evaluate import EvaluationResult, EvaluationSettings, evaluate
 from gradselect.app.recipe import load_recipe
 from gradselect.app.train import train
-from gradselect.app.word_problems import problems
+from gradselect.app.word_problems import write_problems
 
 from .cost import Cost, compare_cost
 from .files import base_folder, recipe_file
@@ -49,8 +49,8 @@ def quickstart(output: str | Path, *, steps: int | None = None, console: Console
     words = [f"model.path={base_folder()}", f"data.path={output / 'train.jsonl'}", f"run.output={output / 'run'}"]
     recipe = load_recipe(recipe_file(), words if steps is None else [*words, f"run.steps={steps}"])
     output.mkdir(parents=True, exist_ok=True)
-    _write_problems(output / "train.jsonl", count=NUM_TRAIN, split="train")
-    _write_problems(output / "test.jsonl", count=NUM_TEST, split="test")
+    write_problems(output / "train.jsonl", count=NUM_TRAIN, split="train")
+    write_problems(output / "test.jsonl", count=NUM_TEST, split="test")
 
     console.rule("1  the base model, before")
     before = _solve(recipe.model.path, test=output / "test.jsonl")
@@ -79,11 +79,6 @@ def _checked(output: Path) -> Path:
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UsageError(f"{output} exists and is not empty; name a new folder: gradselect quickstart {output}-2")
     return output
-
-
-def _write_problems(path: Path, *, count: int, split: str) -> None:
-    lines = (json.dumps(problem) + "\n" for problem in problems(count=count, seed=1, split=split))
-    path.write_text("".join(lines), encoding="utf-8")
 
 
 def _solve(model: str | Path, *, test: Path) -> EvaluationResult:

@@ -7,7 +7,7 @@ from .meter import Meter, kind_of_step
 from .method_setup import mask_optimizer, method_parts
 from .run import train
 from .run_record import describe_start, differences
-from .setup import build_trainer, loss_of_batch
+from .setup import build_trainer, loss_of_batch, num_steps_of
 
 __all__ = [
     "Meter",
@@ -22,5 +22,6 @@ __all__ = [
     "loss_of_batch",
     "mask_optimizer",
     "method_parts",
+    "num_steps_of",
     "train",
 ]

@@ -143,7 +143,6 @@ def _facts(trainer: RunTrainer, recipe: Recipe, *, num_batches: int, stage: Stag
     Every rank sees the batches of all ranks, or they would select different entries.
     """
     dataset, run, processes = _as_dataset(trainer.train_dataset), recipe.run, num_processes()
-    per_epoch = -(-len(dataset) * examples_per_row(recipe) // (run.batch_size * processes * run.accumulation))
     count = min(len(dataset), num_batches * run.batch_size * processes)
     rows = random.Random(f"calibration/{run.seed}").sample(range(len(dataset)), count)
     drawn: Any = dataset.select(
@@ -152,7 +151,7 @@ def _facts(trainer: RunTrainer, recipe: Recipe, *, num_batches: int, stage: Stag
     batches = _ShownBatches(trainer.get_eval_dataloader(drawn), stage) if rows else []
     return RunFacts(
         seed=run.seed,
-        num_steps=run.steps or math.ceil((run.epochs or 1) * per_epoch),
+        num_steps=num_steps_of(trainer, recipe),
         batches=batches,
         loss=loss_of_batch(trainer, recipe),
     )
@@ -164,6 +163,13 @@ def _earlier(recipe: Recipe, checkpoint: Path | None) -> dict[str, Any] | None:
         return None
     found = broadcast_from_rank_0(None if checkpoint is None else str(checkpoint))
     return None if found is None else torch.load(Path(found) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+
+
+def num_steps_of(trainer: RunTrainer, recipe: Recipe) -> int:
+    """Return the number of optimizer steps of the run."""
+    run, rows = recipe.run, len(_as_dataset(trainer.train_dataset))
+    per_epoch = -(-rows * examples_per_row(recipe) // (run.batch_size * num_processes() * run.accumulation))
+    return run.steps or math.ceil((run.epochs or 1) * per_epoch)
 
 
 def loss_of_batch(trainer: RunTrainer, recipe: Recipe) -> Any:

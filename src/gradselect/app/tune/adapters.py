@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,12 +19,12 @@ from gradselect.app.inputs import read_inputs
 from gradselect.app.progress import Stages
 from gradselect.app.recipe import LoraMethod, Recipe, dump_recipe, parse_recipe
 from gradselect.app.runtime import RunFolder
-from gradselect.app.train import build_trainer, loss_of_batch
+from gradselect.app.train import build_trainer, loss_of_batch, num_steps_of
 from gradselect.files import locked, write_atomically
 from gradselect.integrations.bipeft import AdapterSearch, Allocation, SearchSettings, Site, budget_of_rank, sites_of
 
-from .search_loop import check_search, described
-from .study import StudyFolder, check_folder
+from .description import check_search, described
+from .study_folder import StudyFolder, check_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,7 @@ def search_adapters(
         assert trainer.model is not None
         sites = sites_of(trainer.model)
         limit = budget_of_rank(sites, rank=method.rank) if budget is None else budget
-        settings = SearchSettings(budget=limit, num_steps=_num_steps(recipe, trainer), ranks=tuple(ranks), seed=seed)
+        settings = SearchSettings(budget=limit, num_steps=num_steps_of(trainer, recipe), ranks=tuple(ranks), seed=seed)
         stages.say(*_opening(settings, sites, rank=method.rank if budget is None else None, folder=folder))
         found = _search(recipe, trainer, settings, stages=stages)
         tuned = _with_lora(recipe, {**found.options(), "lora_dropout": method.dropout}, output=str(folder.best_output))
@@ -102,13 +101,6 @@ def _with_lora(recipe: Recipe, options: dict[str, Any], *, output: str) -> Recip
     values["method"] = {"name": "peft", "type": "LORA", "options": options}
     values["run"] |= {"output": output}
     return parse_recipe(values, source="the recipe with the adapter that was found")
-
-
-def _num_steps(recipe: Recipe, trainer: Any) -> int:
-    if recipe.run.steps is not None:
-        return recipe.run.steps
-    per_epoch = math.ceil(len(trainer.get_train_dataloader()) / recipe.run.accumulation)
-    return math.ceil((recipe.run.epochs or 1) * per_epoch)
 
 
 def _search(recipe: Recipe, trainer: Any, settings: SearchSettings, *, stages: Stages) -> Allocation:

@@ -14,16 +14,16 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from gradselect import UsageError
-from gradselect.app.inputs import Inputs, read_inputs
+from gradselect.app.inputs import read_inputs
 from gradselect.app.progress import Stages
 from gradselect.app.recipe import Recipe
-from gradselect.app.runtime import check_one_process, take_device
-from gradselect.app.train import describe_start
 
+from .description import check_search, described
 from .memory_check import MemoryCheck
 from .proposals import Sampler, next_trial
 from .ranges import SearchRange, numbers_of, with_values
-from .study import StudyFolder, ended, opened, running
+from .study import ended, opened, running
+from .study_folder import StudyFolder
 from .trial import Outcome, SharedTrial, carry_out
 from .trial_table import TrialSummary, best_of, edge_notes, show_table, write_best
 
@@ -88,21 +88,6 @@ def search(recipe: Recipe, *, folder: StudyFolder, options: SearchOptions, conso
             return _conclude(recipe, trials, options.ranges, folder=folder, console=console)
 
 
-def check_search(recipe: Recipe) -> None:
-    """Check that one process trains with validation examples.
-
-    Raises:
-        UsageError: it does not.
-    """
-    check_one_process()
-    take_device(recipe.run.device)
-    if recipe.data.validation is None:
-        raise UsageError(
-            "trials are compared by their loss on validation examples, and data.validation is not set; "
-            "hold out a share of the training rows, e.g. data.validation=0.05, or name a file"
-        )
-
-
 def _describe(recipe: Recipe, options: SearchOptions, *, stages: Stages) -> dict[str, Any]:
     """Return everything that decides the trials, including the contents of model and data."""
     return {
@@ -111,12 +96,6 @@ def _describe(recipe: Recipe, options: SearchOptions, *, stages: Stages) -> dict
         "seed": options.seed,
         "sampler": options.sampler,
     }
-
-
-def described(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
-    """Return recipe, model, data, versions and machine of a search."""
-    start = describe_start(recipe, inputs, command=()).values()
-    return {key: start[key] for key in ("started_at", "recipe", "model", "data", "versions", "machine")}
 
 
 def _opening(study: optuna.Study, recipe: Recipe, options: SearchOptions, *, folder: StudyFolder) -> list[str]:

@@ -15,7 +15,7 @@ from gradselect.app.recipe import Recipe, dump_recipe
 from gradselect.files import write_atomically
 
 from .ranges import SearchRange, with_values
-from .study import StudyFolder
+from .study_folder import StudyFolder
 
 EDGE = 0.05
 """A value this close to an end of its range, as a share of the range, lies at the edge."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from .adapters import AdapterResult
     from .search_loop import TuneResult
-    from .study import StudyFolder
+    from .study_folder import StudyFolder
 
 
 def tune(
@@ -121,7 +121,6 @@ def tune_adapters(
         >>> result = tune_adapters(load_recipe("recipes/lora-search.yaml"))  # doctest: +SKIP
         >>> result.allocation.ranks  # doctest: +SKIP
     """
-    check_optuna()
     from rich.console import Console
 
     from gradselect.app.runtime import collected_messages
@@ -148,6 +147,6 @@ def check_optuna() -> None:
 
 
 def _folder(recipe: Recipe, study: str | Path | None) -> StudyFolder:
-    from .study import StudyFolder
+    from .study_folder import StudyFolder
 
     return StudyFolder(Path(study) if study is not None else Path(f"{recipe.run.output}-tune"))

@@ -3,7 +3,7 @@
 Only Python itself is needed. `python quickstart/problems.py` writes them to a file.
 """
 
-from .generation import TEMPLATES, Template, main, make_problem, problems, split_of
+from .generation import TEMPLATES, Template, main, make_problem, problems, split_of, write_problems
 from .grammar import LARGEST, OPERATIONS, SMALLEST, Misfit, calculate, choose, draw_cast, fill
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "make_problem",
     "problems",
     "split_of",
+    "write_problems",
 ]

@@ -281,6 +281,12 @@ def problems(*, count: int, seed: int, split: str) -> Iterator[dict[str, str]]:
             yield problem
 
 
+def write_problems(path: Path, *, count: int, seed: int = 1, split: str = "train") -> None:
+    """Write a file of problems as JSON lines."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(problem) + "\n" for problem in problems(count=count, seed=seed, split=split))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write a file of problems."""
     parser = argparse.ArgumentParser(description="Write grade-school word problems with worked answers as JSON lines.")
@@ -290,9 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the JSONL file to write")
     options = parser.parse_args(arguments)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", encoding="utf-8") as file:
-        for problem in problems(count=options.count, seed=options.seed, split=options.split):
-            file.write(json.dumps(problem) + "\n")
+    write_problems(options.out, count=options.count, seed=options.seed, split=options.split)
 
 
 if __name__ == "__main__":
