@@ -1,6 +1,9 @@
-"""Put the tables of the committed result files into README.md and docs/results.md, and draw the picture of README.md.
+"""Put the tables of committed result files into README.md and pages of docs, and draw the picture of README.md.
 
-python benchmarks/readme.py            # rewrites both pages and docs/images
+Results of a comparison come into benchmarks/results by `python benchmarks/pack_results.py`. The sections of a suite on
+a real model, see real_model.py, are empty until its results are there.
+
+python benchmarks/readme.py            # rewrites the pages and docs/images
 python benchmarks/readme.py --check    # exits with 1 where a page or picture and the results differ
 """
 
@@ -13,45 +16,23 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import equal_time
 import glue
 import gsm8k_loss
 import gsm8k_masks
 import levers
 import picture
+import real_model_scores
 import sparse_step
 import sparsegrad
 import step_time
 from common import RESULTS, ROOT, fill_section, markdown_table, megabytes, read_result, read_rows
+from compared import comparison_of
+from real_model import SUITES
+from real_model_pages import answers, rates
 
-from gradselect.app.report.comparison import Comparison, compare_results
-from gradselect.app.report.methods import Method
-from gradselect.app.report.read_results import read_results
-from gradselect.app.report.scores import Difference, Scores
-
-README, TABLES = ROOT / "README.md", ROOT / "docs" / "results.md"
+README, TABLES, REAL_MODEL = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "real-model.md"
 GIB = 2**30
-HEADLINE = ("full", "AdaGradSelect matrices + embedding", "slices 1/4 + embedding", "LoRA r=16 + embedding")
-"""Methods of the README's table."""
-
-LAYERS = "AdaGradSelect 3 of 8 + embedding"
-PAIRS = [
-    ("AdaGradSelect matrices + embedding", "uniform matrices + embedding"),
-    ("slices 1/4 + embedding", "uniform slices 1/4 + embedding"),
-    ("slices 1/8 + embedding", "uniform slices 1/8 + embedding"),
-    (LAYERS, "uniform 3 of 8 + embedding"),
-    ("cost-aware 3 of 9", "uniform cuts, 3 of 9"),
-    ("cost-aware slices", "uniform cuts, slices"),
-    ("AdaGradSelect matrices + embedding", LAYERS),
-    ("slices 1/4 + embedding", LAYERS),
-    ("slices 1/8 + embedding", LAYERS),
-    ("AdaGradSelect 3 of 8", LAYERS),
-    ("cost-aware 3 of 9", LAYERS),
-    ("cost-aware matrices", "AdaGradSelect matrices + embedding"),
-    ("cost-aware slices", "slices 1/8 + embedding"),
-    ("AdaGradSelect matrices + embedding", "LoRA r=16 + embedding"),
-    ("slices 1/4 + embedding", "LoRA r=16 + embedding"),
-    ("slices 1/8 + embedding", "LoRA r=16 + embedding"),
-]
 
 
 def card() -> str:
@@ -87,6 +68,16 @@ def quickstart() -> str:
             ["optimizer state on the device, peak MB", "", state["ours"], state["full"]],
         ],
     )
+
+
+def headline() -> str:
+    """Four methods at equal time, on the real model once its results are there."""
+    return real_model_scores.headline() or equal_time.headline()
+
+
+def blocks_and_quality() -> str:
+    """The picture of README.md."""
+    return picture.markdown(comparison_of(RESULTS / picture.SUBJECT.suite))
 
 
 def speed() -> str:
@@ -128,140 +119,6 @@ def learning() -> str:
         "per token. Rates are compared with the first seed; the second ran at the best one only.\n\n"
         + gsm8k_loss.table(rows)
     )
-
-
-def equal_time() -> str:
-    """The comparison `small-equal-time`: every method trains as long as full fine-tuning."""
-    comparison = equal_time_comparison()
-    differences = {
-        scores.measure.name: {one.first: one for one in pairs} for scores, _, pairs in comparison.differences
-    }
-    solved, loss = (named(comparison, name) for name in ("solved", "loss"))
-    rows = [
-        [
-            *equal_time_cells(comparison, method.name),
-            with_interval(differences["solved"].get(method.name), scale=100, decimals=1),
-            f"{loss.estimates[method.name].value:.3f}",
-            with_interval(differences["loss"].get(method.name), scale=1, decimals=3),
-            megabytes(peak(comparison, method.name)),
-        ]
-        for method in sorted(comparison.methods, key=lambda method: loss.estimates[method.name].value)
-    ]
-    seeds = "/".join(str(number) for number in sorted({len(method.runs) for method in comparison.methods}))
-    items = solved.estimates["full"].source
-    return (
-        "`gradselect compare suites/small-equal-time.yaml`: the quickstart's base and problems, 1,000 unseen problems, "
-        f"{seeds} seeds, each method at its best of three or four rates, as many steps as take the time of 250 full "
-        "ones in a calibration of interleaved rounds. `step`: its time against a full step. "
-        f"Differences to full fine-tuning are paired, with 95 % intervals over {items}; bold: more than chance after "
-        "Holm's correction. Best loss first.\n\n"
-    ) + markdown_table(
-        [
-            "method",
-            "steps",
-            "step",
-            "rate",
-            "solved %",
-            "less full",
-            "loss",
-            "less full",
-            "peak MB of weights, gradients, state",
-        ],
-        rows,
-    )
-
-
-def equal_time_pairs() -> str:
-    """Each mechanism against its twin that draws uniformly, against AdaGradSelect on layers, and against LoRA."""
-    comparison = equal_time_comparison()
-    tables = [named(comparison, name).differences(PAIRS) for name in ("solved", "loss")]
-    rows = [
-        [
-            solved.first,
-            solved.second,
-            with_interval(solved, scale=100, decimals=1),
-            with_interval(loss, scale=1, decimals=3),
-            f"{peak(comparison, solved.first) / peak(comparison, solved.second):.2f}",
-        ]
-        for solved, loss in zip(*tables, strict=True)
-    ]
-    return markdown_table(["method", "against", "solved %", "loss", "its bytes / the other's"], rows)
-
-
-def headline() -> str:
-    """Four rows of the comparison at equal time."""
-    comparison = equal_time_comparison()
-    rows = [
-        [
-            *equal_time_cells(comparison, name, with_rate=False),
-            f"{named(comparison, 'loss').estimates[name].value:.3f}",
-            megabytes(peak(comparison, name)),
-        ]
-        for name in HEADLINE
-    ]
-    return (
-        "`gradselect compare suites/small-equal-time.yaml`: a model of 1.4 M parameters learns word problems; every "
-        "method trains as long as full\nfine-tuning, at its best learning rate, with five seeds:\n\n"
-    ) + markdown_table(
-        [
-            "method",
-            "steps in the same time",
-            "time of a step",
-            "solved %",
-            "loss",
-            "peak MB of weights, gradients, state",
-        ],
-        rows,
-    )
-
-
-def equal_time_comparison() -> Comparison:
-    return comparison_of("small-equal-time")
-
-
-@functools.cache
-def comparison_of(suite: str) -> Comparison:
-    """Return the comparison of a suite, which several tables and the picture show."""
-    return compare_results(read_results(RESULTS / suite, include_dirty=False))
-
-
-def blocks_and_quality() -> str:
-    """The picture of README.md."""
-    return picture.markdown(comparison_of(picture.SUBJECT.suite))
-
-
-def equal_time_cells(comparison: Comparison, name: str, *, with_rate: bool = True) -> list[str]:
-    """Return name, steps, time of a step, rate and solved problems of a method."""
-    method = method_of(comparison, name)
-    budget = method.runs[0].record.budget
-    assert budget is not None
-    rate = [f"{method.lr:g}"] if with_rate else []
-    solved = 100 * named(comparison, "solved").estimates[name].value
-    return [name, str(budget.steps), f"{budget.ratio:.2f}", *rate, f"{solved:.1f}"]
-
-
-def named(comparison: Comparison, measure: str) -> Scores:
-    return next(scores for scores in comparison.scores if scores.measure.name == measure)
-
-
-def peak(comparison: Comparison, name: str) -> float:
-    """Return the largest peak of counted bytes of a method's runs."""
-    found = method_of(comparison, name).peak_bytes()
-    assert found is not None
-    return found
-
-
-def method_of(comparison: Comparison, name: str) -> Method:
-    return next(method for method in comparison.methods if method.name == name)
-
-
-def with_interval(difference: Difference | None, *, scale: float, decimals: int) -> str:
-    """Write a difference with its interval, bold if it is more than chance."""
-    if difference is None:
-        return ""
-    value, low, high = (scale * figure for figure in (difference.value, *difference.interval))
-    text = f"{value:+.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})"
-    return f"**{text}**" if difference.is_significant else text
 
 
 def accuracy() -> str:
@@ -357,8 +214,9 @@ def masks() -> str:
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     README: {"card": card, "picture": blocks_and_quality, "quickstart": quickstart, "headline": headline},
     TABLES: {
-        "small_equal_time": equal_time,
-        "small_equal_time_pairs": equal_time_pairs,
+        **{suite.name: functools.partial(real_model_scores.section, suite) for suite in SUITES},
+        "small_equal_time": equal_time.all_methods,
+        "small_equal_time_pairs": equal_time.pairs,
         "step_time": speed,
         "levers": memory,
         "gsm8k_loss": learning,
@@ -369,6 +227,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "gsm8k_masks": masks,
         "glue": encoder,
     },
+    REAL_MODEL: {"rates": rates, "answers": answers},
 }
 
 
@@ -385,7 +244,7 @@ def pictures() -> dict[Path, str]:
     if not picture.is_pinned():
         print("the picture is neither drawn nor compared: that needs the matplotlib of constraints.txt")
         return {}
-    drawn = picture.draw(comparison_of(picture.SUBJECT.suite))
+    drawn = picture.draw(comparison_of(RESULTS / picture.SUBJECT.suite))
     return {picture.FILES[scheme]: svg for scheme, svg in drawn.items()}
 
 

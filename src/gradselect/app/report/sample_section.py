@@ -18,7 +18,7 @@ MOST_CHARACTERS = 600
 def sample_parts(comparison: Comparison, name: Namer) -> Iterator[Part]:
     """Yield a table for each prompt: the prompt, the answer of the base model, and that of each method."""
     base = comparison.results.samples.base
-    known = _of_methods(comparison)
+    known = answers_of(comparison)
     if base is None or not known:
         return
     fitting = {method: file for method, file in known.items() if file.asked == base.asked}
@@ -33,15 +33,15 @@ def sample_parts(comparison: Comparison, name: Namer) -> Iterator[Part]:
         yield Part(title=f"Prompt {place + 1}", table=Table(columns=columns, rows=tuple(rows)))
 
 
-def cut(text: str) -> str:
+def cut(text: str, *, most: int = MOST_CHARACTERS) -> str:
     """Return the text without surrounding blank lines; of a long one the beginning and its number of characters."""
     text = text.strip()
-    if len(text) <= MOST_CHARACTERS:
+    if len(text) <= most:
         return text
-    return f"{text[:MOST_CHARACTERS].rstrip()} [cut here: {len(text):,} characters in all]"
+    return f"{text[:most].rstrip()} [cut here: {len(text):,} characters in all]"
 
 
-def _of_methods(comparison: Comparison) -> dict[str, SampleFile]:
+def answers_of(comparison: Comparison) -> dict[str, SampleFile]:
     """Return the answers of the runs that are in the tables, in the order of the methods."""
     files = {(file.method, file.lr): file for file in comparison.results.samples.methods if file.seed == 0}
     found = {method.name: files.get((method.name, method.lr)) for method in comparison.methods if 0 in method.seeds}
