@@ -114,6 +114,7 @@ def _answer(answer: SampledAnswer) -> str:
 
 
 def in_a_cell(text: str) -> str:
-    """Return a text of a model as plain text in one cell of a Markdown table."""
+    """Return a text of a model as plain text in one cell of a Markdown table; brackets as entities: no link."""
     plain = html.escape(re.sub(r"\s*\n\s*", "\n", text.strip()), quote=False)
-    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", plain).replace("\n", "<br>")
+    escaped = re.sub(r"([\\`*_|#~$])", r"\\\1", plain).replace("[", "&#91;").replace("]", "&#93;")
+    return escaped.replace("\n", "<br>")

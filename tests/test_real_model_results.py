@@ -118,6 +118,26 @@ def test_worse_is_behind_by_every_kind_of_measure(tmp_path: Path):
     assert questions.verdict(None, found.measure) == "not told apart"
 
 
+def test_texts_are_scored_by_chrf_which_comes_before_losses(tmp_path: Path):
+    for method, chrf in (("full", 60.0), ("adagradselect", 40.0)):
+        values = with_budget(result(method, rates=()), steps=60, ratio=1.0)
+        own = values["gradselect"]
+        own["scores"] = {
+            "loss": own["scores"]["stories"],
+            "texts": {"metric": "mean_chrf", "value": chrf, "num_items": 90},
+        }
+        texts = [{"index": index, "score": chrf + index % 3 - 1} for index in range(90)]
+        own["items"] = {"loss": own["items"]["stories"], "texts": texts}
+        write(tmp_path / "e2e", values)
+    suite = real_model.Suite(name="e2e", title="A model", task="It learns.", results=tmp_path)
+    table = rows_of(scores.scores_table(suite.comparison))
+    assert list(table["full"]) == [
+        *("method", "seeds", "steps", "step", "texts chrF", "loss", "less full's", "forgetting", "peak MB"),
+    ]
+    assert table["full"]["texts chrF"].startswith("60.0 (59.")
+    assert "| adagradselect | full | 1 | **-20.0 (-20.0 to -20.0), behind** |" in questions.questions(suite)
+
+
 def test_a_table_of_one_seed_says_so(tmp_path: Path):
     suite = make_suite(tmp_path, seeds=1)
     assert "There is one seed: an interval is over the test items alone" in scores.section(suite)
@@ -175,7 +195,7 @@ def test_answers_stand_below_one_another_as_plain_text(tmp_path: Path):
     compared.comparison_of.cache_clear()
     text = pages.answers([suite])
     assert [f"> Prompt {place}" in text for place in range(4)] == [True, False, False, True]
-    assert r"| base model | yes \| no<br>\# &lt;b&gt;1&lt;/b&gt; \*a\* \[b\](c) [not finished] |" in text
+    assert r"| base model | yes \| no<br>\# &lt;b&gt;1&lt;/b&gt; \*a\* &#91;b&#93;(c) [not finished] |" in text
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     shown = [line.split(" | ")[0].removeprefix("| ") for line in lines[1:5]]
     assert shown == ["base model", "full", "AdaGradSelect 10 %", "LoRA r=16"], "the best variant that has answers"
