@@ -32,10 +32,10 @@ def rates(suites: Sequence[Suite] = SUITES) -> str:
     if not shown:
         return ""
     text = (
-        "## Rates found\n\nHeld-out loss of each rate, with the first seed. A short run of the search comes before the "
-        "arrow, a run of all steps after it; a rate without an arrow was dropped after its short run. Bold: the rate "
-        "that the tables are made with. `edge`: a better rate may lie beyond the grid. `another order`: pairs of rates "
-        "that the short runs had put in another order than the whole ones; dropped rates cannot show it."
+        "## Rates found\n\nHeld-out loss of each rate, with the first seed: after a short run of the search, and after "
+        "the arrow of a run of all steps, for the rates that went on. Bold: the rate that the tables are made with. "
+        "`edge`: a better rate may lie beyond the grid. `another order`: rates that the short runs had put in another "
+        "order than the whole ones; a rate that was dropped cannot show it."
     )
     return "\n\n".join([text, *(f"`{suite.name}`:\n\n{rates_table(suite.comparison)}" for suite in shown)])
 

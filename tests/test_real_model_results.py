@@ -12,7 +12,7 @@ import pytest
 from report_fixtures import METHODS, result, results_of, write, write_all
 
 from gradselect.app.results import SampledAnswer, SampleFile, read_result, read_samples, write_samples
-from gradselect.usage import UsageError
+from gradselect.usage import UsageError, read_size
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -285,3 +285,9 @@ def test_a_limit_and_files_of_other_runs_are_refused(tmp_path: Path, monkeypatch
 def test_a_folder_without_results_is_refused(tmp_path: Path):
     with pytest.raises(UsageError, match="holds no results; give a folder such as runs/compare/smollm2"):
         pack_results.pack(tmp_path / "none", tmp_path / "out")
+
+
+def test_the_committed_results_of_the_real_model_are_small():
+    folders = [suite.folder for suite in real_model.SUITES]
+    total = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    assert total <= read_size(pack_results.LIMIT)
