@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from gradselect.integrations.pictures import INK, new_figure, to_png
 
 from . import number_format as words
-from .chart_style import FILLS, HALO, HATCHES
+from .chart_style import FILLS, HATCHES
 from .charts import MOST_LETTERS, Axis, Chart, byte_axis, in_lines
 from .methods import CATEGORIES, PARTS, Method
 
@@ -102,10 +102,10 @@ def _draw_totals(
     """Write each total behind its bar, and draw the reference as a line."""
     for place, (end, total) in enumerate(zip(ends, totals, strict=True)):
         relative = "" if not reference else f"  {words.times(total / reference)}"
-        text = axes.annotate(
-            f"{axis.show(total)}{relative}", (end, place), (5, 0), textcoords="offset points", va="center", fontsize=9
-        )
-        text.set_path_effects(HALO)
+        axes.annotate(
+            f"{axis.show(total)}{relative}", (end, place), (5, 0), textcoords="offset points", va="center", fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2},
+        )  # fmt: skip
     if reference:
         axes.axvline(reference / axis.size, color=INK, linewidth=1, linestyle=(0, (4, 2)))
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 from gradselect.integrations.pictures import GREY, INK, new_figure, to_png
 
 from .chart_labels import label_ends
 from .charts import MOST_LINES, Chart, Line, Marks
+
+LONGEST_TITLE = 28
+"""Letters in one line above a small frame."""
 
 
 def draw_lines(
@@ -85,7 +89,7 @@ def _draw_apart(lines: Sequence[Line], x_label: str, y_label: str, marks: Marks,
         mark = marks[line.name]
         axes.plot(line.x, line.y, color=INK)
         axes.plot(line.x[-1], line.y[-1], mark.shape, color=mark.colour, markerfacecolor=mark.face, markersize=7)
-        axes.set_title(line.name, fontsize=10)
+        axes.set_title(textwrap.fill(line.name, LONGEST_TITLE), fontsize=10)
         axes.locator_params(nbins=4)
         axes.set_ylim(*limits(lines))
         axes.tick_params(labelsize=9)

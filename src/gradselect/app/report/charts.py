@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from gradselect.integrations.pictures import GREY, INK, PALE, new_figure, to_png
 
@@ -20,6 +24,15 @@ from .scores import Difference, Measure, Scores
 
 MOST_LINES = 6
 """Largest number of curves in one frame; more get a frame each."""
+
+MOST_NAMES = 10
+"""Most points with a name beside each. Of more, those on the front have one, and a key has all."""
+
+LONGEST_OF_TWO = 36
+"""Letters of the longest name in a key of two columns."""
+
+WIDEST_RANGE = 4
+"""Largest cost over the smallest; a wider range is drawn on a logarithmic scale."""
 
 MOST_LETTERS = 45
 """Letters of the names in one line of a legend."""
@@ -51,13 +64,18 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """A quantity in a unit that suits the values."""
+    """A quantity in a unit that suits the values.
+
+    Args:
+        is_cost: it may have a logarithmic scale.
+    """
 
     title: str
     unit: str
     size: float
     show: Callable[[float], str]
     lower_is_better: bool | None = None
+    is_cost: bool = False
 
     @property
     def label(self) -> str:
@@ -76,13 +94,13 @@ class Line:
 def time_axis(values: Sequence[float], title: str = "training time") -> Axis:
     most = max(values, default=0.0)
     unit, size = next(((u, s) for u, s in (("hours", 3600.0), ("minutes", 60.0)) if most >= 2 * s), ("seconds", 1.0))
-    return Axis(title=title, unit=unit, size=size, show=words.seconds, lower_is_better=True)
+    return Axis(title=title, unit=unit, size=size, show=words.seconds, lower_is_better=True, is_cost=True)
 
 
 def byte_axis(values: Sequence[float], title: str) -> Axis:
     most = max(values, default=0.0)
     unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if most >= s), ("kB", 1e3))
-    return Axis(title=title, unit=unit, size=size, show=words.num_bytes, lower_is_better=True)
+    return Axis(title=title, unit=unit, size=size, show=words.num_bytes, lower_is_better=True, is_cost=True)
 
 
 def score_axis(measure: Measure) -> Axis:
@@ -128,14 +146,21 @@ def draw_plane(
         reference: name of the method whose position is drawn as two thin lines.
         with_front: draw the Pareto front.
     """
-    figure = new_figure(height=4.1 + 0.12 * max(0, len(points) - 8))
+    has_key = len(points) > MOST_NAMES
+    columns = 1 if max(len(point.name) for point in points) > LONGEST_OF_TWO else 2
+    extra = 0.19 * math.ceil(len(points) / columns) if has_key else 0.12 * max(0, len(points) - 8)
+    figure = new_figure(height=4.1 + extra)
     axes = figure.subplots()
     for point in points:
         if point.name == reference:
             axes.axvline(point.x / x.size, color=PALE, linewidth=1, zorder=0)
             axes.axhline(point.y / y.size, color=PALE, linewidth=1, zorder=0)
     front = pareto_front(points, higher_is_better=not y.lower_is_better) if with_front else []
-    plot_plane(axes, points, x=x, y=y, marks=marks, labels={point.name: point.name for point in points}, front=front)
+    named = [point.name for point in (front if has_key else points)]
+    if has_key:
+        _draw_key(figure, points, marks, columns)
+        named.append(reference or "")
+    plot_plane(axes, points, x=x, y=y, marks=marks, labels={name: name for name in named}, front=front)
     listed = "; ".join(f"{point.name}: {x.show(point.x)}, {y.show(point.y)}" for point in points)
     on_front = f" On the front: {words.joined([point.name for point in front])}." if with_front else ""
     return Chart(
@@ -165,11 +190,29 @@ def plot_plane(
     axes.set_ylabel(_with_direction(y))
     axes.margins(x=0.16, y=0.14)
     axes.locator_params(nbins=6)
+    costs = [point.x for point in points]
+    if x.is_cost and max(costs) > WIDEST_RANGE * min(costs) > 0:
+        axes.set_xlabel(f"{_with_direction(x)}, logarithmic")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
     label_points(
         axes,
         [(point.x / x.size, point.y / y.size, labels.get(point.name, "")) for point in points],
         obstacles=[*_interval_lines(points, x, y), *_front_lines(front, x, y)],
     )
+
+
+def _draw_key(figure: Figure, points: Sequence[Point], marks: Marks, columns: int) -> None:
+    """Write mark and name of every point below the frame."""
+    handles = [
+        Line2D([], [], linestyle="", marker=mark.shape, color=mark.colour, markerfacecolor=mark.face, label=point.name)
+        for point in points
+        for mark in [marks[point.name]]
+    ]
+    spaces = {"labelspacing": 0.3, "handletextpad": 0.1, "columnspacing": 0.8}
+    figure.legend(handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=8.5, **spaces)
 
 
 def _draw_front(axes: Axes, front: Sequence[Point], x: Axis, y: Axis) -> None:
