@@ -28,7 +28,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     An override displaces a rival in the file: `run.steps=20` takes the place of `epochs`.
 
-    A recipe may name another one with `base:`, relative to its own folder, and then writes only what differs.
+    A recipe may name another one with `base:`, relative to its own folder, and then writes only what differs. Of
+    several, as a list, later ones go over earlier ones.
 
     Raises:
         UsageError: the file is missing, the YAML is broken, or keys and values do not fit; one line for each problem.
@@ -70,7 +71,7 @@ def todays_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_values(path: Path, *, kind: str, sections: Sequence[str], above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the values of a file, merged onto those of its base.
+    """Return the values of a file, merged onto those of its bases, of which later ones go over earlier ones.
 
     Args:
         path: path of the YAML file.
@@ -87,10 +88,11 @@ def read_values(path: Path, *, kind: str, sections: Sequence[str], above: tuple[
         named_by = f" (the base of {above[-1]})" if above else ""
         raise UsageError(f"{cut(str(path), MAX_LINE)}: no such {kind}{named_by}")
     values = _read_mapping(path, sections=sections)
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    below = read_values(path.parent / str(base), kind=kind, sections=sections, above=(*above, path))
+    bases = values.pop("base", None)
+    below = dict[str, Any]()
+    for base in () if bases is None else bases if isinstance(bases, list) else (bases,):
+        found = read_values(path.parent / str(base), kind=kind, sections=sections, above=(*above, path))
+        below = merge(below, found)
     return merge(below, values)
 
 
