@@ -93,6 +93,22 @@ def test_a_recipe_trains_the_biases_of_a_classifier(tmp_path):
     assert all(re.fullmatch(r"bert\.encoder\.layer\.\d\.(intermediate|output)\.dense\.bias", name) for name in changed)
 
 
+def test_to_ship_a_classifier_of_a_base_without_a_head_what_has_changed_is_enough(tmp_path):
+    """Such a base is saved without the "bert." that stands before its names in the classifier."""
+    place = write_place(tmp_path)
+    method = {"name": "bitfit", "always": []}
+    recipe = classify(place, tmp_path / "out", method=method, run={"steps": 2})
+    train(recipe, console=quiet())
+    job: Any = SimpleNamespace(training=tmp_path / "out", recipe=recipe, share=1)
+    shipment = measure_shipment(job, job)
+    ours, before = weights(tmp_path / "out"), weights(place / "bert")
+    changed = [
+        n for n in ours if not torch.equal(ours[n], before.get(n.removeprefix("bert."), torch.zeros_like(ours[n])))
+    ]
+    assert shipment.num_trained == sum(ours[name].numel() for name in changed) < count_weights(place / "bert") / 10
+    assert shipment.num_bytes < weight_bytes(tmp_path / "out")
+
+
 def test_to_ship_it_the_biases_are_enough(tmp_path):
     config = transformers.GPT2Config(vocab_size=258, n_positions=64, n_embd=16, n_layer=2, n_head=2)
     with_biases(seeded(lambda: transformers.GPT2LMHeadModel(config))).save_pretrained(tmp_path / "model")

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from gradselect import UsageError
 from gradselect.app.inputs.examples import render_examples
 from gradselect.app.recipe import load_recipe
+from gradselect.app.recipe.load import read_values
 
 SHARED = Path(os.environ.get("GRADSELECT_SHARED", Path(__file__).parents[2] / "shared"))
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -106,3 +108,18 @@ def test_the_recipes_of_glue_read_its_files(task: str) -> None:
     assert examples.labels == GLUE[task]
     assert all(len(row["text"]) > 5 for row in rows)
     assert all((row["text_pair"] is None) == (task in ("cola", "sst2")) for row in rows)
+
+
+def test_of_several_bases_later_ones_go_over_earlier_ones(tmp_path: Path) -> None:
+    text = {
+        "a": "model: {path: a, dtype: float32}\nrun: {steps: 3, seed: 1}\n",
+        "b": "model: {path: b}\nrun: {epochs: 2}\n",
+        "c": "base: [a.yaml, b.yaml]\nrun: {seed: 5}\n",
+        "d": "base: [a.yaml, d.yaml]\n",
+    }
+    for name, content in text.items():
+        (tmp_path / f"{name}.yaml").write_text(content, encoding="utf-8")
+    values = read_values(tmp_path / "c.yaml", kind="recipe", sections=())
+    assert values == {"model": {"path": "b", "dtype": "float32"}, "run": {"seed": 5, "epochs": 2}}
+    with pytest.raises(UsageError, match=r"d\.yaml is its own base"):
+        read_values(tmp_path / "d.yaml", kind="recipe", sections=())

@@ -107,6 +107,7 @@ def test_what_spt_trains_is_said_with_numbers(place: Path, tmp_path: Path) -> No
     run = json.loads((out / "run.json").read_text())
     assert any("SPT trains 400 entries of a budget of 400:" in note for note in run["notes"])
     assert run["selection"]["settings"]["about"] in run["notes"]
+    assert run["selection"]["entries"] + run["selection"]["whole_entries"] == 400
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -153,7 +153,9 @@ def _length(job: Job) -> str:
 
 def _train_info(job: Job, outcome: Outcome) -> TrainInfo:
     run, reserved, selection = outcome.run, outcome.run.bytes.reserved, outcome.run.selection
-    num_trained = selection.entries if isinstance(selection, MaskSelection) else outcome.shipment.num_trained
+    num_trained = outcome.shipment.num_trained
+    if isinstance(selection, MaskSelection):
+        num_trained = selection.entries + (selection.whole_entries or 0)
     return TrainInfo(
         accelerator_memory_reserved_avg=(reserved and reserved.average) or 0,
         accelerator_memory_max=(reserved and reserved.peak) or 0,

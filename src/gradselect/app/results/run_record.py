@@ -139,7 +139,12 @@ class BlockSelection(Record):
 
 
 class MaskSelection(Record):
-    """Entries that a mask selected."""
+    """Entries that a mask selected.
+
+    Attributes:
+        entries: number of entries in the mask at the end.
+        whole_entries: of SPT, whose mask is a part of it: entries of adapters, vectors and a head, which train whole.
+    """
 
     mask: str
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -147,6 +152,7 @@ class MaskSelection(Record):
     entries_to_choose_from: int | None = None
     entries_by_tensor: dict[str, int] = Field(default_factory=dict)
     overlap: Number | None = None
+    whole_entries: int | None = None
 
 
 Selection = BlockSelection | MaskSelection
