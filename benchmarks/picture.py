@@ -1,32 +1,36 @@
-"""The README's picture, light and dark: blocks over steps beside quality against memory.
+"""The picture of README and start page, light and dark: blocks over steps beside quality against memory.
 
 `python benchmarks/readme.py` draws it from committed results, together with the tables, and `--check` compares it.
 """
 
 from __future__ import annotations
 
+import functools
 import html
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 
 import matplotlib
-from common import ROOT
+from common import RESULTS, ROOT
+from compared import comparison_of, method_of, scores_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch
-from matplotlib.path import Path
+from matplotlib.path import Path as Outline
 from matplotlib.transforms import Affine2D
+from real_model import FULL, LORA_WITH_EMBEDDING, SMALL_LORA, SUITES, WIDE_LORA, Suite, measures, variants
 
 from gradselect.app.report.chart_style import COLOURS, Mark
 from gradselect.app.report.charts import byte_axis, plot_plane, score_axis, score_points
 from gradselect.app.report.comparison import Comparison
 from gradselect.app.report.methods import Method
 from gradselect.app.report.pareto import Point
-from gradselect.app.report.scores import Scores
+from gradselect.app.report.scores import Measure, Scores
 from gradselect.app.report.selection_charts import history_of
 from gradselect.core import BlockHistory
 from gradselect.integrations.pictures import GREY, INK, PALE, chart_settings, draw_explore_steps, new_figure
@@ -44,6 +48,11 @@ DARK = {
 }
 """Colour of the dark picture for each colour of the light one."""
 
+MOST_POINTS = 11
+"""Most methods that all have a name."""
+
+NAMED = (FULL, SMALL_LORA, LORA_WITH_EMBEDDING, WIDE_LORA)
+WITHOUT_GRADIENTS = ("uniform", "stratified", "fixed", "last", "cyclic", "badam", "lisa", "hft", "sparta", "lora-sp")
 MOST_NAMES = 12
 """With more layers than this, only some are named."""
 
@@ -53,22 +62,34 @@ class Subject:
     """What is drawn of a folder of results.
 
     Args:
-        suite: name of the folder in benchmarks/results.
+        folder: of the results.
         selection: method whose blocks are shown, of its first seed.
         measure: evaluation that says the quality.
         labels: names in the picture of the methods that have one.
         left_out: methods whose points lie far from the others; a line in the frame gives their figures.
     """
 
-    suite: str
+    folder: Path
     selection: str
     measure: str
     labels: Mapping[str, str]
-    left_out: Sequence[str] = field(default_factory=tuple)
+    left_out: Sequence[str] = ()
+
+    @property
+    def comparison(self) -> Comparison:
+        return comparison_of(self.folder)
+
+    @property
+    def scores(self) -> Scores:
+        return scores_of(self.comparison, self.measure)
+
+    @property
+    def points(self) -> list[Point]:
+        return score_points(self.comparison.methods, self.scores, Method.peak_bytes)
 
 
-SUBJECT = Subject(
-    suite="small-equal-time",
+SMALL = Subject(
+    folder=RESULTS / "small-equal-time",
     selection="AdaGradSelect matrices + embedding",
     measure="solved",
     labels={
@@ -81,23 +102,25 @@ SUBJECT = Subject(
     },
     left_out=("LoRA r=256",),
 )
-"""What README.md shows."""
 
-SMOLLM2 = Subject(
-    suite="smollm2",
-    selection="AdaGradSelect 20 % + E",
-    measure="solved",
-    labels={
-        "full": "full fine-tuning",
-        "LoRA r=16": "LoRA r=16",
-        "LoRA r=256": "LoRA r=256",
-        "AdaGradSelect 20 % + E": "AdaGradSelect, layers",
-        "AdaGradSelect matrices + E": "matrices",
-        "slices 1/4": "slices 1/4",
-        "slices 1/8": "slices 1/8",
-    },
-)
-"""The same of a real model, once benchmarks/results/smollm2 is there."""
+
+@functools.cache
+def subject() -> Subject:
+    """Return the first suite on a real model that has results, or the small one: the same as the table of README.md."""
+    return next((of_real_model(suite) for suite in SUITES if suite.is_shown), SMALL)
+
+
+def of_real_model(suite: Suite) -> Subject:
+    """Return what is drawn of a suite on a real model: the best AdaGradSelect, and all names if they are few."""
+    methods = suite.comparison.methods
+    ours = [method.name for method in variants(suite.comparison)]
+    names = [method.name for method in methods] if len(methods) <= MOST_POINTS else [*NAMED, *ours]
+    return Subject(
+        folder=suite.folder,
+        selection=ours[0],
+        measure=measures(suite.comparison)[0].measure.name,
+        labels={name: name for name in names} | {FULL: "full fine-tuning"},
+    )
 
 
 def is_pinned() -> bool:
@@ -105,22 +128,23 @@ def is_pinned() -> bool:
     return f"matplotlib=={version('matplotlib')}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
 
 
-def markdown(comparison: Comparison, subject: Subject = SUBJECT) -> str:
-    """Return the picture for README.md, with its content in words."""
-    light, dark = (FILES[scheme].relative_to(ROOT).as_posix() for scheme in ("light", "dark"))
+def markdown(page: Path) -> str:
+    """Return the picture for a page, with its content in words."""
+    files = (FILES["light"], FILES["dark"], ROOT / "docs" / "results.md")
+    light, dark, results = (file.relative_to(page.parent).as_posix() for file in files)
     return (
         "<picture>\n"
         f'  <source media="(prefers-color-scheme: dark)" srcset="{dark}">\n'
-        f'  <img alt="{html.escape(in_words(comparison, subject))}" src="{light}" width="100%">\n'
+        f'  <img alt="{html.escape(in_words(subject()))}" src="{light}" width="100%">\n'
         "</picture>\n\n"
-        "*Left: what one run trained, step by step. Right: means and 95 % intervals; each method trains as long as "
-        "full fine-tuning ([results](docs/results.md)).*"
+        "*Left: what one run trained, step by step. Right: means and 95 % intervals; every method trains for the "
+        f"same time ([results]({results})).*"
     )
 
 
-def in_words(comparison: Comparison, subject: Subject) -> str:
+def in_words(subject: Subject) -> str:
     """Return the content of the picture in one paragraph."""
-    points, measure = points_of(comparison, subject), measure_of(comparison, subject).measure
+    measure, points = subject.scores.measure, subject.points
     axis = byte_axis([point.x for point in points], "")
     listed = "; ".join(
         f"{subject.labels.get(point.name, point.name)} {measure.show(point.y)}, {axis.show(point.x)}"
@@ -128,15 +152,19 @@ def in_words(comparison: Comparison, subject: Subject) -> str:
         if point.name in {*subject.labels, *subject.left_out}
     )
     return (
-        f"Left: the blocks that {subject.selection} trained at each step. Right: problems solved against the peak of "
-        f"weights, gradients and optimizer state. {listed}."
+        f"Left: the blocks that {subject.selection} trained at each step. Right: {title_of(measure)} against the peak "
+        f"of weights, gradients and optimizer state. {listed}."
     )
 
 
-def draw(comparison: Comparison, subject: Subject = SUBJECT) -> dict[str, str]:
+def title_of(measure: Measure) -> str:
+    return "problems solved" if measure.name == "solved" else measure.title
+
+
+def draw(subject: Subject) -> dict[str, str]:
     """Return the SVG of each scheme. The same results give the same text."""
-    with chart_settings(), matplotlib.rc_context({"svg.hashsalt": subject.suite, "svg.fonttype": "path"}):
-        light = to_svg(new_picture(comparison, subject))
+    with chart_settings(), matplotlib.rc_context({"svg.hashsalt": "gradselect", "svg.fonttype": "path"}):
+        light = to_svg(new_picture(subject))
     return {"light": light, "dark": darkened(light)}
 
 
@@ -166,8 +194,8 @@ def in_hundredths(number: re.Match[str]) -> str:
     return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
 
 
-def new_picture(comparison: Comparison, subject: Subject) -> Figure:
-    method = next(method for method in comparison.methods if method.name == subject.selection)
+def new_picture(subject: Subject) -> Figure:
+    method = method_of(subject.comparison, subject.selection)
     assert method.blocks is not None
     history = history_of(method.blocks)
     figure = new_figure(width=9.0, height=4.1)
@@ -175,7 +203,7 @@ def new_picture(comparison: Comparison, subject: Subject) -> Figure:
     frames = figure.subplot_mosaic(rows, width_ratios=(1, 1.4), height_ratios=(1, 18))
     draw_explore_steps(frames["explored"], history)
     draw_trained(frames["trained"], history)
-    draw_quality(frames["quality"], comparison, subject)
+    draw_quality(frames["quality"], subject)
     frames["explored"].set_xlim(frames["trained"].get_xlim())
     frames["explored"].set_title(f"{subject.labels[subject.selection]}: trained blocks by step", loc="right", x=1.02)
     return figure
@@ -184,11 +212,11 @@ def new_picture(comparison: Comparison, subject: Subject) -> Figure:
 def draw_trained(axes: Axes, history: BlockHistory) -> None:
     """Draw each block as a row, with a bar for each unbroken stretch of steps in which it trained."""
     bars = [
-        Path.unit_rectangle().transformed(Affine2D().scale(end - start, 0.8).translate(start, row + 0.1))
+        Outline.unit_rectangle().transformed(Affine2D().scale(end - start, 0.8).translate(start, row + 0.1))
         for row, block in enumerate(history.blocks)
         for start, end in stretches_of([block in selected for selected in history.selected])
     ]
-    axes.add_patch(PathPatch(Path.make_compound_path(*bars), facecolor=OURS, linewidth=0))
+    axes.add_patch(PathPatch(Outline.make_compound_path(*bars), facecolor=OURS, linewidth=0))
     rows = sorted_rows(history.blocks)
     for first, _ in list(rows.values())[1:]:
         axes.axhline(first, color=PALE, linewidth=0.6)
@@ -215,17 +243,17 @@ def sorted_rows(blocks: Sequence[str]) -> dict[str, tuple[int, int]]:
     return {layer: (layers.index(layer), len(layers) - layers[::-1].index(layer)) for layer in dict.fromkeys(layers)}
 
 
-def draw_quality(axes: Axes, comparison: Comparison, subject: Subject) -> None:
-    """Draw the measure against the peak of counted bytes. Twins that draw uniformly are hollow."""
-    points = points_of(comparison, subject)
+def draw_quality(axes: Axes, subject: Subject) -> None:
+    """Draw the measure against the peak of counted bytes."""
+    points, measure = subject.points, subject.scores.measure
     shown = [point for point in points if point.name not in subject.left_out]
-    measure = measure_of(comparison, subject).measure
-    y = replace(score_axis(measure), title=f"problems {measure.name}")
+    y = replace(score_axis(measure), title=title_of(measure))
     x = byte_axis([point.x for point in shown], "peak of weights, gradients, state")
-    marks = {method.name: mark_of(method) for method in comparison.methods}
+    marks = {method.name: mark_of(method) for method in subject.comparison.methods}
     handles = [
         Line2D([], [], color=OURS, marker="D", markerfacecolor=face, linestyle="", markersize=7, label=label)
-        for face, label in ((OURS, "selected by gradients"), ("white", "drawn uniformly"))
+        for face, label in ((OURS, "selected by gradients"), ("white", "without gradients"))
+        if any(mark.shape == "D" and mark.face == face for mark in marks.values())
     ]
     axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.2,
                 handletextpad=0.1, columnspacing=1.2)  # fmt: skip
@@ -237,17 +265,11 @@ def draw_quality(axes: Axes, comparison: Comparison, subject: Subject) -> None:
 
 
 def mark_of(method: Method) -> Mark:
-    """Return a disc for full fine-tuning, a square for adapters, a diamond for ours, hollow if it draws uniformly."""
+    """Return a disc for full fine-tuning, a square for adapters, else a diamond, hollow if gradients do not select."""
+    settings = method.runs[0].record.method_settings
     if method.is_full:
         return Mark(shape="o", colour=INK, dash="-", is_hollow=False)
-    if "rank" in method.runs[0].record.method_settings:
+    if "rank" in settings:
         return Mark(shape="s", colour=LORA, dash="-", is_hollow=False)
-    return Mark(shape="D", colour=OURS, dash="-", is_hollow=method.name.startswith("uniform"))
-
-
-def measure_of(comparison: Comparison, subject: Subject) -> Scores:
-    return next(scores for scores in comparison.scores if scores.measure.name == subject.measure)
-
-
-def points_of(comparison: Comparison, subject: Subject) -> list[Point]:
-    return score_points(comparison.methods, measure_of(comparison, subject), Method.peak_bytes)
+    is_hollow = settings["name"] in WITHOUT_GRADIENTS or method.name.startswith("uniform")
+    return Mark(shape="D", colour=OURS, dash="-", is_hollow=is_hollow)

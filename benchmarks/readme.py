@@ -1,4 +1,4 @@
-"""Put the tables of committed result files into README.md and pages of docs, and draw the picture of README.md.
+"""Put the tables of committed result files into README.md and pages of docs, and draw their picture.
 
 Results of a comparison come into benchmarks/results by `python benchmarks/pack_results.py`. The sections of a suite on
 a real model, see real_model.py, are empty until its results are there.
@@ -27,11 +27,11 @@ import sparse_step
 import sparsegrad
 import step_time
 from common import RESULTS, ROOT, fill_section, markdown_table, megabytes, read_result, read_rows
-from compared import comparison_of
 from real_model import SUITES
 from real_model_pages import answers, rates
 
-README, TABLES, REAL_MODEL = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "real-model.md"
+README = ROOT / "README.md"
+START, TABLES, REAL_MODEL = (ROOT / "docs" / name for name in ("index.md", "results.md", "real-model.md"))
 GIB = 2**30
 
 
@@ -73,11 +73,6 @@ def quickstart() -> str:
 def headline() -> str:
     """Four methods at equal time, on the real model once its results are there."""
     return real_model_scores.headline() or equal_time.headline()
-
-
-def blocks_and_quality() -> str:
-    """The picture of README.md."""
-    return picture.markdown(comparison_of(RESULTS / picture.SUBJECT.suite))
 
 
 def speed() -> str:
@@ -212,7 +207,13 @@ def masks() -> str:
 
 
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    README: {"card": card, "picture": blocks_and_quality, "quickstart": quickstart, "headline": headline},
+    README: {
+        "card": card,
+        "picture": functools.partial(picture.markdown, README),
+        "quickstart": quickstart,
+        "headline": headline,
+    },
+    START: {"picture": functools.partial(picture.markdown, START)},
     TABLES: {
         **{suite.name: functools.partial(real_model_scores.section, suite) for suite in SUITES},
         "small_equal_time": equal_time.all_methods,
@@ -244,8 +245,7 @@ def pictures() -> dict[Path, str]:
     if not picture.is_pinned():
         print("the picture is neither drawn nor compared: that needs the matplotlib of constraints.txt")
         return {}
-    drawn = picture.draw(comparison_of(RESULTS / picture.SUBJECT.suite))
-    return {picture.FILES[scheme]: svg for scheme, svg in drawn.items()}
+    return {picture.FILES[scheme]: svg for scheme, svg in picture.draw(picture.subject()).items()}
 
 
 def main() -> None:

@@ -71,8 +71,14 @@ def as_page_of_site(source: Path, place: str, titles: dict[str, str]) -> str:
         text = titles.get(name, link["text"]) if is_bare else link["text"]
         return f"[{text}]({os.path.relpath(name, os.path.dirname(place) or '.')}{link['anchor'] or ''})"
 
-    text = TEST.sub(r'<code class="test">\1</code>', source.read_text(encoding="utf-8"))
+    text = TEST.sub(breakable, source.read_text(encoding="utf-8"))
     return LINK.sub(turned, text)
+
+
+def breakable(test: re.Match[str]) -> str:
+    """Return the name of a test that may be broken between its words, and nowhere else."""
+    name = re.sub(r"/|::|_", r"\g<0><wbr>", test[1])
+    return f'<code class="test">{name}</code>'
 
 
 def page_of_file(target: Path, titles: dict[str, str]) -> str:
