@@ -4,9 +4,9 @@
     python benchmarks/digests.py compare before.json          # exit code 1 and a list of what differs
 
 For 30 steps of every policy, mask, rule and residency it records SHA-256 digests of the weights, of the optimizer state
-and of the step records; the same for SparseGrad, for a run of `gradselect train` that is stopped by a signal and
-resumed, for 60 steps of the quickstart's model, and for a report made from the committed results. Only public names and
-the command line are used, so the script outlives a move of every file.
+and of the step records; the same for SparseGrad and SPT, for a run of `gradselect train` that is stopped by a signal
+and resumed, for 60 steps of the quickstart's model, and for a report made from the committed results. Only public names
+and the command line are used, so the script outlives a move of every file.
 
 Digests hold on one machine with one version of torch and one thread; they are no golden values, and no test reads them.
 """
@@ -72,6 +72,7 @@ def rows() -> dict[str, Callable[[], dict[str, str]]]:
         **{f"mask/{name}": lambda make=make: of_entries(mask=make()) for name, make in MASKS.items()},
         **{f"entries/{name}": lambda make=make: of_entries(**make()) for name, make in ENTRY_SETTINGS.items()},
         "sparsegrad": of_sparsegrad,
+        "spt": of_spt,
         "train/stopped and resumed, blocks": lambda: of_stopped_run({"name": "adagradselect", "fraction": 0.4}),
         "train/stopped and resumed, entries": lambda: of_stopped_run({"name": "id3", "budget": 900}),
         "train/quickstart": of_quickstart,
@@ -140,6 +141,15 @@ MASKS: dict[str, Callable[[], gs.AbstractMask]] = {
     "lift": lambda: gs.LIFT(rank=1, refresh_every=7),
     "lift, blocks": lambda: gs.LIFT(density=0.1, approximation_rank=3, block_size=4, refresh_every=5, seed=5),
     "bitfit": gs.BitFit,
+    "mofo": lambda: gs.MoFO(fraction=0.2),
+    "sparta": lambda: gs.SpaRTA(density=0.02, seed=1),
+    "sparta, all": lambda: gs.SpaRTA(density=0.02, among=("*",), seed=1),
+    "fixed entries": lambda: gs.FixedEntries(
+        entries={
+            "model.layers.1.mlp.up_proj.weight": torch.arange(0, 300, 7),
+            "model.layers.3.self_attn.q_proj.bias": torch.tensor([2, 5]),
+        }
+    ),
     "static": lambda: gs.StaticMask(budget=700),
     "static, tensor, refreshed": lambda: gs.StaticMask(budget=700, scope="tensor", refresh_every=6),
 } | {
@@ -190,6 +200,14 @@ def of_sparsegrad() -> dict[str, str]:
     mask = gs.sparsegrad.convert(model, BATCHES, density=0.05)
     found = trained(model, gs.SparseOptimizer(model, mask, lr=1e-2))
     gs.sparsegrad.fold(model)
+    return {**found, "folded": digest_of(model.state_dict())}
+
+
+def of_spt() -> dict[str, str]:
+    model = tiny_model()
+    parts = gs.spt.convert(model, BATCHES, density=0.05, rank=1, matrix_share=0.5, dropout=0.0, seed=1)
+    found = trained(model, gs.SparseOptimizer(model, parts.mask, always=parts.always, lr=1e-2))
+    gs.spt.fold(model)
     return {**found, "folded": digest_of(model.state_dict())}
 
 

@@ -108,6 +108,25 @@ def test_an_adapter_costs_its_own_gradients_and_those_of_inputs() -> None:
     assert cost.relative_time(trained) == pytest.approx(counted(model) / cost.full, rel=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_factors_that_layers_share_cost_what_a_lora_of_their_rank_does() -> None:
+    """Query, key and value of the lowest layer read the lowest product; the factors are in no layer."""
+    from peft import LoraConfig, get_peft_model
+
+    from gradselect.adapters import LortaConfig
+
+    lora = LoraConfig(r=3, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    costs, counts = [], []
+    for config in (lora, LortaConfig(rank=3)):
+        model: nn.Module = get_peft_model(tiny_llama(layers=2), config)  # type: ignore[assignment]
+        trained = {name: (name,) for name, parameter in model.named_parameters() if parameter.requires_grad}
+        cost = StepCost.of_model(model, trained)
+        costs.append((cost.total, cost.full, cost.backward(trained)))
+        counts.append(counted(model))
+    assert costs[0] == costs[1]
+    assert counts[0] == counts[1]
+
+
 def test_attention_and_elementwise_work_are_what_the_formula_leaves_out() -> None:
     """On a tiny model with rows of 8 tokens: attention and rotations add 2 to 10 % to what torch counts."""
     model = tiny_llama(layers=3)

@@ -188,6 +188,15 @@ class LortaLinear(AdapterLinear):
         all_heads = torch.einsum("hr,rd->hdr", coefficients, head).flatten(0, 1)  # (heads x head size, rank)
         return (width, all_heads.T) if place.heads_on_inputs else (all_heads, width.T)
 
+    def shared_products(self) -> dict[Parameter, int]:
+        """Return the entries of the two matrices that this layer multiplies, by the factor that each one stands for."""
+        found: dict[Parameter, int] = {}
+        for adapter in self._present(self.active_adapters):
+            width, head, *coefficients = (getattr(self, name)[adapter] for name in FACTORS)
+            other = self.in_features if self.shared.places[adapter][self.path].heads_on_inputs else self.out_features
+            found |= dict.fromkeys(coefficients, 0) | {width: width.numel(), head: len(head) * other}
+        return found
+
     def after(self, adapter: str, y: Tensor, x: Tensor) -> Tensor:
         _, dropout = self.lorta_settings[adapter]
         outputs, inputs = (side.to(x.device) for side in self.sides(adapter))

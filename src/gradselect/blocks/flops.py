@@ -61,6 +61,8 @@ class StepCost:
     multiplied there: selected, it costs the head's weight gradient, and its lookup forces the backward pass through all
     layers. Of a sliced linear layer the selected slices cost their own entries. Full fine-tuning costs 6 N.
 
+    Factors that layers share, as LoRTA's, cost what each layer multiplies with them.
+
     Left out: attention's own products, elementwise work, the optimizer. In a layer norms count as used before its first
     matrix. Matrices lie above each other as they are registered, but for names that are known to read the same input
     ("q_proj" and "k_proj"). Experts count as if every token visited all of them.
@@ -105,21 +107,24 @@ class StepCost:
         modules = dict(model.named_modules(remove_duplicate=False))
         lookups = {name for name in named if isinstance(modules[parent(name)], nn.Embedding)}
         depths = _depths(model, named)
-        products: dict[Depth, int] = {}
-        for name in _products(named, lookups):
-            products[depths[name]] = products.get(depths[name], 0) + _num_entries(named[name], modules[parent(name)])
-        lowest: dict[Parameter, Depth] = {}
+        shared = _shared_products(modules, depths)
+        own = [name for name in _products(named, lookups) if named[name] not in shared]
+        products = Counter[Depth]()
+        for name in own:
+            products[depths[name]] += _num_entries(named[name], modules[parent(name)])
+        for uses in shared.values():
+            products.update(uses)
+        lowest: dict[Parameter, Depth] = {parameter: min(uses) for parameter, uses in shared.items()}
         for name, parameter in named.items():
-            lowest[parameter] = min(depths[name], lowest.get(parameter, depths[name]))
-        multiplied = {named[name] for name in _products(named, lookups)}
+            if parameter not in shared:
+                lowest[parameter] = min(depths[name], lowest.get(parameter, depths[name]))
+        entries = {named[name]: named[name].numel() for name in own}
+        entries |= {parameter: uses.total() for parameter, uses in shared.items()}
         return cls(
-            products=products,
+            products=dict(products),
             depths={block: min(lowest[named[name]] for name in names) for block, names in members.items() if names},
-            weights={
-                block: sum(named[name].numel() for name in names if named[name] in multiplied)
-                for block, names in members.items()
-            },
-            num_adapted=sum(each.numel() for each in multiplied & _of_adapters(named, modules)),
+            weights={block: sum(entries.get(named[name], 0) for name in names) for block, names in members.items()},
+            num_adapted=sum(entries.get(each, 0) for each in _of_adapters(named, modules)),
         )
 
     @classmethod
@@ -237,6 +242,19 @@ def _products(named: Mapping[str, Parameter], lookups: Collection[str]) -> list[
     """Return a name of each parameter that is multiplied; of a tied one, the last."""
     found = {parameter: name for name, parameter in named.items() if parameter.ndim > 1 and name not in lookups}
     return list(found.values())
+
+
+def _shared_products(modules: Mapping[str, nn.Module], depths: Mapping[str, Depth]) -> dict[Parameter, Counter[Depth]]:
+    """Return the entries of the matrices that parameters outside of a layer are multiplied as in it, by its depth."""
+    found: dict[Parameter, Counter[Depth]] = {}
+    for path, module in modules.items():
+        # By attribute: the library does not import PEFT.
+        if (products := getattr(module, "shared_products", None)) is None:
+            continue
+        depth = next(depth for name, depth in depths.items() if name.startswith(f"{path}."))
+        for parameter, entries in products().items():
+            found.setdefault(parameter, Counter())[depth] += entries
+    return found
 
 
 def _of_adapters(named: Mapping[str, Parameter], modules: Mapping[str, nn.Module]) -> set[Parameter]:
