@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import gradselect as gs
-from gradselect.app.word_problems import write_problems
 
 ROOT = Path(__file__).parent.parent
 STEPS = 30
@@ -287,6 +286,8 @@ def parts_of(value: Any) -> Iterable[bytes]:
 
 def of_stopped_run(method: dict[str, Any]) -> dict[str, str]:
     """A run of the command line that SIGTERM stops after its first steps, and that is resumed."""
+    from gradselect.app.word_problems import write_problems
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_problems(folder / "train.jsonl", count=200)
@@ -311,6 +312,8 @@ def of_stopped_run(method: dict[str, Any]) -> dict[str, str]:
 
 def of_quickstart() -> dict[str, str]:
     """The quickstart's recipe on its base model, some of its steps."""
+    from gradselect.app.word_problems import write_problems
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_problems(folder / "train.jsonl", count=8000)
