@@ -137,8 +137,8 @@ def markdown(page: Path) -> str:
         f'  <source media="(prefers-color-scheme: dark)" srcset="{dark}">\n'
         f'  <img alt="{html.escape(in_words(subject()))}" src="{light}" width="100%">\n'
         "</picture>\n\n"
-        "*Left: what one run trained, step by step. Right: means and 95 % intervals; every method trains for the "
-        f"same time ([results]({results})).*"
+        "*Left: what one run trained, step by step. Right: means and 95 % intervals; every method has as many "
+        f"steps as fit the same time ([results]({results})).*"
     )
 
 
