@@ -10,6 +10,8 @@ import torch
 
 _TRIM_THRESHOLD = -1
 _MMAP_THRESHOLD = -3
+_MMAP_MAX = -4
+_OF_THE_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 _LARGEST_BLOCK = 1 << 30
 """Blocks above this many bytes still go back at once: they are few, and their gaps would be hard to fill."""
 
@@ -32,7 +34,9 @@ def keep_freed_memory(device: str) -> bool:
     """
     if device != "cpu" and torch.accelerator.is_available():
         return False
-    if platform.libc_ver()[0] != "glibc" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _OF_THE_USER):
         return False
     libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(_MMAP_THRESHOLD, _LARGEST_BLOCK)) and bool(libc.mallopt(_TRIM_THRESHOLD, -1))
+    # Older versions of glibc refuse a threshold above 32 MB. There no block of any size goes back at once.
+    keeps_blocks = libc.mallopt(_MMAP_THRESHOLD, _LARGEST_BLOCK) or libc.mallopt(_MMAP_MAX, 0)
+    return bool(keeps_blocks) and bool(libc.mallopt(_TRIM_THRESHOLD, -1))
