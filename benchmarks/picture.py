@@ -52,7 +52,10 @@ MOST_POINTS = 11
 """Most methods that all have a name."""
 
 NAMED = (FULL, SMALL_LORA, LORA_WITH_EMBEDDING, WIDE_LORA)
-WITHOUT_GRADIENTS = ("uniform", "stratified", "fixed", "last", "cyclic", "badam", "lisa", "hft", "sparta", "lora-sp")
+WITHOUT_GRADIENTS = (
+    *("uniform", "stratified", "fixed", "paca", "s2ft", "last", "cyclic", "badam", "lisa", "hft", "spectrum"),
+    *("sparta", "lora-sp"),
+)
 MOST_NAMES = 12
 """With more layers than this, only some are named."""
 
@@ -107,7 +110,8 @@ SMALL = Subject(
 @functools.cache
 def subject() -> Subject:
     """Return the first suite on a real model that has results, or the small one: the same as the table of README.md."""
-    return next((of_real_model(suite) for suite in SUITES if suite.is_shown), SMALL)
+    shown = next((suite for suite in SUITES if suite.is_shown), None)
+    return of_real_model(shown) if shown is not None and variants(shown.comparison) else SMALL
 
 
 def of_real_model(suite: Suite) -> Subject:
@@ -132,12 +136,14 @@ def markdown(page: Path) -> str:
     """Return the picture for a page, with its content in words."""
     files = (FILES["light"], FILES["dark"], ROOT / "docs" / "results.md")
     light, dark, results = (file.relative_to(page.parent).as_posix() for file in files)
+    has_one_seed = any(len(method.seeds) == 1 for method in subject().comparison.methods)
+    intervals = f"means and 95 % intervals{', over the test items alone where there is one seed' if has_one_seed else ''}"
     return (
         "<picture>\n"
         f'  <source media="(prefers-color-scheme: dark)" srcset="{dark}">\n'
         f'  <img alt="{html.escape(in_words(subject()))}" src="{light}" width="100%">\n'
         "</picture>\n\n"
-        "*Left: what one run trained, step by step. Right: means and 95 % intervals; every method has as many "
+        f"*Left: what one run trained, step by step. Right: {intervals}; every method has as many "
         f"steps as fit the same time ([results]({results})).*"
     )
 

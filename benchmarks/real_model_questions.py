@@ -43,7 +43,7 @@ def questions(suite: Suite) -> str:
         lines.append(f"Not in these results: {', '.join(missing)}.")
     others = [(one.name, twin_of(one.name)) for one in ours if twin_of(one.name) in known and one.name != best]
     parts = [
-        _questions_text(ours, seeds=_shared_seeds(comparison, pairs)),
+        _questions_text(ours, seeds=_shared_seeds(comparison, [*pairs, *others])),
         pairs_table(comparison, pairs),
         "\n".join(f"* {line}" for line in lines),
     ]

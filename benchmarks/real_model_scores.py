@@ -137,7 +137,8 @@ def headline() -> str:
     if suite is None:
         return ""
     comparison = suite.comparison
-    best = [method.name for method in variants(comparison)[:1]]
+    ours = variants(comparison)
+    best = [method.name for method in ours[:1]]
     known = {method.name: method for method in comparison.methods}
     names = [name for name in (FULL, *best, LORA_WITH_EMBEDDING, WIDE_LORA) if name in known]
     found = measures(comparison)
@@ -153,10 +154,13 @@ def headline() -> str:
                 "" if held is None else megabytes(held, digits=0),
             ]
         )
-    seeds = "/".join(str(count) for count in sorted({len(known[name].seeds) for name in names}))
+    counts = {len(known[name].seeds) for name in names}
+    seeds = "/".join(map(str, sorted(counts)))
+    over = " over the test items alone" if counts == {1} else ", over the test items alone where there is one seed"
+    chosen = f"\nOf {len(ours)} variants of AdaGradSelect the one of the lowest held-out loss." if len(ours) > 1 else ""
     return (
-        f"`gradselect compare suites/{suite.name}.yaml`: {suite.task}\nEach at its best learning rate, "
-        f"{seeds} {'seed' if seeds == '1' else 'seeds'}, with 95 % intervals:\n\n"
+        f"`gradselect compare suites/{suite.name}.yaml`: {suite.task}{chosen}\nEach at its best learning rate, "
+        f"{seeds} {'seed' if seeds == '1' else 'seeds'}, with 95 % intervals{over if 1 in counts else ''}:\n\n"
     ) + markdown_table(
         [
             "method",

@@ -20,6 +20,7 @@ common = importlib.import_module("common")
 compared = importlib.import_module("compared")
 pack_results = importlib.import_module("pack_results")
 pages = importlib.import_module("real_model_pages")
+picture = importlib.import_module("picture")
 questions = importlib.import_module("real_model_questions")
 real_model = importlib.import_module("real_model")
 scores = importlib.import_module("real_model_scores")
@@ -149,6 +150,16 @@ def test_a_table_of_one_seed_says_so(tmp_path: Path):
     assert "There is one seed" in questions.questions(suite), "the pairs share one"
 
 
+def test_one_seed_of_a_uniform_twin_is_said_too(tmp_path: Path):
+    suite = make_suite(tmp_path)
+    assert "They are over items and seeds." in questions.questions(suite)
+    write(tmp_path / "suite", with_budget(result("uniform 10 %"), steps=70, ratio=0.8))
+    compared.comparison_of.cache_clear()
+    text = questions.questions(suite)
+    assert "| AdaGradSelect 10 % | uniform 10 % | 1 |" in text
+    assert "Where `seeds` is 1 an interval is over the test items alone" in text
+
+
 def test_what_is_missing_is_said(tmp_path: Path):
     suite = make_suite(tmp_path, without=("AdaGradSelect 20 %", "AdaGradSelect 10 %"))
     write(tmp_path / "suite", with_budget(result("DoRA", role="rate"), steps=60, ratio=1.1))
@@ -208,7 +219,31 @@ def test_the_readme_shows_the_real_model_as_soon_as_it_has_results(tmp_path: Pat
     monkeypatch.setattr(scores, "SUITES", (real_model.Suite(name="none", title="", task="", results=tmp_path),))
     assert scores.headline() == ""
     monkeypatch.setattr(scores, "SUITES", (suite,))
-    assert list(rows_of(scores.headline())) == ["full", "AdaGradSelect 20 %", "LoRA r=16 + E", "LoRA r=256"]
+    text = scores.headline()
+    assert list(rows_of(text)) == ["full", "AdaGradSelect 20 %", "LoRA r=16 + E", "LoRA r=256"]
+    assert "Of 2 variants of AdaGradSelect the one of the lowest held-out loss." in text
+    assert "3 seeds, with 95 % intervals:" in text
+    alone = make_suite(tmp_path, name="alone", seeds=1)
+    monkeypatch.setattr(scores, "SUITES", (alone,))
+    assert "1 seed, with 95 % intervals over the test items alone:" in scores.headline()
+
+
+def test_the_picture_says_one_seed_and_needs_a_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    some, one = (make_suite(tmp_path, name=name, seeds=seeds) for name, seeds in (("some", 3), ("one", 1)))
+    for suite, is_said in ((some, False), (one, True)):
+        monkeypatch.setattr(picture, "subject", lambda suite=suite: picture.of_real_model(suite))
+        assert ("over the test items alone where there is one seed" in picture.markdown(common.ROOT / "R")) == is_said
+    monkeypatch.undo()
+    without = make_suite(tmp_path, name="none", without=("AdaGradSelect 20 %", "AdaGradSelect 10 %"))
+    monkeypatch.setattr(picture, "SUITES", (without,))
+    assert picture.subject.__wrapped__() is picture.SMALL
+
+
+def test_the_picture_tells_fixed_columns_from_those_that_gradients_select(tmp_path: Path):
+    write(tmp_path, result("fixed slices 1/8", settings={"name": "paca", "parts": 8}))
+    write(tmp_path, result("slices 1/8", settings={"name": "adagradselect", "parts": 8}))
+    marks = {method.name: picture.mark_of(method) for method in compared.comparison_of(tmp_path).methods}
+    assert {name: mark.is_hollow for name, mark in marks.items()} == {"fixed slices 1/8": True, "slices 1/8": False}
 
 
 # Packing -------------------------------------------------------------------------------------------------------------

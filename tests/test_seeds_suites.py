@@ -113,6 +113,11 @@ def test_grids_hold_four_rates_a_factor_of_two_apart(name: str) -> None:
         assert [rate / entry.rates[0] for rate in entry.rates] == pytest.approx([1, 2, 4, 8]), method
 
 
+def test_every_copy_of_glue_is_read_three_times() -> None:
+    """Copies differ in their training rows, so a number of steps would be another number of epochs."""
+    assert {(SUITES[task].recipe.run.steps, SUITES[task].recipe.run.epochs) for task in TASKS} == {(None, 3)}
+
+
 def test_what_is_prepared_is_what_is_read() -> None:
     for task in TASKS:
         made = {str(preparation.makes) for preparation in SUITES[task].prepare}
