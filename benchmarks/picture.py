@@ -137,14 +137,14 @@ def markdown(page: Path) -> str:
     files = (FILES["light"], FILES["dark"], ROOT / "docs" / "results.md")
     light, dark, results = (file.relative_to(page.parent).as_posix() for file in files)
     has_one_seed = any(len(method.seeds) == 1 for method in subject().comparison.methods)
-    intervals = f"means and 95 % intervals{', over the test items alone where there is one seed' if has_one_seed else ''}"
+    over = ", over the test items alone where there is one seed" if has_one_seed else ""
     return (
         "<picture>\n"
         f'  <source media="(prefers-color-scheme: dark)" srcset="{dark}">\n'
         f'  <img alt="{html.escape(in_words(subject()))}" src="{light}" width="100%">\n'
         "</picture>\n\n"
-        f"*Left: what one run trained, step by step. Right: {intervals}; every method has as many "
-        f"steps as fit the same time ([results]({results})).*"
+        f"*Left: what one run trained, step by step. Right: means and 95 % intervals{over}; every "
+        f"method has as many steps as fit the same time ([results]({results})).*"
     )
 
 

@@ -242,6 +242,8 @@ def test_a_choice_that_the_state_does_not_tell_is_made_anew() -> None:
     assert again.mask.settings() == spt.mask.settings()
     other = converted(tiny_llama(layers=3), density=0.07, earlier=optimizer.state_dict())
     assert other.choice.budget < spt.choice.budget
+    blocks = gs.BlockOptimizer(tiny_llama(layers=3), gs.Uniform(count=1))
+    assert converted(tiny_llama(layers=3), earlier=blocks.state_dict()).mask.settings() == spt.mask.settings()
 
 
 def test_other_entries_are_not_continued() -> None:

@@ -98,7 +98,8 @@ def convert(
         loss: (model, batch) -> scalar, for other models and batches.
         seed: seed of the adapters' first values.
         earlier: to resume a training: the state_dict of its optimizer. What it trained is chosen again, without a look
-            at the batches; if it does not tell, or was made with other settings, the choice is made anew.
+            at the batches, even if the shares are others; if it does not tell, or budget, rank or candidates do not
+            fit it, the choice is made anew.
 
     Raises:
         UsageError: PEFT is missing, a value is out of range, no such tensor, a budget of more entries than there are,

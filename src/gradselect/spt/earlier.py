@@ -25,9 +25,12 @@ def earlier_choice(state_dict: Mapping[str, Any], candidates: Sequence[Candidate
         budget: number of entries to train.
 
     Returns:
-        The choice; None if it cannot be told apart from what else trained, or was made with other settings.
+        The choice; None if it cannot be told apart from what else trained, or its numbers are not those of a choice
+        among these candidates.
     """
     selection = selection_of(state_dict, kind="SparseOptimizer")
+    if selection.get("mask") != "FixedEntries":
+        return None
     always, masked = set(selection["always"]), set(selection["tensors"])
     states = states_by_name(state_dict, selection, [name for group in selection["groups"] for name in group])
     adapters = [each for each in candidates if each.form == "adapter" and _factor(each) in always]
