@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,7 +88,19 @@ SUITES = (
 def variants(comparison: Comparison) -> list[Method]:
     """Return the variants of AdaGradSelect, that of the lowest held-out loss first: no test item decides."""
     found = [method for method in comparison.methods if method.runs[0].record.method_settings.get("name") == OURS]
-    return sorted(found, key=lambda method: (method.validation_loss is None, method.validation_loss, method.name))
+    losses = held_out_losses(found)
+    return sorted(found, key=lambda method: (losses[method.name] is None, losses[method.name], method.name))
+
+
+def held_out_losses(methods: Sequence[Method]) -> dict[str, float | None]:
+    """Return the mean loss on held-out rows over the seeds that all methods have: each seed holds out other rows."""
+    shared = set.intersection(*(set(method.seeds) for method in methods)) if methods else set()
+    found = {}
+    for method in methods:
+        losses = [run.record.validation_loss for run in method.runs if run.record.seed in shared]
+        known = [loss for loss in losses if loss is not None and math.isfinite(loss)]
+        found[method.name] = math.fsum(known) / len(known) if len(known) == len(losses) > 0 else None
+    return found
 
 
 def twin_of(name: str) -> str:

@@ -13,6 +13,7 @@ from real_model import (
     WIDE_LORA,
     Suite,
     decimals_of,
+    held_out_losses,
     measures,
     seeds_text,
     title_of,
@@ -86,7 +87,8 @@ def verdict(difference: Difference | None, measure: Measure) -> str:
 
 def _questions_text(ours: Sequence[Method], *, seeds: Iterable[int]) -> str:
     best = ours[0]
-    loss = "" if best.validation_loss is None else f" ({best.validation_loss:.3f})"
+    held_out = held_out_losses(ours)[best.name]
+    loss = "" if held_out is None else f" ({held_out:.3f}, over the seeds that all of them have)"
     which = (
         f"Of {len(ours)} variants of AdaGradSelect, **{best.name}** has the lowest held-out loss{loss}; no test item "
         "chose it."
