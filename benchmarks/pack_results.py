@@ -14,7 +14,7 @@ import argparse
 import gzip
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,9 @@ def pack(folder: Path, target: Path) -> Packed:
     kept = [path for path in paths if path.name not in dirty]
     if not kept:
         raise UsageError(f"{folder}: all results are of a tree with uncommitted changes; commit, and run them again")
-    files = {_packed_name(path, folder): _packed(path) for path in [*kept, *_beside(folder)]}
+    records = [read_result(path).record for path in kept]
+    scored = {(record.method, record.lr, record.seed) for record in records if record.role == "score"}
+    files = {_packed_name(path, folder): _packed(path) for path in [*kept, *_beside(folder, scored)]}
     return Packed(target=target, files=files, dirty=dirty)
 
 
@@ -92,13 +94,14 @@ def write(packed: Packed, *, replace: bool) -> int:
     return len(changed)
 
 
-def _beside(folder: Path) -> Iterator[Path]:
-    """Yield the calibration and the sampled answers, checked."""
+def _beside(folder: Path, scored: Set[tuple[str, float, int]]) -> Iterator[Path]:
+    """Yield the calibration and the sampled answers of the base and of these runs, checked."""
     if read_calibration(folder) is not None and (path := plain_or_packed(folder / CALIBRATION)) is not None:
         yield path
     for path in json_files(folder / SAMPLES):
-        read_sample_file(path)
-        yield path
+        answers = read_sample_file(path)
+        if answers.method is None or (answers.method, answers.lr, answers.seed) in scored:
+            yield path
 
 
 def _packed_name(path: Path, folder: Path) -> str:
@@ -109,7 +112,8 @@ def _packed(path: Path) -> bytes:
     """Return the file packed, without time and name, so that the same text gives the same bytes."""
     text = read_json_text(path)
     places = {path.resolve().parent, Path.cwd(), ROOT, Path(sys.prefix).resolve(), Path.home()} - {Path("/")}
-    if named := next((place for place in places if re.search(rf"(?<![\w/]){re.escape(str(place))}/", text)), None):
+    found = (place for place in places if re.search(rf"(?<!\w){re.escape(str(place))}(?![\w.-])", text))
+    if named := next(found, None):
         raise UsageError(f"{path} names {named}, a folder of this machine; mend what wrote it, or move the file away")
     return gzip.compress(text.encode(), LEVEL, mtime=0)
 

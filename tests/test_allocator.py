@@ -4,11 +4,17 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from train_fixtures import parse, quiet, write_model, write_sums
 
+from gradselect.app.compare import turn
+from gradselect.app.evaluate import language_model
+from gradselect.app.recipe import EvaluationSettings
 from gradselect.app.runtime import allocator, keep_freed_memory
+from gradselect.app.train import run, train
 
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives large blocks back at once")
 
@@ -76,3 +82,19 @@ def test_an_accelerator_keeps_its_own_memory(monkeypatch: pytest.MonkeyPatch) ->
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert not keep_freed_memory("cpu")
+
+
+def test_train_evaluate_and_the_calibration_of_compare_ask_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "model")
+    write_sums(tmp_path / "sums.jsonl")
+    asked = []
+    for module in (run, turn, language_model):
+        monkeypatch.setattr(module, "keep_freed_memory", lambda device, module=module: asked.append((module, device)))
+    recipe = parse(tmp_path, run={"output": str(tmp_path / "out"), "steps": 1, "device": "cpu"})
+    train(recipe, console=quiet())
+    language_model.load(EvaluationSettings(model=tmp_path / "out", task="loss", data=tmp_path / "sums.jsonl"))
+    turn.measure_turn(recipe, method="ours", number=0, steps=3)
+    assert asked[:2] == [(run, "cpu"), (language_model, "cpu")]
+    assert (turn, "cpu") in asked

@@ -26,6 +26,10 @@ def tiny_distilbert() -> nn.Module:
     )
 
 
+def tiny_rwkv() -> nn.Module:
+    return transformers.RwkvModel(transformers.RwkvConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2))
+
+
 # SpaRTA ------------------------------------------------------------------------------------------------------------
 
 
@@ -62,8 +66,9 @@ def test_the_number_of_entries_varies_around_the_share_of_the_whole_model() -> N
         (tiny_bert(layers=1), {"value.weight", "value.bias", "dense.weight", "dense.bias"}),
         (tiny_t5(layers=1), {"v.weight", "o.weight"}),
         (tiny_distilbert(), {"v_lin.weight", "v_lin.bias", "out_lin.weight", "out_lin.bias"}),
+        (tiny_rwkv(), {"value.weight"}),
     ],
-    ids=["llama", "bert", "t5", "distilbert"],
+    ids=["llama", "bert", "t5", "distilbert", "rwkv"],
 )
 def test_values_and_outputs_of_attention_are_drawn_from(model: nn.Module, expected: set[str]) -> None:
     names = gs.SpaRTA(density=0.01).bind(offered(model)).names

@@ -272,6 +272,7 @@ def test_packed_results_are_the_same_and_packing_again_changes_nothing(tmp_path:
     dirty["gradselect"]["dirty"] = True
     write(folder, dirty)
     sample(folder, "base.json", method=None, answer="yes")
+    sample(folder, "dirty.json", method="dirty", answer="no")
     (folder / "work").mkdir()
     (folder / "work" / "log.json").write_text("{")
     run_pack(monkeypatch, folder, "--out", tmp_path / "out")
@@ -299,8 +300,9 @@ def test_packed_results_are_the_same_and_packing_again_changes_nothing(tmp_path:
     [
         (lambda folder: (folder / "x.json").write_text('{"gradselect": '), "half-written"),
         (lambda folder: write(folder, result(f"{Path.cwd()}/x")), "a folder of this machine"),
+        (lambda folder: write(folder, result(f"file://{Path.cwd()}")), "a folder of this machine"),
     ],
-    ids=["damaged", "path"],
+    ids=["damaged", "path", "address"],
 )
 def test_what_may_not_be_committed_is_refused_and_nothing_is_written(
     tmp_path: Path, harm, message, monkeypatch, capsys

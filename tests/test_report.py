@@ -252,6 +252,15 @@ def test_what_is_no_json_object_is_skipped(tmp_path, content):
     assert [skipped.file for skipped in read_results(tmp_path, include_dirty=False).skipped] == ["bad.json"]
 
 
+def test_the_best_rate_is_chosen_over_the_seeds_that_all_rates_have(tmp_path):
+    """Seed 0 holds out harder rows; the rate with two more seeds would win by its easier ones."""
+    for lr, seed, loss in [(1e-3, 0, 0.42), (1e-3, 1, 0.36), (1e-3, 2, 0.36), (3e-3, 0, 0.40)]:
+        values = result("full", lr=lr, seed=seed)
+        values["gradselect"]["validation_loss"] = loss
+        write(tmp_path, values)
+    assert headline(tmp_path)["full"]["Best rate"].startswith("3e-3")
+
+
 def test_packed_results_are_read_as_the_plain_ones(tmp_path):
     path = write(tmp_path, result("full"))
     plain = read_results(tmp_path, include_dirty=False).runs

@@ -21,6 +21,9 @@ VALUES_AND_OUTPUTS = (
 )
 """Value and output projections of attention. The last have a value of their own in some architectures only."""
 
+OUTSIDE_ATTENTION = ("*feed_forward*", "*ffn*", "*mlp*")
+"""Parts of a layer whose linear layers have such names too: RWKV's feed-forward network has a `value`."""
+
 
 @final
 @dataclass(eq=False, kw_only=True)
@@ -75,7 +78,9 @@ class SpaRTA(AbstractCompactMask):
         return bound
 
     def can_use(self, tensor: MaskTensor) -> bool:
-        return self.among is not None or any(fnmatchcase(tensor.name, pattern) for pattern in VALUES_AND_OUTPUTS)
+        return self.among is not None or (
+            _matches(tensor.name, VALUES_AND_OUTPUTS) and not _matches(tensor.name, OUTSIDE_ATTENTION)
+        )
 
     def start(self) -> None:
         self._probability = self.density
@@ -114,3 +119,7 @@ class SpaRTA(AbstractCompactMask):
         indices = torch.cat(parts)
         first = 0 if mine.numel() == tensor.numel else local_start(tensor.parameter, name=tensor.name)
         return indices[(indices >= first) & (indices < first + mine.numel())]
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

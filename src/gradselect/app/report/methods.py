@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -210,14 +211,23 @@ def _rates(method: str, runs: Sequence[Result]) -> tuple[float, ...]:
 
 
 def _best_rate(runs: Sequence[Result]) -> float:
-    """Return the rate with the lowest mean validation loss. If no loss is known: most seeds, then the lowest rate."""
+    """Return the rate with the lowest mean validation loss. If no loss is known: most seeds, then the lowest rate.
+
+    Rates are compared over the seeds that they share, if they share any: each seed holds out other rows.
+    """
+    counts = Counter(run.record.lr for run in runs)
+    losses: dict[float, dict[int, float]] = {lr: {} for lr in counts}
+    for run in runs:
+        if (loss := run.record.validation_loss) is not None and math.isfinite(loss):
+            losses[run.record.lr][run.record.seed] = loss
+    with_losses = [set(of_rate) for of_rate in losses.values() if of_rate]
+    shared = set.intersection(*with_losses) if with_losses else set()
 
     def order(lr: float) -> tuple[float, int, float]:
-        losses = [run.record.validation_loss for run in runs if run.record.lr == lr]
-        known = [loss for loss in losses if loss is not None and math.isfinite(loss)]
-        return (_mean(known) if known else math.inf, -len(losses), lr)
+        compared = [loss for seed, loss in losses[lr].items() if seed in shared or not shared]
+        return (_mean(compared) if compared else math.inf, -counts[lr], lr)
 
-    return min({run.record.lr for run in runs}, key=order)
+    return min(counts, key=order)
 
 
 def _typical(by_kind: Mapping[str, StepSeconds], part: str) -> float | None:
