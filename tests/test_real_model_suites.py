@@ -29,7 +29,7 @@ def test_a_suite_has_full_a_budget_and_files_that_it_makes(name: str) -> None:
     suite = SUITES[name]
     assert suite.name == name
     assert suite.budget is not None
-    assert (suite.budget.time_of, suite.budget.share) == ("full", 0.5 if name == "smollm2-half" else 1)
+    assert (suite.budget.time_of, suite.budget.share) == ("full", 0.5 if name in ("smollm2-half", "e2e") else 1)
     assert (suite.recipe.run.steps, suite.recipe.run.batch_size, suite.recipe.model.dtype) == (72, 16, "bfloat16")
     made = {Path(str(preparation.makes)).parent for preparation in suite.prepare}
     evaluations = [*suite.evaluations.values(), *suite.forgetting.values()]
