@@ -98,7 +98,7 @@ def test_a_delta_that_is_none_is_refused(tmp_path, models):
     refused("there is no delta", base, tmp_path)
     refused("is a safetensors file but no delta: its format is 'pt'", base, base / "model.safetensors")
     refused("is no whole safetensors file", base, base / "config.json")
-    refused("has version '3' of the format, this gradselect reads '1' and '2'", base, rewritten(path, version="3"))
+    refused("has version '4' of the format, this gradselect reads '1', '2' and '3'", base, rewritten(path, version="4"))
     refused("manifest cannot be read", base, rewritten(path, manifest=lambda m: m.pop("changes")))
     refused("manifest cannot be read", base, rewritten(path, manifest=lambda m: m.update(base=3)))
 
@@ -292,7 +292,7 @@ def test_a_base_of_other_shapes_is_refused_and_nothing_is_written(tmp_path):
 def test_a_base_of_other_names_or_depth_is_refused(tmp_path):
     tuned = write_model(tmp_path / "tuned", {f"layer.{n}": noise(8, 8) for n in range(12)})
     for name, tensors in {
-        "prefixed": {f"model.layer.{n}": noise(8, 8) for n in range(12)},
+        "other names": {f"block.{n}": noise(8, 8) for n in range(12)},
         "shallow": {f"layer.{n}": noise(8, 8) for n in range(3)},
     }.items():
         base = write_model(tmp_path / name, tensors)

@@ -31,6 +31,7 @@ from .file import DeltaFile, OtherSide, Side
 from .merging import MergedCheckpoint, Overlap, Whole
 from .patches import apply_patch, read_patch, write_patch
 from .related import check_related
+from .renaming import Renamed, names_in_tuned
 from .write import free_file, free_folder, write_checkpoint
 
 __all__ = [
@@ -56,6 +57,8 @@ class DeltaSummary:
     num_tensors, num_entries: of the tuned model.
     num_dense, num_sparse: tensors of which most entries, or some, changed.
     num_whole: tensors that are new, gone, or of another shape or dtype.
+    num_new, num_new_entries: tensors that the base lacks, such as a head, and their entries.
+    num_renamed: tensors that the base has under another name.
     num_changed_entries: entries that differ; all entries of new tensors and those of another shape or dtype.
     num_changed_files: small files, such as config.json, that are new, gone or different.
     delta_bytes, tuned_bytes: size of the file, and of the tuned model's tensors.
@@ -72,6 +75,9 @@ class DeltaSummary:
     num_dense: int
     num_sparse: int
     num_whole: int
+    num_new: int
+    num_new_entries: int
+    num_renamed: int
     num_changed_entries: int
     num_changed_files: int
     delta_bytes: int
@@ -89,6 +95,10 @@ class DeltaSummary:
             f"{self.delta_bytes:,} bytes, {_percent(self.delta_bytes, self.tuned_bytes)} "
             f"of the tuned checkpoint's {self.tuned_bytes:,}",
         ]
+        if self.num_renamed:
+            lines.append(f"{self.num_renamed:,} tensors have another name in the base, as in a model without a head")
+        if self.num_new:
+            lines.append(f"{self.num_new:,} tensors of {self.num_new_entries:,} entries are new, and in the file whole")
         if self.num_whole:
             lines.append(
                 f"{self.num_whole:,} tensors are new, gone, or of another shape or dtype: both models' are in the file"
@@ -101,7 +111,8 @@ def diff(base_dir: PathLike, tuned_dir: PathLike, path: PathLike, *, unrelated: 
 
     Args:
         base_dir: a Hugging Face checkpoint folder, one file or sharded, in safetensors.
-        tuned_dir: another; it may be sharded differently, and have other tensors and small files.
+        tuned_dir: another; it may be sharded differently, and have other tensors and small files. The base may lack
+            its head, and have other names for its tensors: "encoder.layer.0..." for "bert.encoder.layer.0...".
         path: the delta; a new file.
         unrelated: also write a delta between two models of which one was not trained from the other. It holds both.
 
@@ -115,10 +126,11 @@ def diff(base_dir: PathLike, tuned_dir: PathLike, path: PathLike, *, unrelated: 
     """
     target = free_file(Path(path))
     base, tuned = CheckpointFolder(Path(base_dir)), CheckpointFolder(Path(tuned_dir))
+    renamed = names_in_tuned(base.contents.tensors.keys(), tuned.contents.tensors.keys())
     if not unrelated:
-        check_related(base, tuned)
+        check_related(Renamed(base, renamed), tuned)
     with writing_aside(target) as aside:
-        write_delta(aside, base, tuned)
+        write_delta(aside, base, tuned, renamed=renamed)
     return summary(target)
 
 
@@ -193,9 +205,10 @@ def merge(
     target = free_file(Path(path))
     base = CheckpointFolder(Path(base_dir))
     tuned = [_other_side(base, delta, source="base", target="tuned") for delta in paths]
-    merged = MergedCheckpoint(base, tuned, overlap=overlap, whole=whole)
+    renamed = _common_names(tuned)
+    merged = MergedCheckpoint(Renamed(base, renamed), tuned, overlap=overlap, whole=whole)
     with writing_aside(target) as aside:
-        write_delta(aside, base, merged)
+        write_delta(aside, base, merged, renamed=renamed)
     return summary(target)
 
 
@@ -213,6 +226,7 @@ def summary(path: PathLike) -> DeltaSummary:
     delta = DeltaFile(Path(path))
     stored = [change.stored for change in delta.changes.values()]
     tensors = delta.contents["tuned"].tensors.values()
+    new = [spec for name, spec in delta.contents["tuned"].tensors.items() if name not in delta.contents["base"].tensors]
     base_files, tuned_files = delta.file_digests["base"], delta.file_digests["tuned"]
     return DeltaSummary(
         num_tensors=len(tensors),
@@ -220,6 +234,9 @@ def summary(path: PathLike) -> DeltaSummary:
         num_dense=stored.count("dense"),
         num_sparse=stored.count("sparse"),
         num_whole=stored.count("whole"),
+        num_new=len(new),
+        num_new_entries=sum(spec.num_entries for spec in new),
+        num_renamed=len(delta.renamed),
         num_changed_entries=sum(change.num_entries for change in delta.changes.values()),
         num_changed_files=len({name for name, _ in base_files.items() ^ tuned_files.items()}),
         delta_bytes=delta.path.stat().st_size,
@@ -245,16 +262,34 @@ def _cross(source_dir: PathLike, path: PathLike, out_dir: PathLike, *, source: S
     """Write the other side of a delta."""
     folder = free_folder(Path(out_dir))
     other = _other_side(CheckpointFolder(Path(source_dir)), path, source=source, target=target)
+    own = {tuned: name for name, tuned in other.delta.renamed.items()} if target == "base" else {}
     with writing_aside(folder) as aside:
-        write_checkpoint(aside, other)
+        write_checkpoint(aside, Renamed(other, own))
         free_folder(folder)  # minutes have passed, and the rename deletes what is there
     return summary(path)
 
 
-def _other_side(checkpoint: CheckpointFolder, path: PathLike, *, source: Side, target: Side) -> OtherSide:
+def _other_side(folder: CheckpointFolder, path: PathLike, *, source: Side, target: Side) -> OtherSide:
     delta = DeltaFile(Path(path))
-    delta.check_is(checkpoint, side=source, where=checkpoint.folder)
+    checkpoint = Renamed(folder, delta.renamed if source == "base" else {})
+    delta.check_is(checkpoint, side=source, where=folder.folder)
     return OtherSide(checkpoint, delta, side=target)
+
+
+def _common_names(tuned: Sequence[OtherSide]) -> dict[str, str]:
+    """Return the names of the base's tensors in models that share them.
+
+    Raises:
+        UsageError: they do not.
+    """
+    first = tuned[0].delta
+    for other in tuned[1:]:
+        if other.delta.renamed != first.renamed:
+            raise UsageError(
+                f"the models of {first.path} and {other.delta.path} have other names for the same tensors, as a "
+                "classifier has beside a model without a head; merge deltas of models of one kind"
+            )
+    return first.renamed
 
 
 def _percent(part: int, whole: int) -> str:

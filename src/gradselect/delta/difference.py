@@ -13,15 +13,26 @@ from torch import Tensor
 from gradselect.core import index_dtype
 
 from .checkpoint import AbstractCheckpoint, TensorSpec, width
-from .file import FORMAT, VERSION, Change, Side, digest_of
+from .file import FORMAT, RENAMED_VERSION, VERSION, Change, Side, digest_of
+from .renaming import Renamed
 from .write import Part, write_safetensors
 
 BIT_DTYPES = {1: "U8", 2: "I16", 4: "I32", 8: "I64"}
 INDEX_DTYPES = {torch.int32: "I32", torch.int64: "I64"}
 
 
-def write_delta(path: Path, base: AbstractCheckpoint, tuned: AbstractCheckpoint) -> None:
-    """Write the delta between two checkpoints. Reads both several times, tensor by tensor."""
+def write_delta(
+    path: Path, own_base: AbstractCheckpoint, tuned: AbstractCheckpoint, *, renamed: Mapping[str, str] | None = None
+) -> None:
+    """Write the delta between two checkpoints. Reads both several times, tensor by tensor.
+
+    Args:
+        path: the file.
+        own_base: the base, under its own names.
+        tuned: the tuned model.
+        renamed: its names of tensors that the base has under others.
+    """
+    base = Renamed(own_base, renamed) if renamed else own_base
     changes = {name: change for name in _names(base, tuned) if (change := change_of(base, tuned, name))}
     parts: dict[str, Part] = {}
     for name, change in changes.items():
@@ -33,12 +44,15 @@ def write_delta(path: Path, base: AbstractCheckpoint, tuned: AbstractCheckpoint)
     for side, name in _changed_files(file_digests["base"], file_digests["tuned"]):
         parts[f"{side}_file:{name}"] = _file_part(models[side].file(name))
     manifest = {
-        **{side: _described(model, file_digests[side]) for side, model in models.items()},
+        "base": _described(own_base, file_digests["base"]),
+        "tuned": _described(tuned, file_digests["tuned"]),
+        **({"renamed": dict(renamed)} if renamed else {}),
         "changes": {name: {"stored": c.stored, "entries": c.num_entries} for name, c in changes.items()},
     }
     text = json.dumps(manifest, separators=(",", ":"), sort_keys=True)
+    version = RENAMED_VERSION if renamed else VERSION
     write_safetensors(
-        path, parts, {"format": FORMAT, "version": VERSION, "manifest": text, "sha256": digest_of(text.encode())}
+        path, parts, {"format": FORMAT, "version": version, "manifest": text, "sha256": digest_of(text.encode())}
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -32,6 +32,7 @@ from .checkpoint import (
 FORMAT = "gradselect.delta"
 VERSION = "2"
 UNSEALED_VERSION = "1"  # without a digest of the manifest
+RENAMED_VERSION = "3"  # with names of the base's tensors in the tuned model
 
 Side: TypeAlias = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
@@ -65,13 +66,14 @@ class DeltaFile:
         metadata = self._file.metadata
         if metadata.get("format") != FORMAT:
             raise UsageError(f"{path} is a safetensors file but no delta: its format is {metadata.get('format')!r}")
-        if metadata.get("version") not in (VERSION, UNSEALED_VERSION):
+        version = metadata.get("version")
+        if version not in (VERSION, UNSEALED_VERSION, RENAMED_VERSION):
             raise UsageError(
-                f"{path} has version {metadata.get('version')!r} of the format, this gradselect reads "
-                f"{UNSEALED_VERSION!r} and {VERSION!r}; update gradselect, or make the delta again"
+                f"{path} has version {version!r} of the format, this gradselect reads {UNSEALED_VERSION!r}, "
+                f"{VERSION!r} and {RENAMED_VERSION!r}; update gradselect, or make the delta again"
             )
         text = metadata.get("manifest", "")
-        if metadata.get("version") == VERSION and metadata.get("sha256") != digest_of(text.encode()):
+        if version != UNSEALED_VERSION and metadata.get("sha256") != digest_of(text.encode()):
             raise self.damaged("its manifest is not the one that was written: it has another SHA-256")
         try:
             self._read_manifest(json.loads(text))
@@ -93,8 +95,22 @@ class DeltaFile:
             if fingerprint(self.digests[side]) != self.fingerprints[side]:
                 raise ValueError(f"fingerprint of the {side}")
             _check_contents(self.contents[side])
+        self._rename_base(manifest.get("renamed", {}))
         for name in sorted({*self.contents["base"].tensors, *self.contents["tuned"].tensors}):
             self._check_change(name)
+
+    def _rename_base(self, renamed: Mapping[str, str]) -> None:
+        """Take the tuned model's names for the base's tensors, as the changes have them."""
+        self.renamed = {str(name): str(tuned) for name, tuned in renamed.items()}
+        base, tuned = self.contents["base"].tensors, self.contents["tuned"].tensors
+        names = {name: self.renamed.get(name, name) for name in base}
+        if not (self.renamed.keys() <= base.keys() and set(self.renamed.values()) <= tuned.keys()):
+            raise ValueError("renamed: a name that neither model has")
+        if len(set(names.values())) < len(names):
+            raise ValueError("renamed: two tensors with one name")
+        tensors = {names[name]: spec for name, spec in base.items()}
+        self.contents["base"] = replace(self.contents["base"], tensors=tensors)
+        self.digests["base"] = {names[name]: digest for name, digest in self.digests["base"].items()}
 
     def _check_change(self, name: str) -> None:
         """Check that the stored change can make each side from the other."""

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from gradselect.usage import UsageError
 
-from .checkpoint import AbstractCheckpoint, CheckpointFolder, Contents, TensorSpec, as_bits
+from .checkpoint import AbstractCheckpoint, Contents, TensorSpec, as_bits
 from .file import OtherSide
+from .renaming import Renamed
 
 Overlap: TypeAlias = Literal["error", "last", "sum", "mean"]
 Whole: TypeAlias = Literal["error", "last"]
@@ -30,7 +31,7 @@ class MergedCheckpoint(AbstractCheckpoint):
         UsageError: there is an overlap that a rule does not allow.
     """
 
-    def __init__(self, base: CheckpointFolder, tuned: Sequence[OtherSide], *, overlap: Overlap, whole: Whole) -> None:
+    def __init__(self, base: Renamed, tuned: Sequence[OtherSide], *, overlap: Overlap, whole: Whole) -> None:
         self._base = base
         self._tuned = tuned
         self._overlap: Overlap = overlap

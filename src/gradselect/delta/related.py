@@ -10,9 +10,10 @@ from torch import Tensor
 from gradselect.usage import UsageError
 
 from .checkpoint import CheckpointFolder
+from .renaming import Renamed
 
 MOST_NEW_OR_GONE = 8
-"""Tensors that training may add or drop: a classification head, a tied head, a pooler. A layer has nine or more."""
+"""Tensors that training may add, and drop: heads, a pooler. BERT's head for masked words has eight, a layer nine."""
 MOST_RESIZED = 4
 """Embedding and head after tokens were added, and their biases."""
 MOST_DISTANCE = 0.5
@@ -23,8 +24,12 @@ REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NUM_NAMED = 3
 
 
-def check_related(base: CheckpointFolder, tuned: CheckpointFolder) -> None:
+def check_related(base: Renamed, tuned: CheckpointFolder) -> None:
     """Check that the tensors of `tuned` are those of `base`, up to added tokens and a few that are new or gone.
+
+    Args:
+        base: under the names that `tuned` has for its tensors.
+        tuned: the model trained from it.
 
     Raises:
         UsageError: they are another model's; counts them and names the first.
@@ -43,11 +48,11 @@ def check_related(base: CheckpointFolder, tuned: CheckpointFolder) -> None:
     if others:
         shapes = f"{others[0]}: {list(ours[others[0]].shape)} and {list(theirs[others[0]].shape)}"
         found.append(f"{len(others):,} have another shape or other rows ({shapes})")
-    if len(gone) + len(new) > MOST_NEW_OR_GONE:
+    if max(len(gone), len(new)) > MOST_NEW_OR_GONE:
         found.append(f"{len(gone):,} are in the first only{_some(gone)}, {len(new):,} in the second{_some(new)}")
     if found:
         raise UsageError(
-            f"{base.folder} is not the model that {tuned.folder} was trained from: of {len(ours):,} tensors "
+            f"{base.source.folder} is not the model that {tuned.folder} was trained from: of {len(ours):,} tensors "
             f"{'; '.join(found)}. The delta would hold both models. Name the base of the training, which run.json has "
             "as recipe.model.path; or write it all the same: unrelated=True (--unrelated)"
         )
@@ -58,7 +63,7 @@ def _are_rows(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
     return len(before) == len(after) > 0 and before[1:] == after[1:]
 
 
-def _are_close(base: CheckpointFolder, tuned: CheckpointFolder, names: Sequence[str]) -> bool:
+def _are_close(base: Renamed, tuned: CheckpointFolder, names: Sequence[str]) -> bool:
     """Return True if most of the tensors, as far as both have their rows, have been trained from one another."""
     close = [_is_close(base.tensor(name), tuned.tensor(name)) for name in names]
     return 2 * sum(close) > len(close)

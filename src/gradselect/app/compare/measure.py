@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Set
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,7 +67,8 @@ def measure_shipment(job: Job, run: FinishedRun) -> Shipment:
         if job.recipe.method.name != "hiwi":
             return adapter
         # Of HiWi only new biases are left, which are fewer numbers than were trained.
-        return min(adapter, _delta_of_run(job, folder), key=lambda shipment: shipment.num_bytes or 0)
+        left = _delta_of_run(job, folder).num_bytes
+        return adapter if left is None else replace(adapter, num_bytes=min(adapter.num_bytes or left, left))
     if job.recipe.method.name == "full":
         return Shipment(num_bytes=weight_bytes(folder.root), num_trained=run.model.parameters)
     return _delta_of_run(job, folder)
@@ -114,44 +115,19 @@ def _delta_of_run(job: Job, folder: RunFolder) -> Shipment:
     model = job.recipe.model
     base = local_folder(model.path, revision=model.revision)
     with TemporaryDirectory(dir=folder.root) as aside:
-        prefix = _prefix(names_of(base), names_of(folder.root))
-        _cast_checkpoint(base, Path(aside), dtype=getattr(torch, model.dtype), prefix=prefix)
+        _cast_checkpoint(base, Path(aside), dtype=getattr(torch, model.dtype))
         return _delta_shipment(Path(aside), folder.root, whole=weight_bytes(folder.root))
 
 
-def names_of(folder: Path) -> set[str]:
-    """Return the names of all tensors in the folder."""
-    names = set[str]()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            names.update(tensors.keys())
-    return names
-
-
-def _prefix(base: Set[str], tuned: Set[str]) -> str:
-    """Return what stands before the base's names in those of the trained model: "bert." if the base has no head."""
-    if not base.isdisjoint(tuned):
-        return ""
-    firsts = sorted({f"{name.partition('.')[0]}." for name in tuned})
-    return max(firsts, key=lambda first: sum(f"{first}{name}" in tuned for name in base), default="")
-
-
-def _cast_checkpoint(base: Path, target: Path, *, dtype: torch.dtype, prefix: str = "") -> None:
-    """Write the base in the dtype and under the names of the training. Otherwise every tensor would count as changed.
-
-    Args:
-        base: folder of the base model.
-        target: folder to write to.
-        dtype: of the training.
-        prefix: put before each name.
-    """
+def _cast_checkpoint(base: Path, target: Path, *, dtype: torch.dtype) -> None:
+    """Write the base in the dtype of the training. Otherwise every tensor of another dtype would count as changed."""
     for file in base.glob("*.safetensors"):
-        tensors = {f"{prefix}{name}": _cast(tensor, dtype) for name, tensor in load_file(file).items()}
-        save_file(tensors, target / file.name, {"format": "pt"})
-    for file in base.glob("*.safetensors.index.json"):
-        index = json.loads(file.read_text("utf-8"))
-        index["weight_map"] = {f"{prefix}{name}": shard for name, shard in index["weight_map"].items()}
-        (target / file.name).write_text(json.dumps(index), "utf-8")
+        tensors = load_file(file)
+        save_file(
+            {name: _cast(tensor, dtype) for name, tensor in tensors.items()}, target / file.name, {"format": "pt"}
+        )
+    for index in base.glob("*.safetensors.index.json"):
+        shutil.copy(index, target)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
