@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from classification_fixtures import COLUMNS, classify, write_bert, write_place
 from rich.console import Console
-from train_fixtures import assert_same_weights, quiet, train_until, weights
+from train_fixtures import assert_same_weights, quiet, recipe_values, train_until, weights
 from transformers import (
     AutoModelForSequenceClassification,
     DebertaV2Config,
@@ -25,6 +26,8 @@ from gradselect.app.data.labels import label_names
 from gradselect.app.data.rows import read_rows
 from gradselect.app.inputs import read_inputs, row_notes
 from gradselect.app.inputs.examples import render_examples
+from gradselect.app.recipe import dump_recipe
+from gradselect.app.recipe.load import parse_recipe
 from gradselect.app.runtime.run_folder import RunFolder
 from gradselect.app.train import train
 from gradselect.app.train.setup import build_trainer
@@ -120,6 +123,24 @@ def test_of_a_checkpoint_without_pooler_the_pooler_belongs_to_the_head(place: Pa
     assert {name.rpartition(".")[0] for name in inputs.head} == {"bert.pooler.dense", "classifier"}
 
 
+def test_a_pooler_that_is_to_train_whole_belongs_to_the_head(place: Path, tmp_path: Path) -> None:
+    recipe = classify(place, tmp_path / "out", model={"pooler_in_head": True})
+    inputs = read_inputs(recipe)
+    assert {name.rpartition(".")[0] for name in inputs.head} == {"bert.pooler.dense", "classifier"}
+    was = AutoModelForSequenceClassification.from_pretrained(place / "bert").bert.pooler.dense.weight
+    assert torch.equal(inputs.model.bert.pooler.dense.weight, was)
+    assert parse_recipe(yaml.safe_load(dump_recipe(recipe)), source="recipe") == recipe
+    assert "pooler_in_head" not in dump_recipe(classify(place, tmp_path / "out"))
+
+
+def test_a_pooler_that_is_not_there_is_said(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"pooler_in_head=true, and LlamaForSequenceClassification has no pooler"):
+        read_inputs(classify(place, tmp_path / "out", base="model", model={"pooler_in_head": True}))
+    values = recipe_values(place) | {"model": {"path": str(place / "model"), "pooler_in_head": True}}
+    with pytest.raises(UsageError, match=r"pooler_in_head=true is for a classifier, and data.format=prompt-completion"):
+        parse_recipe(values, source="recipe")
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "fixed": {"names": ["layer.0"]},
     "adagradselect": {"count": 1, "among": ["layer.*"]},
@@ -163,17 +184,24 @@ def write_other(folder: Path, kind: str) -> Path:
     return folder
 
 
+IA3 = {"name": "peft", "type": "ia3", "options": {"target_modules": ".*(key|k_lin).*", "feedforward_modules": []}}
+
+
 @pytest.mark.parametrize(("kind", "head"), [("deberta", {"pooler", "classifier"}), ("distil", {"pre_classifier"})])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("lora", "float32"), ("lora", "bfloat16"), ("propulsion", "float32"), ("ia3", "float32")],
+)
 def test_beside_an_adapter_all_of_the_head_trains_whole(
-    place: Path, tmp_path: Path, kind: str, head: set[str], dtype: str
+    place: Path, tmp_path: Path, kind: str, head: set[str], method: str, dtype: str
 ) -> None:
+    """Merging ended in an AttributeError where a head is a module of several layers, as DeBERTa's pooler is."""
     path = write_other(tmp_path / kind, kind)
     recipe = classify(
         place,
         tmp_path / "out",
         model={"path": str(path), "dtype": dtype},
-        method={"name": "lora", "rank": 2},
+        method={"lora": {"name": "lora", "rank": 2}, "ia3": IA3}.get(method, {"name": method}),
         run={"steps": 2},
     )
     before = {key: value.detach().clone() for key, value in read_inputs(recipe).model.named_parameters()}

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from gradselect.usage import UsageError, nearest, parent
@@ -83,6 +84,13 @@ class AdapterTuner(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ModulesToSaveWrapper):
+            # PEFT would look for its weight, and a head of several layers has none.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _count_uses(self, model: nn.Module) -> None:
         """Count once in how many places each parameter stands, not for each layer anew."""

@@ -2,7 +2,7 @@
 
 from .chat_examples import chat_tokens
 from .length_notes import as_percent, row_notes
-from .model import check_base_can_train, fingerprint
+from .model import check_base_can_train, fingerprint, head_names
 from .notices import Notices, RowError
 from .rows import Rows, make_rows
 from .run_inputs import DataInputs, Inputs, read_data, read_inputs
@@ -20,6 +20,7 @@ __all__ = [
     "check_base_can_train",
     "end_of_turn_tokens",
     "fingerprint",
+    "head_names",
     "make_rows",
     "read_data",
     "read_inputs",

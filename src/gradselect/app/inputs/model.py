@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,8 @@ def load_classifier(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Load the model at `settings.path` with a classification head. Return it with the head's parameter names.
 
-    The head is everything outside the base model, and BERT's pooler if the checkpoint lacks it: only classifiers use
-    the pooler. `seed` draws what the checkpoint lacks. A head in the checkpoint is kept.
+    The head is everything outside the base model, and BERT's pooler if the checkpoint lacks it or the settings say so:
+    only classifiers use the pooler. `seed` draws what the checkpoint lacks. A head in the checkpoint is kept.
 
     Args:
         settings: section `model` of the recipe.
@@ -111,7 +111,8 @@ def load_classifier(
         seed: seed of the new head.
 
     Raises:
-        UsageError: the model is missing or damaged, lacks weights of the base model, or has a head of another size.
+        UsageError: the model is missing or damaged, lacks weights of the base model, has a head of another size, or no
+            pooler that the settings name.
     """
     names = {} if labels is None else {"id2label": dict(enumerate(labels)), "label2id": _numbered(labels)}
     problem = "regression" if labels is None else "single_label_classification"
@@ -128,8 +129,35 @@ def load_classifier(
     base = f"{model.base_model_prefix}."
     lacking = tuple(name for name in missing if name.startswith(base) and "pooler" not in name)
     check_complete(lacking, model, settings.path, key="model.path", wanted="the model itself")
-    head = [name for name, _ in model.named_parameters() if not name.startswith(base) or name in missing]
-    return model, tuple(head)
+    return model, head_names(model, settings, missing=missing)
+
+
+def head_names(model: Any, settings: ModelSettings, *, missing: Collection[str] = ()) -> tuple[str, ...]:
+    """Return the names of the parameters of a classification head.
+
+    Args:
+        model: the classifier.
+        settings: section `model` of the recipe.
+        missing: names of parameters that the checkpoint lacks.
+
+    Raises:
+        UsageError: the model has no pooler, and the settings name one.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=8, **sizes))
+        >>> head_names(model, ModelSettings(path="bert"))
+        ('classifier.weight', 'classifier.bias')
+    """
+    base, names = f"{model.base_model_prefix}.", [name for name, _ in model.named_parameters()]
+    pooler = {name for name in names if settings.pooler_in_head and "pooler" in name.split(".")}
+    if settings.pooler_in_head and not pooler:
+        raise UsageError(
+            f"model.pooler_in_head=true, and {type(model).__name__} has no pooler; leave it out: everything outside of "
+            f"{model.base_model_prefix!r} is its head and trains whole"
+        )
+    return tuple(name for name in names if not name.startswith(base) or name in missing or name in pooler)
 
 
 def load_config(settings: ModelSettings) -> Any:

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_serializer, m
 
 from gradselect.methods import AbstractBlockMethod, Method, Settings
 
-from .data_settings import Data
+from .data_settings import ClassificationData, Data
 from .trainer_checks import check_trainer
 from .trainers import AbstractSamplingTrainer, Trainer
 from .values import Count, Place
@@ -28,6 +28,8 @@ class ModelSettings(Settings):
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         trust_remote_code: run Python code that comes with the checkpoint.
         trust_pickle: read weights from `pytorch_model.bin` if there are none in safetensors.
+        pooler_in_head: of a classifier whose checkpoint has a pooler: train the pooler whole with every method, as a
+            part of the head. A pooler that the checkpoint lacks is a part of it anyway.
     """
 
     path: Place
@@ -38,6 +40,12 @@ class ModelSettings(Settings):
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     trust_pickle: bool = False
+    pooler_in_head: bool = False
+
+    @model_serializer(mode="wrap")
+    def without_default_head(self, write: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Leave the pooler out where nothing is said of it, as recipes of earlier versions do."""
+        return {key: value for key, value in write(self).items() if key != "pooler_in_head" or value}
 
 
 class OptimizerSettings(Settings):
@@ -123,6 +131,15 @@ class Recipe(Settings):
             raise ValueError(
                 f"run.evaluate_every={self.run.evaluate_every} needs examples to evaluate on; "
                 "add e.g. data.validation=0.02, or set run.evaluate_every=null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_head(self) -> Self:
+        if self.model.pooler_in_head and not isinstance(self.data, ClassificationData):
+            raise ValueError(
+                f"model.pooler_in_head=true is for a classifier, and data.format={self.data.format} has none; leave it "
+                "out, or write data.format=classification"
             )
         return self
 

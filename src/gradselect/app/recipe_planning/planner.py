@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from gradselect import Borders, Keep, UsageError
-from gradselect.app.inputs import Inputs, check_base_can_train
+from gradselect.app.inputs import Inputs, check_base_can_train, head_names
 from gradselect.app.models import draw_weights, load_configuration, quantisation_of
 from gradselect.app.recipe import (
     AbstractBlockMethod,
@@ -148,9 +148,7 @@ def _length(recipe: Recipe, model: nn.Module) -> int:
 def _prepare(recipe: Recipe) -> _Prepared:
     model = meta_model(recipe)
     check_base_can_train(recipe)
-    base = f"{model.base_model_prefix}."
-    is_classifier = isinstance(recipe.data, ClassificationData)
-    head = [name for name, _ in model.named_parameters() if not name.startswith(base)] if is_classifier else []
+    head = head_names(model, recipe.model) if isinstance(recipe.data, ClassificationData) else ()
     nothing = cast(Any, None)
     inputs = Inputs(model=model, tokenizer=nothing, examples=nothing, max_length=0, head=head)
     parts = method_parts(recipe, inputs, folder=RunFolder(Path(recipe.run.output)))

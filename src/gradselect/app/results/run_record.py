@@ -143,7 +143,8 @@ class MaskSelection(Record):
 
     Attributes:
         entries: number of entries in the mask at the end.
-        whole_entries: of SPT, whose mask is a part of it: entries of adapters, vectors and a head, which train whole.
+        whole_entries: number of entries beside the mask that train whole: a head, `always`, the adapters of SPT. None
+            in files of earlier versions.
     """
 
     mask: str

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gradselect import BlockOptimizer, FixedEntries, SparseOptimizer, UsageError, __version__
+from gradselect import BlockOptimizer, SparseOptimizer, UsageError, __version__
 from gradselect.app.inputs import Inputs, fingerprint
 from gradselect.app.recipe import Recipe, dump_recipe, todays_recipe
 from gradselect.app.results import FinishedRun, RunRecord, SavedModel, TokenCounts, read_finished_run, read_run
@@ -226,6 +226,5 @@ def _describe_mask(optimizer: SparseOptimizer) -> dict[str, Any]:
         "entries_to_choose_from": sum(tensor.numel for tensor in optimizer.mask.tensors),
         "entries_by_tensor": by_tensor,
         "overlap": None if record is None else record.overlap,
-        # In a recipe only SPT names its entries.
-        **({"whole_entries": sum(whole)} if isinstance(optimizer.mask, FixedEntries) else {}),
+        "whole_entries": sum(whole),
     }

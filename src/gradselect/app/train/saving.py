@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from transformers import PreTrainedTokenizerBase
 
 from gradselect import sparsegrad, spt
@@ -18,6 +19,7 @@ from gradselect.app.recipe import ChatData, PreferenceData, PromptCompletionData
 from gradselect.app.results import SavedModel
 from gradselect.app.runtime import RunFolder, is_rank_0
 from gradselect.files import BesideWeights, flush_names, remove, write_manifest, writing_aside
+from gradselect.usage import parent
 
 from .restoring import unplaced_notes
 from .trainer import RunTrainer
@@ -101,7 +103,7 @@ def save_model(trainer: RunTrainer, inputs: Inputs, *, folder: RunFolder, plan: 
         with writing_aside(folder.adapter) as aside:
             model.save_pretrained(str(aside))
         form = "adapter" if is_quantised(model.get_base_model()) else "model"
-        model = model.get_base_model() if form == "adapter" else cast(Any, model).merge_and_unload()
+        model = model.get_base_model() if form == "adapter" else _merged(model)
     added = _stop_at(model, ends)
     with writing_aside(folder.root / "model") as aside:
         aside.mkdir()
@@ -117,6 +119,17 @@ def save_model(trainer: RunTrainer, inputs: Inputs, *, folder: RunFolder, plan: 
         write_manifest(aside, step=trainer.state.global_step)
     _move_up(folder.root / "model")
     return SavedModel.model_validate({"form": form, **copied, **_described_ends(model, inputs.tokenizer, added)})
+
+
+def _merged(model: Any) -> Any:
+    """Merge the adapter, in place. Most adapters of PEFT fail on a head of several layers, which has no weight."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper) and not hasattr(module.original_module, "weight"):
+            trained = (
+                module.modules_to_save[module.active_adapter] if module.active_adapters else module.original_module
+            )
+            setattr(model.get_submodule(parent(name)), name.rpartition(".")[2], trained)
+    return model.merge_and_unload()
 
 
 def _stop_at(model: Any, ends: Sequence[int]) -> list[int]:
