@@ -4,6 +4,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ NOISE_LEVEL = 1e-4
 
 
 def bound(names: tuple[str, ...] = FOUR, counts: Mapping[str, float] | None = None, **options: object) -> AdaGradSelect:
-    policy = AdaGradSelect(**{"explore_steps": 1} | options).bind(make_blocks(names))  # type: ignore[arg-type]
+    policy = AdaGradSelect(**{"explore_steps": 1, "among": None} | options).bind(make_blocks(names))  # type: ignore[arg-type]
     if counts is not None:
         policy.load_state(policy.state() | {"counts": dict(counts)})
     return policy
@@ -333,7 +334,7 @@ def test_an_unknown_epoch_length_says_what_to_write_before_the_first_update() ->
     policy = AdaGradSelect(count=1).bind(make_blocks())
     assert policy.propose(0) is None
     for ask in (lambda: policy.decide(0, dict.fromkeys(BLOCK_NAMES, 1.0)), lambda: policy.propose(1)):
-        with pytest.raises(UsageError, match=r"write AdaGradSelect\(explore_steps=len\(loader\)\)"):
+        with pytest.raises(UsageError, match=r"write AdaGradSelect\(explore_steps=len\(loader\) // 4\)"):
             ask()
 
 
@@ -364,6 +365,52 @@ def test_an_epoch_length_filled_before_binding_is_kept() -> None:
     assert policy.bind(make_blocks()).explore_probability(5) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(("preset", "expected"), [(None, (62, 25, 1)), ("paper", (62, 62, 2))])
+def test_explore_steps_left_open_are_at_most_a_quarter_of_the_run(preset: Any, expected: tuple[int, ...]) -> None:
+    found = []
+    for in_epoch, in_run in ((62, None), (62, 100), (2, 3)):
+        policy = AdaGradSelect(preset=preset)
+        policy.fill_explore_steps(in_epoch, run_steps=in_run)
+        found.append(policy.known_explore_steps())
+    assert tuple(found) == expected
+
+
+# --- defaults and the paper's setting -------------------------------------------------------------------
+
+
+def test_by_default_the_blocks_around_the_layers_are_no_candidates() -> None:
+    names = (
+        "encoder.layer.0",
+        "encoder.norm",
+        "layer.1",
+        "layer.1.head",
+        "pooler",
+        "mine",
+        "embedding",
+        "norm",
+        "head",
+    )
+    blocks = make_blocks(names)
+    assert AdaGradSelect().bind(blocks).names == ("encoder.layer.0", "layer.1", "layer.1.head", "pooler", "mine")
+    assert AdaGradSelect().bind(blocks[-3:]).names == names[-3:]  # nothing else is there
+    assert AdaGradSelect(among=None).bind(blocks).names == AdaGradSelect(preset="paper").bind(blocks).names == names
+    assert AdaGradSelect(preset="paper", among=("layer.*",)).bind(blocks).names == ("layer.1", "layer.1.head")
+
+
+def test_a_preset_that_is_none_is_refused() -> None:
+    with pytest.raises(UsageError, match="preset='papers' is unknown; write preset="):
+        AdaGradSelect(preset="papers")  # type: ignore[arg-type]
+
+
+def test_the_paper_s_setting_has_the_settings_of_older_checkpoints() -> None:
+    saved = {"fraction": 0.2, "count": None, "explore_steps": None, "epsilon_end": 0.01, "delta": 1.0}
+    saved |= {"rank_by": "cumulative", "norm": "l2", "draw": "top-k", "among": None, "every": 1, "discount": 1.0}
+    saved |= {"coverage": None, "delta_growth": 0.0, "seed": 0}
+    assert AdaGradSelect(preset="paper").settings() == saved
+    assert AdaGradSelect().settings() == saved | {"among": "layers"}
+    assert AdaGradSelect(among=("layer.*",)).settings() == saved | {"among": ("layer.*",)}
+
+
 def test_an_epoch_without_steps_is_refused() -> None:
     with pytest.raises(UsageError, match="explore_steps=0"):
         AdaGradSelect().fill_explore_steps(0)
@@ -372,5 +419,5 @@ def test_an_epoch_without_steps_is_refused() -> None:
 def test_the_least_coverage_is_in_the_message() -> None:
     """Seven blocks, two at a time, every three steps: the last of them comes at the fourth selection, step 9."""
     with pytest.raises(UsageError, match="write coverage=10 or more"):
-        AdaGradSelect(count=2, every=3, coverage=9).bind(make_blocks())
-    AdaGradSelect(count=2, every=3, coverage=10).bind(make_blocks())
+        AdaGradSelect(count=2, every=3, coverage=9, among=None).bind(make_blocks())
+    AdaGradSelect(count=2, every=3, coverage=10, among=None).bind(make_blocks())

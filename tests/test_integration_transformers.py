@@ -363,9 +363,10 @@ def test_reentrant_checkpointing_trains_right_and_says_what_it_costs(tmp_path, c
 
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_explore_steps_are_the_steps_of_one_epoch(drop_last, accumulation, tmp_path):
+def test_in_the_paper_s_setting_explore_steps_are_the_steps_of_one_epoch(drop_last, accumulation, tmp_path):
     settings = {"dataloader_drop_last": drop_last, "gradient_accumulation_steps": accumulation}
-    trainer = build(tmp_path, gs.AdaGradSelect(), data=9, max_steps=-1, num_train_epochs=1, **settings)
+    policy = gs.AdaGradSelect(preset="paper")
+    trainer = build(tmp_path, policy, data=9, max_steps=-1, num_train_epochs=1, **settings)
     trainer.train()
     policy, steps = core(trainer).policy, trainer.state.global_step
     assert policy.explore_probability(steps - 1) > 0
@@ -373,16 +374,26 @@ def test_explore_steps_are_the_steps_of_one_epoch(drop_last, accumulation, tmp_p
     assert policy.explore_probability(1) == pytest.approx(policy.epsilon_end ** (1 / steps))
 
 
-def test_without_a_known_length_explore_steps_are_all_steps(tmp_path):
+def test_explore_steps_are_a_quarter_of_a_run_that_is_shorter_than_four_epochs(tmp_path):
+    trainer = build(tmp_path, gs.AdaGradSelect(), data=6, max_steps=-1, num_train_epochs=2)
+    trainer.train()
+    policy, steps = core(trainer).policy, trainer.state.global_step
+    assert policy.explore_probability(steps // 4 - 1) > 0
+    assert policy.explore_probability(steps // 4) == 0
+    assert trainer.state.global_step > 4
+
+
+def test_without_a_known_length_explore_steps_are_shares_of_all_steps(tmp_path):
     class Endless(torch.utils.data.IterableDataset):
         def __iter__(self):
             while True:
                 yield from examples(4)
 
-    trainer = build(tmp_path, gs.AdaGradSelect(), data=Endless(), max_steps=5)
-    trainer.train()
-    assert core(trainer).policy.explore_probability(4) > 0
-    assert core(trainer).policy.explore_probability(5) == 0
+    for preset, num_explored in (("paper", 5), (None, 1)):
+        trainer = build(tmp_path, gs.AdaGradSelect(preset=preset), data=Endless(), max_steps=5)
+        trainer.train()
+        assert core(trainer).policy.explore_probability(num_explored - 1) > 0
+        assert core(trainer).policy.explore_probability(num_explored) == 0
 
 
 def test_given_explore_steps_stay(tmp_path):

@@ -6,6 +6,7 @@ from .flops import Depth, StepCost, layer_of, speed_up_limit
 from .optimizer import BlockOptimizer
 from .partitioning import partition, resolve_names
 from .policy import (
+    LAYERS,
     AbstractPolicy,
     Norms,
     check_fraction_or_count,
@@ -17,6 +18,7 @@ from .policy import (
 from .structure import Layout, module_of_getter
 
 __all__ = [
+    "LAYERS",
     "AbstractPolicy",
     "BlockOptimizer",
     "Borders",

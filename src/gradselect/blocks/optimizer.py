@@ -190,7 +190,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
 
         Args:
             model: its trainable parameters are partitioned into blocks; those that are frozen already stay frozen.
-            policy: selects blocks, e.g. `AdaGradSelect(fraction=0.2, explore_steps=len(loader))`. It is copied.
+            policy: selects blocks, e.g. `AdaGradSelect(fraction=0.2, explore_steps=len(loader) // 4)`. It is copied.
             always: names or globs of blocks that train at every step too, e.g. `("embedding",)`.
             lr: learning rate, >= 0. Default 1e-3, as torch's AdamW.
             betas: decay rates of the moments, each in [0, 1).
@@ -237,6 +237,12 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
     def always_trained(self) -> tuple[str, ...]:
         """Names of the parameters that train at every step, whatever the policy selects."""
         return tuple(name for block in self._always for name in self._table.members[block])
+
+    @property
+    def never_trained(self) -> dict[str, int]:
+        """Number of weights of each block that is neither a candidate of the policy nor trained at every step."""
+        left_out = [name for name in self.blocks if name not in {*self.policy.names, *self._always}]
+        return {name: sum(weight.numel() for weight in self._table.of(name)) for name in left_out}
 
     @property
     def update_counts(self) -> dict[str, int]:

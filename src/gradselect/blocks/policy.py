@@ -169,8 +169,13 @@ class AbstractPolicy(ABC):
     def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
         """Count a step that has updated `selected`, as proposed or decided. `norms` holds observed norms, if any."""
 
-    def fill_explore_steps(self, num_steps: int) -> None:
-        """Use `num_steps`, the optimizer steps of the first epoch, if the explore phase was left open."""
+    def fill_explore_steps(self, num_steps: int, *, run_steps: int | None = None) -> None:
+        """Derive the length of the explore phase, if it was left open, from that of the first epoch and of the run.
+
+        Args:
+            num_steps: optimizer steps of the first epoch.
+            run_steps: optimizer steps of the run. None: unknown.
+        """
 
     def expected_explore_steps(self, num_steps: int) -> float:
         """Expected number of those of the first `num_steps` steps that look at the gradients of all blocks."""
@@ -226,16 +231,34 @@ def largest(names: Sequence[str], scores: Mapping[str, float], count: int) -> tu
     return tuple(name for name in names if name in selected)
 
 
+LAYERS = "layers"
+"""Value of `among` for all blocks but those around the layers."""
+
+AROUND_LAYERS = ("embedding", "norm", "head")
+"""Names of the blocks that stand around the layers; before them a stack's name may stand, as in "encoder.norm"."""
+
+
 def taking_part(blocks: Sequence[Block], among: Sequence[str] | None) -> tuple[Block, ...]:
-    """Return the blocks whose name or alias matches a glob of `among`, in model order; None: all.
+    """Return the blocks that a policy selects from, in model order.
+
+    Args:
+        blocks: of the model.
+        among: names, aliases or globs. "layers": all blocks but embeddings, final norms and heads, so that poolers and
+            blocks of the user's own are among them; all blocks if none other is there. None: all.
 
     Raises:
         UsageError: a glob matches nothing.
     """
     if among is None:
         return tuple(blocks)
+    if among == LAYERS:
+        return tuple(block for block in blocks if not _is_around_layers(block.name)) or tuple(blocks)
     names = set(resolve_names(blocks, among))
     return tuple(block for block in blocks if block.name in names)
+
+
+def _is_around_layers(name: str) -> bool:
+    return name.rpartition(".")[2] in AROUND_LAYERS and "layer" not in name.split(".")
 
 
 def resolve_count(*, num_blocks: int, fraction: float | None, count: int | None) -> int:

@@ -22,7 +22,7 @@ from gradselect.core import (
     is_frozen_for_now,
 )
 from gradselect.parallel import collective_device, naming_the_collective
-from gradselect.usage import UsageError
+from gradselect.usage import UsageError, listed
 
 from .compile_check import is_compiled
 from .observer import GradientObserver
@@ -33,9 +33,6 @@ logger = logging.getLogger(__name__)
 
 MAX_MISSES = 20
 """Updates in a row without a gradient after which a block that was reached before is no candidate any more."""
-
-MOST_NAMED = 12
-"""Number of blocks that a message names."""
 
 
 class Reach(AbstractGradientHooks):
@@ -330,9 +327,3 @@ class Reach(AbstractGradientHooks):
 
     def _in_order(self, names: Collection[str]) -> list[str]:
         return [name for name in self._names if name in names]
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return the first `MOST_NAMED` names, and how many more there are."""
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more

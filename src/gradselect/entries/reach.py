@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
 
 from gradselect.core import OutputProbes
-from gradselect.usage import UsageError
+from gradselect.usage import UsageError, listed
 
 from .mask import AbstractCompactMask, AbstractMask, FromWeights
 
 logger = logging.getLogger(__name__)
-
-MOST_NAMED = 6
-"""Number of tensors that a message names."""
 
 
 class EntryReach:
@@ -75,9 +72,3 @@ class EntryReach:
                 "leave them out with among=... to spend these entries elsewhere",
                 *(100 * num_lost / total, name, f"{num_lost:,}", f"{total:,}", len(lost), listed([*lost])),
             )
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return the first names, and how many more there are."""
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more

@@ -3,7 +3,7 @@
     from gradselect.integrations.compile import compile_blocks
 
     compile_blocks(model)
-    optimizer = gs.BlockOptimizer(model, policy=gs.AdaGradSelect(fraction=0.2, explore_steps=len(loader)), lr=1e-5)
+    optimizer = gs.BlockOptimizer(model, policy=gs.AdaGradSelect(fraction=0.2, explore_steps=len(loader) // 4), lr=1e-5)
 
 A compiled graph is valid for one pattern of `requires_grad`. A whole model has as many patterns as there are
 selections. A layer has four: it trains or not, and something below it trains or not. Layers of one class share graphs.

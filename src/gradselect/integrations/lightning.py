@@ -20,7 +20,7 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 
 from gradselect import All, BlockOptimizer, JsonlWriter, SparseOptimizer, UsageError
-from gradselect.integrations.reporting import say_explore_steps, summarise
+from gradselect.integrations.reporting import say_selection, summarise
 from gradselect.usage import check_file_name
 
 try:
@@ -36,8 +36,8 @@ class SelectionCallback(Callback):
 
     **To the optimizer**, when training begins: which micro-batch is the last of a step, the gradient scaler of
     `precision="16-mixed"` and, for a policy that left it open (`AdaGradSelect(explore_steps=None)`), the number of
-    steps of the first epoch, or of the run if that is shorter. With manual optimization only your loop knows these:
-    give `accumulation_steps` and `explore_steps` yourself.
+    steps in which it explores: the first epoch, at most a quarter of the run. With manual optimization only your loop
+    knows these: give `accumulation_steps` and `explore_steps` yourself.
 
     **The model** is given back when `fit()` ends in any way: what you had left trainable is trainable again, and hooks
     are gone.
@@ -204,16 +204,17 @@ def _settle_scaler(trainer: Any, optimizer: SelectiveOptimizer) -> None:
 
 
 def _fill_explore_steps(trainer: Any, optimizer: SelectiveOptimizer) -> None:
-    """Tell the policy the steps of the first epoch, or of the run if that is shorter; streams may have neither."""
+    """Tell the policy the steps of the first epoch and of the run; streams may have neither."""
     in_epoch = _ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
     limits = [each for each in (trainer.max_steps, in_epoch * _or_endless(trainer.max_epochs)) if each >= 0]
     in_run = min(limits, default=math.inf)
     known = min(in_epoch, in_run)
     if not isinstance(optimizer, BlockOptimizer) or not math.isfinite(known):
         return
-    optimizer.policy.fill_explore_steps(max(1, int(known)))
-    if math.isfinite(in_run):
-        say_explore_steps(optimizer, num_steps=int(in_run))
+    run_steps = int(in_run) if math.isfinite(in_run) else None
+    optimizer.policy.fill_explore_steps(max(1, int(known)), run_steps=run_steps)
+    if run_steps is not None:
+        say_selection(optimizer, num_steps=run_steps)
 
 
 def _or_endless(max_epochs: int | None) -> float:

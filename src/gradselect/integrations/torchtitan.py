@@ -28,7 +28,7 @@ from torchtitan.trainer import Trainer  # pyright: ignore[reportMissingImports]
 
 from gradselect import BlockOptimizer, JsonlWriter, SparseOptimizer, UsageError
 from gradselect.integrations.callers import caller_of
-from gradselect.integrations.reporting import say_explore_steps
+from gradselect.integrations.reporting import say_selection
 from gradselect.methods import parse_selection
 
 _Config = TypeVar("_Config")
@@ -248,11 +248,11 @@ def _build(config: Any, model: nn.Module, facts: Mapping[str, Any]) -> BlockOpti
             )
     else:
         try:
-            say_explore_steps(optimizer, num_steps=facts["num_steps"] or 1)
+            say_selection(optimizer, num_steps=facts["num_steps"] or 1)
         except UsageError:
             raise UsageError(
                 f"method.name={method.name!r} without explore_steps, and torchtitan has no epochs; write e.g. "
-                f"explore_steps={max(1, (facts['num_steps'] or 1000) // 10)}"
+                f"explore_steps={max(1, (facts['num_steps'] or 1000) // 4)}"
             ) from None
     return optimizer
 

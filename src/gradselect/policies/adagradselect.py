@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 from gradselect.blocks import (
+    LAYERS,
     Norms,
     gumbel,
     log_gamma,
@@ -34,22 +35,26 @@ class AdaGradSelect(AbstractEpsilonGreedy):
         f_b += 1 for b in S
 
     Step 0 always explores. With a small delta and growing f the draw locks in like a Pólya urn. `delta`,
-    `delta_growth`, `discount`, `norm="rms"` and `coverage` work against that. The paper fixes eps_0 = 1, eps_N near 0
-    and exploitation only after N. Its figure shows fractions of 0.1, 0.2 and 0.3. Every other number and option is our
-    choice.
+    `delta_growth`, `discount`, `norm="rms"` and `coverage` work against that.
+
+    The paper selects from all blocks, explores in the first epoch, fixes eps_0 = 1, eps_N near 0 and exploitation only
+    after N, and shows fractions of 0.1, 0.2 and 0.3; `preset="paper"` does so. By default embedding, final norm and
+    head are no candidates and N is at most a quarter of the run, which was better on SmolLM2-135M at equal time
+    (docs/results.md). Every other number and option is our choice.
 
     Args:
         fraction: share of the candidate blocks that trains in a step, k = max(1, round(fraction * blocks)). Default
             0.2 unless `count` is given.
         count: k itself, instead of `fraction`.
-        explore_steps: N, the optimizer steps of the first epoch: `len(loader)` without gradient accumulation.
-            None: an integration that knows the loader calls `fill_explore_steps`.
+        explore_steps: N, in optimizer steps; a quarter of the run is a good start. None: an integration that knows the
+            loader calls `fill_explore_steps`, which takes the first epoch, but at most a quarter of the run.
         epsilon_end: value of eps_t at t = N.
         delta: added to every count. A larger one explores more after the first epoch.
         rank_by: "cumulative" ranks by G_b, "step" by the norm of this step only.
         norm: "l2", or "rms" = ||g_b||_2 / sqrt(number of entries), which does not favour large blocks.
         draw: "top-k" of p, or "multinomial": k draws without replacement with probabilities p.
-        among: names or globs of the candidate blocks, e.g. `("layer.*",)`. None: all.
+        among: names or globs of the candidate blocks, e.g. `("layer.1?",)`. None: all. "layers": all but embedding,
+            final norm and head.
         every: steps between two selections; the blocks stay the same in between. f counts selections, not updates:
             counting updates would multiply the lock-in.
         discount: factor on f and G at each selection. Below 1 the bandit forgets old steps.
@@ -57,6 +62,8 @@ class AdaGradSelect(AbstractEpsilonGreedy):
         delta_growth: delta_t = delta + delta_growth * t.
         strata: "layer" or "category" selects `fraction` or `count` of each stratum apart, as `gradselect.Stratified`
             divides them: with slices, so many of each layer. The rule is the same within each. None: no strata.
+        preset: "paper" selects from all blocks, unless `among` says otherwise, and explores in the whole first epoch,
+            unless `explore_steps` does.
         seed: seed of every draw.
 
     Example:
@@ -77,12 +84,13 @@ class AdaGradSelect(AbstractEpsilonGreedy):
     rank_by: Literal["cumulative", "step"] = "cumulative"
     norm: Literal["l2", "rms"] = "l2"
     draw: Literal["top-k", "multinomial"] = "top-k"
-    among: Sequence[str] | None = None
+    among: Sequence[str] | Literal["layers"] | None = "layers"
     every: int = 1
     discount: float = 1.0
     coverage: int | None = None
     delta_growth: float = 0.0
     strata: By | None = None
+    preset: Literal["paper"] | None = None
     seed: int = 0
 
     counts: dict[str, float] = field(default_factory=dict, init=False, repr=False)
@@ -92,6 +100,9 @@ class AdaGradSelect(AbstractEpsilonGreedy):
     filled_explore_steps: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.preset is not None:
+            check_one_of("preset", self.preset, ("paper",))
+            self.among = None if self.among == LAYERS else self.among
         self.check_shared_settings()
         check_one_of("rank_by", self.rank_by, ("cumulative", "step"))
         check_one_of("norm", self.norm, ("l2", "rms"))
@@ -114,8 +125,13 @@ class AdaGradSelect(AbstractEpsilonGreedy):
         self.selection = []
 
     def settings(self) -> dict[str, Any]:
-        """Return the constructor's arguments; `strata` only if given, because older checkpoints do not name it."""
-        return {name: value for name, value in super().settings().items() if name != "strata" or value is not None}
+        """Return what decides the draws, as older checkpoints name it: `strata` only if given, and never `preset`.
+
+        What the preset decides stands in `among` and, once it is known, in the state.
+        """
+        settings = super().settings()
+        del settings["preset"]
+        return {name: value for name, value in settings.items() if name != "strata" or value is not None}
 
     def selects_anew(self, step: int) -> bool:
         return step % self.every == 0
@@ -153,6 +169,10 @@ class AdaGradSelect(AbstractEpsilonGreedy):
         self.counts = {name: self.discount * count + (name in selected) for name, count in self.counts.items()}
         self.scores = {name: self._accumulated(name, norms.get(name, 0.0)) for name in self.scores}
         self.selection = list(selected)
+
+    @property
+    def longest_explore_share(self) -> float:
+        return 0.25 if self.preset is None else 1.0
 
     @property
     def coverage_steps(self) -> int | None:

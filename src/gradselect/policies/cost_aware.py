@@ -58,8 +58,8 @@ class CostAware(AbstractEpsilonGreedy):
         floor: share of the other exploit steps whose cut is drawn uniformly. With C cuts each has a chance of at least
             floor / C. 1: no regard to gain and time.
         gain: "l2", or "l1", to which Adam's first-order gain lr |g|_1 is proportional. Which is better is not settled.
-        explore_steps: N, the optimizer steps of the first epoch: `len(loader)` without gradient accumulation.
-            None: an integration that knows the loader calls `fill_explore_steps`.
+        explore_steps: N, in optimizer steps; a quarter of the run is a good start. None: an integration that knows the
+            loader calls `fill_explore_steps`, which takes the first epoch, but at most a quarter of the run.
         epsilon_end: value of eps_t = epsilon_end^(t / N) at t = N.
         delta: added to every count. A larger one draws more evenly.
         among: names or globs of the candidate blocks, e.g. `("layer.*",)`. None: all.

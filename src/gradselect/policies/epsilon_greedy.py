@@ -1,10 +1,11 @@
-"""Explore phase that policies share: steps that look at all gradients, ever fewer in the first epoch."""
+"""Explore phase that policies share: steps that look at all gradients, ever fewer as training goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
-from gradselect.blocks import AbstractPolicy, Norms, check_fraction_or_count, random_stream
+from gradselect.blocks import LAYERS, AbstractPolicy, Norms, check_fraction_or_count, random_stream
 from gradselect.usage import UsageError, check_patterns, check_positive, check_whole
 
 
@@ -17,8 +18,8 @@ class AbstractEpsilonGreedy(AbstractPolicy):
         fraction: share of the candidate blocks that trains in a step; 0.2 unless `count` is given.
         count: number of these blocks.
         delta: added to every count of the Dirichlet draw.
-        among: names or globs of the candidate blocks. None: all.
-        explore_steps: N, the optimizer steps of the first epoch. None: `fill_explore_steps` gives it.
+        among: names or globs of the candidate blocks. None: all. "layers": all but embedding, final norm and head.
+        explore_steps: N. None: `fill_explore_steps` gives it.
         epsilon_end: value of eps_t at t = N.
         seed: of every draw.
         filled_explore_steps: N as `fill_explore_steps` gave it; state.
@@ -27,7 +28,7 @@ class AbstractEpsilonGreedy(AbstractPolicy):
     fraction: float | None
     count: int | None
     delta: float
-    among: Sequence[str] | None
+    among: Sequence[str] | Literal["layers"] | None
     explore_steps: int | None
     epsilon_end: float
     seed: int
@@ -47,21 +48,27 @@ class AbstractEpsilonGreedy(AbstractPolicy):
         check_whole("seed", self.seed, least=0)
         if self.explore_steps is not None:
             check_whole("explore_steps", self.explore_steps)
-        if self.among is not None:
+        if self.among is not None and self.among != LAYERS:
             self.among = check_patterns("among", self.among)
 
     def selects_anew(self, step: int) -> bool:
         """True if step `step` may explore, rather than keep the selection of the step before."""
         return True
 
-    def fill_explore_steps(self, num_steps: int) -> None:
-        """Set N to `num_steps`, the optimizer steps of the first epoch, unless N is known already.
+    def fill_explore_steps(self, num_steps: int, *, run_steps: int | None = None) -> None:
+        """Set N to the steps of the first epoch, or to `longest_explore_share` of the run's if that is less.
 
-        It is part of the state, so a resumed run has it. Binding keeps it.
+        N stays if it is known already. It is part of the state, so a resumed run has it. Binding keeps it.
         """
         check_whole("explore_steps", num_steps)
         if self.explore_steps is None and self.filled_explore_steps is None:
-            self.filled_explore_steps = num_steps
+            longest = num_steps if run_steps is None else max(1, round(self.longest_explore_share * run_steps))
+            self.filled_explore_steps = min(num_steps, longest)
+
+    @property
+    def longest_explore_share(self) -> float:
+        """Share of the run's steps that N is at most, where it is derived."""
+        return 0.25
 
     def explore_probability(self, step: int) -> float:
         """Return eps_t, the probability that step `step` explores; 0 where the selection is kept.
@@ -97,7 +104,7 @@ class AbstractEpsilonGreedy(AbstractPolicy):
         if num_steps is None:
             name = type(self).__name__
             raise UsageError(
-                f"explore_steps=None was never filled in; write {name}(explore_steps=len(loader)), or let the "
+                f"explore_steps=None was never filled in; write {name}(explore_steps=len(loader) // 4), or let the "
                 "Trainer's SelectionCallback fill it in"
             )
         return num_steps

@@ -14,7 +14,7 @@ from .differences import find_differences, flatten
 from .errors import UsageError
 from .installation import NeededPackage, installed_version, missing_packages, needed_packages
 from .names import as_tuple, beginnings, join, matches_any, matching, nearest, parent
-from .text import first_line, printable, shortened
+from .text import first_line, listed, printable, shortened
 
 __all__ = [
     "NeededPackage",
@@ -33,6 +33,7 @@ __all__ = [
     "flatten",
     "installed_version",
     "join",
+    "listed",
     "matches_any",
     "matching",
     "missing_packages",

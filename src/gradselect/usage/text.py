@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error, printable."""
@@ -24,6 +26,17 @@ def shortened(text: str, *, limit: int = 240) -> str:
         half = limit // 2
         text = f"{text[:half]} ... {len(text) - 2 * half:,} characters ... {text[-half:]}"
     return printable(text)
+
+
+def listed(names: Collection[str], *, most: int = 12) -> str:
+    """Return the first `most` names, and how many more there are.
+
+    Example:
+        >>> listed(["layer.0", "layer.1", "layer.2"], most=2)
+        'layer.0, layer.1 and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(list(names)[:most]) + more
 
 
 def printable(text: str) -> str:

@@ -100,7 +100,7 @@ def _expected_explore_steps(recipe: Recipe, known: MethodCalibration, *, steps: 
     if not isinstance(method, AbstractBlockMethod):
         return 0.0
     policy = method.policy(seed=0, block_names=known.block_names)
-    policy.fill_explore_steps(min(known.epoch_steps or steps, steps))
+    policy.fill_explore_steps(min(known.epoch_steps or steps, steps), run_steps=steps)
     return min(float(steps), policy.expected_explore_steps(steps))
 
 

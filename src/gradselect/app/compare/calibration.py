@@ -19,6 +19,7 @@ from gradselect import UsageError
 from gradselect.app.results import Calibration, MethodCalibration
 
 from .allotment import kind_shares
+from .protocol import has_settings
 from .suite import Suite
 from .turns import NOISY, Turn, kind_costs, mean_cost, spread
 
@@ -127,7 +128,7 @@ class Calibrator:
 
     def _is_known(self, name: str, known: Calibration) -> bool:
         own = known.methods.get(name)
-        return own is not None and not own.error and own.settings == self._settings(name)
+        return own is not None and not own.error and has_settings(self._suite.methods[name].method, own.settings)
 
     def _settings(self, name: str) -> dict[str, Any]:
         return self._suite.methods[name].method.model_dump(mode="json")

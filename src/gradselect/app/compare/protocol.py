@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel, ValidationError
+
 from gradselect import UsageError
 from gradselect.app.data import VALIDATION_SPLITS, data_fingerprint, is_pattern
-from gradselect.app.recipe import HUB_DATA, RandomData, Recipe
+from gradselect.app.recipe import HUB_DATA, RandomData, Recipe, todays_method
 from gradselect.files import sha256
 from gradselect.usage import find_differences, first_line
 
@@ -67,6 +69,14 @@ def protocol_hash(settings: Mapping[str, Any]) -> str:
 def protocol_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Return one line for each difference, e.g. "recipe.run.steps: 300 there, 100 here"."""
     return [f"{key}: {old!r} there, {new!r} here" for key, old, new in find_differences(there, here)]
+
+
+def has_settings(method: BaseModel, settings: Mapping[str, Any]) -> bool:
+    """True if the method has settings that were written earlier. Keys of newer versions count with their defaults."""
+    try:
+        return type(method).model_validate(todays_method(settings)) == method
+    except ValidationError:
+        return False
 
 
 def place_fingerprint(

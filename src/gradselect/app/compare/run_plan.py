@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
-
-from gradselect.app.recipe import Recipe, todays_method
+from gradselect.app.recipe import Recipe
 from gradselect.app.results import Calibration, ComparedRun, RunBudget
 
 from .allotment import run_budget
 from .budget import share_of, with_share, with_steps
+from .protocol import has_settings
 from .schedule import PlannedRun
 from .suite import Suite
 
@@ -63,10 +61,6 @@ class RunPlan:
         return None if self.calibration is None else self.calibration.methods[method].steps
 
     def _has_settings(self, record: ComparedRun) -> bool:
-        """True if a result's settings equal those of the suite. Keys of newer versions count with their defaults."""
+        """True if a result's settings equal those of the suite."""
         run = PlannedRun(method=record.method, lr=1.0, seed=0, role="score", share=float(record.share))
-        here: Any = self.recipe(run, output="-").method
-        try:
-            return type(here).model_validate(todays_method(record.method_settings)) == here
-        except ValidationError:
-            return False
+        return has_settings(self.recipe(run, output="-").method, record.method_settings)

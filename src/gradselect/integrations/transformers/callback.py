@@ -16,7 +16,7 @@ from transformers.trainer_utils import has_length
 
 from gradselect import BlockOptimizer, JsonlWriter, SparseOptimizer, UsageError
 from gradselect.integrations.callers import caller_of
-from gradselect.integrations.reporting import say_explore_steps, summarise
+from gradselect.integrations.reporting import say_selection, summarise
 from gradselect.usage import check_file_name
 
 from .adalora import warn_of_adalora
@@ -37,8 +37,8 @@ class SelectionCallback(TrainerCallback):
     """Connects the Trainer with its `BlockOptimizer` or `SparseOptimizer`.
 
     **To the optimizer**, when training begins: which micro-batch is the last of a step, the gradient scaler and, for a
-    policy that left it open (`AdaGradSelect(explore_steps=None)`), the number of steps of the first epoch, or of the
-    run if that is shorter. A log line says how many steps will look at all gradients.
+    policy that left it open (`AdaGradSelect(explore_steps=None)`), the number of steps in which it explores: the first
+    epoch, at most a quarter of the run. A log line says how many steps will look at all gradients.
 
     **The model** is given back when `train()` ends in any way: what you had left trainable is trainable again, and
     hooks are gone. The next `train()` takes it again; what you froze in between stays frozen.
@@ -125,8 +125,8 @@ class SelectionCallback(TrainerCallback):
                 check_clipping(args)
             optimizer.grad_scaler = parts["optimizer"].scaler
             num_steps = min(_num_steps_of_epoch(args, state, parts["train_dataloader"]), state.max_steps)
-            optimizer.policy.fill_explore_steps(num_steps)
-            say_explore_steps(optimizer, num_steps=state.max_steps)
+            optimizer.policy.fill_explore_steps(num_steps, run_steps=state.max_steps)
+            say_selection(optimizer, num_steps=state.max_steps)
         else:
             optimizer.fill_steps(state.max_steps)
             self._take_over_clipping(args, optimizer)
