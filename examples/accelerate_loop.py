@@ -35,7 +35,8 @@ def train(*, stop_at=None, resume=None):
     )
     model, loader = build(), DataLoader(DATA, batch_size=10, shuffle=True)
     steps_per_epoch = math.ceil(len(loader) / WINDOW)
-    policy = gs.AdaGradSelect(fraction=0.3, explore_steps=steps_per_epoch)
+    # This model begins untrained, so all of its blocks are candidates. For a pretrained one leave among=None out.
+    policy = gs.AdaGradSelect(fraction=0.3, among=None, explore_steps=steps_per_epoch)
     optimizer = gs.BlockOptimizer(model, policy=policy, lr=1e-2)
     optimizer.count_passes_if(lambda: accelerator.sync_gradients)  # Accelerate knows which micro-batch ends a window
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=EPOCHS * steps_per_epoch)

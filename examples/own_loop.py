@@ -22,7 +22,9 @@ config = LlamaConfig(vocab_size=50, hidden_size=64, intermediate_size=128, num_h
 model = LlamaForCausalLM(config)
 
 # optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-optimizer = gs.BlockOptimizer(model, gs.AdaGradSelect(fraction=0.3, explore_steps=STEPS // 2), lr=1e-2)
+# This model begins untrained, so all of its blocks are candidates. For a pretrained one leave among=None out.
+policy = gs.AdaGradSelect(fraction=0.3, among=None, explore_steps=STEPS // 4)
+optimizer = gs.BlockOptimizer(model, policy, lr=1e-2)
 
 losses = []
 for step in range(STEPS):

@@ -26,10 +26,10 @@ args = TrainingArguments(
     use_cpu=not torch.cuda.is_available(),
     save_steps=30,
 )
+# This model begins untrained, so all of its blocks are candidates. For a pretrained one leave among=None out.
+policy = gs.AdaGradSelect(fraction=0.3, among=None)
 # Learning rate, weight decay, betas, eps and accumulation come from args.
-selective = SelectiveTraining(
-    policy=gs.AdaGradSelect(fraction=0.3), residency=gs.Offload(), jsonl="runs/trainer/selection.jsonl"
-)
+selective = SelectiveTraining(policy=policy, residency=gs.Offload(), jsonl="runs/trainer/selection.jsonl")
 trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[selective])
 trainer.train()
 trainer.save_model("runs/trainer/final")  # a plain checkpoint: LlamaForCausalLM.from_pretrained reads it

@@ -34,7 +34,8 @@ args = SFTConfig(
     use_cpu=not torch.cuda.is_available(),
     save_strategy="no",
 )
-policy = gs.AdaGradSelect(fraction=0.3)
+# This model begins untrained, so all of its blocks are candidates. For a pretrained one leave among=None out.
+policy = gs.AdaGradSelect(fraction=0.3, among=None)
 trainer = SFTTrainer(
     model=model,
     args=args,

@@ -3,17 +3,20 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from policy_support import BLOCK_NAMES, make_blocks, norms_at, take_step
 from scipy import stats
+from torch import nn
 
-from gradselect import UsageError
+from gradselect import UsageError, partition
 from gradselect.blocks.draws import gumbel, log_gamma, open_uniform, random_stream
 from gradselect.blocks.policy import largest
 from gradselect.policies import AdaGradSelect
@@ -379,22 +382,33 @@ def test_explore_steps_left_open_are_at_most_a_quarter_of_the_run(preset: Any, e
 
 
 def test_by_default_the_blocks_around_the_layers_are_no_candidates() -> None:
-    names = (
-        "encoder.layer.0",
-        "encoder.norm",
-        "layer.1",
-        "layer.1.head",
-        "pooler",
-        "mine",
-        "embedding",
-        "norm",
-        "head",
-    )
-    blocks = make_blocks(names)
-    assert AdaGradSelect().bind(blocks).names == ("encoder.layer.0", "layer.1", "layer.1.head", "pooler", "mine")
-    assert AdaGradSelect().bind(blocks[-3:]).names == names[-3:]  # nothing else is there
-    assert AdaGradSelect(among=None).bind(blocks).names == AdaGradSelect(preset="paper").bind(blocks).names == names
+    inside = ("encoder.layer.0", "layer.1", "layer.1.head", "pooler", "mine")
+    around = ("encoder.norm", "embedding", "norm", "head")
+    blocks = make_blocks((*inside, *around))
+    classifier, blocks = blocks, (*blocks[:-1], replace(blocks[-1], over_vocabulary=True))
+    assert AdaGradSelect().bind(blocks).names == inside
+    assert AdaGradSelect().bind(classifier).names == (*inside, "head")
+    assert AdaGradSelect().bind(blocks[-4:]).names == around  # nothing else is there
+    for policy in (AdaGradSelect(among=None), AdaGradSelect(preset="paper")):
+        assert policy.bind(blocks).names == (*inside, *around)
     assert AdaGradSelect(preset="paper", among=("layer.*",)).bind(blocks).names == ("layer.1", "layer.1.head")
+
+
+@pytest.mark.parametrize(
+    ("make", "left_out"),
+    [
+        (tiny_models.tiny_llama, ["embedding", "norm", "head"]),
+        (tiny_models.tiny_gpt2, ["embedding", "norm"]),  # tied
+        (tiny_models.tiny_bert_classifier, ["embedding"]),
+        (tiny_models.tiny_t5, ["embedding", "encoder.norm", "decoder.norm"]),
+        (tiny_models.tiny_lora, []),
+    ],
+)
+def test_of_a_model_the_ends_are_no_candidates_unless_a_classifier_is_one(
+    make: Callable[[], nn.Module], left_out: list[str]
+) -> None:
+    blocks = partition(make())
+    assert [block.name for block in blocks if block.name not in AdaGradSelect().bind(blocks).names] == left_out
 
 
 def test_a_preset_that_is_none_is_refused() -> None:

@@ -157,21 +157,22 @@ def trainer_of(folder, model, policy, *, options=None, args=None, **settings):
 
 
 @pytest.mark.parametrize(
-    ("policy", "expected"),
+    ("policy", "expected", "explore_steps"),
     [
-        (gs.AdaGradSelect(count=1), "about 1 of 4 steps"),  # 1 + 0.32 + 0.1 + 0.03, with N = 4, the steps of the run
-        (gs.AdaGradSelect(count=1, explore_steps=10**6), "about 4 of 4 steps"),
-        (gs.GradNormTopK(count=1, refresh=2), "about 2 of 4 steps"),
+        (gs.AdaGradSelect(count=1), "about 1 of 4 steps", 1),  # N: a quarter of the run
+        (gs.AdaGradSelect(count=1, preset="paper"), "about 1 of 4 steps", 4),  # 1 + 0.32 + 0.1 + 0.03, N: all of it
+        (gs.AdaGradSelect(count=1, explore_steps=10**6), "about 4 of 4 steps", 10**6),
+        (gs.GradNormTopK(count=1, refresh=2), "about 2 of 4 steps", None),
     ],
 )
-def test_exploring_is_bounded_by_the_run_and_announced(policy, expected, tmp_path, caplog):
+def test_exploring_is_bounded_by_the_run_and_announced(policy, expected, explore_steps, tmp_path, caplog):
     """Of an epoch of 1,831 steps 20 were run, and all 20 looked at all gradients, unsaid."""
     caplog.set_level(logging.WARNING)
     trainer = trainer_of(tmp_path, tiny_llama(), policy)
     trainer.train()
     assert expected in caplog.text
-    if isinstance(policy, gs.AdaGradSelect) and policy.explore_steps is None:
-        assert trainer.optimizer.optimizer.policy.filled_explore_steps == 4
+    if isinstance(policy, gs.AdaGradSelect):
+        assert trainer.optimizer.optimizer.policy.known_explore_steps() == explore_steps
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

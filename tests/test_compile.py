@@ -14,7 +14,7 @@ from torch._dynamo import utils
 import gradselect as gs
 from gradselect.integrations.compile import compile_blocks
 
-POLICY = gs.AdaGradSelect(count=2, delta=9.0, explore_steps=4)
+POLICY = gs.AdaGradSelect(count=2, delta=9.0, explore_steps=4, among=None)
 
 
 @pytest.fixture

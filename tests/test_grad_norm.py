@@ -54,6 +54,20 @@ def test_refresh_looks_every_so_many_steps_and_keeps_the_choice_between() -> Non
     assert len(set(selections)) > 3
 
 
+@pytest.mark.parametrize("probe_steps", [0, 4])
+def test_without_a_period_the_first_selection_stays(probe_steps: int) -> None:
+    policy = bound(BLOCK_NAMES, count=2, refresh=None, probe_steps=probe_steps)
+    looks, selections = [], []
+    for step in range(40):
+        looks += [step] if policy.propose(step) is None else []
+        selections.append(take_step(policy, step, finite_norms(step)))
+    mean = {name: sum(finite_norms(step)[name] for step in range(probe_steps or 1)) for name in BLOCK_NAMES}
+    largest = sorted(mean, key=mean.__getitem__)[-2:]
+    assert looks == list(range(probe_steps or 1))
+    assert policy.expected_explore_steps(40) == len(looks)
+    assert set(selections[probe_steps:]) == {tuple(name for name in BLOCK_NAMES if name in largest)}
+
+
 def test_the_average_starts_at_the_first_norm_and_follows_the_formula() -> None:
     policy = bound(BLOCK_NAMES, count=2, ema=0.75)
     expected = finite_norms(0)

@@ -113,7 +113,7 @@ def test_prompt_completion_data_trains_what_is_selected_and_nothing_else(accumul
 
 
 def test_it_learns(tmp_path):
-    trainer = build(tmp_path, gs.AdaGradSelect(fraction=0.4, delta=9.0), max_steps=40)
+    trainer = build(tmp_path, gs.AdaGradSelect(fraction=0.4, delta=9.0, preset="paper"), max_steps=40)
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert losses[-1] < losses[0] / 2

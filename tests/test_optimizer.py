@@ -397,7 +397,9 @@ def test_zeros_instead_of_none_on_request():
 @pytest.mark.parametrize("rule", [gs.AdamWRule(), gs.AdamWRule(fused=True)])
 def test_it_learns(rule):
     model = tiny_llama()
-    optimizer = gs.BlockOptimizer(model, gs.AdaGradSelect(fraction=0.4, explore_steps=10), lr=1e-2, rule=rule)
+    optimizer = gs.BlockOptimizer(
+        model, gs.AdaGradSelect(fraction=0.4, among=None, explore_steps=10), lr=1e-2, rule=rule
+    )
     losses = []
     for _ in range(30):
         loss = model(**tiny_batch(model, seed=0)).loss

@@ -92,7 +92,7 @@ def test_in_explore_steps_one_block_more_than_is_kept_has_gradients() -> None:
 
 
 def test_with_accumulation_all_gradients_of_an_explore_step_add_up() -> None:
-    policy, sizes = gs.AdaGradSelect(count=1), {"batch_size": 2, "sequence_length": 8}
+    policy, sizes = gs.AdaGradSelect(count=1, among=None), {"batch_size": 2, "sequence_length": 8}
     found = gs.plan(tiny_llama(), policy, accumulation_steps=2, **sizes)
     assert found.step("explore").moments["loss"].gradients == found.bytes.weights
     assert gs.plan(tiny_llama(), policy, **sizes).step("explore").moments["loss"].gradients == 0

@@ -235,7 +235,7 @@ def test_the_answer_comes_first_and_no_line_is_wider_than_the_terminal(
     lines = shown(planned, width=width, in_full=in_full, device=Device(name="a card", num_bytes=2**30))
     answer = " ".join(lines[:7])
     assert answer.startswith("adagradselect, as written: peak ")
-    assert "fits into 1.00 GiB of a card time: 1.00 in explore steps, 0." in answer
+    assert "fits into 1.00 GiB of a card time: 0.90 in explore steps, 0." in answer
     assert "at the peak, " in answer
     assert max(map(len, lines)) <= width
     assert not any("…" in line for line in lines)

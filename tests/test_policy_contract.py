@@ -49,7 +49,10 @@ TABLE: dict[str, Callable[[int], AbstractPolicy]] = {
         count=2, refresh=4, temperature=0.5, ema=0.9, probe_steps=6, norm="rms", among=("layer.*",), seed=seed
     ),
     "norm top-k, probe only": lambda _: GradNormTopK(count=2, refresh=4, probe_steps=6),
+    "norm top-k, once": lambda _: GradNormTopK(count=2, refresh=None),
+    "norm top-k, once, probes": lambda _: GradNormTopK(count=2, refresh=None, probe_steps=6),
     "adagradselect": lambda seed: AdaGradSelect(explore_steps=30, seed=seed),
+    "adagradselect, the paper's": lambda seed: AdaGradSelect(preset="paper", explore_steps=30, seed=seed),
     "adagradselect, rms, step, multinomial": lambda seed: AdaGradSelect(
         count=3, explore_steps=30, rank_by="step", norm="rms", draw="multinomial", among=("layer.*", "norm"), seed=seed
     ),
@@ -428,7 +431,7 @@ MISFITS: list[AbstractPolicy] = [
     Spectrum(among=("embedding", "norm")),
     MISA(among=("layer.*.*.*",)),
     Uniform(count=1, among=("decoder.*",)),
-    AdaGradSelect(count=2, coverage=3),
+    AdaGradSelect(count=2, coverage=3, among=None),
     AdaGradSelect(count=1, strata="layer"),
     AdaGradSelect(count=6, strata="category"),
     AdaGradSelect(count=1, strata="category", coverage=4),

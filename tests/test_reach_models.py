@@ -82,7 +82,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Loss, str]] = {
 }
 POLICIES = {
     "one at random": gs.Uniform(count=1, seed=1),
-    "adagradselect": gs.AdaGradSelect(fraction=0.3, explore_steps=4),
+    "adagradselect": gs.AdaGradSelect(fraction=0.3, explore_steps=4, among=None),
 }
 
 

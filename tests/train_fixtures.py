@@ -23,7 +23,7 @@ from gradselect.app.train import train
 from gradselect.app.train.setup import build_trainer
 from gradselect.app.train.trainer import RunTrainer
 
-ADAGRADSELECT = {"name": "adagradselect", "fraction": 0.4, "explore_steps": 3}
+ADAGRADSELECT = {"name": "adagradselect", "fraction": 0.4, "among": None, "explore_steps": 3}
 """Method section that explores and exploits within a few steps."""
 NUM_LAYERS = 4
 POSITIONS = 64

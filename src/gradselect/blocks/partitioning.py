@@ -101,7 +101,8 @@ def partition(
             )
     for parameter, block in claimed.items():
         places[parameter] = [places[parameter][0]._replace(block=block)]
-    return with_short_names(assemble(names, places), main=layout.main)
+    blocks = with_short_names(assemble(names, places), main=layout.main)
+    return tuple(replace(block, over_vocabulary=not layout.vocabulary.isdisjoint(block.parameters)) for block in blocks)
 
 
 def whole_layers(model: nn.Module) -> tuple[Block, ...]:

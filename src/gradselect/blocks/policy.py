@@ -234,17 +234,15 @@ def largest(names: Sequence[str], scores: Mapping[str, float], count: int) -> tu
 LAYERS = "layers"
 """Value of `among` for all blocks but those around the layers."""
 
-AROUND_LAYERS = ("embedding", "norm", "head")
-"""Names of the blocks that stand around the layers; before them a stack's name may stand, as in "encoder.norm"."""
-
 
 def taking_part(blocks: Sequence[Block], among: Sequence[str] | None) -> tuple[Block, ...]:
     """Return the blocks that a policy selects from, in model order.
 
     Args:
         blocks: of the model.
-        among: names, aliases or globs. "layers": all blocks but embeddings, final norms and heads, so that poolers and
-            blocks of the user's own are among them; all blocks if none other is there. None: all.
+        among: names, aliases or globs. "layers": all blocks but embeddings, final norms and heads over the vocabulary.
+            Poolers, heads of classifiers and blocks of the user's own are among them. All blocks if none other is
+            there. None: all.
 
     Raises:
         UsageError: a glob matches nothing.
@@ -252,13 +250,16 @@ def taking_part(blocks: Sequence[Block], among: Sequence[str] | None) -> tuple[B
     if among is None:
         return tuple(blocks)
     if among == LAYERS:
-        return tuple(block for block in blocks if not _is_around_layers(block.name)) or tuple(blocks)
+        return tuple(block for block in blocks if not _is_around_layers(block)) or tuple(blocks)
     names = set(resolve_names(blocks, among))
     return tuple(block for block in blocks if block.name in names)
 
 
-def _is_around_layers(name: str) -> bool:
-    return name.rpartition(".")[2] in AROUND_LAYERS and "layer" not in name.split(".")
+def _is_around_layers(block: Block) -> bool:
+    kind = block.name.rpartition(".")[2]
+    if "layer" in block.name.split("."):
+        return False
+    return kind in ("embedding", "norm") or (kind == "head" and block.over_vocabulary)
 
 
 def resolve_count(*, num_blocks: int, fraction: float | None, count: int | None) -> int:

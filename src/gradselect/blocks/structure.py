@@ -79,6 +79,7 @@ class Layout:
             component for component, module in modules if module is inputs or isinstance(module, nn.Embedding)
         }
         self.heads = {component for component, module in modules if module is outputs} or self.outermost_matrices()
+        self.vocabulary = {each for module in (inputs, outputs) if module is not None for each in module.parameters()}
         self.main = self.main_label(model, inputs)
 
     def place(self, name: str) -> Place:

@@ -19,6 +19,7 @@ class Block:
         parameters: the tensors, in the order of `model.named_parameters()`; a tied tensor is in one block only.
         parameter_names: their names in `model.named_parameters()`, in the same order.
         aliases: other names that a user may write for this block: `("head",)` for an embedding with a tied head.
+        over_vocabulary: True for an embedding of tokens, and for a head that returns a logit for each of them.
 
     Example:
         >>> import torch
@@ -31,6 +32,7 @@ class Block:
     parameters: tuple[Parameter, ...]
     parameter_names: tuple[str, ...]
     aliases: tuple[str, ...] = ()
+    over_vocabulary: bool = False
 
     @property
     def num_elements(self) -> int:

@@ -38,8 +38,8 @@ class AdaGradSelect(AbstractEpsilonGreedy):
     `delta_growth`, `discount`, `norm="rms"` and `coverage` work against that.
 
     The paper selects from all blocks, explores in the first epoch, fixes eps_0 = 1, eps_N near 0 and exploitation only
-    after N, and shows fractions of 0.1, 0.2 and 0.3; `preset="paper"` does so. By default embedding, final norm and
-    head are no candidates and N is at most a quarter of the run, which was better on SmolLM2-135M at equal time
+    after N, and shows fractions of 0.1, 0.2 and 0.3: `preset="paper"`. By default embeddings, final norms and heads
+    over the vocabulary are no candidates, and N is at most a quarter of the run: better on SmolLM2-135M at equal time
     (docs/results.md). Every other number and option is our choice.
 
     Args:
@@ -53,8 +53,8 @@ class AdaGradSelect(AbstractEpsilonGreedy):
         rank_by: "cumulative" ranks by G_b, "step" by the norm of this step only.
         norm: "l2", or "rms" = ||g_b||_2 / sqrt(number of entries), which does not favour large blocks.
         draw: "top-k" of p, or "multinomial": k draws without replacement with probabilities p.
-        among: names or globs of the candidate blocks, e.g. `("layer.1?",)`. None: all. "layers": all but embedding,
-            final norm and head.
+        among: names or globs of the candidate blocks, e.g. `("layer.1?",)`. None: all. "layers": all but
+            embeddings, final norms and heads over the vocabulary.
         every: steps between two selections; the blocks stay the same in between. f counts selections, not updates:
             counting updates would multiply the lock-in.
         discount: factor on f and G at each selection. Below 1 the bandit forgets old steps.

@@ -18,7 +18,8 @@ class AbstractEpsilonGreedy(AbstractPolicy):
         fraction: share of the candidate blocks that trains in a step; 0.2 unless `count` is given.
         count: number of these blocks.
         delta: added to every count of the Dirichlet draw.
-        among: names or globs of the candidate blocks. None: all. "layers": all but embedding, final norm and head.
+        among: names or globs of the candidate blocks. None: all. "layers": all but embeddings,
+            final norms and heads over the vocabulary.
         explore_steps: N. None: `fill_explore_steps` gives it.
         epsilon_end: value of eps_t at t = N.
         seed: of every draw.

@@ -38,7 +38,8 @@ class GradNormTopK(AbstractPolicy):
     Args:
         fraction: share of the candidate blocks that trains in a step, k = max(1, round(fraction * blocks)).
         count: k itself, instead of `fraction`.
-        refresh: steps between two selections; the blocks stay the same in between.
+        refresh: steps between two selections; the blocks stay the same in between. None: one selection, by the
+            gradients of the first step or of the `probe_steps`.
         temperature: temperature of the softmax, on the scale of the norm. None: no draw.
         ema: weight of the old average, in (0, 1]. None: m_b is the latest norm.
         probe_steps: first steps, which observe and update nothing.
@@ -53,6 +54,10 @@ class GradNormTopK(AbstractPolicy):
         ...     count=2, refresh=20, temperature=1e-3, ema=0.9, probe_steps=20, norm="rms", among=("layer.*",)
         ... )
 
+        One selection, by the gradients of the first step:
+
+        >>> once = GradNormTopK(fraction=0.2, refresh=None, among=("layer.*",))
+
     Reference: Kumar, Gupta, Chawla, "AdaGradSelect", arXiv 2512.15764, Algorithm 1; Tian et al., "GRASS: Gradient-based
     Adaptive Layer-wise Importance Sampling for Memory-efficient Large Language Model Fine-tuning", arXiv 2604.07808.
     """
@@ -61,7 +66,7 @@ class GradNormTopK(AbstractPolicy):
 
     fraction: float | None = None
     count: int | None = None
-    refresh: int = 1
+    refresh: int | None = 1
     temperature: float | None = None
     ema: float | None = None
     probe_steps: int = 0
@@ -74,7 +79,8 @@ class GradNormTopK(AbstractPolicy):
 
     def __post_init__(self) -> None:
         check_fraction_or_count(fraction=self.fraction, count=self.count)
-        check_whole("refresh", self.refresh)
+        if self.refresh is not None:
+            check_whole("refresh", self.refresh)
         check_whole("probe_steps", self.probe_steps, least=0)
         check_one_of("norm", self.norm, ("l2", "rms"))
         check_whole("seed", self.seed, least=0)
@@ -92,13 +98,14 @@ class GradNormTopK(AbstractPolicy):
         self.selection = []
 
     def expected_explore_steps(self, num_steps: int) -> float:
-        later = max(0, num_steps - self.probe_steps)
-        return min(num_steps, self.probe_steps) + (0 if self.probe_steps else -(-later // self.refresh))
+        if self.probe_steps:
+            return min(num_steps, self.probe_steps)
+        return min(num_steps, 1) if self.refresh is None else -(-num_steps // self.refresh)
 
     def propose(self, step: int) -> tuple[str, ...] | None:
         if step < self.probe_steps:
             return None
-        if (step - self.probe_steps) % self.refresh and (kept := self.still_among(self.selection)) is not None:
+        if not self._selects_anew(step) and (kept := self.still_among(self.selection)) is not None:
             return kept
         if self.probe_steps == 0:
             return None
@@ -120,6 +127,10 @@ class GradNormTopK(AbstractPolicy):
         seen = {name: norms[name] for name in self.names if name in norms and math.isfinite(norms[name])}
         self.averages |= {name: self._average(step, name, norm) for name, norm in seen.items()}
         self.selection = list(selected)
+
+    def _selects_anew(self, step: int) -> bool:
+        since = step - self.probe_steps
+        return since == 0 if self.refresh is None else since % self.refresh == 0
 
     def _rank(self, step: int, block: str, average: float) -> float:
         if self.temperature is None:
