@@ -16,7 +16,7 @@ from policy_support import BLOCK_NAMES, make_blocks, norms_at, take_step
 from scipy import stats
 from torch import nn
 
-from gradselect import UsageError, partition
+from gradselect import BlockOptimizer, UsageError, partition
 from gradselect.blocks.draws import gumbel, log_gamma, open_uniform, random_stream
 from gradselect.blocks.policy import largest
 from gradselect.policies import AdaGradSelect
@@ -423,6 +423,17 @@ def test_the_paper_s_setting_has_the_settings_of_older_checkpoints() -> None:
     assert AdaGradSelect(preset="paper").settings() == saved
     assert AdaGradSelect().settings() == saved | {"among": "layers"}
     assert AdaGradSelect(among=("layer.*",)).settings() == saved | {"among": ("layer.*",)}
+
+
+def test_a_checkpoint_of_the_former_default_goes_on_in_the_paper_s_setting() -> None:
+    model = tiny_models.tiny_llama()
+    saved = BlockOptimizer(model, AdaGradSelect(among=None, explore_steps=3), lr=1e-3).state_dict()
+    BlockOptimizer(tiny_models.tiny_llama(), AdaGradSelect(preset="paper", explore_steps=3), lr=1e-3).load_state_dict(
+        saved
+    )
+    other = BlockOptimizer(tiny_models.tiny_llama(), AdaGradSelect(explore_steps=3), lr=1e-3)
+    with pytest.raises(UsageError, match=r"policy settings: .*among.*None.*layers"):
+        other.load_state_dict(saved)
 
 
 def test_an_epoch_without_steps_is_refused() -> None:

@@ -175,6 +175,15 @@ def test_exploring_is_bounded_by_the_run_and_announced(policy, expected, explore
         assert trainer.optimizer.optimizer.policy.known_explore_steps() == explore_steps
 
 
+def test_blocks_that_never_train_are_named_with_their_weights(tmp_path, caplog):
+    trainer = trainer_of(tmp_path, tiny_llama(tied=True), gs.AdaGradSelect(count=1), options={"always": ("norm",)})
+    optimizer = trainer.create_optimizer()
+    trainer.train()
+    assert optimizer.never_trained == {"embedding": 64 * 16}
+    all_weights = sum(weight.numel() for weight in trainer.model.parameters())
+    assert f"1 of 6 blocks never train, embedding: 1,024 of {all_weights:,} weights" in caplog.text
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_is_refused_with_what_to_use_instead(stage, tmp_path):
     class Plugin:
