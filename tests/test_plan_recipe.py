@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from train_fixtures import NUM_LAYERS, parse, quiet, write_model, write_recipe, 
 import gradselect as gs
 from gradselect.app.cli import main
 from gradselect.app.recipe_planning import Device, show
-from gradselect.app.recipe_planning.planner import RecipePlanner
+from gradselect.app.recipe_planning.planner import RecipePlanner, meta_model
 from gradselect.app.recipe_planning.tables import FULL
-from gradselect.app.recipe_planning.variants import RecipePlan, changed, find_best, plan_recipe, sparing_levers
+from gradselect.app.recipe_planning.variants import RecipePlan, Setting, changed, find_best, plan_recipe, sparing_levers
 from gradselect.app.train import train
 from gradselect.core import MEMORY_CATEGORIES
+from gradselect.planning import Bytes, Plan
 from gradselect.usage.byte_sizes import read_fractions, read_size, smallest_text, write_size
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
@@ -82,6 +85,44 @@ def test_bytes_are_those_of_a_run(name: str, folder: Path, planner: RecipePlanne
         assert at_update(found, category) == pytest.approx(seen[category], rel=0.05), category
         if "state" not in category:
             assert at_update(found, category) == seen[category], category
+
+
+SPT = {"name": "spt", "budget": 3000, "rank": 2, "calibration_batches": 2}
+
+
+@pytest.mark.parametrize("shares", [{"matrix_share": 1e-3}, {"rank": 64, "vector_share": 1.0}], ids=str)
+def test_what_spt_may_choose_is_within_its_plan(shares: dict[str, float], folder: Path, tmp_path: Path) -> None:
+    recipe = parse(folder, method=SPT | shares, run={"output": str(tmp_path / "out"), "steps": 2})
+    found = RecipePlanner().plan(recipe)
+    train(recipe, console=quiet())
+    run, seen = json.loads((tmp_path / "out" / "run.json").read_text("utf-8")), measured(tmp_path / "out")
+    planned = found.step("step").moments["update"]
+    assert (run["selection"]["whole_entries"] > 1000) == ("matrix_share" in shares)
+    names = [name for name in CATEGORIES if name != "state_on_device"]
+    assert sum(seen[name] for name in names) <= sum(getattr(planned, name) for name in names)
+    assert seen["state_on_device"] <= 1.01 * planned.state_on_device
+
+
+def test_the_plan_of_spt_says_what_its_batches_decide_and_counts_the_look_at_them(folder: Path) -> None:
+    found = RecipePlanner().plan(parse(folder, method=SPT, model={"dtype": "bfloat16"}))
+    note = found.notes[-1]
+    assert re.search(r"2 batches decide what trains, .* adapters where the budget pays them \(\d+\), ", note)
+    assert re.search(r" and masks alone, .* The look at them before the first step is counted: ", note)
+    look, step = found.steps
+    assert (look.kind, step.kind) == ("look", "step")
+    model = meta_model(parse(folder))
+    scored = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if "layers" in name or "norm" in name
+    )
+    assert look.moments["update"].gradients == scored * (4 + 4 + 2)
+    assert found.peak_bytes == max(look.peak_bytes, step.peak_bytes)
+    assert found.relative_time == step.relative_time < look.relative_time <= 1
+    dearer = replace(step, moments={"update": Bytes(gradients=look.peak_bytes - 1)})
+    planned = RecipePlan(own=Setting(name="spt", plan=Plan(steps=(look, dearer))), methods=(), levers=())
+    text = " ".join(shown(planned, width=80, in_full=True, device=Device(name="a card", num_bytes=2**30)))
+    assert (
+        f"time: {step.relative_time:.2f} of full fine-tuning at the peak, the look at batches before the first" in text
+    )
 
 
 @pytest.mark.parametrize("method", [{"name": "adagradselect", "fraction": 0.5, "explore_steps": 2, **LAYERS}])

@@ -56,6 +56,15 @@ class SPTMethod(AbstractMaskMethod):
             )
         return self
 
+    def forecast_options(self, model: nn.Module, *, head: Collection[str], with_adapters: bool) -> dict[str, Any]:
+        """Return mask and `always` of the optimizer as they may turn out, for a plan. See `gradselect.spt.forecast`."""
+        parts = spt.forecast(model, with_adapters=with_adapters, **self._settings())
+        return {"mask": parts.mask, "always": (*self.always, *parts.always, *head)}
+
+    def scored_names(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the names of the parameters of which the batches give a sensitivity."""
+        return spt.candidate_names(model, among=self.among)
+
     def optimizer_options(self, model: nn.Module, facts: RunFacts, *, head: Collection[str] = ()) -> dict[str, Any]:
         self.check_batches(facts)
         parts = self._convert(model, facts)
@@ -69,12 +78,10 @@ class SPTMethod(AbstractMaskMethod):
         return self._convert(model, facts).mask
 
     def _convert(self, model: nn.Module, facts: RunFacts) -> spt.SPT:
-        own = ("budget", "density", "rank", "matrix_share", "vector_share", "dropout", "among")
         return spt.convert(
-            model,
-            facts.batches,
-            loss=facts.loss,
-            seed=facts.seed,
-            earlier=facts.earlier,
-            **{name: getattr(self, name) for name in own},
+            model, facts.batches, loss=facts.loss, seed=facts.seed, earlier=facts.earlier, **self._settings()
         )
+
+    def _settings(self) -> dict[str, Any]:
+        own = ("budget", "density", "rank", "matrix_share", "vector_share", "dropout", "among")
+        return {name: getattr(self, name) for name in own}

@@ -2,6 +2,7 @@
 
 from .activations import ActivationCounter
 from .bytes import CATEGORIES, Bytes
+from .entries_plan import look_step
 from .forward_pass import ForwardPass, Loss
 from .meta_forward import Rows
 from .policy_survey import Survey, survey_policy
@@ -20,6 +21,7 @@ __all__ = [
     "Step",
     "Survey",
     "Training",
+    "look_step",
     "plan",
     "plan_steps",
     "survey_policy",

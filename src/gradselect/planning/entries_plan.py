@@ -70,6 +70,23 @@ def mask_step(training: Training, mask: AbstractMask, forward: ForwardPass) -> S
     )
 
 
+def look_step(model: nn.Module, names: Sequence[str], forward: ForwardPass) -> Step:
+    """Return the look at batches before the first step, by which a method scores entries of these parameters.
+
+    In float32 or wider there are the sum over batches and the gradients, or scores, of one batch.
+    """
+    scored = [parameter for name, parameter in model.named_parameters() if name in set(names)]
+    gradients, wide = sum(map(num_bytes, scored)), sum(_wide_bytes(parameter) for parameter in scored)
+    halves = sum(num_bytes(parameter) for parameter in scored if parameter.dtype in HALF)
+    return make_step(
+        "look",
+        work_of(model, names, forward),
+        forward.kept(names),
+        held=Bytes(weights=sum(map(num_bytes, model.parameters()))),
+        gradients=Gradients(before=wide, most=wide + gradients, after=2 * wide + halves),
+    )
+
+
 def adamw_step(training: Training, forward: ForwardPass) -> Step:
     """Return the step of torch's fused AdamW on all that requires a gradient."""
     model = training.model
@@ -141,6 +158,10 @@ def _bind(mask: AbstractMask, training: Training) -> tuple[AbstractMask, list[st
     bound = mask.bind([tensor for tensor in tensors if tensor.name not in always])
     check_trains(bound, always)
     return bound, always
+
+
+def _wide_bytes(parameter: torch.Tensor) -> int:
+    return parameter.numel() * torch.promote_types(parameter.dtype, torch.float32).itemsize
 
 
 def _lift_count(mask: LIFT, tensor: MaskTensor) -> int:

@@ -11,7 +11,7 @@ from gradselect.blocks import StepCost
 from .bytes import Bytes, largest
 from .forward_pass import Kept
 
-StepKind = Literal["step", "explore", "exploit"]
+StepKind = Literal["look", "step", "explore", "exploit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Step:
 
     Args:
         kind: "explore" computes all gradients; "exploit" trains blocks that were selected before; "step": this method
-            makes no such difference.
+            makes no such difference; "look": batches that the method looks at before the first step.
         moments: bytes held at the loss ("loss"), when the backward pass reaches the layers ("layers"), at its end
             ("backward"), and in the update ("update").
         relative_time: mean time in operations; full fine-tuning without gradient checkpointing is 1.

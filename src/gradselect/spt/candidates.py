@@ -45,6 +45,17 @@ def candidates_of(
     return [_candidate(tensor, rank=rank, shares=(matrix_share, vector_share)) for tensor in selected]
 
 
+def candidate_names(model: nn.Module, *, among: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return the names of the candidates, of which `convert` takes the gradients.
+
+    Example:
+        >>> candidate_names(nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(2))))
+        ('0.weight', '1.weight')
+    """
+    found = candidates_of(model, among=among, rank=1, matrix_share=1.0, vector_share=1.0)
+    return tuple(candidate.tensor.name for candidate in found)
+
+
 def _trainable(model: nn.Module) -> list[MaskTensor]:
     check_whole_layers(model, to="gs.spt.convert")
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradselect.entries import GlobalTopK, Indices, MaskTensor, Shards, chunk_length
+from gradselect.entries import GlobalTopK, Indices, MaskTensor, Shards, chunk_length, share_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +137,43 @@ def choose(candidates: Sequence[Candidate], scores: Mapping[str, Tensor], *, bud
         entries=_best(others, num_left),
         num_adapter_entries=sum(candidate.cost for candidate in adapters),
         num_whole=sum(candidate.cost for candidate in whole),
+        num_candidates=len(candidates),
+    )
+
+
+def possible_choice(candidates: Sequence[Candidate], *, budget: int, with_adapters: bool) -> Choice:
+    """Return a choice that scores might give: as many adapters as the budget pays, or none and no whole vector.
+
+    Entries are shared out among the other tensors in proportion to their sizes.
+
+    Args:
+        candidates: in model order.
+        budget: number of entries to train.
+        with_adapters: which of the two.
+
+    Example:
+        >>> from torch.nn import Identity, Parameter
+        >>> bias = MaskTensor(name="bias", parameter=Parameter(torch.zeros(4)), module=Identity())
+        >>> candidate = Candidate(tensor=bias, form="whole", cost=4, share=0.2)
+        >>> possible_choice([candidate], budget=2, with_adapters=False).entries
+        {'bias': tensor([0, 1])}
+    """
+    adapted, left = [], budget
+    smallest_first = sorted((each for each in candidates if each.form == "adapter"), key=lambda each: each.cost)
+    for each in smallest_first if with_adapters else ():
+        if each.cost <= left:
+            adapted.append(each)
+            left -= each.cost
+    names = {each.tensor.name for each in adapted}
+    others = [each.tensor for each in candidates if each.tensor.name not in names]
+    counts = share_out(others, min(left, sum(tensor.numel for tensor in others))) if others else {}
+    return Choice(
+        budget=budget,
+        adapters=tuple(each.tensor.name for each in candidates if each.tensor.name in names),
+        whole=(),
+        entries={name: torch.arange(count) for name, count in counts.items() if count},
+        num_adapter_entries=budget - left,
+        num_whole=0,
         num_candidates=len(candidates),
     )
 

@@ -18,7 +18,7 @@ from gradselect.masks import FixedEntries, estimate_scores, salience
 from gradselect.usage import UsageError, check_patterns, check_positive, check_whole, parent
 
 from .candidates import candidates_of
-from .choice import Candidate, Choice, choose
+from .choice import Candidate, Choice, choose, possible_choice
 from .earlier import ADAPTER, earlier_choice
 
 logger = logging.getLogger(__name__)
@@ -139,6 +139,51 @@ def convert(
     return _parts(model, candidates, choice)
 
 
+def forecast(
+    model: nn.Module,
+    *,
+    with_adapters: bool,
+    budget: int | None = None,
+    density: float | None = None,
+    rank: int = 8,
+    dropout: float = 0.1,
+    among: Sequence[str] | None = None,
+    **shares: float,
+) -> SPT:
+    """Convert a model as `convert` might, without a look at batches, to plan its bytes and its time.
+
+    The batches decide which matrices get an adapter. The most expensive case is one of two: as many adapters as the
+    budget pays, or none, in which a mask needs the gradient of every candidate.
+
+    Args:
+        model: may be on the meta device.
+        with_adapters: which of the two.
+        budget: as for `convert`, like all that follow.
+        density: as for `convert`.
+        rank: as for `convert`.
+        dropout: as for `convert`.
+        among: as for `convert`.
+        shares: `matrix_share` and `vector_share`.
+
+    Raises:
+        UsageError: as `convert` does.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(3)))
+        >>> forecast(model, with_adapters=True, budget=400, rank=2).choice.adapters
+        ('0.weight', '1.weight', '2.weight')
+    """
+    matrix_share, vector_share = shares.get("matrix_share", 0.1), shares.get("vector_share", 0.2)
+    _check_arguments(rank, matrix_share, vector_share, dropout, 0)
+    candidates = candidates_of(model, among=among, rank=rank, matrix_share=matrix_share, vector_share=vector_share)
+    limit = resolve_budget([candidate.tensor for candidate in candidates], budget=budget, density=density)
+    choice = possible_choice(candidates, budget=limit, with_adapters=with_adapters)
+    if choice.adapters:
+        _add_adapters(model, choice, rank=rank, dropout=dropout, seed=0)
+    return _parts(model, candidates, choice)
+
+
 def fold(model: nn.Module) -> int:
     """Merge the adapters of `convert` into their matrices, in place: the model is a plain one again.
 
@@ -212,8 +257,9 @@ def _begin(module: nn.Module, name: str, *, seed: int) -> None:
     """Draw A as LoRA does, with a generator of its own. B is zero already."""
     layer: Any = module
     weight = layer.lora_A[ADAPTER].weight
-    generator = generator_of(seed=seed, step=0, name=name, device=weight.device)
-    nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+    if not weight.is_meta:
+        generator = generator_of(seed=seed, step=0, name=name, device=weight.device)
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
     layer.train(layer.get_base_layer().training)
     layer.get_base_layer().weight.requires_grad_(False)
 

@@ -67,15 +67,21 @@ def _answer(own: Setting, *, device: Device) -> Iterator[str]:
     kind, moment, held = _largest_moment(plan)
     parts = {HEADINGS.get(name, name): getattr(held, name) for name in CATEGORIES if name != "state_on_host"}
     listed = [f"{name} {write_size(size)}" for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size]
-    step = f" of an {kind} step" if len(plan.steps) > 1 else ""
-    yield f"at the peak, {MOMENTS[moment]}{step}: {', '.join(listed)}"
+    yield f"at the peak, {_moment(kind, moment, len(plan.steps))}: {', '.join(listed)}"
+
+
+def _moment(kind: str, moment: str, num_kinds: int) -> str:
+    if kind == "look":
+        return "the look at batches before the first step"
+    return MOMENTS[moment] + (f" of an {kind} step" if num_kinds > 1 and kind != "step" else "")
 
 
 def _times(plan: Plan) -> str:
     """Return the time of each kind of step."""
-    if len(plan.steps) == 1:
+    steps = [step for step in plan.steps if step.kind != "look"]
+    if len(steps) == 1:
         return f"{plan.relative_time:.2f} of full fine-tuning"
-    each = ", ".join(f"{step.relative_time:.2f} in {step.kind} steps" for step in plan.steps)
+    each = ", ".join(f"{step.relative_time:.2f} in {step.kind} steps" for step in steps)
     return f"{each} (full fine-tuning: 1)"
 
 

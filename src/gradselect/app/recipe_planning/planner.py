@@ -39,9 +39,11 @@ from gradselect.planning import (
     Rows,
     Survey,
     Training,
+    look_step,
     plan_steps,
     survey_policy,
 )
+from gradselect.usage import write_size
 
 from .trainer_notes import trainer_notes
 
@@ -55,6 +57,11 @@ class _Prepared:
 
     model: nn.Module
     options: dict[str, Any]
+
+    @property
+    def num_adapters(self) -> int:
+        """Number of matrices with a LoRA."""
+        return sum(name.endswith("lora_A.default.weight") for name, _ in self.model.named_parameters())
 
     @cached_property
     def counter(self) -> ActivationCounter:
@@ -84,7 +91,11 @@ class RecipePlanner:
             UsageError: there is no such configuration, the method does not fit the model, or it cannot be planned.
         """
         _check_method(recipe)
-        prepared = self._prepare(recipe)
+        if isinstance(recipe.method, SPTMethod):
+            return self._plan_spt(recipe, recipe.method)
+        return self._plan(recipe, self._prepare(recipe))
+
+    def _plan(self, recipe: Recipe, prepared: _Prepared) -> Plan:
         options = prepared.options
         training = Training(
             model=prepared.model,
@@ -99,22 +110,34 @@ class RecipePlanner:
             borders=options.get("borders", Borders()),
             survey=prepared.survey,
         )
-        forward = ForwardPass(
-            prepared.counter,
-            rows_of(recipe, prepared.model),
-            loss=_loss(recipe),
-            checkpointing=recipe.model.gradient_checkpointing,
-        )
-        steps = plan_steps(training, options.get("policy", options.get("mask")), forward)
+        choice = options.get("policy", options.get("mask"))
+        steps = plan_steps(training, choice, _forward_pass(recipe, prepared))
         notes = (*_notes(recipe, cast(Any, prepared.model).config), *trainer_notes(recipe, prepared.model))
         return Plan(steps=steps, notes=notes)
 
-    def _prepare(self, recipe: Recipe) -> _Prepared:
+    def _plan_spt(self, recipe: Recipe, method: SPTMethod) -> Plan:
+        """Plan the larger of two choices that the batches of SPT may lead to, and the look at them."""
+        adapted, masked = (self._prepare(recipe, with_adapters=choice) for choice in (True, False))
+        plans = {f"adapters where the budget pays them ({adapted.num_adapters:,})": self._plan(recipe, adapted)}
+        plans["masks alone"] = self._plan(recipe, masked)
+        largest = max(plans.values(), key=lambda plan: plan.peak_bytes)
+        look = look_step(masked.model, method.scored_names(masked.model), _forward_pass(recipe, masked))
+        cases = " and ".join(
+            f"{name}, {write_size(plan.peak_bytes)} at {plan.relative_time:.2f} of the time of full fine-tuning"
+            for name, plan in plans.items()
+        )
+        note = (
+            f"method.name=spt: {method.num_batches} batches decide what trains, and the plan takes the larger of "
+            f"{cases}. The look at them before the first step is counted: {write_size(look.peak_bytes)}"
+        )
+        return Plan(steps=(look, *largest.steps), notes=(*largest.notes, note))
+
+    def _prepare(self, recipe: Recipe, *, with_adapters: bool | None = None) -> _Prepared:
         method = recipe.method.model_dump(mode="json", exclude={"residency"})
         model = recipe.model.model_dump(mode="json", exclude={"gradient_checkpointing"})
-        key = json.dumps([model, method, recipe.run.steps])
+        key = json.dumps([model, method, recipe.run.steps, with_adapters])
         if key not in self._prepared:
-            self._prepared[key] = _prepare(recipe)
+            self._prepared[key] = _prepare(recipe, with_adapters=with_adapters)
         return self._prepared[key]
 
 
@@ -145,10 +168,13 @@ def _length(recipe: Recipe, model: nn.Module) -> int:
     return wanted or min(1024, positions or 1024)
 
 
-def _prepare(recipe: Recipe) -> _Prepared:
+def _prepare(recipe: Recipe, *, with_adapters: bool | None) -> _Prepared:
+    """Return the model and the options; `with_adapters` says which of two choices SPT makes."""
     model = meta_model(recipe)
     check_base_can_train(recipe)
     head = head_names(model, recipe.model) if isinstance(recipe.data, ClassificationData) else ()
+    if isinstance(recipe.method, SPTMethod):
+        return _Prepared(model, recipe.method.forecast_options(model, head=head, with_adapters=with_adapters is True))
     nothing = cast(Any, None)
     inputs = Inputs(model=model, tokenizer=nothing, examples=nothing, max_length=0, head=head)
     parts = method_parts(recipe, inputs, folder=RunFolder(Path(recipe.run.output)))
@@ -160,6 +186,15 @@ def _prepare(recipe: Recipe) -> _Prepared:
         )
         return _Prepared(parts.model, mask_optimizer(recipe.method, recipe, inputs, parts.model, facts)[1])
     return _Prepared(parts.model, {} if parts.optimizer is None else parts.optimizer[1])
+
+
+def _forward_pass(recipe: Recipe, prepared: _Prepared) -> ForwardPass:
+    return ForwardPass(
+        prepared.counter,
+        rows_of(recipe, prepared.model),
+        loss=_loss(recipe),
+        checkpointing=recipe.model.gradient_checkpointing,
+    )
 
 
 def meta_model(recipe: Recipe) -> Any:
@@ -186,7 +221,7 @@ def meta_model(recipe: Recipe) -> Any:
 
 
 def _check_method(recipe: Recipe) -> None:
-    if isinstance(recipe.method, SparseGradMethod | SPTMethod | AbstractPeerMethod):
+    if isinstance(recipe.method, SparseGradMethod | AbstractPeerMethod):
         raise UsageError(
             f"method.name={recipe.method.name} cannot be planned: its bytes depend on batches or on another package; "
             "plan e.g. method.name=meprop or method.name=badam"

@@ -125,10 +125,9 @@ def _merged(model: Any) -> Any:
     """Merge the adapter, in place. Most adapters of PEFT fail on a head of several layers, which has no weight."""
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper) and not hasattr(module.original_module, "weight"):
-            trained = (
-                module.modules_to_save[module.active_adapter] if module.active_adapters else module.original_module
-            )
-            setattr(model.get_submodule(parent(name)), name.rpartition(".")[2], trained)
+            wrapper: Any = module
+            own = wrapper.modules_to_save[wrapper.active_adapter] if wrapper.active_adapters else module.original_module
+            setattr(model.get_submodule(parent(name)), name.rpartition(".")[2], own)
     return model.merge_and_unload()
 
 
