@@ -1,7 +1,7 @@
 """Get the files of four tasks of GLUE, as suites/glue and suites/seeds read them: data/glue/<task>/train.tsv, dev.tsv.
 
     python benchmarks/glue_tasks.py --out data/glue
-    GRADSELECT_GLUE=~/glue python benchmarks/glue_tasks.py --out data/glue
+    GRADSELECT_GLUE=~/glue python benchmarks/glue_tasks.py --out data/glue --task rte
 
 If $GRADSELECT_GLUE names a folder, the files are copied from its subfolders (rte, glue_rte or RTE, and so on).
 Otherwise they are written from nyu-mll/glue on the hub. Copies of GLUE differ: some hold back a part of the training
@@ -101,12 +101,13 @@ def write(name: str, out: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Get the files of every task that is not there yet."""
+    """Get the files of the tasks that are not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the tasks")
+    parser.add_argument("--task", choices=TASKS, action="append", help="a task; may be repeated; default: all")
     options = parser.parse_args(arguments)
     folder = os.environ.get(VARIABLE)
-    for name in TASKS:
+    for name in options.task or TASKS:
         out = options.out / name
         if out.exists():
             print(f"{out} is there already")

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from smollm2 import download, get, link, wheel_of
+from model_sources import download, get, link, wheel_of
 
 from gradselect.files import writing_aside
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import asdiv
 import e2e
+import model_sources
 import public_files
 import smollm2
 import wikitext
@@ -247,10 +248,10 @@ def test_a_model_that_is_there_is_linked_to_and_not_fetched(
 
 def test_the_hub_goes_before_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GRADSELECT_SMOLLM2", raising=False)
-    monkeypatch.setattr(smollm2, "hub_fault", lambda: None)
-    assert smollm2.nearest_source() == "hub"
-    monkeypatch.setattr(smollm2, "hub_fault", lambda: "it cannot be reached")
-    assert smollm2.nearest_source() == "package"
+    monkeypatch.setattr(model_sources, "hub_fault", lambda: None)
+    assert model_sources.nearest_source(smollm2.VARIABLE) == "hub"
+    monkeypatch.setattr(model_sources, "hub_fault", lambda: "it cannot be reached")
+    assert model_sources.nearest_source(smollm2.VARIABLE) == "package"
 
 
 def test_the_package_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,7 +195,8 @@ def test_every_copy_of_glue_is_read_three_times() -> None:
 def test_what_is_prepared_is_what_is_read() -> None:
     for task in TASKS:
         made = {str(preparation.makes) for preparation in SUITES[task].prepare}
-        assert made == {"runs/seeds/minilm", "data/glue/stsb"}
+        assert made == {"runs/seeds/minilm", f"data/glue/{task}"}
+        assert SUITES[task].prepare[-1].command.endswith(f"glue_tasks.py --out data/glue --task {task}")
         assert SUITES[task].recipe.model.path == "runs/seeds/minilm"
         assert str(SUITES[task].recipe.data.path) == f"data/glue/{task}/train.tsv"
         assert str(SUITES[task].evaluations["dev"].data) == f"data/glue/{task}/dev.tsv"
@@ -243,6 +244,8 @@ def test_files_are_copied_from_a_copy_of_glue_or_missing_ones_are_named(
         for split in ("train", "dev"):
             (tmp_path / "glue" / folder / f"{split}.tsv").write_text(f"{name} {split}", encoding="utf-8")
     monkeypatch.setenv("GRADSELECT_GLUE", str(tmp_path / "glue"))
+    glue_tasks.main(["--out", str(tmp_path / "one"), "--task", "rte"])
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["rte"]
     with pytest.raises(SystemExit, match=r"has no stsb/train\.tsv and stsb/dev\.tsv"):
         glue_tasks.main(["--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "rte" / "dev.tsv").read_text("utf-8") == "rte dev"
