@@ -76,6 +76,18 @@ def test_values_and_outputs_of_attention_are_drawn_from(model: nn.Module, expect
     assert all("attention" in name.lower() or "attn" in name for name in names)
 
 
+def test_a_draw_of_no_entry_is_refused_with_what_to_write() -> None:
+    """Training ended in torch's error of a loss without a gradient."""
+    model = tiny_llama(layers=1)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    with pytest.raises(gs.UsageError, match=r"is less than one of them.* write density=\S+ or more"):
+        gs.SpaRTA(density=0.4 / total).bind(offered(model))
+    masks = [gs.SpaRTA(density=0.6 / total, seed=seed).bind(offered(model)) for seed in range(20)]
+    empty = next(mask for mask in masks if not any(len(mask._drawn(tensor)) for tensor in mask.tensors))
+    with pytest.raises(gs.UsageError, match=rf"drew no entry with seed={empty.seed}, where 1 were expected"):
+        empty.choose(0, model)
+
+
 def test_a_model_whose_projections_have_other_names_is_refused_with_what_to_write() -> None:
     with pytest.raises(UsageError, match=r'among=\("\*\.c_attn\.\*"'):
         gs.SpaRTA(density=0.01).bind(offered(tiny_gpt2(layers=1)))

@@ -109,6 +109,12 @@ WRONG: dict[str, tuple[list[str], str]] = {
         ["method.name=adagradselct"],
         "method.name = 'adagradselct': unknown, did you mean 'adagradselect'?",
     ),
+    "a search as a method": (
+        ["method.name=BIPEFT"],
+        "method.name = 'BIPEFT': unknown; it is a search of layers and ranks: gradselect tune RECIPE --space adapters",
+    ),
+    "a method of the literature": (["method.name=ether+"], "method.name = 'ether+': unknown; write etherplus"),
+    "a method in capitals": (["method.name=LORTA"], "method.name = 'LORTA': unknown, did you mean 'lorta'?"),
     "unknown format": (["data.format=chats"], "data.format = 'chats': unknown, did you mean 'chat'?"),
     "no method": (["method=null"], "method = None: input should be"),
     "nothing": (["model.path="], "model.path = None: input should be a valid string"),

@@ -24,6 +24,9 @@ VALUES_AND_OUTPUTS = (
 OUTSIDE_ATTENTION = ("*feed_forward*", "*ffn*", "*mlp*")
 """Parts of a layer whose linear layers have such names too: RWKV's feed-forward network has a `value`."""
 
+FEW = 20
+"""Expected entries at which a draw of none is out of the question: e^-20."""
+
 
 @final
 @dataclass(eq=False, kw_only=True)
@@ -49,7 +52,7 @@ class SpaRTA(AbstractCompactMask):
 
     Raises:
         UsageError: a density outside (0, 1]; at `bind`, no such projection, or a density that the candidates cannot
-            reach.
+            reach, or of less than one entry; at step 0, a draw of no entry.
 
     Example:
         >>> mask = SpaRTA(density=0.01)
@@ -94,6 +97,11 @@ class SpaRTA(AbstractCompactMask):
                 f"density={self.density} of the model's {total:,} entries is more than the {count:,} entries to draw "
                 f'from; write density={count / total:.3g} or less, or name more in among, e.g. among=("*",)'
             )
+        if self.expected_entries == 0:
+            raise UsageError(
+                f"density={self.density} of the model's {total:,} entries is less than one of them, so nothing would "
+                f"train; write density={FEW / total:.2g} or more"
+            )
 
     @property
     def expected_entries(self) -> int:
@@ -104,21 +112,36 @@ class SpaRTA(AbstractCompactMask):
         return FromWeights() if step == 0 else None
 
     def choose(self, step: int, model: nn.Module) -> Indices:
-        found = {tensor.name: self._drawn(tensor) for tensor in self.tensors}
+        found, num_drawn = {}, 0
+        for tensor in self.tensors:
+            drawn = self._drawn(tensor)
+            num_drawn += len(drawn)
+            found[tensor.name] = _local(tensor, drawn)
+        if num_drawn == 0:
+            enough = self.density * FEW / self.expected_entries
+            raise UsageError(
+                f"density={self.density} drew no entry with seed={self.seed}, where {self.expected_entries} were "
+                f"expected, so nothing would train; write density={enough:.2g} or more"
+            )
         return {name: indices for name, indices in found.items() if len(indices)}
 
     def _drawn(self, tensor: MaskTensor) -> Tensor:
-        """Draw for all entries of the tensor; return those in this rank's part, which are the same on any number."""
-        mine = local_part(tensor.parameter)
-        generator = generator_of(seed=self.seed, step=0, name=tensor.name, device=mine.device)
-        length, parts = chunk_length(mine), []
+        """Draw for all entries of the tensor, on every rank alike."""
+        device = local_part(tensor.parameter).device
+        generator = generator_of(seed=self.seed, step=0, name=tensor.name, device=device)
+        length, parts = chunk_length(local_part(tensor.parameter)), []
         for start in range(0, tensor.numel, length):
             size = min(length, tensor.numel - start)
-            draws = torch.rand(size, generator=generator, dtype=torch.float64, device=mine.device)
+            draws = torch.rand(size, generator=generator, dtype=torch.float64, device=device)
             parts.append((draws < self._probability).nonzero().view(-1) + start)
-        indices = torch.cat(parts)
-        first = 0 if mine.numel() == tensor.numel else local_start(tensor.parameter, name=tensor.name)
-        return indices[(indices >= first) & (indices < first + mine.numel())]
+        return torch.cat(parts)
+
+
+def _local(tensor: MaskTensor, indices: Tensor) -> Tensor:
+    """Return those of the indices that are in this rank's part."""
+    count = local_part(tensor.parameter).numel()
+    first = 0 if count == tensor.numel else local_start(tensor.parameter, name=tensor.name)
+    return indices[(indices >= first) & (indices < first + count)]
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -115,7 +115,7 @@ class AdaLoraMethod(AbstractAdapterMethod):
     @model_validator(mode="after")
     def check_schedule(self) -> Self:
         if self.first_rank <= self.rank:
-            raise ValueError(f"initial_rank={self.initial_rank} must be above rank={self.rank}; write 2 x rank")
+            raise ValueError(f"initial_rank={self.initial_rank} must be above rank={self.rank}; write {2 * self.rank}")
         if self.start >= self.end:
             raise ValueError(f"start={self.start} must be below end={self.end}; write e.g. start=0.1 end=0.7")
         return self

@@ -16,6 +16,14 @@ MAX_LINE = 1000
 MAX_VALUE = 60
 """Characters of a value inside an explanation."""
 
+ELSEWHERE = {
+    "bipeft": "it is a search of layers and ranks: gradselect tune RECIPE --space adapters",
+    "ether+": "write etherplus",
+    "pafi": "write name=static salience=smallest_magnitude",
+    "speft": "write name=static, and the salience to compare, e.g. salience=snip",
+}
+"""Advice on names of methods of the literature that are spelled otherwise here."""
+
 
 def explain(error: ValidationError, *, root: type[BaseModel]) -> Iterator[str]:
     """Yield one line for each problem of values for `root`: the key, the value, and what is allowed."""
@@ -47,7 +55,10 @@ def _explain_one(problem: Mapping[str, Any], *, root: type[BaseModel]) -> str:
             return f"{key}: missing; it has no default"
         case "union_tag_invalid":
             tag, known = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace("'", "").split(", ")
-            return f"{key}.{_tag_key(problem)} = {brief(tag)}: unknown{_nearest(tag, known)}"
+            advice = ELSEWHERE.get(tag.lower()) if keys[-1] == "method" else None
+            return (
+                f"{key}.{_tag_key(problem)} = {brief(tag)}: unknown{f'; {advice}' if advice else _nearest(tag, known)}"
+            )
         case "union_tag_not_found":
             return f"{key}.{_tag_key(problem)}: missing; it has no default"
         case "value_error":
@@ -109,6 +120,6 @@ def _variants(settings: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]
 
 def _nearest(word: str, known: Sequence[str]) -> str:
     """Return advice on what to type instead of `word`."""
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(word, known, n=1) or difflib.get_close_matches(word.lower(), known, n=1)
     listed = f" (known: {', '.join(known)})" if known else ""
     return f", did you mean {close[0]!r}?{listed}" if close else listed
