@@ -4,8 +4,13 @@
     python .ci/matrix.py                                  # all jobs whose Python is here, one after another
     python .ci/matrix.py py3.12-pinned -- -x tests/test_optimizer.py
 
-Each job fills an environment of its own, .venv-matrix/<job>, and leaves there versions.txt and test.log. Jobs whose
-Python is not here are listed, and fail only if they were named. Needs nothing but Python; CI runs the same script.
+Each job fills an environment of its own, .venv-matrix/<job> or FOLDER/<job>, and leaves there versions.txt and
+test.log. An environment that is there is kept, and only what is missing is installed. Jobs whose Python is not here are
+listed, and fail only if they were named. Needs nothing but Python; CI runs the same script.
+
+Without an index of CPU builds pip takes builds of torch for CUDA, 5 GB for each environment:
+
+    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu python .ci/matrix.py
 """
 
 from __future__ import annotations
@@ -45,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*", metavar="JOB", help="default: all")
     parser.add_argument("--list", action="store_true", help="print the jobs and their Pythons")
+    parser.add_argument("--folder", type=Path, default=ENVIRONMENTS, help="of the environments; default: .venv-matrix")
     parser.add_argument("--install-only", action="store_true", help="fill the environments, and run no test")
     chosen = parser.parse_args(arguments)
     unknown = [job for job in chosen.jobs if job not in JOBS]
@@ -55,7 +61,13 @@ def main() -> None:
             print(f"{job:<16} {find_python(version) or f'no Python {version} here'}")
         return
     rows = [
-        _run(job, named=job in chosen.jobs, install_only=chosen.install_only, options=options)
+        _run(
+            job,
+            chosen.folder.absolute() / job,
+            named=job in chosen.jobs,
+            install_only=chosen.install_only,
+            options=options,
+        )
         for job in chosen.jobs or JOBS
     ]
     print("\n" + "\n".join(text for text, _ in rows))
@@ -89,12 +101,12 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(words[:end]), list(words[end + 1 :])
 
 
-def _run(job: str, *, named: bool, install_only: bool, options: Sequence[str]) -> tuple[str, bool]:
+def _run(job: str, folder: Path, *, named: bool, install_only: bool, options: Sequence[str]) -> tuple[str, bool]:
     version, kind = JOBS[job]
     python = find_python(version)
     if python is None:
         return f"{job:<16} no Python {version} here", not named
-    folder, start = ENVIRONMENTS / job, time.monotonic()
+    start = time.monotonic()
     try:
         inside = _fill(folder, python=python, kind=kind)
     except subprocess.CalledProcessError as error:

@@ -13,6 +13,7 @@ import signal
 import socket
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,7 +255,9 @@ def in_processes(count: int, work: Callable[[int], None]) -> list[int]:
     """Fork a process for each number, run `work(number)` in it, and return the exit codes."""
     children: list[int] = []
     for rank in range(count):
-        children.append(os.fork())
+        with warnings.catch_warnings():  # of Python 3.12 and newer; torch's threads hold no lock here
+            warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+            children.append(os.fork())
         if children[-1] == 0:
             signal.alarm(120)  # processes that wait for one another are to fail, not to hang
             try:

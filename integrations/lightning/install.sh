@@ -1,4 +1,4 @@
 # Fill an environment for the tests in this folder: bash install.sh PYTHON
 set -e
 "$1" -m pip install --quiet torch==2.13.0 numpy
-"$1" -m pip install --quiet "lightning>=2.6" pytorch_lightning "safetensors>=0.5" "filelock>=4.2" "pydantic>=2.10" "pytest>=8.4" tensorboard
+"$1" -m pip install --quiet "lightning>=2.6" pytorch_lightning "safetensors>=0.8" "filelock>=4.2" "pydantic>=2.10" "pytest>=8.4" tensorboard
