@@ -38,7 +38,7 @@ GIB = 2**30
 def card() -> str:
     """The plan of a training on a card of 12 GiB, kept as benchmarks/results/plan.json.
 
-    gradselect plan recipes/paper/llama-3.2-1b.yaml model.path=suites/shapes/llama-3.2-1b \\
+    gradselect plan recipes/paper/llama-3.2-1b.yaml method.preset=null model.path=suites/shapes/llama-3.2-1b \\
         run.batch_size=1 run.accumulation=16 --fit 12GiB --json > benchmarks/results/plan.json
     """
     plan = read_result(RESULTS / "plan.json")

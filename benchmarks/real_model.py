@@ -80,7 +80,7 @@ SUITES = (
         name="e2e",
         title="SmolLM2-135M describes restaurants",
         task="SmolLM2-135M-Instruct learns to describe restaurants from their fields (E2E). Every method trains for "
-        "the time that full fine-tuning takes for 72 steps of 16. chrF is the mean over test restaurants, of 100.",
+        "the time that full fine-tuning takes for 36 steps of 16. chrF is the mean over test restaurants, of 100.",
     ),
 )
 
