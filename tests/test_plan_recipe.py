@@ -87,6 +87,16 @@ def test_bytes_are_those_of_a_run(name: str, folder: Path, planner: RecipePlanne
             assert at_update(found, category) == seen[category], category
 
 
+def test_the_look_of_a_static_mask_at_its_batches_is_counted(folder: Path, planner: RecipePlanner) -> None:
+    method = {"name": "static", "salience": "snip", "density": 0.01}
+    first_step, batches = (planner.plan(parse(folder, method=method | {"calibration_batches": n})) for n in (None, 4))
+    assert [step.kind for step in first_step.steps] == ["step"]
+    look, step = batches.steps
+    assert (look.kind, step) == ("look", first_step.step("step"))
+    num_entries = sum(parameter.numel() for parameter in meta_model(parse(folder)).parameters())
+    assert look.moments["update"].gradients == 2 * 4 * num_entries
+
+
 SPT = {"name": "spt", "budget": 3000, "rank": 2, "calibration_batches": 2}
 
 

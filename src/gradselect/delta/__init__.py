@@ -99,7 +99,7 @@ class DeltaSummary:
             lines.append(f"{self.num_renamed:,} tensors have another name in the base, as in a model without a head")
         if self.num_new:
             lines.append(f"{self.num_new:,} tensors of {self.num_new_entries:,} entries are new, and in the file whole")
-        if self.num_whole:
+        if self.num_whole > self.num_new:
             lines.append(
                 f"{self.num_whole:,} tensors are new, gone, or of another shape or dtype: both models' are in the file"
             )

@@ -70,6 +70,13 @@ def mask_step(training: Training, mask: AbstractMask, forward: ForwardPass) -> S
     )
 
 
+def looks(training: Training, mask: AbstractMask, forward: ForwardPass) -> tuple[Step, ...]:
+    """Return the look of a static mask at its batches, if it has some to take gradients from."""
+    if not (isinstance(mask, StaticMask) and mask.batches is not None and mask.salience.has_loss):
+        return ()
+    return (look_step(training.model, _bind(mask, training)[0].names, forward),)
+
+
 def look_step(model: nn.Module, names: Sequence[str], forward: ForwardPass) -> Step:
     """Return the look at batches before the first step, by which a method scores entries of these parameters.
 

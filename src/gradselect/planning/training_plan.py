@@ -16,7 +16,7 @@ from gradselect.usage import UsageError, check_whole
 from .activations import ActivationCounter
 from .blocks_plan import block_steps
 from .bytes import Bytes, largest
-from .entries_plan import adamw_step, mask_step
+from .entries_plan import adamw_step, looks, mask_step
 from .forward_pass import ForwardPass
 from .meta_forward import Rows, meta_copy
 from .steps import Step
@@ -161,7 +161,7 @@ def plan_steps(
         case AbstractPolicy():
             return block_steps(training, choice, forward)
         case AbstractMask():
-            return (mask_step(training, choice, forward),)
+            return (*looks(training, choice, forward), mask_step(training, choice, forward))
         case None:
             return (adamw_step(training, forward),)
         case _:
