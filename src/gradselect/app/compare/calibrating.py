@@ -15,7 +15,7 @@ from gradselect.files import locked
 
 from .allotment import allot, check_any_fits
 from .calibration import Calibrator, machine_facts
-from .calibration_table import calibration_table
+from .calibration_table import show_calibration
 from .protocol import protocol_hash
 from .results import ResultsFolder
 from .subprocesses import run_job
@@ -63,7 +63,7 @@ def calibrated(
         if calibration != known:
             with locked(folder.root, name="--results"):
                 write_calibration(folder.root, calibration)
-    console.print(calibration_table(calibration, methods))
+    show_calibration(console, calibration, methods)
     for name in methods:
         if reason := calibration.methods[name].left_out:
             say(f"left out   {name}: {reason} ({calibration.counted})")

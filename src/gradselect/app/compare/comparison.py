@@ -29,7 +29,7 @@ from .schedule import PlannedRun, best_rate, is_at_edge, score_run
 from .side_by_side import SideBySide
 from .subprocesses import prepare, run_job
 from .suite import Suite, ids_of_suite
-from .summary_table import MethodSummary, forgetting_table, summary_table
+from .summary_table import MethodSummary, show_forgetting, show_scores
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -107,11 +107,11 @@ class Comparison:
         # 5 the table
         found = self._folder.read()[0]
         summaries = [self._summarize(method, lr, rungs=rungs_of(found, method)) for method, lr in rates.items()]
-        self._console.print(summary_table(self._suite.name, summaries))
+        show_scores(self._console, self._suite.name, summaries)
         if self._suite.search is not None:
             self._say(f"search     {self._suite.search.text()}")
         if any(summary.forgetting_names for summary in summaries):
-            self._console.print(forgetting_table(summaries))
+            show_forgetting(self._console, summaries)
         self._say(f"results in {self._folder.root}; next: gradselect report {self._folder.root}")
         return summaries
 

@@ -1,4 +1,4 @@
-"""Short table at the end of a comparison."""
+"""Short tables at the end of a comparison."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.table import Table
+from rich.console import Console
 
+from gradselect.app.progress import print_table
 from gradselect.app.results import Forgetting, Result, Rung
 from gradselect.app.stats import mean_and_deviation
 
@@ -71,50 +72,44 @@ class MethodSummary:
         return max((one.peak["together"] for one in held), default=None)
 
 
-def summary_table(title: str, summaries: Sequence[MethodSummary]) -> Table:
-    """One row per method: best rate (with * at the edge of its grid), scores over seeds, step time, peak bytes."""
+def show_scores(console: Console, title: str, summaries: Sequence[MethodSummary]) -> None:
+    """Print a row per method: best rate (with * at the edge of its grid), scores over seeds, step time, peak bytes."""
     results = [result for summary in summaries for result in summary.results]
     evaluations = list(dict.fromkeys(name for result in results for name in result.record.scores))
-    table = Table(title=title, title_justify="left", caption="* at the edge of the grid", caption_justify="left")
-    table.add_column("method")
     # Without a budget all methods have the steps of the recipe.
     has_steps = any(summary.steps is not None for summary in summaries)
-    steps = ["steps"] if has_steps else []
-    for heading in ("best rate", *steps, "validation loss", *evaluations, "seconds a step", "peak MiB", "seeds"):
-        table.add_column(heading, justify="right")
-    for summary in summaries:
-        table.add_row(
-            summary.method,
-            _rate(summary),
-            *([_number(summary.steps, ",")] if has_steps else []),
-            _spread(summary.validation_losses),
-            *(_spread(summary.scores(name)) for name in evaluations),
-            _number(summary.step_seconds, ".4f"),
-            _number(None if summary.peak_bytes is None else summary.peak_bytes / 2**20, ",.1f"),
-            str(len(summary.results)),
-        )
-    return table
+    rows = {
+        summary.method: {
+            "best rate": _rate(summary),
+            **({"steps": _number(summary.steps, ",")} if has_steps else {}),
+            "validation loss": _spread(summary.validation_losses),
+            **{name: _spread(summary.scores(name)) for name in evaluations},
+            "seconds a step": _number(summary.step_seconds, ".4f"),
+            "peak MiB": _number(None if summary.peak_bytes is None else summary.peak_bytes / 2**20, ",.1f"),
+            "seeds": str(len(summary.results)),
+        }
+        for summary in summaries
+    }
+    print_table(console, "method", rows, title=title)
+    if any(row["best rate"].endswith("*") for row in rows.values()):
+        console.print("* at the edge of the grid", highlight=False, markup=False)
 
 
-def forgetting_table(summaries: Sequence[MethodSummary]) -> Table:
-    """One row per method: the loss of its models on each set that the base knew, and how much that is above the base.
+def show_forgetting(console: Console, summaries: Sequence[MethodSummary]) -> None:
+    """Print a row per method: the loss of its models on each set that the base knew, and its rise above the base's.
 
     The base's loss stands in the heading.
     """
-    names = dict.fromkeys(name for summary in summaries for name in summary.forgetting_names)
-    table = Table(title="forgetting, nats per token", title_justify="left")
-    table.add_column("method")
-    for name in names:
-        before = next(one.before for summary in summaries for one in summary.forgotten(name))
-        table.add_column(f"{name or 'loss'} (base {before:.4f})", justify="right")
-        table.add_column("rise", justify="right")
+    names = list(dict.fromkeys(name for summary in summaries for name in summary.forgetting_names))
+    rows: dict[str, dict[str, str]] = {}
     for summary in summaries:
-        cells = []
+        cells = rows[summary.method] = {}
         for name in names:
+            before = next(one.before for each in summaries for one in each.forgotten(name))
             losses = summary.forgotten(name)
-            cells += [_spread([one.after for one in losses]), _rise([one.rise for one in losses])]
-        table.add_row(summary.method, *cells)
-    return table
+            cells[f"{name or 'loss'} (base {before:.4f})"] = _spread([one.after for one in losses])
+            cells[f"{name} rise".lstrip()] = _rise([one.rise for one in losses])
+    print_table(console, "method", rows, title="forgetting, nats per token")
 
 
 def _rise(values: Sequence[float]) -> str:

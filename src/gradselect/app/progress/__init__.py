@@ -1,5 +1,6 @@
-"""Progress of long work: a live line in a terminal, a plain line now and then elsewhere. Imports nothing slow."""
+"""What a command shows: progress in a live line or in plain lines, tables that fit. Imports nothing slow."""
 
 from .stages import LINE_SECONDS, SILENT, Stage, Stages, clock, encodable, fitted
+from .tables import print_table
 
-__all__ = ["LINE_SECONDS", "SILENT", "Stage", "Stages", "clock", "encodable", "fitted"]
+__all__ = ["LINE_SECONDS", "SILENT", "Stage", "Stages", "clock", "encodable", "fitted", "print_table"]

@@ -11,7 +11,7 @@ from rich.console import Console
 from gradselect.planning import CATEGORIES, Bytes, Plan
 from gradselect.usage import smallest_text, write_size
 
-from .tables import FULL, HEADINGS, SHORT, print_table
+from .tables import FULL, HEADINGS, SHORT, print_settings
 from .variants import RULE, RecipePlan, Setting
 
 MOMENTS = {
@@ -46,9 +46,9 @@ def show(found: RecipePlan, console: Console, *, device: Device, in_full: bool =
             console.print(line, highlight=False, markup=False, soft_wrap=line.startswith("add"))
         console.print()
     columns = FULL if in_full else SHORT
-    print_table(console, "method", [found.own, *found.methods], columns)
+    print_settings(console, "method", [found.own, *found.methods], columns)
     if in_full:
-        print_table(console, f"levers of {found.own.name.partition(',')[0]}", found.levers, columns)
+        print_settings(console, f"levers of {found.own.name.partition(',')[0]}", found.levers, columns)
     for note in _notes(found, in_full=in_full):
         console.print(note, style="dim", highlight=False, markup=False)
 

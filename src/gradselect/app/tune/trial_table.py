@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from optuna.trial import FrozenTrial
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from gradselect.app.progress import print_table
 from gradselect.app.recipe import Recipe, dump_recipe
 from gradselect.files import write_atomically
 
@@ -82,22 +81,19 @@ def write_best(recipe: Recipe, best: TrialSummary, *, num_trials: int, folder: S
 
 
 def show_table(console: Console, trials: Sequence[TrialSummary], best: TrialSummary) -> None:
-    """Print every trial, the best one marked: finished ones by loss, then the others."""
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in ("", "trial", *_headings(list(best.values)), "loss", "step", "seconds"):
-        table.add_column(heading, justify="right", overflow="fold")
-    table.add_column("end")
-    for trial in sorted(trials, key=_rank):
-        table.add_row(
-            "*" if trial is best else "",
-            str(trial.number),
-            *map(_short, trial.values.values()),
-            "" if trial.loss is None else f"{trial.loss:.4f}",
-            "" if trial.step is None else str(trial.step),
-            f"{trial.seconds:.0f}",
-            trial.end,
-        )
-    console.print(table)
+    """Print every trial, the best one with a star: finished ones by loss, then the others."""
+    headings = _headings(list(best.values))
+    rows = {
+        f"{trial.number}{' *' if trial is best else ''}": {
+            **dict(zip(headings, map(_short, trial.values.values()), strict=True)),
+            "loss": "" if trial.loss is None else f"{trial.loss:.4f}",
+            "step": "" if trial.step is None else str(trial.step),
+            "seconds": f"{trial.seconds:.0f}",
+            "end": trial.end,
+        }
+        for trial in sorted(trials, key=_rank)
+    }
+    print_table(console, "trial", rows)
 
 
 def edge_notes(best: TrialSummary, ranges: Sequence[SearchRange]) -> Iterator[str]:
