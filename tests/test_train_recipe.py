@@ -114,6 +114,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
         "method.name = 'BIPEFT': unknown; it is a search of layers and ranks: gradselect tune RECIPE --space adapters",
     ),
     "a method of the literature": (["method.name=ether+"], "method.name = 'ether+': unknown; write etherplus"),
+    "a key of the adapter of a mask": (
+        ["method={name: lora-sp, rank: 4}"],
+        "method.rank: unknown key; it is one of the adapter: write method.adapter={rank: 4}",
+    ),
     "a method in capitals": (["method.name=LORTA"], "method.name = 'LORTA': unknown, did you mean 'lorta'?"),
     "unknown format": (["data.format=chats"], "data.format = 'chats': unknown, did you mean 'chat'?"),
     "no method": (["method=null"], "method = None: input should be"),

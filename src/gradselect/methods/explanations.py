@@ -24,6 +24,9 @@ ELSEWHERE = {
 }
 """Advice on names of methods of the literature that are spelled otherwise here."""
 
+OF_ADAPTERS = ("alpha", "dropout", "rank", "targets")
+"""Keys of a LoRA, which a mask on one has inside `adapter`."""
+
 
 def explain(error: ValidationError, *, root: type[BaseModel]) -> Iterator[str]:
     """Yield one line for each problem of values for `root`: the key, the value, and what is allowed."""
@@ -70,7 +73,12 @@ def _explain_unknown(key: str, name: str, value: Any, *, model: type[BaseModel] 
     if model is not None and issubclass(model, Settings) and name in model.renamed:
         today = f"{key.removesuffix(name)}{model.renamed[name]}"
         return f"{key} is now {today}: write {today}={value if isinstance(value, str) else brief(value)}"
-    return f"{key}: unknown key{_nearest(name, list(model.model_fields) if model else [])}"
+    known = list(model.model_fields) if model else []
+    if name in OF_ADAPTERS and "adapter" in known:
+        return (
+            f"{key}: unknown key; it is one of the adapter: write {key.removesuffix(name)}adapter={{{name}: {value}}}"
+        )
+    return f"{key}: unknown key{_nearest(name, known)}"
 
 
 def _tag_key(problem: Mapping[str, Any]) -> str:
