@@ -206,7 +206,16 @@ BAD = {
         {"target_modules": ["q_porj"]},
         r"target_modules=\['q_porj'\] matches no layer.*'q_proj'.*Leave target_modules out",
     ),
-    "no attention": (lambda: nn.Sequential(nn.Linear(4, 4)), {}, r"matches no layer that lorta can change.*has '0'"),
+    "no attention": (
+        lambda: nn.Sequential(nn.Linear(4, 4)),
+        {},
+        r"finds no attention projection by name in Sequential, which has '0'",
+    ),
+    "one layer for all, by default": (
+        lambda: tiny_gpt2(layers=1),
+        {},
+        r"which has 'c_attn', 'c_fc', 'c_proj', 'lm_head'\. .*one layer holds query, key and value.*train a LoRA",
+    ),
     "no configuration": (
         lambda: Bare(16),
         {},

@@ -20,7 +20,7 @@ from .config import AdapterConfig
 from .layer import AdapterLinear, sizes_of
 from .projections import Projection, Projections, find_projections, heads_of, is_named
 from .registration import register
-from .tuner import AdapterTuner
+from .tuner import AdapterTuner, listed
 
 FACTORS = ("lorta_A", "lorta_B", "lorta_C_l", "lorta_C_h", "lorta_C_m")
 
@@ -252,7 +252,12 @@ class LortaModel(AdapterTuner):
             names = [*peft_config.heads_on_outputs, *peft_config.heads_on_inputs]
             paths = [path for path, module in self._linear_layers() if is_named(path, names)]
             if not paths:
-                raise UsageError(self._nothing_found(names, self.model))
+                raise UsageError(
+                    f"LoRTA finds no attention projection by name in {type(self.model).__name__}, which has "
+                    f"{listed(self._last_names(self.model))}. LortaConfig takes other names in heads_on_outputs and "
+                    "heads_on_inputs. Where one layer holds query, key and value (GPT-2, Phi-3), train a LoRA: "
+                    "peft.LoraConfig(r=8), in a recipe method={name: lora, rank: 8}"
+                )
             peft_config.target_modules = {name for name in names if any(is_named(path, [name]) for path in paths)}
         return peft_config
 

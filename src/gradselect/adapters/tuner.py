@@ -19,6 +19,11 @@ MOST_NAMES = 8
 """Names that an error lists."""
 
 
+def listed(names: list[str]) -> str:
+    """Return the first names, for an error."""
+    return (", ".join(map(repr, names[:MOST_NAMES])) or "none") + (", ..." if names[MOST_NAMES:] else "")
+
+
 class AdapterTuner(BaseTuner):
     """Puts the layers of a method into a model. If something does not fit, the model is as it was before.
 
@@ -129,15 +134,18 @@ class AdapterTuner(BaseTuner):
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise UsageError(self._nothing_found({target}, model))
 
-    def _nothing_found(self, targets: Any, model: nn.Module) -> str:
+    def _last_names(self, model: nn.Module) -> list[str]:
+        """Return the last parts of the names of layers that the method can change."""
         names = [name for name, module in model.named_modules() if isinstance(module, self._layer_class.known_layers)]
-        lasts = sorted({name.rpartition(".")[2] for name in names})
-        listed = ", ".join(map(repr, lasts[:MOST_NAMES])) + (", ..." if lasts[MOST_NAMES:] else "")
+        return sorted({name.rpartition(".")[2] for name in names})
+
+    def _nothing_found(self, targets: Any, model: nn.Module) -> str:
+        lasts = self._last_names(model)
         shown = targets if isinstance(targets, str) else sorted(targets or ())
         near = f"; nearest: {nearest(str(shown[0]), lasts)}" if isinstance(shown, list) and shown and lasts else ""
         return (
             f"target_modules={shown!r} matches no layer that {self._method} can change{near}; "
-            f"{type(model).__name__} has {listed or 'none'}. {self.advice}"
+            f"{type(model).__name__} has {listed(lasts)}. {self.advice}"
         )
 
     def _take_out(self, model: nn.Module, adapter_name: str, already: set[str]) -> None:
