@@ -23,7 +23,17 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
 from matplotlib.transforms import Affine2D
-from real_model import FULL, LORA_WITH_EMBEDDING, SMALL_LORA, SUITES, WIDE_LORA, Suite, measures, variants
+from real_model import (
+    FULL,
+    LORA_WITH_EMBEDDING,
+    SMALL_LORA,
+    SUITES,
+    WIDE_LORA,
+    Suite,
+    headline_suite,
+    measures,
+    variants,
+)
 
 from gradselect.app.report.chart_style import COLOURS, Mark
 from gradselect.app.report.charts import byte_axis, plot_plane, score_axis, score_points
@@ -110,7 +120,7 @@ SMALL = Subject(
 @functools.cache
 def subject() -> Subject:
     """Return the first suite on a real model that has results, or the small one: the same as the table of README.md."""
-    shown = next((suite for suite in SUITES if suite.is_shown), None)
+    shown = headline_suite(SUITES)
     return of_real_model(shown) if shown is not None and variants(shown.comparison) else SMALL
 
 

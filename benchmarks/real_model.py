@@ -16,6 +16,7 @@ from gradselect.app.report.scores import Measure, Scores
 
 OURS = "adagradselect"
 FULL, SMALL_LORA, LORA_WITH_EMBEDDING, WIDE_LORA = "full", "LoRA r=16", "LoRA r=16 + E", "LoRA r=256"
+ONCE = "six by the first gradient"
 TITLES = {"accuracy": "%", "mean_chrf": "chrF"}
 
 
@@ -101,6 +102,23 @@ def held_out_losses(methods: Sequence[Method]) -> dict[str, float | None]:
         known = [loss for loss in losses if loss is not None and math.isfinite(loss)]
         found[method.name] = math.fsum(known) / len(known) if len(known) == len(losses) > 0 else None
     return found
+
+
+def headline_methods(comparison: Comparison) -> list[str]:
+    """Return the methods of README's table: full fine-tuning, the best AdaGradSelect, the choice made once, LoRA."""
+    known = {method.name for method in comparison.methods}
+    best = [method.name for method in variants(comparison)[:1]]
+    return [name for name in (FULL, *best, ONCE, LORA_WITH_EMBEDDING, WIDE_LORA) if name in known]
+
+
+def headline_suite(suites: Sequence[Suite]) -> Suite | None:
+    """Return the first suite with several seeds of each method of README's table, else the first with results."""
+    shown = [suite for suite in suites if suite.is_shown]
+    for suite in shown:
+        names = headline_methods(suite.comparison)
+        if all(len(method.seeds) > 1 for method in suite.comparison.methods if method.name in names):
+            return suite
+    return shown[0] if shown else None
 
 
 def twin_of(name: str) -> str:

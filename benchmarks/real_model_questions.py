@@ -9,6 +9,7 @@ from compared import method_of, peak, with_interval
 from real_model import (
     FULL,
     LORA_WITH_EMBEDDING,
+    ONCE,
     SMALL_LORA,
     WIDE_LORA,
     Suite,
@@ -25,7 +26,7 @@ from gradselect.app.report.comparison import Comparison
 from gradselect.app.report.methods import Method
 from gradselect.app.report.scores import Difference, Measure
 
-AGAINST = (FULL, WIDE_LORA, LORA_WITH_EMBEDDING, SMALL_LORA, "last 6")
+AGAINST = (FULL, WIDE_LORA, LORA_WITH_EMBEDDING, SMALL_LORA, ONCE, "last 6")
 
 
 def questions(suite: Suite) -> str:

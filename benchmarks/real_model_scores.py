@@ -8,10 +8,10 @@ from common import markdown_table, megabytes
 from compared import cost_of_a_step, steps_of, with_interval
 from real_model import (
     FULL,
-    LORA_WITH_EMBEDDING,
     SUITES,
-    WIDE_LORA,
     Suite,
+    headline_methods,
+    headline_suite,
     measures,
     seeds_text,
     title_of,
@@ -132,15 +132,13 @@ def _left_out(comparison: Comparison) -> Iterator[str]:
 
 
 def headline() -> str:
-    """Four methods of the first suite that has results; nothing before there are any."""
-    suite = next((suite for suite in SUITES if suite.is_shown), None)
-    if suite is None:
+    """A few methods of the first suite that has several seeds of them, else of the first with results; or nothing."""
+    if (suite := headline_suite(SUITES)) is None:
         return ""
     comparison = suite.comparison
     ours = variants(comparison)
-    best = [method.name for method in ours[:1]]
     known = {method.name: method for method in comparison.methods}
-    names = [name for name in (FULL, *best, LORA_WITH_EMBEDDING, WIDE_LORA) if name in known]
+    names = headline_methods(comparison)
     found = measures(comparison)
     rows = []
     for name in names:

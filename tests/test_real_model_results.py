@@ -105,7 +105,7 @@ def test_the_best_variant_is_chosen_by_its_held_out_loss_and_compared_in_words(t
     assert ", ahead**" in against["LoRA r=256"]
     assert "* 3 points ahead of LoRA r=256 in `test`: yes" in text
     assert "* At most 0.5 points behind full in `test`: not told apart from that" in text
-    assert "* Not in these results: LoRA r=16, last 6." in text
+    assert "* Not in these results: LoRA r=16, six by the first gradient, last 6." in text
     assert any(line.startswith("| AdaGradSelect 10 % | LoRA r=16 + E |") for line in lines), "in the same bytes"
 
 
@@ -238,6 +238,8 @@ def test_the_readme_shows_the_real_model_as_soon_as_it_has_results(tmp_path: Pat
     alone = make_suite(tmp_path, name="alone", seeds=1)
     monkeypatch.setattr(scores, "SUITES", (alone,))
     assert "1 seed, with 95 % intervals over the test items alone:" in scores.headline()
+    monkeypatch.setattr(scores, "SUITES", (alone, suite))
+    assert scores.headline() == text, "several seeds before the first suite"
 
 
 def test_the_picture_says_one_seed_and_needs_a_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
