@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from common import markdown_table, megabytes
 from compared import cost_of_a_step, steps_of, with_interval
 from real_model import (
-    FULL,
     SUITES,
     Suite,
     headline_methods,
