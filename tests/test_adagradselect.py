@@ -16,7 +16,7 @@ from policy_support import BLOCK_NAMES, make_blocks, norms_at, take_step
 from scipy import stats
 from torch import nn
 
-from gradselect import BlockOptimizer, UsageError, partition
+from gradselect import BlockOptimizer, GradNormTopK, Uniform, UsageError, partition
 from gradselect.blocks.draws import gumbel, log_gamma, open_uniform, random_stream
 from gradselect.blocks.policy import largest
 from gradselect.policies import AdaGradSelect
@@ -392,6 +392,8 @@ def test_by_default_the_blocks_around_the_layers_are_no_candidates() -> None:
     for policy in (AdaGradSelect(among=None), AdaGradSelect(preset="paper")):
         assert policy.bind(blocks).names == (*inside, *around)
     assert AdaGradSelect(preset="paper", among=("layer.*",)).bind(blocks).names == ("layer.1", "layer.1.head")
+    assert GradNormTopK(count=1, among=("layers", "embedding")).bind(blocks).names == (*inside, "embedding")
+    assert Uniform(count=1, among="layers").bind(blocks).names == inside
 
 
 @pytest.mark.parametrize(
@@ -421,7 +423,7 @@ def test_the_paper_s_setting_has_the_settings_of_older_checkpoints() -> None:
     saved |= {"rank_by": "cumulative", "norm": "l2", "draw": "top-k", "among": None, "every": 1, "discount": 1.0}
     saved |= {"coverage": None, "delta_growth": 0.0, "seed": 0}
     assert AdaGradSelect(preset="paper").settings() == saved
-    assert AdaGradSelect().settings() == saved | {"among": "layers"}
+    assert AdaGradSelect().settings() == saved | {"among": ("layers",)}
     assert AdaGradSelect(among=("layer.*",)).settings() == saved | {"among": ("layer.*",)}
 
 

@@ -232,7 +232,7 @@ def largest(names: Sequence[str], scores: Mapping[str, float], count: int) -> tu
 
 
 LAYERS = "layers"
-"""Value of `among` for all blocks but those around the layers."""
+"""Word in `among` for all blocks but those around the layers."""
 
 
 def taking_part(blocks: Sequence[Block], among: Sequence[str] | None) -> tuple[Block, ...]:
@@ -240,18 +240,18 @@ def taking_part(blocks: Sequence[Block], among: Sequence[str] | None) -> tuple[B
 
     Args:
         blocks: of the model.
-        among: names, aliases or globs. "layers": all blocks but embeddings, final norms and heads over the vocabulary.
-            Poolers, heads of classifiers and blocks of the user's own are among them. All blocks if none other is
-            there. None: all.
+        among: names, aliases or globs; None: all. The word "layers" stands for all blocks but embeddings, final norms
+            and heads over the vocabulary: poolers, heads of classifiers and blocks of the user's own are among them. It
+            stands for all blocks if there are no others.
 
     Raises:
         UsageError: a glob matches nothing.
     """
     if among is None:
         return tuple(blocks)
-    if among == LAYERS:
-        return tuple(block for block in blocks if not _is_around_layers(block)) or tuple(blocks)
-    names = set(resolve_names(blocks, among))
+    names = set(resolve_names(blocks, [pattern for pattern in among if pattern != LAYERS]))
+    if LAYERS in among:
+        names |= {block.name for block in blocks if not _is_around_layers(block)} or {block.name for block in blocks}
     return tuple(block for block in blocks if block.name in names)
 
 

@@ -53,8 +53,8 @@ class AdaGradSelect(AbstractEpsilonGreedy):
         rank_by: "cumulative" ranks by G_b, "step" by the norm of this step only.
         norm: "l2", or "rms" = ||g_b||_2 / sqrt(number of entries), which does not favour large blocks.
         draw: "top-k" of p, or "multinomial": k draws without replacement with probabilities p.
-        among: names or globs of the candidate blocks, e.g. `("layer.1?",)`. None: all. "layers": all but
-            embeddings, final norms and heads over the vocabulary.
+        among: names or globs of the candidate blocks, e.g. `("layer.1?",)`. "layers" stands for all but embeddings,
+            final norms and heads over the vocabulary. None: all.
         every: steps between two selections; the blocks stay the same in between. f counts selections, not updates:
             counting updates would multiply the lock-in.
         discount: factor on f and G at each selection. Below 1 the bandit forgets old steps.
@@ -84,7 +84,7 @@ class AdaGradSelect(AbstractEpsilonGreedy):
     rank_by: Literal["cumulative", "step"] = "cumulative"
     norm: Literal["l2", "rms"] = "l2"
     draw: Literal["top-k", "multinomial"] = "top-k"
-    among: Sequence[str] | Literal["layers"] | None = "layers"
+    among: Sequence[str] | None = (LAYERS,)
     every: int = 1
     discount: float = 1.0
     coverage: int | None = None
@@ -102,7 +102,7 @@ class AdaGradSelect(AbstractEpsilonGreedy):
     def __post_init__(self) -> None:
         if self.preset is not None:
             check_one_of("preset", self.preset, ("paper",))
-            self.among = None if self.among == LAYERS else self.among
+            self.among = None if self.among == (LAYERS,) else self.among
         self.check_shared_settings()
         check_one_of("rank_by", self.rank_by, ("cumulative", "step"))
         check_one_of("norm", self.norm, ("l2", "rms"))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
-from gradselect.blocks import LAYERS, AbstractPolicy, Norms, check_fraction_or_count, random_stream
+from gradselect.blocks import AbstractPolicy, Norms, check_fraction_or_count, random_stream
 from gradselect.usage import UsageError, check_patterns, check_positive, check_whole
 
 
@@ -18,8 +17,7 @@ class AbstractEpsilonGreedy(AbstractPolicy):
         fraction: share of the candidate blocks that trains in a step; 0.2 unless `count` is given.
         count: number of these blocks.
         delta: added to every count of the Dirichlet draw.
-        among: names or globs of the candidate blocks. None: all. "layers": all but embeddings,
-            final norms and heads over the vocabulary.
+        among: names or globs of the candidate blocks. None: all.
         explore_steps: N. None: `fill_explore_steps` gives it.
         epsilon_end: value of eps_t at t = N.
         seed: of every draw.
@@ -29,7 +27,7 @@ class AbstractEpsilonGreedy(AbstractPolicy):
     fraction: float | None
     count: int | None
     delta: float
-    among: Sequence[str] | Literal["layers"] | None
+    among: Sequence[str] | None
     explore_steps: int | None
     epsilon_end: float
     seed: int
@@ -49,7 +47,7 @@ class AbstractEpsilonGreedy(AbstractPolicy):
         check_whole("seed", self.seed, least=0)
         if self.explore_steps is not None:
             check_whole("explore_steps", self.explore_steps)
-        if self.among is not None and self.among != LAYERS:
+        if self.among is not None:
             self.among = check_patterns("among", self.among)
 
     def selects_anew(self, step: int) -> bool:

@@ -44,7 +44,7 @@ class GradNormTopK(AbstractPolicy):
         ema: weight of the old average, in (0, 1]. None: m_b is the latest norm.
         probe_steps: first steps, which observe and update nothing.
         norm: "l2", or "rms" = ||g_b||_2 / sqrt(number of entries), which does not favour large blocks.
-        among: names or globs of the candidate blocks, e.g. `("layer.*",)`. None: all.
+        among: names or globs of the candidate blocks, e.g. `("layers",)`. None: all.
         seed: seed of the draws.
 
     Example:
@@ -56,7 +56,7 @@ class GradNormTopK(AbstractPolicy):
 
         One selection, by the gradients of the first step:
 
-        >>> once = GradNormTopK(fraction=0.2, refresh=None, among=("layer.*",))
+        >>> once = GradNormTopK(fraction=0.2, refresh=None, among=("layers",))
 
     Reference: Kumar, Gupta, Chawla, "AdaGradSelect", arXiv 2512.15764, Algorithm 1; Tian et al., "GRASS: Gradient-based
     Adaptive Layer-wise Importance Sampling for Memory-efficient Large Language Model Fine-tuning", arXiv 2604.07808.
