@@ -14,6 +14,9 @@ from torch._dynamo import utils
 import gradselect as gs
 from gradselect.integrations.compile import compile_blocks
 
+# torch's word on one release of Python, which concerns its speed only
+pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+
 POLICY = gs.AdaGradSelect(count=2, delta=9.0, explore_steps=4, among=None)
 
 

@@ -244,6 +244,7 @@ def test_a_copy_follows_by_patches_under_plain_names(by: str, sliced: bool) -> N
 # Compilation ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")  # torch's own, and this:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
 def test_slices_are_refused_in_a_compiled_model() -> None:
     """Each new set of slices would compile anew. A layer that is compiled later is found before the first step."""
