@@ -1,4 +1,4 @@
-"""What a command shows: progress in a live line or in plain lines, tables that fit. Imports nothing slow."""
+"""Output of commands: progress in a live line or in plain lines, tables that fit. Imports nothing slow."""
 
 from .stages import LINE_SECONDS, SILENT, Stage, Stages, clock, encodable, fitted
 from .tables import print_table
