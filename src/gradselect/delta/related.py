@@ -13,7 +13,7 @@ from .checkpoint import CheckpointFolder
 from .renaming import Renamed
 
 MOST_NEW_OR_GONE = 8
-"""Tensors that training may add, and drop: heads, a pooler. BERT's head for masked words has eight, a layer nine."""
+"""Tensors that training may add or drop: a classification head, a tied head, a pooler. A layer has nine or more."""
 MOST_RESIZED = 4
 """Embedding and head after tokens were added, and their biases."""
 MOST_DISTANCE = 0.5
@@ -48,7 +48,7 @@ def check_related(base: Renamed, tuned: CheckpointFolder) -> None:
     if others:
         shapes = f"{others[0]}: {list(ours[others[0]].shape)} and {list(theirs[others[0]].shape)}"
         found.append(f"{len(others):,} have another shape or other rows ({shapes})")
-    if max(len(gone), len(new)) > MOST_NEW_OR_GONE:
+    if len(gone) + len(new) > MOST_NEW_OR_GONE:
         found.append(f"{len(gone):,} are in the first only{_some(gone)}, {len(new):,} in the second{_some(new)}")
     if found:
         raise UsageError(

@@ -20,7 +20,7 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 
 from gradselect import All, BlockOptimizer, JsonlWriter, SparseOptimizer, UsageError
-from gradselect.integrations.reporting import say_selection, summarise
+from gradselect.integrations.reporting import say_explore_steps, say_never_trained, summarise
 from gradselect.usage import check_file_name
 
 try:
@@ -204,17 +204,20 @@ def _settle_scaler(trainer: Any, optimizer: SelectiveOptimizer) -> None:
 
 
 def _fill_explore_steps(trainer: Any, optimizer: SelectiveOptimizer) -> None:
-    """Tell the policy the steps of the first epoch and of the run; streams may have neither."""
+    """Tell the policy the steps of the first epoch and of the run, which streams may not have, and say what follows."""
     in_epoch = _ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
     limits = [each for each in (trainer.max_steps, in_epoch * _or_endless(trainer.max_epochs)) if each >= 0]
     in_run = min(limits, default=math.inf)
     known = min(in_epoch, in_run)
-    if not isinstance(optimizer, BlockOptimizer) or not math.isfinite(known):
+    if not isinstance(optimizer, BlockOptimizer):
+        return
+    say_never_trained(optimizer)
+    if not math.isfinite(known):
         return
     run_steps = int(in_run) if math.isfinite(in_run) else None
     optimizer.policy.fill_explore_steps(max(1, int(known)), run_steps=run_steps)
     if run_steps is not None:
-        say_selection(optimizer, num_steps=run_steps)
+        say_explore_steps(optimizer, num_steps=run_steps)
 
 
 def _or_endless(max_epochs: int | None) -> float:

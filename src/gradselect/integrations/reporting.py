@@ -25,16 +25,16 @@ def summarise(records: Sequence[StepRecord] | Sequence[MaskRecord]) -> dict[str,
     return _summarise_masks(of_masks) if of_masks else _summarise_blocks(of_blocks)
 
 
-def say_selection(optimizer: BlockOptimizer, *, num_steps: int) -> None:
-    """Say which blocks will never train, and how many steps of the run will look at all gradients, if any.
+def say_never_trained(optimizer: BlockOptimizer) -> None:
+    """Say which blocks will never train, if any.
 
     Example:
         >>> import torch, gradselect as gs
         >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
-        >>> say_selection(gs.BlockOptimizer(model, policy=gs.Uniform(count=1)), num_steps=10)
+        >>> say_never_trained(gs.BlockOptimizer(model, policy=gs.Uniform(count=1)))
     """
-    # Warnings, because other levels are not shown unless somebody asks for them.
     if left_out := optimizer.never_trained:
+        # A warning, as below.
         all_weights = sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
         logger.warning(
             "%d of %d blocks never train, %s: %s of %s weights; `always` trains a block at every step",
@@ -44,8 +44,19 @@ def say_selection(optimizer: BlockOptimizer, *, num_steps: int) -> None:
             f"{sum(left_out.values()):,}",
             f"{all_weights:,}",
         )
+
+
+def say_explore_steps(optimizer: BlockOptimizer, *, num_steps: int) -> None:
+    """Say how many steps of the run will look at all gradients, if any will.
+
+    Example:
+        >>> import torch, gradselect as gs
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+        >>> say_explore_steps(gs.BlockOptimizer(model, policy=gs.Uniform(count=1)), num_steps=10)
+    """
     expected = optimizer.policy.expected_explore_steps(num_steps)
     if expected:
+        # A warning, because other levels are not shown unless somebody asks for them.
         logger.warning("about %d of %d steps will look at the gradients of all blocks", round(expected), num_steps)
 
 

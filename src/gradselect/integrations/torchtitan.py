@@ -28,7 +28,7 @@ from torchtitan.trainer import Trainer  # pyright: ignore[reportMissingImports]
 
 from gradselect import BlockOptimizer, JsonlWriter, SparseOptimizer, UsageError
 from gradselect.integrations.callers import caller_of
-from gradselect.integrations.reporting import say_selection
+from gradselect.integrations.reporting import say_explore_steps, say_never_trained
 from gradselect.methods import parse_selection
 
 _Config = TypeVar("_Config")
@@ -247,8 +247,9 @@ def _build(config: Any, model: nn.Module, facts: Mapping[str, Any]) -> BlockOpti
                 "built the optimizer; write method.name='id3', which selects by gradients"
             )
     else:
+        say_never_trained(optimizer)
         try:
-            say_selection(optimizer, num_steps=facts["num_steps"] or 1)
+            say_explore_steps(optimizer, num_steps=facts["num_steps"] or 1)
         except UsageError:
             raise UsageError(
                 f"method.name={method.name!r} without explore_steps, and torchtitan has no epochs; write e.g. "

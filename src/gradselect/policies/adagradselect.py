@@ -39,8 +39,8 @@ class AdaGradSelect(AbstractEpsilonGreedy):
 
     The paper selects from all blocks, explores in the first epoch, fixes eps_0 = 1, eps_N near 0 and exploitation only
     after N, and shows fractions of 0.1, 0.2 and 0.3: `preset="paper"`. By default embeddings, final norms and heads
-    over the vocabulary are no candidates, and N is at most a quarter of the run: better on SmolLM2-135M at equal time
-    (docs/results.md). Every other number and option is our choice.
+    over the vocabulary are no candidates, which was better on SmolLM2-135M at equal time (docs/results.md), and N is at
+    most a quarter of the run. This and every other number and option is our choice.
 
     Args:
         fraction: share of the candidate blocks that trains in a step, k = max(1, round(fraction * blocks)). Default
@@ -172,7 +172,7 @@ class AdaGradSelect(AbstractEpsilonGreedy):
 
     @property
     def longest_explore_share(self) -> float:
-        return 0.25 if self.preset is None else 1.0
+        return super().longest_explore_share if self.preset is None else 1.0
 
     @property
     def coverage_steps(self) -> int | None:

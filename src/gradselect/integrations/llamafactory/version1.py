@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradselect import BlockOptimizer, JsonlWriter, SparseOptimizer
 from gradselect.integrations.callers import caller_of
-from gradselect.integrations.reporting import say_selection, summarise
+from gradselect.integrations.reporting import say_explore_steps, say_never_trained, summarise
 from gradselect.integrations.section import parse_section
 from gradselect.integrations.transformers import checkpoint_selected
 from gradselect.usage import UsageError
@@ -109,7 +109,8 @@ def _connect(optimizer: BlockOptimizer | SparseOptimizer, trainer: Any, jsonl: s
         optimizer.policy.fill_explore_steps(
             min(len(trainer.train_batch_generator), trainer.num_training_steps), run_steps=trainer.num_training_steps
         )
-        say_selection(optimizer, num_steps=trainer.num_training_steps)
+        say_never_trained(optimizer)
+        say_explore_steps(optimizer, num_steps=trainer.num_training_steps)
     optimizer.add_record_hook(SelectionInLog(trainer))
     if jsonl is not None and DistributedInterface().get_rank() == 0:
         optimizer.add_record_hook(JsonlWriter(jsonl))
