@@ -249,6 +249,17 @@ def test_what_is_known_is_not_measured_again(tmp_path: Path) -> None:
     assert (found.methods["new"].steps, found.budget) == (50, known.budget)
 
 
+def test_a_key_that_a_calibration_does_not_know_counts_with_its_default(tmp_path: Path) -> None:
+    machine = FakeMachine({"full": {"step": 2.0}, "ada": {"explore": 2.0, "exploit": 1.0}})
+    suite = make(tmp_path, {"time_of": "full"})
+    known = calibrate(suite, machine)
+    assert known.methods["ada"].settings.pop("preset") is None
+    calibrate(suite, machine, known=known)
+    known.methods["ada"].settings["fraction"] = 0.9
+    calibrate(suite, machine, known=known)
+    assert machine.measured == [["full", "ada"], ["full", "ada"]]
+
+
 def test_another_machine_or_another_reference_is_measured_anew(tmp_path: Path) -> None:
     costs = {"full": {"step": 2.0}, "ada": {"explore": 2.0, "exploit": 1.0}}
     machine = FakeMachine(costs)

@@ -20,7 +20,7 @@ from .config import AdapterConfig
 from .layer import AdapterLinear, sizes_of
 from .projections import Projection, Projections, find_projections, heads_of, is_named
 from .registration import register
-from .tuner import AdapterTuner, listed
+from .tuner import AdapterTuner, quoted
 
 FACTORS = ("lorta_A", "lorta_B", "lorta_C_l", "lorta_C_h", "lorta_C_m")
 
@@ -254,7 +254,7 @@ class LortaModel(AdapterTuner):
             if not paths:
                 raise UsageError(
                     f"LoRTA finds no attention projection by name in {type(self.model).__name__}, which has "
-                    f"{listed(self._last_names(self.model))}. LortaConfig takes other names in heads_on_outputs and "
+                    f"{quoted(self._last_names(self.model))}. LortaConfig takes other names in heads_on_outputs and "
                     "heads_on_inputs. Where one layer holds query, key and value (GPT-2, Phi-3), train a LoRA: "
                     "peft.LoraConfig(r=8), in a recipe method={name: lora, rank: 8}"
                 )

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from gradselect.usage import UsageError, nearest, parent
+from gradselect.usage import UsageError, listed, nearest, parent
 
 from .config import AdapterConfig
 from .layer import UNKNOWN, AdapterLinear
@@ -19,9 +19,9 @@ MOST_NAMES = 8
 """Names that an error lists."""
 
 
-def listed(names: list[str]) -> str:
-    """Return the first names, for an error."""
-    return (", ".join(map(repr, names[:MOST_NAMES])) or "none") + (", ..." if names[MOST_NAMES:] else "")
+def quoted(names: list[str]) -> str:
+    """Return the first names in quotes, for an error; "none" if there are none."""
+    return listed([repr(name) for name in names], most=MOST_NAMES) or "none"
 
 
 class AdapterTuner(BaseTuner):
@@ -145,7 +145,7 @@ class AdapterTuner(BaseTuner):
         near = f"; nearest: {nearest(str(shown[0]), lasts)}" if isinstance(shown, list) and shown and lasts else ""
         return (
             f"target_modules={shown!r} matches no layer that {self._method} can change{near}; "
-            f"{type(model).__name__} has {listed(lasts)}. {self.advice}"
+            f"{type(model).__name__} has {quoted(lasts)}. {self.advice}"
         )
 
     def _take_out(self, model: nn.Module, adapter_name: str, already: set[str]) -> None:
