@@ -26,7 +26,7 @@ from gradselect.integrations.axolotl import SelectiveArguments
 BASE = Path(__file__).parents[2] / "quickstart" / "base"
 PLUGIN = "gradselect.integrations.axolotl.SelectivePlugin"
 METHODS = {
-    "ada": {"name": "adagradselect", "fraction": 0.3},
+    "ada": {"name": "adagradselect", "preset": "paper", "fraction": 0.3},
     "id3": {"name": "id3", "density": 0.01},
 }
 ROWS, EPOCHS, STOP = 16, 3, 5  # 4 rows a step: 4 steps an epoch, 12 in the run

@@ -59,7 +59,7 @@ def loader(batches: int = BATCHES) -> DataLoader:
 
 
 def blocks(model: nn.Module, window: int = 1, **settings):
-    return gs.BlockOptimizer(model, policy=gs.AdaGradSelect(fraction=0.3, **settings), lr=1e-2)
+    return gs.BlockOptimizer(model, policy=gs.AdaGradSelect(fraction=0.3, preset="paper", **settings), lr=1e-2)
 
 
 def entries(model: nn.Module, window: int = 1, **settings):
@@ -258,6 +258,16 @@ def test_a_stream_explores_over_the_steps_of_the_run(tmp_path):
     module = Module()
     trainer_for(tmp_path, max_steps=8, max_epochs=-1).fit(module, DataLoader(Stream(), batch_size=4))
     assert module.optimizer.policy.filled_explore_steps == 8
+
+
+def test_what_never_trains_is_said_in_a_stream_too(tmp_path, caplog):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from loader().dataset
+
+    module = Module(blocks, 1, explore_steps=2, among=("layer.1", "layer.2"))
+    trainer_for(tmp_path, max_epochs=1).fit(module, DataLoader(Stream(), batch_size=4))
+    assert "blocks never train" in caplog.text
 
 
 def test_the_last_window_of_a_stream_is_a_step(tmp_path):

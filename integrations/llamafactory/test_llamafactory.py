@@ -18,7 +18,7 @@ from gradselect.integrations.llamafactory.command import main
 
 STEPS = 8
 STOP = 3
-ADAGRADSELECT = {"name": "adagradselect", "fraction": 0.3}
+ADAGRADSELECT = {"name": "adagradselect", "preset": "paper", "fraction": 0.3}
 ID3 = {"name": "id3", "density": 0.01}
 METHODS = {"adagradselect": ADAGRADSELECT, "id3": ID3}
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

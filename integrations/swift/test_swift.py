@@ -16,7 +16,7 @@ from gradselect.integrations.plugin_path import plugin_path
 
 STEPS = 8
 STOP = 3
-METHODS = {"adagradselect": "adagradselect fraction=0.3", "id3": "id3 density=0.01"}
+METHODS = {"adagradselect": "adagradselect preset=paper fraction=0.3", "id3": "id3 density=0.01"}
 PLUGIN = ("--external_plugins", str(plugin_path("swift")))
 SELECT = (*PLUGIN, "--callbacks", "gradselect")
 LORA = ("--tuner_type", "lora", "--lora_rank", "4", "--lora_dropout", "0")
