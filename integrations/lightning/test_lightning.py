@@ -376,7 +376,9 @@ def test_another_selection_is_refused_at_resume(tmp_path):
     trainer_for(tmp_path, callbacks=[SelectionCallback(), StopAfter(tmp_path / "a.ckpt", epoch=0)]).fit(
         Module(), loader()
     )
-    other = Module(lambda model, window: gs.BlockOptimizer(model, policy=gs.AdaGradSelect(fraction=0.6), lr=1e-2))
+    other = Module(
+        lambda model, window: gs.BlockOptimizer(model, policy=gs.AdaGradSelect(fraction=0.6, preset="paper"), lr=1e-2)
+    )
     with pytest.raises(gs.UsageError, match=r"fraction"):
         trainer_for(tmp_path).fit(other, loader(), ckpt_path=tmp_path / "a.ckpt")
 
