@@ -19,6 +19,7 @@ SUITES = {
     name: load_suite(REPOSITORY / "suites" / f"{name}.yaml")
     for name in ("smollm2", "smollm2-half", "smollm2-memory", "e2e")
 }
+STEPS = load_suite(REPOSITORY / "suites" / "smollm2-steps.yaml")
 METHODS = {name: entry.method for suite in SUITES.values() for name, entry in suite.methods.items()}
 TWINS = [
     name for name in METHODS if name.startswith("AdaGradSelect") and name.replace("AdaGradSelect", "uniform") in METHODS
@@ -44,6 +45,16 @@ def test_a_suite_has_full_a_budget_and_files_that_it_makes(name: str) -> None:
 def test_half_is_the_same_comparison_in_half_of_the_time() -> None:
     assert SUITES["smollm2-half"].methods == SUITES["smollm2"].methods
     assert SUITES["smollm2-half"].recipe == SUITES["smollm2"].recipe
+
+
+def test_steps_has_the_methods_of_the_others_in_half_of_the_steps_without_a_budget() -> None:
+    whole = SUITES["smollm2"]
+    assert STEPS.budget is None
+    assert STEPS.recipe == whole.recipe.model_copy(update={"run": whole.recipe.run.model_copy(update={"steps": 36})})
+    for name, entry in STEPS.methods.items():
+        halved = {"explore_steps": 9} if hasattr(entry.method, "explore_steps") else {}
+        assert entry.method == whole.methods[name].method.model_copy(update=halved), name
+        assert entry.rates == whole.methods[name].rates, name
 
 
 @pytest.mark.parametrize("name", SUITES)
