@@ -71,6 +71,12 @@ SUITES = (
         ahead_by=ASKED,
     ),
     Suite(
+        name="smollm2-steps",
+        title="SmolLM2-135M in equal steps",
+        task="The same task in 36 steps of 16 for every method, whatever they cost.",
+        ahead_by=ASKED,
+    ),
+    Suite(
         name="smollm2-memory",
         title="SmolLM2-135M at equal time in 1.2 GB",
         task="The same task in the time of 72 full steps, for methods that hold at most 1.2 GB of weights, gradients, "

@@ -51,13 +51,16 @@ def scores_table(comparison: Comparison) -> str:
         for scores in found
         if full and not scores.measure.higher_is_better
     }
-    headings = ["method", "seeds", "steps", "step"]
+    is_timed = any(cost_of_a_step(method) for method in comparison.methods)
+    headings = ["method", "seeds", "steps", *(["step"] if is_timed else [])]
     for scores in found:
         headings += [title_of(scores.measure), *(["less full's"] if scores.measure.name in lesser else [])]
     headings += [*(FORGOTTEN.get(name, name or "forgetting") for name in sets), "peak MB"]
 
     def cells(method: Method) -> list[str]:
-        row = [method.name, str(len(method.seeds)), str(steps_of(method)), cost_of_a_step(method)]
+        row = [method.name, str(len(method.seeds)), str(steps_of(method))]
+        if is_timed:
+            row.append(cost_of_a_step(method))
         for scores in found:
             row.append(value_of(scores, method.name, interval=scores is found[0]))
             if (differences := lesser.get(scores.measure.name)) is not None:

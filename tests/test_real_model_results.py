@@ -94,6 +94,16 @@ def test_scores_costs_and_forgetting_stand_beside_full_fine_tuning(tmp_path: Pat
     assert losses == sorted(losses)
 
 
+def test_without_a_budget_there_is_no_cost_of_a_step(tmp_path: Path):
+    values = result("full")
+    values["run_info"]["train_config"]["run"] = {"steps": 36}
+    write(tmp_path / "steps", values)
+    comparison = real_model.Suite(name="steps", title="", task="", results=tmp_path).comparison
+    (row,) = rows_of(scores.scores_table(comparison)).values()
+    assert "step" not in row
+    assert row["steps"] == "36"
+
+
 def test_the_best_variant_is_chosen_by_its_held_out_loss_and_compared_in_words(tmp_path: Path):
     suite = make_suite(tmp_path, ahead_by={"full": -0.5, "LoRA r=256": 3.0}, without=("LoRA r=16",))
     text = questions.questions(suite)
