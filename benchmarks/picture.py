@@ -148,13 +148,15 @@ def markdown(page: Path) -> str:
     light, dark, results = (file.relative_to(page.parent).as_posix() for file in files)
     has_one_seed = any(len(method.seeds) == 1 for method in subject().comparison.methods)
     over = ", over the test items alone where there is one seed" if has_one_seed else ""
+    has_short_form = any(point.name.endswith(" + E") for point in subject().points)
+    embedding = " E: the embedding trains too." if has_short_form else ""
     return (
         "<picture>\n"
         f'  <source media="(prefers-color-scheme: dark)" srcset="{dark}">\n'
         f'  <img alt="{html.escape(in_words(subject()))}" src="{light}" width="100%">\n'
         "</picture>\n\n"
         f"*Left: what one run trained, step by step. Right: means and 95 % intervals{over}; every "
-        f"method has as many steps as fit the same time ([results]({results})).*"
+        f"method has as many steps as fit the same time.{embedding} [Results]({results}).*"
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from common import markdown_table, megabytes
 from compared import cost_of_a_step, steps_of, with_interval
 from real_model import (
+    ONCE,
     SUITES,
     Suite,
     headline_methods,
@@ -97,7 +98,18 @@ def _notes(comparison: Comparison) -> Iterator[str]:
         values = " and ".join(f"{value:.3f}" for value in before.values())
         yield f"{names}: rise of the loss on text that the base knew, from {values}."
     yield "`peak MB`: weights, gradients, masters and state, counted."
+    yield from legend(method.name for method in comparison.methods)
     yield from _left_out(comparison)
+
+
+def legend(names: Iterable[str]) -> list[str]:
+    """Return a sentence for each short form in the names of methods."""
+    known = list(names)
+    forms = {
+        "`+ E`: the embedding trains too, at every step.": any(name.endswith(" + E") for name in known),
+        f"`{ONCE}`: the six layers of the largest gradients in the first step train, and no others.": ONCE in known,
+    }
+    return [text for text, is_used in forms.items() if is_used]
 
 
 def _reference(comparison: Comparison) -> str | None:
@@ -159,16 +171,20 @@ def headline() -> str:
     over = " over the test items alone" if counts == {1} else ", over the test items alone where there is one seed"
     chosen = f"\nOf {len(ours)} variants of AdaGradSelect the one of the lowest held-out loss." if len(ours) > 1 else ""
     return (
-        f"`gradselect compare suites/{suite.name}.yaml`: {suite.task}{chosen}\nEach at its best learning rate, "
-        f"{seeds} {'seed' if seeds == '1' else 'seeds'}, with 95 % intervals{over if 1 in counts else ''}:\n\n"
-    ) + markdown_table(
-        [
-            "method",
-            "steps in the same time",
-            "time of a step",
-            title_of(found[0].measure),
-            title_of(found[-1].measure),
-            "peak MB of weights, gradients, state",
-        ],
-        rows,
+        (
+            f"`gradselect compare suites/{suite.name}.yaml`: {suite.task}{chosen}\nEach at its best learning rate, "
+            f"{seeds} {'seed' if seeds == '1' else 'seeds'}, with 95 % intervals{over if 1 in counts else ''}:\n\n"
+        )
+        + markdown_table(
+            [
+                "method",
+                "steps in the same time",
+                "time of a step",
+                title_of(found[0].measure),
+                title_of(found[-1].measure),
+                "peak MB of weights, gradients, state",
+            ],
+            rows,
+        )
+        + "".join(f"\n{line}" for line in ["", *legend(names)])
     )

@@ -294,13 +294,25 @@ def test_the_answer_comes_first_and_no_line_is_wider_than_the_terminal(
     assert rows == tables >= 1
 
 
+def test_state_in_host_memory_is_said_beside_the_peak(folder: Path) -> None:
+    """It needs room too, though not on the card."""
+    found = RecipePlanner().plan(
+        parse(folder, method={"name": "adagradselect", "fraction": 0.5, "residency": "offload"})
+    )
+    planned = RecipePlan(own=Setting(name="ours", plan=found), methods=(), levers=())
+    text = " ".join(shown(planned, width=80, in_full=False, device=Device(name="a card", num_bytes=2**30)))
+    assert f"in host memory, beside the peak: {write_size(found.bytes.state_on_host)} of moments and masters" in text
+    assert found.bytes.state_on_host > 0
+
+
 def test_the_short_form_has_peak_time_and_state_and_names_the_rest(planned: RecipePlan) -> None:
     lines = shown(planned, width=80, in_full=False, device=Device(name="a card", num_bytes=2**30))
     (heading,) = [line for line in lines if line.startswith("method ")]
-    assert heading.split() == ["method", "peak", "time", "state"]
+    assert heading.split() == ["method", "peak", "time", "state", "on", "host"]
     (row,) = [line for line in lines if line.startswith("adagradselect, as written  ")]
     assert planned.own.plan is not None
     assert row.split()[3:5] == write_size(planned.own.plan.peak_bytes).split()
+    assert not any(line.startswith("in host memory") for line in lines), "residency: keep"
     assert not any(line.startswith(("levers", "residency")) for line in lines)
     assert any(line.startswith("more: --all") for line in lines)
     assert any(line.startswith("best that fits: ") for line in lines)

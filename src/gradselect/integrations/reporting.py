@@ -37,7 +37,7 @@ def say_never_trained(optimizer: BlockOptimizer) -> None:
         # A warning, as below.
         all_weights = sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
         logger.warning(
-            "%d of %d blocks never train, %s: %s of %s weights; `always` trains a block at every step",
+            "%d of %d blocks never train, %s: %s of %s weights; name one in `always` to train it at every step",
             len(left_out),
             len(optimizer.blocks),
             listed(left_out),

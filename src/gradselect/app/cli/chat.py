@@ -33,7 +33,10 @@ def chat(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
-    """Talk with MODEL in the form that it was trained on. /clear forgets the conversation, /exit or Ctrl-D ends it."""
+    """Talk with MODEL in the form that it was trained on.
+
+    /clear forgets the conversation, /exit or Ctrl-D ends it.
+    """
     accept_any_text()
     stages = command_stages(stderr=True)
     with stages.open(LOADING) as stage:

@@ -42,38 +42,91 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(delta_commands)
-app.command()(quickstart)
-app.command()(report)
-app.command()(compare)
-app.command()(tune)
-app.command()(plan)
-app.command()(data)
-app.command(
-    epilog="Exit codes: 0 finished; 2 usage error, explained in one message; 143 stopped by SIGTERM, 130 by SIGINT "
-    "(Ctrl-C). Both signals finish the current step and write a checkpoint; a second signal stops at once. The same "
-    "command with --resume starts or resumes a run. Repeat it until the run has finished."
-)(train)
-app.command()(evaluate)
-app.command()(chat)
-app.command()(export)
-
 ANY_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
+FIRST, TRAIN, RESULT = "First steps", "Train", "With the trained model"
+COMPARE, ELSEWHERE = "Reports and comparisons", "In other frameworks"
 
 
-@app.command("launch", context_settings=ANY_WORDS, add_help_option=False)
-def _launch(words: typer.Context) -> None:
-    """Train selectively in any command that ends in a transformers Trainer."""
-    raise SystemExit(launch(words.args))
+def _examples(*commands: str, more: str = "") -> str:
+    """Return examples as the text below a command's help: a line each."""
+    return "\n\n".join(["Examples:", *(f"gradselect {command}" for command in commands), *([more] if more else [])])
 
 
-@app.command("doctor", context_settings=ANY_WORDS, add_help_option=False)
+app.command(rich_help_panel=FIRST, epilog=_examples("quickstart", "quickstart my-folder --steps 50"))(quickstart)
+
+
+@app.command("doctor", context_settings=ANY_WORDS, add_help_option=False, rich_help_panel=FIRST)
 def _doctor(words: typer.Context) -> None:
     """Look at this installation: versions, what each feature lacks, devices, and a few training steps on each."""
     raise SystemExit(doctor(words.args))
 
 
-@app.command("plugin-path", context_settings=ANY_WORDS, add_help_option=False)
+app.command(
+    rich_help_panel=TRAIN,
+    epilog=_examples(
+        "data Qwen/Qwen2.5-0.5B-Instruct chats.jsonl",
+        "data recipes/gsm8k.yaml data.path=my/train.jsonl --row 17",
+    ),
+)(data)
+app.command(
+    rich_help_panel=TRAIN,
+    epilog=_examples(
+        "plan Qwen/Qwen2.5-0.5B-Instruct chats.jsonl --fit 12GiB",
+        "plan recipes/gsm8k.yaml data.max_length=256 --all",
+    ),
+)(plan)
+app.command(
+    rich_help_panel=TRAIN,
+    epilog=_examples(
+        "train Qwen/Qwen2.5-0.5B-Instruct chats.jsonl",
+        "train Qwen/Qwen2.5-0.5B train.jsonl method.name=lora optimizer.lr=2e-4 run.output=runs/lora",
+        "train recipes/gsm8k.yaml data.path=my/train.jsonl --resume",
+        more="Exit codes: 0 finished; 2 usage error, explained in one message; 143 stopped by SIGTERM, 130 by SIGINT "
+        "(Ctrl-C). Both signals finish the current step and write a checkpoint; a second signal stops at once. The "
+        "same command with --resume starts or resumes a run. Repeat it until the run has finished.",
+    ),
+)(train)
+app.command(
+    rich_help_panel=TRAIN,
+    epilog=_examples(
+        "tune recipes/gsm8k.yaml --trials 20",
+        "tune recipes/gsm8k.yaml --search optimizer.lr=1e-5:1e-3:log",
+        "tune recipes/lora-search.yaml --space adapters",
+    ),
+)(tune)
+app.command(rich_help_panel=RESULT, epilog=_examples("chat runs/gsm8k", "chat runs/gsm8k --temperature 0.7"))(chat)
+app.command(
+    rich_help_panel=RESULT,
+    epilog=_examples(
+        "evaluate runs/gsm8k --task gsm8k --data my/test.jsonl",
+        "evaluate runs/chat --task loss --data my/chats.jsonl",
+    ),
+)(evaluate)
+app.command(
+    rich_help_panel=RESULT,
+    epilog=_examples("export runs/gsm8k --hub you/model --dry-run", "export runs/gsm8k --gguf model.gguf --type q8_0"),
+)(export)
+app.add_typer(delta_commands, rich_help_panel=RESULT)
+app.command(
+    rich_help_panel=COMPARE,
+    epilog=_examples("report runs/gsm8k", "report runs/compare/quick --output page"),
+)(report)
+app.command(
+    rich_help_panel=COMPARE,
+    epilog=_examples(
+        "compare suites/quick.yaml",
+        "compare suites/quick.yaml --only full --only 'AdaGradSelect*' --seeds 1",
+    ),
+)(compare)
+
+
+@app.command("launch", context_settings=ANY_WORDS, add_help_option=False, rich_help_panel=ELSEWHERE)
+def _launch(words: typer.Context) -> None:
+    """Train selectively in any command that ends in a transformers Trainer."""
+    raise SystemExit(launch(words.args))
+
+
+@app.command("plugin-path", context_settings=ANY_WORDS, add_help_option=False, rich_help_panel=ELSEWHERE)
 def _plugin_path(words: typer.Context) -> None:
     """Print the path of the plug-in for a framework that loads plug-ins by path."""
     raise SystemExit(show_plugin_path(words.args))

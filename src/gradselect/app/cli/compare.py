@@ -18,13 +18,15 @@ def compare(
         list[str] | None,
         typer.Argument(help="Values that replace the suite's, e.g. recipe.run.steps=100.", metavar="KEY=VALUE"),
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Method of the suite, by name or glob. Repeatable.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run this method of the suite only, by name or glob. Repeatable.")
+    ] = None,
     seeds: Annotated[
         int | None, typer.Option(help="Number of runs of each method at its best learning rate.", min=1)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume unfinished runs from their checkpoints.")] = False,
     recalibrate: Annotated[
-        bool, typer.Option("--recalibrate", help="Under a budget, measure the time of steps again.")
+        bool, typer.Option("--recalibrate", help="With a budget of time: measure the time of steps again.")
     ] = False,
     jobs: Annotated[
         int, typer.Option(help="Runs at a time, each with its share of the threads or an accelerator.", min=1)

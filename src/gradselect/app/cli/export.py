@@ -38,7 +38,7 @@ def export(
         str, typer.Option("--type", help="With --gguf: auto, f32, f16, bf16, q8_0, tq1_0 or tq2_0.")
     ] = "auto",
 ) -> None:
-    """Give the model of RUN to others: --hub ID uploads it, --gguf [FILE] converts it for llama.cpp."""
+    """Upload the model of RUN to the hub (--hub ID), or convert it for llama.cpp (--gguf FILE)."""
     if (hub is None) == (not gguf):
         raise UsageError("give one of --hub ID and --gguf [FILE]")
     _check_options(file, gguf=gguf, of_hub={"--private": private, "--dry-run": dry_run, "--evaluation": evaluation})

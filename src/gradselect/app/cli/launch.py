@@ -25,7 +25,8 @@ HELP = """Usage: gradselect launch METHOD [KEY=VALUE]... -- COMMAND...
   gradselect launch recipes/gsm8k.yaml jsonl=selection.jsonl -- axolotl train config.yaml
 
 Arguments:
-  METHOD       Name of a method that selects, or a recipe whose section `method` holds.
+  METHOD       Name of a method that selects (adagradselect, gradnorm, uniform, lisa, badam, id3, static, gmt, ...), or
+               a recipe, whose section `method` is taken. docs/recipes.md lists all names and keys.
   KEY=VALUE    Keys of the method; jsonl=FILE writes a record of each step to a file.
   COMMAND      The command, with its own arguments.
 

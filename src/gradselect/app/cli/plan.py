@@ -27,11 +27,12 @@ def plan(
     ] = None,
     fractions: Annotated[str, typer.Option(help="Fractions of AdaGradSelect, separated by commas.")] = "0.1,0.2,0.3",
     in_full: Annotated[
-        bool, typer.Option("--all", help="Also masks, every category of bytes, and the recipe's levers.")
+        bool,
+        typer.Option("--all", help="Also masks, every category of bytes, and what the recipe's levers would save."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables, with sizes in bytes.")] = False,
 ) -> None:
-    """Estimate the memory and step time of a training. Reads no weights, and no data of a recipe."""
+    """Estimate memory and step time before training, for AdaGradSelect, full fine-tuning and LoRA. Reads no weights."""
     from rich.console import Console
 
     from gradselect.app.runtime import collected_messages, device_memory

@@ -18,7 +18,7 @@ def quickstart(
     ] = "gradselect-quickstart",
     steps: Annotated[int | None, typer.Option(help="Number of optimizer steps. Default: 500.", min=1)] = None,
 ) -> None:
-    """Fine-tune the model that comes along on generated word problems: offline, on a CPU in minutes."""
+    """Train the small model of the package on word problems and test it: offline, on a CPU, in minutes."""
     with command_stages().open(LOADING):
         from gradselect.app.quickstart import quickstart as carry_out
 

@@ -27,14 +27,14 @@ def report(
         str | None, typer.Option(help="Folder for report.html and its pictures. Default: FOLDER/report.")
     ] = None,
     records: Annotated[
-        str | None, typer.Option(help="Of a run: file of the selection records, if it is elsewhere.")
+        str | None, typer.Option(help="For a run: file of the selection records, if it is elsewhere.")
     ] = None,
     evaluation: Annotated[
-        list[str] | None, typer.Option(help="Of a run: output folder of gradselect evaluate. Repeatable.")
+        list[str] | None, typer.Option(help="For a run: output folder of gradselect evaluate. Repeatable.")
     ] = None,
     include_dirty: Annotated[
         bool,
-        typer.Option("--include-dirty", help="Of a suite: include runs from a tree with uncommitted changes."),
+        typer.Option("--include-dirty", help="For a suite: include runs from a tree with uncommitted changes."),
     ] = False,
 ) -> None:
     """Write one HTML page about a training run or a comparison: what was run, tables and pictures."""

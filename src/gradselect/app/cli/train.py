@@ -24,7 +24,7 @@ def train(
         typer.Option("--resume", help="Resume from the newest complete checkpoint in run.output; without one, start."),
     ] = False,
 ) -> None:
-    """Fine-tune with RECIPE, or MODEL on DATA. The result is a plain Hugging Face checkpoint in run.output."""
+    """Train by RECIPE, or train MODEL on DATA. The result is a plain Hugging Face checkpoint in run.output."""
     words = ["gradselect", "train", recipe, *(overrides or [])]
     advice = "interrupted; resume from the newest checkpoint with"
     with advice_when_stopped([*words, "--resume"], interrupted=advice):

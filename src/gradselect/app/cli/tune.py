@@ -60,7 +60,7 @@ def tune(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the proposed values.")] = 0,
 ) -> None:
-    """Search the values of a recipe with the smallest validation loss. The result is a recipe, best.yaml.
+    """Search the learning rate, or other values, for the smallest validation loss. The result is a recipe, best.yaml.
 
     Several processes can share a study: start the same command again.
     """

@@ -68,6 +68,8 @@ def _answer(own: Setting, *, device: Device) -> Iterator[str]:
     parts = {HEADINGS.get(name, name): getattr(held, name) for name in CATEGORIES if name != "state_on_host"}
     listed = [f"{name} {write_size(size)}" for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size]
     yield f"at the peak, {_moment(kind, moment, len(plan.steps))}: {', '.join(listed)}"
+    if plan.bytes.state_on_host:
+        yield f"in host memory, beside the peak: {write_size(plan.bytes.state_on_host)} of moments and masters"
 
 
 def _moment(kind: str, moment: str, num_kinds: int) -> str:
@@ -102,8 +104,12 @@ def _best(best: Setting) -> Iterator[str]:
 
 def _notes(found: RecipePlan, *, in_full: bool) -> Iterator[str]:
     settings = [found.own, *found.methods, *(found.levers if in_full else ())]
-    yield "time: operations of a step that exploits what was chosen before; full fine-tuning is 1. Peak: an estimate"
+    yield (
+        "time: operations of an exploit step, which trains blocks that were selected before; full fine-tuning is 1. "
+        "Peak: an estimate"
+    )
     for note in dict.fromkeys(note for setting in settings if setting.plan for note in setting.plan.notes):
         yield f"note: {note}"
     if not in_full:
-        yield "more: --all (every category, masks, levers), --fit 12GiB (best setting that fits)"
+        fit = "" if found.best is not None else ", --fit 12GiB (best setting that fits)"
+        yield f"more: --all (every category, masks, levers){fit}"

@@ -13,7 +13,7 @@ from gradselect.usage import write_size
 from .variants import Setting
 
 HEADINGS = {"state_on_device": "state", "state_on_host": "on host"}
-SHORT = ("peak", "time", "state")
+SHORT = ("peak", "time", "state", "on host")
 FULL = ("peak", "explore", "exploit", "time", "skipped", *(HEADINGS.get(name, name) for name in CATEGORIES))
 
 
