@@ -5,13 +5,20 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from tiny_models import tiny_batch, tiny_llama
+from typer.main import get_command
 
 import gradselect
+from gradselect.app.cli.command_line import app
+from gradselect.app.compare.suite import Suite, parse_suite
+from gradselect.app.recipe import Recipe, load_recipe, merge, parse_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -131,6 +138,55 @@ def run(code: str) -> None:
     loader = [tiny_batch(model, seed=seed) for seed in range(4)]
     compiled = compile(code, "page", "exec", dont_inherit=True)
     exec(compiled, {"torch": torch, "gs": gradselect, "model": model, "loader": loader})
+
+
+BLOCKS_OF_YAML = [
+    pytest.param(match[1], id=f"{page.stem}: {match[1].strip().splitlines()[0]}")
+    for page in PAGES
+    for match in re.finditer(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+]
+COMMANDS = sorted(
+    {
+        (page.name, line.split("#")[0].strip().removesuffix("\\"))
+        for page in PAGES
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if re.match(r"(\w+=\S+ )*gradselect [a-z]", line)
+    }
+)
+
+
+@pytest.mark.parametrize("block", BLOCKS_OF_YAML)
+def test_a_block_of_yaml_is_valid(block: str):
+    """A part of a recipe or of a suite stands in a whole one; a section of a framework holds a method."""
+    values = yaml.safe_load(block)
+    if "gradselect" in values:
+        gradselect.method({key: value for key, value in values["gradselect"].items() if key != "jsonl"})
+    elif values.keys() <= Suite.model_fields.keys():
+        parse_suite(merge(suite_of_pages(), values), source="page")
+    else:
+        sections = values if values.keys() <= Recipe.model_fields.keys() else {"data": values}
+        whole = merge(suite_of_pages()["recipe"], {"method": {"name": "full"}, "optimizer": {"lr": 1.0}})
+        parse_recipe(merge(merge(whole, {"run": {"output": "out"}}), sections), source="page")
+
+
+def suite_of_pages() -> dict[str, Any]:
+    text = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
+    return yaml.safe_load(text.split("```yaml\n# mine.yaml")[1].split("```")[0])
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=lambda text: text)
+def test_a_command_of_a_page_has_these_options_and_keys(page: str, line: str):
+    words = shlex.split(line)
+    words = words[words.index("gradselect") + 1 :]
+    command: Any = get_command(app)
+    while commands := getattr(command, "commands", {}):
+        assert words[0] in commands, line
+        command = commands[words.pop(0)]
+    own = words[: words.index("--")] if "--" in words else words
+    known = {name for option in command.params for name in option.opts} | {"--help", "--json"}
+    assert {word.split("=")[0] for word in own if word.startswith("--")} <= known, line
+    if own and (ROOT / own[0]).is_file() and own[0].startswith("recipes/"):
+        load_recipe(ROOT / own[0], [word for word in own[1:] if re.match(r"[a-z_.]+=", word)])
 
 
 def test_the_reference_of_recipes_is_that_of_the_schema(monkeypatch: pytest.MonkeyPatch):

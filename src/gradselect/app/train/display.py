@@ -113,11 +113,15 @@ SHOWN = {
 }
 """Metrics of trainers of TRL that a line shows, and their names in it. The record of the run has all of them."""
 
+OF_TOKENS = {"entropy": "token entropy", "mean_token_accuracy": "token accuracy"}
+"""Names of TRL's metrics of supervised training: the entropy of a selection is another thing."""
+
 
 def _shown(figures: Mapping[str, float | None]) -> str:
     """Format figures; of those that only trainers of TRL have, a few."""
     is_long = any(name in SHOWN for name in figures)
-    named = {SHOWN.get(name, name): value for name, value in figures.items() if not is_long or name in {"loss", *SHOWN}}
+    names = OF_TOKENS | SHOWN
+    named = {names.get(name, name): value for name, value in figures.items() if not is_long or name in {"loss", *SHOWN}}
     return "  ".join(f"{name} {value:.4f}" for name, value in named.items() if value is not None)
 
 
