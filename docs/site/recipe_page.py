@@ -46,8 +46,11 @@ another recipe's values, so that a file writes only what differs.
 
 The section `method` is also what [frameworks](frameworks.md) and `gs.method({...})` take.
 """
-DATA_TEXT = "The key `format` says which form the examples have ([data.md](data.md)).\n"
-METHOD_TEXT = "The key `name` says which method it is. The `seed` of a policy or mask is that of the run.\n"
+DATA_TEXT = "The key `format` says which form the examples have ([data.md](data.md)).\n\n"
+METHOD_TEXT = (
+    "The key `name` says which method it is ([which to take](choose.md)). The `seed` of a policy or mask is that of the "
+    "run.\n\n"
+)
 TRAINER_TEXT = "Without this section a run is supervised fine-tuning. See [preference.md](preference.md).\n"
 ABSURD = 10**4
 NO_KEYS = ["No keys of its own.", ""]
@@ -58,15 +61,22 @@ def page() -> str:
     schema = Recipe.model_json_schema()
     sections = [START]
     sections += ["## model\n", *section(ModelSettings, schema)]
-    sections += ["## data\n", DATA_TEXT]
+    sections += ["## data\n", f"{DATA_TEXT}{names_of('data', 'format')}"]
     sections += families("data", "format", DATA, schema)
-    sections += ["## method\n", METHOD_TEXT]
+    sections += ["## method\n", f"{METHOD_TEXT}{names_of('method', 'name')}"]
     sections += families("method", "name", METHODS, schema)
     sections += ["## optimizer\n", *section(OptimizerSettings, schema)]
     sections += ["## run\n", *section(RunSettings, schema)]
     sections += ["## trainer\n", TRAINER_TEXT]
     sections += families("trainer", "name", TRAINERS, schema)
     return "\n".join(sections)
+
+
+def names_of(key: str, tag: str) -> str:
+    """Return a link to each class of a section that has several."""
+    titles = [tag_of(kind, tag) for kind in kinds_of(key)]
+    links = [f"[{title}](#{key}{tag}-{title.replace(',', '').replace(' ', '-')})" for title in titles]
+    return f"One of: {', '.join(links)}.\n"
 
 
 def families(key: str, tag: str, shared: Mapping[str, type[Settings]], schema: dict[str, Any]) -> list[str]:

@@ -46,18 +46,18 @@ class AdaGradSelect(AbstractEpsilonGreedy):
         fraction: share of the candidate blocks that trains in a step, k = max(1, round(fraction * blocks)). Default
             0.2 unless `count` is given.
         count: k itself, instead of `fraction`.
-        explore_steps: N, in optimizer steps; a quarter of the run is a good start. None: an integration that knows the
-            loader calls `fill_explore_steps`, which takes the first epoch, but at most a quarter of the run.
-        epsilon_end: value of eps_t at t = N.
-        delta: added to every count. A larger one explores more after the first epoch.
-        rank_by: "cumulative" ranks by G_b, "step" by the norm of this step only.
+        explore_steps: N, in optimizer steps; a quarter of the run is a good start. None: `gradselect train` or the
+            Trainer's callback fills it in: the steps of the first epoch, but at most a quarter of the run.
+        epsilon_end: value of eps_t, the chance that step t explores, at t = N.
+        delta: added to every count. A larger one draws more evenly.
+        rank_by: "cumulative" ranks by G_b, the sum of a block's norms, "step" by the norm of this step only.
         norm: "l2", or "rms" = ||g_b||_2 / sqrt(number of entries), which does not favour large blocks.
         draw: "top-k" of p, or "multinomial": k draws without replacement with probabilities p.
         among: names or globs of the candidate blocks, e.g. `("layer.1?",)`. "layers" stands for all but embeddings,
             final norms and heads over the vocabulary. None: all.
         every: steps between two selections; the blocks stay the same in between. f counts selections, not updates:
             counting updates would multiply the lock-in.
-        discount: factor on f and G at each selection. Below 1 the bandit forgets old steps.
+        discount: factor on the counts f and the sums G at each selection. Below 1 old steps are forgotten.
         coverage: every block trains at least once in any `coverage` consecutive steps. None: no such guarantee.
         delta_growth: delta_t = delta + delta_growth * t.
         strata: "layer" or "category" selects `fraction` or `count` of each stratum apart, as `gradselect.Stratified`

@@ -58,9 +58,9 @@ class CostAware(AbstractEpsilonGreedy):
         floor: share of the other exploit steps whose cut is drawn uniformly. With C cuts each has a chance of at least
             floor / C. 1: no regard to gain and time.
         gain: "l2", or "l1", to which Adam's first-order gain lr |g|_1 is proportional. Which is better is not settled.
-        explore_steps: N, in optimizer steps; a quarter of the run is a good start. None: an integration that knows the
-            loader calls `fill_explore_steps`, which takes the first epoch, but at most a quarter of the run.
-        epsilon_end: value of eps_t = epsilon_end^(t / N) at t = N.
+        explore_steps: N, in optimizer steps; a quarter of the run is a good start. None: `gradselect train` or the
+            Trainer's callback fills it in: the steps of the first epoch, but at most a quarter of the run.
+        epsilon_end: value of eps_t = epsilon_end^(t / N), the chance that step t explores, at t = N.
         delta: added to every count. A larger one draws more evenly.
         among: names or globs of the candidate blocks, e.g. `("layer.*",)`. None: all.
         seed: seed of every draw.
