@@ -48,8 +48,8 @@ The section `method` is also what [frameworks](frameworks.md) and `gs.method({..
 """
 DATA_TEXT = "The key `format` says which form the examples have ([data.md](data.md)).\n\n"
 METHOD_TEXT = (
-    "The key `name` says which method it is ([which to take](choose.md)). The `seed` of a policy or mask is that of the "
-    "run.\n\n"
+    "The key `name` says which method it is ([which to take](choose.md)). The `seed` of a policy or mask is that of "
+    "the run.\n\n"
 )
 TRAINER_TEXT = "Without this section a run is supervised fine-tuning. See [preference.md](preference.md).\n"
 ABSURD = 10**4
