@@ -9,6 +9,7 @@ import optuna
 import pytest
 import yaml
 from train_fixtures import ADAGRADSELECT, parse, quiet, write_recipe, write_sums
+from tune_support import closing_connections, stored_study
 
 from gradselect import UsageError
 from gradselect.app import cli
@@ -28,6 +29,12 @@ RATES = ["optimizer.lr=1e-4:1:log"]
 @pytest.fixture
 def recipe(place, tmp_path):
     return parse(place, data={"validation": 0.25}, run={**SHORT, "output": str(tmp_path / "out")})
+
+
+@pytest.fixture(autouse=True)
+def connections():
+    with closing_connections():
+        yield
 
 
 def scripted(losses):
@@ -201,6 +208,31 @@ def test_a_folder_with_something_else_is_left_alone(recipe, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_damaged_file_of_trials_is_refused_and_left_alone(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(_tune, "carry_out", scripted([[1.0]]))
+    tune(recipe, study=tmp_path / "study", num_trials=1, search=RATES, console=quiet())
+    (tmp_path / "study" / "trials.db").write_bytes(b"cut off" * 100)
+    with pytest.raises(
+        UsageError, match=r"trials\.db cannot be read \(file is not a database\); choose another --study"
+    ):
+        tune(recipe, study=tmp_path / "study", num_trials=2, search=RATES, console=quiet())
+    assert (tmp_path / "study" / "trials.db").read_bytes() == b"cut off" * 100
+
+
+@pytest.mark.parametrize("where", ["opening", "trial"])
+def test_an_error_leaves_no_connection_open(recipe, tmp_path, monkeypatch, where):
+    def fails(*args, **options):
+        options.get("storage") and options["storage"].get_all_studies()
+        raise KeyboardInterrupt
+
+    if where == "opening":
+        monkeypatch.setattr(optuna, "create_study", fails)
+    else:
+        monkeypatch.setattr(_tune, "carry_out", fails)
+    with pytest.raises(KeyboardInterrupt):
+        tune(recipe, study=tmp_path / "study", num_trials=1, search=RATES, console=quiet())
+
+
 def test_without_validation_examples_there_is_nothing_to_compare(place, tmp_path):
     with pytest.raises(UsageError, match=r"data\.validation=0\.05"):
         tune(parse(place), study=tmp_path / "study", console=quiet())
@@ -240,8 +272,8 @@ def test_a_trial_trains_as_the_recipe_it_leaves_and_nothing_of_it_stays(place, r
     run = json.loads((trained / "run.json").read_text())
     assert run["validation_loss"] == result.best.loss
     assert not list((study / "trials" / "0").glob("**/checkpoints/*"))
-    (stored,) = optuna.get_all_study_summaries(f"sqlite:///{study / 'trials.db'}")
-    assert stored.n_trials == 2
+    with stored_study(study) as stored:
+        assert len(stored.trials) == 2
 
 
 def test_a_pruned_trial_stops_training_and_the_next_one_is_whole(place, recipe, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import optuna
 import pytest
 from train_fixtures import parse, quiet
+from tune_support import closing_connections, stored_study
 
 from gradselect import UsageError
 from gradselect.app.recipe_planning import RecipePlanner
@@ -40,6 +41,12 @@ def recipe(place, tmp_path):
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     monkeypatch.setattr(_tune, "WAIT_SECONDS", 0.01)
+
+
+@pytest.fixture(autouse=True)
+def connections():
+    with closing_connections():
+        yield
 
 
 def by(loss_of, seen=None):
@@ -206,9 +213,8 @@ def test_a_trial_that_cannot_fit_is_vetoed_with_numbers_and_does_not_count(recip
     assert max(recipe.run.batch_size for recipe in seen) < 8 <= min(trial.values["run.batch_size"] for trial in vetoed)
     assert "its planned peak is " in vetoed[0].reason
     assert " of --fit" in vetoed[0].reason
-    (stored,) = optuna.get_all_study_summaries(f"sqlite:///{tmp_path / 'study' / 'trials.db'}")
-    study = optuna.load_study(study_name=stored.study_name, storage=f"sqlite:///{tmp_path / 'study' / 'trials.db'}")
-    kept = study.trials[vetoed[0].number]
+    with stored_study(tmp_path / "study") as study:
+        kept = study.trials[vetoed[0].number]
     assert (kept.state.name, kept.user_attrs["reason"]) == ("PRUNED", vetoed[0].reason)
     assert not (tmp_path / "study" / "trials" / str(kept.number)).exists()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import optuna
@@ -34,20 +35,14 @@ def opened(folder: StudyFolder, description: Mapping[str, Any]) -> Iterator[optu
     except UsageError:
         if not (folder.root / LOCK_NAME).exists():
             raise
-    with _quiet_optuna():
+    with _quiet_optuna(), ExitStack() as connections:
         with folder.turn(warn=True):
             check_folder(folder, description)
+            _check_storage(folder)
             if not folder.description.exists():
                 write_atomically(folder.description, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
-            storage = optuna.storages.RDBStorage(
-                f"sqlite:///{folder.storage}", engine_kwargs={"connect_args": {"timeout": TURN_SECONDS}}
-            )
-            study = _load(storage)
-        try:
-            yield study
-        finally:
-            storage.remove_session()
-            storage.engine.dispose()
+            study = _load(connections.enter_context(_connected(folder)))
+        yield study
 
 
 def ended(study: optuna.Study) -> list[FrozenTrial]:
@@ -65,6 +60,32 @@ def running(study: optuna.Study, folder: StudyFolder) -> list[FrozenTrial]:
             # Its values will be proposed again.
             study.tell(trial.number, state=TrialState.FAIL)
     return alive
+
+
+def _check_storage(folder: StudyFolder) -> None:
+    """Refuse a damaged file of trials. Optuna's engine would keep it open, and nothing could close it."""
+    if not folder.storage.exists():
+        return
+    try:
+        with closing(sqlite3.connect(folder.storage, timeout=TURN_SECONDS)) as connection:
+            connection.execute("PRAGMA schema_version")
+    except sqlite3.DatabaseError as error:
+        raise UsageError(
+            f"the trials in {folder.storage} cannot be read ({error}); choose another --study, or put a copy of the "
+            "file there"
+        ) from error
+
+
+@contextmanager
+def _connected(folder: StudyFolder) -> Iterator[optuna.storages.RDBStorage]:
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{folder.storage}", engine_kwargs={"connect_args": {"timeout": TURN_SECONDS}}
+    )
+    try:
+        yield storage
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def _load(storage: optuna.storages.RDBStorage) -> optuna.Study:
