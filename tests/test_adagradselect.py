@@ -16,6 +16,7 @@ from policy_support import BLOCK_NAMES, make_blocks, norms_at, take_step
 from scipy import stats
 from torch import nn
 
+import gradselect as gs
 from gradselect import BlockOptimizer, GradNormTopK, Uniform, UsageError, partition
 from gradselect.blocks.draws import gumbel, log_gamma, open_uniform, random_stream
 from gradselect.blocks.policy import largest
@@ -376,6 +377,36 @@ def test_explore_steps_left_open_are_at_most_a_quarter_of_the_run(preset: Any, e
         policy.fill_explore_steps(in_epoch, run_steps=in_run)
         found.append(policy.known_explore_steps())
     assert tuple(found) == expected
+
+
+@pytest.mark.parametrize(
+    ("preset", "steps", "expected"),
+    [
+        (None, {"num_steps": 100}, 25),
+        (None, {"num_steps": 100, "epoch_steps": 62}, 25),
+        (None, {"num_steps": 1000, "epoch_steps": 62}, 62),
+        (None, {"epoch_steps": 62}, 62),
+        ("paper", {"num_steps": 100, "epoch_steps": 62}, 62),
+    ],
+)
+def test_a_loop_that_gives_its_steps_explores_as_long_as_a_trainer(preset: Any, steps: Any, expected: int) -> None:
+    method = gs.method({"name": "adagradselect", "preset": preset})
+    optimizer = method.make_optimizer(tiny_models.tiny_llama(), lr=1e-3, **steps)
+    assert isinstance(optimizer, BlockOptimizer)
+    assert optimizer.policy.known_explore_steps() == expected  # type: ignore[attr-defined]
+
+
+def test_the_paper_s_first_epoch_is_not_guessed_from_the_steps_of_the_run() -> None:
+    method = gs.method({"name": "adagradselect", "preset": "paper"})
+    optimizer = method.make_optimizer(tiny_models.tiny_llama(), lr=1e-3, num_steps=100)
+    with pytest.raises(UsageError, match=r"make_optimizer\(num_steps=..., epoch_steps=len\(loader\)\)"):
+        optimizer.policy.known_explore_steps()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["num_steps", "epoch_steps"])
+def test_a_loop_of_no_steps_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"{name}=0 is not a whole number from 1 on"):
+        gs.method("adagradselect").make_optimizer(tiny_models.tiny_llama(), lr=1e-3, **{name: 0})
 
 
 # --- defaults and the paper's setting -------------------------------------------------------------------

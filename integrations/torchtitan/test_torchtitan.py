@@ -127,7 +127,7 @@ def run_two(*words: object) -> None:
 WRONG = {
     "fractoin": ({"name": "adagradselect", "fractoin": 0.3}, "fractoin"),
     "open explore steps": (
-        {"name": "adagradselect", "fraction": 0.3},
+        {"name": "adagradselect", "fraction": 0.3, "preset": "paper"},
         r"torchtitan has no epochs; write e.g. explore_steps=",
     ),
     "weights": ({"name": "static", "salience": "magnitude", "density": 0.1}, "torchtitan loads weights after"),
@@ -139,6 +139,12 @@ def test_what_cannot_work_is_refused(case, tmp_path):
     method, message = WRONG[case]
     with pytest.raises(gs.UsageError, match=message):
         selective(config(tmp_path, "adamw"), method).build()
+
+
+def test_explore_steps_left_open_are_a_quarter_of_the_run(tmp_path):
+    trainer = selective(config(tmp_path, "adamw", steps=12), {"name": "adagradselect", "fraction": 0.3}).build()
+    assert trainer.optimizers._selective.policy.filled_explore_steps == 3
+    trainer.close()
 
 
 def test_cuda_graphs_are_refused(tmp_path):

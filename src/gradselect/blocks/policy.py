@@ -169,11 +169,11 @@ class AbstractPolicy(ABC):
     def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
         """Count a step that has updated `selected`, as proposed or decided. `norms` holds observed norms, if any."""
 
-    def fill_explore_steps(self, num_steps: int, *, run_steps: int | None = None) -> None:
+    def fill_explore_steps(self, num_steps: int | None, *, run_steps: int | None = None) -> None:
         """Derive the length of the explore phase, if it was left open, from that of the first epoch and of the run.
 
         Args:
-            num_steps: optimizer steps of the first epoch.
+            num_steps: optimizer steps of the first epoch, be the run shorter or not. None: unknown.
             run_steps: optimizer steps of the run. None: unknown.
         """
 

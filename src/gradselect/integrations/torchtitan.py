@@ -51,7 +51,8 @@ def selective(config: _Config, method: Mapping[str, Any] | str, *, jsonl: str | 
 
     Args:
         config: of a registry; it must have one AdamW for all parameters.
-        method: plain data, as for `gradselect.method`. torchtitan has no epochs, so give AdaGradSelect `explore_steps`.
+        method: plain data, as for `gradselect.method`. torchtitan has no epochs, so `explore_steps` that
+            are left open are a quarter of the run.
         jsonl: file for the records of rank 0, one a line; its folder must exist.
 
     Raises:
@@ -90,8 +91,8 @@ class SelectiveOptimizers(OptimizersContainer):
         model_parts: the model; pipelines are refused.
 
     Raises:
-        UsageError: a pipeline or CUDA graphs; a policy whose `explore_steps` are open; or a mask that selects by
-            weights, which torchtitan loads later.
+        UsageError: a pipeline or CUDA graphs; a policy whose `explore_steps` only an epoch could give; or a mask that
+            selects by weights, which torchtitan loads later.
 
     Example:
         >>> SelectiveOptimizers.Config(method={"name": "uniform", "count": 2}, lr=1e-5).lr

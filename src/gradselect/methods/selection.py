@@ -10,6 +10,7 @@ from torch import nn
 
 from gradselect.blocks import BlockOptimizer
 from gradselect.entries import SparseOptimizer
+from gradselect.usage import check_whole
 
 from .base import AbstractMethod, Loss, RunFacts
 
@@ -60,6 +61,7 @@ class AbstractSelectionMethod(AbstractMethod):
         lr: float,
         seed: int = 0,
         num_steps: int | None = None,
+        epoch_steps: int | None = None,
         batches: Sequence[Any] = (),
         loss: Loss | None = None,
         **options: Any,
@@ -70,7 +72,9 @@ class AbstractSelectionMethod(AbstractMethod):
             model: model to train.
             lr: learning rate.
             seed: seed of the selection.
-            num_steps: optimizer steps of the run, for a method that spreads its selection over them.
+            num_steps: optimizer steps of the run, for a method that spreads its selection over them. Fills in
+                `explore_steps`, if they are left open, with a quarter of them.
+            epoch_steps: optimizer steps of an epoch; `explore_steps` left open are at most these, as in a Trainer.
             batches: as many batches as `num_batches`, for a method that looks at data before the first step.
             loss: loss of a batch. None: the model computes it.
             options: further arguments of `optimizer_class`: `weight_decay`, `accumulation_steps`, ...
@@ -84,7 +88,16 @@ class AbstractSelectionMethod(AbstractMethod):
             >>> optimizer = gs.method({"name": "uniform", "count": 1}).make_optimizer(model, lr=1e-3)
             >>> optimizer.defaults["lr"]
             0.001
+            >>> method = gs.method({"name": "adagradselect", "count": 1})
+            >>> method.make_optimizer(model, lr=1e-3, num_steps=100).policy.known_explore_steps()
+            25
         """
         self.check_needs_no_application()
+        for given, steps in {"num_steps": num_steps, "epoch_steps": epoch_steps}.items():
+            if steps is not None:
+                check_whole(given, steps)
         facts = RunFacts(seed=seed, num_steps=num_steps, batches=batches, loss=loss)
-        return self.optimizer_class(model, **{"lr": lr, **self.optimizer_options(model, facts), **options})
+        optimizer = self.optimizer_class(model, **{"lr": lr, **self.optimizer_options(model, facts), **options})
+        if isinstance(optimizer, BlockOptimizer):
+            optimizer.policy.fill_explore_steps(epoch_steps, run_steps=num_steps)
+        return optimizer

@@ -54,15 +54,19 @@ class AbstractEpsilonGreedy(AbstractPolicy):
         """True if step `step` may explore, rather than keep the selection of the step before."""
         return True
 
-    def fill_explore_steps(self, num_steps: int, *, run_steps: int | None = None) -> None:
+    def fill_explore_steps(self, num_steps: int | None, *, run_steps: int | None = None) -> None:
         """Set N to the steps of the first epoch, or to `longest_explore_share` of the run's if that is less.
 
-        N stays if it is known already. It is part of the state, so a resumed run has it. Binding keeps it.
+        N stays if it is known already. It is part of the state, so a resumed run has it. Binding keeps it. N stays open
+        where only an epoch could give it: `num_steps` is None, and the phase may last as long as the run.
         """
-        check_whole("explore_steps", num_steps)
-        if self.explore_steps is None and self.filled_explore_steps is None:
-            longest = num_steps if run_steps is None else max(1, round(self.longest_explore_share * run_steps))
-            self.filled_explore_steps = min(num_steps, longest)
+        if num_steps is not None:
+            check_whole("explore_steps", num_steps)
+        limits = [] if num_steps is None else [num_steps]
+        if run_steps is not None and (limits or self.longest_explore_share < 1):
+            limits.append(max(1, round(self.longest_explore_share * run_steps)))
+        if limits and self.explore_steps is None and self.filled_explore_steps is None:
+            self.filled_explore_steps = min(limits)
 
     @property
     def longest_explore_share(self) -> float:
@@ -104,6 +108,6 @@ class AbstractEpsilonGreedy(AbstractPolicy):
             name = type(self).__name__
             raise UsageError(
                 f"explore_steps=None was never filled in; write {name}(explore_steps=len(loader) // 4), or let the "
-                "Trainer's SelectionCallback fill it in"
+                "Trainer's SelectionCallback fill it in, or make_optimizer(num_steps=..., epoch_steps=len(loader))"
             )
         return num_steps

@@ -68,10 +68,12 @@ def make_optimizer(model: nn.Module, config: Mapping[str, Any]) -> BlockOptimize
     _check_wrapper(model, trainer.args)
     if method.optimizer_class is SparseOptimizer:
         given = {"max_grad_norm": trainer.args.max_grad_norm or None, **given}
+    epoch_steps = len(trainer.train_batch_generator)
     optimizer = method.make_optimizer(
         model,
         seed=trainer.args.seed,
         num_steps=trainer.num_training_steps,
+        epoch_steps=epoch_steps if epoch_steps > 0 else None,
         accumulation_steps=trainer.train_batch_generator.num_micro_batch,
         **{"lr": trainer.args.learning_rate, **given},
     )
@@ -106,9 +108,6 @@ def _connect(optimizer: BlockOptimizer | SparseOptimizer, trainer: Any, jsonl: s
     if trainer.args.enable_activation_checkpointing:
         checkpoint_selected(trainer.model)
     if isinstance(optimizer, BlockOptimizer):
-        optimizer.policy.fill_explore_steps(
-            min(len(trainer.train_batch_generator), trainer.num_training_steps), run_steps=trainer.num_training_steps
-        )
         say_never_trained(optimizer)
         say_explore_steps(optimizer, num_steps=trainer.num_training_steps)
     optimizer.add_record_hook(SelectionInLog(trainer))

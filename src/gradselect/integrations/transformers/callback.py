@@ -124,7 +124,7 @@ class SelectionCallback(TrainerCallback):
             if optimizer.update_in_backward:
                 check_clipping(args)
             optimizer.grad_scaler = parts["optimizer"].scaler
-            num_steps = min(_num_steps_of_epoch(args, state, parts["train_dataloader"]), state.max_steps)
+            num_steps = _num_steps_of_epoch(args, state, parts["train_dataloader"])
             optimizer.policy.fill_explore_steps(num_steps, run_steps=state.max_steps)
             say_never_trained(optimizer)
             say_explore_steps(optimizer, num_steps=state.max_steps)
