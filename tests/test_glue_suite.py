@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from peft import get_peft_model
+from transformers import BertConfig, BertForSequenceClassification
 
 from gradselect import UsageError
 from gradselect.app.compare import load_suite
@@ -12,7 +17,12 @@ from gradselect.app.compare.measure import score_of
 from gradselect.app.compare.protocol import _evaluation_settings
 from gradselect.app.compare.suite import Evaluation
 from gradselect.app.evaluate import EvaluationResult
+from gradselect.app.inputs import head_names
 from gradselect.app.inputs.examples import render_examples
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from encoder_text import Recipe as EncoderRecipe
 
 SUITES = Path(__file__).parents[1] / "suites" / "glue"
 METRICS = {"cola": "matthews", "rte": None, "mrpc": "f1", "stsb": "spearman"}
@@ -39,6 +49,25 @@ def test_a_suite_of_each_task_reads_its_files_and_has_its_score(task: str, tmp_p
     assert list(suite.methods) == ["full", "LoRA", "BitFit", "PaFI", "ID3", "SparseGrad", "MeProp", "GMT"]
     assert suite.evaluations["dev"].metric == METRICS[task]
     assert len(render_examples(suite.recipe.data, seed=0).rows["train"]) == 18
+
+
+@pytest.mark.parametrize("task", METRICS)
+def test_classifier_and_pooler_train_whole_and_lora_has_the_entries_of_the_budget(task: str) -> None:
+    suite, shape = load_suite(SUITES / f"{task}.yaml"), EncoderRecipe()
+    sizes = {"hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size}
+    config = BertConfig(num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_heads, **sizes)
+    with torch.device("meta"):
+        model = BertForSequenceClassification(config)
+    head = head_names(model, suite.recipe.model)
+    assert [name.rpartition(".")[0] for name in head[::2]] == ["bert.pooler.dense", "classifier"]
+    methods: dict[str, Any] = {name: entry.method for name, entry in suite.methods.items()}
+    assert not any(getattr(method, "always", ()) for method in methods.values())
+    adapted = get_peft_model(model, methods["LoRA"].peft_config(embedding="", head=("classifier", "pooler")))
+    own = {name: weight.numel() for name, weight in adapted.named_parameters() if weight.requires_grad}
+    num_own = sum(count for name, count in own.items() if ".modules_to_save." not in name)
+    assert num_own == methods["PaFI"].budget == methods["ID3"].budget == 18_432
+    in_mlps = 2 * shape.num_layers * shape.hidden_size * shape.intermediate_size
+    assert methods["SparseGrad"].density * in_mlps == methods["MeProp"].density * in_mlps == num_own
 
 
 def test_a_metric_is_for_classifications_alone() -> None:
