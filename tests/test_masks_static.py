@@ -127,6 +127,18 @@ def test_synflow_takes_an_input_of_the_users() -> None:
     assert {name: each.tolist() for name, each in optimizer.entries.items()} == best(expected, 5)
 
 
+def test_synflow_sums_the_logits_of_batches_that_hold_labels() -> None:
+    """The first output of a model of transformers that gets labels is its loss."""
+    model = tiny_llama(layers=2)
+    batch = tiny_batch(model, seed=0)
+    found = [
+        StaticMask(salience=salience.synflow, budget=100, batches=[each]).bind(offered(model)).choose(0, model)
+        for each in (batch, {name: value for name, value in batch.items() if name != "labels"})
+    ]
+    first, second = ({name: entries.tolist() for name, entries in each.items()} for each in found)
+    assert first == second
+
+
 def test_weights_are_bitwise_as_before_after_an_error_too() -> None:
     model = tiny_llama(layers=1)
     before = snapshot(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 import gradselect as gs
 from gradselect.blocks import StepCost
 from gradselect.core import MEMORY_CATEGORIES
+from gradselect.entries.set_up import trainable_tensors
+from gradselect.masks.calibration import Probe, batch_of_ones
 from gradselect.planning import CATEGORIES, Plan
 from gradselect.planning.policy_survey import mean_by_lowest, mean_sum, survey
 
@@ -108,6 +111,57 @@ MASKS = {
     "top gradient": gs.TopGradient(density=0.05),
     "gmt": gs.GMT(),
 }
+
+
+def live_bytes() -> int:
+    """Return the bytes of the numbers in all tensors that Python can reach, each storage once, without single ones."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    storages = [each.untyped_storage() for each in tensors if each.is_floating_point() and each.ndim]
+    return sum({each.data_ptr(): each.nbytes() for each in storages if each.device.type == "cpu"}.values())
+
+
+LOOKS = {
+    "synflow, ones": (gs.salience.synflow, 0),
+    "synflow": (gs.salience.synflow, 2),
+    "snip": (gs.salience.snip, 2),
+    "grasp": (gs.salience.grasp, 2),
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_look_holds_the_planned_copies_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    criterion, num_batches = LOOKS[name]
+    model = tiny_llama()
+    batches = [tiny_batch(model, seed=seed) for seed in range(num_batches)] or None
+    found = gs.plan(
+        model,
+        gs.StaticMask(salience=criterion, density=0.05, batches=batches),
+        batch_size=2,
+        sequence_length=8,
+        gradient_checkpointing=True,  # which a model in evaluation mode does not do
+    )
+    look = found.step("look")
+    tensors = trainable_tensors(model)
+    probe = Probe(model=model, tensors=tensors, batches=batches or [batch_of_ones(model)])
+    seen, derivatives = [], Probe.derivatives
+
+    def watched(self: Probe, value: torch.Tensor, leaves: Any) -> Any:
+        slopes = derivatives(self, value, leaves)
+        seen.append(live_bytes())
+        return slopes
+
+    monkeypatch.setattr(Probe, "derivatives", watched)
+    before = live_bytes()
+    criterion.estimate(probe)
+    planned = look.moments["update"]
+    assert max(seen) - before == planned.workspace + planned.gradients
+    assert planned.weights == sum(tensor.parameter.numel() * 4 for tensor in tensors)
+    plain = gs.plan(
+        model, gs.StaticMask(salience=gs.salience.snip, density=0.05, batches=[{}]), batch_size=2, sequence_length=8
+    )
+    kept = [step.moments["loss"].activations for step in (look, plain.step("look"))]
+    assert kept[0] < kept[1] if name == "synflow, ones" else kept[0] == kept[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

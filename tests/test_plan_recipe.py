@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from train_fixtures import NUM_LAYERS, parse, quiet, write_model, write_recipe, write_sums
+from transformers import AutoModelForCausalLM
 
 import gradselect as gs
+from gradselect import UsageError
 from gradselect.app.cli import main
 from gradselect.app.recipe_planning import Device, show
 from gradselect.app.recipe_planning.planner import RecipePlanner, meta_model
@@ -23,6 +26,7 @@ from gradselect.app.recipe_planning.variants import RecipePlan, Setting, changed
 from gradselect.app.train import train
 from gradselect.core import MEMORY_CATEGORIES
 from gradselect.planning import Bytes, Plan
+from gradselect.sparsegrad import choose_layers
 from gradselect.usage.byte_sizes import read_fractions, read_size, smallest_text, write_size
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
@@ -49,6 +53,21 @@ def planner() -> RecipePlanner:
 def measured(output: Path) -> dict[str, int]:
     """Return the most that the meter saw before updates."""
     return json.loads((output / "run.json").read_text("utf-8"))["bytes"]["peak"]
+
+
+def saved_by(model: Any, **batch: Any) -> int:
+    """Return the bytes that a forward pass saves for the backward pass, without weights and buffers."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(**batch)
+    assert output.logits.requires_grad  # its graph holds the tensors until here, so no address is used twice
+    own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+    return sum(size for pointer, size in kept.items() if pointer not in own)
 
 
 def at_update(found: gs.planning.Plan, category: str) -> int:
@@ -95,6 +114,31 @@ def test_the_look_of_a_static_mask_at_its_batches_is_counted(folder: Path, plann
     assert (look.kind, step) == ("look", first_step.step("step"))
     num_entries = sum(parameter.numel() for parameter in meta_model(parse(folder)).parameters())
     assert look.moments["update"].gradients == 2 * 4 * num_entries
+
+
+def test_what_grasp_keeps_of_the_backward_pass_is_said_not_to_be_counted(folder: Path, planner: RecipePlanner) -> None:
+    method = {"name": "static", "salience": "grasp", "density": 0.1, "calibration_batches": 2}
+    found = planner.plan(parse(folder, method=method))
+    assert any("method.salience=grasp" in note and "more than the plan says" in note for note in found.notes)
+
+
+def test_sparsegrad_is_refused_with_the_bytes_to_add_to_the_plan_of_meprop(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"plan method.name=meprop") as caught:
+        RecipePlanner().plan(parse(folder, method={"name": "sparsegrad"}))
+    saved, batch = [], {"input_ids": torch.ones(4, 60, dtype=torch.long)}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model").train()
+    for is_rotated in (False, True):
+        weights = [layer.weight_name for layer in choose_layers(model, layers=None, every=1)]
+        if is_rotated:
+            gs.sparsegrad.convert(model, [batch | {"labels": batch["input_ids"]}])
+            weights = [name for name, _ in model.named_parameters() if name.endswith("rotated_weight")]
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in weights)
+        saved.append(saved_by(model, **batch))
+    bases = sum(each.numel() * 4 for name, each in model.named_buffers() if ".shared_bases." in name)
+    copies = sum(each.numel() * 4 for each in model.parameters() if each.requires_grad)
+    assert 0 < saved[1] - saved[0] <= copies
+    assert f"add {write_size(bases)} for the bases and up to {write_size(copies)} for plain" in str(caught.value)
 
 
 SPT = {"name": "spt", "budget": 3000, "rank": 2, "calibration_batches": 2}

@@ -152,8 +152,8 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def sum_of_outputs(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the sum of the output, or of the first output if there are several."""
-    outputs = model(**batch)
+    """Return the sum of the output, or of the first output if there are several. With labels that would be the loss."""
+    outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
     return widened(outputs if isinstance(outputs, Tensor) else outputs[0]).sum()
 
 

@@ -251,9 +251,9 @@ class Random(WeightSalience):
 class SynFlow(ModelSalience):
     """|w dR/dw|, R the sum of the model's outputs with |w| in place of every weight: the flow through w.
 
-    The input is `inputs_embeds` of ones, shape (1, 2, width of the embedding), or the user's batches without labels. R
-    sums the output if it is a tensor, else the first of the outputs. The length and the use on language models are our
-    choice: the paper is about images.
+    The input is `inputs_embeds` of ones, shape (1, 2, width of the embedding), or the user's batches without their
+    labels. R sums the output if it is a tensor, else the first of the outputs. The length and the use on language
+    models are our choice: the paper is about images.
 
     Reference: Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic flow", arXiv
     2006.05467.

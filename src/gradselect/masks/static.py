@@ -61,7 +61,7 @@ class StaticMask(AbstractCompactMask):
             a small tensor may get none. Default "global", our choice: the paper compares both.
         refresh_every: n, steps between two selections. None: select only once, best in the paper.
         batches: batches to estimate from: keyword arguments of the model, on its device, in an iterable that can be
-            iterated again. They hold labels, except for `synflow`, where batches replace the input of ones.
+            iterated again. They hold labels, which `synflow` leaves out: its batches replace the input of ones.
         loss: (model, batch) -> scalar. Default `model(**batch).loss`.
         seed: seed of `random`.
         among: names or globs of the candidate parameters. None: all.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -19,11 +20,23 @@ from gradselect.entries import (
     resolve_budget,
     share_out,
 )
-from gradselect.masks import GMT, ID3, LIFT, BitFit, FixedEntries, MoFO, SpaRTA, StaticMask, TopGradient
+from gradselect.masks import (
+    GMT,
+    ID3,
+    LIFT,
+    BitFit,
+    FixedEntries,
+    MoFO,
+    SpaRTA,
+    StaticMask,
+    TopGradient,
+    salience,
+)
 from gradselect.usage import UsageError
 
 from .bytes import Bytes, cost_of
 from .forward_pass import ForwardPass
+from .meta_forward import Rows
 from .steps import Gradients, Step, Work, make_step
 from .training import Training
 
@@ -71,26 +84,54 @@ def mask_step(training: Training, mask: AbstractMask, forward: ForwardPass) -> S
 
 
 def looks(training: Training, mask: AbstractMask, forward: ForwardPass) -> tuple[Step, ...]:
-    """Return the look of a static mask at its batches, if it has some to take gradients from."""
-    if not (isinstance(mask, StaticMask) and mask.batches is not None and mask.salience.has_loss):
+    """Return the look of a static mask at its batches, or at an input of ones, if it runs the model for one."""
+    if not isinstance(mask, StaticMask):
         return ()
-    return (look_step(training.model, _bind(mask, training)[0].names, forward),)
+    model, criterion = training.model, mask.salience
+    is_flow = isinstance(criterion, salience.SynFlow)
+    if not is_flow and (mask.batches is None or not criterion.has_loss):
+        return ()
+    names = _bind(mask, training)[0].names
+    if isinstance(criterion, salience.Grasp):
+        # The mean gradient, and the gradients of the batch, whose derivative is taken.
+        scored = [parameter for name, parameter in model.named_parameters() if name in set(names)]
+        return (look_step(model, names, forward, beside=sum(_wide_bytes(each) + num_bytes(each) for each in scored)),)
+    if not is_flow:
+        return (look_step(model, names, forward),)
+    magnitudes = sum(map(num_bytes, model.parameters()))
+    if mask.batches is not None:
+        return (look_step(model, names, forward.without_loss(), beside=magnitudes),)
+    ones = forward.without_loss(Rows(batch=1, length=2))
+    look = look_step(model, names, ones, beside=magnitudes, is_single=True)
+    return (replace(look, relative_time=look.relative_time * ones.num_tokens / forward.num_tokens),)
 
 
-def look_step(model: nn.Module, names: Sequence[str], forward: ForwardPass) -> Step:
+def look_step(
+    model: nn.Module, names: Sequence[str], forward: ForwardPass, *, beside: int = 0, is_single: bool = False
+) -> Step:
     """Return the look at batches before the first step, by which a method scores entries of these parameters.
 
-    In float32 or wider there are the sum over batches and the gradients, or scores, of one batch.
+    In float32 or wider there are the sum over batches and the gradients, or scores, of one batch. The model runs in
+    evaluation mode, in which transformers checkpoints nothing.
+
+    Args:
+        model: on the meta device.
+        names: of the scored parameters.
+        forward: of a batch.
+        beside: bytes of copies that stay through the look.
+        is_single: True if there is one batch alone, and no sum.
     """
+    forward = forward.without_checkpointing()
     scored = [parameter for name, parameter in model.named_parameters() if name in set(names)]
     gradients, wide = sum(map(num_bytes, scored)), sum(_wide_bytes(parameter) for parameter in scored)
     halves = sum(num_bytes(parameter) for parameter in scored if parameter.dtype in HALF)
+    total = 0 if is_single else wide
     return make_step(
         "look",
         work_of(model, names, forward),
         forward.kept(names),
-        held=Bytes(weights=sum(map(num_bytes, model.parameters()))),
-        gradients=Gradients(before=wide, most=wide + gradients, after=2 * wide + halves),
+        held=Bytes(weights=sum(map(num_bytes, model.parameters())), workspace=beside),
+        gradients=Gradients(before=total, most=total + gradients, after=total + wide + halves),
     )
 
 

@@ -9,9 +9,9 @@ from typing import Literal
 from .activations import ActivationCounter
 from .meta_forward import Rows
 
-Loss = Literal["whole", "chunked", "none"]
+Loss = Literal["whole", "chunked", "none", "sum"]
 """Computation of the loss. "whole": from all logits in float32, as in models of transformers; "chunked": in tiles of
-tokens and vocabulary, as in TRL; "none": from one number a class, which takes next to nothing."""
+tokens and vocabulary, as in TRL; "none": from one number a class, which takes next to nothing; "sum": of all logits."""
 
 TILE_TOKENS, TILE_WORDS = 4096, 32768
 """Tile of TRL's chunked loss."""
@@ -50,6 +50,19 @@ class ForwardPass:
         self._rows = rows
         self._loss: Loss = loss
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the pass."""
+        return self._rows.batch * self._rows.length
+
+    def without_loss(self, rows: Rows | None = None) -> ForwardPass:
+        """Return the pass, or that of other rows, whose logits are summed up instead of compared with labels."""
+        return ForwardPass(self._counter, rows or self._rows, loss="sum", checkpointing=self.checkpointing)
+
+    def without_checkpointing(self) -> ForwardPass:
+        """Return the pass without gradient checkpointing."""
+        return ForwardPass(self._counter, self._rows, loss=self._loss, checkpointing=False)
+
     def kept(self, trained: Collection[str]) -> Kept:
         """Count for the case that the parameters of these names have a gradient.
 
@@ -80,7 +93,7 @@ class ForwardPass:
 
 def saved_logits(num_rows: int, *, vocabulary: int, loss: Loss) -> int:
     """Return the bytes that the loss saves: all log probabilities in float32, or two numbers a row."""
-    return {"whole": 4 * num_rows * vocabulary, "chunked": 8 * num_rows, "none": 0}[loss]
+    return {"whole": 4 * num_rows * vocabulary, "chunked": 8 * num_rows, "none": 0, "sum": 0}[loss]
 
 
 def peak_logits(num_rows: int, *, vocabulary: int, hidden: int, itemsize: int, loss: Loss, head_trains: bool) -> int:
@@ -88,10 +101,12 @@ def peak_logits(num_rows: int, *, vocabulary: int, hidden: int, itemsize: int, l
 
     Whole: three times rows x vocabulary in float32: log probabilities, the gradient with respect to them, and the
     gradient with respect to the logits. Chunked: one tile of logits, the gradient of the head's input in float32, and
-    that of the head in float32 if it trains.
+    that of the head in float32 if it trains. Sum: the logits, and in half precision a copy in float32.
     """
     if loss == "none":
         return 0
+    if loss == "sum":
+        return num_rows * vocabulary * (itemsize + (4 if itemsize < 4 else 0))
     saved = saved_logits(num_rows, vocabulary=vocabulary, loss=loss)
     if loss == "whole":
         return 3 * saved

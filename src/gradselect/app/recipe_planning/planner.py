@@ -31,6 +31,7 @@ from gradselect.app.recipe import (
 from gradselect.app.runtime import RunFolder
 from gradselect.app.train import mask_optimizer, method_parts
 from gradselect.blocks import StepCost
+from gradselect.core import num_bytes
 from gradselect.planning import (
     ActivationCounter,
     ForwardPass,
@@ -43,6 +44,7 @@ from gradselect.planning import (
     plan_steps,
     survey_policy,
 )
+from gradselect.sparsegrad import choose_layers
 from gradselect.usage import write_size
 
 from .trainer_notes import trainer_notes
@@ -221,11 +223,26 @@ def meta_model(recipe: Recipe) -> Any:
 
 
 def _check_method(recipe: Recipe) -> None:
-    if isinstance(recipe.method, SparseGradMethod | AbstractPeerMethod):
+    if isinstance(recipe.method, AbstractPeerMethod):
         raise UsageError(
-            f"method.name={recipe.method.name} cannot be planned: its bytes depend on batches or on another package; "
-            "plan e.g. method.name=meprop or method.name=badam"
+            f"method.name={recipe.method.name} cannot be planned: its bytes are up to another package; plan e.g. "
+            "method.name=badam"
         )
+    if isinstance(recipe.method, SparseGradMethod):
+        bases, copies = _rotation_bytes(meta_model(recipe), recipe.method)
+        raise UsageError(
+            "method.name=sparsegrad cannot be planned: what the eigenvectors of its bases take before the first step "
+            "is up to the libraries of the device; plan method.name=meprop, which trains as many entries, and add "
+            f"{write_size(bases)} for the bases and up to {write_size(copies)} for plain copies of the rotated weights"
+        )
+
+
+def _rotation_bytes(model: nn.Module, method: SparseGradMethod) -> tuple[int, int]:
+    """Return the bytes of the bases, one pair for each kind of layer, and of the weights that they rotate."""
+    layers = choose_layers(model, layers=method.layers, every=method.every)
+    kinds = {layer.kind: layer.matrix for layer in layers}
+    bases = sum(matrix.element_size() * sum(size**2 for size in matrix.shape) for matrix in kinds.values())
+    return bases, sum(num_bytes(layer.weight) for layer in layers)
 
 
 def _loss(recipe: Recipe) -> Loss:
@@ -255,5 +272,10 @@ def _notes(recipe: Recipe, config: Any) -> tuple[str, ...]:
         notes.append(
             f"the base is quantised ({quantised}), and the plan counts its weights in {recipe.model.dtype}: they will "
             "take less"
+        )
+    if getattr(recipe.method, "salience", None) == "grasp":
+        notes.append(
+            "method.salience=grasp differentiates the backward pass, and what that keeps of a batch is not counted: "
+            "its look at batches takes more than the plan says. method.salience=snip is counted whole"
         )
     return tuple(notes)
