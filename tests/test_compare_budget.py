@@ -399,6 +399,32 @@ def test_a_budget_that_was_too_short_is_corrected_without_measuring_again(
     assert (full.steps, uniform.steps) == (2, 4)
 
 
+def test_a_calibration_that_gives_results_other_steps_is_refused_before_anything_moves(
+    place: Path, tmp_path: Path, runner: Runner
+) -> None:
+    suite, folder = small_suite(place, {"time_of": "full"}), tmp_path / "results"
+    runner(suite, folder)
+    known = read_calibration(folder)
+    assert known is not None
+    uniform = known.methods["uniform 2"]
+    kinds = {kind: cost.model_copy(update={"ratio": cost.ratio / 2}) for kind, cost in uniform.by_kind.items()}
+    of_another = {**known.methods, "uniform 2": uniform.model_copy(update={"by_kind": kinds})}
+    write_calibration(folder, known.model_copy(update={"methods": of_another}))
+    before = {path: path.read_bytes() for path in folder.rglob("*.json")}
+    for only in (["full"], []):
+        with pytest.raises(UsageError, match=r"other steps than they have(.|\n)*--recalibrate(.|\n)*") as caught:
+            runner(suite, folder, only=only)
+        assert str(caught.value).endswith("\n  uniform 2: 4 steps then, 8 now (1 result)")
+    assert {path: path.read_bytes() for path in folder.rglob("*.json")} == before
+
+    # The user asks for it, for one method: the results of the other stay, and it is said.
+    runner(suite, folder, only=["full"], recalibrate=True)
+    assert "note       uniform 2: results with steps of an older calibration stay" in runner.said
+    runner(suite, folder)
+    assert "an older calibration" not in runner.said
+    assert runner.ran == []
+
+
 def test_what_another_comparison_has_measured_meanwhile_is_kept(
     place: Path, tmp_path: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:

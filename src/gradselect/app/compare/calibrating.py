@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .calibration import Calibrator, machine_facts
 from .calibration_table import show_calibration
 from .protocol import protocol_hash
 from .results import ResultsFolder
+from .run_plan import RunPlan
 from .subprocesses import run_job
 from .suite import Suite
 from .turns import TURN_OF, Turn, Turns, TurnsJob
@@ -55,6 +57,8 @@ def calibrated(
         say=say,
     )
     known = None if recalibrate else _known(folder, calibrator, say=say)
+    if known is not None:
+        _check_steps(suite, known, folder=folder)
     if known is None or calibrator.missing(methods, known):
         calibration = _calibrate(suite, methods, calibrator, folder=folder, recalibrate=recalibrate)
     else:
@@ -109,6 +113,34 @@ def _check_is_free(folder: ResultsFolder, difference: str) -> None:
             "one calibration. Choose another folder: --results DIR; or measure again with --recalibrate: results with "
             "another number of steps are then moved to work/superseded"
         )
+
+
+def _check_steps(suite: Suite, known: Calibration, *, folder: ResultsFolder) -> None:
+    """Refuse a calibration that gives results of the folder other steps, be their methods in this call or not.
+
+    Raises:
+        UsageError: names these methods, with both numbers of steps.
+    """
+    results = [each for each in folder.read()[0] if each.record.budget is not None and each.record.budget.steps]
+    names = {each.record.method for each in results} & suite.methods.keys() & known.methods.keys()
+    allotted = allot(suite, known, sorted(names))
+    moved = Counter[str]()
+    for result in results:
+        name, there = result.record.method, result.record.budget
+        if name not in names or there is None or (now := allotted.methods[name].steps) in (None, there.steps):
+            continue
+        then = allotted.methods[name].model_copy(update={"steps": there.steps})
+        # Results of other settings go aside anyway, which is said.
+        if RunPlan(suite, allotted.model_copy(update={"methods": {name: then}})).why_not(result.record) is None:
+            moved[f"{name}: {there.steps} steps then, {now} now"] += 1
+    if moved:
+        lines = [
+            f"the calibration in {folder.root} gives results there other steps than they have: it is that of another "
+            "folder, or this version of gradselect expects other explore steps. Choose another folder: --results DIR; "
+            "or measure again with --recalibrate: such results are then moved to work/superseded",
+            *(f"{line} ({count} result{'s' if count > 1 else ''})" for line, count in moved.items()),
+        ]
+        raise UsageError("\n  ".join(lines))
 
 
 def _measure(

@@ -14,6 +14,7 @@ from gradselect import UsageError
 from gradselect.app.progress import Stages
 from gradselect.app.results import Result, Rung, rungs_of, write_result
 from gradselect.app.runtime import check_ids
+from gradselect.usage import listed
 
 from .calibrating import calibrated
 from .folder_check import check_protocol, missing_samples
@@ -251,9 +252,15 @@ class Comparison:
 
     def _retire_others(self) -> None:
         """Move results out of the way that are of other settings, or of other methods than those that fit."""
-        for result in self._folder.read()[0]:
-            if result.record.method in self._suite.methods and (reason := self._plan.why_not(result.record)):
+        found = [each for each in self._folder.read()[0] if each.record.method in self._suite.methods]
+        for result in found:
+            if reason := self._plan.why_not(result.record):
                 self._retire(result, reason)
+        if old := self._plan.of_an_older_calibration([result.record for result in found]):
+            self._say(
+                f"note       {listed(old)}: results with steps of an older calibration stay, as this call leaves these "
+                "methods out; a call with them measures them and moves results with other steps aside"
+            )
 
     def _retire_scores(self, method: str, best: float) -> None:
         """Move scores at another rate out of the way: a wider grid may have changed the best rate."""

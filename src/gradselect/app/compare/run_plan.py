@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,15 @@ class RunPlan:
             return f"{method} had other settings"
         steps, there = self._steps(method), None if record.budget is None else record.budget.steps
         return f"{method} has {steps} steps now, and had {there}" if steps not in (None, there) else None
+
+    def of_an_older_calibration(self, records: Sequence[ComparedRun]) -> dict[str, int]:
+        """Return the steps, by method, of results whose method the calibration does not know: it was made without."""
+        known = None if self.calibration is None else self.calibration.methods
+        return {
+            record.method: record.budget.steps
+            for record in records
+            if known is not None and record.method not in known and record.budget and record.budget.steps
+        }
 
     def _steps(self, method: str) -> int | None:
         return None if self.calibration is None else self.calibration.methods[method].steps
