@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import pickle
@@ -10,6 +11,7 @@ import weakref
 import pytest
 import torch
 import transformers
+from accelerate.state import GradientState
 from test_integration_transformers import arguments, examples
 from tiny_models import tiny_batch, tiny_llama, tiny_t5
 from transformers import Trainer
@@ -206,6 +208,36 @@ def test_a_trainer_without_a_name_trains_and_is_freed():
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("how", ["cloudpickle", "deepcopy"])
+def test_a_copied_trainer_trains_as_the_first_one_and_alone(how, tmp_path, monkeypatch):
+    """Ray's search of hyperparameters pickles the Trainer without its model; each trial trains a copy."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    # Once a Trainer has trained in the process, no Trainer can be pickled: this holds weak references.
+    monkeypatch.setattr(GradientState, "_shared_state", {})
+    trainer = Trainer(
+        model_init=lambda: tiny_llama(),
+        args=arguments(tmp_path, max_steps=3),
+        train_dataset=examples(16),
+        callbacks=[SelectiveTraining(**CHOICES["policy"], jsonl=tmp_path / "s.jsonl")],
+    )
+    trainer.model = None
+    copied = copy.deepcopy(trainer) if how == "deepcopy" else pickle.loads(cloudpickle.dumps(trainer))
+    copied.train()
+    lines = (tmp_path / "s.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+    assert trainer.optimizer is None
+    assert all(parameter.requires_grad for parameter in copied.model.parameters())
+    trainer.train()
+    assert same(weights(trainer.model), weights(copied.model))
+
+
+def test_a_second_one_that_comes_late_is_refused(tmp_path):
+    trainer = build(tmp_path, callbacks=[SelectiveTraining(policy=gs.Cyclic())])
+    trainer.add_callback(SelectiveTraining(policy=gs.Cyclic()))
+    with pytest.raises(gs.UsageError, match="SelectiveTraining was added after the Trainer was built"):
+        trainer.train()
 
 
 def test_it_can_be_attached_to_a_trainer_that_is_built(tmp_path):

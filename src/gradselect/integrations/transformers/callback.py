@@ -95,6 +95,15 @@ class SelectionCallback(TrainerCallback):
         self._trainers: weakref.WeakSet[Trainer] = weakref.WeakSet()
         self._max_grad_norm: tuple[TrainingArguments, float] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        own = vars(SelectionCallback())
+        return {name: value for name, value in vars(self).items() if name not in own or name == "_jsonl"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Ray's search pickles a Trainer with its callbacks. A copy begins anew: it is another Trainer's.
+        vars(self).update(vars(SelectionCallback()) | state)
+        self._tracking = SelectionTracking(jsonl=self._jsonl)
+
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         check_deepspeed(args)
         # TRL makes the embedding's output require a gradient before this.

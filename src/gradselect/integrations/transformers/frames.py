@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, final
 
 from accelerate import Accelerator
 from transformers import Trainer
@@ -47,20 +46,37 @@ def _call_after(name: str, trainer: Trainer, callback: Callable[[], None], *, on
                 call()
         return result
 
-    @functools.wraps(method)
-    def later(*args: Any, **kwargs: Any) -> Any:
-        owner = trainer_of()
-        assert owner is not None
-        return carry_out(owner, *args, **kwargs)
-
-    @functools.wraps(method)
     def first(owner: Trainer, *args: Any, **kwargs: Any) -> Any:
-        setattr(owner, name, later)
+        setattr(owner, name, _InFront(method, carry_out, owner=trainer_of))
         return carry_out(owner, *args, **kwargs)
 
-    # Bound, since nothing else holds the Trainer of `Trainer(...).train()`. That is a cycle, so the first call ends it:
+    # It holds the Trainer, as nothing else does in `Trainer(...).train()`. That is a cycle, so the first call ends it:
     # whoever calls again holds the Trainer, and one that has trained is freed when it is dropped.
-    setattr(trainer, name, types.MethodType(first, trainer))
+    setattr(trainer, name, _InFront(method, first, owner=lambda: trainer))
+
+
+@final
+class _InFront:
+    """Callable in front of a method of a Trainer. A copy of the Trainer, or a pickled one, has the method alone.
+
+    Args:
+        method: of the class.
+        call: gets the Trainer before the arguments.
+        owner: returns the Trainer.
+    """
+
+    def __init__(self, method: Any, call: Callable[..., Any], *, owner: Callable[[], Any]) -> None:
+        functools.update_wrapper(self, method)
+        self._call = call
+        self._owner = owner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner = self._owner()
+        assert owner is not None
+        return self._call(owner, *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._owner(), self.__wrapped__.__name__)
 
 
 def call_before_clipping(accelerator: Accelerator, callback: Callable[[], None]) -> Callable[[], None]:

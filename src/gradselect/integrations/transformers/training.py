@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from pathlib import Path
 from typing import Any, final
 
@@ -55,7 +54,6 @@ class SelectiveTraining(TrainerCallback):
             check_file_name("jsonl", jsonl, example="selection.jsonl")
         self._jsonl = jsonl
         self._options = options
-        self._trainers: weakref.WeakSet[Trainer] = weakref.WeakSet()
 
     def attach(self, trainer: Trainer) -> None:
         """Make a Trainer selective that was built without this callback; call it before `train()`.
@@ -79,7 +77,7 @@ class SelectiveTraining(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
         trainer = caller_of(Trainer)
-        if trainer is None or trainer not in self._trainers:
+        if trainer is None or not self._has_brought_optimizer(trainer):
             raise UsageError(
                 "SelectiveTraining was added after the Trainer was built, which has another optimizer by now; pass it "
                 "as Trainer(..., callbacks=[SelectiveTraining(...)]), or call SelectiveTraining(...).attach(trainer) "
@@ -110,7 +108,12 @@ class SelectiveTraining(TrainerCallback):
         # The annotation knows no factories, which the Trainer calls as factory()(model, **kwargs).
         factory: Any = SelectiveOptimizerFactory
         trainer.optimizer_cls_and_kwargs = (factory, {"args": args, **self._options})
-        self._trainers.add(trainer)
+
+    def _has_brought_optimizer(self, trainer: Trainer) -> bool:
+        """True also in a copy of the Trainer and of this, as Ray's search makes it: nothing here knows the Trainer."""
+        factory, options = trainer.optimizer_cls_and_kwargs or (None, {})
+        ours = all(options.get(name) is value for name, value in self._options.items())
+        return factory is SelectiveOptimizerFactory and ours
 
     def _add_callback(self, trainer: Trainer) -> SelectionCallback:
         callback = SelectionCallback(jsonl=self._jsonl)
