@@ -51,6 +51,7 @@ def test_a_suite_of_each_task_reads_its_files_and_has_its_score(task: str, tmp_p
     assert len(render_examples(suite.recipe.data, seed=0).rows["train"]) == 18
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("task", METRICS)
 def test_classifier_and_pooler_train_whole_and_lora_has_the_entries_of_the_budget(task: str) -> None:
     suite, shape = load_suite(SUITES / f"{task}.yaml"), EncoderRecipe()
