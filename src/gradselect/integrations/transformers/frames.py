@@ -67,6 +67,7 @@ class _InFront:
 
     def __init__(self, method: Any, call: Callable[..., Any], *, owner: Callable[[], Any]) -> None:
         functools.update_wrapper(self, method)
+        self._name = method.__name__
         self._call = call
         self._owner = owner
 
@@ -76,7 +77,7 @@ class _InFront:
         return self._call(owner, *args, **kwargs)
 
     def __reduce__(self) -> Any:
-        return getattr, (self._owner(), self.__wrapped__.__name__)
+        return getattr, (self._owner(), self._name)
 
 
 def call_before_clipping(accelerator: Accelerator, callback: Callable[[], None]) -> Callable[[], None]:
