@@ -170,7 +170,8 @@ def test_a_trained_model_is_evaluated_with_the_command_that_training_names(
 ) -> None:
     with pytest.raises(SystemExit):
         main(["train", str(place / "recipe.yaml"), f"run.output={tmp_path / 'out'}", "run.steps=1"])
-    *_, last = capsys.readouterr().out.strip().splitlines()
+    *_, also, last = capsys.readouterr().out.strip().splitlines()
+    assert also == f"also: gradselect report {tmp_path / 'out'}, gradselect chat {tmp_path / 'out'}"
     assert last.startswith("next: gradselect evaluate")
     words = ["evaluate", str(tmp_path / "out"), "--task", "loss", "--data", str(place / "sums.jsonl")]
     with pytest.raises(SystemExit) as raised:

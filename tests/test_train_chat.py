@@ -22,9 +22,10 @@ from gradselect.app.evaluate import EvaluationSettings, evaluate
 from gradselect.app.inputs import end_of_turn_tokens
 from gradselect.app.inputs.chat_examples import chat_tokens
 from gradselect.app.inputs.examples import Examples, render_examples
+from gradselect.app.inputs.model import load_tokenizer
 from gradselect.app.inputs.tokenization import tokenize_examples
 from gradselect.app.inputs.tokens import token_dataset
-from gradselect.app.recipe import Data
+from gradselect.app.recipe import Data, ModelSettings
 from gradselect.app.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -468,3 +469,20 @@ def test_a_run_says_what_it_left_out_and_its_evaluation_reads_the_same_columns(t
     ]
     result = evaluate(EvaluationSettings(model=folder, task="loss", data=tmp_path / "chat.jsonl", device="cpu"))
     assert (result.num_items, result.num_tokens) == (4, 4 * len("0>"))  # the answer and the end of text
+
+
+@pytest.mark.parametrize(
+    ("data", "advice"),
+    [
+        ({"format": "chat"}, "conversations need one: take a chat model, such as the -Instruct version"),
+        ({"format": "prompt-completion", "as_chat": True}, "leave data.as_chat out, or take a chat model"),
+    ],
+    ids=["conversations", "as chat"],
+)
+def test_a_model_without_a_chat_template_is_refused_with_what_fits_the_data(
+    tmp_path: Path, data: dict[str, Any], advice: str
+) -> None:
+    write_model(tmp_path / "model")
+    settings = TypeAdapter(Data).validate_python({"path": "chat.jsonl", **data})
+    with pytest.raises(UsageError, match=advice):
+        load_tokenizer(ModelSettings(path=str(tmp_path / "model")), settings)

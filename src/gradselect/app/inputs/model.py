@@ -191,10 +191,12 @@ def load_tokenizer(settings: ModelSettings, data: FileData) -> PreTrainedTokeniz
         )
     is_chat = isinstance(data, ChatData) or getattr(data, "as_chat", False)
     if is_chat and tokenizer.chat_template is None:
-        raise UsageError(
-            f"the tokenizer of {settings.path!r} has no chat template; "
-            "use a chat model, or data.format=prompt-completion without as_chat"
+        advice = (
+            "conversations need one: take a chat model, such as the -Instruct version of a base model"
+            if isinstance(data, ChatData)
+            else "leave data.as_chat out, or take a chat model"
         )
+        raise UsageError(f"the tokenizer of {settings.path!r} has no chat template; {advice}")
     return tokenizer
 
 

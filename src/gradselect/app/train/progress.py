@@ -73,7 +73,9 @@ def show_summary(
     lines += _saved_lines(end.saved or SavedModel(), recipe=recipe, folder=folder)
     if (about := describe_messages(messages, folder.messages_file)) is not None:
         lines.append(about)
-    _print(console, *lines, f"next: {_next_command(recipe, recipe.data, first_row)}")
+    following = _next_command(recipe, recipe.data, first_row)
+    others = [shlex.join(["gradselect", name, recipe.run.output]) for name in _other_commands(recipe.data, following)]
+    _print(console, *lines, f"also: {', '.join(others)}", f"next: {following}")
 
 
 def _saved_lines(saved: SavedModel, *, recipe: Recipe, folder: RunFolder) -> list[str]:
@@ -119,6 +121,12 @@ def _next_command(recipe: Recipe, data: FileData, first_row: Mapping[str, Any]) 
         words += [word for name, text in named.items() if text for word in (name, text.replace("\n", "\\n"))]
         words += ["--as-chat"] if data.as_chat else []
     return shlex.join(words)
+
+
+def _other_commands(data: FileData, following: str) -> tuple[str, ...]:
+    """Return the names of further commands that take the folder of the run."""
+    can_talk = not isinstance(data, ClassificationData) and not following.startswith("gradselect chat")
+    return ("report", *(["chat"] if can_talk else []))
 
 
 def _is_evaluated(recipe: Recipe, data: FileData, first_row: Mapping[str, Any]) -> bool:
