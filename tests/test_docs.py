@@ -145,14 +145,19 @@ BLOCKS_OF_YAML = [
     for page in PAGES
     for match in re.finditer(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 ]
-COMMANDS = sorted(
-    {
-        (page.name, line.split("#")[0].strip().removesuffix("\\"))
-        for page in PAGES
-        for line in page.read_text(encoding="utf-8").splitlines()
-        if re.match(r"(\w+=\S+ )*gradselect [a-z]", line)
-    }
-)
+
+
+def commands_of(page: Path) -> list[str]:
+    """Return the lines within fences that run `gradselect`."""
+    lines, is_code = [], False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        is_code ^= line.startswith("```")
+        if is_code and re.match(r"(\w+=\S+ )*gradselect [a-z]", line):
+            lines.append(line.split("#")[0].strip().removesuffix("\\"))
+    return lines
+
+
+COMMANDS = [(page.name, line) for page in PAGES for line in dict.fromkeys(commands_of(page))]
 
 
 @pytest.mark.parametrize("block", BLOCKS_OF_YAML)
