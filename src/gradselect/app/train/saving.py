@@ -122,7 +122,10 @@ def save_model(trainer: RunTrainer, inputs: Inputs, *, folder: RunFolder, plan: 
 
 
 def _merged(model: Any) -> Any:
-    """Merge the adapter, in place. Most adapters of PEFT fail on a head of several layers, which has no weight."""
+    """Merge the adapter, in place. Most adapters of PEFT fail on a head of several layers, which has no weight.
+
+    Ours do not, since users merge them without this function: `gradselect.adapters` tells the tuner, from within a merge.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper) and not hasattr(module.original_module, "weight"):
             wrapper: Any = module
