@@ -124,7 +124,7 @@ def save_model(trainer: RunTrainer, inputs: Inputs, *, folder: RunFolder, plan: 
 def _merged(model: Any) -> Any:
     """Merge the adapter, in place. Most adapters of PEFT fail on a head of several layers, which has no weight.
 
-    Ours do not, since users merge them without this function: `gradselect.adapters` tells the tuner, from within a merge.
+    Ours do not: users merge them without this function, so `gradselect.adapters` has its own way, within a merge.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper) and not hasattr(module.original_module, "weight"):
