@@ -14,12 +14,14 @@ from gradselect import UsageError
 from gradselect.app.cli import main
 from gradselect.app.draft import draft_recipe
 from gradselect.app.draft.formats import guess_format
+from gradselect.app.draft.rates import scaled_rate
 from gradselect.app.recipe import load_recipe, parse_recipe, with_overrides
 from gradselect.app.train.trainer import RunTrainer
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
+TINY_WIDTH = 16
 FORMATS = ("prompt-completion", "chat", "text", "classification")
 USER = {"role": "user", "content": "2 + 3?"}
 HUMAN = {"from": "human", "value": "2 + 3?"}
@@ -149,13 +151,37 @@ def test_the_words_of_a_draft_make_the_same_recipe(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "rate"),
-    [("method.name=full", 1e-5), ("method.name=lora", 1e-4), ("method={name: id3, density: 0.1}", 1e-4)],
+    ("words", "rate"),
+    [
+        (["method.name=full"], scaled_rate("full", TINY_WIDTH)),
+        ([], scaled_rate("blocks", TINY_WIDTH)),
+        (["method.name=lora"], scaled_rate("lora", TINY_WIDTH)),
+        (["method.name=ether"], 1e-4),
+        (["method={name: id3, density: 0.1}"], 1e-4),
+    ],
 )
-def test_the_learning_rate_follows_the_method(word: str, rate: float, place: Path) -> None:
+def test_the_learning_rate_follows_the_method_and_the_width(words: list[str], rate: float, place: Path) -> None:
     model, data = str(place / "model"), str(place / "sums.jsonl")
-    assert draft_recipe(model, data, [word]).recipe.optimizer.lr == rate
-    assert draft_recipe(model, data, [word, "optimizer.lr=3e-3"]).recipe.optimizer.lr == 3e-3
+    draft = draft_recipe(model, data, words)
+    assert draft.recipe.optimizer.lr == rate
+    (note,) = [line for line in draft.lines() if "to begin with" in line]
+    assert f"optimizer.lr={rate:g}" in note
+    named = draft_recipe(model, data, [*words, "optimizer.lr=3e-3"])
+    assert named.recipe.optimizer.lr == 3e-3
+    assert not any("to begin with" in line for line in named.lines())
+
+
+def test_rates_fall_with_the_width() -> None:
+    """Figures that people use: 2e-5 and 1e-5 for full fine-tuning of models of one and eight billion weights."""
+    assert [scaled_rate("full", width) for width in (576, 2048, 4096)] == [5e-5, 2e-5, 1e-5]
+    assert [scaled_rate("blocks", width) for width in (576, 896, 2048, 3072)] == [2e-4, 1e-4, 7e-5, 5e-5]
+    assert [scaled_rate("lora", width) for width in (2048, 4096)] == [2e-4, 1e-4]
+
+
+def test_a_width_that_is_not_known_is_said(place: Path) -> None:
+    draft = draft_recipe("no-such-model", str(place / "sums.jsonl"))
+    assert draft.recipe.optimizer.lr == scaled_rate("blocks", 2048)
+    assert any("since the model's is not known" in line for line in draft.lines())
 
 
 def test_few_rows_are_all_trained_on(place: Path) -> None:

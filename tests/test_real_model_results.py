@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from report_fixtures import METHODS, result, results_of, write, write_all
 
+from gradselect.app.draft.rates import RATES
 from gradselect.app.results import SampledAnswer, SampleFile, read_result, read_samples, write_samples
 from gradselect.usage import UsageError, read_size
 
@@ -352,3 +353,11 @@ def test_the_committed_results_of_the_real_model_are_small():
     folders = [suite.folder for suite in real_model.SUITES]
     total = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
     assert total <= read_size(pack_results.LIMIT)
+
+
+def test_default_rates_are_half_of_the_best_ones_here():
+    """The defaults follow the results: new ones with another best rate have to change them."""
+    (suite,) = [suite for suite in real_model.SUITES if suite.name == "smollm2"]
+    best = {method.name: method.runs[0].record.lr for method in suite.comparison.methods}
+    assert RATES["full"] == best["full"] / 2
+    assert RATES["blocks"] == best["AdaGradSelect 20 %"] / 2

@@ -11,17 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gradselect.app.data import ENDINGS, Rows, ending_of, holds_messages, is_local, read_hub_rows, read_rows
-from gradselect.app.recipe import (
-    AbstractBlockMethod,
-    FullMethod,
-    Recipe,
-    merge,
-    parse_recipe,
-    recipe_formats,
-    with_overrides,
-)
+from gradselect.app.recipe import Recipe, merge, parse_recipe, recipe_formats, with_overrides
 
 from .formats import Guess, guess_format
+from .rates import first_rate
 
 SOURCE = "gradselect train MODEL DATA"
 FEW_ROWS = 100
@@ -33,12 +26,6 @@ DEFAULTS: dict[str, Any] = {
 LINE = 68
 """Characters of a line of settings: with its heading it fits into 80 columns."""
 VALIDATION = {"validation": 0.02, "validation_limit": 200}
-RATE = 1e-5
-RATE_OF_FEW_WEIGHTS = 1e-4
-"""Learning rates of the recipes in the repository: of methods that train blocks, and of adapters and masks."""
-RATE_OF_PREFERENCES = 5e-7
-RATE_OF_FEW_WEIGHTS_ON_PREFERENCES = 1e-5
-"""The same on preferences. The second one is ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +38,7 @@ class Draft:
         written: what the draft and the user wrote, without the defaults of the schema.
         is_chat_model: True if the model is known to have a chat template.
         is_plain: True if no column of the first row holds messages.
+        origin_of_rate: words on where the learning rate comes from. None: the user named it.
     """
 
     recipe: Recipe
@@ -58,6 +46,7 @@ class Draft:
     written: Mapping[str, Any]
     is_chat_model: bool
     is_plain: bool = True
+    origin_of_rate: str | None = None
 
     def lines(self) -> Iterator[str]:
         """Yield lines for the user: the format, the recipe as words of a command, and what may be meant otherwise."""
@@ -68,6 +57,11 @@ class Draft:
             part = [shlex.quote(word) for word in words if word.partition(".")[0] == section]
             for row, line in enumerate(_wrapped(part)):
                 yield f"{'' if number or row else 'settings':<10} {line}"
+        if self.origin_of_rate is not None:
+            yield (
+                f"note       optimizer.lr={self.recipe.optimizer.lr:g} to begin with, {self.origin_of_rate}; nothing "
+                "matters more to the result: search it with `gradselect tune`"
+            )
         if self.is_chat_model and self.is_plain and not getattr(self.recipe.data, "as_chat", True):
             yield "note       the model has a chat template; a chat model needs data.as_chat=true"
 
@@ -111,8 +105,12 @@ def draft_recipe(model: str, data: str, overrides: Sequence[str] = ()) -> Draft:
     if merge(values, typed)["data"].get("validation") is None:
         del values["run"]["evaluate_every"]
     values = merge(values, typed)
+    origin_of_rate = None
     if "lr" not in (values.get("optimizer") or {}):
-        values = merge(values, {"optimizer": {"lr": _rate(values)}})
+        # the recipe's checks see a stand-in
+        stand_in = parse_recipe(merge(values, {"optimizer": {"lr": 1.0}}), source=SOURCE)
+        rate, origin_of_rate = first_rate(stand_in)
+        values = merge(values, {"optimizer": {"lr": rate}})
     recipe = parse_recipe(values, source=SOURCE)
     order = [name for name in ("model", "data", "trainer", "method", "optimizer", "run") if name in values]
     written = {name: values[name] for name in (*order, *(name for name in values if name not in order))}
@@ -121,6 +119,7 @@ def draft_recipe(model: str, data: str, overrides: Sequence[str] = ()) -> Draft:
         guess=guess,
         written=written,
         is_chat_model=_has_chat_template(model),
+        origin_of_rate=origin_of_rate,
         is_plain=not any(holds_messages(value) for row in rows[:1] for value in row.values()),
     )
 
@@ -134,16 +133,6 @@ def _read(data: str, given: Mapping[str, Any]) -> Rows:
     columns = given.get("columns")
     columns = columns.split(",") if isinstance(columns, str) else columns
     return read_rows(data, columns=columns, rows_key=given.get("rows_key"), splits=(split,))
-
-
-def _rate(values: Mapping[str, Any]) -> float:
-    """Return the learning rate of the repository's recipes for a method. The recipe's checks see a stand-in."""
-    recipe = parse_recipe(merge(values, {"optimizer": {"lr": 1.0}}), source=SOURCE)
-    if recipe.data.format == "preference":
-        rates = (RATE_OF_PREFERENCES, RATE_OF_FEW_WEIGHTS_ON_PREFERENCES)
-    else:
-        rates = (RATE, RATE_OF_FEW_WEIGHTS)
-    return rates[0] if isinstance(recipe.method, AbstractBlockMethod | FullMethod) else rates[1]
 
 
 def _name_of(place: str) -> str:
