@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 import gradselect as gs
 from gradselect import UsageError
 from gradselect.app.cli import main
-from gradselect.app.recipe_planning import Device, show
+from gradselect.app.recipe_planning import show
 from gradselect.app.recipe_planning.planner import RecipePlanner, meta_model
 from gradselect.app.recipe_planning.tables import FULL
 from gradselect.app.recipe_planning.variants import RecipePlan, Setting, changed, find_best, plan_recipe, sparing_levers
+from gradselect.app.runtime import Memory
 from gradselect.app.train import train
 from gradselect.core import MEMORY_CATEGORIES
 from gradselect.planning import Bytes, Plan
@@ -173,7 +174,7 @@ def test_the_plan_of_spt_says_what_its_batches_decide_and_counts_the_look_at_the
     assert found.relative_time == step.relative_time < look.relative_time <= 1
     dearer = replace(step, moments={"update": Bytes(gradients=look.peak_bytes - 1)})
     planned = RecipePlan(own=Setting(name="spt", plan=Plan(steps=(look, dearer))), methods=(), levers=())
-    text = " ".join(shown(planned, width=80, in_full=True, device=Device(name="a card", num_bytes=2**30)))
+    text = " ".join(shown(planned, width=80, in_full=True, memory=Memory(name="a card", num_bytes=2**30)))
     assert (
         f"time: {step.relative_time:.2f} of full fine-tuning at the peak, the look at batches before the first" in text
     )
@@ -309,9 +310,9 @@ def test_tables_name_the_best_setting(folder: Path, capsys: pytest.CaptureFixtur
     assert "best: the fastest" in shown
 
 
-def shown(found: RecipePlan, *, width: int, in_full: bool, device: Device) -> list[str]:
+def shown(found: RecipePlan, *, width: int, in_full: bool, memory: Memory) -> list[str]:
     file = io.StringIO()
-    show(found, Console(file=file, width=width), device=device, in_full=in_full)
+    show(found, Console(file=file, width=width), memory=memory, in_full=in_full)
     return [line.rstrip() for line in file.getvalue().splitlines()]
 
 
@@ -327,7 +328,7 @@ def test_the_answer_comes_first_and_no_line_is_wider_than_the_terminal(
     planned: RecipePlan, width: int, in_full: bool
 ) -> None:
     """In 80 columns, numbers were cut to "4.…" and a method's name took nine lines."""
-    lines = shown(planned, width=width, in_full=in_full, device=Device(name="a card", num_bytes=2**30))
+    lines = shown(planned, width=width, in_full=in_full, memory=Memory(name="a card", num_bytes=2**30))
     answer = " ".join(lines[:7])
     assert answer.startswith("adagradselect, as written: peak ")
     assert "fits into 1.00 GiB of a card time: 0.90 in explore steps, 0." in answer
@@ -344,13 +345,27 @@ def test_state_in_host_memory_is_said_beside_the_peak(folder: Path) -> None:
         parse(folder, method={"name": "adagradselect", "fraction": 0.5, "residency": "offload"})
     )
     planned = RecipePlan(own=Setting(name="ours", plan=found), methods=(), levers=())
-    text = " ".join(shown(planned, width=80, in_full=False, device=Device(name="a card", num_bytes=2**30)))
+    text = " ".join(shown(planned, width=80, in_full=False, memory=Memory(name="a card", num_bytes=2**30)))
     assert f"in host memory, beside the peak: {write_size(found.bytes.state_on_host)} of moments and masters" in text
     assert found.bytes.state_on_host > 0
 
 
+@pytest.mark.parametrize(("more", "verdict"), [(0, "fits into"), (-1, "DOES NOT FIT into")])
+def test_on_a_cpu_state_on_the_host_is_in_the_same_memory(more: int, verdict: str, folder: Path) -> None:
+    found = RecipePlanner().plan(
+        parse(folder, method={"name": "adagradselect", "fraction": 0.5, "residency": "offload"})
+    )
+    planned = RecipePlan(own=Setting(name="ours", plan=found), methods=(), levers=())
+    host = found.bytes.state_on_host
+    memory = Memory(name="this machine's memory", num_bytes=found.peak_bytes + host + more, is_host=True)
+    text = " ".join(shown(planned, width=80, in_full=False, memory=memory))
+    assert (
+        f"peak {write_size(found.peak_bytes)} and {write_size(host)} of state that waits beside it, {verdict}" in text
+    )
+
+
 def test_the_short_form_has_peak_time_and_state_and_names_the_rest(planned: RecipePlan) -> None:
-    lines = shown(planned, width=80, in_full=False, device=Device(name="a card", num_bytes=2**30))
+    lines = shown(planned, width=80, in_full=False, memory=Memory(name="a card", num_bytes=2**30))
     (heading,) = [line for line in lines if line.startswith("method ")]
     assert heading.split() == ["method", "peak", "time", "state", "on", "host"]
     (row,) = [line for line in lines if line.startswith("adagradselect, as written  ")]
@@ -364,7 +379,7 @@ def test_the_short_form_has_peak_time_and_state_and_names_the_rest(planned: Reci
 
 def test_every_category_is_in_the_full_form_at_any_width(planned: RecipePlan) -> None:
     for width in (70, 200):
-        lines = shown(planned, width=width, in_full=True, device=Device(name="a card", num_bytes=2**30))
+        lines = shown(planned, width=width, in_full=True, memory=Memory(name="a card", num_bytes=2**30))
         headings = [line.split() for line in lines if line.startswith("levers of adagradselect")]
         names = " ".join(name for heading in headings for name in heading[3:])
         assert names == " ".join(FULL)
@@ -374,10 +389,10 @@ def test_every_category_is_in_the_full_form_at_any_width(planned: RecipePlan) ->
 
 def test_what_does_not_fit_is_said_with_what_to_type(planned: RecipePlan) -> None:
     assert planned.own.plan is not None
-    device = Device(name="a card", num_bytes=planned.own.plan.peak_bytes - 1)
-    text = " ".join(shown(planned, width=80, in_full=False, device=device))
+    memory = Memory(name="a card", num_bytes=planned.own.plan.peak_bytes - 1)
+    text = " ".join(shown(planned, width=80, in_full=False, memory=memory))
     assert "DOES NOT FIT into" in text
-    assert f"--fit {smallest_text(device.num_bytes * 9 // 10)} looks for a setting that does" in text
+    assert f"--fit {smallest_text(memory.num_bytes * 9 // 10)} looks for a setting that does" in text
 
 
 def test_masks_and_levers_are_planned_on_demand(folder: Path) -> None:

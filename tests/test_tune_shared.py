@@ -16,6 +16,7 @@ from tune_support import closing_connections, stored_study
 
 from gradselect import UsageError
 from gradselect.app.recipe_planning import RecipePlanner
+from gradselect.app.runtime import Memory
 from gradselect.app.tune import memory_check as _memory
 from gradselect.app.tune import proposals as _proposals
 from gradselect.app.tune import search_loop as _tune
@@ -229,7 +230,7 @@ def test_where_nothing_fits_the_search_ends_with_advice(recipe, tmp_path, monkey
 def test_the_machine_s_own_memory_is_the_limit_without_fit(recipe, monkeypatch):
     check = _memory.MemoryCheck(recipe, limit=None)
     assert check.complaint(recipe) == check.note == ""
-    monkeypatch.setattr(_memory, "device_memory", lambda device: ("this machine's memory", 1000))
+    monkeypatch.setattr(_memory, "device_memory", lambda device: Memory(name="this machine's memory", num_bytes=1000))
     assert "more than the 1000 B of this machine's memory" in _memory.MemoryCheck(recipe, limit=None).complaint(recipe)
 
 

@@ -44,8 +44,8 @@ def plan(
     with stages.open(LOADING):
         loaded = read_words(recipe, overrides or [], command="gradselect plan", say=stages.say, needs_data=False)
         # Imported late because it is slow: errors in the recipe come first.
-        from gradselect.app.recipe_planning import Device, plan_recipe, show
         from gradselect.app.recipe_planning import as_json as to_json
+        from gradselect.app.recipe_planning import plan_recipe, show
 
     with collected_messages(stages.console), stages.open("planning"):
         found = plan_recipe(loaded, fractions=shares, fit=limit, in_full=in_full or as_json)
@@ -53,10 +53,9 @@ def plan(
         typer.echo(json.dumps(to_json(found), indent=2))
         return
     console = Console()
-    name, num_bytes = device_memory(loaded.run.device)
     show(
         found,
         console if console.is_terminal else Console(width=WIDTH),
-        device=Device(name=name, num_bytes=num_bytes),
+        memory=device_memory(loaded.run.device),
         in_full=in_full,
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from rich.console import Console
 
+from gradselect.app.runtime import Memory
 from gradselect.planning import CATEGORIES, Bytes, Plan
 from gradselect.usage import smallest_text, write_size
 
@@ -22,22 +22,14 @@ MOMENTS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """The device that would train.
-
-    Args:
-        name: "this machine's memory", or the name of a GPU.
-        num_bytes: its memory.
-    """
-
-    name: str
-    num_bytes: int
+def needed_bytes(plan: Plan, memory: Memory) -> int:
+    """Return what a run needs of the memory that it trains in: on a CPU also what a card would keep on the host."""
+    return plan.peak_bytes + (plan.bytes.state_on_host if memory.is_host else 0)
 
 
-def show(found: RecipePlan, console: Console, *, device: Device, in_full: bool = False) -> None:
+def show(found: RecipePlan, console: Console, *, memory: Memory, in_full: bool = False) -> None:
     """Print the answer, a table of methods and notes; in full, also all categories and the levers."""
-    for line in _answer(found.own, device=device):
+    for line in _answer(found.own, memory=memory):
         console.print(line, highlight=False, markup=False)
     console.print()
     if found.best is not None and found.best.plan is not None:
@@ -53,23 +45,26 @@ def show(found: RecipePlan, console: Console, *, device: Device, in_full: bool =
         console.print(note, style="dim", highlight=False, markup=False)
 
 
-def _answer(own: Setting, *, device: Device) -> Iterator[str]:
+def _answer(own: Setting, *, memory: Memory) -> Iterator[str]:
     plan = own.plan
     assert plan is not None
-    peak, room = plan.peak_bytes, device.num_bytes
-    memory = f"{write_size(room)} of {device.name}"
-    if peak <= room:
-        yield f"{own.name}: peak {write_size(peak)}, fits into {memory}"
+    room, waiting = memory.num_bytes, plan.bytes.state_on_host
+    place = f"{write_size(room)} of {memory.name}"
+    needed = f"peak {write_size(plan.peak_bytes)}"
+    if waiting and memory.is_host:
+        needed += f" and {write_size(waiting)} of state that waits beside it"
+    if needed_bytes(plan, memory) <= room:
+        yield f"{own.name}: {needed}, fits into {place}"
     else:
-        yield f"{own.name}: peak {write_size(peak)}, DOES NOT FIT into {memory}"
+        yield f"{own.name}: {needed}, DOES NOT FIT into {place}"
         yield f"--fit {smallest_text(room * 9 // 10)} looks for a setting that does"
     yield f"time: {_times(plan)}"
     kind, moment, held = _largest_moment(plan)
     parts = {HEADINGS.get(name, name): getattr(held, name) for name in CATEGORIES if name != "state_on_host"}
     listed = [f"{name} {write_size(size)}" for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size]
     yield f"at the peak, {_moment(kind, moment, len(plan.steps))}: {', '.join(listed)}"
-    if plan.bytes.state_on_host:
-        yield f"in host memory, beside the peak: {write_size(plan.bytes.state_on_host)} of moments and masters"
+    if waiting and not memory.is_host:
+        yield f"in host memory, beside the peak: {write_size(waiting)} of moments and masters"
 
 
 def _moment(kind: str, moment: str, num_kinds: int) -> str:

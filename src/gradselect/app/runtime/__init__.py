@@ -2,7 +2,7 @@
 
 from .allocator import keep_freed_memory
 from .hub import HubId, check_hub, check_ids, hub_fault
-from .machine import device_memory, host_bytes, machine_bytes, peak_process_bytes
+from .machine import Memory, device_memory, host_bytes, machine_bytes, peak_process_bytes
 from .messages import collected_messages, describe_messages
 from .processes import (
     barrier,
@@ -21,6 +21,7 @@ from .signals import Preempted, SignalWatch, handled_signals, watched_signals
 
 __all__ = [
     "HubId",
+    "Memory",
     "Preempted",
     "RunFolder",
     "SignalWatch",

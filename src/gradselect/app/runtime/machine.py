@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -19,12 +20,27 @@ def machine_bytes() -> int:
     return host_bytes() + sum(torch.cuda.get_device_properties(device).total_memory for device in devices)
 
 
-def device_memory(device: str) -> tuple[str, int]:
-    """Return the name and the bytes of the memory that a run on "auto" or "cpu" would use."""
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """The memory that a run would train in.
+
+    Args:
+        name: "this machine's memory", or the name of a GPU.
+        num_bytes: how much there is.
+        is_host: True for that of a CPU: state that a plan counts "on host" lies in it too.
+    """
+
+    name: str
+    num_bytes: int
+    is_host: bool = False
+
+
+def device_memory(device: str) -> Memory:
+    """Return the memory that a run on "auto" or "cpu" would use."""
     if device != "cpu" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        return properties.name, properties.total_memory
-    return "this machine's memory", host_bytes()
+        return Memory(name=properties.name, num_bytes=properties.total_memory)
+    return Memory(name="this machine's memory", num_bytes=host_bytes(), is_host=True)
 
 
 def peak_process_bytes() -> int:

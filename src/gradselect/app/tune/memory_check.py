@@ -8,8 +8,8 @@ from typing import Any
 
 from gradselect import UsageError
 from gradselect.app.recipe import Recipe
-from gradselect.app.recipe_planning import RecipePlanner
-from gradselect.app.runtime import device_memory
+from gradselect.app.recipe_planning import RecipePlanner, needed_bytes
+from gradselect.app.runtime import Memory, device_memory
 from gradselect.usage import first_line, write_size
 
 logger = logging.getLogger(__name__)
@@ -27,13 +27,12 @@ class MemoryCheck:
     """
 
     def __init__(self, recipe: Recipe, *, limit: int | None) -> None:
-        name, memory = device_memory(recipe.run.device)
-        self._limit, self._whose = (memory, name) if limit is None else (limit, "--fit")
+        self._memory = device_memory(recipe.run.device) if limit is None else Memory(name="--fit", num_bytes=limit)
         self._planner = RecipePlanner()
         self._peaks: dict[str, int | None] = {}
         self.note = ""
         try:
-            self._peaks[_key(recipe)] = self._planner.plan(recipe).peak_bytes
+            self._peaks[_key(recipe)] = needed_bytes(self._planner.plan(recipe), self._memory)
         # Whatever it is: a plan is no reason to refuse a search that could run.
         except Exception as error:
             if limit is not None:
@@ -48,14 +47,14 @@ class MemoryCheck:
         if key not in self._peaks:
             self._peaks[key] = self._peak(recipe)
         peak = self._peaks[key]
-        if peak is None or peak <= self._limit:
+        if peak is None or peak <= self._memory.num_bytes:
             return ""
-        limit = f"{write_size(self._limit)} of {self._whose}"
+        limit = f"{write_size(self._memory.num_bytes)} of {self._memory.name}"
         return f"its planned peak is {write_size(peak)}, more than the {limit}"
 
     def _peak(self, recipe: Recipe) -> int | None:
         try:
-            return self._planner.plan(recipe).peak_bytes
+            return needed_bytes(self._planner.plan(recipe), self._memory)
         except UsageError as error:
             # Values that do not fit the model end the trial with the same words.
             logger.warning("a trial could not be planned and is not checked for its memory: %s", first_line(error))
