@@ -13,7 +13,7 @@ import argparse
 import functools
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -290,10 +290,10 @@ def pictures() -> dict[Path, str]:
     return {picture.FILES[scheme]: svg for scheme, svg in picture.draw(picture.subject()).items()}
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a file differs")
-    check = parser.parse_args().check
+    check = parser.parse_args(words).check
     for path, after in {**{page: filled(page) for page in PAGES}, **pictures()}.items():
         if not check:
             path.parent.mkdir(exist_ok=True)

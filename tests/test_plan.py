@@ -116,7 +116,9 @@ MASKS = {
 def live_bytes() -> int:
     """Return the bytes of the numbers in all tensors that Python can reach, each storage once, without single ones."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    tensors = [
+        each for each in gc.get_objects() if issubclass(type(each), torch.Tensor) and each.layout == torch.strided
+    ]
     storages = [each.untyped_storage() for each in tensors if each.is_floating_point() and each.ndim]
     return sum({each.data_ptr(): each.nbytes() for each in storages if each.device.type == "cpu"}.values())
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -12,11 +12,12 @@ import torch
 from tiny_models import tiny_batch, tiny_llama
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+readme = importlib.import_module("readme")
 
 
 def test_tables_are_those_of_the_result_files():
-    command = [sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--check"]
-    assert subprocess.run(command, check=False).returncode == 0, "run python benchmarks/readme.py"
+    readme.main(["--check"])  # exits with the name of a file that differs
 
 
 def test_it_is_read_in_minutes():
