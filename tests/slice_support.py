@@ -45,7 +45,7 @@ def is_linked(model: nn.Module) -> bool:
     return all(
         layer.get_parameter(name).data_ptr() == part.data_ptr()
         and layer.get_parameter(name).stride() == part.stride()
-        and layer.get_parameter(name).shape == part.shape
+        and (layer.get_parameter(name).shape, layer.get_parameter(name).dtype) == (part.shape, part.dtype)
         for layer in sliced_linears(model).values()
         for name, part in zip(layer.slice_names, parts_of(layer.whole_weight, layer), strict=True)
     )

@@ -188,7 +188,7 @@ def test_a_command_of_a_page_has_these_options_and_keys(page: str, line: str):
         assert words[0] in commands, line
         command = commands[words.pop(0)]
     own = words[: words.index("--")] if "--" in words else words
-    known = {name for option in command.params for name in option.opts} | {"--help", "--json"}
+    known = {name for option in command.params for name in option.opts} | {"--help"}
     assert {word.split("=")[0] for word in own if word.startswith("--")} <= known, line
     if own and (ROOT / own[0]).is_file() and own[0].startswith("recipes/"):
         load_recipe(ROOT / own[0], [word for word in own[1:] if re.match(r"[a-z_.]+=", word)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,14 @@ def test_rates_fall_with_the_width() -> None:
     assert [scaled_rate("full", width) for width in (576, 2048, 4096)] == [5e-5, 2e-5, 1e-5]
     assert [scaled_rate("blocks", width) for width in (576, 896, 2048, 3072)] == [2e-4, 1e-4, 7e-5, 5e-5]
     assert [scaled_rate("lora", width) for width in (2048, 4096)] == [2e-4, 1e-4]
+
+
+def test_the_table_of_rates_in_the_docs_is_that_of_the_code() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "choose.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\d+) \| [^|]+ \| (\S+) \| (\S+) \| (\S+) \|$", text, re.MULTILINE)
+    assert len(rows) == 4
+    for width, *rates in rows:
+        assert [float(rate) for rate in rates] == [scaled_rate(kind, int(width)) for kind in ("full", "blocks", "lora")]
 
 
 def test_a_width_that_is_not_known_is_said(place: Path) -> None:

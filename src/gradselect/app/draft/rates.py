@@ -9,7 +9,8 @@ from gradselect.usage import UsageError
 MEASURED_WIDTH = 576
 RATES = {"full": 5e-5, "blocks": 2e-4, "lora": 5e-4}
 """At the width of SmolLM2-135M. Full fine-tuning and blocks: half of the best rate of suites/smollm2.yaml, since longer
-runs want less. LoRA: ten times that of full fine-tuning (Schulman et al., LoRA Without Regret, 2025)."""
+runs want less; AdaGradSelect, uniform draws and layers chosen once had the same there; it is taken for other policies.
+LoRA: ten times that of full fine-tuning (Schulman et al., LoRA Without Regret, 2025)."""
 EXPONENT = 0.78
 """Power of the width by which the best rate falls: what Schulman et al. fitted to Llama."""
 USUAL_WIDTH = 2048
