@@ -18,6 +18,7 @@ from real_model import (
     value_of,
     variants,
 )
+from real_model_memory import limits
 from real_model_questions import questions
 
 from gradselect.app.report.budget_section import failed_to_calibrate, left_out_for_memory
@@ -39,6 +40,7 @@ def section(suite: Suite) -> str:
         scores_table(comparison),
         "\n".join(f"* {line}" for line in _notes(comparison)),
         questions(suite),
+        limits(comparison),
     )
     return "\n\n".join(part for part in parts if part)
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 common = importlib.import_module("common")
 compared = importlib.import_module("compared")
 pack_results = importlib.import_module("pack_results")
+memory = importlib.import_module("real_model_memory")
 pages = importlib.import_module("real_model_pages")
 picture = importlib.import_module("picture")
 questions = importlib.import_module("real_model_questions")
@@ -361,3 +362,18 @@ def test_default_rates_are_half_of_the_best_ones_here():
     best = {method.name: method.runs[0].record.lr for method in suite.comparison.methods}
     assert RATES["full"] == best["full"] / 2
     assert RATES["blocks"] == best["AdaGradSelect 20 %"] / 2
+
+
+def test_the_best_method_within_a_limit_is_chosen_by_held_out_loss(tmp_path: Path) -> None:
+    comparison = make_suite(tmp_path).comparison
+    held = {method.name: method.peak_bytes() for method in comparison.methods}
+    least, *_, most = sorted(held.values())
+    losses = real_model.held_out_losses(comparison.methods)
+    table = rows_of(memory.limits_table(comparison, [f"{most:.0f}B", f"{most - 1:.0f}B", f"{least:.0f}B"]))
+    assert table.keys() == {f"{most:.0f}B", f"{most - 1:.0f}B"}  # one method alone is no comparison
+    for limit, row in table.items():
+        fitting = [name for name, count in held.items() if count <= float(limit.removesuffix("B"))]
+        assert row["methods"] == str(len(fitting))
+        assert row["lowest held-out loss"] == min(fitting, key=losses.__getitem__)
+        adapters = [name for name in fitting if name.startswith("LoRA")]
+        assert row["best LoRA there"] in {min(adapters, key=losses.__getitem__), ""}

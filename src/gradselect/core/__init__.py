@@ -3,6 +3,7 @@
 from .adamw import AdamWRule
 from .adamw_8bit import AdamW8bitRule
 from .attention_names import ATTENTION_OUTPUTS, ATTENTION_VALUES, QUERIES_KEYS_VALUES
+from .bfloat16 import SLOW_BFLOAT16, bfloat16_cost
 from .block import Block, num_bytes
 from .checkpoint_identity import NOT_OF_A_GROUP, as_text, check_present, check_same, selection_of, states_by_name
 from .devices import device_of_run, has_fused_kernels, is_accelerator
@@ -38,6 +39,7 @@ __all__ = [
     "NOT_OF_A_GROUP",
     "QUERIES_KEYS_VALUES",
     "SELECTION",
+    "SLOW_BFLOAT16",
     "WHOLE",
     "AbstractGradientHooks",
     "AbstractResidency",
@@ -76,6 +78,7 @@ __all__ = [
     "agrees",
     "as_text",
     "below",
+    "bfloat16_cost",
     "can_train",
     "check_present",
     "check_same",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from gradselect import AdamWRule
-from gradselect.core import has_fused_kernels, is_accelerator
+from gradselect.core import SLOW_BFLOAT16, bfloat16_cost, has_fused_kernels, is_accelerator
 from gradselect.usage import write_size
 
 from .findings import Finding, Status
@@ -24,6 +24,8 @@ def examine_devices() -> Iterator[Finding]:
     for device in devices():
         yield _tried(f"device {device}", lambda device=device: (Status.OK, _describe(device)))
         yield _tried(f"{device}, fused AdamW", lambda device=device: _fused(device))
+        if device.type == "cpu":
+            yield _tried("cpu, bfloat16", _bfloat16)
         if is_accelerator(device):
             yield _tried(f"{device}, page-locked memory", lambda device=device: _page_locked(device))
         for name, setup in SETUPS.items():
@@ -93,6 +95,14 @@ def _fused(device: torch.device) -> tuple[Status, str]:
     if not difference < 1e-5:
         raise RuntimeError(f"differs from the loop by {difference:.1e}")
     return Status.OK, f"works{', and is the default' if is_default else ''}"
+
+
+def _bfloat16() -> tuple[Status, str]:
+    """Compare the matrix products of a step in bfloat16 with those in float32."""
+    ratio = bfloat16_cost()
+    if ratio < SLOW_BFLOAT16:
+        return Status.OK, f"matrix products take {ratio:.1f} times as long as in float32"
+    return Status.NOTE, f"matrix products take {ratio:.0f} times as long as in float32: train with model.dtype=float32"
 
 
 def _page_locked(device: torch.device) -> tuple[Status, str]:

@@ -1,6 +1,7 @@
 """Surroundings of a run: folder, processes, signals, messages, memory of the machine."""
 
 from .allocator import keep_freed_memory
+from .bfloat16 import slow_bfloat16_note
 from .hub import HubId, check_hub, check_ids, hub_fault
 from .machine import Memory, device_memory, host_bytes, machine_bytes, peak_process_bytes
 from .messages import collected_messages, describe_messages
@@ -46,6 +47,7 @@ __all__ = [
     "num_processes",
     "own_process_group",
     "peak_process_bytes",
+    "slow_bfloat16_note",
     "take_device",
     "watched_signals",
 ]

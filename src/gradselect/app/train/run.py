@@ -29,6 +29,7 @@ from gradselect.app.runtime import (
     is_rank_0,
     keep_freed_memory,
     num_processes,
+    slow_bfloat16_note,
     take_device,
     watched_signals,
 )
@@ -52,6 +53,8 @@ from .samples import choose_samples
 from .saving import plan_saving, save_model
 from .setup import build_trainer
 from .trainer import RunTrainer
+
+_FASTER = "model.dtype=float32 trains faster; weights that do not train then take 4 bytes each, in place of 2"
 
 
 def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Console, messages: Sequence[str]) -> Path:
@@ -78,6 +81,8 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         counted = row_notes(trainer.token_counts, recipe.data, max_length=inputs.max_length)
         counted = [*counted, *trainer.notes]
         notes = [*inputs.examples.notes, *counted, *sample_notes, *saving.notes, *new_token_notes(recipe, inputs)]
+        if (slow := slow_bfloat16_note(inputs.model, recipe.run.device, advice=_FASTER)) is not None:
+            notes.append(slow)
         start = start.model_copy(update={"token_counts": trainer.token_counts})
         if is_rank_0() and folder.run_file.exists():
             check_same_rows(folder, trainer.token_counts)
