@@ -273,6 +273,25 @@ def test_another_machine_or_another_reference_is_measured_anew(tmp_path: Path) -
         "it was made on another machine: slow, 2 CPUs, 2 threads there, slow, 4 CPUs, 2 threads here"
     )
 
+    # An older calibration says nothing of the instructions of its processor.
+    newer = Calibrator(suite, measure=machine, shared="x", machine={**MACHINE, "instructions": "AVX2"}, say=print)
+    assert newer.difference(known) is None
+    known.machine["instructions"] = "AVX512"
+    assert newer.difference(known) == (
+        "it was made on another machine: slow with AVX512, 2 CPUs, 2 threads there, slow with AVX2, 2 CPUs, 2 threads "
+        "here"
+    )
+
+
+@pytest.mark.parametrize(("factor", "is_said"), [(2, False), (0.5, False), (4, True), (0.25, True)])
+def test_a_reference_of_quite_another_speed_is_said(factor: float, is_said: bool, tmp_path: Path) -> None:
+    costs = {"full": {"step": 2.0}, "ada": {"explore": 2.0, "exploit": 1.0}, "new": {"step": 4.0}}
+    known = calibrate(make(tmp_path, {"time_of": "full"}), FakeMachine(costs))
+    other = FakeMachine({name: {kind: factor * cost for kind, cost in kinds.items()} for name, kinds in costs.items()})
+    said: list[str] = []
+    calibrate(make(tmp_path, {"time_of": "full"}, full=FULL, ada=ADA, new=BLOCKS), other, known=known, said=said)
+    assert any("begin another folder" in line for line in said) == is_said
+
 
 def test_a_short_turn_sees_both_kinds_of_steps(tmp_path: Path) -> None:
     suite = make(tmp_path, {"time_of": "a"}, a={"method": {**ADA["method"], "every": 50}, "rates": [1]})

@@ -26,6 +26,9 @@ from .turns import NOISY, Turn, kind_costs, mean_cost, spread
 MOST_REPEATS = 2
 """Number of times that the rounds of a varying method are repeated."""
 
+OTHER_SPEED = 3.0
+"""From this factor on a slower or faster reference is worth a note: it may be another machine."""
+
 PACKAGES = ("torch", "transformers", "trl", "peft")
 """Packages that decide how long a step takes."""
 
@@ -69,7 +72,7 @@ class Calibrator:
         """Return why no measurement of an earlier calibration counts here; None if they do."""
         unit = self.unit
         packages = {name: number for name, number in known.versions.items() if _versions().get(name) != number}
-        if known.machine != self._machine:
+        if {**self._machine, **known.machine} != self._machine:  # an older calibration may have fewer facts
             there, here = (describe_machine(machine) for machine in (known.machine, self._machine))
             return f"it was made on another machine: {there} there, {here} here"
         if packages:
@@ -111,6 +114,7 @@ class Calibrator:
         fresh = {name: self._entry(name) for name in names}
         old = dict(known.methods) if keeps and known is not None else {}
         if keeps and known is not None and self.reference in old:
+            self._compare_speeds(known, own_rounds)
             # Ratios are relative; the seconds of the first calibration stay, or the steps of all would change.
             fresh[self.reference], own_rounds = old[self.reference], list(known.reference_rounds)
         return Calibration(
@@ -125,6 +129,16 @@ class Calibrator:
             reference_cost=statistics.median(own_rounds),
             methods={**old, **fresh},
         )
+
+    def _compare_speeds(self, known: Calibration, rounds: Sequence[float]) -> None:
+        """Say if the reference is several times as fast or slow as it was: other processors share time differently."""
+        now, then = statistics.median(rounds), known.reference_cost
+        if not 1 / OTHER_SPEED <= now / then <= OTHER_SPEED:
+            self._say(
+                f"note       a step of {self.reference!r} takes {now:.3g} {self.unit} and took {then:.3g} in the "
+                "calibration that this adds to: if it is another processor, and not a busy one, begin another folder "
+                "with --results DIR, for shares of time hold for one machine"
+            )
 
     def _is_known(self, name: str, known: Calibration) -> bool:
         own = known.methods.get(name)
@@ -184,6 +198,7 @@ def machine_facts(device: str) -> dict[str, Any]:
     """Return what decides how fast this machine trains on "auto" or "cpu"."""
     return {
         "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "device": _gpu_name() if device != "cpu" and torch.cuda.is_available() else "cpu",
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -194,7 +209,10 @@ def describe_machine(machine: Mapping[str, Any]) -> str:
     """Return the facts of a machine in one line."""
     device = machine.get("device", "cpu")
     name = machine.get("processor", "") if device == "cpu" else device
-    return f"{name or 'an unnamed processor'}, {machine.get('cpus')} CPUs, {machine.get('threads')} threads"
+    instructions = f" with {machine['instructions']}" if "instructions" in machine and device == "cpu" else ""
+    return (
+        f"{name or 'an unnamed processor'}{instructions}, {machine.get('cpus')} CPUs, {machine.get('threads')} threads"
+    )
 
 
 def _processor() -> str:
