@@ -80,6 +80,7 @@ class Runner:
         seeds: int | None = None,
         resume: bool = False,
         recalibrate: bool = False,
+        calibrate_only: bool = False,
         side_by_side: SideBySide | None = None,
     ) -> list[Any]:
         self.ran, stream = [], io.StringIO()
@@ -90,6 +91,7 @@ class Runner:
             seeds=seeds or suite.seeds,
             resume=resume,
             recalibrate=recalibrate,
+            calibrate_only=calibrate_only,
             side_by_side=side_by_side,
             console=console,
             command=["gradselect", "compare"],

@@ -348,6 +348,11 @@ def test_a_comparison_at_equal_time(
     methods = {"full": {**FULL, "rates": [1e-2]}, "uniform 2": BLOCKS, "misfit": MISFIT}
     suite = make_suite(place, budget=budget, methods=methods, seeds=1, evaluations={}, forgetting=None)
     folder = tmp_path / "results"
+    # 0 the calibration alone: nothing trains, and the comparison begins with it
+    assert runner(suite, folder, only=["full", "uniform 2"], calibrate_only=True) == []
+    assert (runner.ran, [path.name for path in folder.glob("*.json")]) == ([], ["calibration.json"])
+    assert "MiB" in runner.said
+    assert "leave out --calibrate-only to begin" in runner.said
     full, uniform, misfit = runner(suite, folder)
     names = {path.stem for path in folder.glob("*.json")}
     assert names == {"full.lr-0.01.seed-0.score", "uniform-2.lr-0.01.seed-0.score", "calibration"}
@@ -507,6 +512,8 @@ def test_a_method_that_breaks_does_not_end_the_calibration_of_the_others(
 def test_recalibrating_needs_a_budget(place: Path, tmp_path: Path, runner: Runner) -> None:
     with pytest.raises(UsageError, match=r"--recalibrate: the suite 'sums' has no budget"):
         runner(make_suite(place), tmp_path / "results", recalibrate=True)
+    with pytest.raises(UsageError, match=r"--calibrate-only: .*or write e.g. budget.time_of=full"):
+        runner(make_suite(place), tmp_path / "results", calibrate_only=True)
 
 
 def test_flops_are_counted_and_not_timed(place: Path, tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ def compare(
     recalibrate: Annotated[
         bool, typer.Option("--recalibrate", help="With a budget of time: measure the time of steps again.")
     ] = False,
+    calibrate_only: Annotated[
+        bool, typer.Option("--calibrate-only", help="With a budget of time: measure the time of steps, and end.")
+    ] = False,
     jobs: Annotated[
         int, typer.Option(help="Runs at a time, each with its share of the threads or an accelerator.", min=1)
     ] = 1,
@@ -45,7 +48,8 @@ def compare(
     options += [] if seeds is None else ["--seeds", str(seeds)]
     options += [] if jobs == 1 else ["--jobs", str(jobs)]
     options += [] if results is None else ["--results", results]
-    flags = [*(["--resume"] if resume else []), *(["--recalibrate"] if recalibrate else [])]
+    chosen = {"--resume": resume, "--recalibrate": recalibrate, "--calibrate-only": calibrate_only}
+    flags = [flag for flag, is_on in chosen.items() if is_on]
     words = ["gradselect", "compare", suite, *(overrides or []), *options]
     with advice_when_stopped([*words, "--resume"]):
         summaries = carry_out(
@@ -55,6 +59,7 @@ def compare(
             seeds=seeds,
             resume=resume,
             recalibrate=recalibrate,
+            calibrate_only=calibrate_only,
             jobs=jobs,
             command=[*words, *flags],
         )

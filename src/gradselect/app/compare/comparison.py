@@ -45,6 +45,7 @@ class Comparison:
         seeds: number of seeds of each method.
         resume: resume unfinished runs from their newest checkpoint.
         recalibrate: measure the cost of steps again, also where an earlier call has.
+        calibrate_only: end after that.
         side_by_side: places for several runs at a time. None: one after another.
         console: for progress.
         command: what the user typed.
@@ -58,6 +59,7 @@ class Comparison:
         seeds: int,
         resume: bool,
         recalibrate: bool = False,
+        calibrate_only: bool = False,
         side_by_side: SideBySide | None = None,
         console: Console,
         command: Sequence[str],
@@ -67,6 +69,7 @@ class Comparison:
         self._seeds = seeds
         self._resume = resume
         self._recalibrate = recalibrate
+        self._calibrate_only = calibrate_only
         self._side_by_side = side_by_side
         self._plan = RunPlan(suite)
         self._console = console
@@ -93,6 +96,9 @@ class Comparison:
 
         # 2 under a budget, the steps of each method; nothing else runs meanwhile
         methods = self._calibrate(methods)
+        if self._calibrate_only:
+            self._say(f"calibrated in {self._folder.root}; no run: leave out --calibrate-only to begin")
+            return []
         self._retire_others()
         if self._side_by_side is not None:
             self._say(f"jobs       {self._side_by_side.text}; times of steps hold for a shared machine")
@@ -123,9 +129,11 @@ class Comparison:
     def _calibrate(self, methods: Sequence[str]) -> list[str]:
         """Calibrate under a budget. Return the methods that run: those that fit into its memory."""
         if self._suite.budget is None:
-            if self._recalibrate:
+            if self._recalibrate or self._calibrate_only:
+                option = "--recalibrate" if self._recalibrate else "--calibrate-only"
                 raise UsageError(
-                    f"--recalibrate: the suite {self._suite.name!r} has no budget to calibrate for; leave it out"
+                    f"{option}: the suite {self._suite.name!r} has no budget to calibrate for; leave it out, or write "
+                    "e.g. budget.time_of=full"
                 )
             return list(methods)
         calibration = calibrated(
@@ -302,6 +310,7 @@ def compare(
     seeds: int | None = None,
     resume: bool = False,
     recalibrate: bool = False,
+    calibrate_only: bool = False,
     jobs: int = 1,
     console: Console | None = None,
     command: Sequence[str] = (),
@@ -318,6 +327,7 @@ def compare(
         seeds: number of seeds; by default that of the suite.
         resume: resume unfinished runs from their newest checkpoint instead of starting again.
         recalibrate: under a budget, measure the cost of steps again. Results with other steps are moved aside.
+        calibrate_only: under a budget, measure the cost of steps, and train nothing: no summary comes back.
         jobs: runs at a time, each with its share of the threads, or an accelerator of its own. Step times then hold for
             a shared machine; a calibration is always alone.
         console: for progress; by default the standard output.
@@ -340,6 +350,7 @@ def compare(
         seeds=seeds or suite.seeds,
         resume=resume,
         recalibrate=recalibrate,
+        calibrate_only=calibrate_only,
         side_by_side=SideBySide(jobs, device=suite.recipe.run.device) if jobs > 1 else None,
         console=console or Console(),
         command=command,
