@@ -2,10 +2,11 @@
 
     python benchmarks/pack_results.py runs/compare/smollm2 runs/compare/smollm2-half runs/compare/e2e
 
-Each folder becomes benchmarks/results/<its name>: results, calibration and sampled answers, each as `.json.gz`. What
-was computed with uncommitted changes is left out, as the tables leave it out. Damaged files are refused. So is more
-than `--limit` in all, and a file that stands in benchmarks/results but not in the folder: `--replace` removes it.
-Packing again changes only what is new. Then `python benchmarks/readme.py` fills the tables.
+Each folder becomes benchmarks/results/<its name>: results, calibration and sampled answers, each as `.json.gz`; of
+`gradselect compare --calibrate-only` the calibration alone. What was computed with uncommitted changes is left out, as
+the tables leave it out. Damaged files are refused. So is more than `--limit` in all, and a file that stands in
+benchmarks/results but not in the folder: `--replace` removes it. Packing again changes only what is new. Then
+`python benchmarks/readme.py` fills the tables.
 """
 
 from __future__ import annotations
@@ -60,11 +61,12 @@ def pack(folder: Path, target: Path) -> Packed:
         UsageError: the folder holds no results, one is damaged, or one names a folder of this machine.
     """
     paths = result_paths(folder) if folder.is_dir() else []
-    if not paths:
+    has_calibration = folder.is_dir() and plain_or_packed(folder / CALIBRATION) is not None
+    if not paths and not has_calibration:
         raise UsageError(f"{folder} holds no results; give a folder such as runs/compare/smollm2")
     dirty = tuple(path.name for path in paths if read_result(path).record.dirty)
     kept = [path for path in paths if path.name not in dirty]
-    if not kept:
+    if paths and not kept:
         raise UsageError(f"{folder}: all results are of a tree with uncommitted changes; commit, and run them again")
     records = [read_result(path).record for path in kept]
     scored = {(record.method, record.lr, record.seed) for record in records if record.role == "score"}

@@ -1,7 +1,7 @@
 """Put the tables of committed result files into README.md and pages of docs, and draw their picture.
 
-Results of a comparison come into benchmarks/results by `python benchmarks/pack_results.py`. The sections of a suite on
-a real model, see real_model.py, are empty until its results are there.
+Results of a comparison come into benchmarks/results by `python benchmarks/pack_results.py`. The sections of suites on
+a real model, see real_model.py, and of suites/seeds, see seed_methods.py, are empty until their results are there.
 
 python benchmarks/readme.py            # rewrites the pages and docs/images
 python benchmarks/readme.py --check    # exits with 1 where a page or picture and the results differ
@@ -24,6 +24,7 @@ import gsm8k_masks
 import levers
 import picture
 import real_model_scores
+import seed_methods
 import sparse_step
 import sparsegrad
 import step_time
@@ -269,6 +270,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "sparsegrad": rotated,
         "gsm8k_masks": masks,
         "glue": encoder,
+        **{suite.name: functools.partial(seed_methods.section, suite) for suite in seed_methods.SUITES},
     },
     REAL_MODEL: {"rates": rates, "answers": answers},
 }

@@ -18,6 +18,7 @@ OURS = "adagradselect"
 FULL, SMALL_LORA, LORA_WITH_EMBEDDING, WIDE_LORA = "full", "LoRA r=16", "LoRA r=16 + E", "LoRA r=256"
 ONCE = "six by the first gradient"
 TITLES = {"accuracy": "%", "mean_chrf": "chrF"}
+"""Behind the name of an evaluation, in place of the metric's own name."""
 
 
 @dataclass(frozen=True, kw_only=True)

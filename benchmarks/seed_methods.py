@@ -1,0 +1,148 @@
+"""Methods of the literature at equal budgets, suites/seeds: scores, state and steps beside LoRA's, for docs/results.md.
+
+The steps are of a calibration, which takes the methods in turn on a machine that does nothing else:
+
+    gradselect compare suites/seeds/decoder.yaml budget.time_of=LoRA --calibrate-only \\
+        --results runs/compare/seeds-decoder-steps
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import RESULTS, markdown_table, megabytes
+from compared import comparison_of, with_interval
+from real_model import measures, seeds_text, title_of, value_of
+
+from gradselect.app.report.comparison import Comparison
+from gradselect.app.report.methods import Method
+from gradselect.app.results import Calibration, read_calibration
+
+LORA = "LoRA"
+STEPS = "-steps"
+"""Behind the name of a suite: the folder of its calibration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedSuite:
+    """One of suites/seeds, whose section appears once its results are in benchmarks/results.
+
+    Args:
+        name: of the suite, and of the folder of its results.
+        file: of the suite.
+        title: heading of the section.
+        task: what every method does, in a sentence or two.
+        results: folder of all results.
+    """
+
+    name: str
+    file: str
+    title: str
+    task: str
+    results: Path = RESULTS
+
+    @property
+    def is_shown(self) -> bool:
+        return any((self.results / self.name).glob("*.score.json*"))
+
+    @property
+    def comparison(self) -> Comparison:
+        return comparison_of(self.results / self.name)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        folder = self.results / f"{self.name}{STEPS}"
+        return read_calibration(folder) if folder.is_dir() else None
+
+
+SUITES = (
+    SeedSuite(
+        name="seeds-decoder",
+        file="suites/seeds/decoder.yaml",
+        title="Methods of the literature on a small decoder",
+        task="The quickstart's Llama of 1.4 million weights learns word problems in 250 steps. A LoRA of rank 2 has "
+        "34,816 entries, and every method trains as many where it lets one choose.",
+    ),
+    *(
+        SeedSuite(
+            name=f"seeds-{task}",
+            file=f"suites/seeds/{task}.yaml",
+            title=f"Methods of the literature on {name}",
+            task=f"MiniLM-L6, an encoder of 22.7 million weights, learns {name} of GLUE in three epochs, with the head "
+            "whole in every method. Beside it a LoRA of rank 2 has 82,944 entries, and every method trains as many "
+            "where it lets one choose.",
+        )
+        for task, name in {"mrpc": "MRPC", "rte": "RTE", "stsb": "STS-B", "cola": "CoLA"}.items()
+    ),
+)
+
+
+def section(suite: SeedSuite) -> str:
+    """Return heading, scores and how to read them; nothing before there are results."""
+    if not suite.is_shown:
+        return ""
+    comparison = suite.comparison
+    return "\n\n".join(
+        [
+            f"### {suite.title}",
+            f"`gradselect compare {suite.file}`. {suite.task}",
+            scores_table(comparison, suite.calibration),
+            "\n".join(f"* {line}" for line in _notes(comparison, suite)),
+        ]
+    )
+
+
+def scores_table(comparison: Comparison, calibration: Calibration | None) -> str:
+    """One row a method, the lowest loss first: entries, scores, loss against LoRA's, bytes, time of a step."""
+    found = measures(comparison)
+    lesser = {one.first: one for one in found[-1].against(LORA)} if _has_lora(comparison) else {}
+    headings = ["method", "seeds", "entries", *(title_of(scores.measure) for scores in found)]
+    headings += ["less LoRA's", "state MB", "peak MB", *([] if calibration is None else ["step"])]
+
+    def cells(method: Method) -> list[str]:
+        state = [method.peak_bytes(f"state_on_{place}") for place in ("device", "host")]
+        peak = method.peak_bytes()
+        return [
+            method.name,
+            str(len(method.seeds)),
+            f"{method.runs[0].content.train_info.num_trainable_params:,}",
+            *(value_of(scores, method.name, interval=scores is found[0]) for scores in found),
+            with_interval(lesser.get(method.name), scale=1, decimals=3),
+            megabytes(sum(size or 0 for size in state), digits=2),
+            "" if peak is None else megabytes(peak, digits=1),
+            *([] if calibration is None else [_step(calibration, method.name)]),
+        ]
+
+    ordered = sorted(comparison.methods, key=lambda method: found[-1].order(method.name))
+    return markdown_table(headings, map(cells, ordered))
+
+
+def _step(calibration: Calibration, name: str) -> str:
+    own = calibration.methods.get(name)
+    return "" if own is None or own.ratio is None else f"{own.ratio:.2f}"
+
+
+def _has_lora(comparison: Comparison) -> bool:
+    return any(method.name == LORA for method in comparison.methods)
+
+
+def _notes(comparison: Comparison, suite: SeedSuite) -> Iterator[str]:
+    yield "Each method is at its rate of the lowest held-out loss. Lowest loss first."
+    yield (
+        "`entries`: the most that train at a step, of methods that choose anew too. `state MB`: masters are not in it, "
+        "moments are. `peak MB`: weights, gradients, masters and state, counted."
+    )
+    yield f"Intervals are of 95 %. {seeds_text(len(method.seeds) for method in comparison.methods)}"
+    yield "`less LoRA's`: paired difference of the loss; bold: more than chance after Holm's correction."
+    if (calibration := suite.calibration) is not None:
+        rounds, threads = len(calibration.reference_rounds), calibration.machine.get("threads")
+        yield (
+            f"`step`: its time against LoRA's, the median of {rounds} interleaved rounds on {threads} threads of a CPU "
+            f"({calibration.machine.get('processor')}), by `gradselect compare {suite.file} budget.time_of=LoRA "
+            "--calibrate-only`; steps of other kinds count by their share of a run."
+        )
+    edges = [f"{method.name} ({method.edge})" for method in comparison.methods if method.edge]
+    if edges:
+        yield f"At the edge of its grid of rates, so a better one may lie beyond: {', '.join(edges)}."

@@ -1,0 +1,71 @@
+"""The tables of suites/seeds in docs/results.md."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from report_fixtures import result, write
+from test_compare_budget import ADA, FULL, FakeMachine, calibrate, make
+
+from gradselect.app.results import write_calibration
+from gradselect.usage import UsageError
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+pack_results = importlib.import_module("pack_results")
+readme = importlib.import_module("readme")
+seed_methods = importlib.import_module("seed_methods")
+
+
+def suite_in(folder: Path) -> seed_methods.SeedSuite:
+    return seed_methods.SeedSuite(name="few", file="suites/few.yaml", title="Few", task="It learns.", results=folder)
+
+
+def test_a_suite_without_results_has_no_section_and_all_have_a_place(tmp_path: Path) -> None:
+    assert seed_methods.section(suite_in(tmp_path)) == ""
+    assert {suite.name for suite in seed_methods.SUITES} <= readme.PAGES[readme.TABLES].keys()
+    for suite in seed_methods.SUITES:
+        assert (Path(__file__).parent.parent / suite.file).exists()
+
+
+def test_methods_stand_beside_lora_with_entries_state_and_steps(tmp_path: Path) -> None:
+    for name, skill in {"LoRA": 0.4, "ada": 0.7}.items():
+        write(tmp_path / "few", result(name, seed=0, skill=skill))
+    without = seed_methods.section(suite_in(tmp_path))
+    assert "less LoRA's" in without
+    assert "--calibrate-only" not in without
+    assert without.index("| ada |") < without.index("| LoRA |")  # the lower loss first
+
+    steps = tmp_path / "few-steps"
+    steps.mkdir()
+    known = calibrate(
+        make(tmp_path, {"time_of": "full"}, full=FULL, ada=ADA),
+        FakeMachine({"full": {"step": 2.0}, "ada": {"explore": 2.0, "exploit": 1.0}}),
+    )
+    write_calibration(steps, known)
+    row = next(line for line in seed_methods.section(suite_in(tmp_path)).splitlines() if line.startswith("| ada |"))
+    assert row.endswith(f"| {known.methods['ada'].ratio:.2f} |")
+
+
+def test_a_calibration_alone_can_be_packed_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "few-steps"
+    folder.mkdir()
+    with pytest.raises(UsageError, match="holds no results"):
+        pack_results.pack(folder, tmp_path / "packed")
+    write_calibration(
+        folder,
+        calibrate(
+            make(tmp_path, {"time_of": "full"}),
+            FakeMachine({"full": {"step": 2.0}, "ada": {"explore": 2.0, "exploit": 1.0}}),
+        ),
+    )
+    packed = pack_results.pack(folder, tmp_path / "packed")
+    assert list(packed.files) == ["calibration.json.gz"]
+    assert pack_results.write(packed, replace=False) == 1
+    assert seed_methods.read_calibration(tmp_path / "packed").reference == "full"
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "notes.json").write_text(json.dumps({}))
+    with pytest.raises(UsageError):
+        pack_results.pack(tmp_path / "few", tmp_path / "other")
