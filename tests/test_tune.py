@@ -3,7 +3,9 @@
 import gc
 import json
 import re
+import sqlite3
 import weakref
+from contextlib import closing
 
 import optuna
 import pytest
@@ -217,6 +219,18 @@ def test_a_damaged_file_of_trials_is_refused_and_left_alone(recipe, tmp_path, mo
     ):
         tune(recipe, study=tmp_path / "study", num_trials=2, search=RATES, console=quiet())
     assert (tmp_path / "study" / "trials.db").read_bytes() == b"cut off" * 100
+
+
+def test_trials_of_another_optuna_are_refused_and_left_alone(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(_tune, "carry_out", scripted([[1.0]]))
+    tune(recipe, study=tmp_path / "study", num_trials=1, search=RATES, console=quiet())
+    trials = tmp_path / "study" / "trials.db"
+    with closing(sqlite3.connect(trials)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v2.6.0.a'")
+    before = trials.read_bytes()
+    with pytest.raises(UsageError, match=r"schema v2\.6\.0\.a of another version of Optuna.*optuna storage upgrade"):
+        tune(recipe, study=tmp_path / "study", num_trials=2, search=RATES, console=quiet())
+    assert trials.read_bytes() == before
 
 
 @pytest.mark.parametrize("where", ["opening", "trial"])

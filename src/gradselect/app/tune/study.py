@@ -78,10 +78,19 @@ def _check_storage(folder: StudyFolder) -> None:
 
 @contextmanager
 def _connected(folder: StudyFolder) -> Iterator[optuna.storages.RDBStorage]:
+    """Open the file of trials. Optuna's own check of its schema raises while the file is open, so it is made here."""
+    url = f"sqlite:///{folder.storage}"
     storage = optuna.storages.RDBStorage(
-        f"sqlite:///{folder.storage}", engine_kwargs={"connect_args": {"timeout": TURN_SECONDS}}
+        url, engine_kwargs={"connect_args": {"timeout": TURN_SECONDS}}, skip_compatibility_check=True
     )
     try:
+        there, here = storage.get_current_version(), storage.get_head_version()
+        if there != here:
+            raise UsageError(
+                f"the trials in {folder.storage} have the schema {there} of another version of Optuna; optuna "
+                f"{optuna.__version__} has {here}. If that is newer, keep a copy of the file and run: optuna storage "
+                f"upgrade --storage {url}; else install the Optuna that made it, or choose another --study"
+            )
         yield storage
     finally:
         storage.remove_session()
