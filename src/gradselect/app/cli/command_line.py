@@ -37,7 +37,7 @@ from .tune import tune
 
 app = typer.Typer(
     name="gradselect",
-    help="Fine-tune language models at full-parameter quality, training in each step only the part that matters.",
+    help="Fine-tune language models by training, at each step, only the part of their weights that gradients select.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
