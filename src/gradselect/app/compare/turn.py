@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from gradselect import BlockOptimizer, Drop, Keep
 from gradselect.app.inputs import read_inputs
 from gradselect.app.recipe import AbstractBlockMethod, Recipe
-from gradselect.app.runtime import RunFolder, keep_freed_memory, take_device
+from gradselect.app.runtime import RunFolder, fast_bfloat16, keep_freed_memory, take_device
 from gradselect.app.train import Meter, build_trainer, kind_of_step
 from gradselect.blocks import StepCost
 from gradselect.planning import survey_policy
@@ -104,7 +104,7 @@ def _measure(recipe: Recipe, *, method: str, number: int, count_flops: bool, cou
     trainer.add_callback(meter)
     trainer.add_callback(steps)
     try:
-        with _quiet():
+        with _quiet(), fast_bfloat16(inputs.model, recipe.run.device):
             trainer.train()
     finally:
         meter.close()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from gradselect.app.answers import FIND_ANSWER, Judge
 from gradselect.app.data import Conversation
 from gradselect.app.recipe import DEFAULT_PROMPT, EvaluationSettings
+from gradselect.app.runtime import fast_bfloat16
 from gradselect.app.stats import check_text_scores, mean_loss, mean_loss_interval, wilson_interval
 from gradselect.usage import UsageError
 
@@ -67,6 +69,20 @@ def evaluate_model(
 
 
 def _evaluate(
+    get_model: Callable[[], LanguageModel], settings: EvaluationSettings, on_progress: Progress | None
+) -> EvaluationResult:
+    with ExitStack() as stack:
+
+        def get_fast_model() -> LanguageModel:
+            found = get_model()
+            if (note := stack.enter_context(fast_bfloat16(found.model, found.device.type))) is not None:
+                _log.warning(note)
+            return found
+
+        return _measure(get_fast_model, settings, on_progress)
+
+
+def _measure(
     get_model: Callable[[], LanguageModel], settings: EvaluationSettings, on_progress: Progress | None
 ) -> EvaluationResult:
     # All checks of settings and data come first: loading a large model takes long.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,8 @@ from gradselect.app.models import (
     load_weights,
 )
 from gradselect.app.recipe import EvaluationSettings
-from gradselect.app.runtime import keep_freed_memory, slow_bfloat16_note
+from gradselect.app.runtime import keep_freed_memory
 from gradselect.usage import UsageError
-
-_log = logging.getLogger(__name__)
 
 FOLDER_MARKS = ("config.json", "adapter_config.json")
 """Every folder from `save_pretrained` of transformers or PEFT holds one of these."""
@@ -69,8 +66,6 @@ def load(settings: EvaluationSettings) -> LanguageModel:
     tokenizer = load_text_tokenizer(settings.model, key="model")
     model, missing = load_weights(kind, settings.model, key="model", dtype=settings.dtype)
     check_complete(missing, model, settings.model, key="model", wanted=wanted)
-    if (slow := slow_bfloat16_note(model, device.type, advice="--dtype float32 is faster")) is not None:
-        _log.warning(slow)
     model = wrap(model.to(device).eval(), tokenizer)
     if settings.task != "classification":
         check_causal(model.model, name=f"model={str(settings.model)!r}")

@@ -1,7 +1,7 @@
 """Surroundings of a run: folder, processes, signals, messages, memory of the machine."""
 
 from .allocator import keep_freed_memory
-from .bfloat16 import slow_bfloat16_note
+from .bfloat16 import fast_bfloat16
 from .hub import HubId, check_hub, check_ids, hub_fault
 from .machine import Memory, device_memory, host_bytes, machine_bytes, peak_process_bytes
 from .messages import collected_messages, describe_messages
@@ -37,6 +37,7 @@ __all__ = [
     "device_memory",
     "disconnect",
     "end_process",
+    "fast_bfloat16",
     "handled_signals",
     "host_bytes",
     "hub_fault",
@@ -47,7 +48,6 @@ __all__ = [
     "num_processes",
     "own_process_group",
     "peak_process_bytes",
-    "slow_bfloat16_note",
     "take_device",
     "watched_signals",
 ]

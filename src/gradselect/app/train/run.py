@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,10 +26,10 @@ from gradselect.app.runtime import (
     claimed,
     collected_messages,
     disconnect,
+    fast_bfloat16,
     is_rank_0,
     keep_freed_memory,
     num_processes,
-    slow_bfloat16_note,
     take_device,
     watched_signals,
 )
@@ -54,8 +54,6 @@ from .saving import plan_saving, save_model
 from .setup import build_trainer
 from .trainer import RunTrainer
 
-_FASTER = "model.dtype=float32 trains faster; weights that do not train then take 4 bytes each, in place of 2"
-
 
 def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Console, messages: Sequence[str]) -> Path:
     """Carry out a recipe; see `train`. `messages` is the growing list of the libraries' messages."""
@@ -64,7 +62,7 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
     folder = RunFolder(Path(recipe.run.output))
     console = console if is_rank_0() else Console(quiet=True)
     stages = Stages(console)
-    with claimed(folder, resume=resume, messages=messages) if is_rank_0() else nullcontext():
+    with claimed(folder, resume=resume, messages=messages) if is_rank_0() else nullcontext(), ExitStack() as stack:
         # 1 read the inputs
         inputs = read_inputs(recipe, stages=stages)
         start = describe_start(recipe, inputs, command=command)
@@ -74,15 +72,14 @@ def run(recipe: Recipe, *, resume: bool, command: Sequence[str], console: Consol
         start = start.model_copy(update={"resumed_from": None if checkpoint is None else checkpoint.name})
 
         # 2 set up
+        slow = stack.enter_context(fast_bfloat16(inputs.model, recipe.run.device))
         saving = plan_saving(recipe, inputs)
         samples, sample_notes = choose_samples(recipe, inputs)
         with _explained(recipe, folder):
             trainer = build_trainer(recipe, inputs, folder=folder, stages=stages, checkpoint=checkpoint)
         counted = row_notes(trainer.token_counts, recipe.data, max_length=inputs.max_length)
-        counted = [*counted, *trainer.notes]
+        counted = [*counted, *trainer.notes, *([] if slow is None else [slow])]
         notes = [*inputs.examples.notes, *counted, *sample_notes, *saving.notes, *new_token_notes(recipe, inputs)]
-        if (slow := slow_bfloat16_note(inputs.model, recipe.run.device, advice=_FASTER)) is not None:
-            notes.append(slow)
         start = start.model_copy(update={"token_counts": trainer.token_counts})
         if is_rank_0() and folder.run_file.exists():
             check_same_rows(folder, trainer.token_counts)
