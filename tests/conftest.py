@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -15,10 +16,29 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_collection_finish() -> None:
-    """What the imports made stays: the Trainer collects garbage after each run, and need not look at all of it."""
+NEW_MODULES = 50
+num_frozen = 0
+
+
+def freeze() -> None:
+    """Keep collections of garbage short: all objects of now stay, most of them made by imports.
+
+    Each `train()` collects garbage, half a second with the objects of transformers.
+    """
+    global num_frozen
     gc.collect()
     gc.freeze()
+    num_frozen = len(sys.modules)
+
+
+def pytest_collection_finish() -> None:
+    freeze()
+
+
+def pytest_runtest_logfinish() -> None:
+    """Freeze what the test imported: many packages are loaded only when something needs them."""
+    if len(sys.modules) > num_frozen + NEW_MODULES:
+        freeze()
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +50,3 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder / "model")
     write_sums(folder / "sums.jsonl")
     return folder
-
-
-@pytest.fixture(scope="module")
-def quick_garbage_collection():
-    """Keep collections short: each `train()` collects garbage, half a second with the objects of transformers."""
-    gc.freeze()
-    yield
-    gc.unfreeze()

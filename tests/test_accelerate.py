@@ -14,8 +14,6 @@ from torch.utils.data import DataLoader
 
 import gradselect as gs
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
 WINDOW, EPOCHS, BATCHES = 2, 3, 5
 STEPS = math.ceil(BATCHES / WINDOW)
 """Steps of an epoch; the last has a single micro-batch."""

@@ -32,7 +32,6 @@ pytestmark = [
     # TRL 1.16 uses names that transformers 5.23 has replaced.
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.usefixtures("quick_garbage_collection"),
 ]
 every = pytest.mark.parametrize("name", ADAPTERS)
 

@@ -25,7 +25,6 @@ from gradselect.blocks import StepCost
 pytestmark = [
     # PEFT asks transformers 5 for a property that was renamed.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.usefixtures("quick_garbage_collection"),
 ]
 every = pytest.mark.parametrize("name", ADAPTERS)
 NUM_STEPS = 3

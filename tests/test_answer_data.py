@@ -19,8 +19,6 @@ from gradselect.app.preview import preview_data
 from gradselect.app.recipe import Recipe, dump_recipe, load_recipe
 from gradselect.app.train.preference_trainers import dpo_rows, kto_rows, orpo_rows
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -14,9 +14,6 @@ from transformers import Trainer, TrainingArguments
 import gradselect as gs
 from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
-
 MAKES = {
     "explore": lambda model: gs.BlockOptimizer(model, gs.AdaGradSelect(count=2, explore_steps=3), lr=1e-2),
     "uniform": lambda model: gs.BlockOptimizer(model, gs.Uniform(count=2), lr=1e-2),

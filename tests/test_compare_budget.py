@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -320,81 +322,127 @@ def test_the_budget_takes_the_place_of_the_steps_in_the_protocol(place: Path) ->
     assert shared["budget"] == {"time_of": "full", "share": 0.5, "of": {"steps": 2, "epochs": None}}
 
 
+def run_turns(job_file: Path, log: Path, *, worker: str) -> None:
+    """Take the turns of a calibration in this process, with costs that no clock decides."""
+    assert worker == "turns_worker"
+    job = TurnsJob.model_validate_json(job_file.read_text("utf-8"))
+    turns_worker.main(str(job_file))
+    content = json.loads(job.result.read_text("utf-8"))
+    for turn in content["turns"]:
+        turn["costs"] = [2.0 if turn["method"] == "full" else 1.0] * len(turn["costs"])
+    job.result.write_text(json.dumps(content), "utf-8")
+
+
+def with_turns_here(patch: pytest.MonkeyPatch) -> Runner:
+    patch.setattr(_calibrating, "run_job", run_turns)
+    # Costs that no clock decides need no more rounds.
+    patch.setattr(_budget, "LEAST_ROUNDS", 1)
+    patch.setattr(_budget, "LEAST_ROUND_STEPS", 2)
+    return Runner(patch)
+
+
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
-    """Calibrates in this process too, with costs that no clock decides."""
-
-    def run_job(job_file: Path, log: Path, *, worker: str) -> None:
-        assert worker == "turns_worker"
-        job = TurnsJob.model_validate_json(job_file.read_text("utf-8"))
-        turns_worker.main(str(job_file))
-        content = json.loads(job.result.read_text("utf-8"))
-        for turn in content["turns"]:
-            turn["costs"] = [2.0 if turn["method"] == "full" else 1.0] * len(turn["costs"])
-        job.result.write_text(json.dumps(content), "utf-8")
-
-    monkeypatch.setattr(_calibrating, "run_job", run_job)
-    # Costs that no clock decides need no more rounds.
-    monkeypatch.setattr(_budget, "LEAST_ROUNDS", 1)
-    monkeypatch.setattr(_budget, "LEAST_ROUND_STEPS", 2)
-    return Runner(monkeypatch)
+    """Calibrates in this process too."""
+    return with_turns_here(monkeypatch)
 
 
-def test_a_comparison_at_equal_time(
-    place: Path, tmp_path: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Real turns and runs; only the clock is not real."""
-    budget: dict[str, Any] = {"time_of": "full", "rounds": 2, "round_steps": 2}
-    methods = {"full": {**FULL, "rates": [1e-2]}, "uniform 2": BLOCKS, "misfit": MISFIT}
-    suite = make_suite(place, budget=budget, methods=methods, seeds=1, evaluations={}, forgetting=None)
-    folder = tmp_path / "results"
-    # 0 the calibration alone: nothing trains, and the comparison begins with it
-    assert runner(suite, folder, only=["full", "uniform 2"], calibrate_only=True) == []
-    assert (runner.ran, [path.name for path in folder.glob("*.json")]) == ([], ["calibration.json"])
-    assert "MiB" in runner.said
-    assert "leave out --calibrate-only to begin" in runner.said
-    full, uniform, misfit = runner(suite, folder)
-    names = {path.stem for path in folder.glob("*.json")}
+METHODS = {"full": {**FULL, "rates": [1e-2]}, "uniform 2": BLOCKS}
+
+
+def small_suite(place: Path, budget: Mapping[str, Any], **methods: Any) -> Suite:
+    budget = {**budget, "rounds": 1, "round_steps": 2}
+    return make_suite(place, budget=budget, methods={**METHODS, **methods}, seeds=1, evaluations={}, forgetting=None)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison at equal time: real turns and runs; only the clock is not real.
+
+    Attributes:
+        first: what a call that only calibrates two of the methods returned, the runs and files it made, and its words.
+    """
+
+    folder: Path
+    first: tuple[list[Any], list[str], list[str], str]
+    summaries: list[Any]
+    said: str
+
+
+@pytest.fixture(scope="module")
+def compared(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    """Full fine-tuning, a method that is twice as fast, and one whose calibration fails. No test changes the folder."""
+    folder = tmp_path_factory.mktemp("compared") / "results"
+    with pytest.MonkeyPatch.context() as patch:
+        run, suite = with_turns_here(patch), small_suite(place, {"time_of": "full"}, misfit=MISFIT)
+        nothing = run(suite, folder, only=["full", "uniform 2"], calibrate_only=True)
+        first = nothing, run.ran, [path.name for path in folder.glob("*.json")], run.said
+        summaries = run(suite, folder)
+    return Compared(folder, first, summaries, run.said)
+
+
+@pytest.fixture
+def folder(compared: Compared, tmp_path: Path) -> Path:
+    """Its results and its calibration, to be changed."""
+    return shutil.copytree(compared.folder, tmp_path / "results")
+
+
+def test_a_calibration_alone_trains_nothing(compared: Compared) -> None:
+    summaries, ran, names, said = compared.first
+    assert (summaries, ran, names) == ([], [], ["calibration.json"])
+    assert "MiB" in said
+    assert "leave out --calibrate-only to begin" in said
+
+
+def test_a_comparison_at_equal_time(compared: Compared) -> None:
+    full, uniform, misfit = compared.summaries
+    names = {path.stem for path in compared.folder.glob("*.json")}
     assert names == {"full.lr-0.01.seed-0.score", "uniform-2.lr-0.01.seed-0.score", "calibration"}
     assert [summary.results[0].content.run_info.train_config["run"]["steps"] for summary in (full, uniform)] == [2, 4]
     own = uniform.results[0].record.budget
-    assert (own.steps, own.ratio, own.total, own.text, own.rounds) == (4, 0.5, 4.0, "time_of: full", 2)
+    assert (own.steps, own.ratio, own.total, own.text, own.rounds) == (4, 0.5, 4.0, "time_of: full", 1)
     assert sum(kind.steps for kind in uniform.results[0].record.seconds.by_kind.values()) == 4
     assert misfit.results == ()
     assert [summary.steps for summary in (full, uniform)] == [2, 4]
-    assert "best rate  steps " in runner.said
-    assert "failed     misfit: its calibration failed: " in runner.said
-    assert "count=99 is more than the 6 blocks" in runner.said
+    assert "best rate  steps " in compared.said
+    assert "failed     misfit: its calibration failed: " in compared.said
+    assert "count=99 is more than the 6 blocks" in compared.said
 
-    # 1 again: nothing is measured, but what has failed; nothing runs
+
+def test_nothing_is_measured_and_nothing_runs_again(place: Path, folder: Path, runner: Runner) -> None:
     calibration = read_calibration(folder)
-    assert calibration is not None
-    runner(suite, folder, only=["full", "uniform 2"])
+    runner(small_suite(place, {"time_of": "full"}), folder)
     assert runner.ran == []
     assert "is used again" in runner.said
+    assert calibration is not None
     assert read_calibration(folder) == calibration
 
-    # 2 with a limit of memory: full fine-tuning does not fit, and its result goes aside
-    budget["memory"] = (calibration.methods["full"].bytes or 0) - 1
-    small = make_suite(place, budget=budget, methods=methods, seeds=1, evaluations={}, forgetting=None)
-    (uniform,) = runner(small, folder, only=["full", "uniform 2"])
+
+def test_a_limit_of_memory_leaves_out_what_does_not_fit(place: Path, folder: Path, runner: Runner) -> None:
+    calibration = read_calibration(folder)
+    assert calibration is not None
+    limit = {"time_of": "full", "memory": (calibration.methods["full"].bytes or 0) - 1}
+    (uniform,) = runner(small_suite(place, limit), folder)
+    assert uniform.steps == 4
     assert runner.ran == []
     assert "left out   full: takes " in runner.said
     assert not (folder / "full.lr-0.01.seed-0.score.json").exists()
     assert read_result(folder / "uniform-2.lr-0.01.seed-0.score.json").record.budget is not None
 
-    # 3 with less than anybody takes: refused, and nothing is moved
+    # With less than anybody takes: refused, and nothing is moved.
     before = sorted(path.name for path in folder.rglob("*.json"))
-    tiny = make_suite(
-        place, budget={**budget, "memory": 1024}, methods=methods, seeds=1, evaluations={}, forgetting=None
-    )
     with pytest.raises(
         UsageError, match=r"too small for every method: the smallest, 'uniform 2', takes .*; write budget"
     ):
-        runner(tiny, folder, only=["full", "uniform 2"])
+        runner(small_suite(place, {**limit, "memory": 1024}), folder)
     assert sorted(path.name for path in folder.rglob("*.json")) == before
 
-    # 4 on another machine: refused beside results, unless the user asks for it
+
+def test_on_another_machine_it_is_refused_beside_results_unless_the_user_asks_for_it(
+    place: Path, folder: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite, calibration = small_suite(place, {"time_of": "full"}), read_calibration(folder)
+    assert calibration is not None
     elsewhere = {**calibration.machine, "cpus": 99}
     monkeypatch.setattr(_calibrating, "machine_facts", lambda device: elsewhere)
     with pytest.raises(UsageError, match=r"cannot be used here: it was made on another machine.*--recalibrate"):
@@ -405,30 +453,22 @@ def test_a_comparison_at_equal_time(
     assert (again.machine, runner.ran) == (elsewhere, [])
 
 
-def small_suite(place: Path, budget: Mapping[str, Any]) -> Suite:
-    methods = {"full": {**FULL, "rates": [1e-2]}, "uniform 2": BLOCKS}
-    budget = {**budget, "rounds": 1, "round_steps": 2}
-    return make_suite(place, budget=budget, methods=methods, seeds=1, evaluations={}, forgetting=None)
-
-
 def test_a_budget_that_was_too_short_is_corrected_without_measuring_again(
     place: Path, tmp_path: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(
         UsageError, match=r"budget\.seconds=1 is 1 s and shorter than one step of 'full', which takes 2 s"
     ):
-        runner(small_suite(place, {"seconds": 1}), tmp_path / "results")
+        runner(small_suite(place, {"seconds": 1}), tmp_path / "results", only=["full"])
     monkeypatch.setattr(_calibrating, "run_job", lambda *_, **__: "measured again")
-    full, uniform = runner(small_suite(place, {"seconds": 4}), tmp_path / "results")
-    assert (full.steps, uniform.steps) == (2, 4)
+    (full,) = runner(small_suite(place, {"seconds": 4}), tmp_path / "results", only=["full"])
+    assert full.steps == 2
 
 
 def test_a_calibration_that_gives_results_other_steps_is_refused_before_anything_moves(
-    place: Path, tmp_path: Path, runner: Runner
+    place: Path, folder: Path, runner: Runner
 ) -> None:
-    suite, folder = small_suite(place, {"time_of": "full"}), tmp_path / "results"
-    runner(suite, folder)
-    known = read_calibration(folder)
+    suite, known = small_suite(place, {"time_of": "full"}), read_calibration(folder)
     assert known is not None
     uniform = known.methods["uniform 2"]
     kinds = {kind: cost.model_copy(update={"ratio": cost.ratio / 2}) for kind, cost in uniform.by_kind.items()}
@@ -450,27 +490,28 @@ def test_a_calibration_that_gives_results_other_steps_is_refused_before_anything
 
 
 def test_what_another_comparison_has_measured_meanwhile_is_kept(
-    place: Path, tmp_path: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch
+    place: Path, folder: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two calls with other methods into one folder: the second waits for the lock, and finds what the first wrote."""
-    suite, folder = small_suite(place, {"time_of": "full"}), tmp_path / "results"
-    runner(suite, folder, only=["full"])
-    first = read_calibration(folder)
+    suite, known = small_suite(place, {"time_of": "full"}), read_calibration(folder)
+    assert known is not None
+    # Three times as slow as what the second measures.
+    slow = {"methods": {"full": known.methods["full"]}, "reference_rounds": [6.0], "reference_cost": 6.0}
+    first = allot(suite, known.model_copy(update=slow), ["full"])
     (folder / CALIBRATION).unlink()
 
     @contextmanager
     def late(root: Path, *, name: str) -> Iterator[None]:
-        assert first is not None
         write_calibration(root, first)
         yield
 
     monkeypatch.setattr(_calibrating, "locked", late)
     runner(suite, folder, only=["uniform 2"])
     both = read_calibration(folder)
-    assert first is not None
     assert both is not None
     assert (both.methods["full"], both.budget) == (first.methods["full"], first.budget)
-    assert both.methods["uniform 2"].steps == 4
+    assert (both.budget, both.methods["uniform 2"].steps) == (12.0, 4)
+    assert runner.ran == []
 
 
 def test_a_process_that_is_ended_names_the_method_whose_turn_it_was(

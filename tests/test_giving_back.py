@@ -20,7 +20,6 @@ from gradselect.integrations.transformers import SelectionCallback, SelectiveOpt
 # peft uses a name that transformers has replaced since.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
-    pytest.mark.usefixtures("quick_garbage_collection"),
 ]
 
 

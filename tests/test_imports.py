@@ -18,7 +18,7 @@ LIGHT_PARTS = {
     "gradselect.public_names": HEAVY,  # what the first name of `gradselect` that is asked for loads
     "gradselect.app.cli": ("transformers", "trl", "peft", "datasets", "pydantic"),
     "gradselect.app.recipe": ("transformers", "trl", "datasets"),
-    "gradselect.app.evaluate": ("transformers", "trl", "datasets", "math_verify"),
+    "gradselect.app.evaluate": ("transformers", "trl", "datasets", "math_verify", "lm_eval"),
     "gradselect.app.tune": ("transformers", "trl", "optuna"),
     "gradselect.app.compare": ("transformers.trainer", "trl", "peft", "matplotlib"),
 }

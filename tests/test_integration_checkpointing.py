@@ -14,8 +14,6 @@ from transformers import Trainer, TrainingArguments
 import gradselect as gs
 from gradselect.integrations.transformers import SelectiveTraining
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
 
 def train(model: torch.nn.Module, folder: Path, **settings: object) -> Trainer:
     rows = [{name: rows[0] for name, rows in tiny_batch(model, seed=seed, batch=1).items()} for seed in range(4)]

@@ -14,8 +14,6 @@ from transformers import Trainer
 import gradselect as gs
 from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
 
 def build(folder, mask, *, model=None, data=16, callbacks=None, options=None, **settings):
     args = arguments(folder, **settings)

@@ -22,7 +22,6 @@ from gradselect.integrations.transformers import SelectionCallback
 pytestmark = [
     # trl and peft use names that transformers has replaced since.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning"),
-    pytest.mark.usefixtures("quick_garbage_collection"),
 ]
 
 CHOICES = {

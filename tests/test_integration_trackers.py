@@ -20,8 +20,6 @@ from gradselect.integrations.transformers import SelectionCallback, SelectiveOpt
 from gradselect.integrations.transformers.trackers import PICTURE, TensorBoard
 from gradselect.integrations.transformers.tracking import SelectionTracking
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
 
 @pytest.fixture
 def curves(tmp_path, monkeypatch):

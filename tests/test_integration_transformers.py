@@ -24,9 +24,6 @@ CHECKPOINTING = (
 )
 
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
-
 @functools.cache
 def examples(count):
     model = tiny_llama(layers=1)

@@ -19,7 +19,6 @@ from gradselect.integrations.transformers import SelectionCallback, SelectiveOpt
 # trl and peft use names that transformers has replaced since.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.usefixtures("quick_garbage_collection"),
 ]
 
 

@@ -75,11 +75,13 @@ def block_of(name):
     return {"model.embed_tokens.weight": "embedding", "model.norm.weight": "norm", "lm_head.weight": "head"}[name]
 
 
-def test_a_command_in_which_nothing_trains_is_an_error(tmp_path):
-    done = run("launch", "uniform", "count=1", "--", sys.executable, "-c", "print(1)", folder=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == "1\n"
-    assert "no Trainer of transformers has trained in it, so nothing was selective" in done.stderr
+def test_a_command_in_which_nothing_trains_is_an_error(capfd):
+    with pytest.raises(SystemExit) as end:
+        main(["launch", "uniform", "count=1", "--", sys.executable, "-c", "print(1)"])
+    assert end.value.code == 2
+    said = capfd.readouterr()
+    assert said.out == "1\n"
+    assert "no Trainer of transformers has trained in it, so nothing was selective" in said.err
 
 
 @pytest.mark.parametrize(

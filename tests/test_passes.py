@@ -13,9 +13,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import gradselect as gs
 from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
-
 # A cache of gradients ----------------------------------------------------------------------------------------------
 
 

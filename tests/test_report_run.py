@@ -23,7 +23,6 @@ from gradselect.files import sealed, sha256
 from gradselect.integrations.transformers import SelectionCallback
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_garbage_collection"),
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
 ]
 

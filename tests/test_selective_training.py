@@ -20,8 +20,6 @@ import gradselect as gs
 from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory, SelectiveTraining
 from gradselect.integrations.transformers.frames import call_after_training
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
 CHOICES = {
     "policy": {"policy": gs.AdaGradSelect(count=1, delta=9.0), "always": ("head",), "residency": gs.Drop()},
     "mask": {"mask": gs.ID3(density=0.05, steps=6), "always": ("lm_head.weight",)},

@@ -24,7 +24,6 @@ from gradselect.app.train.sampling_trainers import PromptSampler
 pytestmark = [
     # trl and peft use names that transformers has replaced since.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning"),
-    pytest.mark.usefixtures("quick_garbage_collection"),
 ]
 
 MASK = {"name": "static", "density": 0.05}

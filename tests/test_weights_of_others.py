@@ -21,9 +21,6 @@ import gradselect as gs
 from gradselect.core.fingerprint import fingerprints
 from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
-
 MAKES = {
     "keep": lambda model: gs.BlockOptimizer(model, gs.Uniform(count=2), lr=1e-2),
     "offload": lambda model: gs.BlockOptimizer(model, gs.Uniform(count=2), lr=1e-2, residency=gs.Offload()),
