@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import os
 import random
@@ -299,6 +300,7 @@ def main() -> None:
     torch.set_num_threads(1)
     import gradselect.app.train.run  # noqa: F401  # before the forks, which share it
 
+    gc.freeze()  # each run collects garbage: it need not look at what imports made
     is_good = True
     results = read_result(arguments.result) if arguments.result.exists() else {}
     # Forks come first: a training in this process would leave state behind.

@@ -156,6 +156,16 @@ def succeed(job: Callable[..., Any], *, world: int, **settings: Any) -> list[Any
     return results
 
 
+def succeed_each(jobs: dict[Callable[..., Any], dict[str, Any]], *, world: int) -> dict[Callable[..., Any], list[Any]]:
+    """As `succeed` for each of the jobs with its settings, one after another in the same processes."""
+    results = succeed(_one_after_another, world=world, jobs=list(jobs.items()))
+    return {job: list(of_ranks) for job, of_ranks in zip(jobs, zip(*results, strict=True), strict=True)}
+
+
+def _one_after_another(rank: int, *, jobs: list[tuple[Callable[..., Any], dict[str, Any]]]) -> list[Any]:
+    return [job(rank, **settings) for job, settings in jobs]
+
+
 class Failure:
     """How a job ended that raised.
 

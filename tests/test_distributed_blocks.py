@@ -14,7 +14,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_support import Failure, TinyModel, launch, rows, succeed, tiny, train, whole
+from distributed_support import (
+    Failure,
+    TinyModel,
+    launch,
+    rows,
+    succeed,
+    succeed_each,
+    tiny,
+    train,
+    whole,
+)
 from policy_support import Measured
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
@@ -25,7 +35,7 @@ import gradselect as gs
 from gradselect.integrations import distributed
 from gradselect.parallel.wrappers import check_placement
 
-STEPS = 30
+STEPS = 12
 
 
 POLICIES = {
@@ -34,7 +44,7 @@ POLICIES = {
     "cyclic": gs.Cyclic(every=2),
     "uniform": gs.Uniform(count=2),
     "grad_norm": gs.GradNormTopK(count=2),
-    "adagradselect": gs.AdaGradSelect(count=2, explore_steps=40, delta=5.0, rank_by="step"),
+    "adagradselect": gs.AdaGradSelect(count=2, explore_steps=15, delta=5.0, rank_by="step"),
     "misa": gs.MISA(share=0.5, every=3),
     "l1": Measured("l1"),
     "taylor": Measured("taylor"),
@@ -127,6 +137,13 @@ def alone():
         model, optimizer = build(policy)
         results[name] = whole(model), train(model, optimizer, steps=STEPS), whole(model)
     return results
+
+
+@pytest.fixture(scope="module")
+def small_jobs():
+    """Results of two ranks, by job. The last of them counts calls of torch.distributed, and would in others too."""
+    jobs = (swap_as_accelerate, evaluate_first, train_all_partly_used, count_traffic)
+    return succeed_each({job: {} for job in jobs}, world=2)
 
 
 @pytest.mark.parametrize("key", WRAPPED, ids="-".join)
@@ -222,41 +239,51 @@ def count_traffic(rank):
     return sent
 
 
-def test_frozen_blocks_cost_no_gradient_traffic_from_the_first_step_on():
+def test_frozen_blocks_cost_no_gradient_traffic_from_the_first_step_on(small_jobs):
     layer = sum(parameter.numel() for parameter in TinyModel().layers[1].parameters())
-    for sent in succeed(count_traffic, world=2):
+    for sent in small_jobs[count_traffic]:
         assert sent == [layer] * 6  # three steps of two backward passes
 
 
 # resuming --------------------------------------------------------------------------------------------
 
 
-def train_part(rank, *, folder, first, steps, **options):
-    world = dist.get_world_size()
-    model, optimizer = build(POLICIES["adagradselect"], wrapper="fully_shard", **options)
-    if first:
-        distributed.load(f"{folder}/{first}", model=model, optimizer=optimizer)
-    train(model, optimizer, steps=steps, rank=rank, world=world, first=first)
-    distributed.save(f"{folder}/{first + steps}", model=model, optimizer=optimizer)
-    return whole(model)
+RESIDENCIES = {"keep": gs.Keep(), "drop": gs.Drop()}
 
 
-@pytest.mark.parametrize("options", [{"residency": gs.Keep()}, {"residency": gs.Drop()}], ids=["keep", "drop"])
-def test_resumes_on_another_number_of_processes(tmp_path, options):
+def train_part(rank, *, folder, first, steps):
+    """The next steps of a run, for each residency."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    wrapper = "fully_shard" if dist.is_initialized() else None
+    weights = {}
+    for name, residency in RESIDENCIES.items():
+        model, optimizer = build(POLICIES["adagradselect"], wrapper=wrapper, residency=residency)
+        if first:
+            distributed.load(f"{folder}/{name}-{first}", model=model, optimizer=optimizer)
+        assert optimizer.num_steps == first
+        train(model, optimizer, steps=steps, rank=rank, world=world, first=first)
+        distributed.save(f"{folder}/{name}-{first + steps}", model=model, optimizer=optimizer)
+        weights[name] = whole(model)
+    return weights
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """Weights after 5 steps on 2 processes, 5 on 1 and 4 on 3."""
+    folder = tmp_path_factory.mktemp("resumed")
+    succeed(train_part, world=2, folder=folder, first=0, steps=5)
+    train_part(0, folder=folder, first=5, steps=5)
+    return succeed(train_part, world=3, folder=folder, first=10, steps=4)
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_resumes_on_another_number_of_processes(residency, resumed):
     """2, then 1, then 3 ranks end with the result of one process that never stops."""
-    settings = {"folder": str(tmp_path), **options}
-    succeed(train_part, world=2, first=0, steps=7, **settings)
-    model, optimizer = build(POLICIES["adagradselect"], **options)
-    distributed.load(tmp_path / "7", model=model, optimizer=optimizer)
-    assert optimizer.num_steps == 7
-    train(model, optimizer, steps=7, first=7)
-    distributed.save(tmp_path / "14", model=model, optimizer=optimizer)
-    results = succeed(train_part, world=3, first=14, steps=6, **settings)
-
-    model, optimizer = build(POLICIES["adagradselect"], **options)
-    train(model, optimizer, steps=20)
-    for result in results:
-        assert distance(result, whole(model)) < 1e-12
+    model, optimizer = build(POLICIES["adagradselect"], residency=RESIDENCIES[residency])
+    records = train(model, optimizer, steps=14)
+    assert len({record.explored for record in records}) == 2
+    for weights in resumed:
+        assert distance(weights[residency], whole(model)) < 1e-12
 
 
 def test_load_refuses_another_folder(tmp_path):
@@ -309,9 +336,9 @@ def swap_as_accelerate(rank):
     return whole(model), records, frozen, sum(not parameter.requires_grad for parameter in model.parameters())
 
 
-def test_follows_parameters_that_accelerate_puts_into_the_groups(alone):
+def test_follows_parameters_that_accelerate_puts_into_the_groups(alone, small_jobs):
     _, records, expected = alone["adagradselect"]
-    for parameters, others, frozen, frozen_after_close in succeed(swap_as_accelerate, world=2):
+    for parameters, others, frozen, frozen_after_close in small_jobs[swap_as_accelerate]:
         assert selections(others) == selections(records)
         assert distance(parameters, expected) < 1e-12
         assert frozen
@@ -332,8 +359,8 @@ def evaluate_first(rank):
     return whole(model)
 
 
-def test_one_rank_may_evaluate_alone():
-    first, second = succeed(evaluate_first, world=2)
+def test_one_rank_may_evaluate_alone(small_jobs):
+    first, second = small_jobs[evaluate_first]
     assert distance(first, second) == 0.0
 
 
@@ -492,6 +519,11 @@ def test_survivor_of_a_killed_rank_ends_soon_and_says_why(wrapper, within_step, 
     assert re.search(message, survivor.message), survivor.trace
 
 
+PARTLY_USED = [
+    (wrapper, policy) for wrapper in ("ddp", "fully_shard", "replicate") for policy in ("uniform", "adagradselect")
+]
+
+
 class PartlyUsed(TinyModel):
     """Layer 1 is used on one rank only, or on none; layer 2 never."""
 
@@ -505,6 +537,10 @@ class PartlyUsed(TinyModel):
             if number != 2 and (number != 1 or self.uses):
                 hidden = layer(hidden)
         return self.head(self.norm(hidden)).square().mean()
+
+
+def train_all_partly_used(rank):
+    return {key: train_partly_used(rank, wrapper=key[0], policy=key[1]) for key in PARTLY_USED}
 
 
 def train_partly_used(rank, *, wrapper, policy):
@@ -525,12 +561,11 @@ def train_partly_used(rank, *, wrapper, policy):
     return found, norms, whole(wrapped)
 
 
-@pytest.mark.parametrize("policy", ["uniform", "adagradselect"])
-@pytest.mark.parametrize("wrapper", ["ddp", "fully_shard", "replicate"])
-def test_what_no_rank_reaches_is_no_candidate_and_what_one_reaches_is_again(wrapper, policy):
-    first, second = succeed(train_partly_used, world=2, wrapper=wrapper, policy=policy)
+@pytest.mark.parametrize("key", PARTLY_USED, ids="-".join)
+def test_what_no_rank_reaches_is_no_candidate_and_what_one_reaches_is_again(key, small_jobs):
+    first, second = (results[key] for results in small_jobs[train_all_partly_used])
     assert first[:2] == second[:2]
     assert all(torch.equal(weight, second[2][name]) for name, weight in first[2].items())
     assert first[0][2][0] == ("layer.1", "layer.2")
-    assert first[0][-1][0] == (("layer.2",) if wrapper == "ddp" else ("layer.1", "layer.2"))
+    assert first[0][-1][0] == (("layer.2",) if key[0] == "ddp" else ("layer.1", "layer.2"))
     assert first[0][-1][2] >= 6

@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_support import HIDDEN, rows, succeed, tiny, train, whole
+from distributed_support import HIDDEN, rows, succeed, succeed_each, tiny, train, whole
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -256,9 +256,8 @@ def compare_top_k(rank):
     return found
 
 
-def test_best_of_all_shards_are_those_of_one_sorted_list():
-    results = succeed(compare_top_k, world=3)
-    for several in zip(*results, strict=True):
+def test_best_of_all_shards_are_those_of_one_sorted_list(three):
+    for several in zip(*three[compare_top_k], strict=True):
         assert sorted(entry for ours, _ in several for entry in ours) == several[0][1]
 
 
@@ -291,14 +290,21 @@ def train_part(rank, *, folder, first, steps):
     return results
 
 
-def test_checkpoints_reshard(tmp_path):
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Results of three ranks, by job. What they resume comes from two ranks, then one process without groups."""
+    folder = tmp_path_factory.mktemp("resumed")
+    succeed(train_part, world=2, folder=folder, first=0, steps=3)
+    train_part(0, folder=folder, first=3, steps=2)
+    return succeed_each({train_part: {"folder": folder, "first": 5, "steps": 3}, compare_top_k: {}}, world=3)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_checkpoints_reshard(name, three):
     """Two ranks, then one process without torch.distributed, then three ranks; compared with a single process."""
-    succeed(train_part, world=2, folder=tmp_path, first=0, steps=3)
-    train_part(0, folder=tmp_path, first=3, steps=2)
-    resumed = succeed(train_part, world=3, folder=tmp_path, first=5, steps=3)
-    for name, (mask, options) in RESUMED.items():
-        expected = run(mask, **options)
-        assert distance(resumed[0][name], expected["parameters"]) < 1e-12
+    mask, options = RESUMED[name]
+    expected = run(mask, **options)
+    assert distance(three[train_part][0][name], expected["parameters"]) < 1e-12
 
 
 # wrong set-ups ---------------------------------------------------------------------------------------
@@ -372,6 +378,12 @@ def other_batches(rank):
     return model, gs.SparseOptimizer(model, mask, accumulation_steps=2)
 
 
+def rule_of_8_bits(rank):
+    """Refused before a step."""
+    gs.SparseOptimizer(wrap(tiny(), "fully_shard"), gs.GMT(fraction=0.3), rule=gs.AdamW8bitRule())
+    raise AssertionError("it was built")
+
+
 def silent(rank):
     """DDP whose last backward pass averages nothing."""
     model, optimizer = build(ID3, wrapper="ddp")
@@ -392,6 +404,7 @@ WRONG = {
     from_batches: "gradient from batches runs the model outside training",
     other_batches: "do not agree before the first step: num_entries",
     silent: "nothing has averaged them",
+    rule_of_8_bits: r"AdamW8bitRule .* shards would cut them apart",
 }
 
 
@@ -418,14 +431,3 @@ def complaints():
 def test_wrong_set_up_is_refused_on_every_rank(set_up, complaints):
     for said in complaints:
         assert re.search(WRONG[set_up], said[list(WRONG).index(set_up)])
-
-
-def refuse_8_bits(rank):
-    model = tiny()
-    fully_shard(model)
-    with pytest.raises(gs.UsageError, match=r"AdamW8bitRule .* shards would cut them apart"):
-        gs.SparseOptimizer(model, gs.GMT(fraction=0.3), rule=gs.AdamW8bitRule())
-
-
-def test_a_rule_that_cannot_be_sharded_is_refused():
-    succeed(refuse_8_bits, world=2)

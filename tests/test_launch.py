@@ -22,20 +22,6 @@ from gradselect.app.cli.launch import _parse
 from gradselect.integrations.launch import environment, make_trainers_selective, num_trained
 from gradselect.integrations.transformers import SelectiveTraining
 
-RUN_MAIN = "import sys; from gradselect.app.cli import main; main(sys.argv[1:])"
-
-
-def run(*words, folder):
-    """Run the command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", RUN_MAIN, *map(str, words)],
-        cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -49,16 +35,19 @@ def base(tmp_path_factory):
     return folder
 
 
-def test_trl_sft_trains_selectively_in_processes_that_the_command_starts(base, tmp_path):
+def test_trl_sft_trains_selectively_in_processes_that_the_command_starts(base, tmp_path, monkeypatch, capfd):
     """A shell starts `trl sft`, which starts two ranks; together they train exactly what the records say."""
     settings = "--max_steps 4 --learning_rate 1e-2 --use_cpu --bf16 False --dtype float32 --report_to none"
     settings += " --num_processes 2 --ddp_find_unused_parameters True --gradient_checkpointing False"
     trl = Path(sys.executable).parent / "trl"
     command = f"{trl} sft --model_name_or_path {base}/model --dataset_name {base}/data --output_dir out {settings}"
     method = ("adagradselect", "count=1", "always=head", "jsonl=selection.jsonl")
-    done = run("launch", *method, "--", "sh", "-c", command, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "gradselect launch: 1 training with adagradselect" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["launch", *method, "--", "sh", "-c", command])
+    said = capfd.readouterr().err
+    assert end.value.code == 0, said
+    assert "gradselect launch: 1 training with adagradselect" in said
     records = [json.loads(line) for line in (tmp_path / "selection.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 1, 2, 3]
     assert all("head" in record["selected"] for record in records)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_support import rows, succeed, tiny, whole
+from distributed_support import rows, succeed_each, tiny, whole
 from policy_support import through_torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -268,12 +268,22 @@ def shared(rank: int, *, cases: list[tuple[str, str]]) -> dict[tuple[str, str], 
     return results
 
 
-def test_all_ranks_skip_alike() -> None:
+SHARED = [
+    *((wrapper, name) for wrapper in ("ddp", "fully_shard") for name in ("blocks", "entries")),
+    *(("fully_shard", name) for name in ("drawn", "dense")),
+]
+
+
+@pytest.fixture(scope="module")
+def pair() -> dict[Callable[..., Any], list[Any]]:
+    """Results of two ranks, by job."""
+    return succeed_each({shared: {"cases": SHARED}, look_before_step: {}}, world=2)
+
+
+def test_all_ranks_skip_alike(pair: dict[Callable[..., Any], list[Any]]) -> None:
     """What is broken on one rank reaches the others by the average of gradients, or of a shard by the norm."""
-    cases = [(wrapper, name) for wrapper in ("ddp", "fully_shard") for name in ("blocks", "entries")]
-    cases += [("fully_shard", "drawn"), ("fully_shard", "dense")]
-    first, second = succeed(shared, world=2, cases=cases)
-    for case in cases:
+    first, second = pair[shared]
+    for case in SHARED:
         for rank in (first, second):
             (weights, steps, skipped, norms), (expected, *_) = rank[case]
             assert (steps, skipped) == (6 - len(BAD), len(BAD)), case
@@ -309,6 +319,8 @@ def look_before_step(rank: int) -> str:
     return str(refused.value)
 
 
-def test_looking_at_the_norm_hides_no_gradient_from_the_check_of_ranks() -> None:
-    first, second = succeed(look_before_step, world=2)
+def test_looking_at_the_norm_hides_no_gradient_from_the_check_of_ranks(
+    pair: dict[Callable[..., Any], list[Any]],
+) -> None:
+    first, second = pair[look_before_step]
     assert first == second

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,9 @@ from train_fixtures import (
     parse,
     quiet,
     weights,
+    write_model,
     write_recipe,
+    write_sums,
 )
 
 from gradselect import UsageError
@@ -30,32 +31,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 
 
 COMMAND = """
-import atexit, json, os, sys
+import atexit, os
 import torch.distributed as dist
 from gradselect.app.cli import main
 atexit.register(lambda: os.write(1, f"connected: {dist.is_initialized()}\\n".encode()))  # in one piece
-*others, last = json.loads(sys.argv[1])
-for words in others:
-    try:
-        main(words)
-    except SystemExit as end:
-        if end.code:
-            raise
-sys.argv[1:] = last
 main()
 """
-"""The command, once for each list of words, and at its very end a word on the group of processes."""
-
-ID3 = {"name": "id3", "density": 0.02, "steps": 3, "always": ["*.norm.weight"]}
+"""The command, and at its very end a word on the group of processes."""
 
 
-def torchrun(*trainings: list[str], processes: int = 2) -> str:
-    """Train on processes that take several seconds to start. What they said."""
+def torchrun(*words: str, processes: int = 2) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     gradselect = [sys.executable, "-c", COMMAND]
-    words = json.dumps([["train", *each] for each in trainings])
-    command = [sys.executable, "-m", *launcher, "--no-python", *gradselect, words]
+    command = [sys.executable, "-m", *launcher, "--no-python", *gradselect, "train", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -66,46 +55,24 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-
-
 def selected(folder: Path) -> list[list[str]]:
-    return [record["selected"] for record in records(folder)]
-
-
-def pair(place: Path, name: str, **sections: dict[str, Any]) -> tuple[Path, Path, Path]:
-    """A recipe for two processes with batches of 4 each, its output, and that of one process with batches of 8."""
-    shared = {"accumulation": 2, "steps": 4, **sections.pop("run", {})}
-    alone, together = place / f"{name}-alone", place / f"{name}-together"
-    train(parse(place, **sections, run={**shared, "batch_size": 8, "output": str(alone)}), console=quiet())
-    run = {**shared, "batch_size": 4, "output": str(together)}
-    return write_recipe(place, place / f"{name}.yaml", **sections, run=run), alone, together
+    return [json.loads(line)["selected"] for line in (folder / "records.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def runs(place: Path) -> tuple[Path, Path, Path]:
-    """A recipe, its output on one process, and on two."""
-    recipe, alone, together = pair(place, "blocks", method=ADAGRADSELECT, run={"save_every": 2})
-    (place / "said.txt").write_text(torchrun([str(recipe)]))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A recipe, its output on one process with batches of 8, and on two with batches of 4 each."""
+    place = tmp_path_factory.mktemp("place")
+    write_model(place / "model")
+    write_sums(place / "sums.jsonl")
+    shared = {"accumulation": 2, "save_every": 2, "steps": 4}
+    alone, together = place / "alone", place / "together"
+    train(parse(place, method=ADAGRADSELECT, run={**shared, "batch_size": 8, "output": str(alone)}), console=quiet())
+    recipe = write_recipe(
+        place, place / "recipe.yaml", method=ADAGRADSELECT, run={**shared, "batch_size": 4, "output": str(together)}
+    )
+    (place / "said.txt").write_text(torchrun(str(recipe)))
     return recipe, alone, together
-
-
-@pytest.fixture(scope="module")
-def resumed(runs: tuple[Path, Path, Path], place: Path) -> tuple[Path, tuple[Path, Path]]:
-    """The run of two processes, resumed by two others; then a mask, alone and in these two."""
-    recipe, _, together = runs
-    stopped = place / "stopped"
-    shutil.copytree(together, stopped)
-    shutil.rmtree(stopped / "checkpoints" / "step-4")
-    (stopped / "model.safetensors").unlink()
-    description = json.loads((stopped / "run.json").read_text())
-    (stopped / "run.json").write_text(json.dumps(sealed({**description, "status": "started"})))
-    with pytest.raises(UsageError, match="began on 2 processes, this is one of 1"):
-        train(load_recipe(str(recipe), [f"run.output={stopped}"]), resume=True, console=quiet())
-    masks, alone, with_mask = pair(place, "masks", method=ID3)
-    torchrun([str(recipe), f"run.output={stopped}", "--resume"], [str(masks)])
-    return stopped, (alone, with_mask)
 
 
 def test_finished_processes_leave_no_group_behind(runs: tuple[Path, Path, Path]) -> None:
@@ -136,19 +103,16 @@ def test_one_process_writes_for_all(runs: tuple[Path, Path, Path]) -> None:
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (together / "checkpoints/step-4").iterdir()}
 
 
-def test_two_processes_resume_bitwise(runs: tuple[Path, Path, Path], resumed: tuple[Path, tuple[Path, Path]]) -> None:
-    stopped, together = resumed[0], runs[2]
-    assert json.loads((stopped / "run.json").read_text())["resumed_from"] == "step-2"
+def test_two_processes_resume_bitwise(runs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    recipe, _, together = runs
+    stopped = tmp_path / "stopped"
+    shutil.copytree(together, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step-4")
+    (stopped / "model.safetensors").unlink()
+    description = json.loads((stopped / "run.json").read_text())
+    (stopped / "run.json").write_text(json.dumps(sealed({**description, "status": "started"})))
+    with pytest.raises(UsageError, match="began on 2 processes, this is one of 1"):
+        train(load_recipe(str(recipe), [f"run.output={stopped}"]), resume=True, console=quiet())
+    torchrun(str(recipe), f"run.output={stopped}", "--resume")
     assert_same_weights(stopped, together)
     assert selected(stopped) == selected(together)
-
-
-def test_two_processes_have_the_loss_curve_of_one_with_a_mask(resumed: tuple[Path, tuple[Path, Path]]) -> None:
-    """fp32, equal to rounding: gradients are added in another order."""
-    alone, together = resumed[1]
-    ours, theirs = records(together), records(alone)
-    assert len(theirs) == 4
-    assert [each["num_entries"] for each in ours] == [each["num_entries"] for each in theirs]
-    assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
-    moved = weights(together)
-    assert all((moved[name] - value).abs().max() < 1e-3 for name, value in weights(alone).items())

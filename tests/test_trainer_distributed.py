@@ -8,7 +8,7 @@ import accelerate
 import pytest
 import torch
 from checkpoint_support import WAYS
-from distributed_support import succeed, tiny, train, whole
+from distributed_support import succeed, succeed_each, tiny, train, whole
 from packaging import version
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -172,6 +172,10 @@ def test_a_wrapper_is_taken_off(build):
 # torch.distributed.checkpoint.state_dict, which accelerate calls --------------------------------------------------
 
 
+def pass_all_whole(rank):
+    return {name: pass_whole(rank, name=name) for name in POLICIES}
+
+
 def pass_whole(rank, *, name):
     """Take three steps, pass on rank 0's whole state dict, as accelerate's FULL_STATE_DICT does, and continue both."""
     options = {"full_state_dict": True, "cpu_offload": True}
@@ -215,9 +219,15 @@ def refuse_to_cut(*, rank):
         train(model, optimizer, steps=1, rank=rank, world=2)
 
 
+@pytest.fixture(scope="module")
+def passed(tmp_path_factory):
+    """Results of two ranks, by job."""
+    return succeed_each({pass_all_whole: {}, pass_flat: {"folder": tmp_path_factory.mktemp("passed")}}, world=2)
+
+
 @pytest.mark.parametrize("name", POLICIES)
-def test_torch_passes_the_whole_state_on_and_makes_none_up(name):
-    for weights, others, (held, held_again), steps in succeed(pass_whole, world=2, name=name):
+def test_torch_passes_the_whole_state_on_and_makes_none_up(name, passed):
+    for weights, others, (held, held_again), steps in (results[name] for results in passed[pass_all_whole]):
         assert steps == 6
         assert held == held_again < len(weights)
         for key, weight in weights.items():
@@ -261,9 +271,9 @@ def pass_one(rank, name, way, *, folder):
     return steps, held, whole(model), whole(again)
 
 
-def test_state_dicts_of_shards_survive_every_helper(tmp_path):
+def test_state_dicts_of_shards_survive_every_helper(passed):
     """Flat helpers lost all states of shards: refused with blocks, and in silence with a dense mask."""
-    for results in succeed(pass_flat, world=2, folder=tmp_path):
+    for results in passed[pass_flat]:
         for found, (steps, (held, held_again), weights, others) in results.items():
             assert steps == 3, found
             assert held == held_again, found
