@@ -158,7 +158,7 @@ def succeed(job: Callable[..., Any], *, world: int, **settings: Any) -> list[Any
 
 def succeed_each(jobs: dict[Callable[..., Any], dict[str, Any]], *, world: int) -> dict[Callable[..., Any], list[Any]]:
     """As `succeed` for each of the jobs with its settings, one after another in the same processes."""
-    results = succeed(_one_after_another, world=world, jobs=list(jobs.items()))
+    results = succeed(_one_after_another, world=world, timeout=60 * len(jobs), jobs=list(jobs.items()))
     return {job: list(of_ranks) for job, of_ranks in zip(jobs, zip(*results, strict=True), strict=True)}
 
 

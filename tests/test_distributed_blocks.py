@@ -271,9 +271,9 @@ def train_part(rank, *, folder, first, steps):
 def resumed(tmp_path_factory):
     """Weights after 5 steps on 2 processes, 5 on 1 and 4 on 3."""
     folder = tmp_path_factory.mktemp("resumed")
-    succeed(train_part, world=2, folder=folder, first=0, steps=5)
+    succeed(train_part, world=2, timeout=120, folder=folder, first=0, steps=5)
     train_part(0, folder=folder, first=5, steps=5)
-    return succeed(train_part, world=3, folder=folder, first=10, steps=4)
+    return succeed(train_part, world=3, timeout=120, folder=folder, first=10, steps=4)
 
 
 @pytest.mark.parametrize("residency", RESIDENCIES)
