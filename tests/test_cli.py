@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -188,6 +190,14 @@ def test_help_and_version_are_there(capsys: pytest.CaptureFixture[str], argument
     assert raised.value.code == 0
     said = capsys.readouterr().out
     assert (gradselect.__version__ if arguments == ["--version"] else "Usage") in said
+
+
+def test_the_package_itself_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["gradselect", "--version"])
+    with pytest.raises(SystemExit) as raised:
+        runpy.run_module("gradselect", run_name="__main__")
+    assert raised.value.code == 0
+    assert gradselect.__version__ in capsys.readouterr().out
 
 
 def test_missing_packages_of_an_extra_are_named_as_pip_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
