@@ -32,7 +32,7 @@ def limits(comparison: Comparison) -> str:
 def limits_table(comparison: Comparison, limits: Sequence[str] = LIMITS) -> str:
     """One row a limit: the method of the lowest held-out loss that holds no more, against the best adapter that fits.
 
-    Only methods with a row fit, so a limit that one method meets is no comparison, and has none. No test item chooses.
+    A limit that fewer than two methods meet has no row. No test item chooses.
     """
     found = measures(comparison)
     titles = [title_of(scores.measure) for scores in (found[0], found[-1])]

@@ -9,12 +9,10 @@ The steps are of a calibration, which takes the methods in turn on a machine tha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
-from common import RESULTS, markdown_table, megabytes
-from compared import comparison_of, with_interval
-from real_model import measures, seeds_text, title_of, value_of
+from common import markdown_table, megabytes
+from compared import with_interval
+from real_model import Suite, measures, seeds_text, title_of, value_of
 
 from gradselect.app.report.comparison import Comparison
 from gradselect.app.report.methods import Method
@@ -25,50 +23,16 @@ STEPS = "-steps"
 """Behind the name of a suite: the folder of its calibration."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SeedSuite:
-    """One of suites/seeds, whose section appears once its results are in benchmarks/results.
-
-    Args:
-        name: of the suite, and of the folder of its results.
-        file: of the suite.
-        title: heading of the section.
-        task: what every method does, in a sentence or two.
-        results: folder of all results.
-    """
-
-    name: str
-    file: str
-    title: str
-    task: str
-    results: Path = RESULTS
-
-    @property
-    def is_shown(self) -> bool:
-        return any((self.results / self.name).glob("*.score.json*"))
-
-    @property
-    def comparison(self) -> Comparison:
-        return comparison_of(self.results / self.name)
-
-    @property
-    def calibration(self) -> Calibration | None:
-        folder = self.results / f"{self.name}{STEPS}"
-        return read_calibration(folder) if folder.is_dir() else None
-
-
 SUITES = (
-    SeedSuite(
+    Suite(
         name="seeds-decoder",
-        file="suites/seeds/decoder.yaml",
         title="Methods of the literature on a small decoder",
         task="The quickstart's Llama of 1.4 million weights learns word problems in 250 steps. A LoRA of rank 2 has "
         "34,816 entries, and every method trains as many where it lets one choose.",
     ),
     *(
-        SeedSuite(
+        Suite(
             name=f"seeds-{task}",
-            file=f"suites/seeds/{task}.yaml",
             title=f"Methods of the literature on {name}",
             task=f"MiniLM-L6, an encoder of 22.7 million weights, learns {name} of GLUE in three epochs, with the head "
             "whole in every method. Beside it a LoRA of rank 2 has 82,944 entries, and every method trains as many "
@@ -79,7 +43,18 @@ SUITES = (
 )
 
 
-def section(suite: SeedSuite) -> str:
+def file_of(suite: Suite) -> str:
+    """Return the file of `seeds-decoder`: suites/seeds/decoder.yaml."""
+    return f"suites/{suite.name.replace('-', '/', 1)}.yaml"
+
+
+def calibration_of(suite: Suite) -> Calibration | None:
+    """Return the calibration of the suite's steps, if it was packed."""
+    folder = suite.results / f"{suite.name}{STEPS}"
+    return read_calibration(folder) if folder.is_dir() else None
+
+
+def section(suite: Suite) -> str:
     """Return heading, scores and how to read them; nothing before there are results."""
     if not suite.is_shown:
         return ""
@@ -87,8 +62,8 @@ def section(suite: SeedSuite) -> str:
     return "\n\n".join(
         [
             f"### {suite.title}",
-            f"`gradselect compare {suite.file}`. {suite.task}",
-            scores_table(comparison, suite.calibration),
+            f"`gradselect compare {file_of(suite)}`. {suite.task}",
+            scores_table(comparison, calibration_of(suite)),
             "\n".join(f"* {line}" for line in _notes(comparison, suite)),
         ]
     )
@@ -128,7 +103,7 @@ def _has_lora(comparison: Comparison) -> bool:
     return any(method.name == LORA for method in comparison.methods)
 
 
-def _notes(comparison: Comparison, suite: SeedSuite) -> Iterator[str]:
+def _notes(comparison: Comparison, suite: Suite) -> Iterator[str]:
     yield "Each method is at its rate of the lowest held-out loss. Lowest loss first."
     yield (
         "`entries`: the most that train at a step, of methods that choose anew too. `state MB`: masters are not in it, "
@@ -136,11 +111,11 @@ def _notes(comparison: Comparison, suite: SeedSuite) -> Iterator[str]:
     )
     yield f"Intervals are of 95 %. {seeds_text(len(method.seeds) for method in comparison.methods)}"
     yield "`less LoRA's`: paired difference of the loss; bold: more than chance after Holm's correction."
-    if (calibration := suite.calibration) is not None:
+    if (calibration := calibration_of(suite)) is not None:
         rounds, threads = len(calibration.reference_rounds), calibration.machine.get("threads")
         yield (
             f"`step`: its time against LoRA's, the median of {rounds} interleaved rounds on {threads} threads of a CPU "
-            f"({calibration.machine.get('processor')}), by `gradselect compare {suite.file} budget.time_of=LoRA "
+            f"({calibration.machine.get('processor')}), by `gradselect compare {file_of(suite)} budget.time_of=LoRA "
             "--calibrate-only`; steps of other kinds count by their share of a run."
         )
     edges = [f"{method.name} ({method.edge})" for method in comparison.methods if method.edge]

@@ -19,15 +19,15 @@ readme = importlib.import_module("readme")
 seed_methods = importlib.import_module("seed_methods")
 
 
-def suite_in(folder: Path) -> seed_methods.SeedSuite:
-    return seed_methods.SeedSuite(name="few", file="suites/few.yaml", title="Few", task="It learns.", results=folder)
+def suite_in(folder: Path) -> seed_methods.Suite:
+    return seed_methods.Suite(name="few", title="Few", task="It learns.", results=folder)
 
 
 def test_a_suite_without_results_has_no_section_and_all_have_a_place(tmp_path: Path) -> None:
     assert seed_methods.section(suite_in(tmp_path)) == ""
     assert {suite.name for suite in seed_methods.SUITES} <= readme.PAGES[readme.TABLES].keys()
     for suite in seed_methods.SUITES:
-        assert (Path(__file__).parent.parent / suite.file).exists()
+        assert (Path(__file__).parent.parent / seed_methods.file_of(suite)).exists()
 
 
 def test_methods_stand_beside_lora_with_entries_state_and_steps(tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ def compare(
     options += [] if seeds is None else ["--seeds", str(seeds)]
     options += [] if jobs == 1 else ["--jobs", str(jobs)]
     options += [] if results is None else ["--results", results]
-    chosen = {"--resume": resume, "--recalibrate": recalibrate, "--calibrate-only": calibrate_only}
-    flags = [flag for flag, is_on in chosen.items() if is_on]
+    options += ["--calibrate-only"] if calibrate_only else []  # what is called again after a stop must not train
+    flags = [*(["--resume"] if resume else []), *(["--recalibrate"] if recalibrate else [])]
     words = ["gradselect", "compare", suite, *(overrides or []), *options]
     with advice_when_stopped([*words, "--resume"]):
         summaries = carry_out(

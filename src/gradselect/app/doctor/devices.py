@@ -103,8 +103,8 @@ def _bfloat16() -> tuple[Status, str]:
     if ratio < SLOW_BFLOAT16:
         return Status.OK, f"matrix products take {ratio:.1f} times as long as in float32"
     return Status.NOTE, (
-        f"matrix products take {ratio:.0f} times as long as in float32; those of large models go through float32 in "
-        "all commands, and a loop of your own is faster in float32"
+        f"matrix products take {ratio:.0f} times as long as in float32; train, evaluate and compare let those "
+        "of large models go through float32; a loop of your own is faster in float32"
     )
 
 

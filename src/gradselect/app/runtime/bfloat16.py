@@ -22,7 +22,7 @@ PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 def fast_bfloat16(model: nn.Module, device: str) -> Iterator[str | None]:
     """Compute the products of a large model in bfloat16 through float32, on a CPU that is slow in bfloat16.
 
-    Without AVX-512 BF16 or AMX torch has no fast kernel for bfloat16: a step takes ten times as long as in float32
+    Without AVX-512 BF16 or AMX torch has no fast kernel for bfloat16: a step took 16 times as long as in float32
     (LOG.md). Inputs are converted, the kernel of float32 runs, and the result is rounded to bfloat16, which is what the
     definition asks for: kernels of bfloat16 add up in float32 too, in another order. What is measured decides, not the
     name of the processor. On leaving, torch's own kernels are back.
