@@ -8,13 +8,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import peft
+import pytest
 import torch
 import transformers
+from packaging import version
 from tiny_models import seeded, tiny_bert, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from gradselect import adapters, reference
 from gradselect.adapters.layer import AdapterLinear
+
+needs_add_adapter = pytest.mark.skipif(
+    version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION),
+    reason=f"add_adapter of transformers {transformers.__version__} needs PEFT {MIN_PEFT_VERSION}",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

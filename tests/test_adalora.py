@@ -7,6 +7,7 @@ import logging
 import peft
 import pytest
 import torch
+from adapter_support import needs_add_adapter
 from classification_fixtures import classify, write_place
 from tiny_models import tiny_llama
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -119,7 +120,11 @@ def frozen():
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (injected, r"add_adapter throws the allocator.*write model = peft\.get_peft_model"),
+        pytest.param(
+            injected,
+            r"add_adapter throws the allocator.*write model = peft\.get_peft_model",
+            marks=needs_add_adapter,
+        ),
         (frozen, r"is frozen; load it with .*is_trainable=True"),
         (lambda: tiny_llama(layers=2), r"found no AdaLoRA in LlamaForCausalLM; write model = peft\.get_peft_model"),
         (lambda: adapted(total_step=1000, tinit=10), r"tinit=10, tfinal=4\) leaves no step.*12 steps; write"),

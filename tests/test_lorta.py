@@ -7,7 +7,7 @@ import copy
 import peft
 import pytest
 import torch
-from adapter_support import disturbed, layers_of, wrapped
+from adapter_support import disturbed, layers_of, needs_add_adapter, wrapped
 from test_adapters import logits, trains
 from tiny_models import tiny_bart, tiny_gpt2, tiny_llama, tiny_roberta, tiny_t5
 from torch import nn
@@ -249,6 +249,7 @@ def test_a_second_adapter_that_does_not_fit_leaves_the_first():
     model.add_adapter("second", LortaConfig(rank=2))
 
 
+@needs_add_adapter
 def test_transformers_add_adapter_is_refused_by_peft():
     """The factors belong to PEFT's model, which add_adapter throws away."""
     with pytest.raises(ValueError, match="shared state"):
