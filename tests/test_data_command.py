@@ -70,7 +70,7 @@ def shown(place: Path, capsys: pytest.CaptureFixture[str], *options: str, **sect
 def test_answers_are_marked_and_counted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(place, capsys)
     assert "row 1 of 24: 10 tokens, 6 trained on\n  0+0?⟦ is 0<end>⟧" in text
-    assert "(24 rows, format prompt-completion)" in text
+    assert ", 24 rows, format prompt-completion" in text
     assert "steps      6 per epoch on one process (run.batch_size=4); 4 steps are 0.67 epochs" in text
     assert "lengths    min 10, median 15, 95 % up to 15, max 15 tokens of an example" in text
 

@@ -85,6 +85,13 @@ def test_held_out_rows_are_not_trained_on_and_the_seed_decides_which(tmp_path: P
     assert held_out != other["validation"]
 
 
+def test_the_number_of_held_out_rows_is_in_their_name(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"question": f"q{n}", "answer": n} for n in range(1000)])
+    train, validation = load(path, validation=0.02, validation_limit=5).sources.values()
+    assert (train.path, len(train.rows)) == (path, 980)
+    assert (validation.path, len(validation.rows)) == (f"{path} (20 of 1,000 rows held out)", 5)
+
+
 def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds out 1 of 1 rows and leaves none"):
         load(write(tmp_path, ROWS[:1]), validation=0.5)

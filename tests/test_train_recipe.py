@@ -266,6 +266,14 @@ def test_a_run_that_was_begun_with_old_keys_is_the_same_run(tmp_path: Path) -> N
     assert list(differences(then, now)) == ["method.blocks: 'matrix' then, 'layer' now"]
 
 
+def test_a_run_whose_held_out_rows_had_another_name_is_the_same_run() -> None:
+    then, now = (
+        {"recipe": {}, "model": {}, "data": {"validation": {"path": path, "fingerprint": "ab", "rows_used": 20}}}
+        for path in ("a.jsonl [0.02 held out]", "a.jsonl (20 of 1,000 rows held out)")
+    )
+    assert list(differences(then, now)) == []
+
+
 # Policies --------------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,8 @@ class Source:
     """Rows and their origin.
 
     Args:
-        path: path of the file, or id and split of the hub data set.
+        path: for messages and `run.json`: path of the file, or id and split of the hub data set, and how many rows of it
+            were held out. A resumed run may have another.
         fingerprint: SHA-256 of the file, or the fingerprint of the datasets library.
         rows: rows that are used.
         num_empty: rows that are left out because they are empty.
@@ -114,4 +115,5 @@ def _hold_out(source: Source, share: float, *, seed: int) -> tuple[Source, Sourc
     held_out = set(random.Random(f"validation/{seed}").sample(range(len(source.rows)), count))
     kept = source.rows.take([index for index in range(len(source.rows)) if index not in held_out])
     taken = source.rows.take(sorted(held_out))
-    return replace(source, rows=kept), replace(source, path=f"{source.path} [{share} held out]", rows=taken)
+    name = f"{source.path} ({count:,} of {len(source.rows):,} rows held out)"
+    return replace(source, rows=kept), replace(source, path=name, rows=taken)

@@ -79,7 +79,7 @@ def _facts(found: DataPreview) -> Iterator[tuple[str, str]]:
     data, train = found.recipe.data, found.counts["train"]
     for name, source in found.sources.items():
         heading = "data" if name == "train" else name
-        yield heading, f"{printable(str(source['path']))} ({source['rows_used']:,} rows, format {data.format})"
+        yield heading, f"{printable(str(source['path']))}, {source['rows_used']:,} rows, format {data.format}"
     for name, counts in found.counts.items():
         heading = "tokens" if name == "train" else ""
         where = "" if name == "train" else f"{name}: "

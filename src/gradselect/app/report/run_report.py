@@ -80,7 +80,7 @@ def describe(run: TrainingRun) -> list[str]:
     if run.record is not None:
         heads.append(("model", str(run.record.recipe.get("model", {}).get("path", ""))))
         heads += [
-            (name, f"{data.get('path')} ({data.get('rows_used', 0):,} rows)") for name, data in run.record.data.items()
+            (name, f"{data.get('path')}, {data.get('rows_used', 0):,} rows") for name, data in run.record.data.items()
         ]
     heads.append(("method", "  ".join([run.method_name, *method_words(run.method)])))
     if run.trainer:

@@ -40,7 +40,7 @@ def show_start(
     recipe = start.recipe
     lines = [
         f"model      {recipe['model']['path']} ({start.model.parameters:,} parameters, {recipe['model']['dtype']})",
-        *(f"{name:<10} {source['path']} ({source['rows_used']:,} rows)" for name, source in start.data.items()),
+        *(f"{name:<10} {source['path']}, {source['rows_used']:,} rows" for name, source in start.data.items()),
         f"method     {recipe['method']['name']}",
         *([f"trainer    {recipe['trainer']['name']}"] if recipe.get("trainer") else []),
         *(f"note       {note}" for note in notes),
