@@ -25,8 +25,8 @@ class Source:
     """Rows and their origin.
 
     Args:
-        path: for messages and `run.json`: path of the file, or id and split of the hub data set, and how many rows of it
-            were held out. A resumed run may have another.
+        path: for messages and `run.json`: path of the file, or id and split of the hub data set; for a held-out share
+            also the number of rows. A resumed run may have another.
         fingerprint: SHA-256 of the file, or the fingerprint of the datasets library.
         rows: rows that are used.
         num_empty: rows that are left out because they are empty.
