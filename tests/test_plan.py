@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -127,7 +128,9 @@ LOOKS = {
     "synflow, ones": (gs.salience.synflow, 0),
     "synflow": (gs.salience.synflow, 2),
     "snip": (gs.salience.snip, 2),
+    "snip, one batch": (gs.salience.snip, 1),
     "grasp": (gs.salience.grasp, 2),
+    "grasp, one batch": (gs.salience.grasp, 1),
 }
 
 
@@ -164,6 +167,65 @@ def test_a_look_holds_the_planned_copies_and_gradients(name: str, monkeypatch: p
     )
     kept = [step.moments["loss"].activations for step in (look, plain.step("look"))]
     assert kept[0] < kept[1] if name == "synflow, ones" else kept[0] == kept[1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "always"), [(torch.float32, ()), (torch.bfloat16, ()), (torch.bfloat16, ("model.embed_tokens.weight",))]
+)
+def test_a_refresh_holds_the_planned_state_beside_its_look(
+    dtype: torch.dtype, always: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`live_bytes` leaves indices out, and the bits that say when entries joined: 1,000 steps in 125 bytes a tensor."""
+    seen, derivatives = [], Probe.derivatives
+
+    def watched(self: Probe, value: torch.Tensor, leaves: Any) -> Any:
+        slopes = derivatives(self, value, leaves)
+        seen.append(live_bytes())
+        return slopes
+
+    monkeypatch.setattr(Probe, "derivatives", watched)
+    model = tiny_llama(dtype=dtype)
+    batches = [tiny_batch(model, seed=seed) for seed in range(2)]
+    mask = gs.StaticMask(salience=gs.salience.snip, density=0.05, batches=batches, refresh_every=2)
+    found = gs.plan(model, mask, batch_size=2, sequence_length=8, always=always)
+    for _ in range(2):  # the first run fills caches of the process
+        seen.clear()
+        optimizer = gs.SparseOptimizer(model, mask, always=always)
+        for step in range(3):
+            model(**tiny_batch(model, seed=step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        num_entries = sum(map(len, optimizer.entries.values()))
+        optimizer.close()
+        del optimizer  # before the next one is built
+    first, later = seen[:2], seen[2:]  # one for each batch
+    look, refresh = (found.step(kind).moments["update"] for kind in ("look", "refresh"))
+    integers = 4 * num_entries + 125 * (len(list(model.parameters())) - len(always))
+    assert max(later) - max(first) == refresh.masters + refresh.state_on_device - integers
+    assert replace(refresh, masters=0, state_on_device=0) == look
+    assert found.peak_bytes >= refresh.device
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 4])
+def test_time_of_refreshes_is_spread_over_the_steps(accumulation_steps: int) -> None:
+    def planned(salience: gs.salience.AbstractSalience, num_batches: int, every: int | None) -> Plan:
+        batches = [{}] * num_batches or None
+        mask = gs.StaticMask(salience=salience, density=0.05, batches=batches, refresh_every=every)
+        sizes = {"batch_size": 2, "sequence_length": 8, "accumulation_steps": accumulation_steps}
+        return gs.plan(tiny_llama(), mask, **sizes)
+
+    once, often = (planned(gs.salience.snip, 3, every) for every in (None, 6))
+    assert [step.kind for step in once.steps] == ["look", "step"]
+    assert [step.kind for step in often.steps] == ["look", "refresh", "step"]
+    full = gs.plan(tiny_llama(), None, batch_size=2, sequence_length=8).relative_time
+    assert often.step("refresh").relative_time == pytest.approx(3 * full / accumulation_steps)
+    assert often.relative_time - once.relative_time == pytest.approx(3 * full / accumulation_steps / 6)
+    per_batch = planned(gs.salience.grasp, 2, 6).step("refresh").relative_time * accumulation_steps / 2
+    assert per_batch == pytest.approx(4 * full)  # torch counts 3 times the operations of a gradient in the product
+    # A refresh after the end of the run is none, and weights or the gradient of a step need no look.
+    assert [step.kind for step in planned(gs.salience.snip, 3, 1001).steps] == ["look", "step"]
+    assert [step.kind for step in planned(gs.salience.magnitude, 0, 2).steps] == ["step"]
+    assert [step.kind for step in planned(gs.salience.gradient, 0, 2).steps] == ["step"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -117,6 +117,23 @@ def test_the_look_of_a_static_mask_at_its_batches_is_counted(folder: Path, plann
     assert look.moments["update"].gradients == 2 * 4 * num_entries
 
 
+def test_refreshes_of_a_static_mask_are_counted_and_said(folder: Path, planner: RecipePlanner) -> None:
+    method = {"name": "static", "salience": "snip", "density": 0.01, "calibration_batches": 4, "refresh_every": 5}
+    found = planner.plan(parse(folder, method=method, run={"steps": 20}))
+    look, refresh, step = found.steps
+    assert (look.kind, refresh.kind, refresh.every) == ("look", "refresh", 5)
+    assert refresh.peak_bytes > look.peak_bytes
+    assert found.relative_time == pytest.approx(step.relative_time + refresh.relative_time / 5)
+    dearer = replace(refresh, moments={"update": Bytes(gradients=found.peak_bytes + 1)})
+    planned = RecipePlan(own=Setting(name="static", plan=Plan(steps=(look, dearer, step))), methods=(), levers=())
+    text = " ".join(shown(planned, width=200, in_full=False, memory=Memory(name="a card", num_bytes=2**30)))
+    share = f"{refresh.relative_time / 5:.2f} of it for the look at batches every 5 steps"
+    assert f"time: {found.relative_time:.2f} of full fine-tuning, {share}" in text
+    assert "at the peak, the look at batches every 5 steps: gradients" in text
+    short = planner.plan(parse(folder, method=method, run={"steps": 4}))
+    assert [step.kind for step in short.steps] == ["look", "step"]
+
+
 def test_what_grasp_keeps_of_the_backward_pass_is_said_not_to_be_counted(folder: Path, planner: RecipePlanner) -> None:
     method = {"name": "static", "salience": "grasp", "density": 0.1, "calibration_batches": 2}
     found = planner.plan(parse(folder, method=method))
@@ -171,7 +188,7 @@ def test_the_plan_of_spt_says_what_its_batches_decide_and_counts_the_look_at_the
     )
     assert look.moments["update"].gradients == scored * (4 + 4 + 2)
     assert found.peak_bytes == max(look.peak_bytes, step.peak_bytes)
-    assert found.relative_time == step.relative_time < look.relative_time <= 1
+    assert found.relative_time == step.relative_time < look.relative_time / SPT["calibration_batches"] <= 1
     dearer = replace(step, moments={"update": Bytes(gradients=look.peak_bytes - 1)})
     planned = RecipePlan(own=Setting(name="spt", plan=Plan(steps=(look, dearer))), methods=(), levers=())
     text = " ".join(shown(planned, width=80, in_full=True, memory=Memory(name="a card", num_bytes=2**30)))

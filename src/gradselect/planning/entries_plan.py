@@ -43,6 +43,9 @@ from .training import Training
 INDEX_AND_VALUE = 20
 """Bytes of an entry during the top-k: score, gradient, index, rank."""
 
+HESSIAN_PRODUCT = 3
+"""Operations of a Hessian product, in those of a gradient: its forward pass, the backward pass, and that of both."""
+
 Budgets = Mapping[tuple[MaskTensor, ...], int]
 """Number of entries by the tensors that share them."""
 
@@ -83,56 +86,83 @@ def mask_step(training: Training, mask: AbstractMask, forward: ForwardPass) -> S
     )
 
 
-def looks(training: Training, mask: AbstractMask, forward: ForwardPass) -> tuple[Step, ...]:
-    """Return the look of a static mask at its batches, or at an input of ones, if it runs the model for one."""
-    if not isinstance(mask, StaticMask):
+def looks(training: Training, mask: AbstractMask, forward: ForwardPass, *, step: Step) -> tuple[Step, ...]:
+    """Return the looks of a static mask at its batches, or at an input of ones, if it runs the model for them.
+
+    The first comes before the first step, when there is no state yet. A refresh comes at the end of a step, beside the
+    state; the gradients of the step are gone.
+
+    Args:
+        training: settings.
+        mask: any.
+        forward: of a batch.
+        step: of the mask, as `mask_step` returns it.
+    """
+    look = _first_look(training, mask, forward) if isinstance(mask, StaticMask) else None
+    if look is None:
         return ()
+    assert isinstance(mask, StaticMask)
+    every = mask.refresh_every
+    if every is None or every > training.num_steps:
+        return (look,)
+    update = step.moments["update"]
+    state = Bytes(masters=update.masters, state_on_device=update.state_on_device)
+    moments = {name: moment + state for name, moment in look.moments.items()}
+    return (look, replace(look, kind="refresh", moments=moments, every=every))
+
+
+def _first_look(training: Training, mask: StaticMask, forward: ForwardPass) -> Step | None:
+    """Return the look before the first step; None if the mask does not run the model."""
     model, criterion = training.model, mask.salience
     is_flow = isinstance(criterion, salience.SynFlow)
     if not is_flow and (mask.batches is None or not criterion.has_loss):
-        return ()
+        return None
     names = _bind(mask, training)[0].names
+    magnitudes = sum(map(num_bytes, model.parameters()))
+    if mask.batches is None:
+        ones = forward.without_loss(Rows(batch=1, length=2))
+        look = look_step(training, names, ones, num_batches=1, beside=magnitudes)
+        return replace(look, relative_time=look.relative_time * ones.num_tokens / forward.num_tokens)
+    num_batches = sum(1 for _ in mask.batches)
+    if is_flow:
+        return look_step(training, names, forward.without_loss(), num_batches=num_batches, beside=magnitudes)
     if isinstance(criterion, salience.Grasp):
         # The mean gradient, and the gradients of the batch, whose derivative is taken.
         scored = [parameter for name, parameter in model.named_parameters() if name in set(names)]
-        return (look_step(model, names, forward, beside=sum(_wide_bytes(each) + num_bytes(each) for each in scored)),)
-    if not is_flow:
-        return (look_step(model, names, forward),)
-    magnitudes = sum(map(num_bytes, model.parameters()))
-    if mask.batches is not None:
-        return (look_step(model, names, forward.without_loss(), beside=magnitudes),)
-    ones = forward.without_loss(Rows(batch=1, length=2))
-    look = look_step(model, names, ones, beside=magnitudes, is_single=True)
-    return (replace(look, relative_time=look.relative_time * ones.num_tokens / forward.num_tokens),)
+        beside = sum(_wide_bytes(each) + num_bytes(each) for each in scored)
+        look = look_step(training, names, forward, num_batches=num_batches, beside=beside)
+        return replace(look, relative_time=look.relative_time * (1 + HESSIAN_PRODUCT))
+    return look_step(training, names, forward, num_batches=num_batches)
 
 
 def look_step(
-    model: nn.Module, names: Sequence[str], forward: ForwardPass, *, beside: int = 0, is_single: bool = False
+    training: Training, names: Sequence[str], forward: ForwardPass, *, num_batches: int, beside: int = 0
 ) -> Step:
     """Return the look at batches before the first step, by which a method scores entries of these parameters.
 
-    In float32 or wider there are the sum over batches and the gradients, or scores, of one batch. The model runs in
-    evaluation mode, in which transformers checkpoints nothing.
+    In float32 or wider there are the sum over batches, if there are several, and the gradients, or scores, of one
+    batch. The model runs in evaluation mode, in which transformers checkpoints nothing.
 
     Args:
-        model: on the meta device.
+        training: the model, and the number of such batches that a step has.
         names: of the scored parameters.
         forward: of a batch.
+        num_batches: number of batches; the time is that of all.
         beside: bytes of copies that stay through the look.
-        is_single: True if there is one batch alone, and no sum.
     """
-    forward = forward.without_checkpointing()
+    forward, model = forward.without_checkpointing(), training.model
     scored = [parameter for name, parameter in model.named_parameters() if name in set(names)]
     gradients, wide = sum(map(num_bytes, scored)), sum(_wide_bytes(parameter) for parameter in scored)
     halves = sum(num_bytes(parameter) for parameter in scored if parameter.dtype in HALF)
-    total = 0 if is_single else wide
-    return make_step(
+    total = wide if num_batches > 1 else 0
+    look = make_step(
         "look",
         work_of(model, names, forward),
         forward.kept(names),
         held=Bytes(weights=sum(map(num_bytes, model.parameters())), workspace=beside),
         gradients=Gradients(before=total, most=total + gradients, after=total + wide + halves),
     )
+    return replace(look, relative_time=look.relative_time * num_batches / training.accumulation_steps)
 
 
 def adamw_step(training: Training, forward: ForwardPass) -> Step:

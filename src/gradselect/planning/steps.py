@@ -11,7 +11,7 @@ from gradselect.blocks import StepCost
 from .bytes import Bytes, largest
 from .forward_pass import Kept
 
-StepKind = Literal["look", "step", "explore", "exploit"]
+StepKind = Literal["look", "refresh", "step", "explore", "exploit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +46,20 @@ class Step:
 
     Args:
         kind: "explore" computes all gradients; "exploit" trains blocks that were selected before; "step": this method
-            makes no such difference; "look": batches that the method looks at before the first step.
+            makes no such difference; "look": batches that the method looks at before the first step; "refresh": that
+            look again, during the training.
         moments: bytes held at the loss ("loss"), when the backward pass reaches the layers ("layers"), at its end
             ("backward"), and in the update ("update").
         relative_time: mean time in operations; full fine-tuning without gradient checkpointing is 1.
         backward_skipped: mean share of a full backward pass that is not computed.
+        every: for a refresh, the number of steps between two.
     """
 
     kind: StepKind
     moments: Mapping[str, Bytes]
     relative_time: float
     backward_skipped: float
+    every: int | None = None
 
     @property
     def bytes(self) -> Bytes:

@@ -47,8 +47,11 @@ class Plan:
 
     @property
     def relative_time(self) -> float:
-        """Time of the last kind of step, which a long run takes nearly always; full fine-tuning is 1."""
-        return self.steps[-1].relative_time
+        """Time of the last kind of step, which a long run takes nearly always, with its share of the refreshes.
+
+        Full fine-tuning is 1.
+        """
+        return self.steps[-1].relative_time + sum(step.relative_time / step.every for step in self.steps if step.every)
 
     @property
     def backward_skipped(self) -> float:
@@ -161,7 +164,8 @@ def plan_steps(
         case AbstractPolicy():
             return block_steps(training, choice, forward)
         case AbstractMask():
-            return (*looks(training, choice, forward), mask_step(training, choice, forward))
+            step = mask_step(training, choice, forward)
+            return (*looks(training, choice, forward, step=step), step)
         case None:
             return (adamw_step(training, forward),)
         case _:

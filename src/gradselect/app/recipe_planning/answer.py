@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from gradselect.app.runtime import Memory
-from gradselect.planning import CATEGORIES, Bytes, Plan
+from gradselect.planning import CATEGORIES, Bytes, Plan, Step
 from gradselect.usage import smallest_text, write_size
 
 from .tables import FULL, HEADINGS, SHORT, print_settings
@@ -59,32 +59,41 @@ def _answer(own: Setting, *, memory: Memory) -> Iterator[str]:
         yield f"{own.name}: {needed}, DOES NOT FIT into {place}"
         yield f"--fit {smallest_text(room * 9 // 10)} looks for a setting that does"
     yield f"time: {_times(plan)}"
-    kind, moment, held = _largest_moment(plan)
+    step, moment, held = _largest_moment(plan)
     parts = {HEADINGS.get(name, name): getattr(held, name) for name in CATEGORIES if name != "state_on_host"}
     listed = [f"{name} {write_size(size)}" for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size]
-    yield f"at the peak, {_moment(kind, moment, len(plan.steps))}: {', '.join(listed)}"
+    yield f"at the peak, {_moment(step, moment, len(plan.steps))}: {', '.join(listed)}"
     if waiting and not memory.is_host:
         yield f"in host memory, beside the peak: {write_size(waiting)} of moments and masters"
 
 
-def _moment(kind: str, moment: str, num_kinds: int) -> str:
-    if kind == "look":
+def _moment(step: Step, moment: str, num_kinds: int) -> str:
+    if step.kind == "look":
         return "the look at batches before the first step"
-    return MOMENTS[moment] + (f" of an {kind} step" if num_kinds > 1 and kind != "step" else "")
+    if step.kind == "refresh":
+        return _refresh(step)
+    return MOMENTS[moment] + (f" of an {step.kind} step" if num_kinds > 1 and step.kind != "step" else "")
+
+
+def _refresh(step: Step) -> str:
+    return (
+        "the look at batches after every step" if step.every == 1 else f"the look at batches every {step.every} steps"
+    )
 
 
 def _times(plan: Plan) -> str:
     """Return the time of each kind of step."""
-    steps = [step for step in plan.steps if step.kind != "look"]
-    if len(steps) == 1:
-        return f"{plan.relative_time:.2f} of full fine-tuning"
-    each = ", ".join(f"{step.relative_time:.2f} in {step.kind} steps" for step in steps)
-    return f"{each} (full fine-tuning: 1)"
+    steps = [step for step in plan.steps if step.kind not in ("look", "refresh")]
+    if len(steps) > 1:
+        each = ", ".join(f"{step.relative_time:.2f} in {step.kind} steps" for step in steps)
+        return f"{each} (full fine-tuning: 1)"
+    shares = [f"{step.relative_time / step.every:.2f} of it for {_refresh(step)}" for step in plan.steps if step.every]
+    return ", ".join([f"{plan.relative_time:.2f} of full fine-tuning", *shares])
 
 
-def _largest_moment(plan: Plan) -> tuple[str, str, Bytes]:
-    """Return kind of the step, name and bytes of the moment at which the device holds most."""
-    moments = ((step.kind, name, moment) for step in plan.steps for name, moment in step.moments.items())
+def _largest_moment(plan: Plan) -> tuple[Step, str, Bytes]:
+    """Return the step, and name and bytes of the moment, at which the device holds most."""
+    moments = ((step, name, moment) for step in plan.steps for name, moment in step.moments.items())
     return max(moments, key=lambda found: found[2].device)
 
 

@@ -34,6 +34,7 @@ def _setting_json(setting: Setting) -> dict[str, Any]:
                 "peak_bytes": step.peak_bytes,
                 "relative_time": step.relative_time,
                 "backward_skipped": step.backward_skipped,
+                "every": step.every,
                 "moments": {name: asdict(moment) for name, moment in step.moments.items()},
             }
             for step in plan.steps

@@ -123,7 +123,12 @@ class RecipePlanner:
         plans = {f"adapters where the budget pays them ({adapted.num_adapters:,})": self._plan(recipe, adapted)}
         plans["masks alone"] = self._plan(recipe, masked)
         largest = max(plans.values(), key=lambda plan: plan.peak_bytes)
-        look = look_step(masked.model, method.scored_names(masked.model), _forward_pass(recipe, masked))
+        look = look_step(
+            Training(model=masked.model, accumulation_steps=recipe.run.accumulation),
+            method.scored_names(masked.model),
+            _forward_pass(recipe, masked),
+            num_batches=method.num_batches,
+        )
         cases = " and ".join(
             f"{name}, {write_size(plan.peak_bytes)} at {plan.relative_time:.2f} of the time of full fine-tuning"
             for name, plan in plans.items()
