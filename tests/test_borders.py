@@ -181,6 +181,23 @@ def test_blocks_that_never_train_are_named_with_their_weights(tmp_path, caplog):
     assert f"1 of 6 blocks never train, embedding: 1,024 of {all_weights:,} weights" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (gs.Uniform(count=1), "embedding, norm, head can train too, as among=None means all blocks: 2,064 of "),
+        (gs.GradNormTopK(count=1), 'weights; among=["layers"] leaves them out'),
+        (gs.Uniform(count=1, among=("layers",)), ""),
+        (gs.CostAware(count=1), ""),
+        (gs.All(), ""),
+    ],
+    ids=repr,
+)
+def test_candidates_around_the_layers_are_said_where_among_was_left_open(policy, said, tmp_path, caplog):
+    trainer_of(tmp_path, tiny_llama(), policy).train()
+    assert said in caplog.text
+    assert ("can train too" in caplog.text) == bool(said)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_is_refused_with_what_to_use_instead(stage, tmp_path):
     class Plugin:

@@ -19,7 +19,7 @@ from gradselect.planning import survey_policy
 from gradselect.policies import AdaGradSelect, CostAware
 from gradselect.reference import SelectiveAdamW
 
-SETTINGS = {"count": 2, "explore_steps": 12, "full_every": 4, "gain": "l1"}
+SETTINGS = {"count": 2, "explore_steps": 12, "full_every": 4, "gain": "l1", "among": None}
 
 
 def bound(model: nn.Module | None = None, **settings: object) -> CostAware:
@@ -48,6 +48,11 @@ def selections(policy: CostAware, *, steps: int = 800, norm: float = 1.0) -> lis
 def test_it_explores_when_adagradselect_does() -> None:
     policy, other = (kind(count=2, explore_steps=30, seed=4).bind(make_blocks()) for kind in (CostAware, AdaGradSelect))
     assert [policy.propose(step) is None for step in range(60)] == [other.propose(step) is None for step in range(60)]
+
+
+def test_it_selects_from_the_layers_by_default_as_adagradselect_does() -> None:
+    policy, other = (kind(count=2).bind(make_blocks()) for kind in (CostAware, AdaGradSelect))
+    assert policy.names == other.names == BLOCK_NAMES[1:-1]
 
 
 def test_chances_of_cuts_follow_the_formula() -> None:
@@ -115,7 +120,7 @@ def test_steps_go_less_deep_than_even_draws() -> None:
     model = tiny_qwen2(layers=8)
     cost = StepCost.of_model(model, gs.partition(model))
     times = {}
-    for policy in (CostAware(count=3, full_every=4), gs.Uniform(count=3)):
+    for policy in (CostAware(count=3, full_every=4, among=None), gs.Uniform(count=3)):
         found = survey_policy(policy, gs.partition(model), (), cost=cost)
         times[type(policy)] = sum(cost.relative_time(each) * number for each, number in found.times.items()) / sum(
             found.times.values()
@@ -200,7 +205,7 @@ def backward(model: nn.Module, *, seed: int) -> None:
 def test_the_steps_of_a_run_take_the_flops_of_the_plan(tied: bool) -> None:
     """Each step exactly, by its selection; the mean of exploit steps within 6 %: the plan does not know the gains."""
     model = tiny_llama(layers=3, tied=tied)
-    policy = CostAware(count=2, explore_steps=8)
+    policy = CostAware(count=2, explore_steps=8, among=None)
     planned = gs.plan(model, policy, batch_size=2, sequence_length=8)
     cost = StepCost.of_model(model, gs.partition(model))
     optimizer = gs.BlockOptimizer(model, policy, lr=1e-3)

@@ -65,6 +65,7 @@ TABLE: dict[str, Callable[[int], AbstractPolicy]] = {
         count=2, explore_steps=30, delta=0.01, coverage=12, every=3, draw="multinomial", seed=seed
     ),
     "cost aware": lambda seed: CostAware(count=2, explore_steps=30, seed=seed),
+    "cost aware, all blocks": lambda seed: CostAware(count=2, explore_steps=30, among=None, seed=seed),
     "cost aware, SGD": lambda seed: CostAware(
         count=3, explore_steps=20, gain="l2", full_every=2, floor=0.5, delta=10.0, among=("layer.*", "norm"), seed=seed
     ),

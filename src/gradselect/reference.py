@@ -68,7 +68,7 @@ class SelectiveAdamW:
     def step(self) -> tuple[str, ...]:
         """Take one step from the gradients of all blocks; return the selection."""
         selected = self.policy.propose(self.num_steps)
-        norms = block_norms(self.blocks, measure=self.policy.measured())
+        norms = block_norms(self.policy.candidates, measure=self.policy.measured())
         if selected is None:
             selected = self.policy.decide(self.num_steps, norms)
         else:

@@ -20,7 +20,7 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 
 from gradselect import All, BlockOptimizer, JsonlWriter, SparseOptimizer, UsageError
-from gradselect.integrations.reporting import say_explore_steps, say_never_trained, summarise
+from gradselect.integrations.reporting import say_explore_steps, say_what_trains, summarise
 from gradselect.usage import check_file_name
 
 try:
@@ -211,7 +211,7 @@ def _fill_explore_steps(trainer: Any, optimizer: SelectiveOptimizer) -> None:
     known = min(in_epoch, in_run)
     if not isinstance(optimizer, BlockOptimizer):
         return
-    say_never_trained(optimizer)
+    say_what_trains(optimizer)
     if not math.isfinite(known):
         return
     run_steps = int(in_run) if math.isfinite(in_run) else None

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Sequence
 from statistics import fmean
 
-from gradselect import BlockOptimizer, MaskRecord, StepRecord
+from gradselect import AbstractPolicy, BlockOptimizer, MaskRecord, StepRecord
+from gradselect.blocks import LAYERS, taking_part
 from gradselect.usage import listed
 
 logger = logging.getLogger(__name__)
@@ -25,17 +26,17 @@ def summarise(records: Sequence[StepRecord] | Sequence[MaskRecord]) -> dict[str,
     return _summarise_masks(of_masks) if of_masks else _summarise_blocks(of_blocks)
 
 
-def say_never_trained(optimizer: BlockOptimizer) -> None:
-    """Say which blocks will never train, if any.
+def say_what_trains(optimizer: BlockOptimizer) -> None:
+    """Say which blocks will never train, and that those around the layers can, where `among` was left open.
 
     Example:
         >>> import torch, gradselect as gs
         >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
-        >>> say_never_trained(gs.BlockOptimizer(model, policy=gs.Uniform(count=1)))
+        >>> say_what_trains(gs.BlockOptimizer(model, policy=gs.Uniform(count=1)))
     """
+    all_weights = sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
     if left_out := optimizer.never_trained:
         # A warning, as below.
-        all_weights = sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
         logger.warning(
             "%d of %d blocks never train, %s: %s of %s weights; name one in `always` to train it at every step",
             len(left_out),
@@ -44,6 +45,21 @@ def say_never_trained(optimizer: BlockOptimizer) -> None:
             f"{sum(left_out.values()):,}",
             f"{all_weights:,}",
         )
+    if around := _candidates_around_layers(optimizer.policy):
+        logger.warning(
+            '%s can train too, as among=None means all blocks: %s of %s weights; among=["layers"] leaves them out',
+            listed(around),
+            f"{sum(around.values()):,}",
+            f"{all_weights:,}",
+        )
+
+
+def _candidates_around_layers(policy: AbstractPolicy) -> dict[str, int]:
+    """Return numbers of weights of embedding, final norm and head, if they are candidates because `among` is None."""
+    if policy.settings().get("among", ()) is not None:
+        return {}
+    inside = {block.name for block in taking_part(policy.candidates, (LAYERS,))}
+    return {name: size for name, size in policy.num_elements.items() if name in policy.names and name not in inside}
 
 
 def say_explore_steps(optimizer: BlockOptimizer, *, num_steps: int) -> None:

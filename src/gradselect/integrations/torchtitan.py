@@ -28,7 +28,7 @@ from torchtitan.trainer import Trainer  # pyright: ignore[reportMissingImports]
 
 from gradselect import BlockOptimizer, JsonlWriter, SparseOptimizer, UsageError
 from gradselect.integrations.callers import caller_of
-from gradselect.integrations.reporting import say_explore_steps, say_never_trained
+from gradselect.integrations.reporting import say_explore_steps, say_what_trains
 from gradselect.methods import parse_selection
 
 _Config = TypeVar("_Config")
@@ -248,7 +248,7 @@ def _build(config: Any, model: nn.Module, facts: Mapping[str, Any]) -> BlockOpti
                 "built the optimizer; write method.name='id3', which selects by gradients"
             )
     else:
-        say_never_trained(optimizer)
+        say_what_trains(optimizer)
         try:
             say_explore_steps(optimizer, num_steps=facts["num_steps"] or 1)
         except UsageError:

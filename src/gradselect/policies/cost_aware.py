@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, final
 
 from gradselect.blocks import (
+    LAYERS,
     Depth,
     Norms,
     log_gamma,
@@ -48,6 +49,8 @@ class CostAware(AbstractEpsilonGreedy):
       block was available: blocks near the head lie above every cut, and would lock in.
     * **Blocks above the layers** (norm, head) train beside a block at the cut: with k = 1 in explore steps only.
     * **Blocks below the layers** (an embedding) force the whole depth, so only each m-th step can select them.
+    * **Candidates** are by default all blocks but embeddings, final norms and heads over the vocabulary, as with
+      AdaGradSelect.
     * **k** is a share of all candidates. Cuts that leave fewer than k blocks are not drawn: every step trains k blocks.
 
     Args:
@@ -62,7 +65,8 @@ class CostAware(AbstractEpsilonGreedy):
             Trainer's callback fills it in: the steps of the first epoch, but at most a quarter of the run.
         epsilon_end: value of eps_t = epsilon_end^(t / N), the chance that step t explores, at t = N.
         delta: added to every count. A larger one draws more evenly.
-        among: names or globs of the candidate blocks, e.g. `("layer.*",)`. None: all.
+        among: names or globs of the candidate blocks, e.g. `("layer.1?",)`. "layers" stands for all but embeddings,
+            final norms and heads over the vocabulary. None: all.
         seed: seed of every draw.
 
     Example:
@@ -88,7 +92,7 @@ class CostAware(AbstractEpsilonGreedy):
     explore_steps: int | None = None
     epsilon_end: float = 0.01
     delta: float = 1.0
-    among: Sequence[str] | None = None
+    among: Sequence[str] | None = (LAYERS,)
     seed: int = 0
 
     counts: dict[str, float] = field(default_factory=dict, init=False, repr=False)

@@ -22,7 +22,8 @@ class Cyclic(AbstractPolicy):
         every: steps per turn.
         order: "random" permutes anew each round, "ascending" is model order, "descending" starts at the head.
         count: blocks per turn.
-        among: names or globs of the candidate blocks, e.g. `("layer.*",)`. None: all.
+        among: names or globs of the candidate blocks, e.g. `("layers",)`. None: all, and so embedding, final norm
+            and head too.
         seed: seed of the permutations.
 
     Example:

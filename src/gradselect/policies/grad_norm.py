@@ -44,7 +44,8 @@ class GradNormTopK(AbstractPolicy):
         ema: weight of the old average, in (0, 1]. None: m_b is the latest norm.
         probe_steps: first steps, which observe and update nothing.
         norm: "l2", or "rms" = ||g_b||_2 / sqrt(number of entries), which does not favour large blocks.
-        among: names or globs of the candidate blocks, e.g. `("layers",)`. None: all.
+        among: names or globs of the candidate blocks, e.g. `("layers",)`. None: all, and so embedding, final norm
+            and head too.
         seed: seed of the draws.
 
     Example:

@@ -50,8 +50,9 @@ class LoSiA(AbstractPolicy):
         count: number of slices of each layer, instead of `fraction`.
         every: T, steps of a slot. The scripts of the paper have 50 to 150.
         ema: weight of the old average, in (0, 1).
-        among: names or globs of the candidate blocks. None: all; then blocks outside the layers train at every step,
-            and so do the 1-D tensors of layers with by="layer". With "category" these have a slot too.
+        among: names or globs of the candidate blocks. None: all; then blocks outside the layers (embedding, final norm,
+            head) train at every step, and so do the 1-D tensors of layers with by="layer". With "category" these have a
+            slot too.
         seed: seed of the first selection.
 
     Example:

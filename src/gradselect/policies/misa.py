@@ -37,8 +37,8 @@ class MISA(AbstractPolicy):
         every: steps per period.
         eta: strength of importance. Near 0 all blocks are equally likely.
         ema: weight of the old average, in (0, 1].
-        among: names or globs of the candidate blocks. None: all. For a Llama with `by="matrix"`, `("layer.*.*.*",)`
-            names the matrices without the norms ("layer.3.vectors").
+        among: names or globs of the candidate blocks. None: all, and so embedding, final norm and head too. For a Llama
+            with `by="matrix"`, `("layer.*.*.*",)` names the matrices without the norms ("layer.3.vectors").
         seed: seed of the draws.
 
     Example:

@@ -38,10 +38,10 @@ class Stratified(AbstractPolicy):
             "fixed" draws once. "norm" takes those of largest gradient norm, from a step that looks at all gradients.
         every: steps between two selections; the blocks stay the same in between.
         stagger: with "rotate", each stratum is one turn ahead of the one before it. False: all stand at the same place.
-        among: names or globs of the candidate blocks. None: all. `("layer.*.*.*",)` names the slices of layers, and the
-            matrices of modules in them, without 1-D tensors. A matrix that a layer holds itself, as OPT's
-            "layer.3.fc1", needs `"layer.*.fc?"` beside it; layers of T5 and BART have the name of their stack before
-            them, `"*layer.*.*.*"`.
+        among: names or globs of the candidate blocks. None: all, and so embedding, final norm and head too.
+            `("layer.*.*.*",)` names the slices of layers, and the matrices of modules in them, without 1-D tensors. A
+            matrix that a layer holds itself, as OPT's "layer.3.fc1", needs `"layer.*.fc?"` beside it; layers of T5 and
+            BART have the name of their stack before them, `"*layer.*.*.*"`.
         seed: seed of the draws.
 
     Example:

@@ -26,7 +26,8 @@ class Uniform(AbstractPolicy):
         fraction: share of the candidate blocks that trains in a step, k = max(1, round(fraction * blocks)).
         count: k itself, instead of `fraction`.
         every: steps between two selections.
-        among: names or globs of the candidate blocks, e.g. `("layer.*",)`. None: all.
+        among: names or globs of the candidate blocks, e.g. `("layers",)`. None: all, and so embedding, final norm
+            and head too.
         seed: seed of the draws.
 
     Example:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradselect import BlockOptimizer, JsonlWriter, SparseOptimizer
 from gradselect.integrations.callers import caller_of
-from gradselect.integrations.reporting import say_explore_steps, say_never_trained, summarise
+from gradselect.integrations.reporting import say_explore_steps, say_what_trains, summarise
 from gradselect.integrations.section import parse_section
 from gradselect.integrations.transformers import checkpoint_selected
 from gradselect.usage import UsageError
@@ -108,7 +108,7 @@ def _connect(optimizer: BlockOptimizer | SparseOptimizer, trainer: Any, jsonl: s
     if trainer.args.enable_activation_checkpointing:
         checkpoint_selected(trainer.model)
     if isinstance(optimizer, BlockOptimizer):
-        say_never_trained(optimizer)
+        say_what_trains(optimizer)
         say_explore_steps(optimizer, num_steps=trainer.num_training_steps)
     optimizer.add_record_hook(SelectionInLog(trainer))
     if jsonl is not None and DistributedInterface().get_rank() == 0:

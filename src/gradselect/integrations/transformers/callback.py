@@ -16,7 +16,7 @@ from transformers.trainer_utils import has_length
 
 from gradselect import BlockOptimizer, JsonlWriter, SparseOptimizer, UsageError
 from gradselect.integrations.callers import caller_of
-from gradselect.integrations.reporting import say_explore_steps, say_never_trained, summarise
+from gradselect.integrations.reporting import say_explore_steps, say_what_trains, summarise
 from gradselect.usage import check_file_name
 
 from .adalora import warn_of_adalora
@@ -135,7 +135,7 @@ class SelectionCallback(TrainerCallback):
             optimizer.grad_scaler = parts["optimizer"].scaler
             num_steps = _num_steps_of_epoch(args, state, parts["train_dataloader"])
             optimizer.policy.fill_explore_steps(num_steps, run_steps=state.max_steps)
-            say_never_trained(optimizer)
+            say_what_trains(optimizer)
             say_explore_steps(optimizer, num_steps=state.max_steps)
         else:
             optimizer.fill_steps(state.max_steps)
