@@ -13,8 +13,8 @@ from rich.console import Console
 from train_fixtures import recipe_values, write_model, write_sums
 
 from gradselect import UsageError
-from gradselect.app.compare import Suite
-from gradselect.app.compare import comparison as _comparison
+from gradselect.app.compare import Suite, git_state, runs
+from gradselect.app.compare.comparison import Comparison
 from gradselect.app.compare.git_state import SourceState
 from gradselect.app.compare.job import Job
 from gradselect.app.compare.results import ResultsFolder
@@ -68,8 +68,8 @@ class Runner:
         self.said = ""
         self.dirty = dirty
         self.before_job: Callable[[Job], None] = lambda job: None
-        monkeypatch.setattr(_comparison, "run_job", self._run_job)
-        monkeypatch.setattr(_comparison, "source_state", lambda: SourceState(commit="c0ffee", dirty=self.dirty))
+        monkeypatch.setattr(runs, "run_job", self._run_job)
+        monkeypatch.setattr(git_state, "source_state", lambda: SourceState(commit="c0ffee", dirty=self.dirty))
 
     def __call__(
         self,
@@ -85,7 +85,7 @@ class Runner:
     ) -> list[Any]:
         self.ran, stream = [], io.StringIO()
         console = Console(file=stream, width=200)
-        comparison = _comparison.Comparison(
+        comparison = Comparison(
             suite,
             folder=ResultsFolder(results),
             seeds=seeds or suite.seeds,

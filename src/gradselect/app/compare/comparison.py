@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,24 +10,22 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from gradselect import UsageError
-from gradselect.app.progress import Stages
-from gradselect.app.results import Result, Rung, rungs_of, write_result
+from gradselect.app.results import Result, Rung, rungs_of
 from gradselect.app.runtime import check_ids
 from gradselect.usage import listed
 
 from .calibrating import calibrated
 from .folder_check import check_protocol, missing_samples
-from .git_state import SourceState, source_state
-from .job import Job
-from .protocol import protocol_hash, protocol_settings
+from .git_state import WatchedSource
+from .protocol import protocol_settings
 from .rate_search import find_rate
-from .result_record import describe_failure
-from .results import ResultsFolder, read_own_result
+from .results import ResultsFolder
 from .run_plan import RunPlan
+from .runs import Runs
 from .samples import check_samples
-from .schedule import PlannedRun, best_rate, is_at_edge, score_run
+from .schedule import best_rate, is_at_edge, score_run
 from .side_by_side import SideBySide
-from .subprocesses import prepare, run_job
+from .subprocesses import prepare
 from .suite import Suite, ids_of_suite
 from .summary_table import MethodSummary, show_forgetting, show_scores
 
@@ -75,7 +72,6 @@ class Comparison:
         self._console = console
         self._command = tuple(command)
         self._protocol: dict[str, Any] = {}
-        self._source = SourceState(commit=None, dirty=False)
 
     def run(self, methods: Sequence[str]) -> list[MethodSummary]:
         """Run what is not done yet, and summarize all results.
@@ -92,7 +88,8 @@ class Comparison:
         check_protocol(self._folder, self._protocol, say=self._say)
         if self._suite.samples is not None:
             check_samples(self._suite.samples, self._suite.recipe)
-        self._look_at_source()
+        source = WatchedSource(self._say)
+        source.look()
 
         # 2 under a budget, the steps of each method; nothing else runs meanwhile
         methods = self._calibrate(methods)
@@ -100,6 +97,7 @@ class Comparison:
             self._say(f"calibrated in {self._folder.root}; no run: leave out --calibrate-only to begin")
             return []
         self._retire_others()
+        self._runs = self._prepare_runs(source)
         if self._side_by_side is not None:
             self._say(f"jobs       {self._side_by_side.text}; times of steps hold for a shared machine")
 
@@ -109,7 +107,9 @@ class Comparison:
         # 4 the other seeds, methods in turn: stopped early, all methods have as many
         best = {method: lr for method, lr in rates.items() if lr is not None}
         seeds = range(1, self._seeds)
-        self._each(self._ensure, [score_run(method, lr=lr, seed=seed) for seed in seeds for method, lr in best.items()])
+        self._each(
+            self._runs.ensure, [score_run(method, lr=lr, seed=seed) for seed in seeds for method, lr in best.items()]
+        )
 
         # 5 the table
         found = self._folder.read()[0]
@@ -121,6 +121,19 @@ class Comparison:
             show_forgetting(self._console, summaries)
         self._say(f"results in {self._folder.root}; next: gradselect report {self._folder.root}")
         return summaries
+
+    def _prepare_runs(self, source: WatchedSource) -> Runs:
+        return Runs(
+            plan=self._plan,
+            folder=self._folder,
+            protocol=self._protocol,
+            source=source,
+            resume=self._resume,
+            side_by_side=self._side_by_side,
+            console=self._console,
+            say=self._say,
+            command=self._command,
+        )
 
     def _each(self, act: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
         """Return `act` of each item, one after another or side by side."""
@@ -157,7 +170,7 @@ class Comparison:
             method,
             entry,
             search=self._suite.search,
-            ensure=self._ensure,
+            ensure=self._runs.ensure,
             forget=lambda losses: self._delete_losers(method, best_rate(entry, losses), tried=losses),
             say=self._say,
         )
@@ -167,90 +180,12 @@ class Comparison:
         if is_at_edge(best, entry.rates):
             self._say(f"note       {method}: the best rate {best:g} is at the edge of its grid {list(entry.rates)}")
         self._retire_scores(method, best)
-        self._ensure(first := score_run(method, lr=best, seed=0))
-        if self._done(first):
+        self._runs.ensure(first := score_run(method, lr=best, seed=0))
+        if self._runs.done(first):
             if note := missing_samples(self._suite.samples, self._folder, first):
                 self._say(note)
             shutil.rmtree(self._folder.training(first), ignore_errors=True)
         return best
-
-    def _ensure(self, run: PlannedRun) -> Result:
-        """Return the result of the run: of an earlier call, or a new one."""
-        self._look_at_source()
-        done = self._done(run)
-        return done or self._run(run)
-
-    def _done(self, run: PlannedRun) -> Result | None:
-        """Return the result of an earlier call, if it succeeded with these settings."""
-        path = self._folder.existing_result(run)
-        if path is None:
-            return None
-        try:
-            result = read_own_result(path)
-        except UsageError:
-            # `check_protocol` has shown the reason.
-            return None
-        record = result.record
-        is_same = record.method == run.method and self._plan.why_not(record) is None
-        # Tables omit dirty results, so a clean library repeats them.
-        is_usable = self._source.dirty or not record.dirty
-        return result if result.succeeded and is_same and is_usable else None
-
-    def _run(self, run: PlannedRun) -> Result:
-        job, started = self._job(run), time.perf_counter()
-        job_file, log = self._folder.job(run), self._folder.log(run)
-        job_file.write_text(job.model_dump_json(indent=1), "utf-8")
-        if self._side_by_side is None:
-            with Stages(self._console).open(f"{run} ({run.role}), in {log}"):
-                error = run_job(job_file, log)
-        else:
-            self._say(f"begins     {run} ({run.role}), in {log}")
-            error = self._side_by_side.run_job(job_file, log)
-        seconds = time.perf_counter() - started
-        if error is not None:
-            write_result(job.result, describe_failure(job, error=error, total_seconds=seconds))
-        result = read_own_result(job.result)
-        outcome = f"FAILED: {error}\n           log: {log}" if error else _figures(result)
-        self._say(f"{run.role:<10} {run}  {outcome}  {seconds:.0f} s")
-        return result
-
-    def _job(self, run: PlannedRun) -> Job:
-        suite, entry = self._suite, self._suite.methods[run.method]
-        is_score = run.role == "score"
-        is_sampled = is_score and run.seed == 0
-        return Job(
-            suite=suite.name,
-            protocol=protocol_hash(self._protocol),
-            protocol_settings=self._protocol,
-            method=run.method,
-            rates=entry.rates,
-            rate_at_edge=is_at_edge(run.lr, entry.rates) if is_score else None,
-            role=run.role,
-            share=run.share,
-            jobs=1 if self._side_by_side is None else self._side_by_side.count,
-            budget=self._plan.budget(run.method),
-            recipe=self._plan.recipe(run, output=self._folder.training(run)),
-            evaluations=suite.evaluations if is_score else {},
-            forgetting=suite.forgetting if is_score else {},
-            forgetting_file=self._folder.forgetting_file,
-            samples=suite.samples if is_sampled else None,
-            samples_file=self._folder.samples_file(run) if is_sampled else None,
-            keep_training=not is_score and run.share == 1,
-            may_reuse=self._resume or self._is_trained_by_search(run),
-            resume=self._resume,
-            result=self._folder.result_file(run),
-            commit=self._source.commit,
-            dirty=self._source.dirty,
-            command=self._command,
-        )
-
-    def _is_trained_by_search(self, run: PlannedRun) -> bool:
-        """True if the search has trained the same, with the library at the same commit."""
-        if run.role == "rate":
-            return False
-        search = self._done(PlannedRun(method=run.method, lr=run.lr, seed=run.seed, role="rate"))
-        here = (self._source.commit, self._source.dirty)
-        return search is not None and (search.record.commit, search.record.dirty) == here
 
     def _delete_losers(self, method: str, best: float | None, *, tried: Mapping[float, float | None]) -> None:
         """Delete the models of rates that are not the best. Unfinished runs stay."""
@@ -279,27 +214,14 @@ class Comparison:
     def _retire(self, result: Result, reason: str) -> None:
         self._say(f"note       {result.path.name}: {reason}; moved to {self._folder.retire(result)}")
 
-    def _look_at_source(self) -> None:
-        before, self._source = self._source, source_state()
-        if self._source.dirty and not before.dirty:
-            self._say("note       the library differs from its last commit: results are marked dirty, tables omit them")
-
     def _summarize(self, method: str, lr: float | None, *, rungs: tuple[Rung, ...]) -> MethodSummary:
         runs = [] if lr is None else [score_run(method, lr=lr, seed=seed) for seed in range(self._seeds)]
-        results = [result for run in runs if (result := self._done(run)) is not None]
+        results = [result for run in runs if (result := self._runs.done(run)) is not None]
         rates = self._suite.methods[method].rates
         return MethodSummary(method=method, lr=lr, rates=rates, results=tuple(results), rungs=rungs)
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _figures(result: Result) -> str:
-    """Write the losses and scores of a finished run."""
-    figures = {name: score.value for name, score in result.record.scores.items()}
-    if result.record.validation_loss is not None:
-        figures = {"validation": result.record.validation_loss, **figures}
-    return "  ".join(f"{name} {'undefined' if value is None else f'{value:.4f}'}" for name, value in figures.items())
 
 
 def compare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,27 @@ def source_state() -> SourceState:
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return SourceState(commit=commit, dirty=bool(changes))
+
+
+class WatchedSource:
+    """The library's working tree, which may change while a comparison runs.
+
+    Attributes:
+        state: at the last look.
+
+    Args:
+        say: prints a line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.state = SourceState(commit=None, dirty=False)
+        self._say = say
+
+    def look(self) -> None:
+        """Look again. Say when the working tree begins to differ from its commit."""
+        before, self.state = self.state, source_state()
+        if self.state.dirty and not before.dirty:
+            self._say("note       the library differs from its last commit: results are marked dirty, tables omit them")
 
 
 def _git(*words: str) -> str | None:
