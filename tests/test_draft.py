@@ -15,7 +15,7 @@ from gradselect import UsageError
 from gradselect.app.cli import main
 from gradselect.app.draft import draft_recipe
 from gradselect.app.draft.formats import guess_format
-from gradselect.app.draft.rates import scaled_rate
+from gradselect.app.draft.rates import RATES, scaled_rate
 from gradselect.app.recipe import load_recipe, parse_recipe, with_overrides
 from gradselect.app.train.trainer import RunTrainer
 
@@ -170,6 +170,54 @@ def test_the_learning_rate_follows_the_method_and_the_width(words: list[str], ra
     named = draft_recipe(model, data, [*words, "optimizer.lr=3e-3"])
     assert named.recipe.optimizer.lr == 3e-3
     assert not any("to begin with" in line for line in named.lines())
+
+
+FULL_AND_BLOCKS = [scaled_rate(kind, TINY_WIDTH) for kind in ("full", "blocks")]
+LORA = scaled_rate("lora", TINY_WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("words", "rate", "said"),
+    [
+        ("name=full", FULL_AND_BLOCKS[0], "with, from runs of"),
+        ("name=adagradselect", FULL_AND_BLOCKS[1], "with, from runs of"),
+        ("name=uniform method.count=2", FULL_AND_BLOCKS[1], "with, from runs of"),
+        ("name=gradnorm method.count=2 method.refresh=null", FULL_AND_BLOCKS[1], "with, from runs of"),
+        ("name=gradnorm method.count=2", FULL_AND_BLOCKS[1], "not measured for gradnorm: AdaGradSelect's, from runs"),
+        ("name=lisa", FULL_AND_BLOCKS[1], "not measured for lisa: AdaGradSelect's, from runs of"),
+        ("name=badam", FULL_AND_BLOCKS[1], "not measured for badam: AdaGradSelect's, from runs of"),
+        ("name=hft", FULL_AND_BLOCKS[0], "not measured for hft: that of full fine-tuning, from runs of"),
+        ("name=lora", LORA, "with, ten times that of full fine-tuning, from runs of"),
+        ("name=dora", LORA, "not measured for dora: LoRA's, ten times that of full fine-tuning, from runs of"),
+        (
+            "name=rslora method.rank=4",
+            LORA / 2,
+            "not measured for rslora: LoRA's divided by the root of the rank, from",
+        ),
+        ("name=ether", 1e-4, "with, cautious, not measured"),
+    ],
+)
+def test_a_rate_that_is_not_measured_for_the_method_is_said_not_to_be(
+    words: str, rate: float, said: str, place: Path
+) -> None:
+    draft = draft_recipe(str(place / "model"), str(place / "sums.jsonl"), f"method.{words}".split())
+    assert draft.recipe.optimizer.lr == pytest.approx(rate, rel=0.05)  # of one digit
+    (note,) = [line for line in draft.lines() if "to begin with" in line]
+    assert said in note
+
+
+def test_first_rates_are_half_of_the_best_of_the_real_model() -> None:
+    results = Path(__file__).parents[1] / "benchmarks" / "results" / "smollm2"
+
+    def best(name: str) -> float:
+        (rate,) = {path.name.split(".lr-")[1].split(".seed")[0] for path in results.glob(f"{name}.lr-*.score.json.gz")}
+        return float(rate)
+
+    assert RATES["full"] == best("full") / 2
+    for name in ("adagradselect-20", "uniform-20", "six-by-the-first-gradient"):
+        assert RATES["blocks"] == best(name) / 2
+    assert RATES["lora"] == 10 * RATES["full"]
+    assert best("lora-r-256") / 2 < RATES["lora"] < best("lora-r-16-e") / 2
 
 
 def test_rates_fall_with_the_width() -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal, NamedTuple
+
 from gradselect.app.models import load_configuration
-from gradselect.app.recipe import AbstractBlockMethod, FullMethod, LoraMethod, Recipe
+from gradselect.app.recipe import AbstractBlockMethod, FullMethod, LoraMethod, Method, Recipe
 from gradselect.usage import UsageError
 
+Kind = Literal["full", "blocks", "lora"]
+
 MEASURED_WIDTH = 576
-RATES = {"full": 5e-5, "blocks": 2e-4, "lora": 5e-4}
+RATES: dict[Kind, float] = {"full": 5e-5, "blocks": 2e-4, "lora": 5e-4}
 """At the width of SmolLM2-135M. Full fine-tuning and blocks: half of the best rate of suites/smollm2.yaml, since longer
-runs want less; AdaGradSelect, uniform draws and layers chosen once had the same there; it is taken for other policies.
-LoRA: ten times that of full fine-tuning (Schulman et al., LoRA Without Regret, 2025)."""
+runs want less; AdaGradSelect, uniform draws and layers chosen once had the same there. LoRA: ten times that of full
+fine-tuning (Schulman et al., LoRA Without Regret, 2025). Half of the best rates there were 1e-3 at rank 16 with the
+embedding, and 2e-4 at rank 256."""
+MEASURED_POLICIES = ("adagradselect", "uniform")
+"""Methods whose best rate on SmolLM2-135M is that of blocks, and `gradnorm` if it selects once."""
 EXPONENT = 0.78
 """Power of the width by which the best rate falls: what Schulman et al. fitted to Llama."""
 USUAL_WIDTH = 2048
@@ -22,6 +30,14 @@ RATE_OF_FEW_WEIGHTS_ON_PREFERENCES = 1e-5
 """For what is not measured: classifiers, preferences, masks and other adapters. Our choice, whatever the width."""
 
 
+class _Basis(NamedTuple):
+    """Rate that a method begins with: that of a kind times a factor, and words on why."""
+
+    kind: Kind
+    words: str
+    factor: float = 1.0
+
+
 def first_rate(recipe: Recipe) -> tuple[float, str]:
     """Return a rate for a recipe that names none, and a few words on where it comes from."""
     trains_blocks = isinstance(recipe.method, AbstractBlockMethod | FullMethod)
@@ -29,13 +45,35 @@ def first_rate(recipe: Recipe) -> tuple[float, str]:
         return RATE_OF_PREFERENCES if trains_blocks else RATE_OF_FEW_WEIGHTS_ON_PREFERENCES, "cautious, not measured"
     if recipe.data.format == "classification" or not (trains_blocks or isinstance(recipe.method, LoraMethod)):
         return RATE if trains_blocks else RATE_OF_FEW_WEIGHTS, "cautious, not measured"
-    width = width_of(recipe)
-    kind = "lora" if not trains_blocks else "full" if isinstance(recipe.method, FullMethod) else "blocks"
+    width, basis = width_of(recipe), _basis_of(recipe.method)
     known = f"a width of {width:,}" if width else f"a width of {USUAL_WIDTH:,}, since the model's is not known"
-    return scaled_rate(kind, width or USUAL_WIDTH), f"from runs of SmolLM2-135M, for {known}"
+    rate = float(f"{scaled_rate(basis.kind, width or USUAL_WIDTH) * basis.factor:.0e}")
+    return rate, f"{basis.words}from runs of SmolLM2-135M, for {known}"
 
 
-def scaled_rate(kind: str, width: int) -> float:
+def _basis_of(method: Method) -> _Basis:
+    """Return the basis for a method that trains blocks or a LoRA. Its words end where "from runs of" goes on."""
+    tenfold, unmeasured = "ten times that of full fine-tuning, ", f"not measured for {method.name}: "
+    match method:
+        case LoraMethod(name="lora"):
+            return _Basis("lora", tenfold)
+        case LoraMethod(name="rslora"):
+            # Its scale is alpha / sqrt(rank), LoRA's alpha / rank: so a first step moves the weights as far.
+            return _Basis("lora", f"{unmeasured}LoRA's divided by the root of the rank, ", 1 / math.sqrt(method.rank))
+        case LoraMethod():
+            return _Basis("lora", f"{unmeasured}LoRA's, {tenfold}")
+        case FullMethod():
+            return _Basis("full", "")
+    if method.name == "hft":
+        # Half of the weights train at each step: nearer to all of them than to a fifth of the layers.
+        return _Basis("full", f"{unmeasured}that of full fine-tuning, ")
+    selects_once = method.name == "gradnorm" and method.model_dump()["refresh"] is None
+    if method.name in MEASURED_POLICIES or selects_once:
+        return _Basis("blocks", "")
+    return _Basis("blocks", f"{unmeasured}AdaGradSelect's, ")
+
+
+def scaled_rate(kind: Kind, width: int) -> float:
     """Return a rate of one digit for "full", "blocks" or "lora" at a width.
 
     Example:
