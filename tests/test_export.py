@@ -125,6 +125,18 @@ def test_ids_on_the_hub_are_named_in_the_metadata(root, tmp_path, capsys):
     assert card.data.to_dict()["base_model_relation"] == "finetune"
 
 
+def test_the_card_names_held_out_rows_without_their_folder(root, tmp_path, capsys):
+    folder = shutil.copytree(root / "run", tmp_path / "run")
+    values = json.loads((folder / "run.json").read_text())
+    held_out = {"path": "my/sums.jsonl (6 of 30 rows held out)", "fingerprint": "ab", "rows_used": 6}
+    values["data"] |= {"validation": held_out}
+    (folder / "run.json").write_text(json.dumps(sealed(values)))
+    assert export(folder, "--hub", "you/sums", "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "| validation data | `sums.jsonl` (6 of 30 rows held out), 6 rows |" in shown
+    assert "my/" not in shown
+
+
 def test_the_card_names_the_trainer_and_no_folder_of_its_rewards(root, tmp_path, capsys):
     folder = shutil.copytree(root / "run", tmp_path / "run")
     values = json.loads((folder / "run.json").read_text()) | {"training_loss": None, "validation_loss": None}

@@ -95,7 +95,7 @@ def _training(record: FinishedRun) -> Iterator[tuple[str, object]]:
     if record.model.parameters:
         yield "parameters", f"{record.model.parameters:,}"
     for part, source in record.data.items():
-        yield f"{part} data", f"{_link(str(source.get('path')))}, {source.get('rows_used', 0):,} rows"
+        yield f"{part} data", f"{_rows_origin(str(source.get('path')))}, {source.get('rows_used', 0):,} rows"
     yield "skipped steps", record.skipped_steps
     yield "training time", f"{record.training_seconds:,.0f} s on {record.machine.device or 'an unknown device'}"
     yield "versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())
@@ -153,6 +153,12 @@ def _hub_id(path: str) -> str | None:
 def _link(path: str) -> str:
     """Return a link to an id on the hub, or the last part of a path of this machine."""
     return f"`{_shown(path)}`"
+
+
+def _rows_origin(path: str) -> str:
+    """Return the origin of rows without folders of this machine, and how many rows of it were held out."""
+    name, _, about = path.rpartition(" (")
+    return f"{_link(name)} ({about}" if about.endswith(" rows held out)") else _link(path)
 
 
 def _shown(value: object) -> object:
