@@ -136,7 +136,7 @@ def test_activations_are_exactly_those_that_autograd_saves(name: str, mark: str)
         assert counted(model, padded=padded).whole == saved_by(model, **inputs_for(model, padded=padded))
 
 
-@pytest.mark.parametrize(("build", "rel"), [(tiny_phi3, 0.08), (tiny_t5, 0.12), (tiny_bart, 0.04)])
+@pytest.mark.parametrize(("build", "rel"), [(tiny_phi3, 0.08), (tiny_t5, 0.14), (tiny_bart, 0.04)])
 @pytest.mark.parametrize("mark", ["", "norm"])
 def test_where_the_cpu_lacks_a_fused_kernel_activations_are_close(
     build: Callable[[], nn.Module], rel: float, mark: str
@@ -260,7 +260,6 @@ def test_a_model_that_cannot_be_counted_is_refused(build: Callable[[], Any], wor
         gs.plan(build(), gs.All(), batch_size=2, sequence_length=2)
 
 
-@pytest.mark.skipif(not hasattr(trl.trainer.utils, "add_fused_lm_head"), reason="this version of TRL has no fused loss")
 @pytest.mark.parametrize("name", ["llama", "llama in bfloat16", "qwen2", "gpt2"])
 @pytest.mark.parametrize("mark", ["", ".1.", "embed"])
 def test_a_chunked_loss_saves_two_numbers_a_token_and_the_input_of_the_head(name: str, mark: str) -> None:

@@ -10,12 +10,12 @@ import peft
 import pytest
 import torch
 import transformers
-import trl.trainer.utils
 from packaging import version
 from tiny_models import seeded, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_opt, tiny_qwen2
 from torch import nn
 from train_fixtures import build, byte_tokenizer, parse, quiet, write_model, write_sums
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import add_fused_lm_head
 
 from gradselect import UsageError
 from gradselect.app.train import train
@@ -81,8 +81,7 @@ def of(name: str, settings: dict[str, Any]) -> nn.Module:
 
 def packing_trainer(model: nn.Module) -> Any:
     """The three parts of TRL's trainer that the check uses."""
-    if hasattr(trl.trainer.utils, "add_fused_lm_head"):  # older versions of TRL have no fused loss
-        trl.trainer.utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))  # pyright: ignore
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))  # pyright: ignore[reportArgumentType]
     collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     return SimpleNamespace(model=model, data_collator=collator, _prepare_inputs=lambda batch: batch)
 

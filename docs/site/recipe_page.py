@@ -182,7 +182,7 @@ def default_of(field: FieldInfo) -> str:
     """Return the default as YAML has it."""
     if field.is_required():
         return "must be given"
-    value = field.get_default(call_default_factory=True)
+    value = field.get_default(call_default_factory=True, validated_data={})
     if value is None or value == ():
         return "none"
     if isinstance(value, bool):

@@ -251,18 +251,12 @@ def _rotation_bytes(model: nn.Module, method: SparseGradMethod) -> tuple[int, in
 
 
 def _loss(recipe: Recipe) -> Loss:
-    """Return the way in which the installed trainer computes the loss."""
+    """Return the way in which the trainer computes the loss."""
     if isinstance(recipe.data, ClassificationData):
         return "none"
     if isinstance(recipe.trainer, OrpoSettings):
         return "whole"
-    return "chunked" if _trainer_has_chunks() else "whole"
-
-
-def _trainer_has_chunks() -> bool:
-    import trl.trainer.utils
-
-    return "add_fused_lm_head" in vars(trl.trainer.utils)
+    return "chunked"
 
 
 def _notes(recipe: Recipe, config: Any) -> tuple[str, ...]:

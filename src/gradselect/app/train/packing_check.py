@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import trl.trainer.utils
 from peft import PeftModel
 from torch import Tensor
 
@@ -145,13 +144,8 @@ def measure(trainer: Any, one: Tensor, other: Tensor, others: Sequence[Tensor]) 
 
 def _predict(trainer: Any, batch: dict[str, Any]) -> Tensor:
     """Return log-probability and entropy of each next token, (rows, tokens - 1, 2), by the path that training takes."""
-    if hasattr(trl.trainer.utils, "add_fused_lm_head"):
-        outputs = trainer.model(**batch, use_cache=False, fused_lm_head=True)
-        return torch.stack([outputs.log_probs, outputs.entropy], -1).float()
-    labels = batch.pop("labels")
-    scores = trainer.model(**batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-    entropy = -(scores.exp() * scores).sum(-1, keepdim=True)
-    return torch.cat([scores.gather(-1, labels[:, 1:, None].clamp(min=0)), entropy], -1)
+    outputs = trainer.model(**batch, use_cache=False, fused_lm_head=True)
+    return torch.stack([outputs.log_probs, outputs.entropy], -1).float()
 
 
 def _unpacked(trainer: Any, rows: Tensor) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from gradselect.app.runtime import RunFolder
 from gradselect.app.train import build_trainer, loss_of_batch, num_steps_of
 from gradselect.files import locked, write_atomically
 from gradselect.integrations.bipeft import AdapterSearch, Allocation, SearchSettings, Site, budget_of_rank, sites_of
+from gradselect.integrations.transformers import checkpoint_selected
 
 from .description import check_search, described
 from .study_folder import StudyFolder, check_folder
@@ -107,7 +108,7 @@ def _search(recipe: Recipe, trainer: Any, settings: SearchSettings, *, stages: S
     set_seed(recipe.run.seed)
     scheduler = trainer.create_scheduler(num_training_steps=settings.num_steps, optimizer=trainer.optimizer)
     if recipe.model.gradient_checkpointing:
-        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_selected(trainer.model)
     loss = loss_of_batch(trainer, recipe)
     search = AdapterSearch(
         trainer.model,

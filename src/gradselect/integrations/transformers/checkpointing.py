@@ -32,7 +32,7 @@ def checkpoint_selected(model: PreTrainedModel) -> None:
         >>> [layer.gradient_checkpointing for layer in model.encoder.layer]
         [True, True]
     """
-    # transformers before 5.20 or so has the old name only; newer versions warn about it.
+    # transformers before 5.23 has the old name only; newer versions warn about it.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     _release_inputs(model)
