@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from train_fixtures import write_model, write_recipe, write_sums
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradselect
-from gradselect.app.cli import main
-from gradselect.usage import missing_packages
+from gradselect.app.cli import command_line, main
+from gradselect.usage import install_command, lacking_packages
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -200,11 +202,37 @@ def test_the_package_itself_is_the_command(monkeypatch: pytest.MonkeyPatch, caps
     assert gradselect.__version__ in capsys.readouterr().out
 
 
-def test_missing_packages_of_an_extra_are_named_as_pip_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_that_an_extra_lacks_are_named_as_pip_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """No name of ours is needed to install what a command lacks."""
     monkeypatch.setattr("importlib.metadata.requires", lambda _: REQUIREMENTS)
-    assert missing_packages("train") == ["no-such-package", "'other-one[x]>=2.0'"]
-    assert missing_packages("tune") == []
+    lacking = lacking_packages("train")
+    assert install_command(lacking) == "pip install no-such-package 'other-one[x]>=2.0' 'rich>=999'"
+    assert [package.lack for package in lacking[:2]] == ["no no-such-package", "no other-one"]
+    assert lacking_packages("tune") == []
+
+
+def test_a_package_that_is_too_old_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: REQUIREMENTS)
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    old = f"rich {version('rich')} is older than 999"
+    assert capsys.readouterr().err == f"warning: {old}; run: pip install 'rich>=999'\n"
+
+
+def test_a_name_that_a_package_lacks_is_explained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise ImportError("cannot import name 'new' from 'old'")
+
+    monkeypatch.setattr(command_line, "app", fails)
+    with pytest.raises(ImportError, match="cannot import name"):
+        main(["train"])
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: REQUIREMENTS)
+    with pytest.raises(SystemExit, match="2"):
+        main(["train"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: cannot import name 'new' from 'old'; run: pip install no-such-package")
 
 
 REQUIREMENTS = [
@@ -213,5 +241,6 @@ REQUIREMENTS = [
     "typer>=0.20; extra == 'train'",
     'no-such-package; extra == "train"',
     "other-one[x]>=2.0; python_version > '3' and extra == 'train'",
+    "rich>=999; extra == 'train'",
     "optuna>=4.5; extra == 'tune'",
 ]

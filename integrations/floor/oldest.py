@@ -10,7 +10,7 @@ PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text
 
 wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["transformers"]
 wanted += PROJECT["optional-dependencies"]["train"]
-for requirement in wanted:
-    # gradselect[train] asks for a newer transformers than a Trainer needs.
-    if not requirement.startswith(("gradselect", "torch", "transformers>=5.17")):
+# gradselect[train] asks for newer versions of both than a Trainer needs.
+for requirement in (*wanted, "trl>=1.10"):
+    if not requirement.startswith(("gradselect", "torch", "transformers>=5.17", "trl>=1.16")):
         sys.stdout.write(requirement.replace(">=", "==") + "\n")

@@ -12,7 +12,7 @@ from .checks import (
 )
 from .differences import find_differences, flatten
 from .errors import UsageError
-from .installation import NeededPackage, installed_version, missing_packages, needed_packages
+from .installation import NeededPackage, install_command, installed_version, lacking_packages, needed_packages
 from .names import as_tuple, beginnings, join, matches_any, matching, nearest, parent
 from .text import first_line, listed, printable, shortened
 
@@ -31,12 +31,13 @@ __all__ = [
     "find_differences",
     "first_line",
     "flatten",
+    "install_command",
     "installed_version",
     "join",
+    "lacking_packages",
     "listed",
     "matches_any",
     "matching",
-    "missing_packages",
     "nearest",
     "needed_packages",
     "parent",

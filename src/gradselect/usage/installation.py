@@ -1,10 +1,11 @@
-"""Packages that this one needs, and those that are not installed."""
+"""Packages that this one needs, and those that are missing or too old."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -19,8 +20,8 @@ class NeededPackage:
         installed: version that is here; None if the package is missing.
 
     Example:
-        >>> NeededPackage(name="rich", requirement="rich>=14.0", oldest="14.0", installed="13.9.4").is_too_old
-        True
+        >>> NeededPackage(name="rich", requirement="rich>=14.0", oldest="14.0", installed="13.9.4").lack
+        'rich 13.9.4 is older than 14.0'
     """
 
     name: str
@@ -29,9 +30,13 @@ class NeededPackage:
     installed: str | None
 
     @property
-    def is_too_old(self) -> bool:
-        """True if it is installed and older than the oldest version that will do."""
-        return self.installed is not None and _numbers(self.installed) < _numbers(self.oldest)
+    def lack(self) -> str:
+        """What is wrong with it; empty if it will do."""
+        if self.installed is None:
+            return f"no {self.name}"
+        if _numbers(self.installed) < _numbers(self.oldest):
+            return f"{self.name} {self.installed} is older than {self.oldest}"
+        return ""
 
 
 def needed_packages(extra: str | None = None) -> list[NeededPackage]:
@@ -62,14 +67,24 @@ def needed_packages(extra: str | None = None) -> list[NeededPackage]:
     return list(found.values())
 
 
-def missing_packages(extra: str) -> list[str]:
-    """Return the packages of an extra that are not installed, as `pip install` takes them.
+def lacking_packages(extra: str) -> list[NeededPackage]:
+    """Return the packages of an extra that are missing or too old.
 
     Example:
-        >>> missing_packages("no such extra")
+        >>> lacking_packages("no such extra")
         []
     """
-    return [shlex.quote(package.requirement) for package in needed_packages(extra) if package.installed is None]
+    return [package for package in needed_packages(extra) if package.lack]
+
+
+def install_command(packages: Iterable[NeededPackage]) -> str:
+    """Return the command that installs them.
+
+    Example:
+        >>> install_command([NeededPackage(name="rich", requirement="rich>=14.0", oldest="14.0", installed=None)])
+        "pip install 'rich>=14.0'"
+    """
+    return " ".join(["pip install", *(shlex.quote(package.requirement) for package in packages)])
 
 
 def installed_version(name: str) -> str | None:

@@ -11,13 +11,14 @@ try:
     import typer
     from rich.console import Console
 except ModuleNotFoundError as missing:
-    from gradselect.usage import missing_packages
+    from gradselect.usage import install_command, lacking_packages
 
-    packages = " ".join(missing_packages("train")) or missing.name
-    raise SystemExit(f"the command line needs {missing.name}; run: pip install {packages}") from None
+    packages = lacking_packages("train")
+    advice = install_command(packages) if packages else f"pip install {missing.name}"
+    raise SystemExit(f"the command line needs {missing.name}; run: {advice}") from None
 
 from gradselect import __version__
-from gradselect.usage import UsageError
+from gradselect.usage import UsageError, install_command, lacking_packages
 
 from .chat import chat
 from .compare import compare
@@ -149,11 +150,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> None:
+    lacking = lacking_packages("train")
+    too_old = [package for package in lacking if package.installed]
+    if too_old and os.environ.get("LOCAL_RANK", "0") == "0":
+        lacks = ", ".join(package.lack for package in too_old)
+        _say(f"warning: {lacks}; run: {install_command(too_old)}", style="yellow")
     try:
         app(arguments, prog_name="gradselect")  # completion scripts call it by this name
     except UsageError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        _say(f"error: {error}", style="red")
         raise SystemExit(USAGE_EXIT_CODE) from None
+    except ImportError as error:
+        if not lacking:  # then the installation is not to blame
+            raise
+        _say(f"error: {error}; run: {install_command(lacking)}", style="red")
+        raise SystemExit(USAGE_EXIT_CODE) from None
+
+
+def _say(text: str, *, style: str) -> None:
+    Console(stderr=True).print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _show_version(wanted: bool) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import platform
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator
 
 from gradselect import __version__
-from gradselect.usage import NeededPackage, installed_version, needed_packages
+from gradselect.usage import NeededPackage, install_command, installed_version, needed_packages
 
 from .findings import Finding, Status
 
@@ -56,25 +55,17 @@ def features() -> Iterator[Finding]:
 
 
 def _of_package(package: NeededPackage) -> Finding:
-    if package.installed is not None and not package.is_too_old:
-        return Finding(name=package.name, status=Status.OK, text=package.installed)
-    advice = f"pip install {shlex.quote(package.requirement)}"
-    return Finding(name=package.name, status=Status.BROKEN, text=_lack(package), advice=advice)
-
-
-def _lack(package: NeededPackage) -> str:
-    if package.installed is None:
-        return f"no {package.name}"
-    return f"{package.name} {package.installed} is older than {package.oldest}"
+    if package.lack:
+        return Finding(name=package.name, status=Status.BROKEN, text=package.lack, advice=install_command([package]))
+    return Finding(name=package.name, status=Status.OK, text=str(package.installed))
 
 
 def _of_feature(name: str, packages: list[NeededPackage]) -> Finding:
-    lacking = [package for package in packages if package.installed is None or package.is_too_old]
+    lacking = [package for package in packages if package.lack]
     if not packages:
         text = "its packages are not known: gradselect was not installed with pip"
         return Finding(name=name, status=Status.NOTE, text=text, advice="pip install gradselect")
     if not lacking:
         return Finding(name=name, status=Status.OK, text="ready")
-    texts = [_lack(package) for package in lacking]
-    advice = " ".join(["pip install", *(shlex.quote(package.requirement) for package in lacking)])
-    return Finding(name=name, status=Status.MISSING, text=", ".join(texts), advice=advice)
+    text = ", ".join(package.lack for package in lacking)
+    return Finding(name=name, status=Status.MISSING, text=text, advice=install_command(lacking))
