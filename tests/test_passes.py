@@ -311,6 +311,7 @@ def checkpoint_all(model, *, reentrant):
     # transformers before 5.23 has the old name only.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
 
 
 def fail_in_backward(module, arguments, output):

@@ -31,6 +31,7 @@ class AdapterTuner(BaseTuner):
     """
 
     target_module_mapping = {}  # noqa: RUF012  # an attribute of PEFT
+    uses_shared_state = False  # an attribute of PEFT from 0.21 on
     advice: ClassVar[str] = "Write e.g. target_modules='all-linear'"
     """Ends the error where targets match nothing."""
 

@@ -60,7 +60,7 @@ def through_float32() -> Iterator[None]:
         kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a kernel of torch is replaced
-            library.impl(name, _converting(kernel.call_boxed), "CPU", with_keyset=True)
+            library.impl(name, _converting(kernel.call_boxed), "CPU", with_keyset=True, allow_override=True)
     try:
         yield
     finally:
