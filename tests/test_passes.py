@@ -293,10 +293,9 @@ def test_after_a_pass_that_failed_the_next_one_is_read(reentrant):
             batch = tiny_batch(model, seed=seed)
             if fails and seed == 1:
                 handle = model.model.layers[0].register_forward_hook(fail_in_backward)
-                output = model(**batch)
-                handle.remove()
                 with pytest.raises(MemoryError):
-                    output.loss.backward()
+                    model(**batch).loss.backward()
+                handle.remove()
                 for parameter in model.parameters():
                     parameter.grad = None
             model(**batch).loss.backward()
@@ -311,14 +310,14 @@ def checkpoint_all(model, *, reentrant):
     # transformers before 5.23 has the old name only.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
 
 
 def fail_in_backward(module, arguments, output):
     def fail(_):
         raise MemoryError
 
-    output.register_hook(fail)
+    if output.requires_grad:  # not in the forward pass of a reentrant checkpoint
+        output.register_hook(fail)
 
 
 @pytest.mark.parametrize("choice", [gs.GradNormTopK(count=1), gs.ID3(budget=60, steps=3)], ids=["grad-norm", "id3"])

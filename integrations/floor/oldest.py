@@ -12,5 +12,5 @@ wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["transformer
 wanted += PROJECT["optional-dependencies"]["train"]
 # gradselect[train] asks for newer versions of both than a Trainer needs.
 for requirement in (*wanted, "trl>=1.10"):
-    if not requirement.startswith(("gradselect", "torch", "transformers>=5.17", "trl>=1.16")):
+    if not requirement.startswith(("gradselect", "torch", "transformers>=5.18", "trl>=1.16")):
         sys.stdout.write(requirement.replace(">=", "==") + "\n")
