@@ -94,6 +94,20 @@ def scores_table(comparison: Comparison, calibration: Calibration | None) -> str
     return markdown_table(headings, map(cells, ordered))
 
 
+def _timing(calibration: Calibration, suite: Suite) -> str:
+    """Return how the steps were timed, and how far the rounds of a method lie apart."""
+    rounds = sorted({own.num_rounds for own in calibration.methods.values() if own.num_rounds})
+    spreads = sorted(own.spread for own in calibration.methods.values() if own.spread is not None)
+    return (
+        f"`step`: its time against LoRA's, the median of {rounds[0]} to {rounds[-1]} rounds, which take the methods in "
+        f"turn, on {calibration.machine.get('threads')} threads of a CPU ({calibration.machine.get('processor')}), by "
+        f"`gradselect compare {file_of(suite)} budget.time_of=LoRA --calibrate-only`. Rounds of one method lie apart "
+        f"by {100 * spreads[len(spreads) // 2]:.0f} % of its median (the middle one of the methods), and by up to "
+        f"{100 * spreads[-1]:.0f} %, so small differences say nothing. Steps of other kinds count by their share of "
+        "a run."
+    )
+
+
 def _step(calibration: Calibration, name: str) -> str:
     own = calibration.methods.get(name)
     return "" if own is None or own.ratio is None else f"{own.ratio:.2f}"
@@ -112,12 +126,7 @@ def _notes(comparison: Comparison, suite: Suite) -> Iterator[str]:
     yield f"Intervals are of 95 %. {seeds_text(len(method.seeds) for method in comparison.methods)}"
     yield "`less LoRA's`: paired difference of the loss; bold: more than chance after Holm's correction."
     if (calibration := calibration_of(suite)) is not None:
-        rounds, threads = len(calibration.reference_rounds), calibration.machine.get("threads")
-        yield (
-            f"`step`: its time against LoRA's, the median of {rounds} interleaved rounds on {threads} threads of a CPU "
-            f"({calibration.machine.get('processor')}), by `gradselect compare {file_of(suite)} budget.time_of=LoRA "
-            "--calibrate-only`; steps of other kinds count by their share of a run."
-        )
+        yield _timing(calibration, suite)
     edges = [f"{method.name} ({method.edge})" for method in comparison.methods if method.edge]
     if edges:
         yield f"At the edge of its grid of rates, so a better one may lie beyond: {', '.join(edges)}."
