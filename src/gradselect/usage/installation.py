@@ -31,7 +31,7 @@ class NeededPackage:
 
     @property
     def lack(self) -> str:
-        """What is wrong with it; empty if it will do."""
+        """Reason why it will not do; empty if it will."""
         if self.installed is None:
             return f"no {self.name}"
         if _numbers(self.installed) < _numbers(self.oldest):

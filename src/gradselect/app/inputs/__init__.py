@@ -2,6 +2,7 @@
 
 from .chat_examples import chat_tokens
 from .length_notes import as_percent, row_notes
+from .length_sampler import LengthSampler, padding_share
 from .model import check_base_can_train, fingerprint, head_names
 from .notices import Notices, RowError
 from .rows import Rows, make_rows
@@ -12,6 +13,7 @@ __all__ = [
     "IGNORED",
     "DataInputs",
     "Inputs",
+    "LengthSampler",
     "Notices",
     "RowError",
     "Rows",
@@ -22,6 +24,7 @@ __all__ = [
     "fingerprint",
     "head_names",
     "make_rows",
+    "padding_share",
     "read_data",
     "read_inputs",
     "row_notes",

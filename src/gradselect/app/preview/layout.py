@@ -67,6 +67,7 @@ def as_json(found: DataPreview) -> dict[str, Any]:
         "data": found.sources,
         "token_counts": {name: counts.values() for name, counts in found.counts.items()},
         "lengths": {name: asdict(part) for name, part in lengths.items() if part is not None},
+        "padding": None if found.padding is None else asdict(found.padding),
         "steps_per_epoch": found.steps_per_epoch,
         "labels": found.labels,
         "scores": None if found.scores is None else asdict(found.scores),
@@ -99,6 +100,8 @@ def _facts(found: DataPreview) -> Iterator[tuple[str, str]]:
     continued = f"{train.examples_continued:,} go on in further rows, "
     lost = f"{train.examples_dropped:,} dropped, {train.examples_untrained:,} of a single token"
     yield "cut", f"{train.examples_cut:,} examples lose their end, {continued if is_packed(data) else ''}{lost}"
+    if found.padding is not None:
+        yield "padding", _padding(found)
     if found.labels:
         shares = [f"{printable(name)} {count:,}" for name, count in found.labels.items()]
         more = f" and {len(shares) - MOST_LABELS:,} more" if len(shares) > MOST_LABELS else ""
@@ -130,6 +133,15 @@ def _lengths(found: Lengths) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
+
+
+def _padding(found: DataPreview) -> str:
+    assert found.padding is not None
+    run, at_random, grouped = found.recipe.run, as_percent(found.padding.random), as_percent(found.padding.grouped)
+    if run.group_by_length:
+        return f"{grouped} of the tokens of batches of {run.batch_size} rows; {at_random} without run.group_by_length"
+    line = f"{at_random} of the tokens of batches of {run.batch_size} rows"
+    return f"{line}; run.group_by_length=true leaves {grouped}" if at_random != grouped else line
 
 
 def _steps(found: DataPreview) -> str:

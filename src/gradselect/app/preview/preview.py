@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ import numpy as np
 from datasets import Dataset
 
 from gradselect import UsageError
-from gradselect.app.inputs import DataInputs, Inputs, make_rows, read_data, row_notes
+from gradselect.app.inputs import DataInputs, Inputs, LengthSampler, make_rows, padding_share, read_data, row_notes
 from gradselect.app.progress import SILENT, Stages
 from gradselect.app.recipe import (
     AbstractSamplingTrainer,
+    AbstractTrainer,
     ClassificationData,
     KtoSettings,
     RandomData,
@@ -34,6 +36,19 @@ class Lengths:
     median: float
     percentile_95: float
     largest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Padding:
+    """Share of padding in the tokens of the batches.
+
+    Args:
+        random: of batches drawn at random.
+        grouped: with `run.group_by_length`.
+    """
+
+    random: float
+    grouped: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +77,7 @@ class DataPreview:
         counts: tokens of the rows "train" and "validation".
         lengths: tokens of the training examples, before they are cut.
         trained_lengths: those of them that count in the loss. None for classification.
+        padding: of a batch. None for packed rows, random tokens, and trainers that build their rows themselves.
         steps_per_epoch: on one process.
         labels: number of training examples with each label. Empty if there are none.
         scores: distribution of the scores of a regression.
@@ -75,6 +91,7 @@ class DataPreview:
     counts: dict[str, TokenCounts]
     lengths: Lengths
     trained_lengths: Lengths | None
+    padding: Padding | None
     steps_per_epoch: int
     labels: dict[str, int]
     scores: Lengths | None
@@ -119,11 +136,24 @@ def preview_data(
         counts=counts,
         lengths=_distribution(rows["train"].lengths),
         trained_lengths=None if trained is None else _distribution(trained),
+        padding=_padding(train, recipe),
         steps_per_epoch=_steps_per_epoch(train, recipe),
         labels={} if has_scores else _count_labels(targets, data.examples.labels),
         scores=_distribution(targets) if has_scores else None,
         notes=(*data.examples.notes, *row_notes(counts, recipe.data, max_length=data.max_length), *_checks(recipe)),
         rows=tuple(shown_row(train, number, recipe, data) for number in numbers),
+    )
+
+
+def _padding(train: Dataset, recipe: Recipe) -> Padding | None:
+    run, data = recipe.run, recipe.data
+    if is_packed(data) or isinstance(data, RandomData) or isinstance(recipe.trainer, AbstractTrainer):
+        return None
+    lengths = [len(tokens) for tokens in train["input_ids"]]
+    grouped = LengthSampler(lengths, batch_size=run.batch_size, seed=run.seed)
+    return Padding(
+        random=padding_share(random.Random(run.seed).sample(lengths, len(lengths)), batch_size=run.batch_size),
+        grouped=padding_share([lengths[row] for row in grouped], batch_size=run.batch_size),
     )
 
 

@@ -9,9 +9,9 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_serializer, m
 
 from gradselect.methods import AbstractBlockMethod, Method, Settings
 
-from .data_settings import ClassificationData, Data
+from .data_settings import ClassificationData, Data, RandomData, is_packed
 from .trainer_checks import check_trainer
-from .trainers import AbstractSamplingTrainer, Trainer
+from .trainers import AbstractSamplingTrainer, AbstractTrainer, Trainer
 from .values import Count, Place
 
 
@@ -79,6 +79,8 @@ class RunSettings(Settings):
         epochs: passes over the data. Give this or `steps`.
         batch_size: examples in one forward pass, on each device.
         accumulation: forward passes in one optimizer step.
+        group_by_length: put rows of about the same length into a batch, which then has little padding. The order of the
+            rows is less random. Not with packing, which leaves no padding, nor with `trainer`.
         seed: seed of data order, adapters, dropout and selection.
         device: "auto" uses an accelerator if there is one.
         log_every: steps between two log lines.
@@ -98,6 +100,7 @@ class RunSettings(Settings):
     epochs: Annotated[float, Field(gt=0, le=10**6)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=10**6)] = 8
     accumulation: Annotated[int, Field(ge=1, le=10**6)] = 1
+    group_by_length: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: Literal["auto", "cpu"] = "auto"
     log_every: Count = 10
@@ -113,6 +116,12 @@ class RunSettings(Settings):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"got steps={self.steps} and epochs={self.epochs}; give one of them, e.g. run.steps=300")
         return self
+
+    @model_serializer(mode="wrap")
+    def without_default_order(self, write: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Leave the order of rows out where it says nothing, as recipes of earlier versions do."""
+        values = write(self)
+        return {key: value for key, value in values.items() if key != "group_by_length" or value}
 
 
 class Recipe(Settings):
@@ -153,6 +162,22 @@ class Recipe(Settings):
         """Leave the section out where it says nothing, as recipes of earlier versions do."""
         values = write(self)
         return {key: value for key, value in values.items() if key != "trainer" or value is not None}
+
+    @model_validator(mode="after")
+    def check_order(self) -> Self:
+        if not self.run.group_by_length:
+            return self
+        if isinstance(self.data, RandomData) or is_packed(self.data):
+            cause = f"data.format={self.data.format}" if isinstance(self.data, RandomData) else "data.packing=true"
+            raise ValueError(
+                f"run.group_by_length=true has no effect with {cause}, where all rows have one length; leave it out"
+            )
+        if isinstance(self.trainer, AbstractTrainer):
+            raise ValueError(
+                f"run.group_by_length=true does not go with trainer.name={self.trainer.name}, which draws the order of "
+                "its rows itself; leave it out"
+            )
+        return self
 
     @property
     def num_drawn_tokens(self) -> int:

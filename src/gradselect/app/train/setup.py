@@ -94,6 +94,7 @@ def _build(
         "processing_class": inputs.tokenizer,
         "optimizer_cls_and_kwargs": parts.optimizer,
         "penalty": parts.penalty,
+        "row_lengths": _lengths(rows["train"]) if recipe.run.group_by_length else None,
         "train_dataset": rows["train"].dataset,
         "eval_dataset": rows["validation"].dataset if "validation" in rows else None,
         "callbacks": [*parts.callbacks, *trackers(recipe, folder)],
@@ -233,6 +234,10 @@ def _token_arguments(data: TokenData | RandomData, inputs: Inputs) -> dict[str, 
         "eval_packing": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
+
+
+def _lengths(rows: Rows) -> list[int]:
+    return [len(tokens) for tokens in _as_dataset(rows.dataset)["input_ids"]]
 
 
 def _as_dataset(dataset: Any) -> Dataset:

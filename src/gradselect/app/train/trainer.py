@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from gradselect import BlockOptimizer, SparseOptimizer, UsageError
+from gradselect.app.inputs import LengthSampler
 from gradselect.app.progress import SILENT, Stage, Stages
 from gradselect.app.results import TokenCounts
 from gradselect.app.runtime import Preempted, RunFolder, SignalWatch, is_rank_0, max_over_ranks
@@ -43,6 +44,8 @@ class RunTrainer(Trainer):
         token_counts: tokens of the rows "train" and "validation", before and after cutting.
         can_resume: True if a checkpoint holds everything that decides the next step.
         penalty: added to the loss of each step.
+        row_lengths: tokens of the rows of `train_dataset`, to put rows of about the same length into a batch. None: the
+            parent class draws the order.
         stages: shows what it does beside the steps.
         others: keyword arguments of the parent class.
 
@@ -62,6 +65,7 @@ class RunTrainer(Trainer):
         token_counts: Mapping[str, TokenCounts],
         can_resume: bool = True,
         penalty: Callable[[], Tensor] | None = None,
+        row_lengths: Sequence[int] | None = None,
         stages: Stages = SILENT,
         **others: Any,
     ) -> None:
@@ -71,6 +75,7 @@ class RunTrainer(Trainer):
         self.token_counts = token_counts
         self._can_resume = can_resume
         self._penalty = penalty
+        self._row_lengths = row_lengths
         self._stages = stages
         self._evaluation = Stage("evaluating")
         self._writing_to = str(folder.checkpoints)
@@ -101,6 +106,13 @@ class RunTrainer(Trainer):
             self._note_loss((result[0] if return_outputs else result).item())
             self.num_tokens += self._count_tokens(inputs)
         return result
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self._row_lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        batch_size = args.train_batch_size * args.world_size
+        return LengthSampler(self._row_lengths, batch_size=batch_size, seed=args.seed)
 
     def _count_tokens(self, inputs: dict[str, Any]) -> int:
         """Return the tokens of a micro-batch, without padding."""
