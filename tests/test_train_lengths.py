@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from train_fixtures import assert_same_weights, build, parse, quiet, train_until, write_model, write_sums
@@ -78,9 +79,14 @@ def test_rows_are_dealt_out_by_their_number_of_tokens(place: Path, tmp_path: Pat
     for grouped in (False, True):
         run = {"batch_size": SIZE, "group_by_length": grouped}
         trainer, _ = build(place, tmp_path / str(grouped), run=run, data={"path": str(tmp_path / "many.jsonl")})
-        batches = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
+        drawn = list(trainer.get_train_dataloader())
+        batches = [batch["attention_mask"] for batch in drawn]
         assert sum(len(batch) for batch in batches) == 300
         padding[grouped] = sum(int((batch == 0).sum()) for batch in batches)
+        if grouped:
+            loader: Any = trainer.get_train_dataloader()
+            loader.set_epoch(1)
+            assert [batch["input_ids"].tolist() for batch in loader] != [batch["input_ids"].tolist() for batch in drawn]
     assert 0 < padding[True] < padding[False] / 4
 
 
