@@ -142,8 +142,12 @@ def title_of(measure: Measure) -> str:
     return measure.title if measure.metric == "loss" else f"{measure.name} {TITLES.get(measure.metric, measure.metric)}"
 
 
+FRACTIONS = ("f1", "matthews", "spearman", "pearson")
+"""Metrics that are at most 1; others are in percent or points."""
+
+
 def decimals_of(measure: Measure) -> int:
-    return 3 if measure.metric == "loss" else 1
+    return 3 if measure.metric in ("loss", *FRACTIONS) else 1
 
 
 def value_of(scores: Scores, name: str, *, interval: bool) -> str:

@@ -19,6 +19,11 @@ from gradselect.app.report.methods import Method
 from gradselect.app.results import Calibration, read_calibration
 
 LORA = "LoRA"
+PUBLISHED = {
+    "seeds-mrpc": "Published on the development set: 89.5 for the MiniLM of 12 layers, of which this encoder keeps "
+    "every second one, and 87.3 for BERT-base beside it (Wang et al., arXiv 2002.10957; table of the model's card).",
+}
+"""Scores of others for encoders of this kind, by suite."""
 STEPS = "-steps"
 """Behind the name of a suite: the folder of its calibration."""
 
@@ -74,7 +79,12 @@ def scores_table(comparison: Comparison, calibration: Calibration | None) -> str
     found = measures(comparison)
     lesser = {one.first: one for one in found[-1].against(LORA)} if _has_lora(comparison) else {}
     headings = ["method", "seeds", "entries", *(title_of(scores.measure) for scores in found)]
-    headings += ["less LoRA's", "state MB", "peak MB", *([] if calibration is None else ["step"])]
+    headings += [
+        *(["less LoRA's"] if lesser else []),
+        "state MB",
+        "peak MB",
+        *([] if calibration is None else ["step"]),
+    ]
 
     def cells(method: Method) -> list[str]:
         state = [method.peak_bytes(f"state_on_{place}") for place in ("device", "host")]
@@ -84,7 +94,7 @@ def scores_table(comparison: Comparison, calibration: Calibration | None) -> str
             str(len(method.seeds)),
             f"{method.runs[0].content.train_info.num_trainable_params:,}",
             *(value_of(scores, method.name, interval=scores is found[0]) for scores in found),
-            with_interval(lesser.get(method.name), scale=1, decimals=3),
+            *([with_interval(lesser.get(method.name), scale=1, decimals=3)] if lesser else []),
             megabytes(sum(size or 0 for size in state), digits=2),
             "" if peak is None else megabytes(peak, digits=1),
             *([] if calibration is None else [_step(calibration, method.name)]),
@@ -118,13 +128,19 @@ def _has_lora(comparison: Comparison) -> bool:
 
 
 def _notes(comparison: Comparison, suite: Suite) -> Iterator[str]:
-    yield "Each method is at its rate of the lowest held-out loss. Lowest loss first."
+    yield "Each method is at its rate of the lowest held-out loss. The best first, by the last of the scores."
+    if suite.name in PUBLISHED:
+        yield PUBLISHED[suite.name]
     yield (
         "`entries`: the most that train at a step, of methods that choose anew too. `state MB`: masters are not in it, "
         "moments are. `peak MB`: weights, gradients, masters and state, counted."
     )
-    yield f"Intervals are of 95 %. {seeds_text(len(method.seeds) for method in comparison.methods)}"
-    yield "`less LoRA's`: paired difference of the loss; bold: more than chance after Holm's correction."
+    if all(one.interval is None for scores in measures(comparison) for one in scores.estimates.values()):
+        yield "One seed, and this score has no interval of its own: what is told apart, it cannot say."
+    else:
+        yield f"Intervals are of 95 %. {seeds_text(len(method.seeds) for method in comparison.methods)}"
+    if measures(comparison)[-1].against(LORA):
+        yield "`less LoRA's`: paired difference of the loss; bold: more than chance after Holm's correction."
     if (calibration := calibration_of(suite)) is not None:
         yield _timing(calibration, suite)
     edges = [f"{method.name} ({method.edge})" for method in comparison.methods if method.edge]
