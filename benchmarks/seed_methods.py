@@ -16,6 +16,7 @@ from real_model import Suite, measures, seeds_text, title_of, value_of
 
 from gradselect.app.report.comparison import Comparison
 from gradselect.app.report.methods import Method
+from gradselect.app.report.scores import Difference
 from gradselect.app.results import Calibration, read_calibration
 
 LORA = "LoRA"
@@ -77,7 +78,7 @@ def section(suite: Suite) -> str:
 def scores_table(comparison: Comparison, calibration: Calibration | None) -> str:
     """One row a method, the lowest loss first: entries, scores, loss against LoRA's, bytes, time of a step."""
     found = measures(comparison)
-    lesser = {one.first: one for one in found[-1].against(LORA)} if _has_lora(comparison) else {}
+    lesser = _lesser(comparison)
     headings = ["method", "seeds", "entries", *(title_of(scores.measure) for scores in found)]
     headings += [
         *(["less LoRA's"] if lesser else []),
@@ -123,8 +124,11 @@ def _step(calibration: Calibration, name: str) -> str:
     return "" if own is None or own.ratio is None else f"{own.ratio:.2f}"
 
 
-def _has_lora(comparison: Comparison) -> bool:
-    return any(method.name == LORA for method in comparison.methods)
+def _lesser(comparison: Comparison) -> dict[str, Difference]:
+    """Return how much lower the loss of each method is than LoRA's; empty without LoRA or a loss."""
+    if not any(method.name == LORA for method in comparison.methods):
+        return {}
+    return {one.first: one for one in measures(comparison)[-1].against(LORA)}
 
 
 def _notes(comparison: Comparison, suite: Suite) -> Iterator[str]:
@@ -139,7 +143,7 @@ def _notes(comparison: Comparison, suite: Suite) -> Iterator[str]:
         yield "One seed, and this score has no interval of its own: what is told apart, it cannot say."
     else:
         yield f"Intervals are of 95 %. {seeds_text(len(method.seeds) for method in comparison.methods)}"
-    if measures(comparison)[-1].against(LORA):
+    if _lesser(comparison):
         yield "`less LoRA's`: paired difference of the loss; bold: more than chance after Holm's correction."
     if (calibration := calibration_of(suite)) is not None:
         yield _timing(calibration, suite)

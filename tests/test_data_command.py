@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def test_answers_are_marked_and_counted(place: Path, capsys: pytest.CaptureFixtu
     text = shown(place, capsys)
     assert "row 1 of 24: 10 tokens, 6 trained on\n  0+0?⟦ is 0<end>⟧" in text
     assert ", 24 rows, format prompt-completion" in text
+    assert re.search(r"padding    [\d.]+ % of the tokens of batches of 4 rows", text)
     assert "steps      6 per epoch on one process (run.batch_size=4); 4 steps are 0.67 epochs" in text
     assert "lengths    min 10, median 15, 95 % up to 15, max 15 tokens of an example" in text
 

@@ -124,6 +124,19 @@ def live_bytes() -> int:
     return sum({each.data_ptr(): each.nbytes() for each in storages if each.device.type == "cpu"}.values())
 
 
+def watch_derivatives(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets `live_bytes` after each derivative of a look."""
+    seen, derivatives = list[int](), Probe.derivatives
+
+    def watched(self: Probe, value: torch.Tensor, leaves: Any) -> Any:
+        slopes = derivatives(self, value, leaves)
+        seen.append(live_bytes())
+        return slopes
+
+    monkeypatch.setattr(Probe, "derivatives", watched)
+    return seen
+
+
 LOOKS = {
     "synflow, ones": (gs.salience.synflow, 0),
     "synflow": (gs.salience.synflow, 2),
@@ -149,14 +162,7 @@ def test_a_look_holds_the_planned_copies_and_gradients(name: str, monkeypatch: p
     look = found.step("look")
     tensors = trainable_tensors(model)
     probe = Probe(model=model, tensors=tensors, batches=batches or [batch_of_ones(model)])
-    seen, derivatives = [], Probe.derivatives
-
-    def watched(self: Probe, value: torch.Tensor, leaves: Any) -> Any:
-        slopes = derivatives(self, value, leaves)
-        seen.append(live_bytes())
-        return slopes
-
-    monkeypatch.setattr(Probe, "derivatives", watched)
+    seen = watch_derivatives(monkeypatch)
     before = live_bytes()
     criterion.estimate(probe)
     planned = look.moments["update"]
@@ -176,14 +182,7 @@ def test_a_refresh_holds_the_planned_state_beside_its_look(
     dtype: torch.dtype, always: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`live_bytes` leaves indices out, and the bits that say when entries joined: 1,000 steps in 125 bytes a tensor."""
-    seen, derivatives = [], Probe.derivatives
-
-    def watched(self: Probe, value: torch.Tensor, leaves: Any) -> Any:
-        slopes = derivatives(self, value, leaves)
-        seen.append(live_bytes())
-        return slopes
-
-    monkeypatch.setattr(Probe, "derivatives", watched)
+    seen = watch_derivatives(monkeypatch)
     model = tiny_llama(dtype=dtype)
     batches = [tiny_batch(model, seed=seed) for seed in range(2)]
     mask = gs.StaticMask(salience=gs.salience.snip, density=0.05, batches=batches, refresh_every=2)

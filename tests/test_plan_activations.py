@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 import trl.trainer.utils
+from packaging import version
 from tiny_models import (
     HIDDEN,
     VOCABULARY,
@@ -136,7 +137,10 @@ def test_activations_are_exactly_those_that_autograd_saves(name: str, mark: str)
         assert counted(model, padded=padded).whole == saved_by(model, **inputs_for(model, padded=padded))
 
 
-@pytest.mark.parametrize(("build", "rel"), [(tiny_phi3, 0.08), (tiny_t5, 0.14), (tiny_bart, 0.04)])
+OF_T5 = 0.12 if version.parse(transformers.__version__) >= version.parse("5.23") else 0.14
+
+
+@pytest.mark.parametrize(("build", "rel"), [(tiny_phi3, 0.08), (tiny_t5, OF_T5), (tiny_bart, 0.04)])
 @pytest.mark.parametrize("mark", ["", "norm"])
 def test_where_the_cpu_lacks_a_fused_kernel_activations_are_close(
     build: Callable[[], nn.Module], rel: float, mark: str

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_fixtures import assert_same_weights, build, parse, quiet, train_until, write_model, write_sums
+from train_fixtures import assert_same_weights, build, parse, quiet, train_until, write_sums
 
 from gradselect import UsageError
 from gradselect.app.inputs import LengthSampler, padding_share
@@ -20,14 +20,6 @@ from gradselect.app.train import train
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 SIZE = 4
 PREFERENCE = {"format": "preference", "path": "x", "prompt": "{a}", "chosen": "{b}", "rejected": "{c}"}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    write_model(folder / "model")
-    write_sums(folder / "sums.jsonl")
-    return folder
 
 
 def order_of(lengths: list[int], *, epoch: int = 0, seed: int = 0) -> list[int]:
