@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup quickstart test lint docs notebooks wheel ci-matrix bench integrations clean
+.PHONY: setup quickstart test lint gpu docs notebooks wheel ci-matrix bench integrations clean
 
 quickstart: .venv/.train  ## fine-tune the embedded base model on word problems and show what came of it
 	$(BIN)/python quickstart/run.py
@@ -27,6 +27,9 @@ ci-matrix:  ## the tests on every Python that is here, and with the oldest and n
 bench: .venv/.dev  ## step time of every method against full fine-tuning, side by side; writes benchmarks/results
 	$(INSTALL) --editable ".[peers]"
 	$(BIN)/python benchmarks/step_time.py
+
+gpu: .venv/.dev  ## on a machine with a GPU: its tests, the copies of Offload(), step time and memory, a real model
+	$(BIN)/python benchmarks/gpu.py $(if $(STAGES),--stages $(STAGES))
 
 docs: .venv/.docs  ## the documentation site, strictly and offline, in build/docs/site
 	$(BIN)/python docs/site/build.py

@@ -91,6 +91,7 @@ class Workload:
 
 GPU_WORKLOADS = {
     "llama-3.2-3b": Workload(config=published_shape("llama-3.2-3b"), batch=4, length=768),
+    "llama-3.2-1b": Workload(config=published_shape("llama-3.2-1b"), batch=8, length=512),
     "qwen2.5-0.5b": Workload(config=published_shape("qwen2.5-0.5b"), batch=8, length=512),
 }
 

@@ -1,7 +1,7 @@
 """Levers on memory and time, each alone and all together, in the form of torchtune's table.
 
     python benchmarks/levers.py                              # CPU: writes benchmarks/results/levers.json
-    python benchmarks/levers.py --preset gpu-llama-3.2-3b    # on a GPU, with random weights; not run anywhere yet
+    python benchmarks/levers.py --preset gpu-qwen2.5-0.5b --out benchmarks/results/gpu/qwen2.5-0.5b.json
     python benchmarks/levers.py --table                      # prints the table of the result file
 
 Models have random weights; every setting trains its own copy of the same one on the same tokens. Bytes are peaks over
@@ -11,8 +11,11 @@ included; `explore` is the same of the first step, which looks at all gradients 
 
 On a CPU the settings take turns, one step each a round, and `speed` is the median over rounds of full fine-tuning's
 time by the setting's own (with one thread: the processor's time). `peak` counts tensors, without those that an
-accelerator would have offloaded; it does not see what an operation allocates inside its kernel. On a GPU each setting
-has a process of its own, `speed` is the ratio of medians and `peak` the allocator's.
+accelerator would have offloaded; it does not see what an operation allocates inside its kernel.
+
+On a GPU the settings come one after the other, each alone on the device, whose allocator counts `peak`. Steps are
+queued as in training, without waiting for the device, and timed by its own clock. `speed` is the ratio of means: the
+time of a step depends on the blocks that it trains. With `Offload()` the copies are part of it.
 """
 
 from __future__ import annotations
@@ -21,14 +24,13 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import common
@@ -67,11 +69,12 @@ class Setting:
     """The levers that are on.
 
     Args:
-        policy: "all"; "adagradselect": 20 % of the blocks; "truncated": as many among the upper half of the layers.
+        policy: "all"; "adagradselect": `fraction` of the blocks; "truncated": as many of the upper half of the layers.
         rank: rank of LoRA on all linear layers, in place of the model's own weights; 0: none.
     """
 
     policy: str = "adagradselect"
+    fraction: float = 0.2
     chunked: bool = False
     checkpointing: bool = False
     in_backward: bool = False
@@ -98,6 +101,14 @@ SETTINGS = {
     "LoRA r=32": Setting(policy="all", rank=32),
     "LoRA r=32, chunked loss, checkpointing": Setting(policy="all", rank=32, chunked=True, checkpointing=True),
 }
+ON_GPU = SETTINGS | {
+    "AdaGradSelect 20 %, offload": Setting(offload=True),
+    "AdaGradSelect 10 %, offload": Setting(fraction=0.1, offload=True),
+    "AdaGradSelect 20 %, offload, chunked loss, checkpointing": Setting(offload=True, chunked=True, checkpointing=True),
+    "full, chunked loss, checkpointing": Setting(policy="all", chunked=True, checkpointing=True),
+    "LoRA r=256": Setting(policy="all", rank=256),
+}
+"""With what an accelerator has by default, `Offload()`."""
 
 
 # One setting ---------------------------------------------------------------------------------------------------------
@@ -140,15 +151,25 @@ class Run:
         }
         self._keep_most(found)
 
-    def timed_step(self, batch: common.Batch) -> None:
-        """Train a step and note its time."""
-        # The time of a single-threaded process does not change with what others compute beside it.
-        clock = time.process_time if self.live and torch.get_num_threads() == 1 else time.perf_counter
-        start = clock()
-        self._step(batch)
+    def timed_steps(self, batches: Iterable[common.Batch]) -> None:
+        """Train steps and note the time of each."""
         if self.live is None:
-            torch.cuda.synchronize()
-        self.seconds.append(clock() - start)
+            self._timed_by_device(batches)
+            return
+        # The time of a single-threaded process does not change with what others compute beside it.
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        for batch in batches:
+            start = clock()
+            self._step(batch)
+            self.seconds.append(clock() - start)
+
+    def _timed_by_device(self, batches: Iterable[common.Batch]) -> None:
+        marks = [_mark()]
+        for batch in batches:
+            self._step(batch)
+            marks.append(_mark())
+        torch.cuda.synchronize()
+        self.seconds += [start.elapsed_time(end) / 1000 for start, end in pairwise(marks)]
 
     def row(self, name: str) -> dict[str, Any]:
         return {"name": name, "levers": asdict(self.setting), "bytes": self.most, "seconds": self.seconds}
@@ -180,6 +201,12 @@ class Run:
         return self.live.peak + sum(p.nbytes for p in self.model.parameters())
 
 
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 def start(preset: common.Workload, setting: Setting) -> Run:
     """Set up a fresh model as the setting says."""
     model = preset.model()
@@ -209,9 +236,9 @@ def policy_of(setting: Setting, preset: common.Workload) -> gs.AbstractPolicy:
         return gs.All()
     layers = preset.config.num_hidden_layers
     if setting.policy == "adagradselect":
-        return gs.AdaGradSelect(fraction=0.2, explore_steps=1)
+        return gs.AdaGradSelect(fraction=setting.fraction, explore_steps=1)
     upper = tuple(f"layer.{number}" for number in range(layers // 2, layers))
-    return gs.AdaGradSelect(count=round(0.2 * (layers + 2)), among=upper, explore_steps=1)
+    return gs.AdaGradSelect(count=round(setting.fraction * (layers + 2)), among=upper, explore_steps=1)
 
 
 def chunk_loss(model: nn.Module, *, tile: int) -> None:
@@ -225,28 +252,39 @@ def chunk_loss(model: nn.Module, *, tile: int) -> None:
 # All settings --------------------------------------------------------------------------------------------------------
 
 
-def measure_together(
+def measure_in_turns(
     preset: common.Workload, names: Sequence[str], *, rounds: int, observed: int
 ) -> list[dict[str, Any]]:
-    """Train all settings in this process, in turn. Returns a row a setting."""
-    runs = {name: start(preset, SETTINGS[name]) for name in names}
+    """Train all settings, one step of each a round. Returns a row a setting."""
+    runs = {name: start(preset, ON_GPU[name]) for name in names}
     for number, batch in enumerate(islice(preset.batches(), observed + rounds)):
         for run in runs.values():
             if number < observed:
                 run.observed_step(batch)
             else:
-                run.timed_step(batch)
+                run.timed_steps([batch])
     return [run.row(name) for name, run in runs.items()]
 
 
-def measure_apart(preset: str, names: Sequence[str], *, rounds: int, observed: int) -> list[dict[str, Any]]:
-    """Train each setting in a process of its own, one after the other."""
+def measure_alone(preset: common.Workload, names: Sequence[str], *, rounds: int, observed: int) -> list[dict[str, Any]]:
+    """Train each setting alone on the GPU. Returns a row a setting; one that does not fit has its error."""
     rows = []
     for name in names:
-        command = [sys.executable, __file__, "--preset", preset, "--only", name]
-        command += ["--rounds", str(rounds), "--observed", str(observed)]
-        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        rows.append(json.loads(output.splitlines()[-1]))
+        gc.collect()
+        torch.cuda.empty_cache()
+        left = torch.cuda.memory_allocated()
+        try:
+            run = start(preset, ON_GPU[name])
+            batches = list(islice(preset.batches(), observed + rounds))
+            for batch in batches[:observed]:
+                run.observed_step(batch)
+            run.timed_steps(batches[observed:])
+            rows.append({**run.row(name), "left_before": left})
+            run.optimizer.close()
+            del run
+        except torch.OutOfMemoryError as error:
+            rows.append({"name": name, "levers": asdict(ON_GPU[name]), "error": str(error).splitlines()[0]})
+        print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
@@ -254,9 +292,9 @@ def with_speeds(rows: list[dict[str, Any]], *, in_turns: bool) -> list[dict[str,
     """Add the speed against full fine-tuning, which comes first."""
     full = rows[0]["seconds"]
     for row in rows:
-        own = row["seconds"]
-        apart = statistics.median(full) / statistics.median(own)
-        row["speed"] = common.ratio_columns("speed", full, own)["speed"] if in_turns else apart
+        if own := row.get("seconds"):
+            alone = statistics.mean(full) / statistics.mean(own)
+            row["speed"] = common.ratio_columns("speed", full, own)["speed"] if in_turns else alone
     return rows
 
 
@@ -273,6 +311,7 @@ def markdown(result: dict[str, Any]) -> str:
                 f"{row['speed']:.2f}",
             ]
             for row in result["rows"]
+            if "error" not in row
         ],
     )
 
@@ -280,10 +319,8 @@ def markdown(result: dict[str, Any]) -> str:
 def measure(arguments: argparse.Namespace, sizes: dict[str, int]) -> dict[str, Any]:
     preset = PRESETS[arguments.preset]
     names = [FULL, *(name for name in arguments.settings if name != FULL)]
-    if is_cpu := preset.device == "cpu":
-        rows = measure_together(preset, names, **sizes)
-    else:
-        rows = measure_apart(arguments.preset, names, **sizes)
+    is_cpu = preset.device == "cpu"
+    rows = (measure_in_turns if is_cpu else measure_alone)(preset, names, **sizes)
     return {
         "settings": {**sizes, "preset": arguments.preset, "batch": preset.batch, "length": preset.length},
         "model": {
@@ -302,17 +339,15 @@ def measure(arguments: argparse.Namespace, sizes: dict[str, int]) -> dict[str, A
 def main() -> None:
     parser = common.make_parser(__doc__, out=RESULT, rounds=5, observed=3, threads=1)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--only", choices=SETTINGS, help="measure one setting and print it as JSON")
+    parser.add_argument("--settings", nargs="+", choices=ON_GPU, help="default: those that fit the device")
     arguments = common.parse(parser)
     if not arguments.table:
-        if PRESETS[arguments.preset].device == "cuda" and not torch.cuda.is_available():
+        is_gpu = PRESETS[arguments.preset].device == "cuda"
+        if is_gpu and not torch.cuda.is_available():
             sys.exit(f"--preset {arguments.preset} needs a GPU, and there is none; write --preset cpu")
         torch.set_num_threads(arguments.threads)
+        arguments.settings = arguments.settings or list(ON_GPU if is_gpu else SETTINGS)
         sizes = {"rounds": arguments.rounds, "observed": arguments.observed}
-        if arguments.only:
-            print(json.dumps(measure_together(PRESETS[arguments.preset], [arguments.only], **sizes)[0]))
-            return
         common.write_result(arguments.out, measure(arguments, sizes))
     print(markdown(common.read_result(arguments.out)))
 

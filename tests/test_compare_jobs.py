@@ -15,6 +15,7 @@ from report_fixtures import result, results_of, write
 
 from gradselect import UsageError
 from gradselect.app.cli import main
+from gradselect.app.compare import compare
 from gradselect.app.compare import side_by_side as _side_by_side
 from gradselect.app.compare import subprocesses as _process
 from gradselect.app.compare.job import Job
@@ -66,11 +67,33 @@ def test_each_run_has_an_accelerator_of_its_own(devices: None, monkeypatch: pyte
     assert jobs.text == "2 runs side by side, each with an accelerator"
     found = environments(jobs, monkeypatch)
     assert sorted(place["CUDA_VISIBLE_DEVICES"] for place in found) == ["5", "6"]
-    with pytest.raises(UsageError, match=r"--jobs=4: 3 accelerators are visible here.*--jobs 3 or less"):
+    with pytest.raises(
+        UsageError,
+        match=r"--jobs=4: 3 accelerators .* for 1 runs at a time each; write --jobs 3 or less, or --per-device 2",
+    ):
         SideBySide(4, device="auto")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     found = environments(SideBySide(2, device="auto"), monkeypatch)
     assert sorted(place["CUDA_VISIBLE_DEVICES"] for place in found) == ["0", "1"]
+
+
+def test_accelerators_are_shared_where_the_user_says_so(devices: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    jobs = SideBySide(5, device="auto", per_device=2)
+    assert jobs.text == "5 runs side by side, each with an accelerator for 2 and 3 of 16 threads"
+    found = environments(jobs, monkeypatch)
+    assert sorted(place["CUDA_VISIBLE_DEVICES"] for place in found) == ["0", "0", "1", "1", "2"]
+    assert {place["OMP_NUM_THREADS"] for place in found} == {"3"}
+    with pytest.raises(UsageError, match=r"--jobs=7: .* 2 runs at a time each; write --jobs 6 or less"):
+        SideBySide(7, device="auto", per_device=2)
+    with pytest.raises(UsageError, match="--per-device=2: runs are on the processor here; write --jobs 5 alone"):
+        SideBySide(5, device="cpu", per_device=2)
+
+
+def test_accelerators_are_shared_by_several_jobs_alone(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--per-device=2 is for runs side by side; write --jobs 2 as well"):
+        compare(make_suite(write_place(tmp_path)), per_device=2, results=tmp_path / "results")
 
 
 def test_methods_run_side_by_side_and_then_seeds(

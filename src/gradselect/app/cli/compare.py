@@ -34,6 +34,9 @@ def compare(
     jobs: Annotated[
         int, typer.Option(help="Runs at a time, each with its share of the threads or an accelerator.", min=1)
     ] = 1,
+    per_device: Annotated[
+        int, typer.Option(help="With --jobs: runs at a time on each accelerator, whose memory has to hold them.", min=1)
+    ] = 1,
     results: Annotated[
         str | None, typer.Option(help="Folder of the result files.", show_default="runs/compare/<suite>")
     ] = None,
@@ -47,6 +50,7 @@ def compare(
     options = [word for pattern in only or [] for word in ("--only", pattern)]
     options += [] if seeds is None else ["--seeds", str(seeds)]
     options += [] if jobs == 1 else ["--jobs", str(jobs)]
+    options += [] if per_device == 1 else ["--per-device", str(per_device)]
     options += [] if results is None else ["--results", results]
     options += ["--calibrate-only"] if calibrate_only else []  # what is called again after a stop must not train
     flags = [*(["--resume"] if resume else []), *(["--recalibrate"] if recalibrate else [])]
@@ -61,6 +65,7 @@ def compare(
             recalibrate=recalibrate,
             calibrate_only=calibrate_only,
             jobs=jobs,
+            per_device=per_device,
             command=[*words, *flags],
         )
     if any(len(summary.results) < (seeds or loaded.seeds) for summary in summaries):

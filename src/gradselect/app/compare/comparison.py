@@ -234,6 +234,7 @@ def compare(
     recalibrate: bool = False,
     calibrate_only: bool = False,
     jobs: int = 1,
+    per_device: int = 1,
     console: Console | None = None,
     command: Sequence[str] = (),
 ) -> list[MethodSummary]:
@@ -252,6 +253,7 @@ def compare(
         calibrate_only: under a budget, measure the cost of steps, and train nothing: no summary comes back.
         jobs: runs at a time, each with its share of the threads, or an accelerator of its own. Step times then hold for
             a shared machine; a calibration is always alone.
+        per_device: most runs at a time on one accelerator.
         console: for progress; by default the standard output.
         command: what the user typed, kept in the results.
 
@@ -265,6 +267,8 @@ def compare(
     Example:
         >>> compare(load_suite("suites/quick.yaml"), only=["full"], seeds=1)  # doctest: +SKIP
     """
+    if jobs == 1 and per_device > 1:
+        raise UsageError(f"--per-device={per_device} is for runs side by side; write --jobs {per_device} as well")
     methods = suite.chosen(only)
     return Comparison(
         suite,
@@ -273,7 +277,7 @@ def compare(
         resume=resume,
         recalibrate=recalibrate,
         calibrate_only=calibrate_only,
-        side_by_side=SideBySide(jobs, device=suite.recipe.run.device) if jobs > 1 else None,
+        side_by_side=SideBySide(jobs, device=suite.recipe.run.device, per_device=per_device) if jobs > 1 else None,
         console=console or Console(),
         command=command,
     ).run(methods)

@@ -1,4 +1,4 @@
-"""Runs side by side: several processes at a time, each with its share of the processor or an accelerator of its own."""
+"""Runs side by side: several processes at a time, each with its share of the processor or of an accelerator."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class SideBySide:
     Args:
         count: number of runs at a time, at least 2.
         device: of the recipe: "auto" or "cpu".
+        per_device: most runs at a time on one accelerator.
 
     Raises:
         UsageError: the machine has fewer threads or accelerators.
@@ -37,12 +38,16 @@ class SideBySide:
         text: the places in words.
     """
 
-    def __init__(self, count: int, *, device: str) -> None:
+    def __init__(self, count: int, *, device: str, per_device: int = 1) -> None:
         self.count = count
         num_devices = 0 if device == "cpu" else torch.cuda.device_count()
-        places = _of_devices(count, num_devices) if num_devices else _of_threads(count)
-        share = "an accelerator" if num_devices else f"{places[0][THREADS[0]]} of {torch.get_num_threads()} threads"
-        self.text = f"{count} runs side by side, each with {share}"
+        if per_device > 1 and not num_devices:
+            raise UsageError(f"--per-device={per_device}: runs are on the processor here; write --jobs {count} alone")
+        places = _of_devices(count, num_devices, per_device) if num_devices else _of_threads(count)
+        shares = [f"{places[0][THREADS[0]]} of {torch.get_num_threads()} threads"] if THREADS[0] in places[0] else []
+        if num_devices:
+            shares.insert(0, "an accelerator" if per_device == 1 else f"an accelerator for {per_device}")
+        self.text = f"{count} runs side by side, each with {' and '.join(shares)}"
         self._places: SimpleQueue[dict[str, str]] = SimpleQueue()
         for place in places:
             self._places.put(place)
@@ -85,13 +90,15 @@ def _of_threads(count: int) -> list[dict[str, str]]:
     return [dict.fromkeys(THREADS, str(threads // count)) for _ in range(count)]
 
 
-def _of_devices(count: int, num_devices: int) -> list[dict[str, str]]:
-    """Return the environment of each place: one of the accelerators that are visible here."""
-    if count > num_devices:
+def _of_devices(count: int, num_devices: int, per_device: int) -> list[dict[str, str]]:
+    """Return the environment of each place: one of the visible accelerators, and where they are shared some threads."""
+    if count > num_devices * per_device:
         raise UsageError(
-            f"--jobs={count}: {num_devices} accelerators are visible here, and each run gets one; write --jobs "
-            f"{num_devices} or less"
+            f"--jobs={count}: {num_devices} accelerators are visible here, for {per_device} runs at a time each; write "
+            f"--jobs {num_devices * per_device} or less, or --per-device {-(-count // num_devices)} if the memory of "
+            "each holds so many"
         )
     visible = os.environ.get(DEVICES)
     names = visible.split(",") if visible else [str(number) for number in range(num_devices)]
-    return [{DEVICES: name.strip()} for name in names[:count]]
+    threads = dict.fromkeys(THREADS, str(max(1, torch.get_num_threads() // count))) if per_device > 1 else {}
+    return [{DEVICES: names[number % num_devices].strip(), **threads} for number in range(count)]
