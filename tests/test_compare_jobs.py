@@ -69,7 +69,7 @@ def test_each_run_has_an_accelerator_of_its_own(devices: None, monkeypatch: pyte
     assert sorted(place["CUDA_VISIBLE_DEVICES"] for place in found) == ["5", "6"]
     with pytest.raises(
         UsageError,
-        match=r"--jobs=4: 3 accelerators .* for 1 runs at a time each; write --jobs 3 or less, or --per-device 2",
+        match=r"--jobs=4: 3 acc.* for 1 runs at a time each; write --jobs 3 or less, or --per-device 2",
     ):
         SideBySide(4, device="auto")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
