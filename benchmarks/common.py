@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -204,8 +205,14 @@ class GradientPeak:
     def __init__(self, model: nn.Module) -> None:
         self.bytes, self.is_on = 0, False
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._hooks: list[RemovableHandle] = []
         for parameter in self._parameters:
-            parameter.register_post_accumulate_grad_hook(self._note)
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._note))
+
+    def close(self) -> None:
+        """Stop counting. A hook keeps the weights that it counts."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _note(self, _: Tensor) -> None:
         if self.is_on:

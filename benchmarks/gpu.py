@@ -41,7 +41,7 @@ def stages(*, out: Path, processes: int) -> dict[str, list[list[str]]]:
             ["benchmarks/levers.py", "--preset", f"gpu-{shape}", "--rounds", "20", "--out", str(out / f"{shape}.json")]
             for shape in shapes
         ],
-        "smollm2": [["-m", "gradselect", "compare", "suites/smollm2-gpu.yaml"]],
+        "smollm2": [["-m", "gradselect", "compare", "suites/smollm2-gpu.yaml", "--jobs", "8", "--per-device", "8"]],
     }
 
 

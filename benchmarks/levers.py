@@ -281,6 +281,7 @@ def measure_alone(preset: common.Workload, names: Sequence[str], *, rounds: int,
             run.timed_steps(batches[observed:])
             rows.append({**run.row(name), "left_before": left})
             run.optimizer.close()
+            run.gradients.close()
             del run
         except torch.OutOfMemoryError as error:
             rows.append({"name": name, "levers": asdict(ON_GPU[name]), "error": str(error).splitlines()[0]})

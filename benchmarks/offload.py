@@ -10,7 +10,7 @@ step with `Offload()` is not slower than the same step with `Keep()`:
 
 Blocks are drawn uniformly at every step: no policy moves more. `waiting` is the twin whose host waits for every copy.
 
-Right: layers of many weights and few tokens, whose copies take longer than the computation. After 1,000 steps with
+Right: layers of many weights and few tokens, whose copies take longer than the computation. After 300 steps with
 another selection each, weights and state are bitwise those of the twin.
 """
 
@@ -124,7 +124,7 @@ def seconds_per_byte(device: torch.device, *, num_bytes: int = 2**28, repeats: i
 
 
 def main() -> int:
-    parser = make_parser(__doc__, out=RESULT, steps=50, switches=1000, width=4096)
+    parser = make_parser(__doc__, out=RESULT, steps=50, switches=300, width=2048)
     parser.add_argument("--preset", choices=GPU_WORKLOADS, default="llama-3.2-3b")
     parser.add_argument("--fraction", type=float, default=0.2, help="share of the blocks that train")
     arguments = parse(parser)

@@ -40,7 +40,7 @@ def test_each_entry_is_drawn_by_itself() -> None:
     total, candidates = sum(p.numel() for p in model.parameters()), sum(tensor.numel for tensor in mask.tensors)
     probability = 0.05 * total / candidates
     for tensor in mask.tensors:
-        generator = generator_of(seed=7, step=0, name=tensor.name, device=torch.device("cpu"))
+        generator = generator_of(seed=7, step=0, name=tensor.name)
         draws = [float(torch.rand(1, generator=generator, dtype=torch.float64)) for _ in range(tensor.numel)]
         expected = [index for index, draw in enumerate(draws) if draw < probability]
         assert mask.choose(0, model).get(tensor.name, torch.tensor([])).tolist() == expected

@@ -12,6 +12,7 @@ from tiny_models import tiny_batch, tiny_llama
 
 from gradselect import BlockOptimizer
 from gradselect.app.compare import load_suite
+from gradselect.app.compare.suite import slug
 from gradselect.app.recipe import AbstractAdapterMethod, FullMethod
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -55,6 +56,19 @@ def test_steps_has_the_methods_of_the_others_in_half_of_the_steps_without_a_budg
         halved = {"explore_steps": 9} if hasattr(entry.method, "explore_steps") else {}
         assert entry.method == whole.methods[name].method.model_copy(update=halved), name
         assert entry.rates == whole.methods[name].rates, name
+
+
+def test_on_a_gpu_are_the_same_methods_at_rates_around_the_best_of_a_cpu() -> None:
+    on_gpu, whole = load_suite(REPOSITORY / "suites" / "smollm2-gpu.yaml"), SUITES["smollm2"]
+    on_cpu = whole.recipe.model_copy(update={"model": whole.recipe.model.model_copy(update={"attention": "auto"})})
+    assert (on_gpu.recipe, on_gpu.seeds, on_gpu.search) == (on_cpu, 3, None)
+    for name, entry in on_gpu.methods.items():
+        assert entry.method == whole.methods[name].method, name
+        (best,) = {
+            float(path.name.split(".lr-")[1].split(".seed")[0])
+            for path in (REPOSITORY / "benchmarks" / "results" / "smollm2").glob(f"{slug(name)}.lr-*.score.json.gz")
+        }
+        assert entry.rates == pytest.approx((best / 2, best, 2 * best)), name
 
 
 @pytest.mark.parametrize("name", SUITES)

@@ -291,7 +291,10 @@ def share_out(tensors: Sequence[MaskTensor], budget: int) -> dict[str, int]:
     return {tensor.name: count for tensor, count in zip(tensors, counts, strict=True)}
 
 
-def generator_of(*, seed: int, step: int, name: str, device: torch.device) -> torch.Generator:
-    """Return a generator for one tensor at one step: nothing to save, nothing global, the same on every rank."""
+def generator_of(*, seed: int, step: int, name: str) -> torch.Generator:
+    """Return a generator for one tensor at one step: nothing to save, nothing global, the same on every rank.
+
+    It is the CPU's, wherever the tensor lies: generators of other devices give other numbers for the same seed.
+    """
     digest = hashlib.blake2b(f"gradselect/{seed}/{step}/{name}".encode(), digest_size=8).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

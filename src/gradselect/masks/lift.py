@@ -116,7 +116,7 @@ class LIFT(AbstractCompactMask):
         if not torch.isfinite(weight).all():
             raise UsageError(f"{tensor.name!r} holds weights that are not finite; go back to a good checkpoint")
         rank = self.approximation_rank or max(1, round(count / sum(weight.shape)))
-        generator = generator_of(seed=self.seed, step=step, name=tensor.name, device=weight.device)
+        generator = generator_of(seed=self.seed, step=step, name=tensor.name)
         left, right = low_rank(weight, min(rank, *weight.shape), generator=generator)
         magnitudes = (left @ right).abs_()
         return largest_entries(magnitudes, count) if self.block_size == 1 else largest_tiles(magnitudes, count)
@@ -136,7 +136,8 @@ def low_rank(matrix: Tensor, rank: int, *, generator: torch.Generator) -> tuple[
     Reference: Halko, Martinsson, Tropp, "Finding structure with randomness", arXiv 0909.4061, algorithms 4.4 and 5.1.
     """
     num_columns = min(rank + OVERSAMPLING, *matrix.shape)
-    sketch = torch.randn(matrix.shape[1], num_columns, generator=generator, device=matrix.device, dtype=matrix.dtype)
+    drawn = torch.randn(matrix.shape[1], num_columns, generator=generator, dtype=matrix.dtype)
+    sketch = drawn.to(matrix.device)
     basis = torch.linalg.qr(matrix @ sketch).Q
     for _ in range(POWER_ITERATIONS):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q

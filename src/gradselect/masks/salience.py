@@ -243,7 +243,7 @@ class Random(WeightSalience):
     draws = True
 
     def score(self, weight: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.rand(weight.shape, generator=generator, dtype=torch.float64, device=weight.device)
+        return torch.rand(weight.shape, generator=generator, dtype=torch.float64).to(weight.device)
 
 
 @final

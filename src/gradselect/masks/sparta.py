@@ -128,13 +128,13 @@ class SpaRTA(AbstractCompactMask):
     def _drawn(self, tensor: MaskTensor) -> Tensor:
         """Draw for all entries of the tensor, on every rank alike."""
         device = local_part(tensor.parameter).device
-        generator = generator_of(seed=self.seed, step=0, name=tensor.name, device=device)
+        generator = generator_of(seed=self.seed, step=0, name=tensor.name)
         length, parts = chunk_length(local_part(tensor.parameter)), []
         for start in range(0, tensor.numel, length):
             size = min(length, tensor.numel - start)
-            draws = torch.rand(size, generator=generator, dtype=torch.float64, device=device)
+            draws = torch.rand(size, generator=generator, dtype=torch.float64)
             parts.append((draws < self._probability).nonzero().view(-1) + start)
-        return torch.cat(parts)
+        return torch.cat(parts).to(device)
 
 
 def _local(tensor: MaskTensor, indices: Tensor) -> Tensor:

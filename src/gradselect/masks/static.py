@@ -194,7 +194,7 @@ def estimate_scores(
 def weight_scores(salience: WeightSalience, tensor: MaskTensor, *, seed: int, step: int) -> Iterator[Tensor]:
     """Yield scores of this rank's part of the tensor, chunk by chunk. Each tensor has its own generator."""
     weight = local_part(tensor.parameter).detach().reshape(-1)
-    generator = generator_of(seed=seed, step=step, name=tensor.name, device=weight.device)
+    generator = generator_of(seed=seed, step=step, name=tensor.name)
     length = chunk_length(weight)
     if not salience.draws or weight.numel() == tensor.numel:
         yield from (salience.score(chunk, generator) for chunk in weight.split(length))

@@ -258,8 +258,9 @@ def _begin(module: nn.Module, name: str, *, seed: int) -> None:
     layer: Any = module
     weight = layer.lora_A[ADAPTER].weight
     if not weight.is_meta:
-        generator = generator_of(seed=seed, step=0, name=name, device=weight.device)
-        nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+        drawn = torch.empty_like(weight, device="cpu", requires_grad=False)
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator_of(seed=seed, step=0, name=name))
+        weight.data.copy_(drawn)
     layer.train(layer.get_base_layer().training)
     layer.get_base_layer().weight.requires_grad_(False)
 
