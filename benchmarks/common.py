@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 import gradselect as gs
 from gradselect.app.compare import source_state
