@@ -14,8 +14,12 @@ time by the setting's own (with one thread: the processor's time). `peak` counts
 accelerator would have offloaded; it does not see what an operation allocates inside its kernel.
 
 On a GPU the settings come one after the other, each alone on the device, whose allocator counts `peak`. Steps are
-queued as in training, without waiting for the device, and timed by its own clock. `speed` is the ratio of means: the
-time of a step depends on the blocks that it trains. With `Offload()` the copies are part of it.
+queued as in training, without waiting for the device, and timed by its own clock. `speed` is the ratio of medians; the
+times of single steps stand beside it, for they depend on the blocks that a step trains, and on the machine's other
+work. With `Offload()` the copies are part of them. `planned` is the peak of a long run by `gradselect.plan`, which
+needs no GPU and does not know the chunked loss:
+
+    python benchmarks/levers.py --preset gpu-qwen2.5-0.5b --plan --out benchmarks/results/gpu/qwen2.5-0.5b.json
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from typing import Any
 
 import common
 import torch
+import transformers
 from torch import nn
 
 import gradselect as gs
@@ -223,11 +228,46 @@ def start(preset: common.Workload, setting: Setting) -> Run:
         model,
         policy_of(setting, preset),
         lr=LR,
-        rule=gs.AdamW8bitRule(fused=True) if setting.low_bit else gs.AdamWRule(fused=True),
-        residency=gs.Offload() if setting.offload else gs.Keep(),
+        rule=rule_of(setting),
+        residency=residency_of(setting),
         update_in_backward=setting.in_backward,
     )
     return Run(setting, model, optimizer, gradients, common.LiveBytes() if preset.device == "cpu" else None)
+
+
+def planned_bytes(preset: common.Workload, setting: Setting) -> int | None:
+    """Return the peak that `gradselect.plan` predicts for a long run; None where the loss is chunked."""
+    if setting.chunked:
+        return None
+    with torch.device("meta"):
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(preset.config, dtype=preset.dtype).train()
+    plan = gs.plan(
+        common.with_lora(model, rank=setting.rank) if setting.rank else model,
+        policy_of(setting, preset),
+        batch_size=preset.batch,
+        sequence_length=preset.length,
+        gradient_checkpointing=setting.checkpointing,
+        update_in_backward=setting.in_backward,
+        rule=rule_of(setting),
+        residency=residency_of(setting),
+    )
+    return plan.peak_bytes
+
+
+def with_plans(result: dict[str, Any], preset: common.Workload) -> dict[str, Any]:
+    """Add to each row of a result of a GPU what is planned for it."""
+    for row in result["rows"]:
+        row["planned"] = planned_bytes(preset, Setting(**row["levers"]))
+    result["rows"] = with_speeds(result["rows"], in_turns=False)
+    return result
+
+
+def rule_of(setting: Setting) -> gs.AbstractRule:
+    return gs.AdamW8bitRule(fused=True) if setting.low_bit else gs.AdamWRule(fused=True)
+
+
+def residency_of(setting: Setting) -> gs.AbstractResidency:
+    return gs.Offload() if setting.offload else gs.Keep()
 
 
 def policy_of(setting: Setting, preset: common.Workload) -> gs.AbstractPolicy:
@@ -294,7 +334,7 @@ def with_speeds(rows: list[dict[str, Any]], *, in_turns: bool) -> list[dict[str,
     full = rows[0]["seconds"]
     for row in rows:
         if own := row.get("seconds"):
-            alone = statistics.mean(full) / statistics.mean(own)
+            alone = statistics.median(full) / statistics.median(own)
             row["speed"] = common.ratio_columns("speed", full, own)["speed"] if in_turns else alone
     return rows
 
@@ -303,18 +343,29 @@ def markdown(result: dict[str, Any]) -> str:
     """Return the table; MB are 10^6 bytes."""
     kinds = ("weights", "gradients", "masters", "moments", "host", "peak", "explore")
     headings = [f"{kind} MB" for kind in kinds[:4]]
+    is_planned = any("planned" in row for row in result["rows"])
     return common.markdown_table(
-        ["setting", *headings, "on host MB", "peak MB", "explore step MB", "speed"],
+        ["setting", *headings, "on host MB", "peak MB", "explore step MB", *ON_A_GPU * is_planned, "speed"],
         [
             [
                 row["name"],
                 *(common.megabytes(row["bytes"][kind]) if kind in row["bytes"] else "" for kind in kinds),
+                *(_columns_of_gpu(row) if is_planned else ()),
                 f"{row['speed']:.2f}",
             ]
             for row in result["rows"]
             if "error" not in row
         ],
     )
+
+
+ON_A_GPU = ["planned MB", "step ms", "fastest to slowest"]
+
+
+def _columns_of_gpu(row: dict[str, Any]) -> list[str]:
+    middle, least, most = (1000 * of(row["seconds"]) for of in (statistics.median, min, max))
+    planned = common.megabytes(row["planned"]) if row["planned"] else ""
+    return [planned, f"{middle:.0f}", f"{least:.0f}-{most:.0f}"]
 
 
 def measure(arguments: argparse.Namespace, sizes: dict[str, int]) -> dict[str, Any]:
@@ -341,8 +392,11 @@ def main() -> None:
     parser = common.make_parser(__doc__, out=RESULT, rounds=5, observed=3, threads=1)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--settings", nargs="+", choices=ON_GPU, help="default: those that fit the device")
+    parser.add_argument("--plan", action="store_true", help="measure nothing, add plans to the rows of the result file")
     arguments = common.parse(parser)
-    if not arguments.table:
+    if arguments.plan:
+        common.write_result(arguments.out, with_plans(common.read_result(arguments.out), PRESETS[arguments.preset]))
+    elif not arguments.table:
         is_gpu = PRESETS[arguments.preset].device == "cuda"
         if is_gpu and not torch.cuda.is_available():
             sys.exit(f"--preset {arguments.preset} needs a GPU, and there is none; write --preset cpu")

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from common import GPU_WORKLOADS, RESULTS, machine, make_parser, parse, read_result, settings_of, write_result
-from torch import nn
+from torch import Tensor, nn
 
 import gradselect as gs
 from gradselect.core.residency import AbstractMover, _Offloading
@@ -37,12 +37,19 @@ WARMUP = 30
 """Steps after which nearly every block has a state that can move."""
 
 
+class WaitingStreams(SynchronousStreams):
+    """Copies that are complete when `copy` returns, from and to page-locked memory: else the twin takes minutes."""
+
+    def page_locked(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Waiting(gs.Offload):
     """The twin of `Offload`: the same switches, but the host waits for every copy."""
 
     def open(self, device: torch.device) -> AbstractMover:
-        transfer = Transfer(SynchronousStreams(device), max_pinned_bytes=0)
+        transfer = Transfer(WaitingStreams(device), max_pinned_bytes=None)
         return _Offloading(transfer, max_device_bytes=self.max_device_bytes)
 
 

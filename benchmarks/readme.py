@@ -54,6 +54,14 @@ def card() -> str:
         "**AdaGradSelect**, a fifth of the layers": plan["own"],
         "LoRA, rank 16": others["lora rank 16"],
     }
+    on_card = read_result(RESULTS / "gpu" / "llama-3.2-1b.json")
+    full, selected, lora = (
+        f"{max(row['bytes'][kind] for kind in ('peak', 'explore') if kind in row['bytes']) / GIB:.1f} GiB and "
+        f"{1000 * statistics.median(row['seconds']):.0f} ms"
+        for name in ("full AdamW", "AdaGradSelect 20 %, offload", "LoRA r=32")
+        for row in on_card["rows"]
+        if row["name"] == name
+    )
     explored = AdaGradSelect(explore_steps=250).expected_explore_steps(1000) / 1000
     return (
         "Llama-3.2-1B in bf16, 16 rows of 512 tokens a step, one row at a time, by `gradselect plan`:\n\n"
@@ -67,7 +75,8 @@ def card() -> str:
         + (
             "\n\nA step of AdaGradSelect that looks at all gradients has "
             f"{plan['own']['steps']['explore']['relative_time']:.2f}; by default about {100 * explored:.0f} % of the "
-            "steps do so."
+            f"steps do so. Measured on one {on_card['machine']['device']}, 8 rows at a time: full {full} a step, "
+            f"AdaGradSelect {selected}, LoRA of rank 32 {lora} ([results](docs/results.md#on-a-gpu))."
         )
     )
 
@@ -145,6 +154,21 @@ def memory() -> str:
         f"processor's time. The chunked loss has tiles of {model['tile']:,} words here, 32,768 in TRL.\n\n"
         + levers.markdown(result)
     )
+
+
+def on_gpu() -> str:
+    """The shapes of published models on a GPU, each with a sentence on what was measured."""
+    parts = []
+    for path in sorted((RESULTS / "gpu").glob("*.json")):
+        result = read_result(path)
+        settings, machine, model = result["settings"], result["machine"], result["model"]
+        parts.append(
+            f"**{path.stem}**, random weights, {model['dtype']} with fp32 masters, batch {settings['batch']} x "
+            f"{settings['length']}, on one {machine['device']} with torch {machine['torch']}: `python "
+            f"benchmarks/levers.py --preset {settings['preset']} --rounds {settings['rounds']}`.\n\n"
+            + levers.markdown(result)
+        )
+    return "\n\n".join(parts)
 
 
 def learning() -> str:
@@ -263,6 +287,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "small_equal_time_pairs": equal_time.pairs,
         "step_time": speed,
         "levers": memory,
+        "gpu": on_gpu,
         "gsm8k_loss": learning,
         "small": accuracy,
         "small_variants": variants,

