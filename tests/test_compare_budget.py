@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from compare_fixtures import BLOCKS, FULL, MISFIT, Runner, make_suite, suite_values, write_place
 
 from gradselect import UsageError
@@ -548,6 +549,33 @@ def test_a_method_that_breaks_does_not_end_the_calibration_of_the_others(
     said = capsys.readouterr()
     assert said.out.splitlines() == [f"{TURN_OF}full", f"{TURN_OF}ada", f"{TURN_OF}full"]
     assert "at line 3" in said.err
+
+
+@pytest.mark.parametrize(("device", "num_turns"), [("auto", 3), ("cpu", 2)])
+def test_on_an_accelerator_the_first_turn_of_each_method_is_not_counted(
+    device: str, num_turns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It page-locks host memory and loads kernels; a method that fails in it has no turn any more."""
+    taken: list[tuple[str, int]] = []
+
+    def measure(recipe: Any, *, method: str, number: int, **_: Any) -> Turn:
+        taken.append((method, number))
+        if method == "ada":
+            raise RuntimeError("no kernel for this shape")
+        return Turn(method=method, number=number, kinds=("step",), costs=(float(len(taken)),))
+
+    monkeypatch.setattr(turns_worker, "measure_turn", measure)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    suite, run = make(tmp_path, {"time_of": "full"}), {"device": device}
+    recipes = {name: suite.training_recipe(name, lr=1, seed=0, output="-") for name in suite.methods}
+    recipes = {
+        name: recipe.model_copy(update={"run": recipe.run.model_copy(update=run)}) for name, recipe in recipes.items()
+    }
+    job = TurnsJob(recipes=recipes, first=4, rounds=2, steps=2, result=tmp_path / "turns.json")
+    turns = list(turns_worker.take_turns(job))
+    assert [number for method, number in taken if method == "full"] == [4, 4, 5][-num_turns:]
+    assert [turn.number for turn in turns if turn.method == "full"] == [4, 5]
+    assert [turn.error for turn in turns if turn.method == "ada"] == ["RuntimeError: no kernel for this shape"]
 
 
 def test_recalibrating_needs_a_budget(place: Path, tmp_path: Path, runner: Runner) -> None:
