@@ -246,8 +246,45 @@ def test_the_first_step_is_adamws_and_parts_are_updated_as_the_whole(monkeypatch
     assert torch.equal(moved(gs.AdamW8bitRule(), steps=1), moved(gs.AdamWRule(), steps=1))
     whole, half = moved(gs.AdamW8bitRule(), steps=3), moved(gs.AdamW8bitRule(), dtype=torch.bfloat16, steps=3)
     torch.testing.assert_close(half.float(), whole, rtol=0.02, atol=0.02)  # bf16 has 8 bits
-    monkeypatch.setattr(importlib.import_module("gradselect.core.adamw_8bit"), "PART", 1024)
+    monkeypatch.setattr(importlib.import_module("gradselect.core.adamw_8bit"), "PART", {"cpu": 1024})
     assert torch.equal(moved(gs.AdamW8bitRule(), steps=3), whole)
+
+
+@pytest.mark.parametrize("part", [1024, 8192, 2**24])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_that_are_quantised_together_are_as_each_alone_bitwise(part, fused, dtype, monkeypatch):
+    """Small ones between large ones, with counters of their own; parts that hold several, and pieces of one."""
+    shapes = ((64, 64), (64,), (96, 64), (17, 300), (64, 64), (256, 64))
+    rule, generator = gs.AdamW8bitRule(fused=fused), torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    grads = [[torch.randn(shape, generator=generator).to(dtype) for shape in shapes] for _ in range(4)]
+    ends = []
+    for together in (True, False):
+        monkeypatch.setattr(importlib.import_module("gradselect.core.adamw_8bit"), "PART", {"cpu": part})
+        weights = [start.clone() for start in starts]
+        states = [rule.make_state(weight) for weight in weights]
+        rule.update(weights[:2], grads[0][:2], states[:2], GROUP)  # their counters are ahead
+        for slopes in grads:
+            if together:
+                rule.update(weights, slopes, states, GROUP)
+            else:
+                for weight, slope, state in zip(weights, slopes, states, strict=True):
+                    rule.update([weight], [slope], [state], GROUP)
+        ends.append((weights, states))
+    (weights, states), (alone, states_alone) = ends
+    assert all(map(torch.equal, weights, alone))
+    assert all(map(same, states, states_alone))
+    assert [int(state["step"]) for state in states] == [5, 5, 4, 4, 4, 4]
+
+
+def test_on_an_accelerator_a_part_holds_many_tensors():
+    """The tensors of a whole layer are quantised with the kernels of one."""
+    rule, module = gs.AdamW8bitRule(), importlib.import_module("gradselect.core.adamw_8bit")
+    with torch.device("meta"):
+        weights = [torch.empty(shape) for shape in ((896, 896), (128, 896), (128, 896), (896, 896), (4864, 896))]
+        pieces = [piece for w in weights for piece in module._pieces(w, w, rule.make_state(w))]
+    assert [[piece.size for piece in part] for part in module._parts(pieces)] == [[w.numel() for w in weights]]
 
 
 def test_what_is_kept_are_adamws_moments_rounded_to_their_own_maps():
@@ -376,7 +413,7 @@ def test_a_recipes_levers_reach_the_optimizer_and_are_refused_where_they_cannot_
     options = _block_options(recipe.method, recipe, tiny_llama(layers=1), head=())
     optimizer = gs.BlockOptimizer(tiny_llama(layers=1), **{**options, "blocks": None})
     assert optimizer.update_in_backward
-    assert optimizer.rule == gs.AdamW8bitRule()
+    assert optimizer.rule == gs.AdamW8bitRule(fused=False)
     for section, key, value in (("optimizer", "max_grad_norm", 1.0), ("run", "accumulation", 2)):
         values = {**RECIPE, "method": method, section: {**RECIPE[section], key: value}}
         with pytest.raises(gs.UsageError, match=r"set\s+optimizer\.max_grad_norm=0 run\.accumulation=1"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -19,8 +19,10 @@ BLOCK = 256
 LEAST = 4096
 """Tensors of fewer entries keep fp32 moments: biases and norms are sensitive, and small."""
 
-PART = 2**22
-"""Number of entries dequantised at a time, a multiple of BLOCK: fp32 moments of an embedding would be too large."""
+PART = {"cpu": 2**22}
+PART_ELSEWHERE = 2**24
+"""Most entries dequantised at a time, by device, multiples of BLOCK: fp32 moments of an embedding would be too large.
+On an accelerator they are more: a part takes dozens of kernels, and launching one takes longer than running it."""
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
@@ -34,7 +36,7 @@ class AdamW8bitRule(AbstractRule):
 
         s = max |x|,   c_i = argmin_c |x_i / s - q_c|,   x_i <- s q_(c_i)
 
-    A step dequantises one part of the tensor at a time to fp32 and updates it with `AdamWRule`. Tensors of fewer than
+    A step dequantises one part of the tensors at a time to fp32 and updates it with `AdamWRule`. Tensors of fewer than
     4096 entries, and those whose number of entries is no multiple of 256, keep fp32 moments.
 
     The state is plain tensors, so it is counted, moved, saved and read like any other. torchao's AdamW8bit has a tensor
@@ -53,7 +55,7 @@ class AdamW8bitRule(AbstractRule):
         sections 1.3 and 2.1 to 2.2.
     """
 
-    fused: bool = False
+    fused: bool | None = False
     state_names = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
     works_on_shards = False
 
@@ -70,34 +72,51 @@ class AdamW8bitRule(AbstractRule):
     def counter_device(self, weight: Tensor) -> torch.device:
         return self._adamw.counter_device(weight)
 
+    def on(self, device: torch.device) -> AdamW8bitRule:
+        return replace(self, fused=self._adamw.on(device).fused)
+
     def update(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]
     ) -> None:
+        quantised: list[_Piece] = []
+        whole: list[tuple[Tensor, Tensor, State]] = []
         for weight, grad, state in zip(weights, grads, states, strict=True):
             if _scale("exp_avg") in state:
-                self._update_quantised(weight, grad, state, group)
+                quantised += _pieces(weight, grad, state)
             else:
-                self._adamw.update([weight], [grad], [state], group)
+                whole.append((weight, grad, state))
+        if whole:
+            self._adamw.update(*zip(*whole, strict=True), group=group)
+        for pieces in _parts(quantised):
+            self._update_part(pieces, group)
+        for state in states:
+            if _scale("exp_avg") in state:
+                state["step"] += 1
 
-    def _update_quantised(self, weight: Tensor, grad: Tensor, state: State, group: Mapping[str, Any]) -> None:
-        for part in _parts(weight.numel()):
-            scales = slice(part.start // BLOCK, part.stop // BLOCK)
-            codes = {name: state[name].view(-1)[part] for name in SIGNED}
-            whole = {
-                name: dequantise(codes[name], state[_scale(name)][scales], signed=signed)
-                for name, signed in SIGNED.items()
-            }
-            target = weight.view(-1)[part]
-            moving = target.float()
-            moments = {"step": state["step"].clone(), **whole}
-            self._adamw.update([moving], [grad.reshape(-1)[part].float()], [moments], group)
-            if moving is not target:
-                target.copy_(moving)
-            for name, signed in SIGNED.items():
-                new_codes, new_scales = quantise(whole[name], signed=signed)
-                codes[name].copy_(new_codes)
-                state[_scale(name)][scales] = new_scales
-        state["step"] += 1
+    def _update_part(self, pieces: Sequence[_Piece], group: Mapping[str, Any]) -> None:
+        """Update pieces of tensors; they are quantised and dequantised as one, for runs of 256 keep to a piece."""
+        sizes = [piece.size for piece in pieces]
+        codes = {name: [piece.of(name) for piece in pieces] for name in SIGNED}
+        scales = {name: [piece.scales_of(name) for piece in pieces] for name in SIGNED}
+        whole = {
+            name: dequantise(_joined(codes[name]), _joined(scales[name]), signed=signed)
+            for name, signed in SIGNED.items()
+        }
+        firsts, seconds = (whole[name].split(sizes) for name in SIGNED)
+        targets = [piece.weight for piece in pieces]
+        moving = [target.float() for target in targets]
+        states = [
+            {"step": piece.state["step"].clone(), "exp_avg": first, "exp_avg_sq": second}
+            for piece, first, second in zip(pieces, firsts, seconds, strict=True)
+        ]
+        self._adamw.update(moving, [piece.grad.float() for piece in pieces], states, group)
+        for target, moved in zip(targets, moving, strict=True):
+            if moved is not target:
+                target.copy_(moved)
+        for name, signed in SIGNED.items():
+            new_codes, new_scales = quantise(whole[name], signed=signed)
+            _copy_all(codes[name], new_codes.split(sizes))
+            _copy_all(scales[name], new_scales.split([size // BLOCK for size in sizes]))
 
     @property
     def _adamw(self) -> AdamWRule:
@@ -161,9 +180,55 @@ def _is_quantised(weight: Tensor) -> bool:
     return weight.numel() >= LEAST and weight.numel() % BLOCK == 0 and weight.is_contiguous()
 
 
-def _parts(num_entries: int) -> Iterator[slice]:
-    for start in range(0, num_entries, PART):
-        yield slice(start, min(start + PART, num_entries))
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Piece:
+    """Entries of one tensor, flat, from `start` on."""
+
+    weight: Tensor
+    grad: Tensor
+    state: State
+    start: int
+
+    @property
+    def size(self) -> int:
+        return self.weight.numel()
+
+    def of(self, name: str) -> Tensor:
+        return self.state[name].view(-1)[self.start : self.start + self.size]
+
+    def scales_of(self, name: str) -> Tensor:
+        return self.state[_scale(name)][self.start // BLOCK : (self.start + self.size) // BLOCK]
+
+
+def _pieces(weight: Tensor, grad: Tensor, state: State) -> Iterator[_Piece]:
+    """Cut a tensor into pieces of at most one part."""
+    most = _part_of(weight)
+    for number, (part, slope) in enumerate(zip(weight.view(-1).split(most), grad.reshape(-1).split(most), strict=True)):
+        yield _Piece(weight=part, grad=slope, state=state, start=number * most)
+
+
+def _parts(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
+    """Gather neighbouring pieces on one device to parts."""
+    part: list[_Piece] = []
+    for piece in pieces:
+        is_full = sum(other.size for other in part) + piece.size > _part_of(piece.weight)
+        if part and (is_full or part[0].weight.device != piece.weight.device):
+            yield part
+            part = []
+        part.append(piece)
+    if part:
+        yield part
+
+
+def _part_of(tensor: Tensor) -> int:
+    return PART.get(tensor.device.type, PART_ELSEWHERE)
+
+
+_copy_all: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _scale(name: str) -> str:

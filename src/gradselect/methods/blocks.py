@@ -86,7 +86,7 @@ class AbstractBlockMethod(AbstractSelectionMethod):
 
     def rule(self) -> AbstractRule:
         """Return the update rule as an object."""
-        return AdamW8bitRule() if self.moment_bits == 8 else AdamWRule(fused=None)
+        return AdamW8bitRule(fused=None) if self.moment_bits == 8 else AdamWRule(fused=None)
 
     def borders(self) -> Borders:
         """Return the rules for blocks that leave the selection or return to it."""
