@@ -312,21 +312,24 @@ def measure_alone(preset: common.Workload, names: Sequence[str], *, rounds: int,
     for name in names:
         gc.collect()
         torch.cuda.empty_cache()
-        left = torch.cuda.memory_allocated()
         try:
-            run = start(preset, ON_GPU[name])
-            batches = list(islice(preset.batches(), observed + rounds))
-            for batch in batches[:observed]:
-                run.observed_step(batch)
-            run.timed_steps(batches[observed:])
-            rows.append({**run.row(name), "left_before": left})
-            run.optimizer.close()
-            run.gradients.close()
-            del run
+            rows.append(_row_alone(preset, name, rounds=rounds, observed=observed))
         except torch.OutOfMemoryError as error:
             rows.append({"name": name, "levers": asdict(ON_GPU[name]), "error": str(error).splitlines()[0]})
         print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def _row_alone(preset: common.Workload, name: str, *, rounds: int, observed: int) -> dict[str, Any]:
+    left = torch.cuda.memory_allocated()
+    run = start(preset, ON_GPU[name])
+    batches = list(islice(preset.batches(), observed + rounds))
+    for batch in batches[:observed]:
+        run.observed_step(batch)
+    run.timed_steps(batches[observed:])
+    run.optimizer.close()
+    run.gradients.close()
+    return {**run.row(name), "left_before": left}
 
 
 def with_speeds(rows: list[dict[str, Any]], *, in_turns: bool) -> list[dict[str, Any]]:
@@ -373,7 +376,7 @@ def measure(arguments: argparse.Namespace, sizes: dict[str, int]) -> dict[str, A
     names = [FULL, *(name for name in arguments.settings if name != FULL)]
     is_cpu = preset.device == "cpu"
     rows = (measure_in_turns if is_cpu else measure_alone)(preset, names, **sizes)
-    return {
+    result = {
         "settings": {**sizes, "preset": arguments.preset, "batch": preset.batch, "length": preset.length},
         "model": {
             "type": preset.config.model_type,
@@ -386,6 +389,7 @@ def measure(arguments: argparse.Namespace, sizes: dict[str, int]) -> dict[str, A
         "machine": {**common.machine(preset.device), "trl": version("trl")},
         "rows": with_speeds(rows, in_turns=is_cpu),
     }
+    return result if is_cpu else with_plans(result, preset)
 
 
 def main() -> None:

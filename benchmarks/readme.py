@@ -62,6 +62,9 @@ def card() -> str:
         for row in on_card["rows"]
         if row["name"] == name
     )
+    (planned,) = (
+        f"{row['planned'] / GIB:.1f}" for row in on_card["rows"] if row["name"] == "AdaGradSelect 20 %, offload"
+    )
     explored = AdaGradSelect(explore_steps=250).expected_explore_steps(1000) / 1000
     return (
         "Llama-3.2-1B in bf16, 16 rows of 512 tokens a step, one row at a time, by `gradselect plan`:\n\n"
@@ -76,7 +79,8 @@ def card() -> str:
             "\n\nA step of AdaGradSelect that looks at all gradients has "
             f"{plan['own']['steps']['explore']['relative_time']:.2f}; by default about {100 * explored:.0f} % of the "
             f"steps do so. Measured on one {on_card['machine']['device']}, 8 rows at a time: full {full} a step, "
-            f"AdaGradSelect {selected}, LoRA of rank 32 {lora} ([results](docs/results.md#on-a-gpu))."
+            f"AdaGradSelect {selected} in its first steps (for a long run {planned} GiB are planned), LoRA of rank 32 "
+            f"{lora} ([results](docs/results.md#on-a-gpu))."
         )
     )
 
