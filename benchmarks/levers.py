@@ -348,7 +348,7 @@ def markdown(result: dict[str, Any]) -> str:
     headings = [f"{kind} MB" for kind in kinds[:4]]
     is_planned = any("planned" in row for row in result["rows"])
     return common.markdown_table(
-        ["setting", *headings, "on host MB", "peak MB", "explore step MB", *ON_A_GPU * is_planned, "speed"],
+        ["setting", *headings, "on host MB", "peak MB", "explore step MB", *GPU_COLUMNS * is_planned, "speed"],
         [
             [
                 row["name"],
@@ -362,7 +362,7 @@ def markdown(result: dict[str, Any]) -> str:
     )
 
 
-ON_A_GPU = ["planned MB", "step ms", "fastest to slowest"]
+GPU_COLUMNS = ["planned MB", "step ms", "fastest to slowest"]
 
 
 def _columns_of_gpu(row: dict[str, Any]) -> list[str]:

@@ -69,7 +69,7 @@ def test_each_run_has_an_accelerator_of_its_own(devices: None, monkeypatch: pyte
     assert sorted(place["CUDA_VISIBLE_DEVICES"] for place in found) == ["5", "6"]
     with pytest.raises(
         UsageError,
-        match=r"--jobs=4: 3 acc.* for 1 runs at a time each; write --jobs 3 or less, or --per-device 2",
+        match=r"--jobs=4: 3 acc.* and --per-device is 1; write --jobs 3 or less, or --per-device 2",
     ):
         SideBySide(4, device="auto")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -85,7 +85,7 @@ def test_accelerators_are_shared_where_the_user_says_so(devices: None, monkeypat
     found = environments(jobs, monkeypatch)
     assert sorted(place["CUDA_VISIBLE_DEVICES"] for place in found) == ["0", "0", "1", "1", "2"]
     assert {place["OMP_NUM_THREADS"] for place in found} == {"3"}
-    with pytest.raises(UsageError, match=r"--jobs=7: .* 2 runs at a time each; write --jobs 6 or less"):
+    with pytest.raises(UsageError, match=r"--jobs=7: .* and --per-device is 2; write --jobs 6 or less"):
         SideBySide(7, device="auto", per_device=2)
     with pytest.raises(UsageError, match="--per-device=2: runs are on the processor here; write --jobs 5 alone"):
         SideBySide(5, device="cpu", per_device=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,10 @@ def test_a_stage_that_fails_lets_the_next_one_run(
     assert "shapes: ended with exit code 1" in said
     for line in ("tests: done", "offload: FAILED", "shapes: FAILED", "smollm2: done"):
         assert line in said
+
+
+def test_other_tests_see_no_gpu() -> None:
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_the_commands_of_the_stages_exist() -> None:

@@ -42,13 +42,14 @@ MARKED_CHAT_TEMPLATE = (
 """The same text, with the assistant's turns marked."""
 
 
-def write_model(folder: Path, *, seed: int = 0, tied: bool = True, chat_template: str | None = None) -> Path:
-    """Write a random Llama of four layers and a tokenizer of bytes."""
+def write_model(
+    folder: Path, *, seed: int = 0, tied: bool = True, chat_template: str | None = None, **sizes: int
+) -> Path:
+    """Write a random Llama of four layers, or of other `sizes`, and a tokenizer of bytes."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": NUM_LAYERS}
     config = LlamaConfig(
+        **{**small, **sizes},
         vocab_size=258,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=NUM_LAYERS,
         num_attention_heads=2,
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=tied,

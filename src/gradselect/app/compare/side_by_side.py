@@ -94,7 +94,7 @@ def _of_devices(count: int, num_devices: int, per_device: int) -> list[dict[str,
     """Return the environment of each place: one of the visible accelerators, and where they are shared some threads."""
     if count > num_devices * per_device:
         raise UsageError(
-            f"--jobs={count}: {num_devices} accelerators are visible here, for {per_device} runs at a time each; write "
+            f"--jobs={count}: {num_devices} accelerators are visible here, and --per-device is {per_device}; write "
             f"--jobs {num_devices * per_device} or less, or --per-device {-(-count // num_devices)} if the memory of "
             "each holds so many"
         )
