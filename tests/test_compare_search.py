@@ -15,7 +15,7 @@ from report_fixtures import result, results_of, write
 from gradselect import UsageError
 from gradselect.app.compare.budget import with_share
 from gradselect.app.compare.protocol import protocol_settings
-from gradselect.app.compare.rate_search import find_rate, survivors
+from gradselect.app.compare.rate_search import FoundRate, find_rate, survivors
 from gradselect.app.compare.schedule import PlannedRun
 from gradselect.app.compare.search import Search
 from gradselect.app.compare.suite import MethodEntry, parse_suite
@@ -45,6 +45,7 @@ BAD = {
     "a rung alone": ({"search": {**HALVING, "shares": [1.0]}}, "search.shares"),
     "all are kept": ({"search": {**HALVING, "keep": 1}}, "search.keep = 1"),
     "unknown key": ({"search": {**HALVING, "share": 1}}, "search.share: unknown key, did you mean 'shares'?"),
+    "a grid that shrinks": ({"widen": -1}, "widen = -1: input should be greater than or equal to 0"),
     "a set and named sets": (
         {"forgetting": {"task": "loss", "wikitext": {"task": "loss", "data": "x.txt"}}},
         "forgetting: task is a key of a single set, and wikitext the name of a set; write all sets by name",
@@ -88,9 +89,14 @@ class FakeRuns:
         self.ran.append((run.share, run.lr))
         return SimpleNamespace(record=SimpleNamespace(validation_loss=self.losses[run.share].get(run.lr)))
 
-    def find(self, search: Search | None, *rates: float) -> float | None:
+    def find(self, search: Search | None, *rates: float, widen: int = 0) -> float | None:
+        return self.found(search, *rates, widen=widen).best
+
+    def found(self, search: Search | None, *rates: float, widen: int) -> FoundRate:
         entry = MethodEntry.model_validate({"method": {"name": "full"}, "rates": rates})
-        return find_rate("m", entry, search=search, ensure=self, forget=lambda losses: None, say=self.said.append)
+        return find_rate(
+            "m", entry, search=search, widen=widen, ensure=self, forget=lambda losses: None, say=self.said.append
+        )
 
 
 def test_the_best_of_short_runs_go_on_and_full_ones_choose() -> None:
@@ -121,6 +127,25 @@ def test_two_rates_at_least_reach_the_last_rung_and_no_rung_runs_for_nothing() -
     grid = FakeRuns(losses)
     assert grid.find(None, 1, 2, 3) == 3
     assert (grid.said, [share for share, _ in grid.ran]) == ([], [1.0] * 3)
+
+
+def test_a_grid_is_widened_while_its_best_rate_is_at_the_edge() -> None:
+    """At full length, in either direction, no farther than allowed, and not beyond a rate that failed."""
+    up = FakeRuns({0.25: {1.0: 4.0, 2.0: 3.0, 4.0: 2.0}, 1.0: {2.0: 1.0, 4.0: 0.5, 8.0: 0.4, 16.0: 0.6}})
+    assert up.found(search_of(shares=[0.25, 1]), 1, 2, 4, widen=3) == FoundRate(8.0, (1.0, 2.0, 4.0, 8.0, 16.0))
+    assert up.ran[3:] == [(1.0, 2.0), (1.0, 4.0), (1.0, 8.0), (1.0, 16.0)]
+    assert up.said[1:] == [
+        f"search     m: the best rate {best} is at the edge of its grid; next: {beyond}"
+        for best, beyond in ((4, 8), (8, 16))
+    ]
+    down = FakeRuns({1.0: {1.0: 1.0, 2.0: 2.0, 0.5: 0.9, 0.25: 0.8, 0.125: 0.7}})
+    assert down.found(None, 2, 1, widen=2) == FoundRate(0.25, (2.0, 1.0, 0.5, 0.25))
+    failed = FakeRuns({1.0: {1.0: 2.0, 2.0: 1.0, 4.0: None}})
+    assert failed.found(None, 1, 2, widen=2) == FoundRate(2.0, (1.0, 2.0, 4.0))
+    inside = FakeRuns({1.0: {1.0: 2.0, 2.0: 1.0, 4.0: 3.0}})
+    assert inside.found(None, 1, 2, 4, widen=2) == FoundRate(2.0, (1.0, 2.0, 4.0))
+    nothing = FakeRuns({1.0: {}})
+    assert nothing.found(None, 1, 2, widen=2) == FoundRate(None, (1.0, 2.0))
 
 
 def test_a_rate_without_a_loss_does_not_go_on() -> None:
@@ -225,6 +250,26 @@ def test_a_finished_search_is_not_repeated_and_a_missing_run_is(
     assert runner.ran == [NAMES[1]]
     with pytest.raises(UsageError, match=r"another protocol[\s\S]*search"):
         runner(halving_suite(place).model_copy(update={"search": None}), copy)
+
+
+def test_a_widened_grid_is_part_of_the_results_and_no_new_protocol(
+    place: Path, finished: tuple[Path, list[str], str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best rate 0.01 is the highest, so 0.1 runs too; the results of the narrow grid are used again."""
+    runner, copy = Runner(monkeypatch), tmp_path / "results"
+    copy.mkdir()
+    for file in finished[0].glob("*.json"):
+        (copy / file.name).write_bytes(file.read_bytes())
+    (summary,) = runner(halving_suite(place).model_copy(update={"widen": 1, "seeds": 2}), copy)
+    beyond, last = "full.lr-0.1.seed-0.rate", f"full.lr-{summary.lr:g}.seed-1.score"
+    assert runner.ran[0] == beyond
+    assert runner.ran[-1] == last
+    assert summary.rates == (1e-4, 1e-3, 1e-2, 0.1)
+    score = values(copy, last)["gradselect"]
+    assert (score["rates"], score["rate_at_edge"]) == ([1e-4, 1e-3, 1e-2, 0.1], summary.lr == 0.1)
+    assert "the best rate 0.01 is at the edge of its grid; next: 0.1" in runner.said
+    (method,) = compare_results(read_results(copy, include_dirty=True)).methods
+    assert method.rates == (1e-4, 1e-3, 1e-2, 0.1)
 
 
 def test_every_set_is_forgotten_by_name(finished: tuple[Path, list[str], str, Any]) -> None:

@@ -9,8 +9,8 @@ from compare_fixtures import BLOCKS, FULL, suite_values
 
 from gradselect import UsageError
 from gradselect.app.compare import load_suite
-from gradselect.app.compare.schedule import best_rate, is_at_edge, rung_runs, score_run
-from gradselect.app.compare.suite import MethodEntry, parse_suite, slug
+from gradselect.app.compare.schedule import best_rate, is_at_edge, rate_beyond, rung_runs, score_run
+from gradselect.app.compare.suite import parse_suite, slug
 from gradselect.app.recipe_planning.planner import RecipePlanner
 from gradselect.methods.masks import SALIENCES
 
@@ -115,20 +115,22 @@ def test_files_are_named_by_method_rate_seed_and_role() -> None:
 
 
 def test_the_lowest_loss_chooses_the_rate() -> None:
-    entry = MethodEntry.model_validate({"method": {"name": "full"}, "rates": [1, 2, 3]})
-    assert [run.lr for run in rung_runs("full", entry.rates)] == [1, 2, 3]
-    assert best_rate(entry, {1: 0.5, 2: 0.4, 3: None}) == 2
-    assert best_rate(entry, {1: 0.5, 2: 0.5}) == 1
-    assert best_rate(entry, {1: None}) is None
-    assert is_at_edge(1, entry.rates)
-    assert is_at_edge(3, entry.rates)
-    assert not is_at_edge(2, entry.rates)
+    rates = (1.0, 2.0, 3.0)
+    assert [run.lr for run in rung_runs("full", rates)] == [1, 2, 3]
+    assert best_rate({1: 0.5, 2: 0.4, 3: None}) == 2
+    assert best_rate({1: 0.5, 2: 0.5}) == 1
+    assert best_rate({1: None}) is None
+    assert is_at_edge(1, rates)
+    assert is_at_edge(3, rates)
+    assert not is_at_edge(2, rates)
+    assert is_at_edge(1, [1]) is None
 
 
-def test_a_single_rate_needs_no_search() -> None:
-    entry = MethodEntry.model_validate({"method": {"name": "full"}, "rates": [1]})
-    assert best_rate(entry, {}) == 1
-    assert is_at_edge(1, entry.rates) is None
+def test_a_grid_goes_on_as_it_ends() -> None:
+    """Also where it is not in order, and where its last two rates are no factor of two apart."""
+    assert rate_beyond(0.048, [0.006, 0.048, 0.024, 0.012]) == 0.096
+    assert rate_beyond(6e-3, [0.006, 0.048, 0.024, 0.012]) == 0.003
+    assert rate_beyond(9.0, [1.0, 3.0, 9.0]) == 27.0
 
 
 @pytest.mark.parametrize("name", MINE)

@@ -18,7 +18,7 @@ from .calibrating import calibrated
 from .folder_check import check_protocol, missing_samples
 from .git_state import WatchedSource
 from .protocol import protocol_settings
-from .rate_search import find_rate
+from .rate_search import FoundRate, find_rate
 from .results import ResultsFolder
 from .run_plan import RunPlan
 from .runs import Runs
@@ -105,15 +105,16 @@ class Comparison:
         rates = dict(zip(methods, self._each(self._search, methods), strict=True))
 
         # 4 the other seeds, methods in turn: stopped early, all methods have as many
-        best = {method: lr for method, lr in rates.items() if lr is not None}
+        best = {method: rate.best for method, rate in rates.items() if rate.best is not None}
         seeds = range(1, self._seeds)
         self._each(
-            self._runs.ensure, [score_run(method, lr=lr, seed=seed) for seed in seeds for method, lr in best.items()]
+            lambda run: self._runs.ensure(run, rates=rates[run.method].grid),
+            [score_run(method, lr=lr, seed=seed) for seed in seeds for method, lr in best.items()],
         )
 
         # 5 the table
         found = self._folder.read()[0]
-        summaries = [self._summarize(method, lr, rungs=rungs_of(found, method)) for method, lr in rates.items()]
+        summaries = [self._summarize(method, rate, rungs=rungs_of(found, method)) for method, rate in rates.items()]
         show_scores(self._console, self._suite.name, summaries)
         if self._suite.search is not None:
             self._say(f"search     {self._suite.search.text()}")
@@ -160,32 +161,35 @@ class Comparison:
         self._plan = RunPlan(self._suite, calibration)
         return [name for name in methods if not calibration.methods[name].left_out]
 
-    def _search(self, method: str) -> float | None:
-        """Return the best rate, and run the first seed's score with it. None if every run of the search failed."""
+    def _search(self, method: str) -> FoundRate:
+        """Find the best rate, and run the first seed's score with it."""
+        entry = self._suite.methods[method]
         if error := self._plan.error(method):
             self._say(f"failed     {method}: its calibration failed: {error}")
-            return None
-        entry = self._suite.methods[method]
-        best = find_rate(
+            return FoundRate(None, entry.rates)
+        found = find_rate(
             method,
             entry,
             search=self._suite.search,
-            ensure=self._runs.ensure,
-            forget=lambda losses: self._delete_losers(method, best_rate(entry, losses), tried=losses),
+            widen=self._suite.widen,
+            ensure=lambda run: self._runs.ensure(run, rates=entry.rates),
+            forget=lambda losses: self._delete_losers(method, best_rate(losses), tried=losses),
             say=self._say,
         )
-        if best is None:
+        if found.best is None:
             self._say(f"failed     {method}: no learning rate of {list(entry.rates)} came to an end")
-            return None
-        if is_at_edge(best, entry.rates):
-            self._say(f"note       {method}: the best rate {best:g} is at the edge of its grid {list(entry.rates)}")
-        self._retire_scores(method, best)
-        self._runs.ensure(first := score_run(method, lr=best, seed=0))
+            return found
+        if is_at_edge(found.best, found.grid):
+            self._say(
+                f"note       {method}: the best rate {found.best:g} is at the edge of its grid {list(found.grid)}"
+            )
+        self._retire_scores(method, found.best)
+        self._runs.ensure(first := score_run(method, lr=found.best, seed=0), rates=found.grid)
         if self._runs.done(first):
             if note := missing_samples(self._suite.samples, self._folder, first):
                 self._say(note)
             shutil.rmtree(self._folder.training(first), ignore_errors=True)
-        return best
+        return found
 
     def _delete_losers(self, method: str, best: float | None, *, tried: Mapping[float, float | None]) -> None:
         """Delete the models of rates that are not the best. Unfinished runs stay."""
@@ -214,11 +218,11 @@ class Comparison:
     def _retire(self, result: Result, reason: str) -> None:
         self._say(f"note       {result.path.name}: {reason}; moved to {self._folder.retire(result)}")
 
-    def _summarize(self, method: str, lr: float | None, *, rungs: tuple[Rung, ...]) -> MethodSummary:
+    def _summarize(self, method: str, rate: FoundRate, *, rungs: tuple[Rung, ...]) -> MethodSummary:
+        lr = rate.best
         runs = [] if lr is None else [score_run(method, lr=lr, seed=seed) for seed in range(self._seeds)]
         results = [result for run in runs if (result := self._runs.done(run)) is not None]
-        rates = self._suite.methods[method].rates
-        return MethodSummary(method=method, lr=lr, rates=rates, results=tuple(results), rungs=rungs)
+        return MethodSummary(method=method, lr=lr, rates=rate.grid, results=tuple(results), rungs=rungs)
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from gradselect.app.results import Result, Rung, reversals
 
-from .schedule import PlannedRun, best_rate, rung_runs
+from .schedule import PlannedRun, best_rate, is_at_edge, rate_beyond, rung_runs
 from .search import Search, percent
 from .suite import MethodEntry
 
@@ -14,38 +15,60 @@ Ensure = Callable[[PlannedRun], Result]
 """Returns the result of a run, of an earlier call or a new one."""
 
 
+@dataclass(frozen=True)
+class FoundRate:
+    """Result of a search.
+
+    Args:
+        best: the rate with the lowest held-out loss; None if no run of the last rung succeeded.
+        grid: rates that were tried: those of the suite, and those beyond its edge.
+    """
+
+    best: float | None
+    grid: tuple[float, ...]
+
+
 def find_rate(
     method: str,
     entry: MethodEntry,
     *,
     search: Search | None,
+    widen: int,
     ensure: Ensure,
     forget: Callable[[Mapping[float, float | None]], None],
     say: Callable[[str], None],
-) -> float | None:
-    """Return the best rate of the grid by the held-out loss at the method's own number of steps.
+) -> FoundRate:
+    """Find the best rate by the held-out loss at the method's own number of steps.
 
     Args:
         method: name of the method.
         entry: the method and its grid.
         search: halving; None for the whole grid at full length.
+        widen: rates beyond the grid, at most, that are tried at full length while the best is at its edge.
         ensure: gives the result of a run.
         forget: deletes models of full length that are not the best of these losses so far.
         say: shows a line.
-
-    Returns:
-        None if no run of the last rung succeeded.
     """
     if len(entry.rates) == 1:
-        return entry.rates[0]
+        return FoundRate(entry.rates[0], entry.rates)
     short = [] if search is None else _short_rungs(method, entry.rates, search=search, ensure=ensure, say=say)
     losses: dict[float, float | None] = {}
-    for run in rung_runs(method, survivors(short[-1], search) if short and search else entry.rates):
-        losses[run.lr] = ensure(run).record.validation_loss
-        forget(losses)
+
+    def run_whole(rates: Sequence[float]) -> None:
+        for run in rung_runs(method, rates):
+            losses[run.lr] = ensure(run).record.validation_loss
+            forget(losses)
+
+    run_whole(survivors(short[-1], search) if short and search else entry.rates)
     for line in disagreements(method, [*short, Rung(share=1.0, losses=losses)]):
         say(line)
-    return best_rate(entry, losses)
+    grid = entry.rates
+    while len(grid) < len(entry.rates) + widen and (best := best_rate(losses)) and is_at_edge(best, grid):
+        beyond = rate_beyond(best, grid)
+        say(f"search     {method}: the best rate {best:g} is at the edge of its grid; next: {beyond:g}")
+        grid = (*grid, beyond)
+        run_whole([beyond])
+    return FoundRate(best_rate(losses), grid)
 
 
 def survivors(rung: Rung, search: Search) -> tuple[float, ...]:

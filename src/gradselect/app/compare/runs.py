@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +50,11 @@ class Runs:
     say: Callable[[str], None]
     command: tuple[str, ...]
 
-    def ensure(self, run: PlannedRun) -> Result:
-        """Return the result of the run: of an earlier call, or a new one."""
+    def ensure(self, run: PlannedRun, *, rates: Sequence[float]) -> Result:
+        """Return the result of the run: of an earlier call, or a new one, which records the `rates` of its search."""
         self.source.look()
         done = self.done(run)
-        return done or self._run(run)
+        return done or self._run(run, rates=rates)
 
     def done(self, run: PlannedRun) -> Result | None:
         """Return the result of an earlier call, if it succeeded with these settings."""
@@ -72,8 +72,8 @@ class Runs:
         is_usable = self.source.state.dirty or not record.dirty
         return result if result.succeeded and is_same and is_usable else None
 
-    def _run(self, run: PlannedRun) -> Result:
-        job, started = self._job(run), time.perf_counter()
+    def _run(self, run: PlannedRun, *, rates: Sequence[float]) -> Result:
+        job, started = self._job(run, rates=rates), time.perf_counter()
         job_file, log = self.folder.job(run), self.folder.log(run)
         job_file.write_text(job.model_dump_json(indent=1), "utf-8")
         if self.side_by_side is None:
@@ -90,9 +90,8 @@ class Runs:
         self.say(f"{run.role:<10} {run}  {outcome}  {seconds:.0f} s")
         return result
 
-    def _job(self, run: PlannedRun) -> Job:
+    def _job(self, run: PlannedRun, *, rates: Sequence[float]) -> Job:
         suite = self.plan.suite
-        entry = suite.methods[run.method]
         is_score = run.role == "score"
         is_sampled = is_score and run.seed == 0
         return Job(
@@ -100,8 +99,8 @@ class Runs:
             protocol=protocol_hash(self.protocol),
             protocol_settings=self.protocol,
             method=run.method,
-            rates=entry.rates,
-            rate_at_edge=is_at_edge(run.lr, entry.rates) if is_score else None,
+            rates=tuple(rates),
+            rate_at_edge=is_at_edge(run.lr, rates) if is_score else None,
             role=run.role,
             share=run.share,
             jobs=1 if self.side_by_side is None else self.side_by_side.count,

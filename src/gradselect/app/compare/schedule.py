@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gradselect.app.results import Role
 
 from .search import percent
-from .suite import MethodEntry, slug
+from .suite import slug
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,22 +56,31 @@ def score_run(method: str, *, lr: float, seed: int) -> PlannedRun:
     return PlannedRun(method=method, lr=lr, seed=seed, role="score")
 
 
-def best_rate(entry: MethodEntry, losses: Mapping[float, float | None]) -> float | None:
+def best_rate(losses: Mapping[float, float | None]) -> float | None:
     """Return the rate with the lowest loss; of equal ones the smallest rate.
 
     Args:
-        entry: the grid.
-        losses: held-out loss by rate; None or missing for a run that failed.
+        losses: held-out loss by rate; None for a run that failed.
 
     Returns:
         None if no run of the search succeeded.
     """
-    if len(entry.rates) == 1:
-        return entry.rates[0]
-    known = {rate: loss for rate in entry.rates if (loss := losses.get(rate)) is not None}
+    known = {rate: loss for rate, loss in losses.items() if loss is not None}
     return min(known, key=lambda rate: (known[rate], rate), default=None)
 
 
 def is_at_edge(lr: float, rates: Sequence[float]) -> bool | None:
     """True if a better rate may lie outside of the grid; None for a grid of one rate."""
     return lr in (min(rates), max(rates)) if len(rates) > 1 else None
+
+
+def rate_beyond(lr: float, rates: Sequence[float]) -> float:
+    """Return the rate that continues a grid beyond its edge `lr`, as far from it as its neighbour inside.
+
+    Example:
+        >>> rate_beyond(0.4, [0.1, 0.2, 0.4]), rate_beyond(0.1, [0.1, 0.2, 0.4])
+        (0.8, 0.05)
+    """
+    ordered = sorted(rates, reverse=lr == min(rates))
+    # Ten digits: 0.4 * 0.4 / 0.2 is no decimal that anyone would write.
+    return float(f"{lr * ordered[-1] / ordered[-2]:.10g}")

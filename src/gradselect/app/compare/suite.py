@@ -8,7 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, ValidationError, create_model, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from gradselect import UsageError
 from gradselect.app.recipe import (
@@ -166,6 +175,8 @@ class Suite(Settings):
         samples: prompts that the base model and seed 0 of every method answer.
         rank_by: selects the learning rate: the loss on held-out training examples, never a test score.
         search: successive halving of the learning rates. None: every rate runs at full length.
+        widen: rates beyond its grid, at most, that a method tries while its best rate is at the edge; each as far from
+            the last as that from its neighbour.
         budget: cost that every run may take, in place of the recipe's number of steps.
         seeds: number of seeds of each method at its best rate: 0, 1, ...
         methods: by their name in tables; null drops a method of `base`.
@@ -180,6 +191,7 @@ class Suite(Settings):
     samples: Samples | None = None
     rank_by: Literal["validation_loss"] = "validation_loss"
     search: Search | None = None
+    widen: NonNegativeInt = 0
     budget: Budget | None = None
     seeds: PositiveInt = 3
     methods: Annotated[dict[str, MethodEntry], Field(min_length=1), BeforeValidator(_without_dropped)]
