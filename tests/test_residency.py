@@ -69,7 +69,11 @@ class HostileStreams(AbstractStreams):
             number = len(self._queued[earlier])
             self._queue(later, lambda: self._run(earlier, number))
 
-    def copy(self, stream: Stream, target: Tensor, source: Tensor) -> None:
+    def copy(self, stream: Stream, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        for target, source in zip(targets, sources, strict=True):
+            self._copy(stream, target, source)
+
+    def _copy(self, stream: Stream, target: Tensor, source: Tensor) -> None:
         if stream is Stream.COMPUTE:
             target.copy_(source)
             self.computed([target])
@@ -84,7 +88,10 @@ class HostileStreams(AbstractStreams):
             self.wait(stream)
             self.num_host_waits += 1
 
-    def allocate(self, like: Tensor) -> Tensor:
+    def allocate(self, likes: Sequence[Tensor]) -> list[Tensor]:
+        return [self._allocate(like) for like in likes]
+
+    def _allocate(self, like: Tensor) -> Tensor:
         free = self._dropped[like.nbytes]
         memory = free.pop() if free else torch.full((like.nbytes,), 255, dtype=torch.uint8)
         self._own.add(address(memory))
@@ -391,12 +398,12 @@ def test_memory_that_the_computation_has_done_with_is_written_to_only_then(early
     for state in (away, here):
         transfer.adopt(state, ["exp_avg"])
     transfer.begin()
-    transfer.send(away, ["exp_avg"])
+    transfer.send([(away, ["exp_avg"])])
     transfer.settle()
     streams.computed(here.values())
     here.clear()
     transfer.begin()
-    transfer.fetch(away, ["exp_avg"])
+    transfer.fetch([(away, ["exp_avg"])])
     transfer.settle()
     assert torch.equal(away["exp_avg"], torch.ones(4))
 
@@ -411,9 +418,9 @@ def test_what_has_not_come_yet_may_leave_again(early: tuple[Stream, ...]) -> Non
     for leaving, coming in [(states[:1], []), *[(states[1:], states[:1]), (states[:1], states[1:])] * 3]:
         transfer.begin()
         for state in leaving:
-            transfer.send(state, ["exp_avg"])
+            transfer.send([(state, ["exp_avg"])])
         for state in coming:
-            transfer.fetch(state, ["exp_avg"])
+            transfer.fetch([(state, ["exp_avg"])])
     transfer.wait()
     assert [state["exp_avg"].tolist() for state in states] == [[1.0] * 4, [2.0] * 4]
 
@@ -431,13 +438,13 @@ def test_a_device_that_copies_at_once_takes_the_same_path() -> None:
 def test_on_cuda_the_later_lane_waits_for_the_earlier_and_copies_run_on_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Visible without a GPU: which stream waits for which, and where copies are queued."""
+    """Visible without a GPU: which stream waits for which, and where copies are queued: those of a block at once."""
     said: list[str] = []
-    names = iter(("out", "back"))
+    streams = iter(("out", "back"))
 
     class FakeStream:
         def __init__(self, device: torch.device | None = None, name: str | None = None) -> None:
-            self.name = name or next(names)
+            self.name = name or next(streams)
 
         def wait_stream(self, other: FakeStream) -> None:
             said.append(f"{self.name} after {other.name}")
@@ -453,18 +460,19 @@ def test_on_cuda_the_later_lane_waits_for_the_earlier_and_copies_run_on_their_ow
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream(name="compute"))
     monkeypatch.setattr(torch.cuda, "stream", within)
     transfer = Transfer(CudaStreams(torch.device("cpu")), max_pinned_bytes=0)
-    state = {"exp_avg": torch.ones(4)}
-    transfer.adopt(state, ["exp_avg"])
+    names = ["exp_avg", "exp_avg_sq"]
+    state = {name: torch.ones(4) for name in names}
+    transfer.adopt(state, names)
     transfer.begin()
-    transfer.send(state, ["exp_avg"])
-    transfer.fetch(state, ["exp_avg"])
+    transfer.send([(state, names)])
+    transfer.fetch([(state, names)])
     transfer.wait()
     assert said == [
         *("on back", "compute after back", "on compute"),
         *("out after compute", "back after compute", "on out", "back after out", "on back", "on back"),
         *("compute after back", "host waits for out"),
     ]
-    assert torch.equal(state["exp_avg"], torch.ones(4))
+    assert all(torch.equal(state[name], torch.ones(4)) for name in names)
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .adamw import AdamWRule
+from .devices import copy_all
 from .rules import AbstractRule, State
 
 BLOCK = 256
@@ -115,8 +116,8 @@ class AdamW8bitRule(AbstractRule):
                 target.copy_(moved)
         for name, signed in SIGNED.items():
             new_codes, new_scales = quantise(whole[name], signed=signed)
-            _copy_all(codes[name], new_codes.split(sizes))
-            _copy_all(scales[name], new_scales.split([size // BLOCK for size in sizes]))
+            copy_all(codes[name], new_codes.split(sizes))
+            copy_all(scales[name], new_scales.split([size // BLOCK for size in sizes]))
 
     @property
     def _adamw(self) -> AdamWRule:
@@ -222,9 +223,6 @@ def _parts(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
 
 def _part_of(tensor: Tensor) -> int:
     return PART.get(tensor.device.type, PART_ELSEWHERE)
-
-
-_copy_all: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

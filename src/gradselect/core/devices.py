@@ -1,8 +1,12 @@
-"""Kinds of devices that decide defaults: fused kernels, and the place of state that is not in use."""
+"""Devices: which kinds decide defaults, and copies of many tensors in one call."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 WITH_FUSED_KERNELS = ("cuda", "hpu", "mps", "mtia", "xpu")
 """Accelerators whose fused AdamW torch supports by name."""
@@ -24,3 +28,11 @@ def device_of_run(device: torch.device) -> torch.device:
         return device
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if accelerator is None else accelerator
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor], *, non_blocking: bool = False) -> None:
+    """Copy each source into its target, all in one call of torch."""
+    _foreach_copy(list(targets), list(sources), non_blocking=non_blocking)
+
+
+_foreach_copy: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]

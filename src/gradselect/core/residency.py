@@ -192,16 +192,11 @@ class _Offloading(AbstractMover):
         for copy in coming:
             while waiting and held_bytes + copy.num_bytes > limit:
                 held_bytes -= waiting[0].num_bytes
-                self._send(waiting.popleft())
+                self._transfer.send(waiting.popleft().states)
             held_bytes += copy.num_bytes
-            for state, names in copy.states:
-                self._transfer.fetch(state, names)
+            self._transfer.fetch(copy.states)
         for copy in waiting:
-            self._send(copy)
-
-    def _send(self, copy: StateCopy) -> None:
-        for state, names in copy.states:
-            self._transfer.send(state, names)
+            self._transfer.send(copy.states)
 
     def adopt(self, state: State, names: Sequence[str]) -> None:
         self._transfer.adopt(state, names)

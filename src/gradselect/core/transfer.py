@@ -24,6 +24,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from .devices import copy_all
 from .rules import State
 
 logger = logging.getLogger(__name__)
@@ -48,11 +49,11 @@ class AbstractStreams(ABC):
         """Make future work of `later` wait for all work queued on `earlier` so far."""
 
     @abstractmethod
-    def copy(self, stream: Stream, target: Tensor, source: Tensor) -> None:
-        """Queue a copy on `stream`. If the host's tensor is not page-locked, the host waits for the copy."""
+    def copy(self, stream: Stream, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        """Queue one copy or more on `stream`. If a tensor of the host is not page-locked, the host waits for them."""
 
     @abstractmethod
-    def allocate(self, like: Tensor) -> Tensor:
+    def allocate(self, likes: Sequence[Tensor]) -> list[Tensor]:
         """Return device memory that TO_DEVICE may write to at once; it may be reused as soon as it is dropped."""
 
     @abstractmethod
@@ -80,14 +81,15 @@ class CudaStreams(AbstractStreams):
     def after(self, later: Stream, earlier: Stream) -> None:
         self._cuda_stream(later).wait_stream(self._cuda_stream(earlier))
 
-    def copy(self, stream: Stream, target: Tensor, source: Tensor) -> None:
-        on_host = target if target.device.type == "cpu" else source
+    def copy(self, stream: Stream, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        on_host = targets if targets[0].device.type == "cpu" else sources
+        is_page_locked = all(tensor.is_pinned() for tensor in on_host)
         with torch.cuda.stream(self._cuda_stream(stream)):
-            target.copy_(source, non_blocking=on_host.is_pinned())
+            copy_all(targets, sources, non_blocking=is_page_locked)
 
-    def allocate(self, like: Tensor) -> Tensor:
+    def allocate(self, likes: Sequence[Tensor]) -> list[Tensor]:
         with torch.cuda.stream(self._cuda_stream(Stream.TO_DEVICE)):
-            return torch.empty_like(like, device=self._device)
+            return [torch.empty_like(like, device=self._device) for like in likes]
 
     def page_locked(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
@@ -110,11 +112,11 @@ class SynchronousStreams(AbstractStreams):
     def after(self, later: Stream, earlier: Stream) -> None:
         pass
 
-    def copy(self, stream: Stream, target: Tensor, source: Tensor) -> None:
-        target.copy_(source)
+    def copy(self, stream: Stream, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        copy_all(targets, sources)
 
-    def allocate(self, like: Tensor) -> Tensor:
-        return torch.empty_like(like, device=self._device)
+    def allocate(self, likes: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.empty_like(like, device=self._device) for like in likes]
 
     def page_locked(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
@@ -165,7 +167,7 @@ class HostMemory:
         free = self._free[num_bytes]
         buffer = free.pop() if free else self._new(num_bytes)
         self._taken[_address(buffer.memory)] = buffer
-        strides = torch.empty_like(like, device="meta").stride()
+        strides = like.stride() if like.is_contiguous() else torch.empty_like(like, device="meta").stride()
         return buffer.memory[: like.nbytes].view(like.dtype).as_strided(like.shape, strides)
 
     def give_back(self, tensor: Tensor) -> None:
@@ -221,13 +223,13 @@ class Transfer:
 
     def adopt(self, state: State, names: Sequence[str]) -> None:
         """Move a new state to memory that TO_DEVICE may reuse after the state has left."""
-        if not self._streams.has_own_memory:
+        if not self._streams.has_own_memory or not names:
             return
-        moved = {name: self._streams.allocate(state[name]) for name in names}
+        made = [state[name] for name in names]
+        moved = self._streams.allocate(made)
         self._streams.after(Stream.COMPUTE, Stream.TO_DEVICE)
-        for name, target in moved.items():
-            self._streams.copy(Stream.COMPUTE, target, state[name])
-        state.update(moved)
+        self._streams.copy(Stream.COMPUTE, moved, made)
+        state.update(zip(names, moved, strict=True))
 
     def begin(self) -> None:
         """Begin a switch: the computation so far is the last to use the outgoing state."""
@@ -236,25 +238,21 @@ class Transfer:
         self._streams.after(Stream.TO_DEVICE, Stream.COMPUTE)
         self._is_switching = True
 
-    def send(self, state: State, names: Sequence[str]) -> None:
-        """Move a state to the host; later incoming state may take its device memory."""
-        if not self._streams.has_own_memory:
-            return
-        for name in names:
-            host = self._host.take(state[name])
-            self._streams.copy(Stream.TO_HOST, host, state[name])
-            state[name] = host
-        self._streams.after(Stream.TO_DEVICE, Stream.TO_HOST)
+    def send(self, states: Sequence[tuple[State, Sequence[str]]]) -> None:
+        """Move the named tensors of states to the host; later incoming state may take their device memory."""
+        if leaving := self._tensors(states):
+            hosts = [self._host.take(tensor) for tensor in leaving]
+            self._streams.copy(Stream.TO_HOST, hosts, leaving)
+            _replace(states, hosts)
+            self._streams.after(Stream.TO_DEVICE, Stream.TO_HOST)
 
-    def fetch(self, state: State, names: Sequence[str]) -> None:
-        """Move a state to the device."""
-        if not self._streams.has_own_memory:
-            return
-        for name in names:
-            device = self._streams.allocate(state[name])
-            self._streams.copy(Stream.TO_DEVICE, device, state[name])
-            self._read.append(state[name])
-            state[name] = device
+    def fetch(self, states: Sequence[tuple[State, Sequence[str]]]) -> None:
+        """Move the named tensors of states to the device."""
+        if coming := self._tensors(states):
+            here = self._streams.allocate(coming)
+            self._streams.copy(Stream.TO_DEVICE, here, coming)
+            self._read += coming
+            _replace(states, here)
 
     def settle(self) -> None:
         """Let the computation use the incoming state from here on; the host does not wait."""
@@ -275,6 +273,18 @@ class Transfer:
         """Forget all states; somebody else may still read their host memory."""
         self.settle()
         self._host.forget()
+
+    def _tensors(self, states: Sequence[tuple[State, Sequence[str]]]) -> list[Tensor]:
+        """Return the tensors to move: none where the device has no memory of its own."""
+        return [state[name] for state, names in states for name in names] if self._streams.has_own_memory else []
+
+
+def _replace(states: Sequence[tuple[State, Sequence[str]]], tensors: Sequence[Tensor]) -> None:
+    """Put tensors in the place of the named ones."""
+    new = iter(tensors)
+    for state, names in states:
+        for name in names:
+            state[name] = next(new)
 
 
 def _address(tensor: Tensor) -> int:
