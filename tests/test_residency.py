@@ -28,7 +28,7 @@ from torch.nn import functional
 
 import gradselect as gs
 from gradselect.core.residency import AbstractMover, _Offloading
-from gradselect.core.transfer import AbstractStreams, CudaStreams, Stream, SynchronousStreams, Transfer
+from gradselect.core.transfer import AbstractStreams, CudaStreams, HostMemory, Stream, SynchronousStreams, Transfer
 
 WAYS = (Stream.TO_HOST, Stream.TO_DEVICE)
 NUM_STEPS = 25
@@ -384,6 +384,14 @@ def test_short_of_page_locked_memory_it_goes_on_with_pageable_and_says_so_once(
     assert streams.num_host_waits > 0
     assert len(caplog.messages) == (reason is not None)
     assert reason is None or reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    "like", [torch.ones(2, 3), torch.ones(2, 3).T, torch.ones(4, 6)[:, ::2]], ids=["rows", "columns", "with gaps"]
+)
+def test_host_memory_has_the_layout_that_torch_would_give(like: Tensor) -> None:
+    taken = HostMemory(HostileStreams(), max_pinned_bytes=None).take(like)
+    assert (taken.shape, taken.stride()) == (like.shape, torch.empty_like(like).stride())
 
 
 # The order itself ----------------------------------------------------------------------------------------------------
