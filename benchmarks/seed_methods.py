@@ -19,7 +19,8 @@ from gradselect.app.report.methods import Method
 from gradselect.app.report.scores import Difference
 from gradselect.app.results import Calibration, read_calibration
 
-LORA = "LoRA"
+LORAS = ("LoRA", "LoRA r=4")
+"""The LoRA that the other methods stand beside, as the suites name it."""
 PUBLISHED = {
     "seeds-mrpc": "Published on the development set: 89.5 for the MiniLM of 12 layers, of which this encoder keeps "
     "every second one, and 87.3 for BERT-base beside it (Wang et al., arXiv 2002.10957; table of the model's card).",
@@ -37,6 +38,13 @@ SUITES = (
         title="Methods of the literature on a small decoder",
         task="The quickstart's Llama of 1.4 million weights learns word problems in 250 steps. A LoRA of rank 2 has "
         "34,816 entries, and every method trains as many where it lets one choose.",
+    ),
+    Suite(
+        name="salience",
+        title="Saliences of static masks",
+        task="On the same model and task every mask trains 69,632 entries of the linear layers, as many as a LoRA of "
+        "rank 4 has. SPEFT (arXiv 2412.13488) found the plain gradient as good as any salience, better than a mask "
+        "that is refreshed, and better than LoRA.",
     ),
     *(
         Suite(
@@ -128,9 +136,8 @@ def _step(calibration: Calibration, name: str) -> str:
 
 def _lesser(comparison: Comparison) -> dict[str, Difference]:
     """Return how much lower the loss of each method is than LoRA's; empty without LoRA or a loss."""
-    if not any(method.name == LORA for method in comparison.methods):
-        return {}
-    return {one.first: one for one in measures(comparison)[-1].against(LORA)}
+    lora = next((method.name for method in comparison.methods if method.name in LORAS), None)
+    return {} if lora is None else {one.first: one for one in measures(comparison)[-1].against(lora)}
 
 
 def _notes(comparison: Comparison, suite: Suite) -> Iterator[str]:
