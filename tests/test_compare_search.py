@@ -209,6 +209,15 @@ def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return folder, runner.ran, runner.said, summary
 
 
+def copied(results: Path, folder: Path) -> Path:
+    """Copy the result files, without the work in progress."""
+    copy = folder / "results"
+    copy.mkdir()
+    for file in results.glob("*.json"):
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
 def values(folder: Path, name: str) -> dict[str, Any]:
     return json.loads((folder / f"{name}.json").read_text("utf-8"))
 
@@ -239,10 +248,7 @@ def test_short_runs_are_results_and_the_best_full_one_is_scored(finished: tuple[
 def test_a_finished_search_is_not_repeated_and_a_missing_run_is(
     place: Path, finished: tuple[Path, list[str], str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner, copy = Runner(monkeypatch), tmp_path / "results"
-    copy.mkdir()
-    for file in finished[0].glob("*.json"):
-        (copy / file.name).write_bytes(file.read_bytes())
+    runner, copy = Runner(monkeypatch), copied(finished[0], tmp_path)
     runner(halving_suite(place), copy)
     assert runner.ran == []
     (copy / f"{NAMES[1]}.json").unlink()
@@ -256,10 +262,7 @@ def test_a_widened_grid_is_part_of_the_results_and_no_new_protocol(
     place: Path, finished: tuple[Path, list[str], str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best rate 0.01 is the highest, so 0.1 runs too; the results of the narrow grid are used again."""
-    runner, copy = Runner(monkeypatch), tmp_path / "results"
-    copy.mkdir()
-    for file in finished[0].glob("*.json"):
-        (copy / file.name).write_bytes(file.read_bytes())
+    runner, copy = Runner(monkeypatch), copied(finished[0], tmp_path)
     (summary,) = runner(halving_suite(place).model_copy(update={"widen": 1, "seeds": 2}), copy)
     beyond, last = "full.lr-0.1.seed-0.rate", f"full.lr-{summary.lr:g}.seed-1.score"
     assert runner.ran[0] == beyond
