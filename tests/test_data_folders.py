@@ -68,12 +68,20 @@ WRONG_FOLDERS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no data": ({"model.bin": "x"}, ["a folder without data files; it holds: model.bin"]),
     "a shard is missing": (shards("train", 3, of=4), ["1 of 4 shards are missing, the first is number 00003"]),
     "no such split": (shards("test", 2), ["no file of the split 'train'; there is: test (2 files", "data.split=test"]),
-    "beside the splits": ({"train.txt": "1", "more.txt": "2"}, ["files of no split: more.txt", "train*'"]),
+    "beside the splits": ({"train.txt": "1", "more.txt": "2"}, ["files of no split: more.txt", "/train.txt'"]),
     "several fit": (
         {**shards("train_sft", 1), **shards("train_gen", 1)},
         ["several splits fit 'train'", "data.split=train_"],
     ),
     "no such name": (shards("part", 2), ["no file of the split 'gold'; there is: part (2 files", "/*.parquet'"]),
+    "folders that several fit": (
+        {f"{k}/{name}": v for k in ("main", "more") for name, v in {**shards("train", 2), **shards("test", 1)}.items()},
+        ["data.split=main/train", "/main/train-*.parquet'"],
+    ),
+    "a shard is missing below": (
+        {f"data/{name}": v for name, v in shards("train", 3, of=4).items()},
+        ["1 of 4 shards are missing", "/data/*.parquet'"],
+    ),
     "languages": (
         {"en/a.txt": "1", "de/a.txt": "2"},
         ["no file of the split 'train'; there is: de (a.txt), en (a.txt)"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shlex
@@ -83,6 +84,11 @@ def test_the_format_is_found_from_the_columns(row: dict[str, Any], data: dict[st
         ({"text": "a", "label": 1}, "data.format=text"),
         ({"frage": "q", "antwort": "a"}, "data.completion={antwort}"),
         ({"number": 3}, "data.text={number}"),
+        ({"frage": "q", " antwort": "a"}, "columns: frage, ' antwort'."),
+        (
+            {"frage;antwort": "q;a"},
+            "columns: frage;antwort (separated by semicolons; save it with commas",
+        ),
     ],
 )
 def test_what_is_not_clear_is_refused_with_words_to_type(row: dict[str, Any], words: str) -> None:
@@ -140,6 +146,16 @@ def test_no_column_is_named_that_the_data_lacks() -> None:
 def test_unused_columns_are_said() -> None:
     found = guess_format([{"question": "q", "answer": "a", "id": 1}], path="a", given={}, formats=FORMATS)
     assert str(found) == "prompt-completion, found from the columns question and answer; not used: id"
+    unnamed = guess_format([{"": "0", "question": "q", "answer": "a"}], path="a", given={}, formats=FORMATS)
+    assert str(unnamed).endswith("; not used: ''")
+
+
+@pytest.mark.parametrize(("name", "run"), [("Sums.JSONL", "Sums"), ("v1.json.csv", "v1.json"), ("a.jsonl.gz", "a")])
+def test_a_run_is_named_after_its_data_however_the_ending_is_spelled(place: Path, name: str, run: str) -> None:
+    data = (place / "sums.jsonl").read_bytes()
+    data = b"question,answer\n1,2\n" if name.endswith(".csv") else gzip.compress(data) if ".gz" in name else data
+    (place / name).write_bytes(data)
+    assert draft_recipe(str(place / "model"), str(place / name)).recipe.run.output == f"runs/model-{run}"
 
 
 def test_the_words_of_a_draft_make_the_same_recipe(place: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -103,6 +104,13 @@ def test_a_trained_classifier_is_evaluated_as_it_was_trained(place: Path, tmp_pa
     assert items[1]["text"].endswith("length.")
     assert (items[0]["reference"], items[1]["prediction"]) == ("bad", "good")
     assert sum(items[0]["probabilities"].values()) == pytest.approx(1.0)
+
+
+def test_the_columns_of_the_training_also_name_those_of_a_packed_table(place: Path, tmp_path: Path) -> None:
+    """Its first row was taken for the names of the columns."""
+    packed = tmp_path / "dev.tsv.gz"
+    packed.write_bytes(gzip.compress((place / "dev.tsv").read_bytes()))
+    assert evaluate(settings(place, data=packed)).num_items == 8
 
 
 def test_the_figures_are_those_of_the_items(place: Path) -> None:

@@ -144,6 +144,15 @@ def test_a_loss_reads_conversations_in_several_columns(write: Write) -> None:
     assert passage.prompt.messages == TALK[1:]
 
 
+def test_templates_decide_what_a_loss_reads_where_the_columns_would_decide_otherwise(write: Write) -> None:
+    """Templates were read, and then left aside in silence, where a row had messages or a text as well."""
+    row = {"messages": TALK, "text": "all of it", "question": "q", "answer": "a"}
+    (passage,) = read_passages(settings("loss", write(row), prompt="{question}|", completion="{answer}"))
+    assert (passage.prompt, passage.target) == ("q|", "a")
+    (passage,) = read_passages(settings("loss", write({**row, "messages": None}), completion="{answer}"))
+    assert (passage.prompt, passage.target) == ("Question: q\nAnswer:", "a")
+
+
 def test_a_loss_prefers_the_worked_answer_to_the_bare_one(write: Write) -> None:
     (passage,) = read_passages(settings("loss", write({**MATH, "answer": "0.5"})))
     assert passage.target == " It is $\\boxed{\\frac12}$."
@@ -248,6 +257,9 @@ def test_a_data_set_that_is_nowhere_is_explained() -> None:
         ({"task": "gsm8k", "dtype": "int8"}, "dtype='int8' is not one of"),
         ({"task": "gsm8k", "prompt": "Answer:"}, "prompt='Answer:' names no column"),
         ({"task": "gsm8k", "prompt": "{question"}, "a literal brace is written twice"),
+        ({"task": "loss", "data": "d", "max_new_tokens": 5}, "max_new_tokens=5 is for tasks whose answers the model"),
+        ({"task": "loss", "data": "d", "stop": ("x",)}, "is for tasks whose answers the model writes, not for loss"),
+        ({"task": "classification", "data": "d", "as_chat": True}, "as_chat is not for the task classification"),
         ({"task": "gsm8k", "stop": ("",)}, "empty stop string"),
     ],
 )

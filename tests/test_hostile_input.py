@@ -127,8 +127,16 @@ def test_a_header_that_claims_petabytes_is_refused(model: Path) -> None:
     with pytest.raises(UsageError, match="cannot be used"):
         load_plainly(model)
     (model / "model.safetensors").write_bytes((2**60).to_bytes(8, "little") + header)
-    with pytest.raises(UsageError, match="cannot be used"):
+    with pytest.raises(UsageError, match=r"cannot be used: .*damaged or was cut off: copy or download it again"):
         load_plainly(model)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_called_one(model: Path, name: str) -> None:
+    """A clone without git-lfs has such files; "header too large" told nobody what to do."""
+    (model / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n")
+    with pytest.raises(UsageError, match=rf"{name} is a pointer of Git LFS .*: git lfs pull"):
+        load(EvaluationSettings(model=str(model), task="loss", data="none.txt", device="cpu"))
 
 
 def test_a_trained_model_is_read_as_it_was_written_or_not_at_all(model: Path) -> None:

@@ -27,8 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gradselect.app.inputs import read_inputs
 from gradselect.app.progress import Stage
 from gradselect.app.recipe import Recipe, todays_recipe
+from gradselect.app.runtime import RunFolder
 from gradselect.app.train import answering, differences, train
 from gradselect.app.train.answering import GreedyAnswerer, undisturbed
+from gradselect.app.train.checkpoints import return_to
 from gradselect.app.train.samples import UNKNOWN_BEGINNING, choose_samples, last_trained
 from gradselect.usage import shortened
 
@@ -106,6 +108,18 @@ def test_a_resumed_run_has_the_answers_of_a_whole_one(
     train(recipe(place, stopped, count=3), console=quiet(), resume=True)
     assert lines(stopped) == lines(whole)
     assert_same_weights(stopped, whole)
+
+
+def test_answers_with_line_separators_inside_are_cut_at_a_resume(tmp_path: Path) -> None:
+    """The run could not be resumed: a text with U+2028 or U+0085 was taken for several lines."""
+    answers = [{"step": step, "prompt": "a\u2028b\x85c", "answer": "\u2029"} for step in (2, 2, 4)]
+    texts = [json.dumps(answer, ensure_ascii=False) for answer in answers]
+    # Killed within a character.
+    (tmp_path / "answers.jsonl").write_bytes("\n".join([*texts, '{"step": 4, "prompt": "ü']).encode()[:-1])
+    folder = RunFolder(tmp_path)
+    folder.checkpoint(2).mkdir(parents=True)
+    return_to(folder, folder.checkpoint(2), damaged={}, keep=1)
+    assert (tmp_path / "answers.jsonl").read_text("utf-8") == f"{texts[0]}\n{texts[1]}\n"
 
 
 def _stop_at_step_4(trainer: Any) -> None:

@@ -3,6 +3,7 @@
 from .atomic import aside_of, flush_names, remove, write_atomically, writing_aside
 from .checked_json import json_files, plain_or_packed, read_json_text, read_sealed, sealed
 from .folder import make_folder
+from .git_lfs import check_no_pointer
 from .lock import LOCK_NAME, is_owned, locked, owned, taking_turns
 from .manifest import MANIFEST_NAME, digests_of_model, newest_whole, sha256, write_manifest
 from .model_files import BELONGING, BesideWeights, belongs, beside_weights, is_safe, module_folders
@@ -17,6 +18,7 @@ __all__ = [
     "aside_of",
     "belongs",
     "beside_weights",
+    "check_no_pointer",
     "digests_of_model",
     "flush_names",
     "is_owned",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,8 @@ def open_conversation(
         >>> conversation = open_conversation("runs/smol")  # doctest: +SKIP
         >>> conversation.answer({"question": "How many is 2 + 3?"}, write=print)  # doctest: +SKIP
     """
-    if temperature < 0:
-        raise UsageError(f"temperature={temperature} is negative; write 0 for greedy answers, or e.g. 0.7")
+    if not 0 <= temperature < math.inf:
+        raise UsageError(f"temperature={temperature} is negative or no number; write 0 for greedy answers, or e.g. 0.7")
     check_writes_text(model)
     check_folder(model)
     loaded = load_language_model(EvaluationSettings(model=model, task="gsm8k", dtype=dtype, device=device))

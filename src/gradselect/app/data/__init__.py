@@ -3,11 +3,11 @@
 from .cells import cell_text, is_empty, label_text
 from .chat import TEMPLATE_ARGUMENTS, ChatColumns, Conversation, holds_messages, read_conversation
 from .chat_messages import REASONING, Message, is_blank
-from .endings import ENDINGS, ending_of
+from .endings import ENDINGS, ending_of, whole_ending_of
 from .hub_rows import read_hub_rows
 from .labels import label_names, read_label
 from .row import Origin, Row, Rows, place_of
-from .rows import read_rows, require_columns
+from .rows import other_sign, read_rows, require_columns, shown_columns
 from .shards import VALIDATION_SPLITS, data_fingerprint, files_of, is_local, is_pattern
 from .template import check_template, columns_of, optional_columns_of, render, says_nothing
 from .text_lines import read_bytes
@@ -37,6 +37,7 @@ __all__ = [
     "label_names",
     "label_text",
     "optional_columns_of",
+    "other_sign",
     "place_of",
     "read_bytes",
     "read_conversation",
@@ -46,4 +47,6 @@ __all__ = [
     "render",
     "require_columns",
     "says_nothing",
+    "shown_columns",
+    "whole_ending_of",
 ]

@@ -212,11 +212,22 @@ def _explained(error: Exception, text: str, *, path: Path, first_line: int) -> U
             )
         case json.JSONDecodeError():
             line = first_line + error.lineno - 1
-            return UsageError(f"{path}, line {line}: broken JSON ({error.msg} at column {error.colno})")
+            return UsageError(
+                f"{path}, line {line}: broken JSON ({error.msg} at column {error.colno}){_unfinished(text, error)}"
+            )
         case RecursionError():
             return UsageError(f"{where}: JSON with too many brackets inside one another")
     # Python reads whole numbers of up to 4,300 digits.
     return UsageError(f"{where}: a number with thousands of digits; write it as a text, in quotes")
+
+
+def _unfinished(text: str, error: json.JSONDecodeError) -> str:
+    """Return advice if one line ends within an object: one that takes several lines begins with such a line."""
+    if "\n" in text.strip() or error.pos < len(text.rstrip()) or not text.lstrip().startswith(("{", "[")):
+        return ""
+    return (
+        "; the line ends within an object: if objects take several lines, jq -c . FILE > lines.jsonl writes one a line"
+    )
 
 
 def _line_of(constant: str, text: str) -> int:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from gradselect.files import check_no_pointer
 from gradselect.usage import UsageError, printable
 
 from .columnar_rows import read_arrow, read_parquet
@@ -76,6 +77,7 @@ def _read_file(path: Path, *, columns: Sequence[str] | None, rows_key: str | Non
         raise UsageError(f"data.rows_key={rows_key!r} is for .json files; {path} has rows of its own: leave it out")
     if not path.is_file():
         raise UsageError(f"{path}: no such file; paths are relative to the folder the command runs in")
+    check_no_pointer(path)
     options = {"columns": columns} if columns is not None else {"rows_key": rows_key} if rows_key is not None else {}
     return _READERS[ending](path, **options)
 
@@ -89,14 +91,21 @@ def require_columns(rows: Sequence[Row], columns: Sequence[str], *, path: str | 
     for index, row in enumerate(rows):
         missing = [column for column in columns if column not in row]
         if missing:
-            there = printable(", ".join(map(str, row)))[:MOST_NAMES] or "none"
             where = place_of(rows, index, path=path)
-            raise UsageError(f"{where} has no column {missing[0]!r}; its columns are: {there}{_other_sign(row)}")
+            raise UsageError(
+                f"{where} has no column {missing[0]!r}; its columns are: {shown_columns([*row])}{other_sign([*row])}"
+            )
 
 
-def _other_sign(row: Row) -> str:
+def shown_columns(columns: Sequence[str]) -> str:
+    """Return the names of columns for a message. Blanks around a name, and a name of nothing, stand in quotes."""
+    names = (name if name and name == name.strip() else repr(name) for name in map(str, columns))
+    return printable(", ".join(names))[:MOST_NAMES] or "none"
+
+
+def other_sign(columns: Sequence[str]) -> str:
     """Return advice if the only column of a table looks like several columns with another sign between them."""
-    name = next(iter(row)) if len(row) == 1 else ""
+    name = columns[0] if len(columns) == 1 else ""
     signs = {"\t": "tabs; let the name of the file end in .tsv", ";": "semicolons; save it with commas, or as .tsv"}
     return next((f" (separated by {advice}?)" for sign, advice in signs.items() if sign in name), "")
 

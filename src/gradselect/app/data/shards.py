@@ -159,16 +159,16 @@ def _choose(groups: Groups, splits: Sequence[str], *, needs_split: bool, folder:
         matching = _matching(groups, split)
         if len(matching) > 1:
             found = f"several splits fit {split!r}: {_listed(groups, matching)}"
-            raise UsageError(f"{folder}: {found}; {_advice(groups, matching, folder)}")
+            raise UsageError(f"{folder}: {found}; {_advice(groups, matching)}")
         if matching and split_of(matching[0]) is not None and of_no_split:
             raise UsageError(
                 f"{folder}: files of the split {split!r} and files of no split: {_listed(groups, of_no_split)}; move "
-                f"these away, or name the files that are meant: data.path='{folder}/{split}*'"
+                f"these away, or name the files that are meant: data.path='{_pattern(groups[matching[0]])}'"
             )
         if matching:
             return matching[0]
     found = f"no file of the split {' or '.join(map(repr, splits))}; there is: {_listed(groups, groups)}"
-    raise UsageError(f"{folder}: {found}; {_advice(groups, groups, folder)}")
+    raise UsageError(f"{folder}: {found}; {_advice(groups, groups)}")
 
 
 def _matching(groups: Groups, split: str) -> list[str]:
@@ -186,10 +186,22 @@ def _listed(groups: Groups, names: Iterable[str]) -> str:
     return printable(", ".join(listed))
 
 
-def _advice(groups: Groups, names: Iterable[str], folder: Path) -> str:
+def _advice(groups: Groups, names: Iterable[str]) -> str:
     name = next((name for name in names if name), "train")
-    pattern = folder / f"*{whole_ending_of(next(iter(groups.values()))[0])}"
+    pattern = _pattern(groups.get(name) or next(iter(groups.values())))
     return f"write data.split={name} (gradselect evaluate: --split {name}), or name the files: data.path='{pattern}'"
+
+
+def _pattern(files: Sequence[Path]) -> str:
+    """Return a pattern that matches these files of one folder and no others: by the ending, or by what names share."""
+    folder, ending = files[0].parent, whole_ending_of(files[0])
+    if {*folder.glob(f"*{ending}")} == {*files}:
+        return f"{folder}/*{ending}"
+    if len(files) == 1:
+        return str(files[0])
+    # Of numbered shards the names have "train-0000" in common: the digits would leave the tenth out.
+    common = next(n for n in range(len(files[0].name), -1, -1) if all(f.name[:n] == files[0].name[:n] for f in files))
+    return f"{folder}/{files[0].name[:common].rstrip('0123456789')}*{ending}"
 
 
 # Checks --------------------------------------------------------------------------------------------------------------
@@ -200,9 +212,10 @@ def _check_one_kind(files: Sequence[Path], *, folder: Path) -> None:
     if len(first_of) > 1:
         shown = printable(", ".join(sorted(first_of.values())[:MOST_LISTED]))
         ending = next(iter(sorted(first_of)))
+        meant = [file for file in files if whole_ending_of(file).lower() == ending]
         raise UsageError(
             f"{folder}: files of {len(first_of)} kinds: {shown}; name the ones that are meant, e.g. "
-            f"data.path='{folder}/*{ending}'"
+            f"data.path='{_pattern(meant)}'"
         )
 
 
@@ -215,7 +228,7 @@ def _check_complete(files: Sequence[Path], *, folder: Path) -> None:
         if missing:
             raise UsageError(
                 f"{folder}: {len(missing)} of {total} shards are missing, the first is number {missing[0]:05d}; "
-                f"complete the copy, or name the files: data.path='{folder}/*{whole_ending_of(files[0])}'"
+                f"complete the copy, or name the files: data.path='{_pattern(files)}'"
             )
 
 

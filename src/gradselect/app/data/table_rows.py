@@ -70,7 +70,7 @@ def _read_table(path: Path, reader: Any, columns: Sequence[str] | None) -> Itera
                     raise _wrong_length(path, number, fields, header, is_named=columns is not None)
                 yield number, dict(zip(header, fields, strict=True))
         except csv.Error as error:
-            raise UsageError(f"{path}, line {begin}: broken line ({_advice(error)})") from None
+            raise UsageError(f"{path}, line {begin}: broken line ({_advice(error, path)})") from None
 
 
 def _wrong_length(path: Path, number: int, fields: list[str], header: list[str], *, is_named: bool) -> UsageError:
@@ -81,10 +81,15 @@ def _wrong_length(path: Path, number: int, fields: list[str], header: list[str],
     )
 
 
-def _advice(error: csv.Error) -> str:
+def _advice(error: csv.Error, path: Path) -> str:
     said = str(error)
     if said.startswith("field larger"):
         return f"a cell of more than {LONGEST_FIELD:,} characters; is a quote sign left open?"
+    if said.startswith("new-line character"):
+        return (
+            "a carriage return without a line feed; put the cell that holds it into quotes, or, if all lines end so, "
+            f"convert the file: tr '\\r' '\\n' < {path.name} > lines{path.suffix}"
+        )
     return f"{said}; is a quote sign left open?" if said == "unexpected end of data" else said
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradselect.app.data import ENDINGS, Rows, ending_of, holds_messages, is_local, read_hub_rows, read_rows
+from gradselect.app.data import Rows, ending_of, holds_messages, is_local, read_hub_rows, read_rows, whole_ending_of
 from gradselect.app.recipe import Recipe, merge, parse_recipe, recipe_formats, with_overrides
 
 from .formats import Guess, guess_format
@@ -140,7 +140,7 @@ def _name_of(place: str) -> str:
     parts = [part for part in re.split(r"[/\\]", place.rstrip("/\\")) if part not in ("", ".", "..", "~")]
     name = parts[-1] if parts else "data"
     if ending_of(name) is not None:
-        name = name.partition(next(ending for ending in ENDINGS if ending in name))[0]
+        name = name[: -len(whole_ending_of(name))]
         # "gsm8k/train.jsonl" is GSM8K.
         name = parts[-2] if name in ("train", "data", "") and len(parts) > 1 else name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "data"

@@ -7,8 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gradselect import UsageError
-from gradselect.app.data import Row, columns_of, holds_messages, is_empty, optional_columns_of
-from gradselect.usage import printable
+from gradselect.app.data import (
+    Row,
+    columns_of,
+    holds_messages,
+    is_empty,
+    optional_columns_of,
+    other_sign,
+    shown_columns,
+)
 
 NUM_ROWS = 100
 """Rows that are looked at."""
@@ -18,7 +25,6 @@ ANSWERS = ("completion", "output", "response", "answer", "solution", "target")
 CONTEXTS = ("input", "context")
 LABELS = ("label", "labels")
 CLASSIFIED = ("text", "sentence", "sentence1", "premise", "question1", "question", "sentence2", "hypothesis")
-MOST_NAMES = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,13 +194,15 @@ def _labelled(columns: Sequence[str], *, path: str) -> str:
 
 
 def _unknown(columns: Sequence[str], rows: Sequence[Row], *, path: str) -> str:
+    named = f"{path}: no format is known for its columns: {shown_columns(columns)}"
+    if sign := other_sign(columns):  # no template can name parts of a column
+        return f"{named}{sign}"
     plain = [column for column in columns if any(isinstance(row.get(column), str) for row in rows)] or [*columns]
     plain = [column for column in plain if not all(is_empty(row.get(column)) for row in rows)] or plain
     asked, answered = (plain[0], plain[-1]) if len(plain) > 1 else (plain[0], "answer")
     return (
-        f"{path}: no format is known for its columns: {printable(', '.join(columns))[:MOST_NAMES]}. Say what the model "
-        f"reads and what it learns to write, e.g. 'data.prompt={{{asked}}}\\n' 'data.completion={{{answered}}}'; or, "
-        f"to train on one text, 'data.text={{{plain[0]}}}'"
+        f"{named}. Say what the model reads and what it learns to write, e.g. 'data.prompt={{{asked}}}\\n' "
+        f"'data.completion={{{answered}}}'; or, to train on one text, 'data.text={{{plain[0]}}}'"
     )
 
 
@@ -203,7 +211,7 @@ def _names(messages: Any) -> tuple[str, ...]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    *rest, last = [printable(name)[:40] for name in names]
+    *rest, last = [shown_columns([name])[:40] for name in names]
     return f"{', '.join(rest)} and {last}" if rest else last
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from gradselect.app.data import Row, columns_of, read_label, render, require_columns
+from gradselect.app.data import Row, columns_of, ending_of, read_label, render, require_columns
 from gradselect.app.models import encode_texts
 from gradselect.app.recipe import EvaluationSettings
 from gradselect.app.stats import class_metrics, score_metrics, wilson_interval
@@ -42,7 +41,7 @@ def with_recipe(settings: EvaluationSettings) -> EvaluationSettings:
     """Fill missing settings from the recipe of the training, else with the usual column names."""
     known = {"text": "{sentence}", "label": "label"} | data_of_recipe(settings.model, format="classification")
     columns = settings.columns
-    if columns is None and known.get("columns") and Path(str(settings.data)).suffix.lower() in (".csv", ".tsv"):
+    if columns is None and known.get("columns") and ending_of(str(settings.data)) in (".csv", ".tsv"):
         columns = tuple(known["columns"])
     return replace(
         settings,

@@ -17,7 +17,7 @@ from gradselect.app.models import (
     load_weights,
 )
 from gradselect.app.recipe import EvaluationSettings
-from gradselect.app.runtime import keep_freed_memory
+from gradselect.app.runtime import RunFolder, keep_freed_memory
 from gradselect.usage import UsageError
 
 FOLDER_MARKS = ("config.json", "adapter_config.json")
@@ -115,6 +115,14 @@ def check_folder(model: str | Path) -> None:
     if path.is_file():
         raise UsageError(f"model={str(model)!r} is a file; give its folder")
     if path.is_dir() and not any((path / mark).is_file() for mark in FOLDER_MARKS):
+        folder = RunFolder(path)
+        if folder.run_file.is_file():
+            newest = folder.newest_checkpoint()
+            advice = "" if newest is None else f", or give its newest checkpoint: {newest}"
+            raise UsageError(
+                f"model={str(model)!r} is a run that has no model yet: it has not finished, or keeps none (random "
+                f"data); to finish it, add --resume to its command{advice}"
+            )
         content = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
         raise UsageError(
             f"model={str(model)!r} is not a model folder: it has no config.json; it holds {content}. "

@@ -33,6 +33,7 @@ from gradselect.app.data import (
     says_nothing,
 )
 from gradselect.app.recipe import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
+from gradselect.files import check_no_pointer
 from gradselect.usage import UsageError
 
 from .trained_on import data_of_recipe
@@ -157,7 +158,7 @@ def problems(source: Source, settings: EvaluationSettings) -> list[Problem]:
 
 
 def passages(source: Source, settings: EvaluationSettings) -> list[Passage]:
-    """Return every row as a passage of task loss. The columns of the first row decide the format.
+    """Return every row as a passage of task loss. Templates decide the format, else the columns of the first row.
 
     Raises:
         UsageError: columns of no known format, a missing column or an empty value; names the row.
@@ -170,7 +171,7 @@ def passages(source: Source, settings: EvaluationSettings) -> list[Passage]:
             return Passage(prompt=read_conversation(row, chat), target="", ends=True)
 
         return list(each_row(source.rows, conversation, name=source.name))
-    if "text" in columns and settings.prompt is None:
+    if "text" in columns and settings.prompt is None and settings.completion is None:
         ends = not source.is_running_text
         require(source.rows, "{text}", name=source.name)
         say_empty(source.rows, ("{text}",), what="text", name=source.name)
@@ -204,14 +205,16 @@ def _completions(source: Source, settings: EvaluationSettings) -> list[Passage]:
 def chat_columns(source: Source, settings: EvaluationSettings) -> ChatColumns | None:
     """Return where a row's conversation stands: as in the recipe of the training, or in the usual columns.
 
-    None: the rows hold no conversations.
+    None: the rows hold no conversations, or templates name other columns.
     """
+    if settings.prompt is not None or settings.completion is not None:
+        return None
     known = data_of_recipe(settings.model, format="chat")
     named = known.get("messages") or "messages"
     messages = tuple([named] if isinstance(named, str) else named)
     if any(column not in source.rows[0] for column in messages):
         messages = tuple(column for column in ("messages", "conversations") if column in source.rows[0])[:1]
-    if not messages and settings.prompt is None:
+    if not messages:
         pair = ("prompt", "completion")
         messages = pair if all(holds_messages(source.rows[0].get(column)) for column in pair) else ()
     if not messages:
@@ -304,6 +307,7 @@ def say_empty(rows: Rows, templates: Sequence[str], *, what: str, name: str) -> 
 def _read_text(path: Path) -> str:
     if not path.is_file():
         raise UsageError(f"{path}: no such file; paths are relative to the folder the command runs in")
+    check_no_pointer(path)
     data = read_bytes(path)
     try:
         text = data.decode("utf-8-sig")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradselect.app.runtime import check_hub, machine_bytes
-from gradselect.files import MANIFEST_NAME, digests_of_model, sha256
+from gradselect.files import MANIFEST_NAME, check_no_pointer, digests_of_model, sha256
 from gradselect.usage import UsageError, first_line, matches_any
 
 from .adapters import base_of_shared_adapter, register_own_adapters
@@ -37,6 +37,7 @@ def load_weights(
     folder, origin = Path(path), _only_origin(options)
     check_hub(str(path), key=key, kind="model")
     if folder.is_dir():
+        _check_no_pointers(folder)
         _check_weight_files(folder, key=key, trust_pickle=trust_pickle)
         register_own_adapters(folder)
         _check_manifest(folder, "*")
@@ -122,6 +123,7 @@ def load_text_tokenizer(path: str | Path, *, key: str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     check_hub(str(path), key=key, kind="model")
+    _check_no_pointers(Path(path))
     _check_manifest(Path(path), "config.json", "*token*", "vocab*", "merges.txt", "*.jinja")
     with _as_usage_error(f"{key}={str(path)!r} cannot be used, there is no tokenizer"):
         return AutoTokenizer.from_pretrained(path, **(options | _only_origin(options)))
@@ -187,6 +189,8 @@ def _hint(error: Exception) -> str:
             " (that is not yours to set). A torch pickle can run code when it is read: if you trust it, train with "
             "model.trust_pickle=true, or save the model anew in safetensors"
         )
+    if "deserializing header" in str(error):
+        return "; a file of its weights is damaged or was cut off: copy or download it again"
     return ""
 
 
@@ -208,6 +212,11 @@ def _check_manifest(folder: Path, *patterns: str) -> None:
             )
 
 
+def _check_no_pointers(folder: Path) -> None:
+    for path in sorted(folder.glob("*")):
+        check_no_pointer(path)
+
+
 def _check_weight_files(folder: Path, *, key: str, trust_pickle: bool) -> None:
     """Check that the weights lie in the folder and that reading them runs no code.
 
@@ -223,7 +232,7 @@ def _check_weight_files(folder: Path, *, key: str, trust_pickle: bool) -> None:
         raise UsageError(
             f"{key}={str(folder)!r} has its weights as a torch pickle only ({pickles[0]}), which can run code when "
             "it is read. If you trust it, convert it: AutoModelForCausalLM.from_pretrained("
-            f"{str(folder)!r}, dtype='auto').save_pretrained(new_folder)"
+            f"{str(folder)!r}, dtype='auto').save_pretrained(new_folder), and copy the files of its tokenizer there"
             + ("; or write model.trust_pickle=true" if key == "model.path" else "")
         )
 

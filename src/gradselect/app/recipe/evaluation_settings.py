@@ -117,10 +117,19 @@ class EvaluationSettings:
         self._check_keys_of_task()
 
     def _check_keys_of_task(self) -> None:
-        others = ("prompt", "completion", "max_new_tokens") if self.task == "classification" else CLASSIFICATION_KEYS
+        others = ("prompt", "completion") if self.task == "classification" else CLASSIFICATION_KEYS
         # `columns` describes the file, so it fits every task.
         for name in (name for name in others if name != "columns" and getattr(self, name) is not None):
             raise UsageError(f"{name}={getattr(self, name)!r} is not for the task {self.task}; leave it out")
+        writes = self.task not in ("loss", "classification")
+        for name, default in (("max_new_tokens", None), ("stop", DEFAULT_STOP)):
+            if not writes and getattr(self, name) != default:
+                raise UsageError(
+                    f"{name}={getattr(self, name)!r} is for tasks whose answers the model writes, not for "
+                    f"{self.task}; leave it out"
+                )
+        if self.as_chat and self.task == "classification":
+            raise UsageError("as_chat is not for the task classification, which reads the text alone; leave it out")
 
     def _check_harness(self) -> None:
         for name in ("data", "subset", "rows_key", "prompt", "completion", "max_new_tokens", *CLASSIFICATION_KEYS):

@@ -88,8 +88,9 @@ def _return_answers(folder: RunFolder, checkpoint: Path | None) -> None:
     file, step = folder.answers_file, 0 if checkpoint is None else folder.step_of(checkpoint)
     if not file.exists():
         return
-    lines = [line for line in file.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    write_atomically(file, "".join(line for line in lines if json.loads(line)["step"] <= step))
+    # Bytes: a text is also split at U+2028 and the like, and a process that was killed may leave half a character.
+    lines = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    write_atomically(file, b"".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 def delete_old_checkpoints(folder: RunFolder, *, keep: int) -> None:
