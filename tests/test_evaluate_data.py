@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from gradselect import UsageError
+from gradselect.app.cli.evaluate import _settings as read_options
 from gradselect.app.data import Conversation
 from gradselect.app.evaluate import EvaluationSettings
 from gradselect.app.evaluate.problems import passages, problems, read_source
+from gradselect.app.recipe import parse_override
 
 GSM8K = {"question": "How many is 2 + 3?", "answer": "2 + 3 = 5\n#### 5"}
 MATH = {"problem": "Half of one?", "solution": "It is $\\boxed{\\frac12}$.", "level": 1}
@@ -151,6 +153,15 @@ def test_templates_decide_what_a_loss_reads_where_the_columns_would_decide_other
     assert (passage.prompt, passage.target) == ("q|", "a")
     (passage,) = read_passages(settings("loss", write({**row, "messages": None}), completion="{answer}"))
     assert (passage.prompt, passage.target) == ("Question: q\nAnswer:", "a")
+
+
+def test_a_template_on_the_command_line_is_that_of_the_training() -> None:
+    typed = "{a}\\t{b}\\n"
+    names = ("text", "text_pair", "labels", "columns", "harness")
+    given = read_options(
+        model="m", task="loss", data="d", prompt=typed, completion="{c}", stop=None, **dict.fromkeys(names)
+    )
+    assert given.prompt == parse_override(f"data.prompt={typed}")["data"]["prompt"] == "{a}\t{b}\n"
 
 
 def test_a_loss_prefers_the_worked_answer_to_the_bare_one(write: Write) -> None:

@@ -293,6 +293,12 @@ def test_levers_of_a_fit_leave_the_batch_as_it_is(folder: Path) -> None:
         assert run.batch_size * run.accumulation == 36
 
 
+def test_rows_of_random_tokens_are_shortened_by_their_own_key(folder: Path, planner: RecipePlanner) -> None:
+    recipe = parse(folder, data={"format": "random", "length": 32})
+    with pytest.raises(gs.UsageError, match=r"or shorter rows, e\.g\. data\.length=16"):
+        find_best(planner, recipe, fractions=(0.5,), limit=1)
+
+
 def test_if_nothing_fits_the_message_has_the_smallest_size_that_does(folder: Path) -> None:
     recipe = parse(folder, model={"dtype": "bfloat16"}, run={"batch_size": 2})
     with pytest.raises(gs.UsageError, match="nothing fits 1 B; the smallest is") as refused:

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_fixtures import (
     ADAGRADSELECT,
@@ -457,11 +458,22 @@ def test_losses_that_stay_no_numbers_stop_the_run_and_leave_the_last_checkpoint(
     recipe = parse(place, run={"output": str(tmp_path / "out"), "max_skipped_steps": 0, **LENGTH})
     with monkeypatch.context() as patch:
         spoil_loss(patch, step=2)
-        with pytest.raises(UsageError, match=r"the loss of step 3 is nan; .* last good checkpoint is .*step-2"):
+        with pytest.raises(UsageError, match=r"step 3 is nan; .* last good checkpoint is .*step-2\. Try a smaller"):
             train(recipe, console=quiet())
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-2"]
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert_same_weights(whole, train(recipe, console=quiet(), resume=True))
+
+
+def test_a_base_of_nans_is_not_laid_to_the_learning_rate(tmp_path: Path) -> None:
+    write_sums(tmp_path / "sums.jsonl")
+    file = write_model(tmp_path / "model") / "model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).fill_(float("nan"))
+    save_file(tensors, file, metadata={"format": "pt"})
+    recipe = parse(tmp_path, run={"max_skipped_steps": 1})
+    with pytest.raises(UsageError, match=r"step 2 is nan; .*No step had changed a weight, so the learning rate"):
+        train(recipe, console=quiet())
 
 
 def test_weights_that_are_no_numbers_are_never_saved(place: Path, tmp_path: Path) -> None:

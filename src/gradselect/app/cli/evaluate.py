@@ -74,7 +74,7 @@ def _settings(*, stop: list[str] | None, **options: Any) -> EvaluationSettings:
     from gradselect.app.recipe import EvaluationSettings
 
     for name in ("prompt", "completion", "text", "text_pair"):
-        options[name] = _with_line_ends(options[name])
+        options[name] = _as_in_a_recipe(options[name])
     for name in ("labels", "columns", "harness"):
         options[name] = tuple(options[name].split(",")) if options[name] else None
     if stop:
@@ -120,6 +120,6 @@ def _print_output(settings: EvaluationSettings) -> None:
         typer.echo(f"items and settings in {settings.output}")
 
 
-def _with_line_ends(template: str | None) -> str | None:
-    """Replace the two characters \\n, which a shell passes on as typed, by line ends."""
-    return None if template is None else template.replace("\\n", "\n")
+def _as_in_a_recipe(template: str | None) -> str | None:
+    """Replace \\n, which a shell passes on as two characters, by a line end, and \\t by a tab, as `train` does."""
+    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")

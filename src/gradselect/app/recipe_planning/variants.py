@@ -139,8 +139,7 @@ def levers_of(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield f"packing {'off' if recipe.data.packing else 'on'}", (f"data.packing={_yes(not recipe.data.packing)}",)
     length = recipe.data.max_length or 1024
     if length > 2:
-        key = "data.length" if isinstance(recipe.data, RandomData) else "data.max_length"
-        yield f"rows of {length // 2} tokens", (f"{key}={length // 2}",)
+        yield f"rows of {length // 2} tokens", (_half_length(recipe),)
     other = "float32" if recipe.model.dtype == "bfloat16" else "bfloat16"
     yield f"weights in {other}", (f"model.dtype={other}",)
 
@@ -165,7 +164,7 @@ def find_best(planner: RecipePlanner, recipe: Recipe, *, fractions: Sequence[flo
     raise UsageError(
         f"nothing fits {write_size(limit)}; the smallest is {smallest.name} with {' '.join(smallest.changes)}, whose "
         f"peak is {write_size(_peak(smallest))}: write --fit {smallest_text(_peak(smallest))}, or shorter rows, "
-        f"e.g. data.max_length={(recipe.data.max_length or 1024) // 2}"
+        f"e.g. {_half_length(recipe)}"
     )
 
 
@@ -234,6 +233,11 @@ def _passes(recipe: Recipe, *, size: int) -> tuple[str, ...]:
     """Overrides for the same batch in micro-batches of `size` rows."""
     number = recipe.run.batch_size // size * recipe.run.accumulation
     return f"run.batch_size={size}", f"run.accumulation={number}"
+
+
+def _half_length(recipe: Recipe) -> str:
+    key = "data.length" if isinstance(recipe.data, RandomData) else "data.max_length"
+    return f"{key}={(recipe.data.max_length or 1024) // 2}"
 
 
 def _checkpointing(wanted: bool) -> str:

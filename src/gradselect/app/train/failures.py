@@ -43,6 +43,26 @@ def describe_kept(folder: RunFolder) -> str:
     return "no checkpoint had been written" if newest is None else f"the last checkpoint, {newest}, is whole"
 
 
+def describe_bad_numbers(folder: RunFolder, *, lr: float, has_trained: bool) -> str:
+    """Say what is left of a run that NaN or infinity has ended, and what to try.
+
+    Args:
+        folder: folder of the run.
+        lr: the learning rate.
+        has_trained: True if a step has changed weights.
+    """
+    newest = folder.newest_checkpoint()
+    kept = "no checkpoint had been written" if newest is None else f"the last good checkpoint is {newest}"
+    if has_trained:
+        advice = f"Try a smaller optimizer.lr (it was {lr:g}), a longer optimizer.warmup, or model.dtype=float32"
+    else:
+        advice = (
+            "No step had changed a weight, so the learning rate is not the cause: try model.dtype=float32, and look at "
+            "the base, whose own loss gradselect evaluate --task loss measures"
+        )
+    return f"training has stopped and {kept}. {advice}"
+
+
 def describe_out_of_memory(error: BaseException, *, recipe: Recipe, folder: RunFolder) -> str:
     """Say what to type to find a setting that fits."""
     # Before the first step there is no copy of the recipe yet.

@@ -24,7 +24,7 @@ from gradselect.app.runtime import Preempted, RunFolder, SignalWatch, is_rank_0,
 from gradselect.integrations.transformers import SelectionCallback
 
 from .checkpoints import delete_old_checkpoints, last_records, read_window, write_window, writing_checkpoint
-from .failures import Fault
+from .failures import Fault, describe_bad_numbers
 from .restoring import check_adapter, restore_weights
 
 logger = logging.getLogger(__name__)
@@ -274,12 +274,10 @@ class RunTrainer(Trainer):
         """Free what the trainer holds beside memory."""
 
     def _advice(self) -> str:
-        newest = self._folder.newest_checkpoint()
-        kept = "no checkpoint had been written" if newest is None else f"the last good checkpoint is {newest}"
-        return (
-            f"training has stopped and {kept}. Try a smaller optimizer.lr (it was {self.args.learning_rate:g}), "
-            "a longer optimizer.warmup, or model.dtype=float32"
-        )
+        steps = self.state.global_step
+        # A step that was skipped has changed no weight.
+        has_trained = self._num_skipped_before(steps + 1) < steps
+        return describe_bad_numbers(self._folder, lr=self.args.learning_rate, has_trained=has_trained)
 
 
 class MetricsTrainer(RunTrainer):
