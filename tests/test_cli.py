@@ -83,6 +83,10 @@ BAD_TRAINING = {
     "unknown ending": (["data.path={place}/sums.xlsx"], "'.xlsx'"),
     "missing column": (['data.prompt="{query}"'], "line 1 has no column 'query'; its columns are: question, answer"),
     "too long": (["data.max_length=65"], "more than the model's 64 positions"),
+    "rows in place of a share": (
+        ["data.validation=100"],
+        "data.validation: 100 is no share of the rows; write one",
+    ),
     "nothing to learn": (["data.max_length=1"], "leaves nothing of data.path"),
     "unknown tracker": (["run.report_to=[trackio]"], "pip install trackio"),
     "diverging": (

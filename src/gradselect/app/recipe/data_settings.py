@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from gradselect.app.data import check_template, label_text
 from gradselect.methods import Settings
@@ -53,6 +53,17 @@ class AbstractDataSettings(Settings):
     validation: Annotated[float, Field(gt=0, lt=1)] | Place | None = None
     validation_limit: Count | None = None
     max_length: Tokens | None = None
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def check_share(cls, value: object) -> object:
+        """Explain in one line what a number has to be: it may be no share, and no name either."""
+        if isinstance(value, int | float) and (isinstance(value, bool) or not 0 < value < 1):
+            raise ValueError(
+                f"{value!r} is no share of the rows; write one above 0 and below 1, e.g. 0.02, or the name of a "
+                "file, a folder or a split; null for none"
+            )
+        return value
 
 
 class AbstractTokenData(AbstractDataSettings):
