@@ -135,6 +135,12 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no column": (["data.text='{}'"], "braces hold the plain name of a column"),
     "attribute": (["data.text='{a.b}'"], "braces hold the plain name of a column"),
     "second beta": (["optimizer.betas=[0.9, 1]"], "optimizer.betas.1 = 1: input should be less than 1"),
+    "a method in place of its section": (["method=lora"], "input should be a section of keys; write method.name=lora"),
+    "a model in place of its section": (
+        ["model=base"],
+        "model = 'base': input should be a section of keys; write model.path",
+    ),
+    "an optimizer": (["optimizer=adam"], "a section of keys; write optimizer.KEY=VALUE (known: lr, weight_decay, "),
     "section of text": (["run=3"], "run = 3: input should be"),
 }
 

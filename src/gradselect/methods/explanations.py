@@ -24,6 +24,9 @@ ELSEWHERE = {
 }
 """Advice on names of methods of the literature that are spelled otherwise here."""
 
+MEANT = {"model": "path", "data": "path", "method": "name", "trainer": "name"}
+"""Key of a section that a word in the place of the whole section most likely stands for."""
+
 OF_ADAPTERS = ("alpha", "dropout", "rank", "targets")
 """Keys of a LoRA, which a mask on one has inside `adapter`."""
 
@@ -66,7 +69,21 @@ def _explain_one(problem: Mapping[str, Any], *, root: type[BaseModel]) -> str:
             return f"{key}.{_tag_key(problem)}: missing; it has no default"
         case "value_error":
             return f"{key}: {problem['ctx']['error']}"
+        case "model_type" | "model_attributes_type":
+            return _explain_section(key, keys[-1:], problem["input"], model=model)
     return f"{key} = {brief(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _explain_section(key: str, last: Sequence[str], value: Any, *, model: type[BaseModel] | None) -> str:
+    """Say that a section has keys: `method=lora` is short for none of them."""
+    name = last[0] if last else ""
+    field = None if model is None else model.model_fields.get(name)
+    settings = [] if field is None else _settings_in(field.annotation)
+    said = f"{key} = {brief(value)}: input should be a section of keys"
+    if name in MEANT and isinstance(value, str):
+        return f"{said}; write {key}.{MEANT[name]}={value}"
+    known = f" (known: {', '.join(settings[0].model_fields)})" if len(settings) == 1 else ""
+    return f"{said}; write {key}.KEY=VALUE{known}"
 
 
 def _explain_unknown(key: str, name: str, value: Any, *, model: type[BaseModel] | None) -> str:
