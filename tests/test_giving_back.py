@@ -292,6 +292,73 @@ def test_an_adapter_that_is_added_after_the_optimizer_is_detected_before_the_fir
     assert all(torch.equal(parameter, before[name]) for name, parameter in adapted.named_parameters())
 
 
+def put_adapter(model):
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def thaw_head(model):
+    model.lm_head.requires_grad_(True)
+    return model
+
+
+def assign_weights(model):
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    return model
+
+
+def put_head(model):
+    model.lm_head = torch.nn.Linear(*reversed(model.lm_head.weight.shape), bias=False)
+    model.lm_head.requires_grad_(False)
+    return model
+
+
+def take_layer_away(model):
+    model.model.layers = model.model.layers[:-1]
+    return model
+
+
+def widen_embedding(model):
+    weight = model.model.embed_tokens.weight
+    weight.data = torch.cat([weight.data, weight.data[:1]])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "frozen", "message"),
+    [
+        (put_adapter, None, "an adapter was added"),
+        (thaw_head, "lm_head", "'lm_head.weight' among them: an adapter was added, or weights were thawed"),
+        (assign_weights, None, "are no longer in the model, 'model.embed_tokens.weight' among them"),
+        (put_head, None, "1 parameters of the optimizer are no longer in the model, 'lm_head.weight' among them"),
+        (take_layer_away, None, "are no longer in the model, 'model.layers.3"),
+        (widen_embedding, None, r"'model.embed_tokens.weight' has the shape \(65, 16\), and had"),
+    ],
+)
+@pytest.mark.parametrize("choice", ["blocks", "mask"])
+def test_a_model_that_is_rebuilt_between_two_steps_is_refused(choice, change, frozen, message):
+    """Only the first step looked once, and training went on with nothing, or with a part, of what was asked for."""
+    model = tiny_llama(tied=False)
+    if frozen is not None:
+        model.get_submodule(frozen).requires_grad_(False)
+    optimizer = optimizer_of(model, choice)
+    train(model, optimizer, 1)
+    changed = change(model)
+    changed(**tiny_batch(model, seed=0)).loss.backward()
+    before = {name: parameter.detach().clone() for name, parameter in changed.named_parameters()}
+    with pytest.raises(gs.UsageError, match=message):
+        optimizer.step()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in changed.named_parameters())
+
+
+def test_a_parametrisation_that_keeps_the_parameters_goes_on():
+    model = tiny_llama()
+    optimizer = optimizer_of(model, "blocks")
+    train(model, optimizer, 1)
+    torch.nn.utils.parametrize.register_parametrization(model.model.norm, "weight", torch.nn.Identity())
+    train(model, optimizer, 1)
+    assert optimizer.num_steps == 2
+
+
 # Copies ------------------------------------------------------------------------------------------------------------
 
 

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from gradselect.usage import UsageError
-
 from .adapters import frozen_in_adapters
 from .fingerprint import Fingerprints, check_fingerprints, fingerprints
 from .freezing import freeze, is_frozen_for_now
 from .hooks import make_no_hook, remove_all, remove_with
+from .members import Members
 from .passes import BackwardPasses
 
 
@@ -30,8 +29,9 @@ class ModelWatch:
     watched; only the outermost one that is called does something. What the user froze in an adapter that is active,
     such as the A matrices of LoRA, is frozen again too.
 
-    **Added by others.** A trainer that wraps the model with an adapter after the optimizer was built adds weights that
-    nothing would train.
+    **Added, replaced or resized by others.** A trainer that wraps the model with an adapter after the optimizer was
+    built adds weights that nothing would train. `load_state_dict(assign=True)` or a new head puts other parameters in
+    the place of those that the optimizer trains. Every step looks.
 
     **Not loaded.** After `expect`, the weights of the next pass must have these fingerprints.
 
@@ -45,6 +45,7 @@ class ModelWatch:
         self._model = model
         self._passes = passes
         self._owned = weakref.WeakMethod(owned)  # pyright: ignore[reportArgumentType]
+        self._members = Members(model, owned())
         self._expected: Mapping[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
         remove_with(self, self._handles)
@@ -52,7 +53,6 @@ class ModelWatch:
 
     def open(self) -> None:
         """Begin to watch, at the start and after `close`."""
-        self._is_checked = False
         self._called: nn.Module | None = None
         self._frozen_by_user = frozen_in_adapters(self._model)
         before, after = _BeforeForward(self), _AfterForward(self)
@@ -74,15 +74,14 @@ class ModelWatch:
         self._expected = saved or None
 
     def check(self) -> None:
-        """Check once that the model is the one that the optimizer was built for, with the weights that are expected.
+        """Check that the model is the one that the optimizer was built for, once with the weights that are expected.
 
         Raises:
             UsageError: it is not.
         """
         self._called = None  # no forward pass is running at a step
-        if not self._is_checked:
-            self._is_checked = True
-            self._check_additions()
+        owned = self._owned()
+        self._members.check(() if owned is None else owned())
         self.check_weights()
 
     def check_weights(self) -> None:
@@ -94,19 +93,6 @@ class ModelWatch:
         if self._expected is not None:
             check_fingerprints(self._expected, self._model.named_parameters())
             self._expected = None
-
-    def _check_additions(self) -> None:
-        owned = self._owned()
-        known = set(map(id, () if owned is None else owned()))
-        named = self._model.named_parameters()
-        added = [name for name, parameter in named if parameter.requires_grad and id(parameter) not in known]
-        if added:
-            raise UsageError(
-                f"{len(added)} parameters of the model are trainable and unknown to its optimizer, {added[0]!r} among "
-                "them: an adapter was added, or weights were thawed, after the optimizer was built, and nothing "
-                "would train them. Build the optimizer from the finished model; in a trainer that adds an adapter "
-                "itself, write optimizer_cls_and_kwargs=(SelectiveOptimizerFactory, {...}) instead of an optimizer"
-            )
 
     def before_forward(self, module: nn.Module) -> None:
         """Prepare the pass if the module is the outermost one that is called."""
