@@ -255,6 +255,69 @@ def test_checkpoint_of_another_policy_model_or_optimizer_is_refused():
     assert optimizer.state
 
 
+@pytest.mark.parametrize("kind", ["blocks", "mask"])
+def test_what_is_no_state_dict_is_refused_with_what_to_pass(kind):
+    """A whole checkpoint in its place ended in KeyError: 'param_groups'."""
+    model = tiny_llama()
+    mask = gs.StaticMask(salience=gs.salience.magnitude, budget=5)
+    optimizer = gs.BlockOptimizer(model, gs.All()) if kind == "blocks" else gs.SparseOptimizer(model, mask)
+    checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}
+    with pytest.raises(gs.UsageError, match=r"load_state_dict\(checkpoint\['optimizer'\]\)"):
+        optimizer.load_state_dict(checkpoint)
+    for wrong in ({}, [], None, {"state": {}, "param_groups": []}, model.state_dict()):
+        with pytest.raises(gs.UsageError, match=r"pass what optimizer.state_dict\(\) returned"):
+            optimizer.load_state_dict(wrong)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+
+
+def test_hooks_of_loading_run():
+    """torch's own, as of `register_load_state_dict_pre_hook`, were left out."""
+    optimizer = gs.BlockOptimizer(tiny_llama(), gs.All(), lr=1e-3)
+    state_dict = optimizer.state_dict()
+    loaded = []
+
+    def with_rate(_, given):
+        return {**given, "param_groups": [{**group, "lr": 0.5} for group in given["param_groups"]]}
+
+    optimizer.register_load_state_dict_pre_hook(with_rate)
+    optimizer.register_load_state_dict_post_hook(lambda each: loaded.append(each.param_groups[0]["lr"]))
+    optimizer.load_state_dict(state_dict)
+    assert loaded == [0.5]
+    assert state_dict["param_groups"][0]["lr"] == 1e-3
+
+
+def widened(model, optimizer):
+    model.float()
+    return model, optimizer
+
+
+def loaded_wider(model, optimizer):
+    wider = tiny_llama()
+    wider.load_state_dict(model.state_dict())
+    again = gs.BlockOptimizer(wider, gs.All(), lr=1e-4)
+    again.load_state_dict(optimizer.state_dict())
+    return wider, again
+
+
+@pytest.mark.parametrize("widen", [widened, loaded_wider])
+def test_weights_that_are_half_precision_no_longer_have_no_masters(widen):
+    """Weights that something else set were overwritten by masters that did not follow."""
+    model = tiny_llama(dtype=torch.bfloat16)
+    optimizer = gs.BlockOptimizer(model, gs.All(), lr=1e-4)
+    train(model, optimizer, 2)
+    masters = {name: optimizer.state[weight]["master"].clone() for name, weight in model.named_parameters()}
+    model, optimizer = widen(model, optimizer)
+    rate, optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = 1e-4, 0.0, 0.0
+    train(model, optimizer, 1)
+    assert same(weights(model), masters), "the digits that bf16 cannot hold are kept"
+    assert optimizer.memory()["masters"] == 0
+    model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()})
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    train(model, optimizer, 1)
+    assert max(p.abs().max().item() for p in model.parameters()) < 1e-3
+
+
 # Loops -------------------------------------------------------------------------------------------------------------
 
 
@@ -621,7 +684,13 @@ def test_open_epoch_length_is_refused_before_anything_moves():
         ({"lr": float("nan")}, "lr=nan"),
         ({"eps": -1e-8}, "eps"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"lr": "1e-3"}, "lr='1e-3' must be a finite number >= 0; write e.g. lr=0.001"),
+        ({"weight_decay": None}, "weight_decay=None must be a finite number"),
         ({"betas": (0.9, 1.0)}, "betas"),
+        ({"betas": 0.9}, r"betas=0.9 must be two numbers"),
+        ({"master_dtype": "float32"}, "master_dtype='float32' is no dtype object; write master_dtype=torch.float32"),
+        ({"grad_scaler": True}, "grad_scaler=True is no GradScaler object"),
+        ({"blocks": "matrix"}, r"blocks='m' is no Block object; write blocks=gs.partition\(model"),
         ({"accumulation_steps": 0}, "accumulation_steps=0"),
         ({"always": ("embeding",)}, "embedding"),
         ({"no_decay": ("*.bais",)}, r"no_decay='\*.bais' matches no parameter"),

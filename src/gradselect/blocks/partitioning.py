@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from gradselect.core import Block, can_train, is_frozen_for_now, nothing_trains, settle
 from gradselect.parallel import check_module
 from gradselect.slices import check_whole_layers, sliced_linears
-from gradselect.usage import UsageError, as_tuple, check_one_of, matches_any, matching, nearest, parent
+from gradselect.usage import UsageError, as_tuple, check_is, check_one_of, matches_any, matching, nearest, parent
 
 from .slicing import DEFAULT_PARTS, check_parts, slice_layers, slice_names
 from .structure import Layout, Place
@@ -174,6 +174,8 @@ def check_partition(model: nn.Module, blocks: Sequence[Block]) -> tuple[Block, .
     Raises:
         UsageError: one is missing or stands in two blocks, or is not of this model; or two blocks have one name.
     """
+    for block in blocks:
+        check_is(block, Block, name="blocks", example='blocks=gs.partition(model, by="matrix")')
     placed = Counter(id(parameter) for block in blocks for parameter in block.parameters)
     trained = {id(parameter): known[0] for parameter, known in names_of_trained(model).items()}
     faults = {
@@ -247,6 +249,6 @@ def no_layers(model: nn.Module, unclaimed: Sequence[str]) -> str:
     return (
         f"{type(model).__name__} has no repeated layers: looked for an nn.ModuleList (or an nn.ModuleDict with numbers "
         "as keys) whose children repeat a class, or an nn.Sequential with neighbours of one class, that hold "
-        "parameters; name the blocks with "
-        f'patterns={{"block": "*"}}. In no block so far: {", ".join(unclaimed[:5])}{", ..." if unclaimed[5:] else ""}'
+        'parameters; name the blocks with blocks=gs.partition(model, patterns={"block": "*"}). '
+        f"In no block so far: {', '.join(unclaimed[:5])}{', ...' if unclaimed[5:] else ''}"
     )

@@ -54,6 +54,8 @@ def check_window(accumulation_steps: int, grad_scaler: GradScaler | None, *, in_
         UsageError: names the setting.
     """
     check_whole("accumulation_steps", accumulation_steps)
+    if grad_scaler is not None:
+        check_is(grad_scaler, GradScaler, name="grad_scaler", example="grad_scaler=torch.amp.GradScaler()")
     if not in_backward:
         return
     if accumulation_steps > 1:

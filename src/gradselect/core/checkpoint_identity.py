@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from gradselect.usage import UsageError, find_differences
@@ -29,6 +30,43 @@ class CheckpointFormat(Protocol):
     def read_state_dict(self, optimizer: Any, state_dict: Mapping[str, Any], /) -> None:
         """Continue from a completed state_dict."""
         ...
+
+
+@contextmanager
+def loading(optimizer: Any, state_dict: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Run the hooks that torch's `load_state_dict` runs, and yield what is to be loaded.
+
+    Raises:
+        UsageError: it is no state_dict.
+    """
+    check_is_state_dict(state_dict)
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        state_dict = hook(optimizer, dict(state_dict)) or state_dict
+    yield state_dict
+    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        hook(optimizer)
+
+
+def check_is_state_dict(value: Any) -> None:
+    """Check that `value` is what an optimizer's `state_dict()` returns, of whatever optimizer.
+
+    Raises:
+        UsageError: it is something else, such as a whole checkpoint.
+    """
+    if isinstance(value, Mapping) and value.get("param_groups") and "state" in value:
+        return
+    what = f"{type(value).__name__} of {len(value)}" if isinstance(value, Sequence) else repr(value)
+    if isinstance(value, Mapping):
+        what = f"with the keys {_short([*value])}"
+    advice = "pass what optimizer.state_dict() returned"
+    holding = [key for key, part in value.items() if _holds_groups(part)] if isinstance(value, Mapping) else []
+    if holding:
+        advice = f"it is under the key {holding[0]!r}: load_state_dict(checkpoint[{holding[0]!r}])"
+    raise UsageError(f"this is no state_dict of an optimizer, which has 'state' and 'param_groups': {what}; {advice}")
+
+
+def _holds_groups(value: Any) -> bool:
+    return isinstance(value, Mapping) and "param_groups" in value
 
 
 def check_same(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

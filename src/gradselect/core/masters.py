@@ -75,6 +75,12 @@ def take_over(weight: Tensor, master: Tensor) -> None:
     master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight.to(master.dtype)))
 
 
+def unrounded(weight: Tensor, master: Tensor) -> None:
+    """Give a weight that is in half precision no longer the digits of its master, where it is still that, rounded."""
+    is_rounded = torch.stack([master.to(dtype).to(weight.dtype) == weight for dtype in HALF]).any(0)
+    weight.copy_(torch.where(is_rounded, master.to(weight.dtype), weight))
+
+
 def agrees(weight: Tensor, master: Tensor) -> bool:
     """True if the weight is its master, rounded. Bits are compared: a NaN that the optimizer wrote is its own."""
     return torch.equal(weight.view(torch.int16), master.to(weight.dtype).view(torch.int16))

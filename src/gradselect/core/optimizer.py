@@ -17,7 +17,7 @@ from gradselect.usage import UsageError, check_whole
 
 from .block import Block, num_bytes
 from .changes import make_patch
-from .checkpoint_identity import SELECTION_KEY, CheckpointFormat, selection_of
+from .checkpoint_identity import SELECTION_KEY, CheckpointFormat, loading, selection_of
 from .gradients import total_norm
 from .holding import AbstractHoldingOptimizer
 from .parameter_groups import ParameterTable, decay_groups
@@ -211,12 +211,13 @@ class SelectiveOptimizer(AbstractHoldingOptimizer, Generic[Record]):
         Raises:
             UsageError: written by another optimizer, or for another model, policy or mask; says what differs.
         """
-        self._checkpoint.read_state_dict(self, state_dict)
-        self._patched_step = self._step
-        self._store.has_begun = self._step > 0
-        self._watch.expect(selection_of(state_dict).get("weights"))
-        if self._agreement is not None:
-            self._agreement.check_soon()
+        with loading(self, state_dict) as given:
+            self._checkpoint.read_state_dict(self, given)
+            self._patched_step = self._step
+            self._store.has_begun = self._step > 0
+            self._watch.expect(selection_of(given).get("weights"))
+            if self._agreement is not None:
+                self._agreement.check_soon()
 
     def add_record_hook(self, hook: Callable[[Record], None]) -> RemovableHandle:
         """Call `hook(record)` with the record of each step, until the handle that is returned is removed."""

@@ -49,6 +49,8 @@ class UpdateSettings:
             check_is(self.residency, AbstractResidency, name="residency", example="residency=gs.Offload()")
         check_no_torch_class(self.rule)
         check_is(self.rule, AbstractRule, name="rule", example="rule=gs.AdamWRule()")
+        if self.master_dtype is not None:
+            check_is(self.master_dtype, torch.dtype, name="master_dtype", example="master_dtype=torch.float32")
         check_hyper_parameters(lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
         check_unused(self.rule, betas=tuple(self.betas), eps=self.eps)
         if self.weight_decay and "weight_decay" not in self.rule.hyper_parameters:

@@ -13,7 +13,7 @@ from gradselect.parallel import local_part
 from gradselect.usage import UsageError
 
 from .block import num_bytes
-from .masters import HALF, MASTER, check_master
+from .masters import HALF, MASTER, check_master, unrounded
 from .parameter_groups import ParameterTable
 from .phases import STATE, Phases, in_phase
 from .residency import AbstractMover, AbstractResidency, StateCopy, default_residency
@@ -96,13 +96,16 @@ class BlockStates:
     def masters_of(self, names: Collection[str]) -> dict[Parameter, Tensor]:
         """Return the masters of half-precision weights of resident blocks, by parameter.
 
-        A weight that was cast to half precision after its first update gets its master now.
+        A weight that was cast to half precision after its first update gets its master now; one that was cast from it,
+        or whose state comes from such a model, loses it.
         """
         masters = {}
-        if self._form.master_dtype is None:
-            return masters
         for name in names:
             for parameter, state in self._existing(name):
+                if MASTER in state and parameter.dtype not in HALF:
+                    unrounded(local_part(parameter), state.pop(MASTER))
+                if self._form.master_dtype is None:
+                    continue
                 if state and MASTER not in state and parameter.dtype in HALF:
                     state[MASTER] = self._form.master_of(local_part(parameter))
                     self._mover.adopt(state, [MASTER])

@@ -22,7 +22,7 @@ from gradselect.core import (
 )
 from gradselect.parallel import check_placement, local_part, shard_groups, unwrapped
 from gradselect.slices import check_whole_layers
-from gradselect.usage import UsageError, check_is, check_whole
+from gradselect.usage import UsageError, check_is, check_whole, is_number
 
 from .mask import AbstractDenseMask, AbstractMask, MaskTensor, check_trains
 
@@ -65,9 +65,9 @@ def check_arguments(
         )
     if isinstance(mask, AbstractDenseMask) and mask.mask == "gradient":
         _ = rule.decouples_decay  # some rules cannot say, and then refuse
-    if max_grad_norm is not None and not max_grad_norm > 0:
+    if max_grad_norm is not None and (not is_number(max_grad_norm) or not max_grad_norm > 0):
         raise UsageError(
-            f"max_grad_norm={max_grad_norm} must be above 0; write max_grad_norm=1.0, or None for no limit"
+            f"max_grad_norm={max_grad_norm!r} must be above 0; write max_grad_norm=1.0, or None for no limit"
         )
 
 

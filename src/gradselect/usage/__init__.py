@@ -9,6 +9,7 @@ from .checks import (
     check_patterns,
     check_positive,
     check_whole,
+    is_number,
 )
 from .differences import find_differences, flatten
 from .errors import UsageError
@@ -33,6 +34,7 @@ __all__ = [
     "flatten",
     "install_command",
     "installed_version",
+    "is_number",
     "join",
     "lacking_packages",
     "listed",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from typing import SupportsFloat
 
 from .errors import UsageError
 from .names import as_tuple
@@ -73,10 +74,23 @@ def check_hyper_parameters(*, lr: float, betas: tuple[float, float], eps: float,
         UsageError: one is not; names the first.
     """
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not value >= 0 or math.isinf(value):
-            raise UsageError(f"{name}={value} must be a finite number >= 0; the default of {name} is a good start")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise UsageError(f"betas={betas} must be two numbers in [0, 1); write betas=(0.9, 0.999)")
+        if not is_number(value) or not value >= 0 or math.isinf(value):
+            # YAML reads 1e-3, without a point, as text.
+            advice = f"the default of {name} is a good start" if is_number(value) else f"write e.g. {name}=0.001"
+            raise UsageError(f"{name}={value!r} must be a finite number >= 0; {advice}")
+    pair = tuple(betas) if isinstance(betas, Sequence) else ()
+    if len(pair) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in pair):
+        raise UsageError(f"betas={betas!r} must be two numbers in [0, 1); write betas=(0.9, 0.999)")
+
+
+def is_number(value: object) -> bool:
+    """Return True for what counts as one number: an int or a float, a tensor or NumPy's number; False for text.
+
+    Example:
+        >>> is_number(1e-3), is_number("1e-3"), is_number(None)
+        (True, False, False)
+    """
+    return isinstance(value, SupportsFloat) and not isinstance(value, bool)
 
 
 def check_is(value: object, kind: type, *, name: str, example: str) -> None:
