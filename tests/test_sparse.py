@@ -563,13 +563,23 @@ def test_a_sparse_gradient_is_refused():
     assert optimizer.num_steps == 0
 
 
-def test_a_gradient_scaler_is_refused():
+@pytest.mark.parametrize("is_unscaled", [False, True])
+@pytest.mark.parametrize("mask", [id3(budget=4, steps=1), gs.GMT()], ids=["compact", "dense"])
+def test_a_gradient_scaler_is_refused(mask, is_unscaled):
+    """After `unscale_`, which found no gradients, steps were taken with scaled ones."""
     model = torch.nn.Linear(4, 4)
-    optimizer = gs.SparseOptimizer(model, id3(budget=4, steps=1))
+    optimizer = gs.SparseOptimizer(model, mask)
     scaler = torch.amp.GradScaler("cpu", enabled=True)
     scaler.scale(functional.mse_loss(model(torch.ones(1, 4)), torch.zeros(1, 4))).backward()
+    if is_unscaled:
+        scaler.unscale_(optimizer)
     with pytest.raises(gs.UsageError, match="bfloat16"):
         scaler.step(optimizer)
+    assert optimizer.num_steps == 0
+    optimizer.zero_grad()
+    functional.mse_loss(model(torch.ones(1, 4)), torch.zeros(1, 4)).backward()
+    optimizer.step()
+    assert optimizer.num_steps == 1
 
 
 def test_a_tensor_that_is_not_contiguous_is_refused():

@@ -339,8 +339,9 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
 
     def _check_use(self) -> None:
         self.mask.check_ready()
-        if getattr(self, "grad_scale", None) is not None:
-            delattr(self, "grad_scale")  # the scaler leaves it here
+        # A scaler leaves this here during its step, also after `unscale_`, which found no gradients.
+        if vars(self).pop("found_inf", None) is not None:
+            delattr(self, "grad_scale")
             raise UsageError(
                 "SparseOptimizer works without a GradScaler; train in bfloat16: torch.autocast or the model"
             )
