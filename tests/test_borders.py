@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tiny_models import tiny_batch, tiny_llama
 from transformers import Trainer, TrainingArguments
 
 import gradselect as gs
-from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory
+from gradselect.integrations.transformers import SelectionCallback, SelectiveOptimizerFactory, SelectiveTraining
 
 MAKES = {
     "explore": lambda model: gs.BlockOptimizer(model, gs.AdaGradSelect(count=2, explore_steps=3), lr=1e-2),
@@ -170,6 +171,65 @@ def test_exploring_is_bounded_by_the_run_and_announced(policy, expected, explore
     assert expected in caplog.text
     if isinstance(policy, gs.AdaGradSelect):
         assert trainer.optimizer.optimizer.policy.known_explore_steps() == explore_steps
+
+
+class TooLarge(Trainer):
+    """Has no memory for batches of more than two rows."""
+
+    def training_step(self, model, inputs, *args, **options):
+        if len(inputs["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return super().training_step(model, inputs, *args, **options)
+
+
+@pytest.mark.parametrize("kwargs", [{"policy": gs.AdaGradSelect(count=1)}, {"mask": gs.ID3(density=0.1)}])
+def test_an_attempt_without_a_step_decides_nothing_for_the_next_one(kwargs, tmp_path):
+    """With auto_find_batch_size the steps of the first attempt, of larger batches, held for the whole run."""
+    sizes = {"per_device_train_batch_size": 3, "auto_find_batch_size": True}
+    args = arguments(tmp_path, max_steps=-1, num_train_epochs=1, **sizes)
+    model = tiny_llama()
+    rows = [{name: tensor[0] for name, tensor in tiny_batch(model, seed=seed, batch=1).items()} for seed in range(24)]
+    trainer = TooLarge(model=model, args=args, train_dataset=rows, callbacks=[SelectiveTraining(**kwargs)])
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert optimizer.num_steps == trainer.state.global_step == 12
+    if "mask" in kwargs:
+        assert optimizer.mask.filled_steps == 12
+    else:
+        assert optimizer.policy.known_explore_steps() == 12 // 4
+
+
+class Poisoned(Trainer):
+    """Has a loss of NaN in its second step."""
+
+    def compute_loss(self, *args, **options):
+        loss = super().compute_loss(*args, **options)
+        return loss * float("nan") if self.state.global_step == 1 else loss
+
+
+@pytest.mark.parametrize("kwargs", [{"policy": gs.Uniform(count=1)}, {"mask": gs.ID3(density=0.1)}])
+def test_the_norm_of_a_skipped_step_is_logged(kwargs, tmp_path):
+    """With a mask it was 0.0: the Trainer finds no gradients."""
+    model = tiny_llama()
+    rows = [{name: tensor[0] for name, tensor in tiny_batch(model, seed=seed, batch=1).items()} for seed in range(24)]
+    selective = SelectiveTraining(**kwargs, skip_nonfinite=True)
+    args = arguments(tmp_path, logging_steps=1)
+    trainer = Poisoned(model=model, args=args, train_dataset=rows, callbacks=[selective])
+    trainer.train()
+    norms = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
+    assert trainer.optimizer.optimizer.num_skipped == 1
+    assert [math.isnan(norm) or norm == 0.0 for norm in norms] == [False, True, False, False]
+    assert math.isnan(norms[1])
+
+
+def test_a_second_training_says_that_it_goes_on(tmp_path, caplog):
+    """It said that a step would explore, and none did: the optimizer was behind that."""
+    trainer = trainer_of(tmp_path, tiny_llama(), gs.AdaGradSelect(count=1))
+    trainer.train()
+    caplog.clear()
+    trainer.train()
+    assert "about 0 of 4 steps will look at the gradients of all blocks: the optimizer has taken 4 steps" in caplog.text
+    assert trainer.optimizer.optimizer.num_steps == 8
 
 
 def test_blocks_that_never_train_are_named_with_their_weights(tmp_path, caplog):

@@ -177,6 +177,9 @@ class AbstractPolicy(ABC):
             run_steps: optimizer steps of the run. None: unknown.
         """
 
+    def forget_explore_steps(self) -> None:
+        """Leave the length of the explore phase open again, if `fill_explore_steps` gave it. Default: it never does."""
+
     def expected_explore_steps(self, num_steps: int) -> float:
         """Expected number of those of the first `num_steps` steps that look at the gradients of all blocks."""
         return 0.0

@@ -62,18 +62,32 @@ def _candidates_around_layers(policy: AbstractPolicy) -> dict[str, int]:
     return {name: size for name, size in policy.num_elements.items() if name in policy.names and name not in inside}
 
 
-def say_explore_steps(optimizer: BlockOptimizer, *, num_steps: int) -> None:
+def say_explore_steps(optimizer: BlockOptimizer, *, num_steps: int, before: int = 0) -> None:
     """Say how many steps of the run will look at all gradients, if any will.
+
+    Args:
+        optimizer: with the number of steps of the run filled in.
+        num_steps: of the run.
+        before: steps that the optimizer took before the run, which goes on from there.
 
     Example:
         >>> import torch, gradselect as gs
         >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
         >>> say_explore_steps(gs.BlockOptimizer(model, policy=gs.Uniform(count=1)), num_steps=10)
     """
-    expected = optimizer.policy.expected_explore_steps(num_steps)
-    if expected:
-        # A warning, because other levels are not shown unless somebody asks for them.
-        logger.warning("about %d of %d steps will look at the gradients of all blocks", round(expected), num_steps)
+    policy = optimizer.policy
+    if not (all_steps := policy.expected_explore_steps(before + num_steps)):
+        return
+    expected = round(all_steps - policy.expected_explore_steps(before))
+    # A warning, because other levels are not shown unless somebody asks for them.
+    if before:
+        logger.warning(
+            "about %d of %d steps will look at the gradients of all blocks: the optimizer has taken %d steps before "
+            "this training and goes on from there; build a new Trainer to begin anew",
+            *(expected, num_steps, before),
+        )
+    else:
+        logger.warning("about %d of %d steps will look at the gradients of all blocks", expected, num_steps)
 
 
 def _summarise_blocks(records: Sequence[StepRecord]) -> dict[str, float]:

@@ -68,6 +68,9 @@ class AbstractEpsilonGreedy(AbstractPolicy):
         if limits and self.explore_steps is None and self.filled_explore_steps is None:
             self.filled_explore_steps = min(limits)
 
+    def forget_explore_steps(self) -> None:
+        self.filled_explore_steps = None
+
     @property
     def longest_explore_share(self) -> float:
         """Share of the run's steps that N is at most, where it is derived."""

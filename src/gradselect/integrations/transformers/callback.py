@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -129,6 +130,8 @@ class SelectionCallback(TrainerCallback):
         warn_of_adalora(parts["model"], optimizer, getattr(caller_of(CallbackHandler), "callbacks", []))
         optimizer.reopen()
         optimizer.check_model()
+        if optimizer is self._connected and optimizer.num_steps == 0:
+            _forget_steps(optimizer)
         if isinstance(optimizer, BlockOptimizer):
             if optimizer.update_in_backward:
                 check_clipping(args)
@@ -136,7 +139,8 @@ class SelectionCallback(TrainerCallback):
             num_steps = _num_steps_of_epoch(args, state, parts["train_dataloader"])
             optimizer.policy.fill_explore_steps(num_steps, run_steps=state.max_steps)
             say_what_trains(optimizer)
-            say_explore_steps(optimizer, num_steps=state.max_steps)
+            before = max(0, optimizer.num_steps - state.global_step)
+            say_explore_steps(optimizer, num_steps=state.max_steps, before=before)
         else:
             optimizer.fill_steps(state.max_steps)
             self._take_over_clipping(args, optimizer)
@@ -188,6 +192,8 @@ class SelectionCallback(TrainerCallback):
         if "loss" in logs and self._since_log:
             values = summarise(self._since_log)
             self._since_log.clear()
+        elif "grad_norm" in logs and _has_skipped(self._connected):
+            values = {"grad_norm": math.nan}  # the Trainer found no gradients and has written 0.0
         elif "train_runtime" in logs and isinstance(self._connected, BlockOptimizer):
             values = {f"selection/updates/{name}": count for name, count in self._connected.update_counts.items()}
         logs.update(values)
@@ -254,6 +260,22 @@ def _unwrap_optimizer(optimizer: torch.optim.Optimizer) -> BlockOptimizer | Spar
             "or leave the callback out"
         )
     return optimizer
+
+
+def _has_skipped(optimizer: BlockOptimizer | SparseOptimizer | None) -> bool:
+    """Return True if the last step of a mask was skipped for NaN or infinity."""
+    return isinstance(optimizer, SparseOptimizer) and optimizer.num_skipped_in_a_row > 0
+
+
+def _forget_steps(optimizer: BlockOptimizer | SparseOptimizer) -> None:
+    """Leave open again what the steps of the run decide.
+
+    An attempt that ended before its first step, as those of `auto_find_batch_size` do, was one of fewer steps.
+    """
+    if isinstance(optimizer, BlockOptimizer):
+        optimizer.policy.forget_explore_steps()
+    else:
+        optimizer.mask.filled_steps = None
 
 
 def _num_steps_of_epoch(args: TrainingArguments, state: TrainerState, loader: Any) -> int:

@@ -147,6 +147,7 @@ def warn_of_settings(args: TrainingArguments, optimizer: BlockOptimizer | Sparse
         if value not in (ours, defaults[name]):
             logger.warning(
                 "TrainingArguments have %s=%s, but the optimizer was built with %s=%s and uses that; "
-                'add "args": args to the kwargs of SelectiveOptimizerFactory',
+                'add "args": args to the kwargs of SelectiveOptimizerFactory, or build a new Trainer if you changed '
+                "the arguments after its first train()",
                 *(name, value, name, ours),
             )
