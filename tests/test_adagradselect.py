@@ -427,10 +427,22 @@ def test_by_default_the_blocks_around_the_layers_are_no_candidates() -> None:
     assert Uniform(count=1, among="layers").bind(blocks).names == inside
 
 
+class Wrapped(nn.Module):
+    """A model of the user's own around one of transformers, with names of its own."""
+
+    def __init__(self, *, classifies: bool = False) -> None:
+        super().__init__()
+        self.inner = tiny_models.tiny_llama()
+        if classifies:
+            self.inner, self.classifier = self.inner.model, nn.Linear(tiny_models.HIDDEN, 3)
+
+
 @pytest.mark.parametrize(
     ("make", "left_out"),
     [
         (tiny_models.tiny_llama, ["embedding", "norm", "head"]),
+        (Wrapped, ["embedding", "norm", "head"]),
+        (lambda: Wrapped(classifies=True), ["embedding", "norm"]),
         (tiny_models.tiny_gpt2, ["embedding", "norm"]),  # tied
         (tiny_models.tiny_bert_classifier, ["embedding"]),
         (tiny_models.tiny_t5, ["embedding", "encoder.norm", "decoder.norm"]),

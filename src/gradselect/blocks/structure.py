@@ -79,7 +79,8 @@ class Layout:
             component for component, module in modules if module is inputs or isinstance(module, nn.Embedding)
         }
         self.heads = {component for component, module in modules if module is outputs} or self.outermost_matrices()
-        self.vocabulary = {each for module in (inputs, outputs) if module is not None for each in module.parameters()}
+        ends = [inputs, outputs] if hasattr(model, "get_output_embeddings") else inner_outputs(model)
+        self.vocabulary = {each for module in ends if module is not None for each in module.parameters()}
         self.main = self.main_label(model, inputs)
 
     def place(self, name: str) -> Place:
@@ -227,6 +228,12 @@ def module_of_getter(model: nn.Module, name: str) -> nn.Module | None:
         return None if getter is None else getter()
     except NotImplementedError:  # raised by transformers for models of images or of speech
         return None
+
+
+def inner_outputs(model: nn.Module) -> list[nn.Module]:
+    """Return the output embeddings that models inside a model of the user's own name."""
+    found = [module_of_getter(module, "get_output_embeddings") for module in model.modules()]
+    return [each for each in found if each is not None]
 
 
 def holds_parameters(module: nn.Module) -> bool:
