@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from classification_fixtures import COLUMNS, classify, write_place
-from train_fixtures import quiet
+from train_fixtures import quiet, write_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gradselect import UsageError
@@ -104,6 +104,23 @@ def test_a_trained_classifier_is_evaluated_as_it_was_trained(place: Path, tmp_pa
     assert items[1]["text"].endswith("length.")
     assert (items[0]["reference"], items[1]["prediction"]) == ("bad", "good")
     assert sum(items[0]["probabilities"].values()) == pytest.approx(1.0)
+
+
+def test_a_decoder_without_a_padding_token_is_padded_as_in_training(tmp_path: Path) -> None:
+    """The tokenizer's error was a traceback; another padding token in the configuration gave wrong labels."""
+    folder = write_model(tmp_path / "model")
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, pad_token_id=7).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    rows = [{"sentence": "word " * length, "label": f"LABEL_{length % 2}"} for length in (1, 3, 6)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    together, alone = (
+        evaluate(settings(tmp_path, model=folder, data=tmp_path / "a.jsonl", batch_size=size)).items for size in (3, 1)
+    )
+    for one, other in zip(together, alone, strict=True):
+        assert one["probabilities"]["LABEL_1"] == pytest.approx(other["probabilities"]["LABEL_1"], rel=1e-4)
 
 
 def test_the_columns_of_the_training_also_name_those_of_a_packed_table(place: Path, tmp_path: Path) -> None:

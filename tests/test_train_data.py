@@ -105,6 +105,14 @@ def test_a_missing_column_is_named_with_its_row(tmp_path: Path) -> None:
     assert str(e.value).endswith("in data.prompt, e.g. 'data.prompt={question}'")
 
 
+@pytest.mark.parametrize("key", ["prompt", "completion"])
+def test_the_bare_name_of_a_column_is_no_template(tmp_path: Path, key: str) -> None:
+    """Every row was trained on the word "question"."""
+    with pytest.raises(UsageError, match=rf"data\.{key}='question' is this very word .* 'data\.{key}={{question}}'"):
+        load(write(tmp_path, ROWS), **{key: "question"})
+    assert load(write(tmp_path, ROWS), **{key: "a question: "}).rows
+
+
 def test_an_empty_value_is_named_with_its_row(tmp_path: Path) -> None:
     path = write(tmp_path, [*ROWS[:2], {"question": "q", "answer": None}])
     with pytest.raises(UsageError, match=r"data\.jsonl, line 3: column 'answer' is null"):

@@ -74,7 +74,10 @@ def read_label(value: Any, *, labels: Sequence[str] | None) -> int | float:
     if text not in labels and isinstance(value, bool):
         text = str(value)  # the labels of a model that was trained before booleans were written as in JSON
     if text not in labels:
-        raise UsageError(f"the label {text!r} is none of {', '.join(labels)}; name all of them in labels=[...]")
+        raise UsageError(
+            f"the label {text!r} is none of {', '.join(labels)}; name all of them, in data.labels=[...] or, "
+            "in gradselect evaluate, --labels A,B"
+        )
     return labels.index(text)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from gradselect.app.models import (
+    able_to_pad,
     check_causal,
     check_complete,
     check_tokens,
@@ -66,10 +67,13 @@ def load(settings: EvaluationSettings) -> LanguageModel:
     tokenizer = load_text_tokenizer(settings.model, key="model")
     model, missing = load_weights(kind, settings.model, key="model", dtype=settings.dtype)
     check_complete(missing, model, settings.model, key="model", wanted=wanted)
-    model = wrap(model.to(device).eval(), tokenizer)
+    if settings.task == "classification":
+        # As in training: the head of a decoder reads the last token that is no padding.
+        model.config.get_text_config().pad_token_id = able_to_pad(tokenizer, settings.model).pad_token_id
+    language_model = wrap(model.to(device).eval(), tokenizer)
     if settings.task != "classification":
-        check_causal(model.model, name=f"model={str(settings.model)!r}")
-    return model
+        check_causal(language_model.model, name=f"model={str(settings.model)!r}")
+    return language_model
 
 
 def wrap(model: Any, tokenizer: Any) -> LanguageModel:

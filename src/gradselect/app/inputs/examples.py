@@ -90,6 +90,7 @@ def render_examples(settings: FileData, *, seed: int) -> RenderedRows:
         UsageError: a file, column or row cannot be used; the error names it.
     """
     sources = read_sources(settings, seed=seed)
+    _check_braces(sources["train"], settings)
     labels = _labels(sources["train"], settings)
     rows, notes = {}, []
     for name, source in sources.items():
@@ -140,6 +141,17 @@ def _require_columns(source: Source, settings: FileData) -> None:
         require_columns(source.rows, _columns_read(settings), path=source.path)
     except UsageError as error:
         raise UsageError(f"{error}{_setting_to_write(settings, first)}") from None
+
+
+def _check_braces(source: Source, settings: FileData) -> None:
+    """Refuse a template that is the bare name of a column: every row would have this word in place of its text."""
+    for name in ("prompt", "completion", "text", "text_pair", "chosen", "rejected", "answer"):
+        word = (getattr(settings, name, None) or "").strip()
+        if word and word in source.rows[0]:
+            raise UsageError(
+                f"data.{name}={word!r} is this very word in every row; the text of this column of {source.path} is "
+                f"written with braces: 'data.{name}={{{word}}}'"
+            )
 
 
 def _setting_to_write(settings: FileData, row: Row) -> str:

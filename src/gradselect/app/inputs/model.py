@@ -19,6 +19,7 @@ from transformers import (
 
 from gradselect import UsageError
 from gradselect.app.models import (
+    able_to_pad,
     check_complete,
     context_of,
     draw_weights,
@@ -183,7 +184,7 @@ def load_tokenizer(settings: ModelSettings, data: FileData) -> PreTrainedTokeniz
         settings.path, key="model.path", revision=settings.revision, trust_remote_code=settings.trust_remote_code
     )
     if isinstance(data, ClassificationData):
-        return _able_to_pad(tokenizer, settings.path)
+        return able_to_pad(tokenizer, settings.path)
     if tokenizer.eos_token is None:
         raise UsageError(
             f"the tokenizer of {settings.path!r} has no end-of-text token, so a completion would never end; "
@@ -268,15 +269,6 @@ def _adapter_as_base(path: str) -> str:
         f"model.path={path!r} is an adapter: training would change its base too, and save the adapter only. Merge it "
         f"first, and give the merged model: {merge_command(path)}"
     )
-
-
-def _able_to_pad(tokenizer: Any, path: str) -> Any:
-    """Let a decoder's tokenizer pad with its end-of-text token. The attention mask hides it."""
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise UsageError(f'the tokenizer of {path!r} cannot pad; add "pad_token" to its tokenizer_config.json')
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def _numbered(labels: Sequence[str]) -> dict[str, int]:

@@ -14,9 +14,10 @@ from .pretrained import (
     load_weights,
 )
 from .quantised import is_quantised, merge_command, num_trainable, quantisation_of
-from .tokens import encode_texts
+from .tokens import able_to_pad, encode_texts
 
 __all__ = [
+    "able_to_pad",
     "at_rest",
     "check_causal",
     "check_complete",
