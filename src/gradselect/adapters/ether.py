@@ -26,6 +26,9 @@ class EtherConfig(AdapterConfig):
     of the inputs trains for each layer, whatever n is. A reflection is never near the identity: training begins away
     from the base model, and the loss jumps at once.
 
+    The blocks of H are blocks of columns of W, as in the paper. The authors' code reshapes W, so that with n > 1 each
+    block of rows gets one H_i for all its columns.
+
     Args:
         num_blocks: n; divides the inputs of every layer. One reflection of all inputs by default.
 

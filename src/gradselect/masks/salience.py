@@ -252,8 +252,9 @@ class SynFlow(ModelSalience):
     """|w dR/dw|, R the sum of the model's outputs with |w| in place of every weight: the flow through w.
 
     The input is `inputs_embeds` of ones, shape (1, 2, width of the embedding), or the user's batches without their
-    labels. R sums the output if it is a tensor, else the first of the outputs. The length and the use on language
-    models are our choice: the paper is about images.
+    labels. R sums the output if it is a tensor, else the first of the outputs. The length, and activation functions
+    that stay as they are, are our choice. The paper is about images and ReLU, which |w| makes the identity. The code of
+    arXiv 2412.13488 replaces activation functions and softmax by the identity.
 
     Reference: Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic flow", arXiv
     2006.05467.
@@ -285,8 +286,9 @@ class SynFlow(ModelSalience):
 class Grasp(ModelSalience):
     """w (H E g), H the Hessian of the mean loss: removing such a weight lowers the norm of the gradient most.
 
-    The paper prunes the entries of largest -w (H g). We train the others, of largest w (H g); to use this sign in
-    fine-tuning is our choice. It differentiates the backward pass, so attention runs without fused kernels.
+    The paper prunes the entries of largest -w (H g). We train the others, of largest w (H g), as the code of arXiv
+    2412.13488 does, which divides the logits by 200 first. It differentiates the backward pass, so attention runs
+    without fused kernels.
 
     Reference: Wang, Zhang, Grosse, "Picking Winning Tickets Before Training by Preserving Gradient Flow", arXiv
     2002.07376.

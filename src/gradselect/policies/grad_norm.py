@@ -40,7 +40,8 @@ class GradNormTopK(AbstractPolicy):
         count: k itself, instead of `fraction`.
         refresh: steps between two selections; the blocks stay the same in between. None: one selection, by the
             gradients of the first step or of the `probe_steps`.
-        temperature: temperature of the softmax, on the scale of the norm. None: no draw.
+        temperature: temperature of the softmax, on the scale of the norm: where it is large beside the differences
+            between blocks, the draw is uniform. None: no draw.
         ema: weight of the old average, in (0, 1]. None: m_b is the latest norm.
         probe_steps: first steps, which observe and update nothing.
         norm: "l2", or "rms" = ||g_b||_2 / sqrt(number of entries), which does not favour large blocks.

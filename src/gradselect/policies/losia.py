@@ -44,6 +44,9 @@ class LoSiA(AbstractPolicy):
     entry. q leaves out the paper's second-order term, as the option "param_first" of its code does; with it,
     q = |w g - (w g)^2 / 2|. A slice that stays selected keeps its moments and its rate.
 
+    In the authors' scripts embedding, norms and head train whole beside the subnets. So they do here with by="layer"
+    and among=None. The recipe `losia` leaves them out unless `among: null` or `always` says otherwise.
+
     Args:
         by: kind of strata, as `gradselect.Stratified` has them: with "category" slots go by category.
         fraction: share of the slices of each layer.
