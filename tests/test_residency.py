@@ -305,6 +305,49 @@ def test_the_model_may_go_elsewhere_and_come_back() -> None:
     assert_twins(ours, twin)
 
 
+class FullDevice(HostileStreams):
+    """Has no memory for the allocation whose number is `fails_at`, counted down from there."""
+
+    fails_at = 0
+
+    def allocate(self, likes: Sequence[Tensor]) -> list[Tensor]:
+        self.fails_at -= 1
+        if self.fails_at == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().allocate(likes)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_out_of_memory_within_a_switch_a_loop_that_goes_on_ends_in_the_same_bits(fails_at: int) -> None:
+    """The step is done; blocks that had moved counted as where they had been, and were copied from there."""
+    streams = FullDevice()
+    ours, twin = hostile(gs.Uniform(count=3), streams), twin_of(gs.Uniform(count=3))
+    for run in (ours, twin):
+        run.steps(range(10))
+    streams.fails_at, num_failed = fails_at, 0
+    for step in range(10, 20):
+        twin.steps([step])
+        try:
+            ours.steps([step])
+        except torch.OutOfMemoryError:
+            ours.optimizer.zero_grad()
+            num_failed += 1
+    assert num_failed == 1
+    assert_alike(dict(ours.model.state_dict()), dict(twin.model.state_dict()))
+    assert ours.optimizer.memory() == twin.optimizer.memory()
+
+
+def test_out_of_memory_at_the_first_update_of_a_block_leaves_no_state_outside_of_the_pool() -> None:
+    streams = FullDevice()
+    run = hostile(gs.Fixed(("layer.1",)), streams)
+    streams.fails_at = 2
+    with pytest.raises(torch.OutOfMemoryError):
+        run.steps([0])
+    held = [tensor for state in run.optimizer.state.values() for name, tensor in state.items() if name != "step"]
+    assert held
+    assert all(address(tensor) in streams._own for tensor in held)
+
+
 # Memory on the device ------------------------------------------------------------------------------------------------
 
 

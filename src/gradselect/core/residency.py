@@ -16,17 +16,21 @@ from .rules import State
 from .transfer import Transfer, open_streams
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class StateCopy:
     """State of one block, which moves as a whole.
 
     Args:
+        block: its name.
         states: state of each parameter, with the names of its large tensors (moments, master); counters never move.
         num_bytes: bytes of the large tensors.
+        has_moved: True once a switch has moved it, also a switch that an error ends later.
     """
 
+    block: str
     states: Sequence[tuple[State, Sequence[str]]]
     num_bytes: int
+    has_moved: bool = False
 
 
 class AbstractMover(ABC):
@@ -192,11 +196,16 @@ class _Offloading(AbstractMover):
         for copy in coming:
             while waiting and held_bytes + copy.num_bytes > limit:
                 held_bytes -= waiting[0].num_bytes
-                self._transfer.send(waiting.popleft().states)
+                self._send(waiting.popleft())
             held_bytes += copy.num_bytes
             self._transfer.fetch(copy.states)
+            copy.has_moved = True
         for copy in waiting:
-            self._transfer.send(copy.states)
+            self._send(copy)
+
+    def _send(self, copy: StateCopy) -> None:
+        self._transfer.send(copy.states)
+        copy.has_moved = True
 
     def adopt(self, state: State, names: Sequence[str]) -> None:
         self._transfer.adopt(state, names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -78,7 +78,7 @@ class BlockStates:
         coming = [name for name in self._table.blocks if name in names and name not in self.resident]
         copies = [[self._copy_of(name) for name in blocks if self._existing(name)] for blocks in (leaving, coming)]
         if any(copies):
-            self._mover.switch(*copies, held_bytes=sum(map(self.num_bytes, self.resident)))
+            self._switch(*copies)
         self.resident = self.resident.difference(leaving).union(coming)
         for name in leaving:
             for parameter, state in self._existing(name):
@@ -87,6 +87,16 @@ class BlockStates:
         if self.residency.frees_device:
             # Dropped state no longer exists, so it counts as not moved.
             self.moved_bytes += sum(map(self.num_bytes, (*leaving, *coming)))
+
+    def _switch(self, leaving: Sequence[StateCopy], coming: Sequence[StateCopy]) -> None:
+        """Let the mover exchange states. If it fails, as without memory, note where each block is: training may go on."""
+        try:
+            self._mover.switch(leaving, coming, held_bytes=sum(map(self.num_bytes, self.resident)))
+        except BaseException:
+            moved = [copy for copy in (*leaving, *coming) if copy.has_moved]
+            self.resident ^= {copy.block for copy in moved}
+            self.moved_bytes += sum(copy.num_bytes for copy in moved)
+            raise
 
     def masters(self) -> dict[Tensor, Tensor]:
         """Return the masters that exist, wherever they are, by parameter."""
@@ -107,8 +117,9 @@ class BlockStates:
                 if self._form.master_dtype is None:
                     continue
                 if state and MASTER not in state and parameter.dtype in HALF:
-                    state[MASTER] = self._form.master_of(local_part(parameter))
-                    self._mover.adopt(state, [MASTER])
+                    made = {MASTER: self._form.master_of(local_part(parameter))}
+                    self._mover.adopt(made, [MASTER])
+                    state.update(made)
                 if MASTER in state and parameter.dtype in HALF:
                     masters[parameter] = state[MASTER]
         return masters
@@ -122,8 +133,9 @@ class BlockStates:
         # Reading optimizer.state[parameter], as a logging loop may, leaves an empty state.
         if not self.exists(parameter):
             self._shown.discard(parameter)
-            self._store[parameter] = state = self._form.make(local_part(parameter))
-            self._mover.adopt(state, self._form.large(state))
+            made = self._form.make(local_part(parameter))
+            self._mover.adopt(made, self._form.large(made))  # may fail without memory: then there is no state
+            self._store[parameter] = made
         state = self._store[parameter]
         self._form.check_own(state)
         return state
@@ -242,7 +254,7 @@ class BlockStates:
 
     def _copy_of(self, name: str) -> StateCopy:
         states = [(state, self._form.large(state)) for _, state in self._existing(name)]
-        return StateCopy(states=states, num_bytes=self.num_bytes(name))
+        return StateCopy(block=name, states=states, num_bytes=self.num_bytes(name))
 
     def _existing(self, name: str) -> list[tuple[Parameter, State]]:
         known = [parameter for parameter in self._table.of(name) if parameter in self._store]
