@@ -54,13 +54,13 @@ WRAPPED = [
 ]
 
 
-def wrap(model, wrapper, **settings):
+def wrap(model, wrapper, *, of_model=None, **settings):
     if wrapper.startswith("ddp"):
         return DistributedDataParallel(model, find_unused_parameters=True)
     apply = {"fully_shard": fully_shard, "replicate": replicate}[wrapper]
     for layer in model.layers:
         apply(layer, **settings)
-    return apply(model, **settings)
+    return apply(model, **settings, **of_model or {})
 
 
 def build(mask, *, wrapper=None, dtype=torch.float64, settings=None, **options):
@@ -121,6 +121,8 @@ def pair():
     runs["bf16"] = {"mask": ID3, "wrapper": "fully_shard", "dtype": torch.bfloat16}
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     runs["mixed"] = {"mask": ID3, "wrapper": "fully_shard", "dtype": torch.float32, "settings": {"mp_policy": mixed}}
+    cast = MixedPrecisionPolicy(output_dtype=torch.float32)
+    runs["cast"] = {"mask": ID3, "wrapper": "fully_shard", "settings": {"of_model": {"mp_policy": cast}}}
     return succeed(run_all, world=2, runs=runs, timeout=120)
 
 
@@ -155,6 +157,13 @@ def test_two_processes_train_as_one_does(key, pair, alone):
             assert (record.num_new, record.overlap) == (same.num_new, same.overlap)
             assert record.grad_norm == pytest.approx(same.grad_norm, rel=1e-6)
     assert united([results[key]["entries"] for results in pair]) == united([expected["entries"]])
+
+
+def test_a_loss_that_the_wrapper_casts_changes_nothing(pair, alone):
+    """The pass then begins before the wrapper hears of it: what the wrapper does at its end came after our end."""
+    for results in pair:
+        assert results["cast"]["records"] == results["fully_shard", "id3"]["records"]
+        assert distance(results["cast"]["parameters"], alone["id3"]["parameters"]) < 1e-12
 
 
 def test_sets_change_and_tensors_freeze(alone, pair):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradselect.core import AbstractGradientHooks, BackwardPasses, Ownership, dense
-from gradselect.parallel import has_other_ranks, is_averaged_in_hooks, local_part
+from gradselect.parallel import has_other_ranks, is_averaged_in_hooks, is_running, local_part
 
 WAITING = 1 << 20
 """Number of entries of small gradients that are read together; one by one, each would find cold caches."""
@@ -60,7 +60,7 @@ class GradientReader(AbstractGradientHooks):
         self._read = weakref.WeakMethod(read)  # pyright: ignore[reportArgumentType]
         self.parameters = dict(parameters)
         self._active: frozenset[str] = frozenset()
-        is_late = has_other_ranks()
+        is_late, self._is_wrapped = has_other_ranks(), is_running()
         self.late = frozenset(name for name, each in parameters.items() if is_late and not is_averaged_in_hooks(each))
         self._capacity = min(WAITING, max(local_part(parameter).numel() for parameter in parameters.values()) // 4)
         self.restart()
@@ -104,11 +104,12 @@ class GradientReader(AbstractGradientHooks):
     def arrived(self, name: str, parameter: Parameter) -> None:
         if name not in self._active:
             return
-        self.passes.at_end(self._end_pass)
+        # FSDP2 may finish after the watch over the model: some of its gradients arrive then, and on a GPU all are whole.
+        self.passes.at_end(self._end_pass, after_wrappers=self._is_wrapped)
         if name in self.late:
             return
         if self._lean or self._num_counted >= self.num_expected or self._is_last_pass():
-            self.passes.at_end(self._read_waiting)
+            self.passes.at_end(self._read_waiting, after_wrappers=self._is_wrapped)
             self._take(name, parameter)
 
     def _end_pass(self) -> None:
