@@ -15,6 +15,7 @@ import pytest
 import torch
 from compare_fixtures import BLOCKS, FULL, MISFIT, Runner, make_suite, suite_values, write_place
 
+import gradselect as gs
 from gradselect import UsageError
 from gradselect.app.compare import budget as _budget
 from gradselect.app.compare import calibrating as _calibrating
@@ -24,7 +25,7 @@ from gradselect.app.compare.budget import Budget, with_steps
 from gradselect.app.compare.calibration import Calibrator
 from gradselect.app.compare.protocol import protocol_settings
 from gradselect.app.compare.suite import Suite, parse_suite
-from gradselect.app.compare.turn import turn_recipe
+from gradselect.app.compare.turn import _growth, turn_recipe
 from gradselect.app.compare.turns import MOST_TIMES, TURN_OF, Turn, TurnsJob, ratios
 from gradselect.app.results import (
     CALIBRATION,
@@ -576,6 +577,17 @@ def test_on_an_accelerator_the_first_turn_of_each_method_is_not_counted(
     assert [number for method, number in taken if method == "full"] == [4, 4, 5][-num_turns:]
     assert [turn.number for turn in turns if turn.method == "full"] == [4, 5]
     assert [turn.error for turn in turns if turn.method == "ada"] == ["RuntimeError: no kernel for this shape"]
+
+
+def test_state_that_a_run_on_the_cpu_adds_counts_on_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Offload()` copies nothing there, so all of its state lies in the memory that the budget limits."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    options = {"blocks": gs.partition(model), "policy": gs.Cyclic(every=1), "always": ()}
+    optimizer = gs.BlockOptimizer(model, options["policy"], lr=1e-2, residency=gs.Offload())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert _growth(model, optimizer, options) == 2 * 8 * (16 + 4)
 
 
 def test_recalibrating_needs_a_budget(place: Path, tmp_path: Path, runner: Runner) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,11 +29,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gradselect import UsageError
 from gradselect.app.inputs import row_notes
 from gradselect.app.recipe import load_recipe
-from gradselect.app.train import train
+from gradselect.app.train import describe_start, train
 from gradselect.app.train.trainer import RunTrainer
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_names_the_cpu(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    inputs: Any = SimpleNamespace(model=torch.nn.Linear(1, 1), examples=SimpleNamespace(sources={}))
+    for device, name in (("cpu", "cpu"), ("auto", "a card")):
+        record = describe_start(parse(place, run={"device": device}), inputs, command=())
+        assert record.machine.device == name
 
 
 # What comes out --------------------------------------------------------------------------------------------------

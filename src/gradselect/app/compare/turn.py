@@ -20,6 +20,7 @@ from gradselect.app.recipe import AbstractBlockMethod, Recipe
 from gradselect.app.runtime import RunFolder, fast_bfloat16, keep_freed_memory, take_device
 from gradselect.app.train import Meter, build_trainer, kind_of_step
 from gradselect.blocks import StepCost
+from gradselect.core import is_accelerator
 from gradselect.planning import survey_policy
 
 from .turns import EXPLORE_SHARE, WARM_UP, Turn
@@ -168,7 +169,8 @@ def _peak_bytes(measured: dict[str, Any]) -> tuple[int, str]:
 def _growth(model: Any, optimizer: BlockOptimizer, options: Mapping[str, Any]) -> int:
     """Bytes of state and masters of blocks that a whole run trains and the turn has not trained yet."""
     residency = optimizer.residency
-    if isinstance(residency, Drop) or (torch.cuda.is_available() and not isinstance(residency, Keep)):
+    on_accelerator = is_accelerator(next(model.parameters()).device)
+    if isinstance(residency, Drop) or (on_accelerator and not isinstance(residency, Keep)):
         return 0  # the state of other blocks is nowhere, or in host memory
     blocks = options["blocks"]
     sizes = {block.name: block.num_elements for block in blocks}

@@ -45,6 +45,7 @@ FREE_TO_CHANGE = {
 def describe_start(recipe: Recipe, inputs: Inputs, *, command: Sequence[str]) -> RunRecord:
     """Return the record of a run before its first step."""
     model = inputs.model
+    on_gpu = recipe.run.device != "cpu" and torch.cuda.is_available()
     values = {
         "status": "started",
         # A file name may hold bytes that are not text.
@@ -63,7 +64,7 @@ def describe_start(recipe: Recipe, inputs: Inputs, *, command: Sequence[str]) ->
         | {name: version(name) for name in PACKAGES},
         "machine": {
             "platform": platform.platform(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },
