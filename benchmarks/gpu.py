@@ -9,13 +9,15 @@
     smollm2   a real model at equal time, three seeds: suites/smollm2-gpu.yaml
 
 Results are written to benchmarks/results/gpu, and to runs/compare/smollm2-gpu. If a stage fails, the next ones still
-run, and the exit code is 1. It is 2 where there is no GPU.
+run, and the exit code is 1. It is 2 where there is no GPU. A stage whose time is over is interrupted, so that its own
+processes end too: those of smollm2 save what they have, and the next `--stages smollm2` continues.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,8 +27,11 @@ from pathlib import Path
 import torch
 from common import RESULTS, ROOT
 
-LIMIT = 600
+LIMIT = 540
 """Seconds of a stage."""
+
+GRACE = 60
+"""Seconds that a stage has to end once it is interrupted: with LIMIT ten minutes."""
 
 OUT = RESULTS / "gpu"
 
@@ -50,17 +55,27 @@ def run_stage(name: str, commands: Sequence[Sequence[str]]) -> bool:
     end = time.monotonic() + LIMIT
     for command in commands:
         print(f"{name}: python {' '.join(command)}", flush=True)
+        running = subprocess.Popen([sys.executable, *command], cwd=ROOT)
         try:
-            done = subprocess.run(
-                [sys.executable, *command], cwd=ROOT, timeout=max(1.0, end - time.monotonic()), check=False
-            )
+            code = running.wait(timeout=max(1.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
+            interrupt(running)
             print(f"{name}: stopped after {LIMIT} seconds", flush=True)
             return False
-        if done.returncode:
-            print(f"{name}: ended with exit code {done.returncode}", flush=True)
+        if code:
+            print(f"{name}: ended with exit code {code}", flush=True)
             return False
     return True
+
+
+def interrupt(running: subprocess.Popen[bytes], *, grace: float = GRACE) -> None:
+    """End a process as Ctrl-C does. Killed at once, it would leave its own processes behind, on the GPU."""
+    running.send_signal(signal.SIGINT)
+    try:
+        running.wait(timeout=grace)
+    except subprocess.TimeoutExpired:
+        running.kill()
+        running.wait()
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,11 @@ common = importlib.import_module("common")
 gpu = importlib.import_module("gpu")
 levers = importlib.import_module("levers")
 
-RESULTS = sorted((REPOSITORY / "benchmarks" / "results" / "gpu").glob("*.json"))
+RESULTS = [
+    REPOSITORY / "benchmarks" / "results" / "gpu" / Path(command[-1]).name
+    for command in gpu.stages(out=Path("out"), processes=1)["shapes"]
+]
+"""Those of the stage `shapes`. The stage `offload` writes another one beside them."""
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,24 +38,47 @@ def test_a_stage_that_fails_lets_the_next_one_run(
 ) -> None:
     ran: list[str] = []
 
-    def run(words: list[str], *, timeout: float, **_: Any) -> subprocess.CompletedProcess[bytes]:
-        assert timeout <= gpu.LIMIT
-        ran.append(words[1])
-        if "offload" in words[1]:
-            raise subprocess.TimeoutExpired(words, timeout)
-        return subprocess.CompletedProcess(words, 1 if "levers" in words[1] else 0)
+    class Process:
+        def __init__(self, words: list[str], **_: Any) -> None:
+            self.script = words[1]
+            self.is_interrupted = False
+            ran.append(self.script)
+
+        def wait(self, *, timeout: float) -> int:
+            assert timeout <= gpu.LIMIT
+            if "offload" in self.script and not self.is_interrupted:
+                raise subprocess.TimeoutExpired(self.script, timeout)
+            return 1 if "levers" in self.script else 0
+
+        def send_signal(self, number: int) -> None:
+            assert number == signal.SIGINT
+            self.is_interrupted = True
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "Popen", Process)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
     assert gpu.main() == 1
     assert ran == ["-m", "benchmarks/offload.py", "benchmarks/levers.py", "-m"]
     said = capsys.readouterr().out
-    assert "offload: stopped after 600 seconds" in said
+    assert f"offload: stopped after {gpu.LIMIT} seconds" in said
     assert "shapes: ended with exit code 1" in said
     for line in ("tests: done", "offload: FAILED", "shapes: FAILED", "smollm2: done"):
         assert line in said
+
+
+@pytest.mark.parametrize(("answer", "code"), [("raise SystemExit(3)", 3), ("pass", -signal.SIGKILL)])
+def test_a_stage_whose_time_is_over_may_end_its_own_processes(answer: str, code: int) -> None:
+    """It was killed at once, and the runs of a comparison trained on beside the next stage."""
+    script = (
+        f"import signal, time\ndef end(*_): {answer}\nsignal.signal(signal.SIGINT, end)\n"
+        "print('ready', flush=True)\nwhile True: time.sleep(0.01)"
+    )
+    with subprocess.Popen([sys.executable, "-S", "-c", script], stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"ready\n"
+        gpu.interrupt(running, grace=60 if code > 0 else 0.1)
+        assert running.returncode == code
 
 
 def test_other_tests_see_no_gpu() -> None:
