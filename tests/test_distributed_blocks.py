@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradselect as gs
 from gradselect.integrations import distributed
+from gradselect.parallel import check_alike
 from gradselect.parallel.wrappers import check_placement
 
 STEPS = 12
@@ -96,6 +98,28 @@ def selections(records):
 
 def distance(one, other):
     return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def test_ranks_are_compared_through_the_gpu_of_the_model(monkeypatch):
+    """NCCL sends plain values through the current GPU. In a script that never sets it that is GPU 0 on every rank."""
+    current = []
+
+    @contextmanager
+    def using(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    def gather(values, value):
+        assert current == [torch.device("cuda", 1)]
+        values[:] = [value, {**value, "seed": "other"}]
+
+    monkeypatch.setattr(torch.cuda, "device", using)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    with pytest.raises(gs.UsageError, match="seed is 1 on rank 0"):
+        check_alike({"seed": 1}, moment="now", device=torch.device("cuda", 1))
+    assert not current
 
 
 # the same as one process -----------------------------------------------------------------------------

@@ -89,7 +89,7 @@ class BlockStates:
             self.moved_bytes += sum(map(self.num_bytes, (*leaving, *coming)))
 
     def _switch(self, leaving: Sequence[StateCopy], coming: Sequence[StateCopy]) -> None:
-        """Let the mover exchange states. If it fails, as without memory, note where each block is: training may go on."""
+        """Let the mover exchange states. If it fails, e.g. without memory, note where each block is."""
         try:
             self._mover.switch(leaving, coming, held_bytes=sum(map(self.num_bytes, self.resident)))
         except BaseException:

@@ -104,7 +104,7 @@ class GradientReader(AbstractGradientHooks):
     def arrived(self, name: str, parameter: Parameter) -> None:
         if name not in self._active:
             return
-        # FSDP2 may finish after the watch over the model: some of its gradients arrive then, and on a GPU all are whole.
+        # FSDP2 may finish behind the watch over the model: then its last gradients arrive, and on a GPU all are whole.
         self.passes.at_end(self._end_pass, after_wrappers=self._is_wrapped)
         if name in self.late:
             return

@@ -22,7 +22,7 @@ from gradselect.core import (
     freeze,
     in_phase,
 )
-from gradselect.parallel import check_alike, total
+from gradselect.parallel import check_alike, collective_device, total
 from gradselect.usage import UsageError, matching
 
 from . import checkpoint
@@ -211,10 +211,10 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
             lean=lean,
             passes=self._passes,
         )
+        first, ownership = self._table.all()[0], self._ownership
         if self._agreement is not None:
             check_lean(lean, self._reader.late)
-            check_alike(self._facts(), moment="when the optimizer is built")
-        first, ownership = self._table.all()[0], self._ownership
+            check_alike(self._facts(), moment="when the optimizer is built", device=collective_device(first))
         self._reach = EntryReach(self._model, lambda: ownership.covers(first))
         self._propose()
 

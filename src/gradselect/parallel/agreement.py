@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from hashlib import sha256
 from typing import Any, TypeVar
 
@@ -82,7 +83,7 @@ class RankAgreement:
             UsageError: names what differs, and what to write instead.
         """
         self.has_begun = True
-        check_alike(facts, moment="before the first step")
+        check_alike(facts, moment="before the first step", device=self._device)
         check_data_parallel(trains_everything=trains_everything)
         replicas = {
             name: [local_part(parameter) for parameter in several if not shard_groups(parameter)]
@@ -108,7 +109,7 @@ class RankAgreement:
         if self._is_due or step % self.agreement_steps == 0:
             self._is_due = False
             self._compared.clear()
-            check_alike({"step": step, **facts()}, moment=f"at step {step}")
+            check_alike({"step": step, **facts()}, moment=f"at step {step}", device=self._device)
         new = {
             # FSDP2 and replicate average the gradients of their DTensors themselves.
             name: [parameter for parameter in several if not is_dtensor(parameter)]
@@ -117,6 +118,10 @@ class RankAgreement:
         }
         self._compared.update(new)
         check_averaged({name: several for name, several in new.items() if several}, step=step)
+
+    @property
+    def _device(self) -> torch.device:
+        return collective_device(next(self._model.parameters()))
 
     def check_soon(self) -> None:
         """Compare everything at the next step, as after loading a checkpoint."""
@@ -139,17 +144,22 @@ class RankAgreement:
             stand_in.requires_grad_(parameter.requires_grad)
 
 
-def check_alike(facts: Mapping[str, Any], *, moment: str) -> None:
+def check_alike(facts: Mapping[str, Any], *, moment: str, device: torch.device) -> None:
     """Check that all ranks hold the same plain values.
+
+    Args:
+        facts: the values, by name.
+        moment: when, for messages.
+        device: of the model's collectives.
 
     Raises:
         UsageError: on all ranks; names the first rank that differs from rank 0, and what differs.
     """
     digests = {name: sha256(repr(value).encode()).hexdigest() for name, value in facts.items()}
-    everyone = _gather(digests, moment=moment)
+    everyone = _gather(digests, moment=moment, device=device)
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:
-            values = _gather(dict(facts), moment=moment)
+            values = _gather(dict(facts), moment=moment, device=device)
             what, ours, other = _first_difference("", values[0], values[rank])
             raise UsageError(
                 f"the processes do not agree {moment}: {what} is {ours} on rank 0 and {other} on rank {rank}; start "
@@ -224,10 +234,12 @@ def _mark(tensors: Sequence[Tensor], *, device: torch.device) -> Tensor:
     return mark
 
 
-def _gather(value: Any, *, moment: str) -> list[Any]:
+def _gather(value: Any, *, moment: str, device: torch.device) -> list[Any]:
     """Gather one plain value of each rank, by rank."""
     values: list[Any] = [None] * dist.get_world_size()
-    with naming_the_collective(f"comparing the ranks {moment}"):
+    # NCCL sends objects through the current GPU, which is the same on all ranks where nobody has set it.
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with naming_the_collective(f"comparing the ranks {moment}"), current:
         dist.all_gather_object(values, value)
     return values
 
