@@ -35,17 +35,27 @@ GRACE = 60
 
 OUT = RESULTS / "gpu"
 
+SETTINGS = (
+    "full AdamW",
+    "full, checkpointing",
+    "full, chunked loss, checkpointing",
+    "AdaGradSelect 20 %",
+    "AdaGradSelect 20 %, offload",
+    "AdaGradSelect 20 %, offload, chunked loss, checkpointing",
+    "LoRA r=32",
+    "LoRA r=256",
+)
+"""Of the stage `shapes`: few enough to end in time."""
+
 
 def stages(*, out: Path, processes: int) -> dict[str, list[list[str]]]:
     """Return the commands of each stage, as arguments of Python."""
     shapes = ("qwen2.5-0.5b", "llama-3.2-1b")
+    levers = ["benchmarks/levers.py", "--rounds", "20", "--settings", *SETTINGS]
     return {
         "tests": [["-m", "pytest", "-m", "gpu", "--numprocesses", str(processes), "--quiet", "tests"]],
         "offload": [["benchmarks/offload.py", "--out", str(out / "offload.json")]],
-        "shapes": [
-            ["benchmarks/levers.py", "--preset", f"gpu-{shape}", "--rounds", "20", "--out", str(out / f"{shape}.json")]
-            for shape in shapes
-        ],
+        "shapes": [[*levers, "--preset", f"gpu-{shape}", "--out", str(out / f"{shape}.json")] for shape in shapes],
         "smollm2": [["-m", "gradselect", "compare", "suites/smollm2-gpu.yaml", "--jobs", "8", "--per-device", "8"]],
     }
 

@@ -89,10 +89,17 @@ def test_the_commands_of_the_stages_exist() -> None:
     for commands in gpu.stages(out=Path("out"), processes=2).values():
         for command in commands:
             assert command[0] == "-m" or (REPOSITORY / command[0]).is_file()
-    presets = [command[2] for command in gpu.stages(out=Path("out"), processes=2)["shapes"]]
+    presets = [command[-3] for command in gpu.stages(out=Path("out"), processes=2)["shapes"]]
     assert set(presets) <= set(levers.PRESETS)
+    assert set(gpu.SETTINGS) <= set(levers.ON_GPU)
     suite = gpu.stages(out=Path("out"), processes=2)["smollm2"][0][3]
     assert (REPOSITORY / suite).is_file()
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_results_are_those_of_the_stage(path: Path) -> None:
+    """`make gpu` measured all settings of `levers.py`, whose result would have failed the next test."""
+    assert [row["name"] for row in common.read_result(path)["rows"]] == list(gpu.SETTINGS)
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
