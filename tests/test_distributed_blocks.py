@@ -316,6 +316,14 @@ def test_load_refuses_another_folder(tmp_path):
         distributed.load(tmp_path, model=model, optimizer=optimizer)
 
 
+def test_a_checkpoint_is_read_into_host_memory():
+    """The state of all blocks at once is as large as AdamW's, and the device holds that of a selection."""
+    info = SimpleNamespace(size=torch.Size([4, 4]), properties=SimpleNamespace(dtype=torch.float32))
+    weight = torch.empty(4, 4, device="meta", dtype=torch.bfloat16)  # the only other device that is always there
+    read = distributed._empty(info, like=weight)
+    assert (read.device.type, read.dtype) == ("cpu", torch.float32)
+
+
 def whole_state(rank, *, state_dict):
     _model, optimizer = build(POLICIES["uniform"], wrapper="fully_shard")
     optimizer.load_state_dict(state_dict)

@@ -150,9 +150,12 @@ def _stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
 
 
 def _empty(info: TensorStorageMetadata, *, like: Tensor) -> Tensor:
-    """Return an empty tensor to load into, sharded like its weight if it has the weight's shape."""
+    """Return an empty tensor to load into, sharded like its weight if it has the weight's shape.
+
+    On the host: on the device it would stand beside the state of all other blocks, most of which may be offloaded.
+    """
     if info.size == like.shape:
-        return torch.empty_like(like, dtype=info.properties.dtype, requires_grad=False)
+        return torch.empty_like(like, dtype=info.properties.dtype, device="cpu", requires_grad=False)
     return _empty_whole(info)
 
 
