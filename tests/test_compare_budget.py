@@ -24,6 +24,7 @@ from gradselect.app.compare.allotment import allot, kind_shares
 from gradselect.app.compare.budget import Budget, with_steps
 from gradselect.app.compare.calibration import Calibrator
 from gradselect.app.compare.protocol import protocol_settings
+from gradselect.app.compare.side_by_side import SideBySide
 from gradselect.app.compare.suite import Suite, parse_suite
 from gradselect.app.compare.turn import _growth, turn_recipe
 from gradselect.app.compare.turns import MOST_TIMES, TURN_OF, Turn, TurnsJob, ratios
@@ -324,9 +325,9 @@ def test_the_budget_takes_the_place_of_the_steps_in_the_protocol(place: Path) ->
     assert shared["budget"] == {"time_of": "full", "share": 0.5, "of": {"steps": 2, "epochs": None}}
 
 
-def run_turns(job_file: Path, log: Path, *, worker: str) -> None:
+def run_turns(job_file: Path, log: Path, *, worker: str, environment: Mapping[str, str]) -> None:
     """Take the turns of a calibration in this process, with costs that no clock decides."""
-    assert worker == "turns_worker"
+    assert (worker, environment) == ("turns_worker", {})
     job = TurnsJob.model_validate_json(job_file.read_text("utf-8"))
     turns_worker.main(str(job_file))
     content = json.loads(job.result.read_text("utf-8"))
@@ -516,10 +517,26 @@ def test_what_another_comparison_has_measured_meanwhile_is_kept(
     assert runner.ran == []
 
 
+def test_a_calibration_has_one_accelerator_of_several(
+    place: Path, tmp_path: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that sees several refuses to train."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+
+    def measure(job_file: Path, log: Path, *, environment: Mapping[str, str], **_: Any) -> str:
+        log.touch()
+        return f"it has {environment}"
+
+    monkeypatch.setattr(_calibrating, "run_job", measure)
+    with pytest.raises(UsageError, match=r"the calibration failed: it has .'CUDA_VISIBLE_DEVICES': '5'.\n"):
+        runner(small_suite(place, {"time_of": "full"}), tmp_path / "results", side_by_side=SideBySide(2, device="auto"))
+
+
 def test_a_process_that_is_ended_names_the_method_whose_turn_it_was(
     place: Path, tmp_path: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(job_file: Path, log: Path, *, worker: str) -> str:
+    def killed(job_file: Path, log: Path, **_: Any) -> str:
         log.write_text(f"{TURN_OF}full\nLoading weights\n{TURN_OF}uniform 2\nLoading weights\n", "utf-8")
         return "the process was ended by signal 9"
 

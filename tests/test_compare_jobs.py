@@ -65,6 +65,7 @@ def test_each_run_has_an_accelerator_of_its_own(devices: None, monkeypatch: pyte
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 6,7")
     jobs = SideBySide(2, device="auto")
     assert jobs.text == "2 runs side by side, each with an accelerator"
+    assert jobs.alone == {"CUDA_VISIBLE_DEVICES": "5"}
     found = environments(jobs, monkeypatch)
     assert sorted(place["CUDA_VISIBLE_DEVICES"] for place in found) == ["5", "6"]
     with pytest.raises(

@@ -33,10 +33,12 @@ def calibrated(
     protocol: Mapping[str, Any],
     recalibrate: bool,
     console: Console,
+    environment: Mapping[str, str],
 ) -> Calibration:
     """Return the calibration of these methods with the steps of each, and keep it in the folder.
 
-    What an earlier call has measured with the same settings on this machine is not measured again.
+    What an earlier call has measured with the same settings on this machine is not measured again. The process that
+    measures has `environment` on top of that of this one.
 
     Raises:
         UsageError: the calibration failed, the budget is shorter than a step, or the folder holds results of a
@@ -47,7 +49,7 @@ def calibrated(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def measure(names: Sequence[str], first: int) -> Sequence[Turn]:
-        return _measure(suite, names, first=first, folder=folder, console=console)
+        return _measure(suite, names, first=first, folder=folder, console=console, environment=environment)
 
     calibrator = Calibrator(
         suite,
@@ -144,7 +146,13 @@ def _check_steps(suite: Suite, known: Calibration, *, folder: ResultsFolder) -> 
 
 
 def _measure(
-    suite: Suite, names: Sequence[str], *, first: int, folder: ResultsFolder, console: Console
+    suite: Suite,
+    names: Sequence[str],
+    *,
+    first: int,
+    folder: ResultsFolder,
+    console: Console,
+    environment: Mapping[str, str],
 ) -> Sequence[Turn]:
     budget = suite.budget
     assert budget is not None
@@ -164,7 +172,7 @@ def _measure(
     job_file.write_text(job.model_dump_json(indent=1), "utf-8")
     what = f"calibrating {len(names)} method{'s' if len(names) > 1 else ''}"
     with Stages(console).open(f"{what} in {budget.rounds} rounds, in {log}"):
-        error = run_job(job_file, log, worker="turns_worker")
+        error = run_job(job_file, log, worker="turns_worker", environment=environment)
     if error is not None:
         raise UsageError(f"the calibration failed{_at_turn(log)}: {error}\n           log: {log}")
     return Turns.model_validate_json(result.read_text("utf-8")).turns

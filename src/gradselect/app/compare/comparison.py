@@ -157,6 +157,7 @@ class Comparison:
             protocol=self._protocol,
             recalibrate=self._recalibrate,
             console=self._console,
+            environment={} if self._side_by_side is None else self._side_by_side.alone,
         )
         self._plan = RunPlan(self._suite, calibration)
         return [name for name in methods if not calibration.methods[name].left_out]

@@ -36,6 +36,7 @@ class SideBySide:
     Attributes:
         count: number of runs at a time.
         text: the places in words.
+        alone: environment of a process before the runs, such as a calibration: one accelerator, if there are several.
     """
 
     def __init__(self, count: int, *, device: str, per_device: int = 1) -> None:
@@ -48,6 +49,7 @@ class SideBySide:
         if num_devices:
             shares.insert(0, "an accelerator" if per_device == 1 else f"an accelerator for {per_device}")
         self.text = f"{count} runs side by side, each with {' and '.join(shares)}"
+        self.alone = {DEVICES: places[0][DEVICES]} if num_devices > 1 else {}
         self._places: SimpleQueue[dict[str, str]] = SimpleQueue()
         for place in places:
             self._places.put(place)
