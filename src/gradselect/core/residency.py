@@ -116,10 +116,11 @@ class Offload(AbstractResidency):
 
     On a CUDA device the copies run in both directions at once, on two streams of their own, from and to page-locked
     memory. They start at the end of an update, when the next selection is known, and run beside forward and backward
-    pass. The next update waits for them on the device; the host never waits. An explore step knows its selection too
-    late for that, so its update waits. State that is selected again stays. Incoming state takes the memory of outgoing
-    state, so the device holds at most the larger of the two selections. Other accelerators copy at once. For a model on
-    the CPU nothing is copied, and bytes are reported as on an accelerator.
+    pass. The next update waits for them on the device; the host does not, except where weights in half precision are
+    compared with their masters, before each update. An explore step knows its selection too late for that, so its
+    update waits. State that is selected again stays. Incoming state takes the memory of outgoing state, so the device
+    holds at most the larger of the two selections. Other accelerators copy at once. For a model on the CPU nothing is
+    copied, and bytes are reported as on an accelerator.
 
     While copies run, tensors in `optimizer.state` hold undefined values; read them through `optimizer.state_dict()`.
 
