@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from test_levers import large_llama
 from test_mask_contract import BATCHES
 from test_mask_contract import TABLE as MASKS
 from test_policy_contract import TABLE as POLICIES
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from train_fixtures import build, write_model, write_sums
 
 import gradselect as gs
+from gradselect.core.adamw_8bit import dequantise, quantise
 from gradselect.entries.mask import AbstractMask
 from gradselect.integrations.transformers import checkpoint_selected
 
@@ -151,15 +153,48 @@ def test_a_mask_drawn_on_a_gpu_is_that_of_a_cpu_bitwise() -> None:
     assert chosen[0] == chosen[1]
 
 
+RULES_OF_8_BITS = (gs.AdamW8bitRule(), gs.AdamW8bitRule(fused=True))
+
+
+def is_quantised(optimizer: gs.BlockOptimizer) -> bool:
+    return any(tensor.dtype == torch.uint8 for state in optimizer.state.values() for tensor in state.values())
+
+
 def test_8_bit_moments_train_to_about_the_same_loss() -> None:
     losses = []
-    for rule in (gs.AdamWRule(), gs.AdamW8bitRule(), gs.AdamW8bitRule(fused=True)):
-        model = tiny_llama(layers=4, tied=True).to(DEVICE)
-        optimizer = gs.BlockOptimizer(model, gs.All(), lr=1e-2, rule=rule)
-        for _ in range(20):
-            train(model, optimizer, range(1), device=DEVICE)
+    for rule in (gs.AdamWRule(), *RULES_OF_8_BITS):
+        model = large_llama().to(DEVICE)
+        optimizer = gs.BlockOptimizer(model, gs.All(), lr=2e-3, rule=rule)
+        train(model, optimizer, range(20), device=DEVICE)
+        assert is_quantised(optimizer) == isinstance(rule, gs.AdamW8bitRule)
         losses.append(model(**batch_of(model, seed=0, device=DEVICE)).loss.item())
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=0.1)
+
+
+@pytest.mark.parametrize("rule", RULES_OF_8_BITS, ids=str)
+def test_offloaded_8_bit_moments_are_bitwise_those_that_stay(rule: gs.AdamW8bitRule) -> None:
+    """The copies of a block hold codes, scales, small moments in full precision and masters."""
+    ends = []
+    for residency in (gs.Keep(), gs.Offload()):
+        model = large_llama(dtype=torch.bfloat16).to(DEVICE)
+        optimizer = gs.BlockOptimizer(model, gs.Uniform(count=2), lr=1e-2, residency=residency, rule=rule)
+        train(model, optimizer, range(30), device=DEVICE)
+        assert is_quantised(optimizer)
+        ends.append(model.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_numbers_are_quantised_as_on_a_cpu_bitwise(signed: bool) -> None:
+    values = torch.randn(2**16, generator=torch.Generator().manual_seed(0))
+    values = values if signed else values.square()
+    (codes, scales), (codes_there, scales_there) = (
+        quantise(values.to(device), signed=signed) for device in ("cpu", DEVICE)
+    )
+    assert torch.equal(codes, codes_there.cpu())
+    assert torch.equal(scales, scales_there.cpu())
+    there = dequantise(codes_there, scales_there, signed=signed)
+    assert torch.equal(dequantise(codes, scales, signed=signed), there.cpu())
 
 
 @pytest.fixture(scope="module")
