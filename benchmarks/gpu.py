@@ -35,6 +35,9 @@ GRACE = 60
 
 OUT = RESULTS / "gpu"
 
+SHAPES = ("qwen2.5-0.5b", "llama-3.2-1b")
+"""Of the stage `shapes`; each has a result of its name, beside that of the stage `offload`."""
+
 SETTINGS = (
     "full AdamW",
     "full, checkpointing",
@@ -50,12 +53,11 @@ SETTINGS = (
 
 def stages(*, out: Path, processes: int) -> dict[str, list[list[str]]]:
     """Return the commands of each stage, as arguments of Python."""
-    shapes = ("qwen2.5-0.5b", "llama-3.2-1b")
     levers = ["benchmarks/levers.py", "--rounds", "20", "--settings", *SETTINGS]
     return {
         "tests": [["-m", "pytest", "-m", "gpu", "--numprocesses", str(processes), "--quiet", "tests"]],
         "offload": [["benchmarks/offload.py", "--out", str(out / "offload.json")]],
-        "shapes": [[*levers, "--preset", f"gpu-{shape}", "--out", str(out / f"{shape}.json")] for shape in shapes],
+        "shapes": [[*levers, "--preset", f"gpu-{shape}", "--out", str(out / f"{shape}.json")] for shape in SHAPES],
         "smollm2": [["-m", "gradselect", "compare", "suites/smollm2-gpu.yaml", "--jobs", "8", "--per-device", "8"]],
     }
 

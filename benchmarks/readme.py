@@ -29,6 +29,7 @@ import sparse_step
 import sparsegrad
 import step_time
 from common import RESULTS, ROOT, fill_section, markdown_table, megabytes, read_result, read_rows
+from gpu import SHAPES
 from real_model import SUITES
 from real_model_pages import answers, rates
 
@@ -163,11 +164,11 @@ def memory() -> str:
 def on_gpu() -> str:
     """The shapes of published models on a GPU, each with a sentence on what was measured."""
     parts = []
-    for path in sorted((RESULTS / "gpu").glob("*.json")):
-        result = read_result(path)
+    for shape in sorted(SHAPES):
+        result = read_result(RESULTS / "gpu" / f"{shape}.json")
         settings, machine, model = result["settings"], result["machine"], result["model"]
         parts.append(
-            f"**{path.stem}**, random weights, {model['dtype']} with fp32 masters, batch {settings['batch']} x "
+            f"**{shape}**, random weights, {model['dtype']} with fp32 masters, batch {settings['batch']} x "
             f"{settings['length']}, on one {machine['device']} with torch {machine['torch']}: `python "
             f"benchmarks/levers.py --preset {settings['preset']} --rounds {settings['rounds']}`.\n\n"
             + levers.markdown(result)
