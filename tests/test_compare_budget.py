@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from gradselect import UsageError
 from gradselect.app.compare import budget as _budget
 from gradselect.app.compare import calibrating as _calibrating
 from gradselect.app.compare import load_suite, turns_worker
+from gradselect.app.compare import turn as _turn
 from gradselect.app.compare.allotment import allot, kind_shares
 from gradselect.app.compare.budget import Budget, with_steps
 from gradselect.app.compare.calibration import Calibrator
@@ -594,6 +597,35 @@ def test_on_an_accelerator_the_first_turn_of_each_method_is_not_counted(
     assert [number for method, number in taken if method == "full"] == [4, 4, 5][-num_turns:]
     assert [turn.number for turn in turns if turn.method == "full"] == [4, 5]
     assert [turn.error for turn in turns if turn.method == "ada"] == ["RuntimeError: no kernel for this shape"]
+
+
+def test_the_memory_of_a_turn_that_failed_is_free_in_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it counted as that of the next method."""
+
+    class Trainer:
+        def __init__(self) -> None:
+            self.itself = self
+
+    left: list[weakref.ref[Trainer]] = []
+
+    def measure(_: Any, *, method: str, number: int, **__: Any) -> Turn:
+        if not left:
+            trainer = Trainer()
+            left.append(weakref.ref(trainer))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert left[0]() is None
+        return Turn(method=method, number=number, kinds=("step",), costs=(1.0,))
+
+    monkeypatch.setattr(_turn, "_measure", measure)
+    suite = make(tmp_path, {"time_of": "full"})
+    recipes = {name: suite.training_recipe(name, lr=1, seed=0, output="-") for name in ("full", "ada")}
+    job = TurnsJob(recipes=recipes, first=0, rounds=1, steps=2, result=tmp_path / "turns.json")
+    gc.disable()
+    try:
+        failed, taken = turns_worker.take_turns(job)
+    finally:
+        gc.enable()
+    assert (failed.error, taken.error) == ("out of memory: CUDA out of memory", "")
 
 
 def test_state_that_a_run_on_the_cpu_adds_counts_on_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

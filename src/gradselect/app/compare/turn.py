@@ -47,20 +47,18 @@ def measure_turn(
     """
     take_device(recipe.run.device)
     keep_freed_memory(recipe.run.device)
+    gc.collect()  # the turn before leaves a trainer in cycles, also if it has failed
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
-        turn = _measure(
+        return _measure(
             turn_recipe(recipe, number=number, steps=steps, output=folder),
             method=method,
             number=number,
             count_flops=count_flops,
             count_bytes=count_bytes,
         )
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the next method must not find this one's memory
-    return turn
 
 
 def turn_recipe(recipe: Recipe, *, number: int, steps: int, output: str | Path) -> Recipe:
