@@ -79,6 +79,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     rows: dict[str, dict[str, float]] = {}
     for name, residency in (("keep", gs.Keep()), ("offload", gs.Offload()), ("waiting", Waiting())):
         rows[name] = run(arguments, device, residency)
+        print(json.dumps({name: rows[name]}), flush=True)
         gc.collect()
         torch.cuda.empty_cache()  # the next one's peak is its own
     moved = rows["offload"]["moved_bytes_per_step"]
@@ -142,10 +143,12 @@ def main() -> int:
             )
             return 2
         device = torch.device("cuda")
+        right = compare_bits(device, steps=arguments.switches, width=arguments.width)
+        print(json.dumps(right), flush=True)  # known even if the time is over before the rest
         result = {
             "settings": settings_of(arguments),
             "machine": machine("cuda"),
-            "right": compare_bits(device, steps=arguments.switches, width=arguments.width),
+            "right": right,
             "hidden": measure(arguments, device),
         }
         write_result(arguments.out, result)
