@@ -61,6 +61,15 @@ def test_the_entries_are_those_of_an_exact_decomposition() -> None:
     assert len(expected & unreduced) < 0.98 * count  # else the test could not tell
 
 
+def test_the_entries_are_those_of_an_exact_decomposition_where_singular_values_fall_slowly() -> None:
+    """Two power iterations found 42 % of them here, and 44 % in weights of SmolLM2-135M."""
+    matrix = torch.randn(192, 96, generator=torch.Generator().manual_seed(0))
+    count = 4 * sum(matrix.shape)
+    found = largest_entries(approximation(matrix, 4).abs(), count)
+    expected = set(exact(matrix, 4).abs().view(-1).topk(count).indices.tolist())
+    assert len(expected.intersection(found.tolist())) >= 0.95 * count
+
+
 def test_the_mask_takes_the_rank_that_is_asked_for() -> None:
     model = nn.Sequential(nn.Linear(48, 64))
     with torch.no_grad():
