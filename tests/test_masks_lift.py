@@ -36,7 +36,7 @@ def approximation(matrix: Tensor, rank: int, *, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize(("rows", "columns"), [(60, 40), (40, 60), (24, 24), (5, 64)])
 @pytest.mark.parametrize("rate", [0.5, 0.9])
 def test_the_approximation_is_nearly_the_best_of_its_rank(rows: int, columns: int, rate: float) -> None:
-    """Two power iterations: the error beyond the best possible one is a share of it, far below 1 % here."""
+    """The error beyond the best possible one is a share of it, far below 1 % here."""
     matrix = decaying(rows, columns, rate=rate)
     for rank in (1, 4):
         best = torch.linalg.matrix_norm(matrix - exact(matrix, rank))
