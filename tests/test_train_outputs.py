@@ -296,7 +296,7 @@ def test_prompts_and_completions_as_chat_do_so_too(tmp_path: Path) -> None:
 def test_other_data_leave_the_ends_alone(data: str, tmp_path: Path) -> None:
     chat_base(tmp_path, UNMARKED)
     write_sums(tmp_path / "sums.jsonl")
-    text = {"format": "text", "path": str(tmp_path / "sums.jsonl"), "text": "question"}
+    text = {"format": "text", "path": str(tmp_path / "sums.jsonl"), "text": "{question}"}
     out, _, shown = trained(tmp_path, **({"data": text} if data == "text" else {}))
     assert GenerationConfig.from_pretrained(out).eos_token_id in (256, [256])  # transformers before 5.17 or so: a list
     assert "stops at" not in shown
