@@ -690,7 +690,7 @@ def test_open_epoch_length_is_refused_before_anything_moves():
         ({"betas": 0.9}, r"betas=0.9 must be two numbers"),
         ({"master_dtype": "float32"}, "master_dtype='float32' is no dtype object; write master_dtype=torch.float32"),
         ({"grad_scaler": True}, "grad_scaler=True is no GradScaler object"),
-        ({"blocks": "matrix"}, r"blocks='m' is no Block object; write blocks=gs.partition\(model"),
+        ({"blocks": "matrix"}, r"blocks='matrix' is no Block object; write blocks=gs.partition\(model"),
         ({"accumulation_steps": 0}, "accumulation_steps=0"),
         ({"always": ("embeding",)}, "embedding"),
         ({"no_decay": ("*.bais",)}, r"no_decay='\*.bais' matches no parameter"),

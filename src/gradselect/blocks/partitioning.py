@@ -174,7 +174,7 @@ def check_partition(model: nn.Module, blocks: Sequence[Block]) -> tuple[Block, .
     Raises:
         UsageError: one is missing or stands in two blocks, or is not of this model; or two blocks have one name.
     """
-    for block in blocks:
+    for block in [blocks] if isinstance(blocks, str) else blocks:
         check_is(block, Block, name="blocks", example='blocks=gs.partition(model, by="matrix")')
     placed = Counter(id(parameter) for block in blocks for parameter in block.parameters)
     trained = {id(parameter): known[0] for parameter, known in names_of_trained(model).items()}
