@@ -198,6 +198,16 @@ def test_the_command_line_takes_stop_strings(place: Path, monkeypatch: pytest.Mo
     assert seen[1].stop == ("\n\n", "END")
 
 
+@pytest.mark.parametrize("option", ["--prompt", "--text-pair", "--stop"])
+def test_a_text_that_no_file_can_hold_is_refused_by_its_option(
+    option: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["evaluate", str(place / "labels"), "--task", "loss", "--data", str(place / "dev.tsv"), option, "a\x1bb"])
+    assert raised.value.code == 2
+    assert f"{option}: 'a\\x1bb' holds a character that cannot be written" in capsys.readouterr().err
+
+
 WRONG = {
     "no data": ({"data": None}, "has no data of its own"),
     "prompt": ({"prompt": "{sentence}"}, "is not for the task classification"),

@@ -77,10 +77,9 @@ def convert(
 
     From the paper and the authors' code: the sensitivity; 16 batches, the default of their script; the two rules and
     their shares; LoRA of rank 8 with B = 0, no scale, and a dropout of 0.1 on its input; frozen embeddings. Our
-    choices: evaluation mode; linear
-    layers and vectors of the repeated layers, and norms, as candidates; an exact search that stays within the budget,
-    where the authors take the nearest of steps of 20,000 entries; what is left of the budget goes to further entries;
-    no adapter that is as large as its matrix; no DropPath on the adapter's output.
+    choices: evaluation mode; linear layers and vectors of the repeated layers, and norms, as candidates; an exact
+    search that stays within the budget, where the authors take the nearest of steps of 20,000 entries; what is left of
+    the budget goes to further entries; no adapter that is as large as its matrix; no DropPath on the adapter's output.
 
     Call `convert` before building the optimizer, with `always=(*spt.always, "classifier.*")` for a new head. Call
     `fold` before using the model as a plain one.

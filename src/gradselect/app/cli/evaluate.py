@@ -70,15 +70,15 @@ def evaluate(
 
 
 def _settings(*, stop: list[str] | None, **options: Any) -> EvaluationSettings:
-    """Return the settings: lists are split at commas, and templates get their line ends."""
+    """Return the settings: lists are split at commas, and texts get their line ends."""
     from gradselect.app.recipe import EvaluationSettings
 
     for name in ("prompt", "completion", "text", "text_pair"):
-        options[name] = _as_in_a_recipe(options[name])
+        options[name] = None if options[name] is None else _typed(name, options[name])
     for name in ("labels", "columns", "harness"):
         options[name] = tuple(options[name].split(",")) if options[name] else None
     if stop:
-        options["stop"] = tuple(end.replace("\\n", "\n") for end in stop)
+        options["stop"] = tuple(_typed("stop", end) for end in stop)
     return EvaluationSettings(**{**options, "harness": options["harness"] or ()})
 
 
@@ -120,6 +120,11 @@ def _print_output(settings: EvaluationSettings) -> None:
         typer.echo(f"items and settings in {settings.output}")
 
 
-def _as_in_a_recipe(template: str | None) -> str | None:
-    """Replace \\n, which a shell passes on as two characters, by a line end, and \\t by a tab, as `train` does."""
-    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")
+def _typed(option: str, text: str) -> str:
+    from gradselect.app.recipe import read_typed
+    from gradselect.usage import UsageError
+
+    try:
+        return read_typed(text)
+    except ValueError as error:
+        raise UsageError(f"--{option.replace('_', '-')}: {error}") from None

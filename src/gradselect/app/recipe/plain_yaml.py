@@ -40,7 +40,7 @@ def read_typed(text: str) -> str:
         ValueError: it holds a character that no file can hold.
     """
     if _UNWRITABLE.search(text):
-        raise ValueError(f"{printable(text)!r:.60} holds a character that cannot be written")
+        raise ValueError(f"{text!r:.60} holds a character that cannot be written")
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
