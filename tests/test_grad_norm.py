@@ -48,8 +48,11 @@ def test_rms_divides_by_the_root_of_the_number_of_weights() -> None:
 
 def test_refresh_looks_every_so_many_steps_and_keeps_the_choice_between() -> None:
     policy = bound(BLOCK_NAMES, count=2, refresh=5)
-    assert [policy.propose(step) is None for step in range(20)] == [step % 5 == 0 for step in range(20)]
-    selections = [take_step(policy, step, finite_norms(step)) for step in range(40)]
+    looks, selections = [], []
+    for step in range(40):
+        looks += [step] if policy.propose(step) is None else []
+        selections.append(take_step(policy, step, finite_norms(step)))
+    assert looks == list(range(0, 40, 5))
     assert all(selections[step] == selections[step - step % 5] for step in range(40))
     assert len(set(selections)) > 3
 
@@ -66,6 +69,25 @@ def test_without_a_period_the_first_selection_stays(probe_steps: int) -> None:
     assert looks == list(range(probe_steps or 1))
     assert policy.expected_explore_steps(40) == len(looks)
     assert set(selections[probe_steps:]) == {tuple(name for name in BLOCK_NAMES if name in largest)}
+
+
+@pytest.mark.parametrize("refresh", [None, 5])
+def test_a_selection_by_gradients_that_are_all_zero_is_made_again(refresh: int | None) -> None:
+    policy = bound(count=1, refresh=refresh)
+    looks = []
+    for step in range(5):
+        looks += [step] if policy.propose(step) is None else []
+        selected = take_step(policy, step, dict.fromkeys(FOUR, 0.0) if step < 2 else NORMS)
+    assert looks == [0, 1, 2]
+    assert selected == (max(NORMS, key=NORMS.__getitem__),)
+
+
+def test_a_zero_gradient_leaves_a_selection_by_older_norms_alone() -> None:
+    policy = bound(count=1, refresh=5, ema=0.5)
+    take_step(policy, 0, NORMS)
+    for step in range(1, 5):
+        assert policy.propose(step) is not None
+        take_step(policy, step, dict.fromkeys(FOUR, 0.0))
 
 
 def test_the_average_starts_at_the_first_norm_and_follows_the_formula() -> None:

@@ -34,8 +34,9 @@ class AdaGradSelect(AbstractEpsilonGreedy):
         exploit (otherwise):          p ~ Dirichlet(f + delta);        S = the k blocks of largest p_b
         f_b += 1 for b in S
 
-    Step 0 always explores. With a small delta and growing f the draw locks in like a Pólya urn. `delta`,
-    `delta_growth`, `discount`, `norm="rms"` and `coverage` work against that.
+    Step 0 always explores. An explore step whose gradients are all zero adds nothing to f. With a small delta and
+    growing f the draw locks in like a Pólya urn. `delta`, `delta_growth`, `discount`, `norm="rms"` and `coverage` work
+    against that.
 
     The paper selects from all blocks, explores in the first epoch, fixes eps_0 = 1, eps_N near 0 and exploitation only
     after N, and shows fractions of 0.1, 0.2 and 0.3: `preset="paper"`. By default embeddings, final norms and heads
@@ -166,7 +167,9 @@ class AdaGradSelect(AbstractEpsilonGreedy):
         self.last_steps |= dict.fromkeys(selected, step)
         if step % self.every:
             return
-        self.counts = {name: self.discount * count + (name in selected) for name, count in self.counts.items()}
+        # Gradients that are all zero, as those of GRPO with equal rewards, select the first blocks of the model.
+        counted = selected if not norms or any(norms.values()) else ()
+        self.counts = {name: self.discount * count + (name in counted) for name, count in self.counts.items()}
         self.scores = {name: self._accumulated(name, norms.get(name, 0.0)) for name in self.scores}
         self.selection = list(selected)
 

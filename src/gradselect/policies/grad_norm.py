@@ -32,8 +32,9 @@ class GradNormTopK(AbstractPolicy):
 
     The defaults are Algorithm 1 of AdaGradSelect's paper: a full backward pass each step, then the k largest norms.
 
-    Without `probe_steps` every selection observes all blocks. With it only the first steps do: they update nothing and
-    set m_b to the mean of their norms. After them m_b changes only for the blocks that train.
+    Without `probe_steps` every selection observes all blocks, and is made again at the next step if all norms were
+    zero. With it only the first steps observe all: they update nothing and set m_b to the mean of their norms. After
+    them m_b changes only for the blocks that train.
 
     Args:
         fraction: share of the candidate blocks that trains in a step, k = max(1, round(fraction * blocks)).
@@ -107,7 +108,7 @@ class GradNormTopK(AbstractPolicy):
     def propose(self, step: int) -> tuple[str, ...] | None:
         if step < self.probe_steps:
             return None
-        if not self._selects_anew(step) and (kept := self.still_among(self.selection)) is not None:
+        if self.selection and not self._selects_anew(step) and (kept := self.still_among(self.selection)) is not None:
             return kept
         if self.probe_steps == 0:
             return None
@@ -128,7 +129,8 @@ class GradNormTopK(AbstractPolicy):
     def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
         seen = {name: norms[name] for name in self.names if name in norms and math.isfinite(norms[name])}
         self.averages |= {name: self._average(step, name, norm) for name, norm in seen.items()}
-        self.selection = list(selected)
+        # Where all is zero, as with GRPO and equal rewards, the first blocks of the model were selected: select again.
+        self.selection = list(selected) if self.probe_steps or any(self.averages.values()) else []
 
     def _selects_anew(self, step: int) -> bool:
         since = step - self.probe_steps
