@@ -227,6 +227,35 @@ def test_nothing_is_said_of_rows_that_say_something(tmp_path: Path) -> None:
     assert "rows_empty" not in rendered.sources["train"].describe()
 
 
+def test_validation_rows_that_are_trained_on_are_counted_and_said(tmp_path: Path) -> None:
+    """A file with repeated rows showed a validation loss of rows that the model had learnt by heart."""
+    one, two, other = ({"question": name, "answer": "a"} for name in ("one", "two", "other"))
+    folder = tmp_path / "validation"
+    folder.mkdir()
+    held_out = write(folder, two, one, two, {**one, "answer": "b"})
+    rendered = render_file(write(tmp_path, one, other, two), validation=held_out)
+    assert rendered.notes == (
+        "3 of 4 rows of the validation data are in the training data too, so the validation loss is not that of unseen "
+        f"text; keep each row once. The first: {held_out}, line 1",
+    )
+    assert (len(rendered.rows["train"]), len(rendered.rows["validation"])) == (3, 4)
+    path = write(tmp_path, *[one] * 4)
+    (note,) = render_file(path, validation=0.25).notes
+    assert note.startswith("1 of 1 rows of the validation data is in the training data too")
+    assert render_file(write(tmp_path, one, two), validation=write(folder, other)).notes == ()
+
+
+def test_of_conversations_the_whole_of_them_is_compared(tmp_path: Path) -> None:
+    asked, answered = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    talk, longer = {"messages": [asked, answered]}, {"messages": [asked, answered, asked, answered]}
+    folder = tmp_path / "validation"
+    folder.mkdir()
+    values = {"format": "chat", "path": write(tmp_path, talk), "validation": write(folder, longer, talk)}
+    (note,) = render_examples(TypeAdapter(Data).validate_python(values), seed=0).notes
+    assert note.startswith("1 of 2 rows of the validation data is")
+    assert note.endswith("line 2")
+
+
 def test_empty_cells_of_a_table_are_empty_answers(tmp_path: Path) -> None:
     """`to_csv` of pandas writes a missing cell as an empty one."""
     path = write(tmp_path, "question,answer", "a,1", "b,", "c,NaN", name="data.csv")

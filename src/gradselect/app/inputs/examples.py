@@ -41,6 +41,7 @@ from gradselect.app.recipe import (
 
 from .answer_rows import render_answers
 from .empty_rows import without_empty_rows
+from .repeated_rows import repetition_notes
 from .sources import Source, read_sources
 
 
@@ -99,6 +100,7 @@ def render_examples(settings: FileData, *, seed: int) -> RenderedRows:
             source, rendered, settings, where="" if name == "train" else " of the validation data"
         )
         notes += said
+    notes += repetition_notes(sources, rows)
     return RenderedRows(rows=rows, sources=sources, labels=labels, notes=tuple(notes))
 
 
