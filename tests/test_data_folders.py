@@ -174,6 +174,7 @@ def test_the_fingerprint_of_a_folder_is_that_of_the_files_that_are_read(tmp_path
         ({"path": "a.jsonl", "validation": "b.jsonl"}, "--data b.jsonl"),
         ({"path": "owner/set", "validation": "test"}, "--data owner/set --split test"),
         ({"path": "a.jsonl", "validation": 0.1}, "--data TEST.jsonl"),
+        ({"path": "a.jsonl", "text": "{head}\n{body}"}, r"--data TEST.jsonl --text '{head}\n{body}'"),
     ],
 )
 def test_the_next_command_names_the_validation_data(tmp_path: Path, data: dict[str, Any], options: str) -> None:

@@ -211,7 +211,7 @@ def test_a_text_that_no_file_can_hold_is_refused_by_its_option(
 WRONG = {
     "no data": ({"data": None}, "has no data of its own"),
     "prompt": ({"prompt": "{sentence}"}, "is not for the task classification"),
-    "text of another task": ({"task": "loss", "text": "{sentence}"}, "is not for the task loss"),
+    "text of another task": ({"task": "gsm8k", "text": "{sentence}"}, "is not for the task gsm8k"),
     "text without a column": ({"text": "always the same"}, "names no column"),
     "no such column": ({"label": "mark"}, "has no column 'mark'"),
     "too many labels": ({"labels": ("good", "bad", "fair")}, "names 3, but the model has 2 outputs"),

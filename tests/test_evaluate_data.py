@@ -155,6 +155,25 @@ def test_templates_decide_what_a_loss_reads_where_the_columns_would_decide_other
     assert (passage.prompt, passage.target) == ("Question: q\nAnswer:", "a")
 
 
+def test_the_loss_of_whole_texts_has_a_template_too(write: Write) -> None:
+    """A training on `data.text` of several columns could not be evaluated as it was trained."""
+    row = {"title": "T", "body": "b", "text": "other", "messages": TALK, "prompt": "p", "completion": "c"}
+    (passage,) = read_passages(settings("loss", write(row), text="{title}\n{body}"))
+    assert (passage.prompt, passage.target, passage.ends) == (None, "T\nb", True)
+    with pytest.raises(UsageError, match="line 1 has no column 'head'"):
+        read_passages(settings("loss", write(row), text="{head}"))
+    with pytest.raises(UsageError, match="line 1: column 'messages' holds messages of a conversation"):
+        read_passages(settings("loss", write(row), text="{messages}"))
+    for name, value in {"prompt": "{title}", "completion": "{body}", "as_chat": True}.items():
+        with pytest.raises(UsageError, match=f"{name}=.* beside text='{{title}}'"):
+            settings("loss", write(row), text="{title}", **{name: value})
+
+
+def test_a_text_is_not_read_as_a_chat_in_silence(write: Write) -> None:
+    with pytest.raises(UsageError, match="line 1 has no column 'answer'"):
+        read_passages(settings("loss", write({"text": "a story"}), as_chat=True))
+
+
 def test_a_template_on_the_command_line_is_that_of_the_training() -> None:
     typed = "{a}\\t{b}\\n"
     names = ("text", "text_pair", "labels", "columns", "harness")

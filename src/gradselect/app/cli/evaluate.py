@@ -29,7 +29,9 @@ def evaluate(
         str | None, typer.Option(help="Template of the prompt, with columns in braces, as in a recipe.")
     ] = None,
     completion: Annotated[str | None, typer.Option(help="Template of the reference answer.")] = None,
-    text: Annotated[str | None, typer.Option(help="Template of the text to classify.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Template of the text to classify, or of a whole text for its loss.")
+    ] = None,
     text_pair: Annotated[str | None, typer.Option(help="Template of the second text to classify.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the label or score.")] = None,
     labels: Annotated[str | None, typer.Option(help="Labels in the order of the head, separated by commas.")] = None,

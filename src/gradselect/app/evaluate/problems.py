@@ -163,7 +163,6 @@ def passages(source: Source, settings: EvaluationSettings) -> list[Passage]:
     Raises:
         UsageError: columns of no known format, a missing column or an empty value; names the row.
     """
-    columns = source.rows[0]
     if (chat := chat_columns(source, settings)) is not None:
         require(source.rows, *(f"{{{column}}}" for column in chat.messages), name=source.name)
 
@@ -171,11 +170,16 @@ def passages(source: Source, settings: EvaluationSettings) -> list[Passage]:
             return Passage(prompt=read_conversation(row, chat), target="", ends=True)
 
         return list(each_row(source.rows, conversation, name=source.name))
-    if "text" in columns and settings.prompt is None and settings.completion is None:
+    if (template := _text_template(source, settings)) is not None:
         ends = not source.is_running_text
-        require(source.rows, "{text}", name=source.name)
-        say_empty(source.rows, ("{text}",), what="text", name=source.name)
-        return list(each_row(source.rows, lambda _, row: _document(render("{text}", row), ends=ends), name=source.name))
+        require(source.rows, template, name=source.name)
+        say_empty(source.rows, (template,), what="text", name=source.name)
+
+        def document(_: int, row: Row) -> Passage:
+            check_cells(row, template)
+            return Passage(prompt=None, target=render(template, row), ends=ends)
+
+        return list(each_row(source.rows, document, name=source.name))
     return _completions(source, settings)
 
 
@@ -202,12 +206,18 @@ def _completions(source: Source, settings: EvaluationSettings) -> list[Passage]:
     return found
 
 
+def _text_template(source: Source, settings: EvaluationSettings) -> str | None:
+    """Return the template of whole texts. None: templates or columns name prompts and completions."""
+    others = settings.prompt is not None or settings.completion is not None or settings.as_chat
+    return settings.text or (None if others or "text" not in source.rows[0] else "{text}")
+
+
 def chat_columns(source: Source, settings: EvaluationSettings) -> ChatColumns | None:
     """Return where a row's conversation stands: as in the recipe of the training, or in the usual columns.
 
     None: the rows hold no conversations, or templates name other columns.
     """
-    if settings.prompt is not None or settings.completion is not None:
+    if any(template is not None for template in (settings.text, settings.prompt, settings.completion)):
         return None
     known = data_of_recipe(settings.model, format="chat")
     named = known.get("messages") or "messages"
@@ -240,10 +250,6 @@ def check_cells(row: Row, template: str) -> None:
             f"column {found[0]!r} holds messages of a conversation, where text is expected; name a column with text in "
             "the templates, or, for the loss, call the column of the messages `messages`"
         )
-
-
-def _document(text: str, *, ends: bool) -> Passage:
-    return Passage(prompt=None, target=text, ends=ends)
 
 
 def with_question(row: Row) -> Row:

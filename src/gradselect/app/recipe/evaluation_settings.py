@@ -39,7 +39,8 @@ class EvaluationSettings:
             are tried, and a loss puts a space before the answer. For "generation" a column in braces may hold a list of
             references.
         text: for "classification": template of the text. This key and the next four default to those of the recipe
-            that the model was trained with, if it is in the model's folder.
+            that the model was trained with, if it is in the model's folder. For "loss": template of a whole text,
+            instead of prompt and completion. Default: the column text, if there is one.
         text_pair: template of the second text.
         label: column that holds the label or the score.
         labels: labels as in that column, in the order of the head's outputs. Default: the labels of the model.
@@ -117,9 +118,10 @@ class EvaluationSettings:
         self._check_keys_of_task()
 
     def _check_keys_of_task(self) -> None:
-        others = ("prompt", "completion") if self.task == "classification" else CLASSIFICATION_KEYS
-        # `columns` describes the file, so it fits every task.
-        for name in (name for name in others if name != "columns" and getattr(self, name) is not None):
+        others = {"prompt", "completion"} if self.task == "classification" else {*CLASSIFICATION_KEYS}
+        others -= {"columns"}  # describes the file, so it fits every task
+        others -= {"text"} if self.task == "loss" else set()
+        for name in (name for name in sorted(others) if getattr(self, name) is not None):
             raise UsageError(f"{name}={getattr(self, name)!r} is not for the task {self.task}; leave it out")
         writes = self.task not in ("loss", "classification")
         for name, default in (("max_new_tokens", None), ("stop", DEFAULT_STOP)):
@@ -127,6 +129,12 @@ class EvaluationSettings:
                 raise UsageError(
                     f"{name}={getattr(self, name)!r} is for tasks whose answers the model writes, not for "
                     f"{self.task}; leave it out"
+                )
+        if self.task == "loss" and self.text is not None:
+            for name in (name for name in ("prompt", "completion", "as_chat") if getattr(self, name)):
+                raise UsageError(
+                    f"{name}={getattr(self, name)!r} beside text={self.text!r}: the loss is that of a whole text or "
+                    "that of a completion after its prompt; leave one of them out"
                 )
         if self.as_chat and self.task == "classification":
             raise UsageError("as_chat is not for the task classification, which reads the text alone; leave it out")

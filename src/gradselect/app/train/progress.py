@@ -22,6 +22,7 @@ from gradselect.app.recipe import (
     PromptData,
     RandomData,
     Recipe,
+    TextData,
 )
 from gradselect.app.results import FinishedRun, RunRecord, SavedModel
 from gradselect.app.runtime import RunFolder, describe_messages
@@ -115,12 +116,21 @@ def _next_command(recipe: Recipe, data: FileData, first_row: Mapping[str, Any]) 
     if isinstance(recipe.trainer, AbstractSamplingTrainer):
         task = next((name for name in recipe.trainer.reward if name in BUILT_IN_REWARDS), "gsm8k")
     words = ["gradselect", "evaluate", recipe.run.output, "--task", task, *_validation_options(data)]
+    # The command line reads \\n as a newline.
+    words += [word for name, text in _templates(data).items() if text for word in (name, text.replace("\n", "\\n"))]
     if isinstance(data, PromptCompletionData | PreferenceData | PromptData):
-        named = {"--prompt": data.prompt, "--completion": _reference_template(data)}
-        # The command line reads \\n as a newline.
-        words += [word for name, text in named.items() if text for word in (name, text.replace("\n", "\\n"))]
         words += ["--as-chat"] if data.as_chat else []
     return shlex.join(words)
+
+
+def _templates(data: FileData) -> dict[str, str | None]:
+    """Return the templates that the evaluation does not find by itself."""
+    match data:
+        case PromptCompletionData() | PreferenceData() | PromptData():
+            return {"--prompt": data.prompt, "--completion": _reference_template(data)}
+        case TextData(text=template) if template != "{text}":
+            return {"--text": template}
+    return {}
 
 
 def _other_commands(data: FileData, following: str) -> tuple[str, ...]:
