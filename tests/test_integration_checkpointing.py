@@ -50,6 +50,7 @@ def test_checkpoints_that_the_arguments_do_not_know_train_right(
     moved = {name.split(".")[2] for name, value in before.items() if not torch.equal(value, after[name])}
     assert moved == {"1", "3"}
     assert ("with reentrant checkpoints the backward pass visits every layer" in caplog.text) == reentrant
+    assert ('write gradient_checkpointing_kwargs={"use_reentrant": False}' in caplog.text) == reentrant
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, True), (False, False)])

@@ -132,8 +132,9 @@ def warn_of_settings(args: TrainingArguments, optimizer: BlockOptimizer | Sparse
     """Warn of settings that cost time, and of those that the optimizer does not use."""
     if is_reentrant(args, model):
         logger.warning(
-            "with reentrant checkpoints the backward pass visits every layer, frozen ones too; "
-            'drop "use_reentrant": True to skip those below the lowest selected block'
+            "with reentrant checkpoints the backward pass visits every layer, frozen ones too; to skip those below the "
+            'lowest selected block write gradient_checkpointing_kwargs={"use_reentrant": False}, in LLaMA-Factory '
+            "use_reentrant_gc: false"
         )
     if args.torch_compile:
         logger.warning(
