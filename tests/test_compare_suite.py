@@ -11,6 +11,7 @@ from gradselect import UsageError
 from gradselect.app.compare import load_suite
 from gradselect.app.compare.schedule import best_rate, is_at_edge, rate_beyond, rung_runs, score_run
 from gradselect.app.compare.suite import parse_suite, slug
+from gradselect.app.recipe import load_recipe
 from gradselect.app.recipe_planning.planner import RecipePlanner
 from gradselect.methods.masks import SALIENCES
 
@@ -160,3 +161,12 @@ def test_the_suite_of_saliences_trains_as_many_entries_as_its_lora_and_can_be_pl
 def test_overrides_replace_values_of_a_suite() -> None:
     suite = load_suite(SUITES / "quick.yaml", ["seeds=1", "recipe.run.steps=3"])
     assert (suite.seeds, suite.recipe.run.steps) == (1, 3)
+
+
+def test_a_recipe_and_a_suite_in_each_other_s_place_are_named() -> None:
+    """Each was answered with a list of a dozen missing and unknown keys."""
+    recipe, suite = SUITES.parent / "recipes" / "gsm8k.yaml", SUITES / "small.yaml"
+    with pytest.raises(UsageError, match=rf"gsm8k\.yaml is a recipe, .*: gradselect train {recipe};"):
+        load_suite(recipe)
+    with pytest.raises(UsageError, match=rf"small\.yaml is a suite, .*: gradselect compare {suite}$"):
+        load_recipe(suite)

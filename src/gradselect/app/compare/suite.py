@@ -286,6 +286,11 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
         1
     """
     values = read_values(Path(path), kind="suite", sections=tuple(Suite.model_fields))
+    if {"model", "data"} <= values.keys() and "methods" not in values:
+        raise UsageError(
+            f"{path} is a recipe, which trains one model, and no suite; write: gradselect train {path}; in a suite it "
+            "stands under `recipe`, beside `methods`"
+        )
     return parse_suite(with_overrides(values, overrides), source=str(path))
 
 

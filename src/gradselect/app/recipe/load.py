@@ -39,6 +39,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         0.1
     """
     values = read_values(Path(path), kind="recipe", sections=tuple(Recipe.model_fields))
+    if "methods" in values and "method" not in values:
+        raise UsageError(f"{path} is a suite, which compares methods, and no recipe; write: gradselect compare {path}")
     return parse_recipe(with_overrides(values, overrides), source=str(path))
 
 
