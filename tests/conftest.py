@@ -1,6 +1,8 @@
 """Offline, one thread: what a test computes must not depend on the machine."""
 
+import functools
 import gc
+import importlib.metadata
 import os
 import re
 import sys
@@ -17,6 +19,8 @@ import torch
 torch.set_num_threads(1)
 # No test loses power; a run would wait for the disk fifteen times.
 os.fsync = os.fstat  # it refuses what is no open file too
+# accelerate reads the metadata of PEFT ten times in a run.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 
 NEW_MODULES = 50
