@@ -8,6 +8,7 @@ import pytest
 from policy_support import BLOCK_NAMES, make_blocks, norms_at, take_step
 from scipy import stats
 
+from gradselect import UsageError
 from gradselect.policies import GradNormTopK
 
 FOUR = BLOCK_NAMES[:4]
@@ -120,6 +121,35 @@ def test_temperature_draws_without_replacement_from_the_softmax(count: int, prob
     keys = sorted(drawn.keys() | expected.keys())
     table = [[drawn[key] for key in keys], [expected[key] for key in keys]]
     assert stats.chi2_contingency(table).pvalue > NOISE_LEVEL
+
+
+def test_a_temperature_by_the_spread_is_the_standard_deviation_on_any_scale() -> None:
+    """The number that was the default of GRASS drew almost evenly on a model of everyday size."""
+    norms = np.array(list(NORMS.values()))
+    for scale in (1.0, 1e-4):
+        drawn: Counter[tuple[str, ...]] = Counter()
+        for seed in range(4000):
+            policy = bound(count=1, temperature="spread", probe_steps=1, seed=seed)
+            take_step(policy, 0, {name: scale * norm for name, norm in NORMS.items()})
+            drawn[take_step(policy, 1, NORMS)] += 1
+        weights = np.exp(norms / norms.std())
+        expected = 4000 * weights / weights.sum()
+        assert float(stats.chisquare([drawn[name,] for name in FOUR], expected).pvalue) > NOISE_LEVEL
+
+
+def test_blocks_that_are_all_alike_have_no_spread_and_are_drawn_evenly() -> None:
+    policy = bound(BLOCK_NAMES, count=1, temperature="spread", probe_steps=1, refresh=1)
+    take_step(policy, 0, dict.fromkeys(BLOCK_NAMES, 1.0))
+    assert {take_step(policy, step, dict.fromkeys(BLOCK_NAMES, 1.0)) for step in range(1, 80)} == {
+        (name,) for name in BLOCK_NAMES
+    }
+
+
+def test_a_spread_needs_steps_that_look() -> None:
+    with pytest.raises(UsageError, match=r'temperature="spread" with probe_steps=0: .* write probe_steps=20'):
+        GradNormTopK(count=1, temperature="spread")
+    with pytest.raises(UsageError, match="temperature='wide'"):
+        GradNormTopK(count=1, temperature="wide", probe_steps=1)  # type: ignore[arg-type]
 
 
 def test_a_small_temperature_is_top_k() -> None:

@@ -46,7 +46,7 @@ TABLE: dict[str, Callable[[int], AbstractPolicy]] = {
     "norm top-k, refresh": lambda _: GradNormTopK(count=3, refresh=4, ema=0.9, norm="rms"),
     "norm top-k, temperature": lambda seed: GradNormTopK(count=2, refresh=3, temperature=0.5, seed=seed),
     "norm top-k, GRASS": lambda seed: GradNormTopK(
-        count=2, refresh=4, temperature=0.5, ema=0.9, probe_steps=6, norm="rms", among=("layer.*",), seed=seed
+        count=2, refresh=4, temperature="spread", ema=0.9, probe_steps=6, norm="rms", among=("layer.*",), seed=seed
     ),
     "norm top-k, probe only": lambda _: GradNormTopK(count=2, refresh=4, probe_steps=6),
     "norm top-k, once": lambda _: GradNormTopK(count=2, refresh=None),

@@ -104,14 +104,12 @@ PRESETS = (
         name="grass",
         about="""GRASS (Tian et al., arXiv 2604.07808) on `gradselect.GradNormTopK`. The numbers are our choice.
 
-        `temperature` is on the scale of the RMS gradient, which falls with the size of the model: the layers of
-        SmolLM2-135M have 0.0002 to 0.0013 on four rows of GSM8K, and the default draws them with probabilities of 0.02
-        to 0.07, where an even draw has 0.03. Set it to about the differences between your layers.
+        A number as `temperature` is on the scale of the RMS gradient, which falls with the size of the model.
         """,
         policy=GradNormTopK,
         defaults={
             "refresh": 20,
-            "temperature": 1e-3,
+            "temperature": "spread",
             "ema": 0.9,
             "probe_steps": 20,
             "norm": "rms",

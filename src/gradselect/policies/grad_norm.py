@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, final
@@ -18,7 +19,7 @@ from gradselect.blocks import (
     resolve_count_now,
     taking_part,
 )
-from gradselect.usage import check_one_of, check_patterns, check_positive, check_whole
+from gradselect.usage import UsageError, check_one_of, check_patterns, check_positive, check_whole
 
 
 @final
@@ -42,7 +43,8 @@ class GradNormTopK(AbstractPolicy):
         refresh: steps between two selections; the blocks stay the same in between. None: one selection, by the
             gradients of the first step or of the `probe_steps`.
         temperature: temperature of the softmax, on the scale of the norm: where it is large beside the differences
-            between blocks, the draw is uniform. None: no draw.
+            between blocks, the draw is uniform. "spread", with `probe_steps`: the standard deviation of m over the
+            candidates at each draw, which fits models of any size. None: no draw.
         ema: weight of the old average, in (0, 1]. None: m_b is the latest norm.
         probe_steps: first steps, which observe and update nothing.
         norm: "l2", or "rms" = ||g_b||_2 / sqrt(number of entries), which does not favour large blocks.
@@ -54,7 +56,7 @@ class GradNormTopK(AbstractPolicy):
         GRASS. The numbers are examples, not the paper's:
 
         >>> grass = GradNormTopK(
-        ...     count=2, refresh=20, temperature=1e-3, ema=0.9, probe_steps=20, norm="rms", among=("layer.*",)
+        ...     count=2, refresh=20, temperature="spread", ema=0.9, probe_steps=20, norm="rms", among=("layer.*",)
         ... )
 
         One selection, by the gradients of the first step:
@@ -70,7 +72,7 @@ class GradNormTopK(AbstractPolicy):
     fraction: float | None = None
     count: int | None = None
     refresh: int | None = 1
-    temperature: float | None = None
+    temperature: float | Literal["spread"] | None = None
     ema: float | None = None
     probe_steps: int = 0
     norm: Literal["l2", "rms"] = "l2"
@@ -87,7 +89,14 @@ class GradNormTopK(AbstractPolicy):
         check_whole("probe_steps", self.probe_steps, least=0)
         check_one_of("norm", self.norm, ("l2", "rms"))
         check_whole("seed", self.seed, least=0)
-        if self.temperature is not None:
+        if isinstance(self.temperature, str):
+            check_one_of("temperature", self.temperature, ("spread",))
+            if self.probe_steps == 0:
+                raise UsageError(
+                    'temperature="spread" with probe_steps=0: the spread is known only after steps that look at all '
+                    "blocks; write probe_steps=20, or a number as temperature"
+                )
+        elif self.temperature is not None:
             check_positive("temperature", self.temperature, example=0.1)
         if self.ema is not None:
             check_positive("ema", self.ema, at_most=1, example=0.9)
@@ -139,7 +148,14 @@ class GradNormTopK(AbstractPolicy):
     def _rank(self, step: int, block: str, average: float) -> float:
         if self.temperature is None:
             return average
-        return average / self.temperature + gumbel(random_stream(seed=self.seed, step=step, purpose=f"gumbel/{block}"))
+        temperature = self._spread() if isinstance(self.temperature, str) else self.temperature
+        # Blocks that are all alike have no spread: the noise alone decides among those that have a norm.
+        share = average / temperature if temperature > 0 else min(average, 0.0)
+        return share + gumbel(random_stream(seed=self.seed, step=step, purpose=f"gumbel/{block}"))
+
+    def _spread(self) -> float:
+        known = [self.averages[name] for name in self.names if name in self.averages]
+        return statistics.pstdev(known) if known else 0.0
 
     def _average(self, step: int, block: str, norm: float) -> float:
         magnitude = norm if self.norm == "l2" else norm / math.sqrt(self.num_elements[block])
