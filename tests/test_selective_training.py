@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from accelerate.state import GradientState
+from peft import LoraConfig, get_peft_model
 from test_integration_transformers import arguments, examples
 from tiny_models import tiny_batch, tiny_llama, tiny_t5
 from transformers import Trainer
@@ -340,6 +341,22 @@ def test_another_optimizer_in_the_arguments_is_said(tmp_path, caplog):
     caplog.clear()
     build(tmp_path, callbacks=[SelectiveTraining(policy=gs.All())])
     assert "is not used" not in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft uses it
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_selection_within_an_adapter_is_said(adapted, attached, tmp_path, caplog):
+    """A recipe with a LoRA trained a part of the LoRA, and nothing said so."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"])
+    model = get_peft_model(tiny_llama(), lora) if adapted else tiny_llama()
+    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    selective = SelectiveTraining(policy=gs.Cyclic(every=2))
+    trainer = build(tmp_path, model=model, callbacks=[] if attached else [selective])
+    if attached:
+        selective.attach(trainer)
+    assert (f"the method selects among its {trainable:,} weights" in caplog.text) == adapted
+    assert ("to train the model's own weights leave the adapter out" in caplog.text) == adapted
 
 
 def test_the_factory_takes_arguments_by_position_too(tmp_path):

@@ -2,6 +2,7 @@
 
 from .adamw import AdamWRule
 from .adamw_8bit import AdamW8bitRule
+from .adapters import weights_of_adapters
 from .attention_names import ATTENTION_OUTPUTS, ATTENTION_VALUES, QUERIES_KEYS_VALUES
 from .bfloat16 import SLOW_BFLOAT16, bfloat16_cost
 from .block import Block, num_bytes
@@ -110,4 +111,5 @@ __all__ = [
     "squared_norm",
     "states_by_name",
     "take_over",
+    "weights_of_adapters",
 ]

@@ -13,10 +13,11 @@ from .freezing import is_frozen_for_now
 
 def frozen_in_adapters(model: nn.Module) -> list[Parameter]:
     """Return what the user froze in active adapters, which PEFT thaws whenever it switches them on."""
-    return [each for each in _in_active_adapters(model) if not each.requires_grad and not is_frozen_for_now(each)]
+    return [each for each in weights_of_adapters(model) if not each.requires_grad and not is_frozen_for_now(each)]
 
 
-def _in_active_adapters(model: nn.Module) -> Iterator[Parameter]:
+def weights_of_adapters(model: nn.Module) -> Iterator[Parameter]:
+    """Yield the weights of the active adapters, and of modules that PEFT trains whole beside them."""
     for module in model.modules():
         for attribute in getattr(module, "adapter_layer_names", ()):
             adapters = attrgetter(attribute)(module)

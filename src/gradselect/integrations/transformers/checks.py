@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, TrainerState, TrainingArguments
 
 from gradselect import All, BlockOptimizer, SparseOptimizer, UsageError
+from gradselect.core import weights_of_adapters
 from gradselect.methods import parse_selection
 from gradselect.slices import NO_SHARDS, sliced_linears
 
@@ -82,6 +83,21 @@ def warn_of_sharded_checkpoints() -> None:
             "accelerate %s cannot resume from a checkpoint under FSDP2: it stops with 'Missing key in checkpoint "
             "state_dict'; update accelerate to %s or newer",
             *(accelerate.__version__, FSDP2_RESUMES),
+        )
+
+
+def warn_of_adapter(model: nn.Module) -> None:
+    """Warn that a method will select within an adapter, which some frameworks put on a model by default."""
+    trainable = {id(weight) for weight in model.parameters() if weight.requires_grad}
+    adapter = {id(weight): weight.numel() for weight in weights_of_adapters(model)}
+    if trainable and trainable <= adapter.keys():
+        inside = sum(adapter[each] for each in trainable)
+        logger.warning(
+            "the model has an adapter, so the method selects among its %s weights, and the %s others stay as they are; "
+            "to train the model's own weights leave the adapter out: peft_config in TRL, adapter: in axolotl; in "
+            "LLaMA-Factory write finetuning_type: full, in ms-swift --tuner_type full",
+            f"{inside:,}",
+            f"{sum(weight.numel() for weight in model.parameters()) - inside:,}",
         )
 
 

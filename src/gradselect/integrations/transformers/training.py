@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any, final
 
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gradselect import UsageError
@@ -14,7 +15,7 @@ from gradselect.usage import check_file_name, check_is
 
 from .callback import SelectionCallback
 from .checkpointing import is_reentrant
-from .checks import check_deepspeed
+from .checks import check_deepspeed, warn_of_adapter
 from .factory import SelectiveOptimizerFactory, check_options
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,8 @@ class SelectiveTraining(TrainerCallback):
         others = [each for each in trainer.callback_handler.callbacks if isinstance(each, SelectionCallback)]
         if others:
             raise UsageError("SelectiveTraining brings a SelectionCallback of its own; leave SelectionCallback out")
+        if isinstance(trainer.model, nn.Module):  # None until train() calls `model_init`
+            warn_of_adapter(trainer.model)
         optim = getattr(args.optim, "value", args.optim)
         if not optim.startswith("adamw_torch"):
             logger.warning("TrainingArguments(optim=%r) is not used: SelectiveTraining brings the optimizer", optim)
