@@ -14,7 +14,9 @@ from gradselect.app.cli.evaluate import _settings as read_options
 from gradselect.app.data import Conversation
 from gradselect.app.evaluate import EvaluationSettings
 from gradselect.app.evaluate.problems import passages, problems, read_source
+from gradselect.app.evaluate.written_texts import with_templates
 from gradselect.app.recipe import parse_override
+from gradselect.files import sealed
 
 GSM8K = {"question": "How many is 2 + 3?", "answer": "2 + 3 = 5\n#### 5"}
 MATH = {"problem": "Half of one?", "solution": "It is $\\boxed{\\frac12}$.", "level": 1}
@@ -74,6 +76,44 @@ def test_an_input_that_the_default_prompt_leaves_out_is_said(write: Write, caplo
     caplog.clear()
     read_problems(settings("gsm8k", data, prompt="{instruction}{?input: {input}}"))
     assert caplog.text == ""
+
+
+ALPACA = "{instruction}{?input:\n{input}}\n### Response:\n"
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "said"),
+    [
+        ({"prompt": ALPACA}, {}, f"give --prompt '{ALPACA}'".replace("\n", "\\n")),
+        ({"prompt": ALPACA}, {"prompt": "{instruction}"}, None),
+        ({"prompt": "{title}"}, {}, "give --prompt '{title}'"),
+        ({"prompt": "Question: {instruction}\nAnswer:"}, {}, None),
+        ({"prompt": "Question: {query}\nAnswer:", "as_chat": True}, {}, "Answer:' --as-chat"),
+        ({"prompt": "Question: {query}\nAnswer:", "as_chat": True}, {"as_chat": True}, None),
+        ({"format": "chat"}, {}, "give --as-chat"),
+        ({"format": "chat"}, {"as_chat": True}, None),
+        ({"format": "text", "text": "{text}"}, {}, None),
+    ],
+)
+@pytest.mark.parametrize("task", ["gsm8k", "loss", "generation"])
+def test_another_prompt_than_that_of_the_training_is_said(
+    task: str,
+    trained: dict[str, Any],
+    given: dict[str, Any],
+    said: str | None,
+    write: Write,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The default prompt was asked of a model that had never seen it, and nothing said so."""
+    data = {"format": "prompt-completion", **trained}
+    (tmp_path / "run.json").write_text(json.dumps(sealed({"recipe": {"data": data}})), encoding="utf-8")
+    rows = write({"instruction": "2 + 3?", "output": "5"})
+    evaluated = EvaluationSettings(model=tmp_path, task=task, data=rows, **given)
+    read = {"gsm8k": problems, "loss": passages, "generation": lambda source, each: with_templates(each, source)}[task]
+    read(read_source(evaluated), evaluated)
+    assert (said or "") in caplog.text
+    assert bool(caplog.text) == (said is not None)
 
 
 def test_templates_name_any_columns(write: Write) -> None:

@@ -36,7 +36,7 @@ from gradselect.app.recipe import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
 from gradselect.files import check_no_pointer
 from gradselect.usage import UsageError
 
-from .trained_on import data_of_recipe
+from .trained_on import data_of_recipe, say_other_prompt
 
 _log = logging.getLogger(__name__)
 
@@ -141,6 +141,7 @@ def problems(source: Source, settings: EvaluationSettings) -> list[Problem]:
     rows = source.rows.map(with_question)
     prompt = settings.prompt or DEFAULT_PROMPT
     say_unread_input(source, prompt)
+    say_other_prompt(settings, prompt, rows[0])
     completion = settings.completion or _answer_template(source, ANSWER_COLUMNS[settings.task])
     require(rows, prompt, completion, name=source.name)
     find = FIND_REFERENCE[settings.task]
@@ -188,6 +189,7 @@ def _completions(source: Source, settings: EvaluationSettings) -> list[Passage]:
     rows = source.rows.map(with_question)
     prompt = settings.prompt or ("{prompt}" if as_is else DEFAULT_PROMPT)
     say_unread_input(source, prompt)
+    say_other_prompt(settings, prompt, rows[0])
     completion = settings.completion or (
         "{completion}" if as_is else f" {_answer_template(source, ANSWER_COLUMNS['loss'])}"
     )

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
+from gradselect.app.data import Row, columns_of, render
+from gradselect.app.recipe import EvaluationSettings
 from gradselect.files import read_sealed
+from gradselect.usage import UsageError
+
+_log = logging.getLogger(__name__)
 
 
 def data_of_recipe(model: str | Path, *, format: str) -> dict[str, Any]:
@@ -13,3 +20,34 @@ def data_of_recipe(model: str | Path, *, format: str) -> dict[str, Any]:
     file = Path(model) / "run.json"
     data = read_sealed(file, needed=["recipe"])["recipe"]["data"] if file.is_file() else {}
     return data if data.get("format") == format else {}
+
+
+def say_other_prompt(settings: EvaluationSettings, prompt: str, row: Row) -> None:
+    """Say that the model was trained on other prompts than the default one, if nobody named one.
+
+    Args:
+        settings: of the evaluation.
+        prompt: the template in use.
+        row: the first row, with the question under all of its names.
+    """
+    if settings.prompt is not None:
+        return
+    if not settings.as_chat and data_of_recipe(settings.model, format="chat"):
+        _log.warning("the model was trained on conversations; to ask it through its chat template, give --as-chat")
+    data = data_of_recipe(settings.model, format="prompt-completion")
+    as_chat = bool(data.get("as_chat"))
+    if data and not (as_chat == settings.as_chat and _asks_the_same(data["prompt"], prompt, row)):
+        _log.warning(
+            "the prompt is %r, which the model was not trained on; to ask as in its training, give --prompt %s%s",
+            *(prompt, shlex.quote(data["prompt"].replace("\n", "\\n")), " --as-chat" if as_chat else ""),
+        )
+
+
+def _asks_the_same(template: str, other: str, row: Row) -> bool:
+    """Return True if both templates write the same text: columns may have several names."""
+    if any(column not in row for column in columns_of(template)):
+        return False
+    try:
+        return render(template, row) == render(other, row)
+    except UsageError:  # a cell that is refused later, with its line
+        return True

@@ -16,6 +16,7 @@ from .language_model import LanguageModel
 from .problems import Source, check_cells, each_row, require, say_unread_input, with_question
 from .results import EvaluationResult, Item, ItemWriter, plain_settings, versions
 from .tokens import Prompt, encode_prompt
+from .trained_on import say_other_prompt
 
 REFERENCE_COLUMNS = ("references", "reference", "target", "completion", "output", "response", "answer")
 """Column names to try, in this order, when no template names one."""
@@ -46,6 +47,7 @@ def with_templates(settings: EvaluationSettings, source: Source) -> EvaluationSe
     """
     prompt = settings.prompt or ("{prompt}" if "prompt" in source.rows[0] else DEFAULT_PROMPT)
     say_unread_input(source, prompt)
+    say_other_prompt(settings, prompt, with_question(source.rows[0]))
     return replace(settings, prompt=prompt, completion=settings.completion or _reference_template(source))
 
 
