@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from gradselect.usage import listed
+
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -17,10 +19,12 @@ class SourceState:
     Args:
         commit: None if the library is installed and not a checkout.
         dirty: True if tracked files differ from that commit.
+        changed: these files, from the top of the checkout.
     """
 
     commit: str | None
     dirty: bool
+    changed: tuple[str, ...] = ()
 
 
 def source_state() -> SourceState:
@@ -29,7 +33,9 @@ def source_state() -> SourceState:
         return SourceState(commit=None, dirty=False)
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no")
-    return SourceState(commit=commit, dirty=bool(changes))
+    # Two letters, a blank, the path. The first letter may be a blank, which `_git` strips off the first line.
+    changed = tuple(line.split(maxsplit=1)[1] for line in (changes or "").splitlines())
+    return SourceState(commit=commit, dirty=bool(changes), changed=changed)
 
 
 class WatchedSource:
@@ -50,7 +56,12 @@ class WatchedSource:
         """Look again. Say when the working tree begins to differ from its commit."""
         before, self.state = self.state, source_state()
         if self.state.dirty and not before.dirty:
-            self._say("note       the library differs from its last commit: results are marked dirty, tables omit them")
+            files = f" ({listed(self.state.changed)})" if self.state.changed else ""
+            self._say(
+                f"note       the clone differs from its last commit{files}: results are marked dirty, and tables omit "
+                "them; keep a suite or recipe of your own in a new file, commit the changes, or see them with "
+                "gradselect report --include-dirty"
+            )
 
 
 def _git(*words: str) -> str | None:
