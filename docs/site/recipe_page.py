@@ -36,9 +36,19 @@ TRAINERS = {"Keys of trainers that draw answers": AbstractSamplingTrainer}
 START = """# Recipes
 
 A recipe is one YAML file with the sections `model`, `data`, `method`, `optimizer` and `run`, and `trainer` for
-preferences and rewards. This page lists every key; `docs/site/recipe_page.py` makes it from the schema.
+preferences and rewards. `gradselect train mine.yaml` trains by this one:
+
+```yaml
+model: {path: Qwen/Qwen2.5-0.5B-Instruct}
+data: {format: chat, path: chats.jsonl, validation: 0.02}
+method: {name: adagradselect, fraction: 0.2}
+optimizer: {lr: 1.0e-4}
+run: {output: runs/mine, epochs: 3}
+```
+
+This page lists every key; `docs/site/recipe_page.py` makes it from the schema.
 [Recipes to start from](../recipes/README.md) are in `recipes/`. Any key can be replaced on the command line:
-`gradselect train recipes/gsm8k.yaml optimizer.lr=2e-5` ([command-line.md](command-line.md#keyvalue)).
+`gradselect train recipes/gsm8k.yaml optimizer.lr=2e-4` ([command-line.md](command-line.md#keyvalue)).
 
 An unknown key is an error that names the nearest known one. `gradselect train` writes the recipe with every default
 filled in to `recipe.yaml` in the folder of the run. A key without a default must be given. `base: other.yaml` takes
