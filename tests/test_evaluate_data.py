@@ -209,6 +209,30 @@ def test_the_loss_of_whole_texts_has_a_template_too(write: Write) -> None:
             settings("loss", write(row), text="{title}", **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("trained", "given", "said"),
+    [
+        ("{title}\n{body}", {}, "give --text '{title}\\n{body}'"),
+        ("{title}\n{body}", {"text": "{title}\n{body}"}, ""),
+        ("{title}\n{body}", {"completion": "{body}", "prompt": "{title}"}, ""),
+        ("{text}", {}, ""),
+        ("{head}", {}, ""),
+    ],
+)
+def test_another_text_than_that_of_the_training_is_said(
+    trained: str, given: dict[str, str], said: str, write: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The loss of other texts than those of the training was far off, and nothing said why."""
+    data = {"format": "text", "text": trained}
+    (tmp_path / "run.json").write_text(json.dumps(sealed({"recipe": {"data": data}})), encoding="utf-8")
+    evaluated = EvaluationSettings(
+        model=tmp_path, task="loss", data=write({"title": "T", "body": "b", "text": "other"}), **given
+    )
+    passages(read_source(evaluated), evaluated)
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)
+
+
 def test_a_text_is_not_read_as_a_chat_in_silence(write: Write) -> None:
     with pytest.raises(UsageError, match="line 1 has no column 'answer'"):
         read_passages(settings("loss", write({"text": "a story"}), as_chat=True))

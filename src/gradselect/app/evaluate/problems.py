@@ -36,7 +36,7 @@ from gradselect.app.recipe import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
 from gradselect.files import check_no_pointer
 from gradselect.usage import UsageError
 
-from .trained_on import data_of_recipe, say_other_prompt
+from .trained_on import data_of_recipe, say_other_prompt, say_other_text
 
 _log = logging.getLogger(__name__)
 
@@ -171,7 +171,9 @@ def passages(source: Source, settings: EvaluationSettings) -> list[Passage]:
             return Passage(prompt=read_conversation(row, chat), target="", ends=True)
 
         return list(each_row(source.rows, conversation, name=source.name))
-    if (template := _text_template(source, settings)) is not None:
+    template = _text_template(source, settings)
+    say_other_text(settings, template, source.rows[0])
+    if template is not None:
         ends = not source.is_running_text
         require(source.rows, template, name=source.name)
         say_empty(source.rows, (template,), what="text", name=source.name)
@@ -219,7 +221,7 @@ def chat_columns(source: Source, settings: EvaluationSettings) -> ChatColumns | 
 
     None: the rows hold no conversations, or templates name other columns.
     """
-    if any(template is not None for template in (settings.text, settings.prompt, settings.completion)):
+    if (settings.text, settings.prompt, settings.completion) != (None, None, None):
         return None
     known = data_of_recipe(settings.model, format="chat")
     named = known.get("messages") or "messages"

@@ -43,6 +43,24 @@ def say_other_prompt(settings: EvaluationSettings, prompt: str, row: Row) -> Non
         )
 
 
+def say_other_text(settings: EvaluationSettings, template: str | None, row: Row) -> None:
+    """Say that the model was trained on whole texts of another template, if no template is named.
+
+    Args:
+        settings: of the evaluation.
+        template: the template of whole texts in use. None: the loss is that of completions.
+        row: the first row.
+    """
+    if (settings.text, settings.prompt, settings.completion) != (None, None, None):
+        return
+    known = data_of_recipe(settings.model, format="text").get("text")
+    if known not in (None, template) and {*columns_of(known)} <= {*row}:
+        _log.warning(
+            "the model was trained on whole texts by another template; for the loss of such texts give --text %s",
+            shlex.quote(known.replace("\n", "\\n")),
+        )
+
+
 def _asks_the_same(template: str, other: str, row: Row) -> bool:
     """Return True if both templates write the same text: columns may have several names."""
     if any(column not in row for column in columns_of(template)):
