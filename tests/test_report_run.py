@@ -232,6 +232,10 @@ def test_records_alone_give_their_picture(root, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"{STEPS} steps are recorded." in out
     assert (tmp_path / "out" / "blocks.png").is_file()
+    folder = tmp_path / "trainer"
+    folder.mkdir()
+    shutil.copy(tmp_path / "selection.jsonl", folder)
+    assert "or by trainer.save_state()" in Page(write_run_report(folder).page).text
 
 
 def test_a_line_that_is_no_record_is_named(tmp_path, capsys):

@@ -76,7 +76,8 @@ def _read_trainer(path: Path, *, records: Path | None, evaluations: Sequence[Pat
     recorded = 0 if selection is None or not selection.steps else selection.steps[-1] + 1
     found, notes = find_evaluations(path, evaluations)
     if checkpoint is None:
-        notes = ["no trainer_state.json in the folder, so losses are unknown", *notes]
+        advice = "a Trainer writes it beside each checkpoint, or by trainer.save_state()"
+        notes = [f"no trainer_state.json in the folder, so losses are unknown: {advice}", *notes]
     if selection is None:
         notes = [f"no selection records in {path}; name their file: --records FILE", *notes]
     return TrainingRun(
