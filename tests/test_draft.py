@@ -173,8 +173,9 @@ def test_the_words_of_a_draft_make_the_same_recipe(place: Path) -> None:
         (["method.name=full"], scaled_rate("full", TINY_WIDTH)),
         ([], scaled_rate("blocks", TINY_WIDTH)),
         (["method.name=lora"], scaled_rate("lora", TINY_WIDTH)),
-        (["method.name=ether"], 1e-4),
-        (["method={name: id3, density: 0.1}"], 1e-4),
+        (["method.name=ether"], scaled_rate("lora", TINY_WIDTH)),
+        (["method={name: id3, density: 0.1}"], scaled_rate("lora", TINY_WIDTH)),
+        (["method.name=propulsion"], 1e-4),
     ],
 )
 def test_the_learning_rate_follows_the_method_and_the_width(words: list[str], rate: float, place: Path) -> None:
@@ -210,7 +211,10 @@ LORA = scaled_rate("lora", TINY_WIDTH)
             LORA / 2,
             "not measured for rslora: LoRA's divided by the root of the rank, from",
         ),
-        ("name=ether", 1e-4, "with, cautious, not measured"),
+        ("name=ether", LORA, "not measured for ether: LoRA's, ten times that of full fine-tuning, from runs of"),
+        ("name=sparta method.density=0.1", LORA, "not measured for sparta: LoRA's, ten times that of full"),
+        ("name=gmt", FULL_AND_BLOCKS[0], "not measured for gmt: that of full fine-tuning, from runs of"),
+        ("name=propulsion", 1e-4, "with, cautious, not measured"),
     ],
 )
 def test_a_rate_that_is_not_measured_for_the_method_is_said_not_to_be(
@@ -234,6 +238,20 @@ def test_first_rates_are_half_of_the_best_of_the_real_model() -> None:
         assert RATES["blocks"] == best(name) / 2
     assert RATES["lora"] == 10 * RATES["full"]
     assert best("lora-r-256") / 2 < RATES["lora"] < best("lora-r-16-e") / 2
+
+
+@pytest.mark.parametrize("suite", ["seeds-decoder", "seeds-stsb"])
+def test_masks_of_few_entries_want_at_least_what_they_begin_with(suite: str) -> None:
+    """They began with the rate of no width, far below the best ones that were measured."""
+    results = Path(__file__).parents[1] / "benchmarks" / "results" / suite
+
+    def best(name: str) -> float:
+        (rate,) = {path.name.split(".lr-")[1].split(".seed")[0] for path in results.glob(f"{name}.lr-*.score.json.gz")}
+        return float(rate)
+
+    for mask in ("id3", "sparta", "pafi", "sparsegrad"):
+        assert best(mask) >= 8 * best("full")
+    assert best("lora") >= 4 * best("full")
 
 
 def test_rates_fall_with_the_width() -> None:

@@ -57,7 +57,7 @@ def convert(
         >>> model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
         >>> loss = lambda model, batch: model(batch).square().mean()
         >>> mask = gs.sparsegrad.convert(model, [torch.ones(2, 8)], density=0.1, loss=loss)
-        >>> optimizer = gs.SparseOptimizer(model, mask=mask, lr=1e-4)
+        >>> optimizer = gs.SparseOptimizer(model, mask=mask, lr=2e-4)
         >>> optimizer.close()  # after training
         >>> gs.sparsegrad.fold(model)
         3

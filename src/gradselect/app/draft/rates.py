@@ -6,7 +6,7 @@ import math
 from typing import Literal, NamedTuple
 
 from gradselect.app.models import load_configuration
-from gradselect.app.recipe import AbstractBlockMethod, FullMethod, LoraMethod, Method, Recipe
+from gradselect.app.recipe import AbstractBlockMethod, AbstractMaskMethod, FullMethod, LoraMethod, Method, Recipe
 from gradselect.usage import UsageError
 
 Kind = Literal["full", "blocks", "lora"]
@@ -23,11 +23,17 @@ EXPONENT = 0.78
 """Power of the width by which the best rate falls: what Schulman et al. fitted to Llama."""
 USUAL_WIDTH = 2048
 """Width of a model of a billion weights, taken where the model's is not known."""
-RATE = 1e-5
-RATE_OF_FEW_WEIGHTS = 1e-4
+RATE_OF_OTHERS = 1e-4
 RATE_OF_PREFERENCES = 5e-7
 RATE_OF_FEW_WEIGHTS_ON_PREFERENCES = 1e-5
-"""For what is not measured: classifiers, preferences, masks and other adapters. Our choice, whatever the width."""
+"""For what is not measured: preferences, and adapters and packages of which nothing is known. Our choice, whatever the
+width."""
+LIKE_LORA = ("adalora", "ether", "etherplus", "lorta")
+"""Adapters whose best rates in suites/seeds are LoRA's or higher, as are those of masks of a few entries. Propulsion's
+were not."""
+LIKE_FULL = ("gmt", "mofo", "hft")
+"""Methods that train a large share of the weights at each step: nearer to all of them than to a few. So was GMT's best
+rate in suites/seeds."""
 
 
 class _Basis(NamedTuple):
@@ -43,34 +49,40 @@ def first_rate(recipe: Recipe) -> tuple[float, str]:
     trains_blocks = isinstance(recipe.method, AbstractBlockMethod | FullMethod)
     if recipe.data.format == "preference":
         return RATE_OF_PREFERENCES if trains_blocks else RATE_OF_FEW_WEIGHTS_ON_PREFERENCES, "cautious, not measured"
-    if recipe.data.format == "classification" or not (trains_blocks or isinstance(recipe.method, LoraMethod)):
-        return RATE if trains_blocks else RATE_OF_FEW_WEIGHTS, "cautious, not measured"
-    width, basis = width_of(recipe), _basis_of(recipe.method)
+    basis = _basis_of(recipe.method)
+    if basis is None:
+        return RATE_OF_OTHERS, "cautious, not measured"
+    if recipe.data.format == "classification" and basis.kind == "blocks":
+        basis = _Basis("full", "not measured on labels: that of full fine-tuning, ")
+    width = width_of(recipe)
     known = f"a width of {width:,}" if width else f"a width of {USUAL_WIDTH:,}, since the model's is not known"
     rate = float(f"{scaled_rate(basis.kind, width or USUAL_WIDTH) * basis.factor:.0e}")
     return rate, f"{basis.words}from runs of SmolLM2-135M, for {known}"
 
 
-def _basis_of(method: Method) -> _Basis:
-    """Return the basis for a method that trains blocks or a LoRA. Its words end where "from runs of" goes on."""
+def _basis_of(method: Method) -> _Basis | None:
+    """Return the basis of a method's rate, None if nothing is known. Its words end where "from runs of" goes on."""
     tenfold, unmeasured = "ten times that of full fine-tuning, ", f"not measured for {method.name}: "
+    selects_once = method.name == "gradnorm" and method.model_dump()["refresh"] is None
     match method:
         case LoraMethod(name="lora"):
             return _Basis("lora", tenfold)
         case LoraMethod(name="rslora"):
             # Its scale is alpha / sqrt(rank), LoRA's alpha / rank: so a first step moves the weights as far.
             return _Basis("lora", f"{unmeasured}LoRA's divided by the root of the rank, ", 1 / math.sqrt(method.rank))
-        case LoraMethod():
-            return _Basis("lora", f"{unmeasured}LoRA's, {tenfold}")
         case FullMethod():
             return _Basis("full", "")
-    if method.name == "hft":
-        # Half of the weights train at each step: nearer to all of them than to a fifth of the layers.
-        return _Basis("full", f"{unmeasured}that of full fine-tuning, ")
-    selects_once = method.name == "gradnorm" and method.model_dump()["refresh"] is None
-    if method.name in MEASURED_POLICIES or selects_once:
-        return _Basis("blocks", "")
-    return _Basis("blocks", f"{unmeasured}AdaGradSelect's, ")
+        case _ if method.name in LIKE_FULL:
+            return _Basis("full", f"{unmeasured}that of full fine-tuning, ")
+        case AbstractBlockMethod() if method.name in MEASURED_POLICIES or selects_once:
+            return _Basis("blocks", "")
+        case AbstractBlockMethod():
+            return _Basis("blocks", f"{unmeasured}AdaGradSelect's, ")
+        case LoraMethod() | AbstractMaskMethod():
+            return _Basis("lora", f"{unmeasured}LoRA's, {tenfold}")
+        case _ if method.name in LIKE_LORA:
+            return _Basis("lora", f"{unmeasured}LoRA's, {tenfold}")
+    return None
 
 
 def scaled_rate(kind: Kind, width: int) -> float:
