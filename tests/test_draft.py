@@ -226,6 +226,27 @@ def test_a_rate_that_is_not_measured_for_the_method_is_said_not_to_be(
     assert said in note
 
 
+@pytest.mark.parametrize(
+    ("method", "rate", "said"),
+    [
+        ("adagradselect", FULL_AND_BLOCKS[0], "not measured on labels: that of full fine-tuning, from runs of"),
+        ("full", FULL_AND_BLOCKS[0], "with, from runs of"),
+        ("lora", LORA, "with, ten times that of full fine-tuning, from runs of"),
+    ],
+)
+def test_a_classifier_begins_with_the_rate_of_full_fine_tuning_or_lora(
+    method: str, rate: float, said: str, place: Path, tmp_path: Path
+) -> None:
+    """It began with 1e-5 whatever the model, an eighth of the best rate of a small encoder on STS-B."""
+    path = tmp_path / "labels.jsonl"
+    path.write_text("".join(json.dumps({"text": f"t{n}", "label": n % 2}) + "\n" for n in range(4)))
+    words = ["data.format=classification", "data.text={text}", "data.label=label", f"method.name={method}"]
+    draft = draft_recipe(str(place / "model"), str(path), words)
+    assert draft.recipe.optimizer.lr == rate
+    (note,) = [line for line in draft.lines() if "to begin with" in line]
+    assert said in note
+
+
 def test_first_rates_are_half_of_the_best_of_the_real_model() -> None:
     results = Path(__file__).parents[1] / "benchmarks" / "results" / "smollm2"
 

@@ -29,11 +29,11 @@ RATE_OF_FEW_WEIGHTS_ON_PREFERENCES = 1e-5
 """For what is not measured: preferences, and adapters and packages of which nothing is known. Our choice, whatever the
 width."""
 LIKE_LORA = ("adalora", "ether", "etherplus", "lorta")
-"""Adapters whose best rates in suites/seeds are LoRA's or higher, as are those of masks of a few entries. Propulsion's
-were not."""
+"""Adapters whose best rates in suites/seeds/decoder.yaml were LoRA's or higher, as were those of masks of a few
+entries. Propulsion's was a third of it."""
 LIKE_FULL = ("gmt", "mofo", "hft")
-"""Methods that train a large share of the weights at each step: nearer to all of them than to a few. So was GMT's best
-rate in suites/seeds."""
+"""Methods that train a large share of the weights at each step: nearer to all of them than to a few. GMT's best rate in
+suites/seeds was that of full fine-tuning."""
 
 
 class _Basis(NamedTuple):
