@@ -1,7 +1,8 @@
 # Everything runs in .venv, made from python3 (3.11 or newer): `make PYTHON=python3.12 setup` for another one.
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# Python compiles what it imports. To compile all of torch and transformers takes as long as to install them.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .PHONY: setup quickstart test lint gpu docs notebooks wheel ci-matrix bench integrations clean
 
