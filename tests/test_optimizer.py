@@ -9,7 +9,6 @@ import json
 
 import pytest
 import torch
-from resume_support import assert_resumes
 from tiny_models import tiny_batch, tiny_llama
 
 import gradselect as gs
@@ -139,17 +138,30 @@ def test_always_blocks_train_at_every_step_beside_the_choice():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("residency", RESIDENCIES.values(), ids=RESIDENCIES)
 def test_stopped_at_any_step_it_resumes_bitwise(policy, residency, dtype):
-    def build(saved):
+    def build():
         model = tiny_llama(layers=3, dtype=dtype)
-        if saved is not None:
-            model.load_state_dict(saved)
-        return model, gs.BlockOptimizer(model, copy.deepcopy(policy), lr=1e-2, residency=residency())
+        return model, gs.BlockOptimizer(model, policy, lr=1e-2, residency=residency())
 
-    def step(model, optimizer, number):
-        train(model, optimizer, 1, first=number)
-        return optimizer.last_record
-
-    assert_resumes(build, step, num_steps=9)
+    model, optimizer = build()
+    records = []
+    optimizer.add_record_hook(records.append)
+    states = []
+    train(
+        model,
+        optimizer,
+        9,
+        after_step=lambda: states.append((saved_and_loaded(optimizer.state_dict()), copy.deepcopy(model.state_dict()))),
+    )
+    for stop, (optimizer_state, model_state) in enumerate(states[:-1], start=1):
+        resumed, again = build()
+        resumed.load_state_dict(model_state)
+        again.load_state_dict(optimizer_state)
+        continued = []
+        again.add_record_hook(continued.append)
+        train(resumed, again, 9 - stop, first=stop)
+        assert same(weights(model), weights(resumed)), f"stopped after {stop}"
+        assert continued == records[stop:]
+        assert again.memory() == optimizer.memory()
 
 
 def test_state_survives_a_load_with_its_dtype_and_is_copied():

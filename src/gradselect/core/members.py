@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import chain
-from operator import attrgetter, is_, methodcaller
+from collections.abc import Sequence
 from typing import final
 
 from torch import nn
@@ -27,15 +25,9 @@ class Members:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._names = [names.get(id(parameter), "a weight") for parameter in owned]
         self._shapes = [parameter.shape for parameter in owned]
-        self._modules: list[nn.Module] = []
-        self._parts: list[object] = []
-        self._others: list[Parameter] = []
 
     def check(self, owned: Sequence[Parameter]) -> None:
         """Check the model as it is now.
-
-        Every step does so, on an accelerator while it would wait for work. So a model that holds the same modules and
-        parameters as at the last check is not walked again.
 
         Args:
             owned: as at the start, or what a wrapper has put in their place.
@@ -44,6 +36,7 @@ class Members:
             UsageError: a parameter of the optimizer was resized or is no longer in the model, or one that is trainable
                 is not the optimizer's.
         """
+        here = _parameters_of(self._model)
         for name, shape, parameter in zip(self._names, self._shapes, owned, strict=True):
             if parameter.shape != shape:
                 raise UsageError(
@@ -51,28 +44,17 @@ class Members:
                     "built, whose state has that shape. Build the optimizer after the change, such as "
                     "resize_token_embeddings"
                 )
-        parts = [*owned, *_parts_of(self._modules)]
-        if not self._modules or len(parts) != len(self._parts) or not all(map(is_, parts, self._parts)):
-            self._walk(owned)
-        if any(parameter.requires_grad for parameter in self._others):
-            self._refuse_additions(set(map(id, owned)))
-
-    def _walk(self, owned: Sequence[Parameter]) -> None:
-        """Find every parameter of the model. Refuse if one of `owned` is not among them."""
-        self._modules = list(self._model.modules())
-        self._parts = [*owned, *_parts_of(self._modules)]
-        here = {id(parameter): parameter for parameter in self._model.parameters()}
-        gone = [name for name, parameter in zip(self._names, owned, strict=True) if id(parameter) not in here]
-        if gone:
-            self._modules = []  # the next check walks again
+        known = set(map(id, owned))
+        if not known <= here.keys():
+            gone = [name for name, parameter in zip(self._names, owned, strict=True) if id(parameter) not in here]
             raise UsageError(
                 f"{len(gone)} parameters of the optimizer are no longer in the model, {gone[0]!r} among them: they "
                 "were replaced or removed after the optimizer was built, as by load_state_dict(..., assign=True), "
                 "resize_token_embeddings or a new module, and it would train what the model does not use. Build the "
                 "optimizer from the finished model; load weights with load_state_dict(...) without assign=True"
             )
-        known = set(map(id, owned))
-        self._others = [parameter for key, parameter in here.items() if key not in known]
+        if any(here[key].requires_grad for key in here.keys() - known):
+            self._refuse_additions(known)
 
     def _refuse_additions(self, known: set[int]) -> None:
         named = self._model.named_parameters()
@@ -85,9 +67,16 @@ class Members:
         )
 
 
-def _parts_of(modules: Sequence[nn.Module]) -> Iterable[object]:
-    """Return the parameters and children of each module."""
-    values = methodcaller("values")
-    parameters = map(values, map(attrgetter("_parameters"), modules))
-    children = map(values, map(attrgetter("_modules"), modules))
-    return chain.from_iterable(chain(parameters, children))
+def _parameters_of(model: nn.Module) -> dict[int, Parameter]:
+    """Return the parameters by id. Every step looks, so this is a plain loop and not `model.parameters()`."""
+    found: dict[int, Parameter] = {}
+    modules, seen = [model], {id(model)}
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found[id(parameter)] = parameter
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                modules.append(child)
+    return found

@@ -104,7 +104,7 @@ PRESETS = (
         name="grass",
         about="""GRASS (Tian et al., arXiv 2604.07808) on `gradselect.GradNormTopK`. The numbers are our choice.
 
-        A number as `temperature` is on the scale of the RMS gradient, which falls with the size of the model.
+        A number as `temperature` is on the scale of the RMS gradient of your model.
         """,
         policy=GradNormTopK,
         defaults={

@@ -44,7 +44,7 @@ class GradNormTopK(AbstractPolicy):
             gradients of the first step or of the `probe_steps`.
         temperature: temperature of the softmax, on the scale of the norm: where it is large beside the differences
             between blocks, the draw is uniform. "spread", with `probe_steps`: the standard deviation of m over the
-            candidates at each draw, which fits models of any size. None: no draw.
+            candidates at each draw, so the scale of the norms does not matter. None: no draw.
         ema: weight of the old average, in (0, 1]. None: m_b is the latest norm.
         probe_steps: first steps, which observe and update nothing.
         norm: "l2", or "rms" = ||g_b||_2 / sqrt(number of entries), which does not favour large blocks.
@@ -121,7 +121,8 @@ class GradNormTopK(AbstractPolicy):
             return kept
         if self.probe_steps == 0:
             return None
-        ranks = {name: self._rank(step, name, self.averages.get(name, -math.inf)) for name in self.names}
+        temperature = self._spread() if isinstance(self.temperature, str) else self.temperature
+        ranks = {name: self._rank(step, name, self.averages.get(name, -math.inf), temperature) for name in self.names}
         return largest(self.names, ranks, self.keep_at(step))
 
     def keep_at(self, step: int) -> int:
@@ -130,7 +131,11 @@ class GradNormTopK(AbstractPolicy):
         return resolve_count_now(num_blocks=len(self.candidates), fraction=self.fraction, count=self.count)
 
     def score(self, step: int, block: str, norm: float) -> float:
-        return self._rank(step, block, self._average(step, block, norm)) if math.isfinite(norm) else -math.inf
+        if not math.isfinite(norm):
+            return -math.inf
+        # A spread needs probe steps, and those select nothing.
+        temperature = None if isinstance(self.temperature, str) else self.temperature
+        return self._rank(step, block, self._average(step, block, norm), temperature)
 
     def observes_selected(self, step: int) -> bool:
         return 0 < self.probe_steps <= step
@@ -145,10 +150,9 @@ class GradNormTopK(AbstractPolicy):
         since = step - self.probe_steps
         return since == 0 if self.refresh is None else since % self.refresh == 0
 
-    def _rank(self, step: int, block: str, average: float) -> float:
-        if self.temperature is None:
+    def _rank(self, step: int, block: str, average: float, temperature: float | None) -> float:
+        if temperature is None:
             return average
-        temperature = self._spread() if isinstance(self.temperature, str) else self.temperature
         # Blocks that are all alike have no spread: the noise alone decides among those that have a norm.
         share = average / temperature if temperature > 0 else min(average, 0.0)
         return share + gumbel(random_stream(seed=self.seed, step=step, purpose=f"gumbel/{block}"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradselect.app.data import Rows, ending_of, holds_messages, is_local, read_hub_rows, read_rows, whole_ending_of
-from gradselect.app.recipe import Recipe, merge, parse_recipe, recipe_formats, with_overrides
+from gradselect.app.recipe import Recipe, as_typed, merge, parse_recipe, recipe_formats, with_overrides
 
 from .formats import Guess, guess_format
 from .rates import first_rate
@@ -184,5 +184,5 @@ def _words(values: Mapping[str, Any], above: str = "") -> Iterator[str]:
 
 def _typed(value: Any) -> str:
     if isinstance(value, str):
-        return value.replace("\n", "\\n")
+        return as_typed(value)
     return f"{value:g}" if isinstance(value, float) else json.dumps(value)

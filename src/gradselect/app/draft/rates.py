@@ -78,9 +78,7 @@ def _basis_of(method: Method) -> _Basis | None:
             return _Basis("blocks", "")
         case AbstractBlockMethod():
             return _Basis("blocks", f"{unmeasured}AdaGradSelect's, ")
-        case LoraMethod() | AbstractMaskMethod():
-            return _Basis("lora", f"{unmeasured}LoRA's, {tenfold}")
-        case _ if method.name in LIKE_LORA:
+        case _ if isinstance(method, LoraMethod | AbstractMaskMethod) or method.name in LIKE_LORA:
             return _Basis("lora", f"{unmeasured}LoRA's, {tenfold}")
     return None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gradselect.app.data import Row, columns_of, render
-from gradselect.app.recipe import EvaluationSettings
+from gradselect.app.recipe import EvaluationSettings, as_typed
 from gradselect.files import read_sealed
 from gradselect.usage import UsageError
 
@@ -39,7 +39,7 @@ def say_other_prompt(settings: EvaluationSettings, prompt: str, row: Row) -> Non
     if data and not (as_chat == settings.as_chat and _asks_the_same(data["prompt"], prompt, row)):
         _log.warning(
             "the prompt is %r, which the model was not trained on; to ask as in its training, give --prompt %s%s",
-            *(prompt, shlex.quote(data["prompt"].replace("\n", "\\n")), " --as-chat" if as_chat else ""),
+            *(prompt, shlex.quote(as_typed(data["prompt"])), " --as-chat" if as_chat else ""),
         )
 
 
@@ -57,7 +57,7 @@ def say_other_text(settings: EvaluationSettings, template: str | None, row: Row)
     if known not in (None, template) and {*columns_of(known)} <= {*row}:
         _log.warning(
             "the model was trained on whole texts by another template; for the loss of such texts give --text %s",
-            shlex.quote(known.replace("\n", "\\n")),
+            shlex.quote(as_typed(known)),
         )
 
 

@@ -39,7 +39,7 @@ from .evaluation_settings import DEFAULT_PROMPT, HUB_DATA, EvaluationSettings
 from .hub_ids import ids_of_evaluation, ids_of_recipe
 from .load import dump_recipe, load_recipe, parse_recipe, read_values, todays_recipe
 from .overrides import merge, parse_override, recipe_formats, with_overrides
-from .plain_yaml import read_typed
+from .plain_yaml import as_typed, read_typed
 from .schema import ModelSettings, Recipe
 from .trainers import (
     BUILT_IN_REWARDS,
@@ -95,6 +95,7 @@ __all__ = [
     "SparseGradMethod",
     "TextData",
     "TokenData",
+    "as_typed",
     "dataclass_keys",
     "dump_recipe",
     "explain",

@@ -44,6 +44,11 @@ def read_typed(text: str) -> str:
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
+def as_typed(text: str) -> str:
+    """Return a text in the form that `read_typed` reads, on one line."""
+    return text.replace("\n", "\\n")
+
+
 class _PlainLoader(yaml.SafeLoader):
     """Loader without tags of objects, duplicate keys, or aliases that grow far beyond their text.
 

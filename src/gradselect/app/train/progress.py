@@ -23,6 +23,7 @@ from gradselect.app.recipe import (
     RandomData,
     Recipe,
     TextData,
+    as_typed,
 )
 from gradselect.app.results import FinishedRun, RunRecord, SavedModel
 from gradselect.app.runtime import RunFolder, describe_messages
@@ -116,8 +117,7 @@ def _next_command(recipe: Recipe, data: FileData, first_row: Mapping[str, Any]) 
     if isinstance(recipe.trainer, AbstractSamplingTrainer):
         task = next((name for name in recipe.trainer.reward if name in BUILT_IN_REWARDS), "gsm8k")
     words = ["gradselect", "evaluate", recipe.run.output, "--task", task, *_validation_options(data)]
-    # The command line reads \\n as a newline.
-    words += [word for name, text in _templates(data).items() if text for word in (name, text.replace("\n", "\\n"))]
+    words += [word for name, text in _templates(data).items() if text for word in (name, as_typed(text))]
     if isinstance(data, PromptCompletionData | PreferenceData | PromptData):
         words += ["--as-chat"] if data.as_chat else []
     return shlex.join(words)
