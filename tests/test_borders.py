@@ -173,6 +173,16 @@ def test_exploring_is_bounded_by_the_run_and_announced(policy, expected, explore
         assert trainer.optimizer.optimizer.policy.known_explore_steps() == explore_steps
 
 
+def test_a_run_that_ends_before_anything_is_selected_is_refused(tmp_path):
+    """GRASS looks for 20 steps by default: a trial of 4 trained nothing and ended like any other."""
+    with pytest.raises(gs.UsageError, match=r"the first 4 steps look .* ends after 4: .* a smaller probe_steps"):
+        trainer_of(tmp_path, tiny_llama(), gs.GradNormTopK(count=1, probe_steps=4)).train()
+    model = tiny_llama()
+    before = copy.deepcopy(model.state_dict())
+    trainer_of(tmp_path, model, gs.GradNormTopK(count=1, probe_steps=3)).train()
+    assert any(not torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
 class TooLarge(Trainer):
     """Has no memory for batches of more than two rows."""
 

@@ -142,6 +142,15 @@ def test_progress_names_loss_speed_memory_and_blocks(finished: Path) -> None:
     assert f"gradselect evaluate {finished} --task loss" in lines[-1]
 
 
+def test_a_warm_up_that_is_longer_than_the_run_is_said(place: Path, tmp_path: Path) -> None:
+    shown = io.StringIO()
+    recipe = parse(place, optimizer={"lr": 2e-3, "warmup": 10}, run={"output": str(tmp_path / "out")})
+    train(recipe, console=Console(file=shown, width=200))
+    said = "note       the warm-up takes 10 steps and the run ends after 4: the learning rate gets to 30 % of 0.002"
+    assert said in shown.getvalue().splitlines()
+    assert "lr 6.00e-04" in shown.getvalue()
+
+
 def test_a_terminal_gets_a_bar_and_the_same_lines(place: Path, tmp_path: Path) -> None:
     shown = io.StringIO()
     method = {"name": "fixed", "names": ["norm"]}

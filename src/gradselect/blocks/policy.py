@@ -185,6 +185,11 @@ class AbstractPolicy(ABC):
         return 0.0
 
     @property
+    def look_only_steps(self) -> int:
+        """Number of first steps that look at the gradients of all blocks and select none. Default: 0."""
+        return 0
+
+    @property
     def coverage_steps(self) -> int | None:
         """Number of consecutive steps that surely train every candidate at least once; None: no such number."""
         return None

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from gradselect import AbstractPolicy, BlockOptimizer, MaskRecord, StepRecord
 from gradselect.blocks import LAYERS, taking_part
-from gradselect.usage import listed
+from gradselect.usage import UsageError, listed
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +70,20 @@ def say_explore_steps(optimizer: BlockOptimizer, *, num_steps: int, before: int 
         num_steps: of the run.
         before: steps that the optimizer took before the run, which goes on from there.
 
+    Raises:
+        UsageError: no step of the run selects a block.
+
     Example:
         >>> import torch, gradselect as gs
         >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
         >>> say_explore_steps(gs.BlockOptimizer(model, policy=gs.Uniform(count=1)), num_steps=10)
     """
     policy = optimizer.policy
+    if policy.look_only_steps >= before + num_steps:
+        raise UsageError(
+            f"the first {policy.look_only_steps:,} steps look at gradients and select no block, and this run ends after "
+            f"{before + num_steps:,}: it would select none; train for longer, or write a smaller probe_steps, such as 1"
+        )
     if not (all_steps := policy.expected_explore_steps(before + num_steps)):
         return
     expected = round(all_steps - policy.expected_explore_steps(before))

@@ -114,6 +114,10 @@ class GradNormTopK(AbstractPolicy):
             return min(num_steps, self.probe_steps)
         return min(num_steps, 1) if self.refresh is None else -(-num_steps // self.refresh)
 
+    @property
+    def look_only_steps(self) -> int:
+        return self.probe_steps
+
     def propose(self, step: int) -> tuple[str, ...] | None:
         if step < self.probe_steps:
             return None

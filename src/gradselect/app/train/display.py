@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -14,6 +15,8 @@ from gradselect.app.runtime import num_processes
 
 from .meter import Meter
 from .time_left import Calendar, TimeLeft
+
+logger = logging.getLogger(__name__)
 
 
 class ProgressDisplay(TrainerCallback):
@@ -39,6 +42,12 @@ class ProgressDisplay(TrainerCallback):
         self._last = (0.0, 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        warmup, num_steps = args.get_warmup_steps(state.max_steps), state.max_steps
+        if warmup > num_steps:
+            logger.warning(
+                "the warm-up takes %d steps and the run ends after %d: the learning rate gets to %.0f %% of %g",
+                *(warmup, num_steps, 100 * (num_steps - 1) / warmup, args.learning_rate),
+            )
         self._last = (self._meter.total_seconds, self._count_tokens())
         calendar = Calendar(
             last_step=state.max_steps,
