@@ -81,8 +81,9 @@ def say_explore_steps(optimizer: BlockOptimizer, *, num_steps: int, before: int 
     policy = optimizer.policy
     if policy.look_only_steps >= before + num_steps:
         raise UsageError(
-            f"the first {policy.look_only_steps:,} steps look at gradients and select no block, and this run ends after "
-            f"{before + num_steps:,}: it would select none; train for longer, or write a smaller probe_steps, such as 1"
+            f"the first {policy.look_only_steps:,} steps look at gradients and select no block, and this run ends "
+            f"after {before + num_steps:,}: it would select none; train for longer, or write a smaller probe_steps, "
+            "such as 1"
         )
     if not (all_steps := policy.expected_explore_steps(before + num_steps)):
         return
