@@ -91,7 +91,7 @@ def test_what_is_rewarded_is_what_evaluation_judges(tmp_path: Path) -> None:
 def test_the_page_has_the_table_of_the_result_file() -> None:
     result = grpo.read_result(grpo.RESULT)
     table = grpo.markdown(result)
-    assert table in (ROOT / "docs" / "preference.md").read_text("utf-8")
+    assert table in (ROOT / "docs" / "results.md").read_text("utf-8")
     best = result["runs"]["mask"]["learning_rate"]
     assert load_recipe(ROOT / "recipes" / "grpo-random-mask.yaml").optimizer.lr == best
 
