@@ -17,7 +17,6 @@ from gradselect.app.recipe import Recipe
 from gradselect.app.recipe_planning import plan_recipe
 from gradselect.app.runtime import RunFolder
 from gradselect.app.train import build_trainer, train
-from gradselect.app.train.preference_trainers import DpoTrainer
 from gradselect.app.train.rewards import load_function, make_rewards
 from gradselect.app.train.sampling_trainers import PromptSampler
 
@@ -161,10 +160,11 @@ def test_the_reference_is_the_model_before_training(place: Path, tmp_path: Path)
         assert any(("frozen copy" if name == "full" else "switched off") in note for note in record(out)["notes"])
 
 
-def test_no_second_adapter_stays_on_the_model(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["dpo", "kto", "grpo", "rloo"])
+def test_no_second_adapter_stays_on_the_model(kind: str, place: Path, tmp_path: Path) -> None:
     """TRL adds a copy of the adapter as the reference, which would be saved and counted."""
-    _, trainer, _ = build(preference_recipe(place, tmp_path, method=LORA), tmp_path)
-    assert isinstance(trainer, DpoTrainer)
+    settings = {"beta": 0.1}
+    _, trainer, _ = build(recipe_of(kind, place, tmp_path, method=LORA, trainer=settings), tmp_path)
     assert list(trainer.model.peft_config) == ["default"]
     assert not any(".ref." in name for name, _ in trainer.model.named_parameters())
 
@@ -180,8 +180,9 @@ def test_an_adapter_that_changes_the_model_at_once_is_refused(place: Path, tmp_p
 
 
 def test_what_does_not_fit_together_is_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"method\.name=adalora does not fit trainer\.name=dpo"):
-        build(preference_recipe(place, tmp_path, method={"name": "adalora", "rank": 2}), tmp_path)
+    for kind in ("dpo", "rloo"):
+        with pytest.raises(UsageError, match=rf"method\.name=adalora does not fit trainer\.name={kind}"):
+            build(recipe_of(kind, place, tmp_path, method={"name": "adalora", "rank": 2}), tmp_path)
     with pytest.raises(UsageError, match=r"needs batches before the first step, but trainer\.name=grpo draws"):
         build(prompt_recipe(place, tmp_path, method={**MASK, "calibration_batches": 1}), tmp_path)
     with pytest.raises(UsageError, match=r"trainer\.name=orpo compares two answers"):

@@ -17,7 +17,7 @@ from trl.trainer.kto_trainer import KTOTrainer
 from gradselect.app.inputs import IGNORED
 from gradselect.app.recipe import DpoSettings, KtoSettings, OrpoSettings
 
-from .reference_model import reference_copy
+from .reference_model import drop_reference_adapter, reference_copy
 from .trainer import MetricsTrainer
 
 with warnings.catch_warnings():
@@ -29,12 +29,9 @@ class _ReferenceTrainer(MetricsTrainer):
     """Common part of DPO and KTO: the reference. The rows are tokens already."""
 
     def __init__(self, *, model: nn.Module, keeps_reference: bool, **others: Any) -> None:
-        is_adapted = isinstance(model, PeftModel)
-        reference = reference_copy(model) if keeps_reference and not is_adapted else None
+        reference = reference_copy(model) if keeps_reference and not isinstance(model, PeftModel) else None
         super().__init__(model=model, ref_model=reference, **others)
-        if is_adapted and "ref" in model.peft_config:
-            # A copy that TRL made of the adapter. It is neutral before training, as the model without an adapter is.
-            model.delete_adapter("ref")
+        drop_reference_adapter(model)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         return dataset

@@ -24,6 +24,15 @@ def reference_copy(model: Any) -> Any:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
+def drop_reference_adapter(model: nn.Module) -> None:
+    """Delete the copy of the adapter that TRL adds as the reference.
+
+    It would be counted and saved. An adapter is neutral before training, so the model without it is the same reference.
+    """
+    if isinstance(model, PeftModel) and "ref" in model.peft_config:
+        model.delete_adapter("ref")
+
+
 def reference_notes(recipe: Recipe, model: nn.Module) -> list[str]:
     """Say where the reference comes from, and what it takes."""
     trainer = recipe.trainer

@@ -20,7 +20,7 @@ from trl.trainer.utils import add_fused_lm_head
 from gradselect.app.recipe import AbstractSamplingTrainer, GrpoSettings, RlooSettings
 from gradselect.app.runtime import num_processes
 
-from .reference_model import reference_copy
+from .reference_model import drop_reference_adapter, reference_copy
 from .rewards import AbstractReward
 from .trainer import MetricsTrainer
 
@@ -54,6 +54,7 @@ class _SamplingTrainer(MetricsTrainer):
         reference = reference_copy(model) if beta and not isinstance(model, PeftModel) else None
         # With a beta TRL would load a reference by the name of the model, which may be none.
         super().__init__(model=model, reward_funcs=list(rewards), **others)
+        drop_reference_adapter(model)
         self.beta = self._config.beta = beta
         if reference is not None:
             add_fused_lm_head(reference, temperature=self._config.temperature)

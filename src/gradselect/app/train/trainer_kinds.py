@@ -120,7 +120,7 @@ def _token_ids(inputs: Inputs) -> dict[str, list[int]]:
 
 def _check_method(recipe: Recipe) -> None:
     method, name = recipe.method, getattr(recipe.trainer, "name", "")
-    if isinstance(method, AdaLoraMethod) and isinstance(recipe.trainer, DpoSettings | KtoSettings):
+    if isinstance(method, AdaLoraMethod) and isinstance(recipe.trainer, DpoSettings | KtoSettings | RlooSettings):
         raise UsageError(
             f"method.name=adalora does not fit trainer.name={name}: TRL copies the adapter for its reference, and PEFT "
             "allows one AdaLoRA in a model; write method.name=lora"
