@@ -17,7 +17,7 @@ class MISA(AbstractPolicy):
     """Draw blocks by importance every `every` steps, up to a share of the entries.
 
         G_b = ema G_b + (1 - ema) mean_t ||g_b,t||^2 / N_b    over the steps t of a period in which b trained
-        p_b ∝ exp(eta G_b / mean(G))                          the mean over blocks; at first all G_b are 0, p_b equal
+        p_b ∝ exp(eta G_b / mean(G))                          the mean over the blocks that have trained
         S   = blocks drawn one by one with probabilities p without replacement, while their entries are at most
               share * (entries of all candidates); at least one block
 
@@ -29,8 +29,10 @@ class MISA(AbstractPolicy):
     The paper's algorithm ends a period with one more step by the momentum alone: the optimizer's
     `borders=Borders(exit_step=True)`. The authors' code does not take it, and neither does the default here.
 
-    Our choices: eta and ema; G scaled by N_b; eta in units of the mean importance; a block drawn twice in a row keeps
-    its state, and takes no exit step between.
+    Our choices: eta and ema; G scaled by N_b; eta in units of the mean importance; G_b begins with the first value, and
+    a block that has not trained counts as the mean. In the paper all G_b begin with 0; in these units the blocks of the
+    first draw would then be drawn again and again. A block drawn twice in a row keeps its state, and takes no exit step
+    between.
 
     Args:
         share: largest share of the candidates' entries that a draw may hold.
@@ -87,9 +89,9 @@ class MISA(AbstractPolicy):
 
     def log_weights(self) -> dict[str, float]:
         """Return log p_b of each block, up to a constant."""
-        importance = {name: self.importance[name] for name in self.names}
-        mean = sum(importance.values()) / len(importance)
-        return {name: self.eta * value / mean if mean > 0 else 0.0 for name, value in importance.items()}
+        known = [self.importance[name] for name in self.names if self.importance[name] > 0]
+        mean = sum(known) / len(known) if known else 1.0
+        return {name: self.eta * (self.importance[name] or mean) / mean for name in self.names}
 
     def observes_selected(self, step: int) -> bool:
         return True
@@ -101,8 +103,8 @@ class MISA(AbstractPolicy):
             self.period_sums[name] += norm**2 / self.num_elements[name] if math.isfinite(norm) else 0.0
         if step % self.every == self.every - 1:
             for name in selected:
-                mean = self.period_sums[name] / self.every
-                self.importance[name] = self.ema * self.importance[name] + (1 - self.ema) * mean
+                mean, before = self.period_sums[name] / self.every, self.importance[name]
+                self.importance[name] = self.ema * before + (1 - self.ema) * mean if before > 0 else mean
             self.period_sums = dict.fromkeys(self.period_sums, 0.0)
 
 
