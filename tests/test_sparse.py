@@ -550,6 +550,8 @@ def test_a_mask_on_a_frozen_or_quantised_tensor_is_refused():
     model.model.norm.weight.requires_grad_(False)
     with pytest.raises(gs.UsageError, match="frozen or quantised"):
         gs.SparseOptimizer(model, id3(among=("model.norm.weight",)))
+    with pytest.raises(gs.UsageError, match="one in always trains whole"):
+        gs.SparseOptimizer(model, id3(among=("*embed_tokens*",)), always="*embed_tokens*")
     model.requires_grad_(False)
     with pytest.raises(gs.UsageError, match="requires a gradient"):
         gs.SparseOptimizer(model, id3())

@@ -2,6 +2,7 @@
 
 from .global_top_k import GlobalTopK
 from .mask import (
+    SELECTABLE,
     AbstractCompactMask,
     AbstractDenseMask,
     AbstractMask,
@@ -24,6 +25,7 @@ from .top_k import StreamingTopK, chunk_length
 
 __all__ = [
     "RUN",
+    "SELECTABLE",
     "AbstractCompactMask",
     "AbstractDenseMask",
     "AbstractMask",

@@ -222,6 +222,10 @@ class AbstractDenseMask(AbstractMask):
         """Return a bool tensor for each gradient or moment: the selected entries, in the shape of its local part."""
 
 
+SELECTABLE = "parameter to select from (a frozen or quantised one cannot train, and one in always trains whole)"
+"""What the parameters of a mask are called where a name matches none of them."""
+
+
 def matching_tensors(tensors: Sequence[MaskTensor], patterns: str | Sequence[str] | None) -> tuple[MaskTensor, ...]:
     """Return the tensors whose name matches one of the globs, in order; all for None.
 
@@ -230,8 +234,7 @@ def matching_tensors(tensors: Sequence[MaskTensor], patterns: str | Sequence[str
     """
     if patterns is None:
         return tuple(tensors)
-    kind = "parameter that can train (a frozen or quantised one cannot)"
-    names = matching([tensor.name for tensor in tensors], patterns, kind=kind)
+    names = matching([tensor.name for tensor in tensors], patterns, kind=SELECTABLE)
     return tuple(tensor for tensor in tensors if tensor.name in names)
 
 

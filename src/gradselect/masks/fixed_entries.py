@@ -11,7 +11,7 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor, nn
 
-from gradselect.entries import AbstractCompactMask, FromWeights, Indices, MaskTensor
+from gradselect.entries import SELECTABLE, AbstractCompactMask, FromWeights, Indices, MaskTensor
 from gradselect.usage import UsageError, check_is, matching
 
 
@@ -49,8 +49,7 @@ class FixedEntries(AbstractCompactMask):
         self.entries = {name: _checked(name, indices) for name, indices in self.entries.items()}
 
     def bind(self, tensors: Sequence[MaskTensor]) -> Self:
-        kind = "parameter that can train (a frozen or quantised one cannot)"
-        matching([tensor.name for tensor in tensors], list(self.entries), key="entries", kind=kind)
+        matching([tensor.name for tensor in tensors], list(self.entries), key="entries", kind=SELECTABLE)
         if any(map(len, self.entries.values())):
             return super().bind(tensors)
         bound = copy.copy(self)
