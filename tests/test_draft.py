@@ -175,7 +175,7 @@ def test_the_words_of_a_draft_make_the_same_recipe(place: Path) -> None:
         (["method.name=lora"], scaled_rate("lora", TINY_WIDTH)),
         (["method.name=ether"], scaled_rate("lora", TINY_WIDTH)),
         (["method={name: id3, density: 0.1}"], scaled_rate("lora", TINY_WIDTH)),
-        (["method.name=propulsion"], 1e-4),
+        (["method.name=hiwi"], 1e-4),
     ],
 )
 def test_the_learning_rate_follows_the_method_and_the_width(words: list[str], rate: float, place: Path) -> None:
@@ -214,7 +214,8 @@ LORA = scaled_rate("lora", TINY_WIDTH)
         ("name=ether", LORA, "not measured for ether: LoRA's, ten times that of full fine-tuning, from runs of"),
         ("name=sparta method.density=0.1", LORA, "not measured for sparta: LoRA's, ten times that of full"),
         ("name=gmt", FULL_AND_BLOCKS[0], "not measured for gmt: that of full fine-tuning, from runs of"),
-        ("name=propulsion", 1e-4, "with, cautious, not measured"),
+        ("name=propulsion", float(f"{LORA / 3:.0e}"), "not measured for propulsion: a third of LoRA's, from runs of"),
+        ("name=hiwi", 1e-4, "with, cautious, not measured"),
     ],
 )
 def test_a_rate_that_is_not_measured_for_the_method_is_said_not_to_be(
