@@ -81,9 +81,10 @@ def survey_policy(
 
 
 def survey(policy: AbstractPolicy) -> Survey:
-    """Run a bound policy over its first steps with gradients whose entries are all alike. This uses the policy up.
+    """Run a bound policy over its first steps with equal gradient norms. This uses the policy up.
 
-    A policy whose draws are not even gets norms with noise instead, so that no block is favoured for its place.
+    A policy whose draws are not even gets norms with noise instead, so that no block is favoured for its place; for a
+    measure that is a sum over entries they are in proportion to the entries.
     """
     policy.fill_explore_steps(ENOUGH_STEPS // 4)
     explored: set[int] = set()
@@ -119,8 +120,8 @@ def survey(policy: AbstractPolicy) -> Survey:
 
 
 def _norms(policy: AbstractPolicy, step: int) -> dict[str, float]:
-    power = 0.5 if policy.measured() == "l2" else 1.0  # the other measures are sums over entries
-    norms = {name: policy.num_elements[name] ** power for name in policy.names}
+    is_sum = policy.measured() != "l2"
+    norms = {name: float(policy.num_elements[name]) if is_sum else 1.0 for name in policy.names}
     if policy.draws_evenly():
         return norms
     generator = random_stream(seed=0, step=step, purpose="survey")
