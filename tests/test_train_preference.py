@@ -17,8 +17,9 @@ from gradselect.app.recipe import Recipe
 from gradselect.app.recipe_planning import plan_recipe
 from gradselect.app.runtime import RunFolder
 from gradselect.app.train import build_trainer, train
+from gradselect.app.train.preference_trainers import DpoTrainer, KtoTrainer
 from gradselect.app.train.rewards import load_function, make_rewards
-from gradselect.app.train.sampling_trainers import PromptSampler
+from gradselect.app.train.sampling_trainers import GrpoTrainer, PromptSampler, RlooTrainer
 
 pytestmark = [
     # trl and peft use names that transformers has replaced since.
@@ -160,11 +161,15 @@ def test_the_reference_is_the_model_before_training(place: Path, tmp_path: Path)
         assert any(("frozen copy" if name == "full" else "switched off") in note for note in record(out)["notes"])
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto", "grpo", "rloo"])
+WITH_REFERENCE = {"dpo": DpoTrainer, "kto": KtoTrainer, "grpo": GrpoTrainer, "rloo": RlooTrainer}
+
+
+@pytest.mark.parametrize("kind", WITH_REFERENCE)
 def test_no_second_adapter_stays_on_the_model(kind: str, place: Path, tmp_path: Path) -> None:
     """TRL adds a copy of the adapter as the reference, which would be saved and counted."""
     settings = {"beta": 0.1}
     _, trainer, _ = build(recipe_of(kind, place, tmp_path, method=LORA, trainer=settings), tmp_path)
+    assert isinstance(trainer, WITH_REFERENCE[kind])
     assert list(trainer.model.peft_config) == ["default"]
     assert not any(".ref." in name for name, _ in trainer.model.named_parameters())
 
