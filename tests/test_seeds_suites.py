@@ -43,6 +43,8 @@ TASKS = ("rte", "mrpc", "stsb", "cola")
 SUITES = {name: load_suite(REPOSITORY / "suites" / "seeds" / f"{name}.yaml") for name in (*TASKS, "decoder")}
 MINILM = {"vocab_size": 30522, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
 BUDGETS = {"mrpc": 82_944, "decoder": 34_816}
+OF_LAYERS = ("AdaGradSelect 2 of 6", "AdaGradSelect 2 of 6, coverage 6", "uniform 2 of 6")
+OF_BLOCKS = (*OF_LAYERS, "AdaGradSelect 14 of 42 matrices")
 HEAD = ("classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias")
 
 
@@ -120,11 +122,7 @@ def test_every_encoder_suite_has_the_same_methods_and_the_papers_degree() -> Non
     for task in TASKS:
         rest = {name: entry for name, entry in SUITES[task].methods.items() if name != "Propulsion"}
         assert rest == {name: entry for name, entry in SUITES["rte"].methods.items() if name != "Propulsion"}
-    assert set(SUITES["rte"].methods) - set(SUITES["decoder"].methods) == {
-        "HiWi",
-        "AdaGradSelect 2 of 6",
-        "LoRTA r=189",
-    }
+    assert set(SUITES["rte"].methods) - set(SUITES["decoder"].methods) == {"HiWi", "LoRTA r=189", *OF_BLOCKS}
 
 
 def test_the_comment_counts_every_method() -> None:
@@ -133,7 +131,11 @@ def test_the_comment_counts_every_method() -> None:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if name not in HEAD}
     assert counts["full"] == sum(sizes.values())
     assert counts["GMT"] == sum(sizes.values()) // 5
-    assert counts["AdaGradSelect 2 of 6"] == sum(size for name, size in sizes.items() if ".layer.0." in name) * 2
+    assert {counts[name] for name in OF_LAYERS} == {2 * sum(n for name, n in sizes.items() if ".layer.0." in name)}
+    matrices = [block for block in gs.partition(model, by="matrix") if block.name.startswith("layer.")]
+    assert len(matrices) == 42
+    largest = sorted(sum(parameter.numel() for parameter in block.parameters) for block in matrices)[-14:]
+    assert counts["AdaGradSelect 14 of 42 matrices"] == sum(largest)
     assert counts["BitFit"] == sum(size for name, size in sizes.items() if name.endswith(".bias"))
     budgeted = ("PaFI", "ID3", "SpaRTA", "SparseGrad", "SPT", "LoRA", "LoRA-SP", "LoRA-SP, each step", "AdaLoRA")
     assert {counts[name] for name in (*budgeted, "ETHER plus")} == {BUDGETS["mrpc"]}
@@ -147,7 +149,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FOR_A_TINY_MODEL: dict[str, dict[str, Any]] = {
-    "AdaGradSelect 2 of 6": {"count": 1},
+    **{name: {"count": 1} for name in OF_LAYERS},
+    "AdaGradSelect 14 of 42 matrices": {"count": 2},
     "LoRTA r=189": {"rank": 4},
     "SparseGrad": {"calibration_batches": 1},
     **{name: {"budget": 200} for name in ("PaFI", "ID3")},
