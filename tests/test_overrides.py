@@ -34,6 +34,8 @@ def load(*overrides: str, method: dict[str, Any] | None = None) -> Recipe:
         ({"name": "id3", "density": 0.1}, "method.budget=9", "method", {"budget": 9, "density": None}),
         ({"name": "lift", "rank": 8}, "method.density=0.1", "method", {"rank": None, "density": 0.1}),
         ({"name": "lift", "density": 0.1}, "method={name: lift, rank: 8}", "method", {"rank": 8, "density": None}),
+        ({"name": "spt", "budget": 9, "rank": 4}, "method.density=0.1", "method", {"budget": None, "rank": 4}),
+        ({"name": "spt", "density": 0.1}, "method.rank=4", "method", {"density": 0.1, "rank": 4}),
         (None, "run.steps=null", "run", {"epochs": 3.0}),
     ],
 )

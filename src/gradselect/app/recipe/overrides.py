@@ -14,8 +14,11 @@ from gradselect.methods import MAX_LINE, cut
 from .data_settings import AbstractDataSettings, AbstractTokenData, FileData
 from .plain_yaml import read_typed, read_yaml
 
-RIVALS = (("steps", "epochs"), ("fraction", "count"), ("density", "budget"), ("density", "rank"))
+RIVALS = (("steps", "epochs"), ("fraction", "count"), ("density", "budget"))
 """Keys of one section that say the same thing in two ways."""
+
+RIVALS_OF = {"lift": (("density", "rank"),)}
+"""Further ones, by the name of the method: the `rank` of others, such as `spt`, is not another way to say `density`."""
 
 _FORMATS = {get_args(data.model_fields["format"].annotation)[0]: data for data in get_args(FileData)}
 
@@ -106,7 +109,8 @@ def _is_another(below: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
 def _displaced(under: Mapping[str, Any], over: Mapping[str, Any]) -> Iterator[str]:
     """Yield the keys of a section that have no place beside those of `over`."""
     given = {key for key, value in over.items() if value is not None}
-    for pair in RIVALS:
+    names = {name for name in (under.get("name"), over.get("name")) if isinstance(name, str)}
+    for pair in (*RIVALS, *(pair for name in names for pair in RIVALS_OF.get(name, ()))):
         for key, rival in (pair, pair[::-1]):
             if key in given and rival in under and rival not in over:
                 yield rival
