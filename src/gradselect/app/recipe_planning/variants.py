@@ -26,10 +26,11 @@ from .planner import RecipePlanner
 FRACTIONS = (0.1, 0.2, 0.3)
 DEFAULT_RANK = 16
 RULE = (
-    "the fastest of the settings that fit, then fewest micro-batches a step, fewest changes, lowest peak. Methods are "
-    "tried in this order: the recipe's own, full, AdaGradSelect with the embedding from the largest fraction down, "
-    "AdaGradSelect without it, LoRA. Each is tried with levers that keep the training as is: gradient checkpointing, "
-    "state on the host, smaller micro-batches. If none fits, all are tried again in bfloat16. The length of rows stays"
+    "the first method that fits, in this order: the recipe's own, full, AdaGradSelect with the embedding from the "
+    "largest fraction down, AdaGradSelect without it, LoRA. Each is tried with levers that keep the training as is: "
+    "gradient checkpointing, state on the host, smaller micro-batches. Of its settings that fit, the fastest, then "
+    "fewest micro-batches a step, fewest changes, lowest peak. If no method fits, all are tried again in bfloat16. The "
+    "length of rows stays"
 )
 """Meaning of "best" for `--fit`."""
 

@@ -107,7 +107,7 @@ def hub_fault() -> str | None:
 
 @cache
 def _unreachable(endpoint: str) -> str | None:
-    """Return the reason why no connection to the endpoint can be made, or None. Takes five seconds at most."""
+    """Return why the endpoint cannot be reached, or None. Takes four seconds, unless the user asks for more."""
     limit = _connect_seconds()
     found: list[str | None] = []
     # A thread, because the look-up of the name has no limit of its own.
