@@ -248,6 +248,17 @@ def test_a_classifier_begins_with_the_rate_of_full_fine_tuning_or_lora(
     assert said in note
 
 
+@pytest.mark.parametrize(("method", "rate"), [("full", 5e-7), ("adagradselect", 5e-7), ("lora", 1e-5), ("id3", 1e-5)])
+def test_rewards_begin_with_the_rate_of_preferences_and_not_with_that_of_text(
+    method: str, rate: float, place: Path
+) -> None:
+    words = ["data.format=prompts", "data.prompt={question}", "data.answer={answer}", "trainer.name=grpo"]
+    words += ["trainer.reward=gsm8k", f"method={{name: {method}{', density: 0.1' * (method == 'id3')}}}"]
+    draft = draft_recipe(str(place / "model"), str(place / "sums.jsonl"), words)
+    assert draft.recipe.optimizer.lr == rate
+    assert any("to begin with, cautious, not measured" in line for line in draft.lines())
+
+
 def test_first_rates_are_half_of_the_best_of_the_real_model() -> None:
     results = Path(__file__).parents[1] / "benchmarks" / "results" / "smollm2"
 

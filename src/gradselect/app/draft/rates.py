@@ -26,8 +26,8 @@ USUAL_WIDTH = 2048
 RATE_OF_OTHERS = 1e-4
 RATE_OF_PREFERENCES = 5e-7
 RATE_OF_FEW_WEIGHTS_ON_PREFERENCES = 1e-5
-"""For what is not measured: preferences, and adapters and packages of which nothing is known. Our choice, whatever the
-width."""
+"""For what is not measured: preferences and rewards, and adapters and packages of which nothing is known. Our choice,
+whatever the width."""
 LIKE_LORA = ("adalora", "ether", "etherplus", "lorta")
 """Adapters whose best rates in suites/seeds/decoder.yaml were LoRA's or higher, as were those of masks of a few
 entries. Propulsion's was a third of LoRA's there, and 0.4 of it in suites/seeds/stsb.yaml."""
@@ -47,7 +47,7 @@ class _Basis(NamedTuple):
 def first_rate(recipe: Recipe) -> tuple[float, str]:
     """Return a rate for a recipe that names none, and a few words on where it comes from."""
     trains_blocks = isinstance(recipe.method, AbstractBlockMethod | FullMethod)
-    if recipe.data.format == "preference":
+    if recipe.data.format in ("preference", "prompts"):
         return RATE_OF_PREFERENCES if trains_blocks else RATE_OF_FEW_WEIGHTS_ON_PREFERENCES, "cautious, not measured"
     basis = _basis_of(recipe.method)
     if basis is None:
