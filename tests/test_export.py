@@ -90,6 +90,15 @@ def test_the_hub_gets_the_model_and_its_card_and_nothing_else(root, hub, capsys,
     assert "https://hub/you/sums/commit/1" in capsys.readouterr().out
 
 
+def test_answers_to_validation_rows_stay_here_without_a_manifest_too(root, hub, tmp_path):
+    run = shutil.copytree(root / "run", tmp_path / "run")
+    (run / "gradselect-manifest.json").unlink()
+    (run / "answers.jsonl").write_text('{"step": 2, "prompt": "a patient\'s letter", "output": "4"}\n')
+    assert export(run, "--hub", "you/sums") == 0
+    assert "model.safetensors" in hub.files["you/sums"]
+    assert "answers.jsonl" not in hub.files["you/sums"]
+
+
 def test_the_card_says_method_base_data_and_results_but_no_path_of_this_machine(root, capsys):
     assert export(root / "run", "--hub", "you/sums", "--dry-run") == 0
     shown = capsys.readouterr().out

@@ -12,8 +12,16 @@ from gradselect.app.runtime import RunFolder
 from gradselect.files import LOCK_NAME, MANIFEST_NAME, digests_of_model
 from gradselect.usage import UsageError
 
-OF_THE_RUN = ("run.json", "recipe.yaml", "records.jsonl", "messages.log", MANIFEST_NAME, LOCK_NAME)
-"""Files in the folder that are no part of the model. They name paths of the machine."""
+OF_THE_RUN = (
+    "run.json",
+    "recipe.yaml",
+    "records.jsonl",
+    "answers.jsonl",
+    "messages.log",
+    MANIFEST_NAME,
+    LOCK_NAME,
+)
+"""Files in the folder that are no part of the model. They name paths of the machine and quote validation rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
