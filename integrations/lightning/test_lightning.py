@@ -270,6 +270,16 @@ def test_what_never_trains_is_said_in_a_stream_too(tmp_path, caplog):
     assert "blocks never train" in caplog.text
 
 
+def test_candidates_that_trained_in_no_step_are_said(tmp_path, caplog):
+    def once(net, window):
+        return gs.BlockOptimizer(net, policy=gs.GradNormTopK(count=1, refresh=None, among=("layers",)), lr=1e-3)
+
+    module = Module(once)
+    trainer_for(tmp_path, max_epochs=1).fit(module, loader())
+    never = [name for name in module.optimizer.policy.names if not module.optimizer.update_counts[name]]
+    assert f"4 of 5 candidate blocks trained in none of the {BATCHES} steps, {', '.join(never)}: " in caplog.text
+
+
 def test_the_last_window_of_a_stream_is_a_step(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):

@@ -129,7 +129,9 @@ def test_lora_trains_the_adapters_of_the_selected_layers() -> None:
 
 
 @each_method
-def test_version_1_needs_nothing_by_hand(method: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_1_needs_nothing_by_hand(
+    method: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("USE_V1", "1")
     file = write_v1(gradselect={**method, "jsonl": "whole.jsonl"})
     assert main(["sft", file]) == 0
@@ -140,6 +142,9 @@ def test_version_1_needs_nothing_by_hand(method: dict[str, Any], monkeypatch: py
     if method is ADAGRADSELECT:
         assert filled_explore_steps("whole/checkpoint-8/optimizer/state_dict.pt") == STEPS // 2
         assert all(log["selection/blocks"] == 2 for log in logs)
+        trained = {name for record in records for name in record["selected"]}
+        assert len(trained) < 7
+        assert f"{7 - len(trained)} of 7 candidate blocks trained in none of the {STEPS} steps" in caplog.text
     else:
         assert [log["grad_norm"] for log in logs] == [record["grad_norm"] for record in records]
 

@@ -20,7 +20,7 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 
 from gradselect import All, BlockOptimizer, JsonlWriter, SparseOptimizer, UsageError
-from gradselect.integrations.reporting import say_explore_steps, say_what_trains, summarise
+from gradselect.integrations.reporting import say_explore_steps, say_what_never_trained, say_what_trains, summarise
 from gradselect.usage import check_file_name
 
 try:
@@ -104,6 +104,7 @@ class SelectionCallback(Callback):
             counts = {f"selection/updates/{name}": float(count) for name, count in optimizer.update_counts.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(counts, step=trainer.global_step)
+            say_what_never_trained(optimizer)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         self._give_back(trainer)

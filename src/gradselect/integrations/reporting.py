@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -97,6 +98,33 @@ def say_explore_steps(optimizer: BlockOptimizer, *, num_steps: int, before: int 
         )
     else:
         logger.warning("about %d of %d steps will look at the gradients of all blocks", expected, num_steps)
+
+
+def say_what_never_trained(optimizer: BlockOptimizer) -> None:
+    """Say, after a run, which candidates of the policy trained in no step, and the setting that has each train.
+
+    Example:
+        >>> import torch, gradselect as gs
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+        >>> say_what_never_trained(gs.BlockOptimizer(model, policy=gs.Uniform(count=1)))
+    """
+    policy, settings = optimizer.policy, optimizer.policy.settings()
+    counts = {name: optimizer.update_counts[name] for name in policy.names}
+    never = {name: policy.num_elements[name] for name, count in counts.items() if not count}
+    if not never or not optimizer.num_steps:
+        return
+    advice = ""
+    if settings.get("coverage", 0) is None and any(counts.values()):  # it has that setting, and left it open
+        mean_selected = sum(counts.values()) / optimizer.num_steps
+        steps = settings["every"] * math.ceil(2 * len(counts) / mean_selected)  # twice the least
+        if steps <= optimizer.num_steps:
+            advice = f"; to have each train at least once in {steps} steps, write coverage={steps}"
+    # A warning, as above.
+    logger.warning(
+        "%d of %d candidate blocks trained in none of the %d steps, %s: %s of %s weights%s",
+        *(len(never), len(counts), optimizer.num_steps, listed(never)),
+        *(f"{sum(never.values()):,}", f"{sum(policy.num_elements[name] for name in counts):,}", advice),
+    )
 
 
 def _summarise_blocks(records: Sequence[StepRecord]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradselect import BlockOptimizer, JsonlWriter, SparseOptimizer
 from gradselect.integrations.callers import caller_of
-from gradselect.integrations.reporting import say_explore_steps, say_what_trains, summarise
+from gradselect.integrations.reporting import say_explore_steps, say_what_never_trained, say_what_trains, summarise
 from gradselect.integrations.section import parse_section
 from gradselect.integrations.transformers import checkpoint_selected
 from gradselect.usage import UsageError
@@ -102,6 +102,11 @@ class SelectionInLog(TrainerCallback):
         if self._since_log:
             logs.update(summarise(self._since_log))
             self._since_log.clear()
+
+    def on_train_end(self, args: Any, state: Any, **parts: Any) -> None:
+        """Say which candidates trained in no step."""
+        if isinstance(self._trainer.optimizer, BlockOptimizer):
+            say_what_never_trained(self._trainer.optimizer)
 
 
 def _connect(optimizer: BlockOptimizer | SparseOptimizer, trainer: Any, jsonl: str | None) -> None:

@@ -17,7 +17,7 @@ from transformers.trainer_utils import has_length
 
 from gradselect import BlockOptimizer, JsonlWriter, SparseOptimizer, UsageError
 from gradselect.integrations.callers import caller_of
-from gradselect.integrations.reporting import say_explore_steps, say_what_trains, summarise
+from gradselect.integrations.reporting import say_explore_steps, say_what_never_trained, say_what_trains, summarise
 from gradselect.usage import check_file_name
 
 from .adalora import warn_of_adalora
@@ -161,6 +161,8 @@ class SelectionCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         self._tracking.show(state)
+        if isinstance(self._connected, BlockOptimizer):
+            say_what_never_trained(self._connected)
         self._give_back()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
