@@ -168,6 +168,17 @@ def test_the_words_of_a_draft_make_the_same_recipe(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "saves"),
+    [([], 200), (["method.name=adalora"], None), (["method.name=galore"], None), (["run.save_every=null"], None)],
+)
+def test_a_method_that_cannot_resume_saves_no_checkpoints(words: list[str], saves: int | None, place: Path) -> None:
+    """The draft asked for checkpoints, and the run refused them after the model was loaded."""
+    assert draft_recipe(str(place / "model"), str(place / "sums.jsonl"), words).recipe.run.save_every == saves
+    with pytest.raises(UsageError, match=r"method\.name=adalora cannot resume .* \(it was 5\)"):
+        draft_recipe(str(place / "model"), str(place / "sums.jsonl"), ["method.name=adalora", "run.save_every=5"])
+
+
+@pytest.mark.parametrize(
     ("words", "rate"),
     [
         (["method.name=full"], scaled_rate("full", TINY_WIDTH)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
@@ -95,6 +95,8 @@ class AdaLoraMethod(AbstractAdapterMethod):
         every: steps between two allocations of ranks.
         orthogonality: weight of the penalty.
     """
+
+    can_resume: ClassVar[bool] = False  # the scores are in no checkpoint
 
     name: Literal["adalora"]
     rank: Rank = 16

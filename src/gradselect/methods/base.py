@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -44,7 +44,10 @@ class AbstractMethod(Settings, ABC):
 
     Attributes:
         name: name of the method in recipes, suites and reports.
+        can_resume: True if a checkpoint holds everything that decides the next step.
     """
+
+    can_resume: ClassVar[bool] = True
 
     if TYPE_CHECKING:
         # Each method declares its own `Literal`, after the keys that it shares with others of its kind.

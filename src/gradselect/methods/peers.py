@@ -6,7 +6,7 @@ import importlib
 import sys
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -21,6 +21,8 @@ from .base import AbstractMethod
 
 class AbstractPeerMethod(AbstractMethod):
     """Trains with the optimizer of another package. It cannot resume, and has masters only if the package has."""
+
+    can_resume: ClassVar[bool] = False
 
     @abstractmethod
     def make_optimizer(

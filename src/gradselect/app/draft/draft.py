@@ -104,11 +104,14 @@ def draft_recipe(model: str, data: str, overrides: Sequence[str] = ()) -> Draft:
     values["run"] = {"output": f"runs/{_name_of(model)}-{_name_of(data)}", **values["run"]}
     if merge(values, typed)["data"].get("validation") is None:
         del values["run"]["evaluate_every"]
+    saves = values["run"].pop("save_every")
     values = merge(values, typed)
-    origin_of_rate = None
-    if "lr" not in (values.get("optimizer") or {}):
-        # the recipe's checks see a stand-in
-        stand_in = parse_recipe(merge(values, {"optimizer": {"lr": 1.0}}), source=SOURCE)
+    origin_of_rate, needs_rate = None, "lr" not in (values.get("optimizer") or {})
+    # the recipe's checks see a stand-in
+    stand_in = parse_recipe(merge(values, {"optimizer": {"lr": 1.0}} if needs_rate else {}), source=SOURCE)
+    if stand_in.method.can_resume:
+        values["run"].setdefault("save_every", saves)
+    if needs_rate:
         rate, origin_of_rate = first_rate(stand_in)
         values = merge(values, {"optimizer": {"lr": rate}})
     recipe = parse_recipe(values, source=SOURCE)

@@ -185,6 +185,15 @@ class Recipe(Settings):
         return self.trainer.max_completion_length if isinstance(self.trainer, AbstractSamplingTrainer) else 0
 
     @model_validator(mode="after")
+    def check_checkpoints(self) -> Self:
+        if self.run.save_every is not None and not self.method.can_resume:
+            raise ValueError(
+                f"method.name={self.method.name} cannot resume from a checkpoint, because its package keeps part of "
+                f"its state to itself; write run.save_every=null (it was {self.run.save_every})"
+            )
+        return self
+
+    @model_validator(mode="after")
     def check_update_in_backward(self) -> Self:
         in_backward = isinstance(self.method, AbstractBlockMethod) and self.method.update_in_backward
         if in_backward and (self.optimizer.max_grad_norm > 0 or self.run.accumulation > 1):

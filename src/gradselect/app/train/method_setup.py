@@ -43,14 +43,12 @@ class MethodParts:
             trainer because it may need batches and the number of steps.
         callbacks: callbacks beside the trainer's own.
         penalty: term that the method adds to the loss of each step.
-        can_resume: True if a checkpoint holds everything that decides the next step.
     """
 
     model: nn.Module
     optimizer: tuple[Any, dict[str, Any]] | None
     callbacks: list[TrainerCallback]
     penalty: Callable[[], Tensor] | None = None
-    can_resume: bool = True
 
 
 def method_parts(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> MethodParts:
@@ -73,13 +71,9 @@ def method_parts(recipe: Recipe, inputs: Inputs, *, folder: RunFolder) -> Method
             model = _adapt(inputs, adapter, seed=recipe.run.seed) if (adapter := _adapter_of(method)) else model
             return MethodParts(model=model, optimizer=None, callbacks=[SelectionCallback(jsonl=folder.records_file)])
         case AdaLoraMethod():
-            _check_saves_nothing(recipe)
             return _adalora_parts(method, recipe, inputs)
         case AbstractPeerMethod():
-            _check_saves_nothing(recipe)
-            return MethodParts(
-                model=model, optimizer=_peer_optimizer(method, recipe, inputs), callbacks=[], can_resume=False
-            )
+            return MethodParts(model=model, optimizer=_peer_optimizer(method, recipe, inputs), callbacks=[])
         case AbstractAdapterMethod():
             return _adapter_parts(method, recipe, inputs)
         case FullMethod():
@@ -126,7 +120,6 @@ def _adalora_parts(method: AdaLoraMethod, recipe: Recipe, inputs: Inputs) -> Met
         method.write_schedule(parts.model.active_peft_config, recipe.run.steps)
     return replace(
         parts,
-        can_resume=False,
         callbacks=[*parts.callbacks, AdaLoraCallback(schedule=method.write_schedule)],
         penalty=OrthogonalityPenalty(parts.model, weight=method.orthogonality) if method.orthogonality else None,
     )
@@ -136,15 +129,6 @@ def _peer_optimizer(method: AbstractPeerMethod, recipe: Recipe, inputs: Inputs) 
     adamw = _adamw_options(recipe)
     del adamw["accumulation_steps"]
     return PeerFactory, {"method": method, "head": tuple(inputs.head), "adamw": adamw}
-
-
-def _check_saves_nothing(recipe: Recipe) -> None:
-    """Refuse to save checkpoints that lack what decides the next step."""
-    if recipe.run.save_every is not None:
-        raise UsageError(
-            f"method.name={recipe.method.name} cannot resume from a checkpoint, because its package keeps part of its "
-            f"state to itself; write run.save_every=null (it was {recipe.run.save_every})"
-        )
 
 
 def _block_options(

@@ -89,7 +89,7 @@ def _build(
         "keep_checkpoints": recipe.run.keep_checkpoints,
         "max_skipped_steps": recipe.run.max_skipped_steps,
         "token_counts": {name: part.counts for name, part in rows.items()},
-        "can_resume": parts.can_resume,
+        "can_resume": recipe.method.can_resume,
         "model": parts.model,
         "processing_class": inputs.tokenizer,
         "optimizer_cls_and_kwargs": parts.optimizer,
