@@ -10,10 +10,13 @@ from report_fixtures import result, write, write_all
 from scipy import stats
 
 from gradselect.app.report import number_format as words
+from gradselect.app.report.budget_section import _ranking
 from gradselect.app.report.chart_lines import smoothed
 from gradselect.app.report.charts import Point, pareto_front, slug
 from gradselect.app.report.comparison import compare_results
+from gradselect.app.report.findings import findings
 from gradselect.app.report.read_results import read_results
+from gradselect.app.report.scores import Difference, Measure
 from gradselect.app.stats import (
     Outcomes,
     draw_means,
@@ -30,6 +33,10 @@ def answers(*rows: str) -> np.ndarray:
 
 def scores_of(folder):
     return compare_results(read_results(folder, include_dirty=False)).scores
+
+
+def said_of(folder):
+    return " ".join(findings(compare_results(read_results(folder, include_dirty=False))))
 
 
 def test_one_seed_is_tested_exactly():
@@ -152,6 +159,85 @@ def test_methods_without_a_common_seed_are_not_tested(tmp_path):
     write(tmp_path, result("full", seed=0))
     write(tmp_path, result("other", seed=1))
     assert scores_of(tmp_path)[0].pairs() == []
+
+
+def with_one_item(name: str, loss: float):
+    values = result(name)
+    record = values["gradselect"]
+    record["scores"] = {"stories": record["scores"]["stories"] | {"value": loss / 20, "num_items": 1}}
+    record["items"] = {"stories": [{"index": 0, "loss": loss, "num_tokens": 20}]}
+    return values
+
+
+def test_a_single_item_shows_no_difference(tmp_path):
+    """A text shorter than the context is one item: its bootstrap has no spread, and any difference had p = 0."""
+    write(tmp_path, with_one_item("full", 50.0))
+    write(tmp_path, with_one_item("other", 50.001))
+    (loss,) = scores_of(tmp_path)
+    assert loss.pairs() == []
+    assert loss.estimates["full"].interval is None
+    assert "Differences are not tested: that takes a mean over two items" in said_of(tmp_path)
+
+
+def test_few_items_are_said(tmp_path):
+    for name in ("full", "other"):
+        write(tmp_path, result(name, num_items=12))
+    assert "Test accuracy has 12 items. Intervals over fewer than 30 are too narrow" in said_of(tmp_path)
+
+
+def test_items_that_a_run_lacks_are_said(tmp_path):
+    """A run with fewer items used to take those of all others out of every test, in silence."""
+    write(tmp_path, result("full", num_items=60))
+    write(tmp_path, result("other", num_items=40))
+    assert "tests of test accuracy are over the 40 items that all runs have; a run has 60" in said_of(tmp_path)
+
+
+def test_nothing_is_said_to_be_better_than_what_was_not_tested(tmp_path):
+    """A method whose only run has another seed was counted among those that the best one is better than."""
+    for seed in range(2):
+        write(tmp_path, result("full", seed=seed, skill=0.8))
+        write(tmp_path, result("worse", seed=seed, skill=0.4))
+    write(tmp_path, result("alike", seed=5, skill=0.8))
+    said = said_of(tmp_path)
+    assert "better than every other method that could be tested" in said
+    assert "Not tested against it, because no seed has items of both: alike." in said
+    assert "Every other method's" not in said
+    assert (
+        "Every tested method's test accuracy is significantly worse than that of full fine-tuning; not tested" in said
+    )
+    (accuracy, *_) = scores_of(tmp_path)
+    assert accuracy.untested("full") == ["alike"]
+
+
+def test_a_method_alone_is_not_called_untested(tmp_path):
+    write_all(tmp_path, "full")
+    assert "No other method has this score." in said_of(tmp_path)
+
+
+def test_an_unknown_cost_makes_no_method_worse(tmp_path):
+    """Without the bytes of a method the page said that every other method was significantly worse."""
+    write(tmp_path, result("full"))
+    values = result("alike", skill=0.5)
+    values["gradselect"]["bytes"] = None
+    write(tmp_path, values)
+    said = said_of(tmp_path)
+    assert "significantly worse" not in said
+    assert "Fastest to train of the methods that are not shown to be worse" in said
+
+
+def test_a_cost_that_some_methods_lack_is_said(tmp_path):
+    for name in ("full", "one", "other"):
+        values = result(name)
+        if name == "other":
+            values["gradselect"]["bytes"] = None
+        write(tmp_path, values)
+    assert "Unknown average bytes: other." in said_of(tmp_path)
+
+
+def test_a_budget_names_what_was_not_tested():
+    one = Difference(first="a", second="full", value=0.1, interval=(-0.1, 0.3), p_value=0.4, adjusted=0.4)
+    measure = Measure(name="test", metric="accuracy")
+    assert _ranking([one], reference="full", measure=measure, untested=["b"]).endswith("(+10.0); not tested: b.")
 
 
 def test_the_front_holds_what_no_other_beats():

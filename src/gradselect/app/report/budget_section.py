@@ -85,7 +85,7 @@ def budget_findings(comparison: Comparison) -> Iterator[str]:
         scores, reference, tested = comparison.differences[0]
         text = next(iter(with_total.values())).text
         yield f"At equal cost (budget {text}), {scores.measure.title}: " + _ranking(
-            tested, reference=reference, measure=scores.measure
+            tested, reference=reference, measure=scores.measure, untested=scores.untested(reference)
         )
     over = {
         method.name: taken
@@ -110,7 +110,7 @@ def budget_findings(comparison: Comparison) -> Iterator[str]:
         yield f"Not run, because its calibration failed: {name} ({error.splitlines()[0]})."
 
 
-def _ranking(tested: Sequence[Difference], *, reference: str, measure: Measure) -> str:
+def _ranking(tested: Sequence[Difference], *, reference: str, measure: Measure, untested: Sequence[str] = ()) -> str:
     sign = 1 if measure.higher_is_better else -1
     groups = {
         f"ahead of {reference}": [one for one in tested if one.is_significant and sign * one.value > 0],
@@ -122,6 +122,7 @@ def _ranking(tested: Sequence[Difference], *, reference: str, measure: Measure) 
             f"{group}: {words.joined([_with_difference(one, measure) for one in found])}" if found else f"{group}: none"
             for group, found in groups.items()
         )
+        + (f"; not tested: {words.joined(list(untested))}" if untested else "")
         + "."
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from gradselect.app.results import reversals, rungs_of
 
@@ -10,6 +10,7 @@ from . import number_format as words
 from .budget_section import budget_findings
 from .comparison import Comparison
 from .methods import Method, ratio
+from .scores import FEW_ITEMS, Difference, Scores
 
 FEW = 6
 """Largest number of names in a sentence; further ones are counted."""
@@ -38,13 +39,13 @@ def findings(comparison: Comparison) -> Iterator[str]:
     if comparison.scores:
         yield _best(comparison)
     yield from budget_findings(comparison)
-    yield from _cheap(comparison, "Fastest to train", "training time", lambda method: method.training_seconds)
-    yield from _cheap(comparison, "Smallest on average", "average bytes", lambda method: method.average_bytes)
+    yield from _cheap(comparison)
     yield from _edges(comparison)
     yield from _side_by_side(comparison)
     if found := list(disagreements(comparison)):
         lines = f"{words.plural(len(found), 'pair')} of rates"
         yield f"Short runs of the rate search and those of all steps put {lines} in another order; see its section."
+    yield from _about_items(comparison)
     yield from _left_out(comparison)
 
 
@@ -55,41 +56,91 @@ def _best(comparison: Comparison) -> str:
     interval = scores.measure.show_interval(estimate.interval)
     known = f" (95 % interval {interval})" if interval else ""
     start = f"Best {scores.measure.title}: {best}, {scores.measure.show(estimate.value)}{known}."
-    tested = [pairs for of, pairs in comparison.pairs if of is scores]
-    if not tested:
-        return f"{start} Differences are not tested: the runs share no items."
-    level = [pair.second for pair in tested[0] if pair.first == best and not pair.is_significant]
-    if not level:
-        return f"{start} It is significantly better than every other method."
-    return f"{start} Not shown to be worse: {_few(level)}."
+    if len(scores.estimates) == 1:
+        return f"{start} No other method has this score."
+    if scores.table is None:
+        return f"{start} Differences are not tested: that takes a mean over two items or more that all runs have."
+    tested = [pair for of, pairs in comparison.pairs if of is scores for pair in pairs if pair.first == best]
+    level = [pair.second for pair in tested if not pair.is_significant]
+    untested = scores.untested(best)
+    sentences = [start]
+    if level:
+        sentences.append(f"Not shown to be worse: {_few(level)}.")
+    elif tested:
+        sentences.append(
+            f"It is significantly better than every other method{' that could be tested' if untested else ''}."
+        )
+    if untested:
+        sentences.append(f"Not tested against it, because no seed has items of both: {_few(untested)}.")
+    return " ".join(sentences)
 
 
-def _cheap(comparison: Comparison, what: str, cost_name: str, cost: Callable[[Method], float | None]) -> Iterator[str]:
-    """Yield the cheapest method that these runs do not show to be worse than full fine-tuning."""
+def _cheap(comparison: Comparison) -> Iterator[str]:
+    """Yield the cheapest methods that these runs do not show to be worse than full fine-tuning."""
     full = comparison.full
-    if full is None or cost(full) is None or not comparison.differences:
+    if full is None or not comparison.differences:
         return
     scores, reference, tested = comparison.differences[0]
     if reference != full.name:
         return
     sign = 1 if scores.measure.higher_is_better else -1
-    worse = {one.first for one in tested if one.is_significant and sign * one.value < 0}
-    values = {one.first: one for one in tested}
-    candidates = {
-        method.name: price
-        for method in comparison.methods
-        if method.name in values and method.name not in worse and (price := cost(method)) is not None
-    }
-    if not candidates:
-        yield f"Every other method's {scores.measure.title} is significantly worse than that of full fine-tuning."
+    level = {one.first: one for one in tested if not (one.is_significant and sign * one.value < 0)}
+    if not level:
+        untested = scores.untested(full.name)
+        rest = f"; not tested, because no seed has items of both: {_few(untested)}" if untested else ""
+        others = "Every other method's" if not untested else "Every tested method's"
+        yield f"{others} {scores.measure.title} is significantly worse than that of full fine-tuning{rest}."
         return
-    name = min(candidates, key=lambda candidate: (candidates[candidate], candidate))
-    difference = f"{scores.measure.show_difference(values[name].value)} {scores.measure.unit}".strip()
+    costs = (
+        ("Fastest to train", "training time", lambda method: method.training_seconds),
+        ("Smallest on average", "average bytes", lambda method: method.average_bytes),
+    )
+    for what, cost_name, cost in costs:
+        if cost(full) is not None:
+            yield from _cheapest(comparison, level, scores, what=what, cost_name=cost_name, cost=cost)
+
+
+def _cheapest(
+    comparison: Comparison,
+    level: Mapping[str, Difference],
+    scores: Scores,
+    *,
+    what: str,
+    cost_name: str,
+    cost: Callable[[Method], float | None],
+) -> Iterator[str]:
+    """Yield the cheapest of the methods in `level`; nothing if the cost of none is known."""
+    methods = {method.name: method for method in comparison.methods if method.name in level}
+    prices = {name: price for name, method in methods.items() if (price := cost(method)) is not None}
+    if not prices or comparison.full is None:
+        return
+    name = min(prices, key=lambda candidate: (prices[candidate], candidate))
+    difference = f"{scores.measure.show_difference(level[name].value)} {scores.measure.unit}".strip()
+    unknown = [other for other in methods if other not in prices]
     yield (
         f"{what} of the methods that are not shown to be worse than full fine-tuning: {name}, "
-        f"{words.share(ratio(candidates[name], cost(full)))} of the {cost_name} of full; {difference} (95 % interval "
-        f"{scores.measure.show_interval(values[name].interval)})."
+        f"{words.share(ratio(prices[name], cost(comparison.full)))} of the {cost_name} of full; {difference} (95 % "
+        f"interval {scores.measure.show_interval(level[name].interval)})."
+        + (f" Unknown {cost_name}: {_few(unknown)}." if unknown else "")
     )
+
+
+def _about_items(comparison: Comparison) -> Iterator[str]:
+    """Yield what makes intervals and tests over items rough: few items, or runs that lack some."""
+    for scores in comparison.scores:
+        if scores.table is None:
+            continue
+        number, most = scores.table.num_items, scores.table.most_items
+        if number < most:
+            yield (
+                f"Intervals and tests of {scores.measure.title} are over the {words.plural(number, 'item')} that all "
+                f"runs have; a run has {most:,}."
+            )
+        if number < FEW_ITEMS:
+            yield (
+                f"{words.upper_first(scores.measure.title)} has {words.plural(number, 'item')}. Intervals over fewer "
+                f"than {FEW_ITEMS} are too narrow, and differences look significant too often."
+            )
 
 
 def _edges(comparison: Comparison) -> Iterator[str]:

@@ -18,7 +18,7 @@ HOW_TO_READ = (
     "Every method is shown at its best learning rate: the one with the lowest validation loss. The table says if that "
     "is an edge of the grid.",
     "Scores are means over seeds. Intervals are from a bootstrap over items and seeds together; from Student's t over "
-    "seeds if there are no items; from the items alone if there is one seed.",
+    "seeds if there are fewer than two items; from the items alone if there is one seed.",
     "A difference is significant if its p-value, adjusted by Holm for all differences of its table, is below 0.05 and "
     "its interval does not contain zero. Right and wrong answers to the same items are tested by McNemar's test, with "
     "several seeds by its version for clustered pairs. Losses are tested by the bootstrap.",
@@ -53,8 +53,10 @@ def difference_parts(comparison: Comparison, name: Namer) -> Iterator[Part]:
     if charts:
         yield Part(charts=charts)
     for scores, reference, tested in comparison.differences:
+        untested = words.joined(scores.untested(reference))
         yield Part(
             title=words.upper_first(scores.measure.title),
+            text=f"Not tested, because no seed has items of both: {untested}." if untested else "",
             table=difference_table(tested, measure=scores.measure, reference=reference, name=name),
         )
     for scores, pairs in comparison.pairs:
