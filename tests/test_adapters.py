@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapter_support import ADAPTERS, AdapterCase, disturbed, layers_of, trains
+from adapter_support import ADAPTERS, AdapterCase, disturbed, layers_of, trains, wrapped
 from peft.utils import PeftType
 from test_delta import round_trip
 from test_integration_transformers import arguments, examples
@@ -184,6 +184,49 @@ def test_on_a_bf16_model_only_what_is_active_trains(name: str, tmp_path: Path) -
     assert not trains(loaded)
     model.add_adapter("second", case.make())
     assert not any(".second" in each for each in trains(model))
+
+
+@every
+def test_adapters_with_the_same_object_of_settings_are_two(name: str) -> None:
+    """LoRTA found an adapter by its settings: a second one with them took the first one's factors away."""
+    case = ADAPTERS[name]
+    config = case.make()
+    model = disturbed(wrapped(case.build(), config), 0.3)
+    first = logits(model)
+    model.add_adapter("second", config)
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    assert all(".second" in each for each in trains(model))
+
+
+class Scaled(nn.Linear):
+    """A layer with weights of 8-bit floats, which are its matrix only after they are multiplied by a scale."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        self.scale = layer.weight.detach().abs().max() / 448
+        weight = (layer.weight.detach() / self.scale).to(torch.float8_e4m3fn)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return functional.linear(input, self.weight.float() * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "hiwi"])  # which changes biases only
+def test_weights_of_8_bit_floats_are_adapted_and_not_merged(name: str) -> None:
+    """Merging ignored their scale, and the merged model computed something else. LoRTA's factors had 8 bits too."""
+    case = ADAPTERS[name]
+    base: Any = case.build()
+    for path, module in list(base.named_modules()):
+        if type(module) is nn.Linear and path.rpartition(".")[2] != "lm_head":
+            setattr(base.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], Scaled(module))
+    model = case.adapted(model=base)
+    assert {each.dtype for each in trains(model).values()} == {torch.float32}
+    adapted = logits(model)
+    with pytest.raises(gs.UsageError, match="has quantised weights, which cannot take an adapter"):
+        model.merge_adapter()
+    assert torch.equal(logits(model), adapted)
 
 
 @every

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gradselect.core import is_quantised
 from gradselect.usage import UsageError
 
 from .config import AdapterConfig
@@ -128,7 +129,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         if not names:
             return
         layer = self.plain_layer
-        if not layer.weight.is_floating_point():
+        # Also 8-bit floats, and tensors that show the dtype of what they stand for: their scales are elsewhere.
+        if is_quantised(layer.weight):
             raise UsageError(
                 f"{self.path!r} has quantised weights, which cannot take an adapter; load the base unquantised to "
                 "merge, or keep the adapter beside its base"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter, functional
 from transformers.pytorch_utils import Conv1D
 
-from gradselect.core import ATTENTION_OUTPUTS, QUERIES_KEYS_VALUES
+from gradselect.core import ATTENTION_OUTPUTS, QUERIES_KEYS_VALUES, can_train
 from gradselect.usage import UsageError, check_positive, check_whole
 
 from .config import AdapterConfig
@@ -113,7 +113,7 @@ class SharedFactors:
             adapter: its name.
             found: the layers that it adapts.
             rank: of the tensor.
-            like: weight of which the factors have device and dtype.
+            like: weight of which the factors have the device and, if it can train, the dtype.
         """
         sizes = {
             "lorta_A": found.width,
@@ -142,7 +142,7 @@ class SharedFactors:
                 del factors[adapter]
 
     def _put(self, adapter: str, name: str, values: Tensor, like: Tensor) -> None:
-        dtype = like.dtype if like.is_floating_point() else torch.float32
+        dtype = like.dtype if can_train(like) else torch.float32
         self.factors[name][adapter] = Parameter(values.to(like.device, dtype))
 
 
@@ -234,6 +234,8 @@ class LortaModel(AdapterTuner):
             for name in FACTORS:
                 setattr(self, name, nn.ParameterDict())
             self.shared = SharedFactors({name: getattr(self, name) for name in FACTORS})
+        # Not to be found by its settings: two adapters may have the same object.
+        self._adding = adapter_name
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -263,7 +265,6 @@ class LortaModel(AdapterTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Make the factors, before any layer changes."""
-        adapter = next(name for name, config in self.peft_config.items() if config is peft_config)
         layers = {}
         for path, module in self._layers():
             if self._check_target_module_exists(peft_config, path):
@@ -283,7 +284,7 @@ class LortaModel(AdapterTuner):
                 f"more than the layers themselves; write e.g. rank={min(8, found.width)}"
             )
         first: Any = dict(self._layers())[next(iter(layers))]
-        self.shared.add(adapter, found, rank=peft_config.rank, like=first.weight)
+        self.shared.add(self._adding, found, rank=peft_config.rank, like=first.weight)
 
     def _cast_factors(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
         super()._cast_factors(adapter_name, autocast_adapter_dtype)

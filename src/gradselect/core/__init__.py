@@ -18,7 +18,7 @@ from .parameter_groups import Group, ParameterTable
 from .passes import BackwardPasses
 from .patch import Entries, Patch, index_dtype, is_smaller_whole
 from .phases import SELECTION, Phases, in_phase
-from .quantised import ADVICE, below, can_train, is_chosen, nothing_trains, quantised_weights
+from .quantised import ADVICE, below, can_train, is_chosen, is_quantised, nothing_trains, quantised_weights
 from .records import MEMORY_CATEGORIES, JsonlWriter, MaskRecord, MemoryBytes, StepRecord, selection_entropy
 from .residency import AbstractResidency, Drop, Keep, Offload, default_residency
 from .rules import AbstractRule, Ages, State, check_shards
@@ -96,6 +96,7 @@ __all__ = [
     "is_chosen",
     "is_frozen_for_now",
     "is_list",
+    "is_quantised",
     "is_smaller_whole",
     "is_strided",
     "merge_orders",
