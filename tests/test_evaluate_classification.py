@@ -155,6 +155,24 @@ def test_a_model_in_memory_gives_the_same(place: Path) -> None:
     assert model.training
 
 
+def test_outputs_that_are_no_numbers_are_refused(place: Path) -> None:
+    """Each NaN counted as the first label: a model that had diverged got the share of that label as its accuracy."""
+    model = AutoModelForSequenceClassification.from_pretrained(place / "labels")
+    tokenizer = AutoTokenizer.from_pretrained(place / "labels")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+    chosen = settings(place, model="mine", text="{sentence}.", label="grade", columns=tuple(COLUMNS))
+    with pytest.raises(UsageError, match=r"outputs of the model for 8 of 8 texts are NaN or infinite; the first: .*1"):
+        evaluate_model(model, tokenizer, chosen)
+
+
+def test_a_label_that_stands_for_two_outputs_is_refused(place: Path) -> None:
+    """Predictions of both outputs became one label, and all of them were right."""
+    with pytest.raises(UsageError, match="'good' stands for several outputs"):
+        evaluate(settings(place, labels=("good", "good")))
+
+
 def test_scores_are_correlated(place: Path) -> None:
     result = evaluate(settings(place, model=place / "scores", data=place / "scores.tsv"))
     references = [item["reference"] for item in result.items]

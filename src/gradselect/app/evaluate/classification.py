@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -82,7 +83,8 @@ def measure_classification(
     """Predict labels or scores of all texts and compare them with the data.
 
     Raises:
-        UsageError: a label that the model does not know, or labels that do not fit its outputs.
+        UsageError: a label that the model does not know, labels that do not fit its outputs, or outputs that are not
+            finite.
     """
     started = time.perf_counter()
     labels = _labels(language_model.model.config, settings)
@@ -98,6 +100,7 @@ def measure_classification(
                 writer.write(_item(texts[index], logits, references[index], labels))
             progress(writer.num_items, len(texts))
         items = writer.finish()
+        _check_finite(items, source)
         return writer.write_result(
             EvaluationResult(
                 task="classification",
@@ -122,6 +125,11 @@ def _labels(config: Any, settings: EvaluationSettings) -> tuple[str, ...] | None
     labels = settings.labels or tuple(config.id2label[number] for number in range(config.num_labels))
     if len(labels) != config.num_labels:
         raise UsageError(f"labels={list(labels)} names {len(labels)}, but the model has {config.num_labels} outputs")
+    if twice := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
+        raise UsageError(
+            f"labels={list(labels)}: {twice[0]!r} stands for several outputs, so that right and wrong cannot be told "
+            "apart; give each output a label of its own, e.g. --labels negative,positive"
+        )
     return labels
 
 
@@ -160,6 +168,22 @@ def _item(text: LabelledText, logits: Sequence[float], reference: int | float, l
         "correct": best == reference,
         "probabilities": dict(zip(labels, probabilities, strict=True)),
     }
+
+
+def _check_finite(items: Sequence[Item], source: Source) -> None:
+    """Refuse labels from outputs that are no numbers: of several NaN the first counts as the largest.
+
+    Scores need no such check: their correlation is then undefined.
+
+    Raises:
+        UsageError: an output is NaN or infinite; says of how many texts.
+    """
+    lost = [item for item in items if not all(map(math.isfinite, item.get("probabilities", {}).values()))]
+    if lost:
+        raise UsageError(
+            f"the outputs of the model for {len(lost):,} of {len(items):,} texts are NaN or infinite; the first: "
+            f"{source.name_row(lost[0]['index'] + 1)}. Its training may have diverged; in float16 try --dtype float32"
+        )
 
 
 def _figures(items: Sequence[Item], labels: Sequence[str] | None) -> dict[str, Any]:
