@@ -452,8 +452,15 @@ def test_a_converted_model_rotates_a_plain_checkpoint() -> None:
     with torch.no_grad():
         for parameter in tuned.parameters():
             parameter.mul_(1.1)
-    model.load_state_dict(tuned.state_dict(), strict=False)
+    model.load_state_dict(tuned.state_dict())  # strict: it used to miss the bases
     torch.testing.assert_close(logits(model), logits(tuned))
+
+
+def test_a_checkpoint_of_rotated_weights_without_their_bases_is_refused() -> None:
+    model, _ = converted()
+    state = {name: tensor for name, tensor in model.state_dict().items() if "shared_bases" not in name}
+    with pytest.raises(RuntimeError, match="shared_bases"):
+        model.load_state_dict(state)
 
 
 def load_safetensors(folder: Path) -> dict[str, Tensor]:

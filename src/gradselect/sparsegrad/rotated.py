@@ -153,3 +153,7 @@ def _take_plain_weight(module: nn.Module, state_dict: dict[str, Any], prefix: st
     if plain is not None and f"{prefix}rotated_weight" not in state_dict:
         on_device = plain.to(module.rotated_weight.device)
         state_dict[f"{prefix}rotated_weight"] = module.bases.rotate(module.turned(on_device))
+        # A plain checkpoint has no bases: those that rotated the weight stay, and are not missing.
+        for name, bases in module.named_children():
+            for key, values in bases.state_dict().items():
+                state_dict.setdefault(f"{prefix}{name}.{key}", values)
