@@ -1,12 +1,23 @@
 """LIFT: the approximation, the selection of entries and tiles, and the candidate matrices."""
 
+import logging
+
 import pytest
 import torch
 from mask_support import offered
-from tiny_models import tiny_batch, tiny_bert_classifier, tiny_gpt2, tiny_llama, tiny_lora, tiny_t5
+from tiny_models import (
+    tiny_batch,
+    tiny_bert_classifier,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_lora,
+    tiny_mixtral,
+    tiny_qwen2_moe,
+    tiny_t5,
+)
 from torch import Tensor, nn
 
-from gradselect import LIFT, SparseOptimizer, UsageError
+from gradselect import LIFT, SparseOptimizer, UsageError, sparsegrad, spt
 from gradselect.masks.lift import largest_entries, largest_tiles, low_rank
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"
@@ -183,3 +194,30 @@ def test_entries_that_stay_at_a_refresh_keep_their_moments() -> None:
     assert 0 < len(stayed) < len(after)
     assert all(after[entry] != 0.0 for entry in stayed)
     assert all(after[entry] == 0.0 for entry in set(after) - stayed)
+
+
+def test_experts_that_are_left_out_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    """The experts of a layer are one tensor of three dimensions: most of a model stayed as it was without a word."""
+    model = tiny_mixtral()
+    experts = {name: each.numel() for name, each in model.named_parameters() if each.ndim == 3}
+    inside = sum(each.numel() for name, each in model.named_parameters() if ".layers." in name)
+    said = (
+        f"takes matrices only: {len(experts)} tensors of three dimensions or more, such as experts, with "
+        f"{sum(experts.values()):,} of the {inside:,} weights inside the layers, stay as they are"
+    )
+    with caplog.at_level(logging.WARNING):
+        SparseOptimizer(model, LIFT(rank=1)).close()
+    assert f"LIFT {said}" in caplog.text
+    caplog.clear()
+    spt.convert(model, [tiny_batch(model, seed=0)], density=0.05, rank=1)
+    assert f"SPT {said}" in caplog.text
+    caplog.clear()
+    other = tiny_qwen2_moe()
+    sparsegrad.convert(other, [tiny_batch(other, seed=0)])
+    assert "SparseGrad takes matrices only" in caplog.text
+
+
+def test_a_model_of_matrices_and_named_tensors_need_no_word(caplog: pytest.LogCaptureFixture) -> None:
+    SparseOptimizer(tiny_llama(), LIFT(rank=1)).close()
+    SparseOptimizer(tiny_mixtral(), LIFT(rank=1, among=("*_proj.weight",))).close()
+    assert "takes matrices only" not in caplog.text

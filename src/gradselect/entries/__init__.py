@@ -1,6 +1,7 @@
 """Entry-wise selection: optimizer, contract of a mask, compact state, top-k over gradients."""
 
 from .global_top_k import GlobalTopK
+from .left_out import say_left_out
 from .mask import (
     SELECTABLE,
     AbstractCompactMask,
@@ -44,5 +45,6 @@ __all__ = [
     "generator_of",
     "matching_tensors",
     "resolve_budget",
+    "say_left_out",
     "share_out",
 ]

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradselect.entries import AbstractCompactMask, FromWeights, Indices, MaskTensor, StreamingTopK, generator_of
+from gradselect.entries import (
+    AbstractCompactMask,
+    FromWeights,
+    Indices,
+    MaskTensor,
+    StreamingTopK,
+    generator_of,
+    say_left_out,
+)
 from gradselect.parallel import full_tensor
 from gradselect.usage import UsageError, check_positive, check_whole
 
@@ -34,7 +42,8 @@ class LIFT(AbstractCompactMask):
     Candidates are the weights of `nn.Linear` and of transformers' `Conv1D`; never embeddings, norms or biases. The
     method leaves out the head. Without `among`, a linear layer counts only if it is part of a repeated layer, shown by
     a number in its name ("model.layers.3.mlp.up_proj.weight"). This leaves out heads, classifiers and poolers. With
-    `among`, every linear layer that matches counts.
+    `among`, every linear layer that matches counts. Experts that are one tensor of three dimensions are no candidates,
+    which a warning says with their number of weights.
 
     Args:
         rank: sets k, limited to the entries of the matrix.
@@ -85,6 +94,8 @@ class LIFT(AbstractCompactMask):
                 "LIFT finds no matrix of a linear layer inside a repeated layer of this model; "
                 'name matrices of linear layers, e.g. among=("encoder.up.weight",)'
             )
+        if self.among is None:
+            say_left_out(((tensor.name, tensor.parameter) for tensor in tensors), method="LIFT")
         return super().bind(tensors)
 
     def can_use(self, tensor: MaskTensor) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from gradselect.blocks import Layout
+from gradselect.entries import say_left_out
 from gradselect.slices import check_whole_layers
 from gradselect.usage import UsageError, as_tuple, beginnings, matching
 
@@ -78,6 +79,9 @@ def choose_layers(model: nn.Module, *, layers: str | Sequence[str] | None, every
         numbers = sorted({layer.number for layer in candidates})
         raise UsageError(f"every={every} leaves no linear layer, they are in blocks {numbers}; write every=1")
     _refuse_tied(model, selected)
+    if layers is None:
+        trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+        say_left_out(trained, method="SparseGrad")
     return selected
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradselect.entries import check_size, generator_of, resolve_budget
+from gradselect.entries import check_size, generator_of, resolve_budget, say_left_out
 from gradselect.masks import FixedEntries, estimate_scores, salience
 from gradselect.usage import UsageError, check_patterns, check_positive, check_whole, parent
 
@@ -124,6 +124,9 @@ def convert(
     among = None if among is None else check_patterns("among", among)
     shares = {"matrix_share": matrix_share, "vector_share": vector_share}
     candidates = candidates_of(model, among=among, rank=rank, **shares)
+    if among is None:
+        trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+        say_left_out(trained, method="SPT")
     tensors = [candidate.tensor for candidate in candidates]
     limit = resolve_budget(tensors, budget=budget, density=density)
     choice = None if earlier is None else earlier_choice(earlier, candidates, budget=limit)
