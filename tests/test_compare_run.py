@@ -297,6 +297,19 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(place: Path, tmp_path: P
         runner(suite, tmp_path / "cut", resume=True)
     assert kept["resumed_from"] == "step-2"
     assert all((kept["cut"][name] == kept["whole"][name]).all() for name in kept["whole"])
+    found = {name: values(tmp_path / name, f"{runner.ran[-1]}") for name in ("cut", "whole")}
+    assert (found["cut"]["gradselect"]["resumed_from"], "resumed_from" in found["whole"]["gradselect"]) == (
+        "step-2",
+        False,
+    )
+    cut = found["cut"]["gradselect"]
+    assert sum(kind["steps"] for kind in cut["seconds"]["by_kind"].values()) == 2
+    # Two steps were measured, of four: the time is that of four.
+    measured = sum(kind["steps"] * kind["median"] for kind in cut["seconds"]["by_kind"].values())
+    assert cut["seconds"]["training"] > 1.5 * measured
+    assert (
+        cut["curves"]["train"]["seconds"][-1] <= cut["seconds"]["training"] == found["cut"]["train_info"]["train_time"]
+    )
 
 
 def stop_after_a_checkpoint(folder: Path) -> Any:

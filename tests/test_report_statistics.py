@@ -234,6 +234,15 @@ def test_a_cost_that_some_methods_lack_is_said(tmp_path):
     assert "Unknown average bytes: other." in said_of(tmp_path)
 
 
+def test_runs_that_went_on_from_a_checkpoint_are_said(tmp_path):
+    for name in ("full", "other"):
+        values = result(name)
+        if name == "other":
+            values["gradselect"]["resumed_from"] = "step-40"
+        write(tmp_path, values)
+    assert "1 run went on from a checkpoint (other): the training time is that of the last session" in said_of(tmp_path)
+
+
 def test_a_budget_names_what_was_not_tested():
     one = Difference(first="a", second="full", value=0.1, interval=(-0.1, 0.3), p_value=0.4, adjusted=0.4)
     measure = Measure(name="test", metric="accuracy")

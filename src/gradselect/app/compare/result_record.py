@@ -64,7 +64,7 @@ def describe_success(job: Job, outcome: Outcome) -> ResultFile:
         meta_info=_meta_info(job, run),
         gradselect=ComparedRun(
             **_identity(job),
-            seconds=run.seconds,
+            **_session(run),
             bytes=_held_bytes(run),
             flop=run.flop,
             validation_loss=run.validation_loss,
@@ -160,7 +160,7 @@ def _train_info(job: Job, outcome: Outcome) -> TrainInfo:
         accelerator_memory_reserved_avg=(reserved and reserved.average) or 0,
         accelerator_memory_max=(reserved and reserved.peak) or 0,
         accelerator_memory_reserved_99th=(reserved and reserved.percentile_99) or 0,
-        train_time=run.training_seconds,
+        train_time=_training_seconds(run),
         file_size=outcome.shipment.num_bytes,
         num_trainable_params=num_trained,
         num_total_params=run.model.parameters,
@@ -198,7 +198,8 @@ def _last_row(job: Job, outcome: Outcome) -> dict[str, Any]:
         "test accuracy": accuracies[0] if accuracies else None,
         "train loss": run.training_loss,
         "train samples": run.steps * _samples_per_step(job),
-        "train total tokens": run.tokens,
+        # Of a resumed run only those of its last session are known.
+        "train total tokens": run.tokens if run.resumed_from is None else None,
         "forgetting": fmean(rises) if rises else None,
     }
 
@@ -253,10 +254,27 @@ def _curve(run: FinishedRun, key: str) -> Curve:
     )
 
 
+def _session(run: FinishedRun) -> dict[str, Any]:
+    """Return the seconds of the run and, if it was resumed, from where; results of whole runs have no such key."""
+    if run.resumed_from is None:
+        return {"seconds": run.seconds}
+    seconds = run.seconds.model_copy(update={"training": _training_seconds(run)})
+    return {"seconds": seconds, "resumed_from": run.resumed_from}
+
+
+def _training_seconds(run: FinishedRun) -> float | None:
+    """Return the seconds of the whole training; of a resumed run those of its last session, extended to all steps."""
+    if run.resumed_from is None:
+        return run.training_seconds
+    ends = _ends_of_steps(run)
+    return ends[-1] if ends and ends[-1] > 0 else None
+
+
 def _ends_of_steps(run: FinishedRun) -> list[float]:
     """Return the seconds of training at the end of each step.
 
-    Each step counts as the median of its kind; the sum is scaled to the seconds of the whole training.
+    Each step counts as the median of its kind; the sum is scaled to the seconds of the whole training. Those of a
+    resumed run are of its last session, and so are the steps that were measured.
     """
     by_kind = run.seconds.by_kind
     explored = run.selection.explored if isinstance(run.selection, BlockSelection) else []
@@ -266,6 +284,8 @@ def _ends_of_steps(run: FinishedRun) -> list[float]:
         kinds = [next(iter(by_kind), "step")] * run.steps
     lengths = [_median_seconds(by_kind, kind) for kind in kinds]
     whole = math.fsum(lengths)
+    if run.resumed_from is not None:
+        whole = math.fsum(figures.steps * figures.median for figures in by_kind.values())
     scale = run.training_seconds / whole if whole else 0.0
     return [seconds * scale for seconds in accumulate(lengths)]
 

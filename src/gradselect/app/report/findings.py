@@ -42,6 +42,7 @@ def findings(comparison: Comparison) -> Iterator[str]:
     yield from _cheap(comparison)
     yield from _edges(comparison)
     yield from _side_by_side(comparison)
+    yield from _resumed(comparison)
     if found := list(disagreements(comparison)):
         lines = f"{words.plural(len(found), 'pair')} of rates"
         yield f"Short runs of the rate search and those of all steps put {lines} in another order; see its section."
@@ -156,6 +157,16 @@ def _side_by_side(comparison: Comparison) -> Iterator[str]:
         yield f"Runs were made {counts} at a time, so times of steps do not compare among all methods."
     elif jobs and jobs[0] > 1:
         yield f"Runs were made {jobs[0]:,} side by side: times of steps hold for a shared machine."
+
+
+def _resumed(comparison: Comparison) -> Iterator[str]:
+    resumed = [method.name for method in comparison.methods for run in method.runs if run.record.resumed_from]
+    if resumed:
+        named = _few(list(dict.fromkeys(resumed)))
+        yield (
+            f"{words.plural(len(resumed), 'run')} went on from a checkpoint ({named}): the training time is that of "
+            "the last session, extended to all steps; times of steps and bytes are those of that session."
+        )
 
 
 def disagreements(comparison: Comparison) -> Iterator[str]:

@@ -125,6 +125,8 @@ class ComparedRun(Record):
         dirty: True if the library differed from that commit.
         share: of the method's own steps, for a short run of the search; 1 for every other run.
         jobs: number of runs that were made side by side.
+        resumed_from: checkpoint that the training went on from; None if it was never interrupted. Its training time is
+            that of the last session, extended to all steps, and its bytes are of that session.
         budget: under which the method got its steps; None without a budget.
         validation_loss: None if it is undefined, or if the run failed.
         forgetting: losses on text that the base knew, of the only set or by the name of each set.
@@ -145,6 +147,7 @@ class ComparedRun(Record):
     commit: str | None = None
     dirty: bool
     jobs: int = 1
+    resumed_from: str | None = None
     command: list[str] = Field(default_factory=list)
     budget: RunBudget | None = None
     seconds: Seconds | None = None
