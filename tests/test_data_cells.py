@@ -13,6 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from train_fixtures import recipe_values, write_model
 
@@ -30,7 +32,7 @@ from gradselect.app.evaluate import EvaluationSettings
 from gradselect.app.evaluate.problems import problems, read_source
 from gradselect.app.inputs import read_inputs
 from gradselect.app.inputs.examples import RenderedRows, render_examples
-from gradselect.app.recipe import Data
+from gradselect.app.recipe import Data, as_typed, read_typed
 from gradselect.app.recipe.load import parse_recipe
 from gradselect.app.recipe.overrides import parse_override
 
@@ -339,6 +341,26 @@ def test_a_boolean_label_is_that_of_json_and_that_of_older_models() -> None:
 def test_a_template_on_the_command_line_is_text_as_typed(typed: str, value: str | None) -> None:
     (found,) = parse_override(typed)["data"].values()
     assert found == value
+
+
+@given(st.text("\\\\nt\n\tx{}", max_size=12))
+def test_what_is_printed_of_a_template_can_be_typed(text: str) -> None:
+    """LaTeX such as \\text came back with a tab for its first letters."""
+    assert read_typed(as_typed(text)) == text
+    assert not {"\n", "\t"} & {*as_typed(text)}
+
+
+@pytest.mark.parametrize(
+    ("typed", "text"),
+    [
+        (r"a\\text", r"a\text"),
+        (r"\\\n", "\\\n"),
+        (r"\frac{1}{2}\\", r"\frac{1}{2}\\"),
+        (r"\\x\n", "\\\\x\n"),
+    ],
+)
+def test_a_backslash_that_is_to_stay_is_doubled_before_n_and_t(typed: str, text: str) -> None:
+    assert read_typed(typed) == text
 
 
 def test_other_values_on_the_command_line_say_which_quotes_are_missing() -> None:

@@ -17,6 +17,9 @@ MAX_VALUES = 20_000
 _UNWRITABLE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 """Control characters and lone surrogates: no file name can hold them, no file can be written with them."""
 
+_TYPED = re.compile(r"(\\+)([nt])")
+"""Backslashes before a letter that they may make a line end or a tab."""
+
 
 def read_yaml(text: str) -> Any:
     """Return the values in a YAML text.
@@ -34,19 +37,31 @@ def read_yaml(text: str) -> Any:
 
 
 def read_typed(text: str) -> str:
-    """Return a text as it was typed, with line ends and tabs for the two characters \\n and \\t, which shells pass on.
+    r"""Return a text as it was typed, with line ends and tabs for the two characters \n and \t, which shells pass on.
+
+    A backslash before them that is to stay is doubled. Backslashes before anything else are themselves.
 
     Raises:
         ValueError: it holds a character that no file can hold.
+
+    Example:
+        >>> read_typed(r"{question}\nAnswer with \\text, not \frac:")
+        '{question}\nAnswer with \\text, not \\frac:'
     """
     if _UNWRITABLE.search(text):
         raise ValueError(f"{text!r:.60} holds a character that cannot be written")
-    return text.replace("\\n", "\n").replace("\\t", "\t")
+    return _TYPED.sub(lambda found: found[1][: len(found[1]) // 2] + _read_escape(found), text)
 
 
 def as_typed(text: str) -> str:
     """Return a text in the form that `read_typed` reads, on one line."""
-    return text.replace("\n", "\\n")
+    doubled = re.sub(r"\\+(?=[nt\n\t])", lambda found: 2 * found[0], text)
+    return doubled.replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _read_escape(found: re.Match[str]) -> str:
+    is_escape = len(found[1]) % 2
+    return {"n": "\n", "t": "\t"}[found[2]] if is_escape else found[2]
 
 
 class _PlainLoader(yaml.SafeLoader):
