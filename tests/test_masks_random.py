@@ -128,6 +128,14 @@ def test_half_of_each_matrix_of_a_lora_trains(refresh_every: int | None) -> None
     assert any(len(indices) > sizes[name] // 2 for name, indices in ever.items()) == (refresh_every == 1)
 
 
+def test_a_tensor_of_no_entries_draws_none() -> None:
+    """It was a traceback of torch.cat."""
+    model = nn.ParameterDict({"full": nn.Parameter(torch.ones(40)), "empty": nn.Parameter(torch.ones(0))})
+    optimizer = gs.SparseOptimizer(model, gs.SpaRTA(density=0.5, among=("*",)))
+    assert list(optimizer.entries) == ["full"]
+    optimizer.close()
+
+
 def test_the_preset_is_that_mask() -> None:
     method: Any = parse_method({"name": "lora-sp", "refresh_every": 1})
     mask = method.plain_mask(RunFacts(seed=4, num_steps=10))

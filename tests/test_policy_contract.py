@@ -14,7 +14,7 @@ from policy_support import BLOCK_NAMES, NUM_STEPS, choose, make_blocks, run, thr
 from reach_support import parts, steps
 from resume_support import same
 
-from gradselect import BlockOptimizer, UsageError, policies
+from gradselect import BlockOptimizer, UsageError, partition, policies
 from gradselect.blocks.policy import AbstractPolicy, resolve_count
 from gradselect.policies import (
     MISA,
@@ -446,6 +446,30 @@ MISFITS: list[AbstractPolicy] = [
 def test_settings_that_do_not_fit_the_blocks_are_refused_on_binding(policy: AbstractPolicy) -> None:
     with pytest.raises(UsageError):
         policy.bind(make_blocks())
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        AdaGradSelect(count=1, explore_steps=2, norm="rms", among=None),
+        GradNormTopK(count=1, norm="rms"),
+        MISA(share=1.0, every=1),
+    ],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_a_tensor_of_no_entries_is_a_block_like_others(policy: AbstractPolicy) -> None:
+    """Norms relative to the number of entries were divided by zero."""
+    model = torch.nn.ParameterDict(
+        {"full": torch.nn.Parameter(torch.ones(3)), "empty": torch.nn.Parameter(torch.ones(0))}
+    )
+    blocks = partition(model, patterns={name: name for name in model})
+    optimizer = BlockOptimizer(model, policy=policy, blocks=blocks)
+    for _ in range(3):
+        (model["full"].square().sum() + model["empty"].sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.num_steps == 3
+    optimizer.close()
 
 
 def test_a_single_name_may_stand_alone() -> None:

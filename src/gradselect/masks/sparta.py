@@ -129,7 +129,7 @@ class SpaRTA(AbstractCompactMask):
         """Draw for all entries of the tensor, on every rank alike."""
         device = local_part(tensor.parameter).device
         generator = generator_of(seed=self.seed, step=0, name=tensor.name)
-        length, parts = chunk_length(local_part(tensor.parameter)), []
+        length, parts = chunk_length(local_part(tensor.parameter)), [torch.empty(0, dtype=torch.int64)]
         for start in range(0, tensor.numel, length):
             size = min(length, tensor.numel - start)
             draws = torch.rand(size, generator=generator, dtype=torch.float64)

@@ -195,7 +195,7 @@ class AdaGradSelect(AbstractEpsilonGreedy):
         return self.discount * self.scores[block] + finite
 
     def _magnitude(self, block: str, norm: float) -> float:
-        return norm if self.norm == "l2" else norm / math.sqrt(self.num_elements[block])
+        return norm if self.norm == "l2" else norm / math.sqrt(max(1, self.num_elements[block]))
 
     def _due(self, step: int) -> tuple[str, ...]:
         if self.coverage is None:

@@ -166,7 +166,7 @@ class GradNormTopK(AbstractPolicy):
         return statistics.pstdev(known) if known else 0.0
 
     def _average(self, step: int, block: str, norm: float) -> float:
-        magnitude = norm if self.norm == "l2" else norm / math.sqrt(self.num_elements[block])
+        magnitude = norm if self.norm == "l2" else norm / math.sqrt(max(1, self.num_elements[block]))
         if block not in self.averages:
             return magnitude
         old_weight = step / (step + 1) if step < self.probe_steps else self.ema or 0.0

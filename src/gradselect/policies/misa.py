@@ -100,7 +100,8 @@ class MISA(AbstractPolicy):
         self.selection = list(selected)
         for name in selected:
             norm = norms.get(name, 0.0)
-            self.period_sums[name] += norm**2 / self.num_elements[name] if math.isfinite(norm) else 0.0
+            # A tensor of no entries is a block too.
+            self.period_sums[name] += norm**2 / max(1, self.num_elements[name]) if math.isfinite(norm) else 0.0
         if step % self.every == self.every - 1:
             for name in selected:
                 mean, before = self.period_sums[name] / self.every, self.importance[name]
