@@ -233,6 +233,20 @@ def test_rounds_that_never_settle_are_kept_and_said(tmp_path: Path) -> None:
     assert (found.methods["b"].num_rounds, found.methods["c"].num_rounds) == (9, 3)
 
 
+def test_a_reference_that_fails_in_a_repeated_round_ends_the_calibration_in_words(tmp_path: Path) -> None:
+    """The other methods of that round had nothing to be compared with: a KeyError."""
+
+    class FailsLater(FakeMachine):
+        def _turn(self, name: str, number: int) -> Turn:
+            is_late = name == "full" and number > 3
+            return Turn(method=name, number=number, error="out of memory") if is_late else super()._turn(name, number)
+
+    machine = FailsLater({"full": {"step": 1.0}, "b": {"step": 1.0}}, factors={"b": [1, 2]})
+    suite = make(tmp_path, {"time_of": "full"}, full=FULL, b=FULL)
+    with pytest.raises(UsageError, match="the calibration of 'full' failed: out of memory"):
+        calibrate(suite, machine)
+
+
 def test_a_burst_of_another_process_counts_little_and_a_dear_step_counts() -> None:
     quiet = Turn(method="full", number=0, kinds=("step",) * 4, costs=(2.0, 2.0, 4.0, 2.0))
     burst = Turn(method="a", number=0, kinds=("exploit",) * 4, costs=(1.0, 90.0, 2.0, 1.0))

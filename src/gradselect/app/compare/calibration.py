@@ -104,10 +104,7 @@ class Calibrator:
         Raises:
             UsageError: the reference cannot be measured.
         """
-        turns = self._rounds(names)
-        failed = {turn.method: turn.error for turn in turns if turn.error}
-        if self.reference in failed:
-            raise UsageError(f"the calibration of {self.reference!r} failed: {failed[self.reference]}")
+        self._rounds(names)
         self._repeat(names)
         own_rounds = [mean_cost(turn) for turn in self._of(self.reference)]
         keeps = known is not None and self.difference(known) is None
@@ -147,11 +144,13 @@ class Calibrator:
     def _settings(self, name: str) -> dict[str, Any]:
         return self._suite.methods[name].method.model_dump(mode="json")
 
-    def _rounds(self, names: Sequence[str]) -> Sequence[Turn]:
+    def _rounds(self, names: Sequence[str]) -> None:
         first = 1 + max((turn.number for turn in self._turns), default=-1)
         turns = self._measure(names, first)
+        # Whatever the round: the others have nothing to be compared with.
+        if error := next((turn.error for turn in turns if turn.method == self.reference and turn.error), ""):
+            raise UsageError(f"the calibration of {self.reference!r} failed: {error}")
         self._turns.extend(turns)
-        return turns
 
     def _repeat(self, names: Sequence[str]) -> None:
         """Repeat the rounds of the methods that vary by more than `NOISY`, up to `MOST_REPEATS` times."""
