@@ -16,7 +16,9 @@ from gradselect.app.report.charts import Point, pareto_front, slug
 from gradselect.app.report.comparison import compare_results
 from gradselect.app.report.findings import findings
 from gradselect.app.report.read_results import read_results
+from gradselect.app.report.score_tables import results_table
 from gradselect.app.report.scores import Difference, Measure
+from gradselect.app.report.table import Namer
 from gradselect.app.stats import (
     Outcomes,
     draw_means,
@@ -241,6 +243,26 @@ def test_runs_that_went_on_from_a_checkpoint_are_said(tmp_path):
             values["gradselect"]["resumed_from"] = "step-40"
         write(tmp_path, values)
     assert "1 run went on from a checkpoint (other): the training time is that of the last session" in said_of(tmp_path)
+
+
+def test_runs_of_which_a_score_is_undefined_are_counted(tmp_path):
+    """A run that collapsed to one label has no Matthews correlation, and the mean of the others looked whole."""
+    for name in ("full", "other"):
+        for seed in range(3):
+            values = result(name, seed=seed)
+            record = values["gradselect"]
+            value = None if (name, seed) == ("other", 0) else 0.5 + 0.01 * seed
+            record["scores"] = {"cola": {"task": "classification", "metric": "matthews", "value": value}}
+            record["items"] = {}
+            write(tmp_path, values)
+    (matthews,) = scores_of(tmp_path)
+    assert (matthews.estimates["full"].num_runs, matthews.estimates["other"].num_runs) == (3, 2)
+    assert "Cola matthews is undefined in 1 of 3 runs of other, as after training that collapsed." in said_of(tmp_path)
+    comparison = compare_results(read_results(tmp_path, include_dirty=False))
+    table = results_table(comparison.methods, scores=comparison.scores, full=comparison.full, name=Namer({}))
+    details = {row[0].text: row[3].detail for row in table.rows}
+    assert "2 of 3 seeds" in details["other"]
+    assert "seeds" not in details["full"]
 
 
 def test_a_budget_names_what_was_not_tested():

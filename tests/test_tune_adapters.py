@@ -106,6 +106,13 @@ def test_a_folder_holds_one_search(place, tmp_path):
         tune_adapters(recipe, ranks=RANKS, budget=200, console=quiet())
 
 
+@pytest.mark.parametrize("ranks", [(), (0, 2), (4, 1)])
+def test_ranks_that_make_no_sense_are_refused_at_once(place, tmp_path, ranks):
+    """None was an IndexError, and 0 an error of PEFT."""
+    with pytest.raises(UsageError, match="must be positive and ascend"):
+        tune_adapters(recipe_of(place, tmp_path), ranks=ranks, console=quiet())
+
+
 def test_the_command_shows_budget_and_ranks(place, tmp_path, capsys):
     path = write_recipe(
         place, tmp_path / "r.yaml", data={"validation": 0.25}, method=LORA, run={"output": str(tmp_path / "out")}

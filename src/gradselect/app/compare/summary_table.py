@@ -82,8 +82,8 @@ def show_scores(console: Console, title: str, summaries: Sequence[MethodSummary]
         summary.method: {
             "best rate": _rate(summary),
             **({"steps": _number(summary.steps, ",")} if has_steps else {}),
-            "validation loss": _spread(summary.validation_losses),
-            **{name: _spread(summary.scores(name)) for name in evaluations},
+            "validation loss": _spread(summary.validation_losses, of=len(summary.results)),
+            **{name: _spread(summary.scores(name), of=len(summary.results)) for name in evaluations},
             "seconds a step": _number(summary.step_seconds, ".4f"),
             "peak MiB": _number(None if summary.peak_bytes is None else summary.peak_bytes / 2**20, ",.1f"),
             "seeds": str(len(summary.results)),
@@ -122,12 +122,13 @@ def _rate(summary: MethodSummary) -> str:
     return f"{summary.lr:g}{'*' if is_at_edge(summary.lr, summary.rates) else ''}"
 
 
-def _spread(values: Sequence[float]) -> str:
-    """Write mean and standard deviation over seeds."""
+def _spread(values: Sequence[float], *, of: int = 0) -> str:
+    """Write mean and standard deviation over seeds, and how many these are if fewer than `of`."""
     if not values:
         return "-"
     mean, deviation = mean_and_deviation(values)
-    return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
+    some = f" ({len(values)} of {of})" if len(values) < of else ""
+    return (f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}") + some
 
 
 def _number(value: float | None, form: str) -> str:

@@ -46,6 +46,7 @@ def findings(comparison: Comparison) -> Iterator[str]:
     if found := list(disagreements(comparison)):
         lines = f"{words.plural(len(found), 'pair')} of rates"
         yield f"Short runs of the rate search and those of all steps put {lines} in another order; see its section."
+    yield from _undefined(comparison)
     yield from _about_items(comparison)
     yield from _left_out(comparison)
 
@@ -124,6 +125,22 @@ def _cheapest(
         f"interval {scores.measure.show_interval(level[name].interval)})."
         + (f" Unknown {cost_name}: {_few(unknown)}." if unknown else "")
     )
+
+
+def _undefined(comparison: Comparison) -> Iterator[str]:
+    """Yield the runs that no mean holds: a correlation of constant predictions, or a loss that is not finite."""
+    for scores in comparison.scores:
+        counts = {
+            method.name: (len(method.runs) - estimate.num_runs, len(method.runs))
+            for method in comparison.methods
+            if (estimate := scores.estimates.get(method.name)) is not None and estimate.num_runs < len(method.runs)
+        }
+        if counts:
+            named = words.joined([f"{lost} of {of} runs of {name}" for name, (lost, of) in counts.items()])
+            yield (
+                f"{words.upper_first(scores.measure.title)} is undefined in {named}, as after training that collapsed. "
+                "Means are over the other runs, and look better for it."
+            )
 
 
 def _about_items(comparison: Comparison) -> Iterator[str]:

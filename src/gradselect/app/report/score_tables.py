@@ -28,7 +28,7 @@ def results_table(methods: Sequence[Method], *, scores: Sequence[Scores], full: 
             name(method.name),
             Cell(words.rate(method.lr), EDGES.get(method.edge or "", "")),
             Cell(str(len(method.seeds))),
-            *(_score_cell(found, method.name) for found in scores),
+            *(_score_cell(found, method) for found in scores),
             *(Cell(words.number(method.forgetting(known), sign=True)) for known in sets),
             Cell(words.seconds(method.step_seconds)),
             Cell(words.times(speed_up(method))),
@@ -157,12 +157,14 @@ def pair_table(pairs: Sequence[Difference], *, scores: Scores, name: Namer) -> T
     )
 
 
-def _score_cell(scores: Scores, name: str) -> Cell:
-    estimate = scores.estimates.get(name)
+def _score_cell(scores: Scores, method: Method) -> Cell:
+    estimate = scores.estimates.get(method.name)
     if estimate is None:
         return Cell(words.UNKNOWN)
     text = scores.measure.show(estimate.value)
-    return Cell(text, scores.measure.show_interval(estimate.interval), is_strong=name == scores.best())
+    some = f"{estimate.num_runs} of {len(method.runs)} seeds" if estimate.num_runs < len(method.runs) else ""
+    detail = ", ".join(part for part in (scores.measure.show_interval(estimate.interval), some) if part)
+    return Cell(text, detail, is_strong=method.name == scores.best())
 
 
 def _score_unit(measure: Measure) -> str:

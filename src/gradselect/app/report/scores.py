@@ -92,11 +92,13 @@ class Estimate:
         value: mean over the seeds.
         interval: 95 %; None if it is unknown.
         source: "items", "seeds" or "items and seeds": the interval is over these.
+        num_runs: runs that the mean is over: those with a finite value.
     """
 
     value: float
     interval: Interval | None
     source: str
+    num_runs: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,11 +246,12 @@ def _estimate(measure: Measure, method: Method, table: ItemTable | None) -> Esti
     mean = math.fsum(values) / len(values)
     if table is not None and table.seeds(method.name):
         source = "items and seeds" if len(table.seeds(method.name)) > 1 else "items"
-        return Estimate(value=mean, interval=table.interval(method.name), source=source)
+        return Estimate(value=mean, interval=table.interval(method.name), source=source, num_runs=len(values))
     if len(values) > 1:
-        return Estimate(value=mean, interval=student_interval(values), source="seeds")
-    score = method.runs[0].record.scores.get(measure.name)
-    return Estimate(value=mean, interval=None if score is None else score.interval, source="items")
+        return Estimate(value=mean, interval=student_interval(values), source="seeds", num_runs=len(values))
+    known = next(run for run in method.runs if _value(measure, run) is not None)
+    score = known.record.scores.get(measure.name)
+    return Estimate(value=mean, interval=None if score is None else score.interval, source="items", num_runs=1)
 
 
 def _value(measure: Measure, run: Result) -> float | None:

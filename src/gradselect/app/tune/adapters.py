@@ -21,7 +21,15 @@ from gradselect.app.recipe import LoraMethod, Recipe, dump_recipe, parse_recipe
 from gradselect.app.runtime import RunFolder
 from gradselect.app.train import build_trainer, loss_of_batch, num_steps_of
 from gradselect.files import locked, write_atomically
-from gradselect.integrations.bipeft import AdapterSearch, Allocation, SearchSettings, Site, budget_of_rank, sites_of
+from gradselect.integrations.bipeft import (
+    AdapterSearch,
+    Allocation,
+    SearchSettings,
+    Site,
+    budget_of_rank,
+    check_ranks,
+    sites_of,
+)
 from gradselect.integrations.transformers import checkpoint_selected
 
 from .description import check_search, described
@@ -48,6 +56,7 @@ def search_adapters(
 ) -> AdapterResult:
     """Search and write the recipe; see `tune_adapters`."""
     method = _lora_of(recipe)
+    check_ranks(ranks)  # before a model of the widest is built
     check_search(recipe)
     stages = Stages(console)
     inputs = read_inputs(recipe, stages=stages)

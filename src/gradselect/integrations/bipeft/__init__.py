@@ -14,7 +14,7 @@ Models", Findings of EMNLP 2024, arXiv 2410.09079. Only LoRA is searched here, n
 
 from .allocation import Allocation
 from .search import AdapterSearch
-from .settings import SearchSettings
+from .settings import SearchSettings, check_ranks
 from .sites import Site, budget_of_rank, sites_of
 
-__all__ = ["AdapterSearch", "Allocation", "SearchSettings", "Site", "budget_of_rank", "sites_of"]
+__all__ = ["AdapterSearch", "Allocation", "SearchSettings", "Site", "budget_of_rank", "check_ranks", "sites_of"]

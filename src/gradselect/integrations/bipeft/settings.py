@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gradselect.usage import UsageError
@@ -57,9 +58,7 @@ class SearchSettings:
         for name in ("begin", "decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)} must be at least 0 and below 1, e.g. {name}=0.1")
-        pairs = itertools.pairwise(self.ranks)
-        if not self.ranks or self.ranks[0] < 1 or any(low >= high for low, high in pairs):
-            raise UsageError(f"ranks={list(self.ranks)} must be positive and ascend, e.g. 1,4,8")
+        check_ranks(self.ranks)
         if min(self.temperatures) <= 0:
             raise UsageError(f"temperatures={self.temperatures} must be above 0, e.g. (5.0, 1.0)")
 
@@ -77,3 +76,13 @@ class SearchSettings:
     def prunings(self) -> int:
         """Number of steps in which layers are dropped."""
         return max(1, min(self.num_prunings, self.num_steps // 2))
+
+
+def check_ranks(ranks: Sequence[int]) -> None:
+    """Check the ranks that a layer may get.
+
+    Raises:
+        UsageError: there is none, one is below 1, or they do not ascend.
+    """
+    if not ranks or ranks[0] < 1 or any(low >= high for low, high in itertools.pairwise(ranks)):
+        raise UsageError(f"ranks={list(ranks)} must be positive and ascend, e.g. 1,4,8")
