@@ -251,30 +251,38 @@ def test_blocks_that_never_train_are_named_with_their_weights(tmp_path, caplog):
     assert f"1 of 6 blocks never train, embedding: 1,024 of {all_weights:,} weights" in caplog.text
 
 
+MATRICES = (
+    '; with few layers matrices did better: write blocks=gs.partition(model, by="matrix"), in a recipe '
+    "method.blocks=matrix"
+)
+
+
 @pytest.mark.parametrize(
-    ("policy", "said", "advice"),
+    ("layers", "policy", "said", "advice"),
     [
-        (gs.GradNormTopK(count=1, refresh=None, among=("layers",)), True, ""),
+        (4, gs.GradNormTopK(count=1, refresh=None, among=("layers",)), True, ""),
+        (4, gs.AdaGradSelect(count=1, delta=1e-9), True, MATRICES),
         (
-            gs.AdaGradSelect(count=2, delta=1e-9),
+            9,
+            gs.AdaGradSelect(count=5, delta=1e-9),
             True,
             "; to have each train at least once in 4 steps, write coverage=4",
         ),
-        (gs.AdaGradSelect(count=1, delta=1e-9), True, ""),  # it would be 8 steps, and the run has 4
-        (gs.AdaGradSelect(count=1, coverage=4), False, ""),
-        (gs.Cyclic(every=1, among=("layers",)), False, ""),
+        (9, gs.AdaGradSelect(count=1, delta=1e-9), True, ""),  # it would be 18 steps, and the run has 4
+        (4, gs.AdaGradSelect(count=1, coverage=4), False, ""),
+        (4, gs.Cyclic(every=1, among=("layers",)), False, ""),
     ],
 )
-def test_candidates_that_trained_in_no_step_are_said_at_the_end(policy, said, advice, tmp_path, caplog):
+def test_candidates_that_trained_in_no_step_are_said_at_the_end(layers, policy, said, advice, tmp_path, caplog):
     """Two of six layers of an encoder got all updates, and nothing but a picture showed it."""
-    trainer = trainer_of(tmp_path, tiny_llama(), policy)
+    trainer = trainer_of(tmp_path, tiny_llama(layers=layers), policy)
     trainer.train()
     counts = trainer.optimizer.optimizer.update_counts
     never = [name for name in sorted(counts) if name.startswith("layer.") and not counts[name]]
     assert bool(never) is said
     message = (
-        f"{len(never)} of 4 candidate blocks trained in none of the 4 steps, {', '.join(never)}: "
-        f"{2336 * len(never):,} of 9,344 weights{advice}"
+        f"{len(never)} of {layers} candidate blocks trained in none of the 4 steps, {', '.join(never)}: "
+        f"{2336 * len(never):,} of {2336 * layers:,} weights{advice}"
     )
     assert [message] * said == [line for line in caplog.messages if "candidate blocks trained" in line]
 

@@ -202,6 +202,7 @@ def test_the_learning_rate_follows_the_method_and_the_width(words: list[str], ra
 
 FULL_AND_BLOCKS = [scaled_rate(kind, TINY_WIDTH) for kind in ("full", "blocks")]
 LORA = scaled_rate("lora", TINY_WIDTH)
+TWICE_FULL = float(f"{2 * FULL_AND_BLOCKS[0]:.0e}")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +242,7 @@ def test_a_rate_that_is_not_measured_for_the_method_is_said_not_to_be(
 @pytest.mark.parametrize(
     ("method", "rate", "said"),
     [
-        ("adagradselect", FULL_AND_BLOCKS[0], "not measured on labels: that of full fine-tuning, from runs of"),
+        ("adagradselect", TWICE_FULL, "with, twice that of full fine-tuning, as on STS-B, from runs of"),
         ("full", FULL_AND_BLOCKS[0], "with, from runs of"),
         ("lora", LORA, "with, ten times that of full fine-tuning, from runs of"),
     ],
@@ -257,6 +258,28 @@ def test_a_classifier_begins_with_the_rate_of_full_fine_tuning_or_lora(
     assert draft.recipe.optimizer.lr == rate
     (note,) = [line for line in draft.lines() if "to begin with" in line]
     assert said in note
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "words", "method"),
+    [
+        (8, [], {"name": "adagradselect", "fraction": 0.33, "blocks": "matrix"}),
+        (8, ["method.fraction=0.5"], {"name": "adagradselect", "fraction": 0.5, "blocks": "matrix"}),
+        (8, ["method.blocks=layer"], {"name": "adagradselect", "fraction": 0.2, "blocks": "layer"}),
+        (8, ["method={name: uniform, fraction: 0.5}"], {"name": "uniform", "fraction": 0.5}),
+        (9, [], {"name": "adagradselect", "fraction": 0.2}),
+    ],
+)
+def test_with_few_layers_matrices_are_selected(
+    num_layers: int, words: list[str], method: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    """A fifth of a six-layer encoder was one layer, and of two layers AdaGradSelect trained the last two."""
+    config = json.loads((place / "model" / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": num_layers}), "utf-8")
+    draft = draft_recipe(str(tmp_path), str(place / "sums.jsonl"), words)
+    assert draft.written["method"] == method
+    said = [line for line in draft.lines() if "as the model has 8 layers" in line]
+    assert len(said) == (method.get("blocks") == "matrix")
 
 
 @pytest.mark.parametrize(("method", "rate"), [("full", 5e-7), ("adagradselect", 5e-7), ("lora", 1e-5), ("id3", 1e-5)])

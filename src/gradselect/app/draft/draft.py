@@ -12,9 +12,10 @@ from typing import Any
 
 from gradselect.app.data import Rows, ending_of, holds_messages, is_local, read_hub_rows, read_rows, whole_ending_of
 from gradselect.app.recipe import Recipe, as_typed, merge, parse_recipe, recipe_formats, with_overrides
+from gradselect.integrations.reporting import FEW_LAYERS
 
 from .formats import Guess, guess_format
-from .rates import first_rate
+from .rates import first_rate, size_of
 
 SOURCE = "gradselect train MODEL DATA"
 FEW_ROWS = 100
@@ -23,6 +24,8 @@ DEFAULTS: dict[str, Any] = {
     "method": {"name": "adagradselect", "fraction": 0.2},
     "run": {"epochs": 3, "batch_size": 8, "evaluate_every": 200, "save_every": 200},
 }
+METHOD_OF_FEW_LAYERS = {"name": "adagradselect", "fraction": 0.33, "blocks": "matrix"}
+"""A third, because a fifth of six layers would be one."""
 LINE = 68
 """Characters of a line of settings: with its heading it fits into 80 columns."""
 VALIDATION = {"validation": 0.02, "validation_limit": 200}
@@ -38,6 +41,7 @@ class Draft:
         written: what the draft and the user wrote, without the defaults of the schema.
         is_chat_model: True if the model is known to have a chat template.
         is_plain: True if no column of the first row holds messages.
+        num_few_layers: layers of the model, if they are so few that matrices are selected. None: they are not.
         origin_of_rate: words on where the learning rate comes from. None: the user named it.
     """
 
@@ -46,6 +50,7 @@ class Draft:
     written: Mapping[str, Any]
     is_chat_model: bool
     is_plain: bool = True
+    num_few_layers: int | None = None
     origin_of_rate: str | None = None
 
     def lines(self) -> Iterator[str]:
@@ -61,6 +66,11 @@ class Draft:
             yield (
                 f"note       optimizer.lr={self.recipe.optimizer.lr:g} to begin with, {self.origin_of_rate}; nothing "
                 "matters more to the result: search it with `gradselect tune`"
+            )
+        if self.num_few_layers is not None:
+            yield (
+                f"note       method.blocks=matrix, as the model has {self.num_few_layers} layers: with few of them "
+                "AdaGradSelect did better on matrices"
             )
         if self.is_chat_model and self.is_plain and not getattr(self.recipe.data, "as_chat", True):
             yield "note       the model has a chat template; a chat model needs data.as_chat=true"
@@ -90,7 +100,7 @@ def draft_recipe(model: str, data: str, overrides: Sequence[str] = ()) -> Draft:
     guess = None
     if "format" not in given:
         guess = guess_format(rows, path=data, given=given, formats=recipe_formats())
-    values: dict[str, Any] = {
+    base: dict[str, Any] = {
         "model": {"path": model},
         "data": {
             "path": data,
@@ -100,15 +110,18 @@ def draft_recipe(model: str, data: str, overrides: Sequence[str] = ()) -> Draft:
         **DEFAULTS,
     }
     if guess is not None and guess.trainer:
-        values["trainer"] = dict(guess.trainer)
-    values["run"] = {"output": f"runs/{_name_of(model)}-{_name_of(data)}", **values["run"]}
-    if merge(values, typed)["data"].get("validation") is None:
-        del values["run"]["evaluate_every"]
-    saves = values["run"].pop("save_every")
-    values = merge(values, typed)
+        base["trainer"] = dict(guess.trainer)
+    base["run"] = {"output": f"runs/{_name_of(model)}-{_name_of(data)}", **base["run"]}
+    if merge(base, typed)["data"].get("validation") is None:
+        del base["run"]["evaluate_every"]
+    saves = base["run"].pop("save_every")
+    values = merge(base, typed)
     origin_of_rate, needs_rate = None, "lr" not in (values.get("optimizer") or {})
     # the recipe's checks see a stand-in
     stand_in = parse_recipe(merge(values, {"optimizer": {"lr": 1.0}} if needs_rate else {}), source=SOURCE)
+    num_few_layers = None if {"name", "blocks"} & {*(typed.get("method") or ())} else _few_layers(stand_in)
+    if num_few_layers is not None:
+        values = merge({**base, "method": METHOD_OF_FEW_LAYERS}, typed)
     if stand_in.method.can_resume:
         values["run"].setdefault("save_every", saves)
     if needs_rate:
@@ -123,8 +136,14 @@ def draft_recipe(model: str, data: str, overrides: Sequence[str] = ()) -> Draft:
         written=written,
         is_chat_model=_has_chat_template(model),
         origin_of_rate=origin_of_rate,
+        num_few_layers=num_few_layers,
         is_plain=not any(holds_messages(value) for row in rows[:1] for value in row.values()),
     )
+
+
+def _few_layers(recipe: Recipe) -> int | None:
+    num_layers = size_of(recipe, "num_hidden_layers")
+    return num_layers if num_layers is not None and num_layers <= FEW_LAYERS else None
 
 
 def _read(data: str, given: Mapping[str, Any]) -> Rows:
