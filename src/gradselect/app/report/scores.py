@@ -14,6 +14,7 @@ from gradselect.app.stats import (
     MEAN_CHRF,
     Interval,
     Outcomes,
+    degrees_of_freedom,
     draw_means,
     holm_adjusted,
     mcnemar,
@@ -200,18 +201,21 @@ class ItemTable:
         return sorted(set(self.seeds(first)) & set(self.seeds(second)))
 
     def interval(self, method: str) -> Interval:
-        return percentile_interval(draw_means(self.drawn[:, self._places(method, self.seeds(method))]))
+        drawn = self.drawn[:, self._places(method, self.seeds(method))]
+        degrees = degrees_of_freedom(drawn, num_items=self.num_items)
+        return percentile_interval(draw_means(drawn), degrees=degrees)
 
     def compare(self, first: str, second: str) -> tuple[float, Interval, float]:
         """Difference, its interval and its p-value, over the seeds that both have."""
         seeds = self.shared_seeds(first, second)
         ours, theirs = self._places(first, seeds), self._places(second, seeds)
         values = self.outcomes.values()
-        draws = draw_means(self.drawn[:, ours] - self.drawn[:, theirs])
+        drawn = self.drawn[:, ours] - self.drawn[:, theirs]
+        draws, degrees = draw_means(drawn), degrees_of_freedom(drawn, num_items=self.num_items)
         gains = self.outcomes.gains
         value = float(values[ours].mean() - values[theirs].mean())
-        p_value = mcnemar(gains[ours], gains[theirs]) if self.is_share else two_sided_p(value, draws)
-        return value, percentile_interval(draws), p_value
+        p_value = mcnemar(gains[ours], gains[theirs]) if self.is_share else two_sided_p(value, draws, degrees=degrees)
+        return value, percentile_interval(draws, degrees=degrees), p_value
 
     def _places(self, method: str, seeds: Iterable[int]) -> list[int]:
         return [self.rows[method, seed] for seed in seeds]

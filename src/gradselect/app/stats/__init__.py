@@ -1,6 +1,6 @@
 """Intervals, tests, bootstrap and metrics, on scipy and numpy; scores of texts, on sacrebleu."""
 
-from .bootstrap import Outcomes, draw_means
+from .bootstrap import Outcomes, degrees_of_freedom, draw_means
 from .intervals import (
     Interval,
     mean_and_deviation,
@@ -22,6 +22,7 @@ __all__ = [
     "chrf",
     "class_metrics",
     "corpus_scores",
+    "degrees_of_freedom",
     "draw_means",
     "holm_adjusted",
     "mcnemar",

@@ -64,3 +64,26 @@ def draw_means(drawn: np.ndarray) -> np.ndarray:
     # The generator starts the same for every method, so all methods get the same seeds.
     places = np.random.default_rng(1).integers(num_seeds, size=(num_draws, num_seeds - 1))
     return np.take_along_axis(drawn, places, axis=1).mean(1)
+
+
+def degrees_of_freedom(drawn: np.ndarray, *, num_items: int) -> float:
+    """Degrees of freedom of the variance of `draw_means(drawn)`, by Satterthwaite.
+
+        V = V_s + V_i,    df = V² / (V_s² / (seeds - 1) + V_i² / (items - 1))
+
+    V_i is the variance over items with the seeds as they are, V_s the rest, which is that over seeds. If seeds differ
+    more than items do, three of them have two degrees of freedom, and not the normal distribution's.
+
+    Reference: F. E. Satterthwaite, "An approximate distribution of estimates of variance components", Biometrics
+    Bulletin 2 (1946).
+
+    Args:
+        drawn: shape (draws, seeds); values of the runs on drawn items.
+        num_items: number of items.
+    """
+    num_seeds = drawn.shape[1]
+    whole, of_items = float(draw_means(drawn).var(ddof=1)), float(drawn.mean(1).var(ddof=1))
+    if num_seeds == 1 or whole <= 0:
+        return num_items - 1.0
+    of_seeds = max(0.0, whole - of_items)
+    return (of_seeds + of_items) ** 2 / (of_seeds**2 / (num_seeds - 1) + of_items**2 / (num_items - 1))

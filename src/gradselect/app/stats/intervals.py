@@ -62,7 +62,13 @@ def student_interval(values: Sequence[float]) -> Interval | None:
     return mean - width, mean + width
 
 
-def percentile_interval(draws: np.ndarray) -> Interval:
-    """Middle 95 % of the draws of a bootstrap."""
+def percentile_interval(draws: np.ndarray, *, degrees: float = math.inf) -> Interval:
+    """Middle 95 % of the draws of a bootstrap, wider by Student's t over the normal quantile.
+
+    Args:
+        draws: of the bootstrap.
+        degrees: degrees of freedom of their variance; few if it comes from few seeds.
+    """
     low, high = np.quantile(draws, (LOWEST, HIGHEST))
-    return float(low), float(high)
+    middle, wider = float(draws.mean()), float(stats.t.ppf(HIGHEST, degrees) / stats.norm.ppf(HIGHEST))
+    return middle + wider * (float(low) - middle), middle + wider * (float(high) - middle)

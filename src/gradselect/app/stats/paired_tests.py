@@ -49,13 +49,13 @@ def mcnemar_exact(*, only_first: int, only_second: int) -> float:
     return float(stats.binomtest(only_first, num_differing).pvalue) if num_differing else 1.0
 
 
-def two_sided_p(value: float, draws: np.ndarray) -> float:
-    """P-value of "no difference": the value in standard errors of the bootstrap, taken as normal.
+def two_sided_p(value: float, draws: np.ndarray, *, degrees: float = np.inf) -> float:
+    """P-value of "no difference": the value in standard errors of the bootstrap, by Student's t.
 
     Not the share of draws beyond zero: with hundreds of pairs its smallest value would fail every adjusted test.
     """
     error = float(draws.std(ddof=1))
-    return float(2 * stats.norm.sf(abs(value) / error)) if error > 0 else float(value == 0)
+    return float(2 * stats.t.sf(abs(value) / error, degrees)) if error > 0 else float(value == 0)
 
 
 def holm_adjusted(p_values: Sequence[float]) -> list[float]:
