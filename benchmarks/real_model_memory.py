@@ -25,7 +25,8 @@ def limits(comparison: Comparison) -> str:
         return ""
     return (
         "The method of the lowest held-out loss among those whose runs hold at most so many bytes of weights, "
-        f"gradients, masters and state, over the seeds that all of these have:\n\n{table}"
+        "gradients, masters and state, over the seeds that all of these have. Ahead or behind: more than chance, after "
+        f"Holm's correction for the method's differences to all others.\n\n{table}"
     )
 
 
@@ -44,8 +45,10 @@ def limits_table(comparison: Comparison, limits: Sequence[str] = LIMITS) -> str:
         best = _best(fitting)
         adapters = [method for method in fitting if _is_adapter(method)]
         other = _best(adapters) if adapters else best
-        differences = found[-1].differences([(best.name, other.name)]) if other is not best else []
-        difference = differences[0] if differences else None
+        # To all others, for the correction: a pair must not have another verdict here than in the table of pairs.
+        others = [method.name for method in comparison.methods if method is not best]
+        differences = found[-1].differences([(best.name, name) for name in others])
+        difference = next((one for one in differences if one.second == other.name), None)
         against = with_interval(difference, scale=1, decimals=3, verdict=verdict(difference, found[-1].measure))
         rows.append(
             [

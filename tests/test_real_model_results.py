@@ -377,3 +377,18 @@ def test_the_best_method_within_a_limit_is_chosen_by_held_out_loss(tmp_path: Pat
         assert row["lowest held-out loss"] == min(fitting, key=losses.__getitem__)
         adapters = [name for name in fitting if name.startswith("LoRA")]
         assert row["best LoRA there"] in {min(adapters, key=losses.__getitem__), ""}
+
+
+@pytest.mark.parametrize(
+    "suite", [suite for suite in real_model.SUITES if suite.is_shown], ids=lambda suite: suite.name
+)
+def test_a_pair_has_one_verdict_in_all_tables(suite: Any) -> None:
+    """The table of limits tested each pair by itself: it was ahead there, and not told apart among the pairs."""
+    loss = real_model.measures(suite.comparison)[-1]
+    for row in rows_of(memory.limits_table(suite.comparison)).values():
+        best, other = row["lowest held-out loss"], row["best LoRA there"]
+        if not other:
+            continue
+        pairs = [(best, method.name) for method in suite.comparison.methods if method.name != best]
+        (pair,) = [one for one in loss.differences(pairs) if one.second == other]
+        assert questions.verdict(pair, loss.measure) in row["loss less its"].strip("*").split(", ")[-1]

@@ -17,7 +17,7 @@ from gradselect.app.report.comparison import compare_results
 from gradselect.app.report.findings import findings
 from gradselect.app.report.read_results import read_results
 from gradselect.app.report.score_tables import results_table
-from gradselect.app.report.scores import Difference, Measure
+from gradselect.app.report.scores import Difference, ItemTable, Measure
 from gradselect.app.report.table import Namer
 from gradselect.app.stats import (
     Outcomes,
@@ -110,6 +110,18 @@ def test_a_difference_between_seeds_alone_is_rarely_significant():
         value = float(drawn.mean())
         found += two_sided_p(value, draws, degrees=degrees) < 0.05 and not low <= 0 <= high
     assert found <= 20
+
+
+def test_an_interval_of_shares_ends_at_none_and_all():
+    """Few right answers of three seeds had -2 % at the lower end."""
+    gains = np.zeros((3, 100))
+    gains[0, :30] = 1
+    outcomes = Outcomes(gains=gains, weights=np.ones(100))
+    rows = {("few", seed): seed for seed in range(3)}
+    shares = ItemTable(rows=rows, outcomes=outcomes, drawn=outcomes.draw(), is_share=True, most_items=100)
+    assert shares.interval("few")[0] == 0.0
+    losses = ItemTable(rows=rows, outcomes=outcomes, drawn=outcomes.draw(), is_share=False, most_items=100)
+    assert losses.interval("few")[0] < 0.0
 
 
 def test_items_alone_have_as_many_degrees_of_freedom_as_items():

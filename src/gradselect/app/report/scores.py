@@ -203,7 +203,9 @@ class ItemTable:
     def interval(self, method: str) -> Interval:
         drawn = self.drawn[:, self._places(method, self.seeds(method))]
         degrees = degrees_of_freedom(drawn, num_items=self.num_items)
-        return percentile_interval(draw_means(drawn), degrees=degrees)
+        low, high = percentile_interval(draw_means(drawn), degrees=degrees)
+        # Student's t knows no limits: with few seeds an interval of shares would reach beyond none and all.
+        return (max(0.0, low), min(1.0, high)) if self.is_share else (low, high)
 
     def compare(self, first: str, second: str) -> tuple[float, Interval, float]:
         """Difference, its interval and its p-value, over the seeds that both have."""
