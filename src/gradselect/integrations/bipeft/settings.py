@@ -83,6 +83,9 @@ def check_ranks(ranks: Sequence[int]) -> None:
 
     Raises:
         UsageError: there is none, one is below 1, or they do not ascend.
+
+    Example:
+        >>> check_ranks((1, 4, 8))
     """
     if not ranks or ranks[0] < 1 or any(low >= high for low, high in itertools.pairwise(ranks)):
         raise UsageError(f"ranks={list(ranks)} must be positive and ascend, e.g. 1,4,8")
