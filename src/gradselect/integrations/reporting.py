@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from statistics import fmean
 
-from gradselect import AbstractPolicy, BlockOptimizer, MaskRecord, StepRecord
+from gradselect import AbstractPolicy, AdaGradSelect, BlockOptimizer, MaskRecord, StepRecord
 from gradselect.blocks import LAYERS, taking_part
 from gradselect.usage import UsageError, listed
 
@@ -114,15 +114,15 @@ def say_what_never_trained(optimizer: BlockOptimizer) -> None:
         >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
         >>> say_what_never_trained(gs.BlockOptimizer(model, policy=gs.Uniform(count=1)))
     """
-    policy, settings = optimizer.policy, optimizer.policy.settings()
-    counts = {name: optimizer.update_counts[name] for name in policy.names}
+    policy, updates = optimizer.policy, optimizer.update_counts
+    counts = {name: updates[name] for name in policy.names}
     never = {name: policy.num_elements[name] for name, count in counts.items() if not count}
     if not never or not optimizer.num_steps:
         return
     advice = ""
-    if settings.get("coverage", 0) is None and any(counts.values()):  # it has that setting, and left it open
+    if isinstance(policy, AdaGradSelect) and policy.coverage is None and any(counts.values()):
         mean_selected = sum(counts.values()) / optimizer.num_steps
-        steps = settings["every"] * math.ceil(2 * len(counts) / mean_selected)  # twice the least
+        steps = policy.every * math.ceil(2 * len(counts) / mean_selected)  # twice the least
         if sum(1 for name in counts if _LAYER.fullmatch(name)) in range(1, FEW_LAYERS + 1):
             advice = (
                 '; with few layers matrices did better: write blocks=gs.partition(model, by="matrix"), in a recipe '
