@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gradselect import LIFT, SparseOptimizer, UsageError, sparsegrad, spt
 from gradselect.masks.lift import largest_entries, largest_tiles, low_rank
+from gradselect.usage import listed
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 
@@ -203,7 +204,8 @@ def test_experts_that_are_left_out_are_said(caplog: pytest.LogCaptureFixture) ->
     inside = sum(each.numel() for name, each in model.named_parameters() if ".layers." in name)
     said = (
         f"takes matrices only: {len(experts)} tensors of three dimensions or more, such as experts, with "
-        f"{sum(experts.values()):,} of the {inside:,} weights inside the layers, stay as they are"
+        f"{sum(experts.values()):,} of the {inside:,} weights inside the layers, stay as they are "
+        f"({listed(list(experts), most=3)})"
     )
     with caplog.at_level(logging.WARNING):
         SparseOptimizer(model, LIFT(rank=1)).close()

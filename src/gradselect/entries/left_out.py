@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from gradselect.usage import listed
+
 logger = logging.getLogger(__name__)
 
 MOST_NAMES = 3
@@ -32,8 +34,8 @@ def say_left_out(named: Iterable[tuple[str, Tensor]], *, method: str) -> None:
         return
     logger.warning(
         "%s takes matrices only: %d tensors of three dimensions or more, such as experts, with %s of the %s weights "
-        "inside the layers, stay as they are (%s%s); StaticMask and BlockOptimizer train them too",
+        "inside the layers, stay as they are (%s); StaticMask and BlockOptimizer train them too",
         *(method, len(left), f"{sum(inside[name].numel() for name in left):,}"),
         f"{sum(each.numel() for each in inside.values()):,}",
-        *(", ".join(left[:MOST_NAMES]), ", ..." if len(left) > MOST_NAMES else ""),
+        listed(left, most=MOST_NAMES),
     )
