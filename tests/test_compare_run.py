@@ -15,6 +15,7 @@ from train_fixtures import weights
 from gradselect import UsageError
 from gradselect.app.cli import main
 from gradselect.app.compare import subprocesses as _process
+from gradselect.app.compare.protocol import place_fingerprint
 from gradselect.app.compare.subprocesses import failure_in
 from gradselect.app.compare.suite import parse_suite
 from gradselect.app.results import read_result
@@ -198,6 +199,16 @@ def test_the_protocol_is_of_contents_and_not_of_places(place: Path, copy: Path, 
         file.write('{"question": "1+1?", "answer": "is 2"}\n')
     with pytest.raises(UsageError, match=r"recipe\.data\.fingerprint"):
         runner(make_suite(elsewhere), copy)
+
+
+def test_a_tokenizer_saved_offline_makes_no_other_protocol(tmp_path: Path) -> None:
+    settings = tmp_path / "tokenizer_config.json"
+    fingerprints = []
+    for text in ('{"local_files_only": false}', '{"local_files_only": true}', '{"add_bos_token": true}'):
+        settings.write_text(text)
+        fingerprints.append(place_fingerprint(tmp_path, kind="model"))
+    online, offline, other = fingerprints
+    assert online == offline != other
 
 
 def test_a_run_that_fails_is_reported_and_the_rest_goes_on(place: Path, tmp_path: Path, runner: Runner) -> None:

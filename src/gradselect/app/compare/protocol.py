@@ -42,6 +42,9 @@ ADDED = {"rows_key", "tools", "roles", "ignore"}
 MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.model", "vocab*", "merges.txt", "*.jinja")
 """Files that decide what a model computes."""
 
+OFFLINE, ONLINE = b'"local_files_only": true', b'"local_files_only": false'
+"""What transformers writes into tokenizer_config.json when it saves with and without HF_HUB_OFFLINE."""
+
 
 def protocol_settings(suite: Suite) -> dict[str, Any]:
     """Return plain values of everything that the suite's methods share, with fingerprints in place of paths.
@@ -96,9 +99,16 @@ def place_fingerprint(
         return sha256(path)
     if path.is_dir():
         files = sorted({file for pattern in MODEL_FILES for file in path.glob(pattern)})
-        lines = "".join(f"{file.name} {sha256(file)}\n" for file in files)
+        lines = "".join(f"{file.name} {_model_file_digest(file)}\n" for file in files)
         return hashlib.sha256(lines.encode()).hexdigest()
     return f"{place}@{_hub_commit(str(place), kind=kind, revision=revision)}"
+
+
+def _model_file_digest(file: Path) -> str:
+    """SHA-256 of a file of a model. A tokenizer is the same, whether it was saved offline or not."""
+    if file.name != "tokenizer_config.json":
+        return sha256(file)
+    return hashlib.sha256(file.read_bytes().replace(OFFLINE, ONLINE)).hexdigest()
 
 
 def local_folder(place: str, *, revision: str | None) -> Path:
