@@ -99,8 +99,10 @@ SETTINGS = [
         {"num_blocks": 3},
         r"num_blocks=3 does not divide the 16 inputs of .*write num_blocks=2",
     ),
-    ("ether", {"num_blocks": 64}, r"num_blocks=64 does not divide the 16 inputs.*write num_blocks=16"),
-    ("etherplus", {"num_blocks": 32, "target_modules": ["down_proj"]}, "does not divide the 16 outputs.*=16"),
+    ("ether", {"num_blocks": 64}, r"num_blocks=64 does not divide the 16 inputs.*write num_blocks=8"),
+    ("ether", {"num_blocks": 16}, r"num_blocks=16 leaves one number a block.* the 16 inputs of .*write num_blocks=8"),
+    ("etherplus", {"num_blocks": 16}, r"leaves one number a block, which cannot train, of the 16 .*num_blocks=8"),
+    ("etherplus", {"num_blocks": 32, "target_modules": ["down_proj"]}, "one number a block.*the 32 inputs.*=8"),
     ("etherplus", {"num_blocks": 0}, "num_blocks=0 is not a whole number from 1 on"),
     ("propulsion", {"degree": 0}, "degree=0 is not a whole number from 1 on"),
     ("propulsion", {"degree": 1.5}, "degree=1.5 is not a whole number"),
@@ -114,6 +116,13 @@ def test_a_setting_that_does_not_fit_is_refused(name: str, settings: dict[str, A
     with pytest.raises(UsageError, match=message):
         wrapped(model, ADAPTERS[name].make(**settings))
     assert_as_before(model, before)
+
+
+def test_a_layer_of_a_single_output_takes_one_block_and_no_more() -> None:
+    model = nn.Sequential(nn.Linear(6, 1))
+    with pytest.raises(UsageError, match=r"num_blocks=2 does not divide the 1 outputs of '0'; write num_blocks=1"):
+        peft.get_peft_model(model, adapters.EtherPlusConfig(target_modules=["0"], num_blocks=2))
+    peft.get_peft_model(model, adapters.EtherPlusConfig(target_modules=["0"], num_blocks=1))
 
 
 def test_attention_of_torch_which_never_calls_its_output_layer_is_refused() -> None:

@@ -30,7 +30,7 @@ class EtherPlusConfig(AdapterConfig):
     reshapes W there so that each block of rows gets one H_i for all its columns.
 
     Args:
-        num_blocks: blocks of H and of G; divides inputs and outputs of every layer.
+        num_blocks: blocks of H and of G; divides inputs and outputs of every layer into blocks of two or more.
 
     Example:
         >>> import torch

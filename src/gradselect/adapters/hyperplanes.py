@@ -24,7 +24,9 @@ def new_normals(size: int, num_blocks: int) -> Parameter:
 
 
 def check_blocks(num_blocks: int, path: str, **sizes: int) -> None:
-    """Check that blocks divide each size of a layer.
+    """Check that blocks divide each size of a layer, and hold at least two numbers each.
+
+    A unit normal of a single number is 1 or -1 and has no gradient. A layer of a single input or output is let through.
 
     Args:
         num_blocks: blocks.
@@ -35,12 +37,18 @@ def check_blocks(num_blocks: int, path: str, **sizes: int) -> None:
         UsageError: they do not; names the nearest number that does.
     """
     for what, size in sizes.items():
-        if size % num_blocks:
+        if not _fits(num_blocks, size):
+            fault = "leaves one number a block, which cannot train, of" if size == num_blocks else "does not divide"
             common = math.gcd(*sizes.values())
-            fits = max(number for number in range(1, min(num_blocks, common) + 1) if common % number == 0)
+            fitting = (number for number in range(1, common + 1) if all(_fits(number, each) for each in sizes.values()))
+            nearest = max(number for number in fitting if number <= num_blocks)
             raise UsageError(
-                f"num_blocks={num_blocks} does not divide the {size} {what} of {path!r}; write num_blocks={fits}"
+                f"num_blocks={num_blocks} {fault} the {size} {what} of {path!r}; write num_blocks={nearest}"
             )
+
+
+def _fits(num_blocks: int, size: int) -> bool:
+    return size % num_blocks == 0 and (size == 1 or size > num_blocks)
 
 
 def along(x: Tensor, units: Tensor) -> Tensor:
