@@ -26,7 +26,7 @@ def test_the_share_interval_is_wilsons(counts: tuple[int, int]) -> None:
 def test_for_items_of_one_length_the_loss_interval_is_that_of_a_mean() -> None:
     losses = numpy.random.default_rng(0).gamma(2.0, size=50)
     low, high = mean_loss_interval((10 * losses).tolist(), [10] * 50) or (0.0, 0.0)
-    error = 1.959963984540054 * losses.std(ddof=1) / 50**0.5
+    error = 2.009575237129235 * losses.std(ddof=1) / 50**0.5  # quantile of Student's t with 49 degrees of freedom
     assert (low, high) == pytest.approx((losses.mean() - error, losses.mean() + error))
 
 
@@ -41,6 +41,13 @@ def test_the_loss_interval_holds_the_true_value_as_often_as_it_says() -> None:
         sizes = numpy.arange(5, 100)
         held += low < 2 * (sizes * (1 + sizes / 100)).mean() / sizes.mean() < high
     assert 0.92 < held / trials < 0.97
+
+
+def test_the_loss_interval_of_five_items_holds_the_true_value_as_often_as_it_says() -> None:
+    """The quantile of a normal distribution would hold it 88 times of 100."""
+    draws = numpy.random.default_rng(0).normal(2.0, 0.5, size=(2000, 5))
+    intervals = [mean_loss_interval((10 * losses).tolist(), [10] * 5) or (0.0, 0.0) for losses in draws]
+    assert 0.935 < numpy.mean([low < 2.0 < high for low, high in intervals]) < 0.965
 
 
 def test_tokens_weigh_alike_whatever_item_they_are_in() -> None:

@@ -30,7 +30,7 @@ class EtherConfig(AdapterConfig):
     block of rows gets one H_i for all its columns.
 
     Args:
-        num_blocks: n; divides the inputs of every layer into blocks of two or more. One reflection of all inputs by default.
+        num_blocks: n; divides the inputs of every layer into blocks of two or more. 1: one reflection of all inputs.
 
     Example:
         >>> import torch

@@ -35,6 +35,7 @@ def mean_loss_interval(losses: Sequence[float], num_tokens: Sequence[int]) -> In
     """95 % interval of `mean_loss` when items, not tokens, are independent; None for a single item.
 
     A ratio R = sum L_i / sum t_i of item totals has the linearised variance n/(n-1) sum (L_i - R t_i)² / (sum t_i)².
+    Student's t with n - 1 degrees of freedom is right for items of one length and close for others.
 
     Reference: W. G. Cochran, "Sampling Techniques", 3rd edition (1977), equation 6.13.
     """
@@ -44,7 +45,7 @@ def mean_loss_interval(losses: Sequence[float], num_tokens: Sequence[int]) -> In
     ratio = mean_loss(losses, num_tokens)
     squares = math.fsum((loss - ratio * tokens) ** 2 for loss, tokens in zip(losses, num_tokens, strict=True))
     error = math.sqrt(n / (n - 1) * squares) / sum(num_tokens)
-    width = float(stats.norm.ppf(HIGHEST)) * error
+    width = float(stats.t.ppf(HIGHEST, df=n - 1)) * error
     return ratio - width, ratio + width
 
 
