@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import ModelCard, constants
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_report_run import evaluation
 from train_fixtures import ADAGRADSELECT, parse, quiet, write_model, write_sums
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from gradselect.app.cli import main
+from gradselect.app.export.card import _use
+from gradselect.app.models import merge_command
 from gradselect.app.results import RunRecord
 from gradselect.app.runtime.hub import _unreachable
 from gradselect.app.train import train
@@ -122,16 +128,48 @@ def test_the_card_says_method_base_data_and_results_but_no_path_of_this_machine(
     assert "/tmp" not in shown
 
 
-def test_ids_on_the_hub_are_named_in_the_metadata(root, tmp_path, capsys):
-    folder = shutil.copytree(root / "run", tmp_path / "run")
+def card_of(root, tmp_path, capsys, *, model, is_local, data):
+    """Return the card of a run whose base and training data had these paths, as their records tell them."""
+    folder = shutil.copytree(root / "run", tmp_path / "run", dirs_exist_ok=True)
     values = json.loads((folder / "run.json").read_text())
-    values["recipe"]["model"]["path"] = "some/base"
-    values["recipe"]["data"]["path"] = "some/data"
+    values["recipe"]["model"]["path"], values["model"]["is_local"] = model, is_local
+    values["recipe"]["data"]["path"], values["data"]["train"]["path"] = data.partition(" [")[0], data
     (folder / "run.json").write_text(json.dumps(sealed(values)))
     assert export(folder, "--hub", "you/sums", "--dry-run") == 0
-    card = ModelCard(capsys.readouterr().out)
-    assert (card.data.base_model, card.data.datasets) == ("some/base", "some/data")
+    return ModelCard(capsys.readouterr().out)
+
+
+def test_ids_on_the_hub_are_linked_and_named_in_the_metadata(root, tmp_path, capsys):
+    card = card_of(root, tmp_path, capsys, model="some/base-0.5B", is_local=False, data="some/data-1.5 [train]")
+    assert (card.data.base_model, card.data.datasets) == ("some/base-0.5B", "some/data-1.5")
     assert card.data.to_dict()["base_model_relation"] == "finetune"
+    assert "Fine-tuned from [some/base-0.5B](https://huggingface.co/some/base-0.5B) with" in card.text
+    assert "| train data | [some/data-1.5](https://huggingface.co/datasets/some/data-1.5) [train], " in card.text
+
+
+def test_a_folder_that_looks_like_an_id_is_none(root, tmp_path, capsys):
+    card = card_of(root, tmp_path, capsys, model="runs/base", is_local=True, data="data/sums")
+    assert (card.data.base_model, card.data.datasets) == (None, None)
+    assert "Fine-tuned from `base` with" in card.text
+    assert "| train data | `sums`, " in card.text
+    run = json.loads((root / "run" / "run.json").read_text())
+    assert run["model"]["is_local"] is True
+
+
+def test_what_loads_and_merges_the_adapter_of_a_classifier_keeps_its_outputs(root, tmp_path, monkeypatch):
+    model = AutoModelForSequenceClassification.from_pretrained(root / "model", num_labels=3)
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules="all-linear", modules_to_save=["score"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    run = SimpleNamespace(is_adapter=True, folder=tmp_path / "adapter", record=SimpleNamespace(recipe={"data": {}}))
+    names: dict[str, Any] = {}
+    exec("\n".join(line for line in _use(run, str(tmp_path / "adapter")) if "```" not in line), names)
+    assert torch.equal(names["model"].score.modules_to_save.default.weight, model.score.modules_to_save.default.weight)
+    monkeypatch.chdir(tmp_path)
+    for base in (None, str(root / "model")):
+        _, _, code = shlex.split(merge_command(tmp_path / "adapter", base=base))
+        exec(code, {})
+        merged = AutoModelForSequenceClassification.from_pretrained("MERGED")
+        assert torch.equal(merged.score.weight, model.score.modules_to_save.default.weight)
 
 
 def test_the_card_names_held_out_rows_without_their_folder(root, tmp_path, capsys):

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from answer_support import preference_recipe, prompt_recipe, write_place
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from train_fixtures import ADAGRADSELECT, assert_same_weights, quiet, train_until
 
 from gradselect import UsageError
@@ -16,8 +18,8 @@ from gradselect.app.inputs import read_inputs
 from gradselect.app.recipe import Recipe
 from gradselect.app.recipe_planning import plan_recipe
 from gradselect.app.runtime import RunFolder
-from gradselect.app.train import build_trainer, train
-from gradselect.app.train.preference_trainers import DpoTrainer, KtoTrainer
+from gradselect.app.train import build_trainer, num_steps_of, train
+from gradselect.app.train.preference_trainers import DpoTrainer, KtoTrainer, switch_off_dropout
 from gradselect.app.train.rewards import load_function, make_rewards
 from gradselect.app.train.sampling_trainers import GrpoTrainer, PromptSampler, RlooTrainer
 
@@ -172,6 +174,26 @@ def test_no_second_adapter_stays_on_the_model(kind: str, place: Path, tmp_path: 
     assert isinstance(trainer, WITH_REFERENCE[kind])
     assert list(trainer.model.peft_config) == ["default"]
     assert not any(".ref." in name for name, _ in trainer.model.named_parameters())
+
+
+def test_only_the_dropout_of_adapters_stays_where_answers_are_compared(place: Path, tmp_path: Path) -> None:
+    for kind in ("dpo", "kto", "orpo"):
+        _, trainer, _ = build(recipe_of(kind, place, tmp_path, method={**LORA, "dropout": 0.5}), tmp_path)
+        assert {part.p for part in trainer.model.modules() if isinstance(part, nn.Dropout)} == {0.5}
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
+    model = get_peft_model(model, LoraConfig(target_modules=["0"], lora_dropout=0.5))
+    switch_off_dropout(model)
+    assert [part.p for part in model.modules() if isinstance(part, nn.Dropout)] == [0.5, 0.0]
+
+
+def test_a_mask_of_a_run_with_rewards_spends_its_budget_in_the_steps_that_fill(place: Path, tmp_path: Path) -> None:
+    """Eight prompts, three of them a step: two steps, and two prompts rest."""
+    run = {"steps": None, "epochs": 1, "batch_size": 12}
+    recipe = recipe_of("grpo", place, tmp_path, method={"name": "id3", "budget": 90}, run=run, data={"limit": 8})
+    _, trainer, _ = build(recipe, tmp_path)
+    trainer.train()
+    assert trainer.state.global_step == num_steps_of(trainer, recipe) == 2
+    assert sum(trainer.optimizer.optimizer.last_record.num_entries.values()) == 90
 
 
 def test_an_adapter_that_changes_the_model_at_once_is_refused(place: Path, tmp_path: Path) -> None:

@@ -7,13 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradselect.app.models import register_own_adapters
+from gradselect.app.data import ending_of
+from gradselect.app.models import loading_of, register_own_adapters
 from gradselect.app.results import FinishedRun
 
 from .exported import ExportedModel
 
 PRIVATE = ("output", "report_to", "device", "log_every", "keep_checkpoints")
 """Settings of a run that say nothing about the model."""
+
+OTHER_ENDINGS = {".gguf", ".json", ".py", ".txt"}
+"""Endings of files, besides those of data, that no id on the hub is taken to have."""
 
 
 def model_card(model: ExportedModel, *, name: str, evaluations: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -27,7 +31,7 @@ def model_card(model: ExportedModel, *, name: str, evaluations: Sequence[Mapping
     from huggingface_hub import ModelCard, ModelCardData
 
     record = model.record
-    base = _hub_id(record.recipe["model"]["path"])
+    base = _base(record)
     relation: dict[str, Any] = (
         {} if base is None else {"base_model_relation": "adapter" if model.is_adapter else "finetune"}
     )
@@ -38,7 +42,7 @@ def model_card(model: ExportedModel, *, name: str, evaluations: Sequence[Mapping
         library_name="peft" if model.is_adapter else "transformers",
         pipeline_tag=_task(record),
         tags=["gradselect", record.recipe["method"]["name"]],
-        datasets=_hub_id(record.recipe["data"].get("path", "")),
+        datasets=_dataset(record),
         eval_results=[found for values in evaluations if (found := _result(values, record)) is not None] or None,
     )
     body = "\n".join(_body(model, name=name, evaluations=evaluations))
@@ -50,7 +54,7 @@ def _body(model: ExportedModel, *, name: str, evaluations: Sequence[Mapping[str,
     method = recipe["method"]
     yield f"# {name.rpartition('/')[2]}\n"
     kind = "Adapter of" if model.is_adapter else "Fine-tuned from"
-    base = _link(recipe["model"]["path"])
+    base = _link(recipe["model"]["path"], hub_id=_base(record))
     trainer = f"trainer `{recipe['trainer']['name']}`, " if recipe.get("trainer") else ""
     yield f"{kind} {base} with gradselect, {trainer}method `{method['name']}`, {record.steps:,} steps.\n"
     if results := [*_results(record, evaluations)]:
@@ -91,11 +95,12 @@ def _results(record: FinishedRun, evaluations: Sequence[Mapping[str, Any]]) -> I
 
 
 def _training(record: FinishedRun) -> Iterator[tuple[str, object]]:
-    yield "base model", _link(record.recipe["model"]["path"])
+    yield "base model", _link(record.recipe["model"]["path"], hub_id=_base(record))
     if record.model.parameters:
         yield "parameters", f"{record.model.parameters:,}"
     for part, source in record.data.items():
-        yield f"{part} data", f"{_rows_origin(str(source.get('path')))}, {source.get('rows_used', 0):,} rows"
+        origin = _rows_origin(str(source.get("path")), dataset=_dataset(record))
+        yield f"{part} data", f"{origin}, {source.get('rows_used', 0):,} rows"
     yield "skipped steps", record.skipped_steps
     yield "training time", f"{record.training_seconds:,.0f} s on {record.machine.device or 'an unknown device'}"
     yield "versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())
@@ -106,8 +111,9 @@ def _use(model: ExportedModel, name: str) -> Iterator[str]:
     if model.is_adapter:
         if register_own_adapters(model.folder):
             yield "import gradselect.adapters  # this adapter is not one of PEFT's own\n"
-        yield "from peft import AutoPeftModelForCausalLM\n"
-        yield f"model = AutoPeftModelForCausalLM.from_pretrained({name!r})"
+        kind, more = loading_of(model.folder)
+        yield f"from peft import AutoPeftModelFor{kind}\n"
+        yield f"model = AutoPeftModelFor{kind}.from_pretrained({name!r}{more})"
     else:
         kind = "SequenceClassification" if _task(model.record) == "text-classification" else "CausalLM"
         yield f"from transformers import AutoModelFor{kind}, AutoTokenizer\n"
@@ -139,26 +145,43 @@ def _task(record: FinishedRun) -> str:
     return "text-classification" if record.recipe["data"].get("format") == "classification" else "text-generation"
 
 
+def _base(record: FinishedRun) -> str | None:
+    """Return the base model's id on the hub; None for a folder."""
+    return None if record.model.is_local else _hub_id(record.recipe["model"]["path"])
+
+
+def _dataset(record: FinishedRun) -> str | None:
+    """Return the id of the training data on the hub, whose record names the split; None for files."""
+    path = record.recipe["data"].get("path", "")
+    return _hub_id(path) if str(record.data.get("train", {}).get("path")).startswith(f"{path} [") else None
+
+
 def _hub_id(path: str) -> str | None:
-    """Return the path if it is an id on the hub; None for a place on this machine."""
+    """Return the path if it may be an id on the hub, such as Qwen/Qwen2.5-0.5B; None for a place on this machine."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(path)
     except HFValidationError:
         return None
-    return None if Path(path).exists() or Path(path).suffix else path
+    is_file = ending_of(path) is not None or Path(path).suffix in OTHER_ENDINGS
+    return None if is_file or Path(path).exists() else path
 
 
-def _link(path: str) -> str:
+def _link(path: str, *, hub_id: str | None, kind: str = "") -> str:
     """Return a link to an id on the hub, or the last part of a path of this machine."""
-    return f"`{_shown(path)}`"
+    return f"`{Path(path).name}`" if hub_id is None else f"[{hub_id}](https://huggingface.co/{kind}{hub_id})"
 
 
-def _rows_origin(path: str) -> str:
-    """Return the origin of rows without folders of this machine, and how many rows of it were held out."""
+def _rows_origin(path: str, *, dataset: str | None) -> str:
+    """Return the origin of rows without folders of this machine, its split, and how many rows of it were held out."""
     name, _, about = path.rpartition(" (")
-    return f"{_link(name)} ({about}" if about.endswith(" rows held out)") else _link(path)
+    if not about.endswith(" rows held out)"):
+        name, about = path, ""
+    name, bracket, split = name.partition(" [")
+    hub_id = dataset if name == dataset else None
+    origin = _link(name, hub_id=hub_id, kind="datasets/") + bracket + split
+    return f"{origin} ({about}" if about else origin
 
 
 def _shown(value: object) -> object:

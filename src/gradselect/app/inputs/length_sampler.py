@@ -62,6 +62,8 @@ class LengthSampler(Sampler[int]):
         if batches:
             first = max(range(len(batches)), key=lambda place: self._lengths[batches[place][0]])
             batches[0], batches[first] = batches[first], batches[0]
+            if rest and self._lengths[rest[0]] > self._lengths[batches[0][0]]:
+                rest[0], batches[0][-1] = batches[0][-1], rest[0]
         for batch in (*batches, rest):
             yield from batch
 

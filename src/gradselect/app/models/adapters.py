@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def register_own_adapters(folder: str | Path) -> bool:
@@ -39,8 +41,29 @@ def base_of_shared_adapter(folder: str | Path) -> str | None:
     return _read(folder, "base_model_name_or_path") if tuner.uses_shared_state else None
 
 
+def loading_of(folder: str | Path) -> tuple[str, str]:
+    """Return the end of the name of the Auto class that loads an adapter's model, and what else it must be told.
+
+    A base without a classifier gets one of two outputs unless it is told how many the adapter's own, saved, has.
+    """
+    if _read(folder, "task_type") != "SEQ_CLS":
+        return "CausalLM", ""
+    from safetensors import safe_open
+
+    heads = tuple(f".{name}." for name in _values(folder).get("modules_to_save") or ())
+    with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
+        sizes = [file.get_slice(name).get_shape()[0] for name in file.keys() if any(head in name for head in heads)]  # noqa: SIM118
+    return "SequenceClassification", f", num_labels={min(sizes)}" if sizes else ""
+
+
 def _read(folder: str | Path, key: str) -> str | None:
+    value = _values(folder).get(key)
+    return None if value is None else str(value)
+
+
+def _values(folder: str | Path) -> dict[str, Any]:
     try:
-        return str(json.loads((Path(folder) / CONFIG).read_text("utf-8"))[key])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        values = json.loads((Path(folder) / CONFIG).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import register_own_adapters
+from .adapters import loading_of, register_own_adapters
 from .pretrained import class_for
 
 
@@ -60,12 +60,13 @@ def num_trainable(config: Any, kind: Any, **options: Any) -> tuple[int, int] | N
 def merge_command(adapter: str | Path, *, base: str | None = None) -> str:
     """Return the command that merges an adapter into `base`, by default the model that it was trained on."""
     code = "import gradselect.adapters; " if register_own_adapters(adapter) else ""
+    kind, more = loading_of(adapter)
     if base is None:
-        code += "from peft import AutoPeftModelForCausalLM as Auto; "
-        code += f"Auto.from_pretrained({str(adapter)!r}, dtype='auto')"
+        code += f"from peft import AutoPeftModelFor{kind} as Auto; "
+        code += f"Auto.from_pretrained({str(adapter)!r}, dtype='auto'{more})"
     else:
-        code += "from peft import PeftModel; from transformers import AutoModelForCausalLM as Auto; "
-        code += f"PeftModel.from_pretrained(Auto.from_pretrained({base!r}, dtype='auto'), {str(adapter)!r})"
+        code += f"from peft import PeftModel; from transformers import AutoModelFor{kind} as Auto; "
+        code += f"PeftModel.from_pretrained(Auto.from_pretrained({base!r}, dtype='auto'{more}), {str(adapter)!r})"
     return "python -c " + shlex.quote(code + ".merge_and_unload().save_pretrained('MERGED')")
 
 

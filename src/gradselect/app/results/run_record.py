@@ -16,6 +16,7 @@ class ModelFacts(Record):
     class_name: str = Field(default="", alias="class")
     parameters: int | None = None
     fingerprint: str = ""
+    is_local: bool = False
 
 
 class MachineFacts(Record):

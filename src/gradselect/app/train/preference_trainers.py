@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -62,10 +63,28 @@ class OrpoTrainer(MetricsTrainer, ORPOTrainer):
         return int(inputs["chosen_attention_mask"].sum() + inputs["rejected_attention_mask"].sum())
 
 
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set the dropout of a model to 0, as TRL does where answers are compared. That of an adapter stays.
+
+    A recipe asks for it by name, and TRL would drop it without a word.
+    """
+    of_adapters = {
+        id(part)
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for name, part in layer.named_modules()
+        if not name.startswith("base_layer")
+    }
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and id(module) not in of_adapters:
+            module.p = 0.0
+
+
 def dpo_options(settings: DpoSettings, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return arguments and reference of `DpoTrainer`. The rows are cut already."""
     config = DPOConfig(
         **arguments,
+        disable_dropout=False,
         beta=settings.beta,
         loss_type=[settings.loss],
         label_smoothing=settings.label_smoothing,
@@ -79,6 +98,7 @@ def kto_options(settings: KtoSettings, arguments: dict[str, Any]) -> dict[str, A
     """Return arguments and reference of `KtoTrainer`. The rows are cut and in the order of the training already."""
     config = KTOConfig(
         **arguments,
+        disable_dropout=False,
         beta=settings.beta,
         loss_type=settings.loss,
         desirable_weight=settings.desirable_weight,
@@ -94,6 +114,7 @@ def orpo_options(settings: OrpoSettings, arguments: dict[str, Any], *, max_lengt
     """Return arguments of `OrpoTrainer`."""
     config = ORPOConfig(
         **arguments,
+        disable_dropout=False,
         beta=settings.beta,
         max_length=max_length,
         max_completion_length=max_length,

@@ -164,8 +164,11 @@ def _validation_options(data: FileData) -> list[str]:
     if not isinstance(name, str):
         return ["--data", "TEST.jsonl"]
     if is_local(name):
-        return ["--data", name, *(["--rows-key", data.rows_key] if data.rows_key else [])]
-    return ["--data", data.path, "--rows-key" if ending_of(data.path) == ".json" else "--split", name]
+        rows_key = ["--rows-key", data.rows_key] if data.rows_key else []
+        has_no_header = data.columns and ending_of(name) in (".csv", ".tsv")
+        return ["--data", name, *rows_key, *(["--columns", ",".join(data.columns or ())] if has_no_header else [])]
+    key = "--rows-key" if ending_of(data.path) == ".json" else "--split"
+    return ["--data", data.path, *(["--subset", data.subset] if data.subset else []), key, name]
 
 
 def _print(console: Console, *lines: str) -> None:

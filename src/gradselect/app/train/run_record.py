@@ -37,7 +37,7 @@ FREE_TO_CHANGE = {
     "recipe.model.gradient_checkpointing",
     # The content at these paths is compared, not the path.
     *("recipe.model.path", "recipe.model.revision", "recipe.model.trust_pickle"),
-    *("recipe.data.path", "data.train.path", "data.validation.path"),
+    *("recipe.data.path", "data.train.path", "data.validation.path", "model.is_local"),
 }
 """Keys that may change when a run is resumed."""
 
@@ -58,6 +58,7 @@ def describe_start(recipe: Recipe, inputs: Inputs, *, command: Sequence[str]) ->
             "class": type(model).__name__,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "fingerprint": fingerprint(model),
+            "is_local": Path(recipe.model.path).exists(),
         },
         "data": {name: source.describe() for name, source in inputs.examples.sources.items()},
         "versions": {"gradselect": __version__, "python": platform.python_version()}

@@ -22,6 +22,7 @@ from gradselect.app.models import check_causal
 from gradselect.app.progress import SILENT, Stage, Stages
 from gradselect.app.recipe import (
     AbstractMaskMethod,
+    AbstractSamplingTrainer,
     AbstractTrainer,
     ClassificationData,
     RandomData,
@@ -36,9 +37,10 @@ from gradselect.app.runtime import RunFolder, broadcast_from_rank_0, num_process
 from .classifier import batch_loss, classifier_options
 from .method_setup import mask_optimizer, method_parts
 from .packing_check import check_packing
+from .sampling_trainers import num_prompts_per_step
 from .trackers import trackers
 from .trainer import MetricsTrainer, RunTrainer, TokenTrainer
-from .trainer_kinds import build_other_trainer, calibration_loss, examples_per_row
+from .trainer_kinds import build_other_trainer, calibration_loss
 
 
 def build_trainer(
@@ -169,7 +171,11 @@ def _earlier(recipe: Recipe, checkpoint: Path | None) -> dict[str, Any] | None:
 def num_steps_of(trainer: RunTrainer, recipe: Recipe) -> int:
     """Return the number of optimizer steps of the run."""
     run, rows = recipe.run, len(_as_dataset(trainer.train_dataset))
-    per_epoch = -(-rows * examples_per_row(recipe) // (run.batch_size * num_processes() * run.accumulation))
+    if isinstance(recipe.trainer, AbstractSamplingTrainer):  # prompts that do not fill a step rest
+        per_step = num_prompts_per_step(recipe.trainer, batch_size=run.batch_size, accumulation=run.accumulation)
+        per_epoch = rows // per_step
+    else:
+        per_epoch = -(-rows // (run.batch_size * num_processes() * run.accumulation))
     return run.steps or math.ceil((run.epochs or 1) * per_epoch)
 
 

@@ -34,6 +34,7 @@ from .preference_trainers import (
     kto_rows,
     orpo_options,
     orpo_rows,
+    switch_off_dropout,
 )
 from .reference_model import check_neutral, reference_notes
 from .rewards import make_rewards
@@ -67,6 +68,8 @@ def build_other_trainer(
     _check_method(recipe)
     if settings.uses_reference and isinstance(shared["model"], PeftModel):
         check_neutral(shared["model"], inputs.examples.train[0]["input_ids"])
+    if not isinstance(settings, AbstractSamplingTrainer):
+        switch_off_dropout(shared["model"])
     rows = shared["train_dataset"]
     kind, options, convert = _kind(recipe, inputs, arguments, rows)
     notes = (*trainer_notes(recipe, rows), *reference_notes(recipe, shared["model"]))
@@ -168,11 +171,6 @@ def trainer_notes(recipe: Recipe, rows: Dataset) -> list[str]:
     if left := len(rows) % number:
         notes.append(f"in each epoch {left:,} of {len(rows):,} prompts, always others, do not fill a step: they rest")
     return notes
-
-
-def examples_per_row(recipe: Recipe) -> int:
-    """Return the number of examples of a forward pass that come from one row."""
-    return recipe.trainer.num_generations if isinstance(recipe.trainer, AbstractSamplingTrainer) else 1
 
 
 def calibration_loss(trainer: MetricsTrainer) -> Callable[[nn.Module, Any], Tensor]:
