@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import TypeAdapter, ValidationError
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from train_fixtures import CHAT_TEMPLATE, MARKED_CHAT_TEMPLATE, byte_tokenizer, parse, quiet, write_model
+from transformers import PreTrainedTokenizerFast
 from trl import chat_template_utils
 
 from gradselect import UsageError
@@ -23,6 +25,7 @@ from gradselect.app.inputs import end_of_turn_tokens
 from gradselect.app.inputs.chat_examples import chat_tokens
 from gradselect.app.inputs.examples import Examples, render_examples
 from gradselect.app.inputs.model import load_tokenizer
+from gradselect.app.inputs.rows import token_rows
 from gradselect.app.inputs.tokenization import tokenize_examples
 from gradselect.app.inputs.tokens import token_dataset
 from gradselect.app.recipe import Data, ModelSettings
@@ -424,6 +427,46 @@ def test_all_answers_without_marks_are_those_with_marks() -> None:
         examples = token_dataset(chat_tokens(conversations, byte_tokenizer(template), loss_on="answers"))
         found.append([(row["input_ids"], row["labels"]) for row in examples])
     assert found[0] == found[1]
+
+
+def words_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of words, which drops white space."""
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, "<end>": 1, "hello": 2, "two": 3}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", eos_token="<end>")
+    fast.chat_template = template
+    return fast
+
+
+@pytest.mark.parametrize("opening", ["", " "])
+def test_characters_without_a_token_move_no_end_of_an_answer(opening: str) -> None:
+    """Everything behind an answer was trained on if the line end behind its last token had none of its own."""
+    template = "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    talk = [ASK, {**ANSWER, "content": opening + "hello"}, ASK, {**ANSWER, "content": opening + "two"}]
+    (example,) = chat_tokens([Conversation(messages=talk)], words_tokenizer(template), loss_on="answers")
+    trained = [token for token, on in zip(example.ids, example.is_trained, strict=True) if on]
+    assert trained == [2, 1, 3, 1]
+
+
+def test_a_last_character_of_several_tokens_trains_whole(load: Load) -> None:
+    endless = MARKED_CHAT_TEMPLATE.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}")
+    examples = load({"messages": [ASK, {**ANSWER, "content": "ja 🦊"}]}, template=endless, loss_on="answers")
+    assert texts(examples)[1] == ["ja 🦊"]
+
+
+def test_an_answer_without_a_token_is_dropped_and_the_others_train() -> None:
+    """An answer that had no token ended the search for the others."""
+    template = MARKED_CHAT_TEMPLATE.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{{ eos_token }}")
+    tokenizer = words_tokenizer(template)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("-", "")
+    talk = [ASK, {**ANSWER, "content": "-"}, ASK, ANSWER]
+    examples = token_dataset(
+        chat_tokens([Conversation(messages=talk[:end]) for end in (2, 4)], tokenizer, loss_on="answers")
+    )
+    assert [[label for label in row["labels"] if label != -100] for row in examples] == [[], [2]]
+    rows = token_rows(examples, max_length=64, packing=False, goes_on=False)
+    assert (rows.counts.rows, rows.counts.examples_dropped) == (1, 1)
 
 
 def test_answers_that_cannot_be_found_are_refused(load: Load) -> None:

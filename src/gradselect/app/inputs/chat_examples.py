@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -148,13 +149,14 @@ def _in_row(row: int, do: Callable[[], Any]) -> Any:
 
 
 def _marked(encoded: Any, number: int, spans: Sequence[Span]) -> TokenExample:
-    """Return one text of a batch; tokens that lie in a span, if only in part, are trained."""
+    """Return one text of a batch; tokens that lie in a span, if only in part, are trained.
+
+    A character may have no token, such as a line end that the tokenizer drops, or several.
+    """
     ids = encoded["input_ids"][number]
+    starts, stops = ([offset[side] for offset in encoded[number].offsets] for side in (0, 1))
     is_trained = [False] * len(ids)
     for begin, end in spans:
-        first, last = encoded.char_to_token(number, begin), encoded.char_to_token(number, end - 1)
-        if first is None:
-            break
-        stop = last + 1 if last else len(ids)
-        is_trained[first:stop] = [True] * (stop - first)
+        first, last = bisect_right(stops, begin), bisect_left(starts, end)
+        is_trained[first:last] = [True] * (last - first)
     return TokenExample(ids=ids, is_trained=is_trained)
