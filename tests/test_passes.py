@@ -204,6 +204,71 @@ def test_checkpoints_change_nothing(choice, reentrant, caplog):
     assert "backward passes" not in caplog.text
 
 
+def trained_in_parts(choice, *, reentrant, is_shared):
+    """Two forward passes in each step, or one through a layer that is there twice; weights and records after it."""
+    model = tiny_llama(layers=2)
+    if is_shared:
+        model.model.layers[1] = model.model.layers[0]
+    checkpoint_all(model, reentrant=reentrant)
+    if isinstance(choice, gs.AbstractPolicy):
+        settings = {"update_in_backward": True} if isinstance(choice, gs.Fixed) else {}
+        optimizer = gs.BlockOptimizer(model, choice, rule=gs.SGDRule(momentum=0.0), lr=1e-2, **settings)
+    else:
+        optimizer = gs.SparseOptimizer(model, choice, rule=gs.SGDRule(momentum=0.0), lr=1e-2)
+    records = []
+    optimizer.add_record_hook(records.append)
+    for seed in range(3):
+        ids = tiny_batch(model, seed=seed)["input_ids"]
+        losses = [model(input_ids=rows, labels=rows).loss for rows in ((ids,) if is_shared else (ids, ids.flip(1)))]
+        sum(losses).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, records
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        gs.ID3(budget=60, steps=3),
+        gs.TopGradient(density=0.1, among=("*.layers.*",)),
+        gs.GradNormTopK(count=1, among=("layers",)),
+        gs.Fixed(("layer.0", "layer.1")),
+    ],
+    ids=lambda choice: type(choice).__name__,
+)
+def test_gradients_that_arrive_in_parts_are_added_up(choice, caplog):
+    """Each forward pass through a reentrant checkpoint brings a part: masks selected nothing, blocks by one part."""
+    model, records = trained_in_parts(choice, reentrant=False, is_shared=False)
+    found_model, found = trained_in_parts(choice, reentrant=True, is_shared=False)
+    for found_record, record in zip(found, records, strict=True):
+        if isinstance(record, gs.MaskRecord):
+            assert found_record.num_entries == record.num_entries
+        else:
+            assert found_record.selected == record.selected
+            assert found_record.norms == pytest.approx(record.norms)
+    for found_weight, weight in zip(found_model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found_weight, weight)
+    assert "selects" not in caplog.text
+
+
+def test_a_layer_that_is_used_twice_is_selected_by_its_whole_gradient_from_the_second_step_on(caplog):
+    """Nothing tells the first step that a part is not all."""
+    _, found = trained_in_parts(gs.ID3(budget=60, steps=3), reentrant=True, is_shared=True)
+    assert [record.num_new for record in found] == [0, 40, 20]
+    assert "arrived in several parts within one backward pass" in caplog.text
+    assert "accumulation_steps" not in caplog.text
+    with pytest.raises(gs.UsageError, match=r"a part of the gradient of .* write use_reentrant=False"):
+        trained_in_parts(gs.Fixed(("layer.0",)), reentrant=True, is_shared=True)
+
+
+def test_blocks_of_layers_that_are_used_twice_are_measured_by_their_whole_gradient(caplog):
+    policy = gs.GradNormTopK(count=1, among=("layers",))
+    (_, found), (_, records) = [
+        trained_in_parts(policy, reentrant=reentrant, is_shared=True) for reentrant in (True, False)
+    ]
+    assert [record.norms for record in found] == [pytest.approx(record.norms) for record in records]
+
+
 def test_a_model_inside_a_reentrant_checkpoint():
     """A cache of gradients by torch's own means: each part of the batch is a checkpoint, and a pass."""
     model = tiny_llama(layers=2)

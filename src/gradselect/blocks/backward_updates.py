@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch.nn import Parameter
 
-from gradselect.core import AbstractGradientHooks, BlockStates, Group, Ownership, ParameterTable, WeightUpdates
+from gradselect.core import (
+    AbstractGradientHooks,
+    BackwardPasses,
+    BlockStates,
+    Group,
+    Ownership,
+    ParameterTable,
+    WeightUpdates,
+)
 from gradselect.usage import UsageError
 
 from .borders import BorderRules
@@ -25,7 +33,8 @@ class BackwardUpdates(AbstractGradientHooks):
     a use from the graph. The numbers equal those of an update after the pass.
 
     Hooks are registered once, while everything is trainable, and after the observer's, which measures each gradient
-    before it is freed.
+    before it is freed. Within reentrant checkpoints a gradient may arrive in parts: its weight moves when the pass
+    ends, see `BackwardPasses`.
 
     Args:
         states: of all blocks.
@@ -33,6 +42,7 @@ class BackwardUpdates(AbstractGradientHooks):
         table: finds parameters and their groups.
         ownership: of the optimizer.
         borders: of the optimizer.
+        passes: of the optimizer.
         is_active: if False, nothing moves in the backward pass.
 
     Reference:
@@ -48,9 +58,10 @@ class BackwardUpdates(AbstractGradientHooks):
         ownership: Ownership,
         borders: BorderRules,
         *,
+        passes: BackwardPasses,
         is_active: bool = True,
     ) -> None:
-        super().__init__(ownership, accumulation_steps=1)
+        super().__init__(ownership, accumulation_steps=1, passes=passes)
         self.is_active = is_active
         self._states = states
         self._updates = updates
@@ -58,7 +69,8 @@ class BackwardUpdates(AbstractGradientHooks):
         self._borders = borders
         self._names: tuple[str, ...] = ()
         self._groups: dict[Parameter, tuple[str, Group]] = {}
-        self._moved: set[Parameter] = set()
+        self._moved: dict[Parameter, int] = {}  # with the number of the pass
+        self._kept: dict[Parameter, None] = {}
         self._register(table.named() if is_active else ())
 
     def expect(self, names: Sequence[str]) -> None:
@@ -74,6 +86,7 @@ class BackwardUpdates(AbstractGradientHooks):
 
     def restart(self) -> None:
         self._moved.clear()
+        self._kept.clear()
 
     @property
     def has_moved(self) -> bool:
@@ -88,15 +101,35 @@ class BackwardUpdates(AbstractGradientHooks):
     def arrived(self, name: str, parameter: Parameter) -> None:
         if parameter not in self._groups:
             return
+        self.passes.announce()
+        if self._moved.get(parameter) == self.passes.number:
+            self.passes.arrived_again(parameter)
+            raise UsageError(
+                f"a part of the gradient of {name} arrived after update_in_backward=True had moved the weight by "
+                "another part, because reentrant checkpoints share the weight; write use_reentrant=False, or leave "
+                "update_in_backward out"
+            )
         if parameter in self._moved:
             raise UsageError(
                 "a second backward pass before optimizer.step(), but update_in_backward=True has moved the weights in "
                 "the first; call optimizer.step() after each, or leave update_in_backward out to accumulate gradients; "
                 "where a step was skipped call optimizer.zero_grad()"
             )
+        if self.passes.may_arrive_again(parameter):
+            self._kept[parameter] = None
+            self.passes.at_end(self._move_kept, after_wrappers=True)  # the observer measures before that
+        else:
+            self._move(parameter)
+
+    @torch.no_grad()
+    def _move_kept(self) -> None:
+        while self._kept:
+            self._move(self._kept.popitem()[0])
+
+    def _move(self, parameter: Parameter) -> None:
         if not self._moved:
             self._states.admit((*self._names, *self._borders.coasting(self._names)))
             self._updates.follow_weights(self._names)
-        self._moved.add(parameter)
+        self._moved[parameter] = self.passes.number
         self._updates.update([parameter], self._borders.group_of(*self._groups[parameter]))
         parameter.grad = None

@@ -46,6 +46,9 @@ class GradientObserver(AbstractGradientHooks):
     A pass beyond the expected ones adds to the gradients that are left; those of freed blocks are freed again. The
     blocks are then those of the passes that were read.
 
+    Within reentrant checkpoints a gradient may arrive in parts: its block is measured when the pass ends, see
+    `BackwardPasses`.
+
     A block never completes during the backward pass if one of its parameters gets no gradient (an expert without
     tokens, for example). It is measured when the pass ends.
 
@@ -177,15 +180,27 @@ class GradientObserver(AbstractGradientHooks):
             self.passes.at_end(self._end_pass)
         else:
             self.passes.at_end(self._end_shared_pass, after_wrappers=True)
+        is_again = parameter in self._parts and self._is_last_pass()
+        if is_again:
+            self.passes.arrived_again(parameter)
         if self._is_released(name) and self._sums is None:
             parameter.grad = None
-        elif self._is_last_pass() and self._sums is None:
+        elif is_again:
+            self._reopen(name, parameter)
+        elif self._is_last_pass() and self._sums is None and not self.passes.may_arrive_again(parameter):
             # Measure now: an update inside the backward pass frees the gradient next.
             self._parts[parameter] = norm_of(parameter, measure=self._measure)
             self._incomplete[name] -= 1
             if self._incomplete[name] == 0:
                 with self._phases(SELECTION):
                     self._complete(name, scale=self._scale())
+
+    def _reopen(self, name: str, parameter: Parameter) -> None:
+        """Measure the block when the pass ends: what was measured is a part of the gradient."""
+        del self._parts[parameter]
+        self._incomplete[name] += 1
+        self._norms.pop(name, None)
+        self._leaders.pop(name, None)
 
     @in_phase(SELECTION)
     def _end_pass(self) -> None:

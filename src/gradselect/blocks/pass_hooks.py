@@ -54,7 +54,13 @@ class PassHooks:
             passes=optimizer._passes,
         )
         self.updates = BackwardUpdates(
-            optimizer._states, optimizer._updates, table, ownership, optimizer._borders, is_active=update_in_backward
+            optimizer._states,
+            optimizer._updates,
+            table,
+            ownership,
+            optimizer._borders,
+            passes=optimizer._passes,
+            is_active=update_in_backward,
         )
         self._compiled = UnreachedBlocks(model)
         named = {*optimizer.policy.names, *optimizer._always}

@@ -100,6 +100,7 @@ class ModelWatch:
         if self._called is None or self._called is module:
             self._called = module
             self._passes.forget()
+            self._passes.count_forward()
             self.check_weights()
             self.refreeze()
 

@@ -29,12 +29,16 @@ class GradientReader(AbstractGradientHooks):
     * `lean`: each pass is read by itself and freed; entries are selected by the gradient of the first. A pass
       beyond the expected ones is read so too.
 
+    Within reentrant checkpoints a gradient may arrive in parts: it is read when the pass ends, see `BackwardPasses`.
+
     On several ranks a gradient is read when it is averaged. The local part of a DTensor's gradient (`fully_shard`,
     `replicate`) is read as above. DistributedDataParallel averages after the hooks, so `read_rest` reads the others.
 
     Attributes:
         late: names of parameters whose gradients are read in `read_rest`.
-        saw_all: False if a pass of this window came after the gradients by which entries are selected were read.
+        saw_all: False if a pass of this window, or another part of a gradient, came after the gradients were read by
+            which entries are selected.
+        is_in_parts: True if that was a part.
 
     Args:
         parameters: by name; all must require a gradient now, or torch refuses the hook.
@@ -72,8 +76,9 @@ class GradientReader(AbstractGradientHooks):
 
     def restart(self) -> None:
         self._end_window()
-        self.saw_all = True
-        self._taken: set[str] = set()
+        self.saw_all, self.is_in_parts = True, False
+        self._taken: dict[str, int] = {}  # with the number of the pass
+        self._kept: list[str] = []
         self._waiting: list[tuple[str, Tensor, bool]] = []
 
     def read_rest(self) -> None:
@@ -109,8 +114,21 @@ class GradientReader(AbstractGradientHooks):
         if name in self.late:
             return
         if self._lean or self._num_counted >= self.num_expected or self._is_last_pass():
-            self.passes.at_end(self._read_waiting, after_wrappers=self._is_wrapped)
-            self._take(name, parameter)
+            self.passes.at_end(self._read_kept, after_wrappers=self._is_wrapped)
+            if self._taken.get(name) == self.passes.number:
+                self.passes.arrived_again(parameter)
+                self.saw_all, self.is_in_parts = False, True
+            if self.passes.may_arrive_again(parameter):
+                self._kept.append(name)
+            else:
+                self._take(name, parameter)
+
+    def _read_kept(self) -> None:
+        for name in self._kept:
+            if self.parameters[name].grad is not None:
+                self._take(name, self.parameters[name])
+        self._kept = []
+        self._read_waiting()
 
     def _end_pass(self) -> None:
         self._num_counted += self._counts()
@@ -119,7 +137,7 @@ class GradientReader(AbstractGradientHooks):
         # Only once: an entry that is ranked twice could be selected twice.
         decisive = name not in self._taken
         self.saw_all = self.saw_all and (decisive or self._lean)
-        self._taken.add(name)
+        self._taken.setdefault(name, self.passes.number)
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         self._waiting.append((name, dense(local_part(gradient)).detach().reshape(-1), decisive))

@@ -93,7 +93,9 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         self._reach.look(self.mask, self._selector.planned(), {*self._reader.taken, *self._dense.with_gradients})
         if not (self._entries.has_gradients or self._dense.has_gradients) or self._is_skipped():
             return loss
-        self._change = self._selector.select_by_gradient(is_whole=self._reader.saw_all) or self._change  # 1
+        reader = self._reader
+        change = self._selector.select_by_gradient(is_whole=reader.saw_all, is_in_parts=reader.is_in_parts)
+        self._change = change or self._change  # 1
         masks = self._dense.select()
         grad_norm = self._clip()  # 2
         self._updates.follow_weights(self._dense.names)

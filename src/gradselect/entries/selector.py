@@ -132,28 +132,31 @@ class EntrySelector:
         )
 
     @in_phase(SELECTION)
-    def select_by_gradient(self, *, is_whole: bool) -> Change | None:
+    def select_by_gradient(self, *, is_whole: bool, is_in_parts: bool = False) -> Change | None:
         """Select entries by gradient, after the backward pass; None if the mask does not do so at this step.
 
         The set stays as it is if the gradient tells nothing: it is zero, or not that of the whole step.
 
         Args:
-            is_whole: False if a backward pass of the step has come after `see`.
+            is_whole: False if a backward pass of the step, or another part of a gradient, has come after `see`.
+            is_in_parts: True if that was a part.
         """
         if self._top is None:
             return None
         winners = self._top.result()
         self._entries.selected()
-        if reason := self._reason_to_wait(winners, is_whole=is_whole):
+        if reason := self._reason_to_wait(winners, is_whole=is_whole, is_in_parts=is_in_parts):
             if reason not in self._said:
                 self._said.add(reason)
                 logger.warning("a step selects no entries by gradient, and leaves that to a later one: %s", reason)
             return Change(self.num_selected, 0, self.num_selected)
         return self._join(winners) if self.only_adds else self._replace_by(winners)
 
-    def _reason_to_wait(self, winners: Selected, *, is_whole: bool) -> str | None:
+    def _reason_to_wait(self, winners: Selected, *, is_whole: bool, is_in_parts: bool) -> str | None:
         """Return why nothing can be selected by this gradient, on any rank; None: it can."""
         if any(self._shards.total(dict.fromkeys(self._names, int(not is_whole))).values()):
+            if is_in_parts:
+                return "gradients arrived in several parts within one backward pass"
             return (
                 "it has more backward passes than accumulation_steps announces. From the next step on as many are "
                 "expected as this one has; with accumulation_steps=<backward passes per step> that holds at once"
