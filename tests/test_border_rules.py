@@ -139,7 +139,7 @@ class PlainLoop:
         else:
             mean = BETAS[0] * mean
             weight -= self.direction(time, mean, square) * lr
-        self.state[name] = time, mean, square
+        self.state[name] = time, mean * (not self.borders.exit_step), square
 
     def direction(self, time: int, mean: Tensor, square: Tensor) -> Tensor:
         return mean / (1 - BETAS[0] ** time) / ((square / (1 - BETAS[1] ** time)).sqrt() + EPS)
@@ -190,6 +190,26 @@ def test_the_exit_step_is_that_of_misa() -> None:
     torch.testing.assert_close(first.detach(), expected, rtol=0, atol=1e-7)
     train(model, optimizer, range(4, 5))
     assert not optimizer.state.get(first)
+
+
+@pytest.mark.parametrize("rule", [gs.AdamWRule(), gs.SGDRule(momentum=0.9)], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("residency", [gs.Keep(), gs.Offload()], ids=["keep", "offload"])
+def test_the_exit_step_leaves_no_momentum_to_a_block_that_returns(
+    residency: gs.AbstractResidency, rule: gs.AbstractRule
+) -> None:
+    """It moved by all of its momentum, and at its return by a part of that once more."""
+    model, policy = small(), gs.Cyclic(every=1, order="ascending")
+    optimizer = build(model, policy, EXIT, residency=residency, rule=rule, weight_decay=0.0)
+    first, number = next(iter(model.parameters())), len(list(model.parameters()))
+    train(model, optimizer, range(2))
+    assert rule.momentum_name is not None
+    assert not optimizer.state[first][rule.momentum_name].any()
+    train(model, optimizer, range(2, number))
+    before = first.detach().clone()
+    (0.0 * loss_of(model, number)).backward()
+    optimizer.step()
+    assert optimizer.last_record.selected == ("layer.0",)
+    assert torch.equal(first, before)
 
 
 def test_a_checkpoint_without_an_exit_step_is_as_it_was() -> None:

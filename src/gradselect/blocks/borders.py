@@ -34,7 +34,7 @@ class Borders:
     **Exit step.** At the first step after its last update, a block that is not selected moves once, by all that its
     momentum would still add if v stayed as it is: coasting for ever, in one step. With AdamW
 
-        w <- w - lr (beta1 / (1 - beta1)) (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+        w <- w - lr (beta1 / (1 - beta1)) (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps),   m <- 0
 
     MISA takes it at the end of a period, before the state is cleared. Blocks that the last step of a training selects
     take none.
@@ -142,7 +142,7 @@ class Borders:
         Raises:
             UsageError: it cannot coast, or has no learning rate.
         """
-        if self.num_coasting and not rule.coasts:
+        if self.num_coasting and not (rule.coasts and (self.coasting or rule.momentum_name is not None)):
             name = "exit_step" if self.exit_step else "coasting"
             raise UsageError(
                 f"{name}={getattr(self, name)} needs a rule that can take a step by its momentum alone, and "

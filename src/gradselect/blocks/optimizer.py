@@ -129,7 +129,8 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
                 self._updates.update(parameters, self._borders.group_of(name, group))
         for name in coasting:
             for group, parameters in self._table.by_group(name):
-                self._updates.coast(parameters, self._borders.coasting_group_of(name, group))
+                exits = self._borders.settings.exit_step
+                self._updates.coast(parameters, self._borders.coasting_group_of(name, group), is_all=exits)
 
     @in_phase(SELECTION)
     def _commit(self, selected: tuple[str, ...], coasted: tuple[str, ...], norms: Mapping[str, float]) -> StepRecord:

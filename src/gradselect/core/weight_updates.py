@@ -68,11 +68,21 @@ class WeightUpdates:
         self.rule.update(weights, grads, states, group)
         self._write(moved, targets, weights)
 
-    def coast(self, parameters: Sequence[Parameter], group: Mapping[str, Any]) -> None:
-        """Let the rule move the parameters that have state by their momentum, as `update` does by gradients."""
+    def coast(self, parameters: Sequence[Parameter], group: Mapping[str, Any], *, is_all: bool = False) -> None:
+        """Let the rule move the parameters that have state by their momentum, as `update` does by gradients.
+
+        Args:
+            parameters: of the group.
+            group: hyper-parameters.
+            is_all: True if that is all that their momentum would still add: none is left.
+        """
         moved = [parameter for parameter in parameters if self._states.exists(parameter)]
         states, targets, weights = self._prepared(moved)
         self.rule.coast(weights, states, group)
+        if is_all:
+            assert self.rule.momentum_name is not None
+            for state in states:
+                state[self.rule.momentum_name].zero_()
         self._write(moved, targets, weights)
 
     def follow_weights(self, names: Collection[str]) -> None:
