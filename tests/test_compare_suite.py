@@ -92,6 +92,19 @@ def test_a_search_needs_held_out_examples(tmp_path: Path) -> None:
     assert parse_suite({**values, "methods": {"a": BLOCKS}}, source="s.yaml")
 
 
+@pytest.mark.parametrize("trainer", ["grpo", "rloo"])
+def test_rates_of_drawn_answers_are_not_chosen_by_loss(trainer: str, tmp_path: Path) -> None:
+    """Their loss on held-out prompts says nothing of how good the answers are."""
+    values = suite_values(tmp_path)
+    data = {"format": "prompts", "path": "p.jsonl", "prompt": "{question}", "answer": "{answer}", "validation": 0.2}
+    run = {"steps": 2, "batch_size": 8}
+    values["recipe"] |= {"data": data, "run": run, "trainer": {"name": trainer, "reward": "gsm8k"}}
+    values |= {"evaluations": {"solved": {"task": "gsm8k", "data": "p.jsonl"}}, "forgetting": None}
+    with pytest.raises(UsageError, match=rf"trainer\.name={trainer}: 'full' has several rates .* rates: \[0\.001\]"):
+        parse_suite(values, source="s.yaml")
+    assert parse_suite({**values, "methods": {"a": BLOCKS}}, source="s.yaml")
+
+
 def test_methods_are_chosen_by_name_slug_and_glob(tmp_path: Path) -> None:
     methods = {"full": FULL, "LoRA r=2": BLOCKS, "LoRA r=4": BLOCKS}
     suite = parse_suite(suite_values(tmp_path, methods=methods), source="s.yaml")

@@ -14,9 +14,11 @@ from torch import nn
 from train_fixtures import ADAGRADSELECT, assert_same_weights, quiet, train_until
 
 from gradselect import UsageError
+from gradselect.app.compare.result_record import curves
 from gradselect.app.inputs import read_inputs
 from gradselect.app.recipe import Recipe
 from gradselect.app.recipe_planning import plan_recipe
+from gradselect.app.report.read_run import read_training_run
 from gradselect.app.runtime import RunFolder
 from gradselect.app.train import build_trainer, num_steps_of, train
 from gradselect.app.train.preference_trainers import DpoTrainer, KtoTrainer, switch_off_dropout
@@ -123,7 +125,14 @@ def test_evaluations_do_not_change_the_training(kind: str, place: Path, tmp_path
         run = {"evaluate_every": every, "steps": 3}
         train(recipe_of(kind, place, tmp_path / name, run=run, data={"validation": 0.34}), console=quiet())
     assert_same_weights(tmp_path / "often", tmp_path / "never")
-    assert record(tmp_path / "often")["validation_loss"] == record(tmp_path / "never")["validation_loss"]
+    often, never = record(tmp_path / "often"), record(tmp_path / "never")
+    assert often["validation"]["loss"] == never["validation"]["loss"]
+    # The loss of drawn answers is no measure of the model, so nothing calls it the validation loss.
+    assert often["validation_loss"] == (None if kind == "grpo" else often["validation"]["loss"])
+    found = read_training_run(tmp_path / "often")
+    assert found.finished is not None
+    assert set(curves(found.finished)) == {"train"} | set(found.validation)
+    assert bool(found.validation) == (kind != "grpo")
 
 
 def test_the_order_of_prompts_is_that_of_seed_and_epoch() -> None:

@@ -10,6 +10,7 @@ from contextlib import closing
 import optuna
 import pytest
 import yaml
+from answer_support import prompt_recipe
 from train_fixtures import ADAGRADSELECT, parse, quiet, write_recipe, write_sums
 from tune_support import closing_connections, stored_study
 
@@ -250,6 +251,14 @@ def test_an_error_leaves_no_connection_open(recipe, tmp_path, monkeypatch, where
 def test_without_validation_examples_there_is_nothing_to_compare(place, tmp_path):
     with pytest.raises(UsageError, match=r"data\.validation=0\.05"):
         tune(parse(place), study=tmp_path / "study", console=quiet())
+    assert not (tmp_path / "study").exists()
+
+
+def test_trials_of_drawn_answers_are_refused(place, tmp_path):
+    """The loss on held-out prompts says nothing of how good the answers are."""
+    recipe = prompt_recipe(place, tmp_path / "out", data={"validation": 0.25})
+    with pytest.raises(UsageError, match=r"trainer\.name=grpo says nothing of how good .* `gradselect evaluate`"):
+        tune(recipe, study=tmp_path / "study", console=quiet())
     assert not (tmp_path / "study").exists()
 
 

@@ -12,6 +12,7 @@ from itertools import accumulate
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from gradselect.app.recipe import draws_answers
 from gradselect.app.results import (
     FAILED,
     FORMAT,
@@ -71,7 +72,7 @@ def describe_success(job: Job, outcome: Outcome) -> ResultFile:
             scores={name: score_of(result, job.evaluations[name].metric) for name, result in outcome.scores.items()},
             forgetting=outcome.forgetting,
             items={name: items_of(result) for name, result in outcome.scores.items()},
-            curves={"train": _curve(run, "loss"), "validation": _curve(run, "eval_loss")},
+            curves=curves(run),
             selection=run.selection,
         ),
     )
@@ -241,6 +242,12 @@ def _held_bytes(run: FinishedRun) -> HeldBytes:
         reserved=measured.reserved and measured.reserved.peak,
         allocated_by_kind=measured.allocated and measured.allocated.peak_by_kind,
     )
+
+
+def curves(run: FinishedRun) -> dict[str, Curve]:
+    """Return the losses that the run logged, over steps and over seconds of training."""
+    train = {"train": _curve(run, "loss")}
+    return train if draws_answers(run.recipe) else {**train, "validation": _curve(run, "eval_loss")}
 
 
 def _curve(run: FinishedRun, key: str) -> Curve:

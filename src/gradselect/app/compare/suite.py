@@ -21,6 +21,7 @@ from pydantic import (
 
 from gradselect import UsageError
 from gradselect.app.recipe import (
+    AbstractSamplingTrainer,
     ClassificationData,
     EvaluationSettings,
     Method,
@@ -221,6 +222,13 @@ class Suite(Settings):
             raise ValueError(
                 f"recipe.data.validation: missing, and {searched[0]!r} has several rates to choose from by the loss on "
                 "held-out examples; write e.g. validation: 0.02"
+            )
+        if searched and isinstance(trainer := self.recipe.trainer, AbstractSamplingTrainer):
+            rates = self.methods[searched[0]].rates
+            raise ValueError(
+                f"recipe.trainer.name={trainer.name}: {searched[0]!r} has several rates to choose from by the loss on "
+                "held-out prompts, which says nothing of how good the answers are; write one rate for each method, "
+                f"e.g. rates: [{rates[0]:g}], or each rate as a method of its own, and compare their evaluations"
             )
         if isinstance(self.recipe.data, RandomData) and (self.evaluations or self.forgetting or self.samples):
             raise ValueError(

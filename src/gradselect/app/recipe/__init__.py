@@ -51,6 +51,7 @@ from .trainers import (
     OrpoSettings,
     RlooSettings,
     SftSettings,
+    draws_answers,
 )
 from .values import Place
 
@@ -97,6 +98,7 @@ __all__ = [
     "TokenData",
     "as_typed",
     "dataclass_keys",
+    "draws_answers",
     "dump_recipe",
     "explain",
     "ids_of_evaluation",

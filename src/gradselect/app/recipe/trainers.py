@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
@@ -181,6 +182,18 @@ class RlooSettings(AbstractSamplingTrainer):
     name: Literal["rloo"]
     beta: NonNegativeFloat = 0.05
     normalize_advantages: bool = False
+
+
+def draws_answers(recipe: Mapping[str, Any]) -> bool:
+    """Return True if a recipe of plain values has an `AbstractSamplingTrainer`.
+
+    Its loss on held-out prompts says nothing of how good the answers are.
+
+    Example:
+        >>> draws_answers({"trainer": {"name": "grpo"}}), draws_answers({"trainer": None})
+        (True, False)
+    """
+    return (recipe.get("trainer") or {}).get("name") in ("grpo", "rloo")
 
 
 Trainer = Annotated[

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradselect.app.evaluate import SavedEvaluation
+from gradselect.app.recipe import draws_answers
 from gradselect.app.results import FinishedRun, MaskSelection, RunRecord
 from gradselect.core import BlockHistory, EntryHistory
 
@@ -89,7 +90,9 @@ class TrainingRun:
 
     @cached_property
     def validation(self) -> Mapping[str, Points]:
-        """Validation losses by step; of several data sets by their name."""
+        """Validation losses by step; of several data sets by their name. None of answers that a trainer draws."""
+        if self.record is not None and draws_answers(self.record.recipe):
+            return {}
         keys = {key: None for entry in self.history for key in entry if _is_validation_loss(key)}
         named = {key.removeprefix("eval_").removesuffix("loss").strip("_") or "validation": key for key in keys}
         return {name: points for name, key in named.items() if (points := self.logged(key))}

@@ -16,7 +16,7 @@ import torch
 
 from gradselect import BlockOptimizer, SparseOptimizer, UsageError, __version__
 from gradselect.app.inputs import Inputs, fingerprint
-from gradselect.app.recipe import Recipe, dump_recipe, todays_recipe
+from gradselect.app.recipe import Recipe, draws_answers, dump_recipe, todays_recipe
 from gradselect.app.results import FinishedRun, RunRecord, SavedModel, TokenCounts, read_finished_run, read_run
 from gradselect.app.runtime import RunFolder, num_processes
 from gradselect.files import sealed, writing_aside
@@ -92,7 +92,7 @@ def describe_end(
         "steps": trainer.state.global_step,
         "skipped_steps": sum("skipped" in entry for entry in history),
         "training_loss": _last(history, "loss"),
-        "validation_loss": _last(history, "eval_loss"),
+        "validation_loss": None if draws_answers(start.recipe) else _last(history, "eval_loss"),
         "validation": validation_figures(next((log for log in reversed(history) if "eval_loss" in log), {})),
         "tokens": trainer.num_tokens,
         "tokens_per_second": trainer.num_tokens / meter.total_seconds if meter.total_seconds else None,

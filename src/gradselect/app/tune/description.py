@@ -6,13 +6,13 @@ from typing import Any
 
 from gradselect import UsageError
 from gradselect.app.inputs import Inputs
-from gradselect.app.recipe import Recipe
+from gradselect.app.recipe import AbstractSamplingTrainer, Recipe
 from gradselect.app.runtime import check_one_process, take_device
 from gradselect.app.train import describe_start
 
 
 def check_search(recipe: Recipe) -> None:
-    """Check that one process trains with validation examples.
+    """Check that one process trains with validation examples whose loss measures the model.
 
     Raises:
         UsageError: it does not.
@@ -23,6 +23,12 @@ def check_search(recipe: Recipe) -> None:
         raise UsageError(
             "trials are compared by their loss on validation examples, and data.validation is not set; "
             "hold out a share of the training rows, e.g. data.validation=0.05, or name a file"
+        )
+    if isinstance(trainer := recipe.trainer, AbstractSamplingTrainer):
+        raise UsageError(
+            f"trials are compared by their loss on validation examples, which with trainer.name={trainer.name} says "
+            "nothing of how good the answers are; train a recipe for each value, and compare what `gradselect "
+            "evaluate` finds on held-out prompts"
         )
 
 
