@@ -326,6 +326,47 @@ def test_closed_and_used_again_it_knows_what_it_knew():
     assert optimizer.unreached == DEAD
 
 
+def frozen_while_closed(model, optimizer, name):
+    optimizer.close()
+    for block in gs.partition(model):
+        for parameter in block.parameters:
+            parameter.requires_grad_(block.name not in name)
+    optimizer.reopen()
+
+
+@pytest.mark.parametrize("num_before", [0, 3])
+def test_blocks_that_the_user_freezes_while_it_is_closed_are_no_candidates(num_before, caplog):
+    """The policy proposed them, nothing got a gradient, and 20 batches passed before it proposed another."""
+    model = parts()
+    policy = gs.Cyclic(every=1, count=1, order="ascending", among=("layer.*",))
+    optimizer = gs.BlockOptimizer(model, policy, lr=1e-2)
+    steps(model, optimizer, range(num_before))
+    before = weights(model.layers[1])
+    frozen_while_closed(model, optimizer, ("layer.1", "layer.3"))
+    assert "2 of 5 blocks were frozen while the optimizer was closed, and are no candidates: layer.1, layer.3" in (
+        caplog.text
+    )
+    selections = steps(model, optimizer, range(num_before, num_before + 6))
+    assert {name for selection in selections for name in selection} == {"layer.0", "layer.2", "layer.4"}
+    assert optimizer.num_steps == num_before + 6
+    assert same(before, weights(model.layers[1]))
+    assert not set(optimizer.unreached) & {"layer.1", "layer.3"}
+    model.requires_grad_(True)
+    frozen_while_closed(model, optimizer, ())
+    selections = steps(model, optimizer, range(5))
+    assert {name for selection in selections for name in selection} >= {"layer.1", "layer.3"}
+
+
+def test_a_model_that_is_frozen_whole_while_it_is_closed_is_refused():
+    model = parts()
+    optimizer = gs.BlockOptimizer(model, gs.Fixed(("layer.0", "layer.1")), lr=1e-2)
+    with pytest.raises(gs.UsageError, match=r"every block that may train was frozen .* layer\.0, layer\.1; thaw"):
+        frozen_while_closed(model, optimizer, ("layer.0", "layer.1"))
+    model.requires_grad_(True)
+    optimizer.reopen()
+    assert len(steps(model, optimizer, range(2))) == 2
+
+
 def test_an_evaluation_without_gradients_tells_nothing():
     model = parts()
     optimizer = gs.BlockOptimizer(model, gs.Uniform(count=1), lr=1e-2)

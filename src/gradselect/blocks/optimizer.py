@@ -21,6 +21,7 @@ from gradselect.core import (
     check_shards,
     in_phase,
 )
+from gradselect.usage import UsageError
 
 from . import checkpoint
 from .borders import BorderRules, Borders
@@ -302,6 +303,11 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         super().close()
 
     def _continue(self) -> None:
+        try:
+            self._pass_hooks.reach.look_for_frozen()
+        except UsageError:
+            self.close()
+            raise
         self._pass_hooks.open()
         self._propose()
 
@@ -310,7 +316,12 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
 
     def _facts(self) -> dict[str, Any]:
         states = {"policy_state": self.policy.state(), "border_state": self._borders.state()}
-        return {**super()._facts(), **states, "unreached": self.unreached}
+        return {
+            **super()._facts(),
+            **states,
+            "unreached": self.unreached,
+            "frozen": sorted(self._pass_hooks.reach.frozen),
+        }
 
     @torch.no_grad()
     def _begin_training(self) -> None:

@@ -20,6 +20,7 @@ from gradselect.core import (
     Ownership,
     ParameterTable,
     is_frozen_for_now,
+    is_kept_frozen,
 )
 from gradselect.parallel import collective_device, naming_the_collective
 from gradselect.usage import UsageError, listed
@@ -55,8 +56,11 @@ class Reach(AbstractGradientHooks):
     After the first step two probes stay: one on the module that the first backward pass reached first, one on the
     model. Through them a loss can be differentiated though no selected block takes part in it.
 
+    Blocks that the user froze whole while the optimizer was closed are no candidates either, until it is closed again.
+
     Attributes:
         unreached: names of the unreached blocks.
+        frozen: names of the blocks that the user froze.
 
     Args:
         model: trained by the optimizer.
@@ -85,6 +89,7 @@ class Reach(AbstractGradientHooks):
         self._is_one_of_many = is_one_of_many
         self._trained: frozenset[str] = frozenset()
         self._filled: Parameter | None = None
+        self.frozen: frozenset[str] = frozenset()
         self._probes = OutputProbes({}, self)
         self.begin(None)
 
@@ -129,14 +134,39 @@ class Reach(AbstractGradientHooks):
             "lost": self._num_lost,
         }
 
+    def look_for_frozen(self) -> None:
+        """Find the blocks that the user froze while the optimizer was closed.
+
+        Raises:
+            UsageError: all blocks that may train are frozen.
+        """
+        before = self.frozen
+        self.frozen = frozenset(name for name in self._names if all(map(is_kept_frozen, self._table.of(name))))
+        if self.frozen.issuperset(self._names):
+            raise UsageError(
+                f"every block that may train was frozen while the optimizer was closed: {listed(self._names)}; thaw "
+                "some, e.g. model.requires_grad_(True), then call reopen(), or train"
+            )
+        if gone := self._in_order(self.frozen - before):
+            logger.warning(
+                "%d of %d blocks were frozen while the optimizer was closed, and are no candidates: %s; to "
+                "train them thaw them between close() and reopen()",
+                *(len(gone), len(self._names), listed(gone)),
+            )
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Blocks that are no candidates: unreached and frozen ones."""
+        return self.unreached | self.frozen
+
     @property
     def watched(self) -> frozenset[str]:
         """Blocks whose weights may get a gradient in the coming pass though they are not selected."""
         return self.unreached | self._missed
 
     def candidates_of(self, blocks: Sequence[Block]) -> tuple[Block, ...]:
-        """Return the blocks that are not unreached; after a lost step without missed ones too, if there are others."""
-        known = [block for block in blocks if block.name not in self.unreached]
+        """Return the blocks that are not left out; after a lost step without missed ones too, if there are others."""
+        known = [block for block in blocks if block.name not in self.left_out]
         sure = [block for block in known if block.name not in self._missed]
         return tuple(sure if sure and self._num_lost else known)
 
@@ -150,20 +180,21 @@ class Reach(AbstractGradientHooks):
         )
 
     def propose(self, policy: AbstractPolicy, step: int) -> tuple[str, ...] | None:
-        """Return what the policy proposes, without unreached blocks.
+        """Return what the policy proposes, without blocks that are left out.
 
         Raises:
             UsageError: nothing is left, because the policy does not select among its `candidates`.
         """
         if not policy.candidates:
-            return ()  # the blocks that train always are reached
+            return ()  # blocks that train always are left
         proposal = policy.propose(step)
-        if not proposal or self.unreached.isdisjoint(proposal):
+        if not proposal or self.left_out.isdisjoint(proposal):
             return proposal
-        kept = tuple(name for name in proposal if name not in self.unreached)
+        kept = tuple(name for name in proposal if name not in self.left_out)
         if not kept:
             raise UsageError(
-                f"{type(policy).__name__} proposes only blocks that the loss does not reach: {listed(proposal)}; "
+                f"{type(policy).__name__} proposes only blocks that are frozen or that the loss does not reach: "
+                f"{listed(proposal)}; "
                 "let propose() select among self.names, which holds the others"
             )
         return kept
@@ -276,7 +307,7 @@ class Reach(AbstractGradientHooks):
         if not self._had_pass:
             return
         were_watched = self.watched | self._trained
-        unseen = (self._unknown | self._missed) - self._seen
+        unseen = (self._unknown | self._missed) - self._seen - self.frozen
         self.unreached = (self.unreached - self._seen) | (unseen & were_watched)
         self._unknown, self._missed = set(), unseen - were_watched
         self._anchor = self._first if self._anchor is None else self._anchor
@@ -309,7 +340,7 @@ class Reach(AbstractGradientHooks):
         self.unreached = self.unreached.union(late)
 
     def _say(self, before: frozenset[str]) -> None:
-        if self.unreached.issuperset(self._names):
+        if self.left_out.issuperset(self._names):
             raise UsageError(
                 f"the loss reaches no weight of any block that may train: {listed(self._names)}; name blocks that it "
                 "reaches, in the policy's among=... or blocks=..., or in always=..."

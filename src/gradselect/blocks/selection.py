@@ -13,7 +13,8 @@ from .reach import Reach
 class StepSelection:
     """Selection of the coming step: proposed before its forward pass, or decided from the norms of its gradients.
 
-    Blocks that train always are added to it; blocks that the loss does not reach are left out.
+    Blocks that train always are added to it; blocks that the loss does not reach, or that the
+    user froze, are left out.
 
     Attributes:
         proposal: what the policy proposed, without `always`; None: it decides from norms.
@@ -37,7 +38,7 @@ class StepSelection:
         self.update_counts = dict.fromkeys(self._blocks, 0)
 
     def propose(self, step: int) -> None:
-        """Ask the policy for the selection of `step`, among the blocks that are not known to be unreached."""
+        """Ask the policy for the selection of `step`, among the blocks that are not known to be unreached or frozen."""
         self._policy.candidates = self._reach.candidates_of(self._candidates)
         self.proposal = self._reach.propose(self._policy, step)
         self._observed = () if not self.proposal else self._policy.observed(step)
@@ -53,10 +54,10 @@ class StepSelection:
             self.update_counts[name] += 1
 
     def with_always(self, selected: Collection[str]) -> tuple[str, ...]:
-        """Return these blocks and those of `always`, without unreached ones, in model order."""
-        unreached = self._reach.unreached
+        """Return these blocks and those of `always`, without unreached and frozen ones, in model order."""
+        left_out = self._reach.left_out
         return tuple(
-            name for name in self._blocks if (name in selected or name in self._always) and name not in unreached
+            name for name in self._blocks if (name in selected or name in self._always) and name not in left_out
         )
 
     @property

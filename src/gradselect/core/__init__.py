@@ -8,7 +8,7 @@ from .bfloat16 import SLOW_BFLOAT16, bfloat16_cost
 from .block import Block, num_bytes
 from .checkpoint_identity import NOT_OF_A_GROUP, as_text, check_present, check_same, selection_of, states_by_name
 from .devices import device_of_run, has_fused_kernels, is_accelerator
-from .freezing import Ownership, freeze, is_frozen_for_now, settle
+from .freezing import Ownership, freeze, is_frozen_for_now, is_kept_frozen, settle
 from .gradients import AbstractGradientHooks, Measure, dense, gradient_norm, norm_of, squared_norm
 from .history import BlockHistory, EntryHistory, merge_orders, read_history
 from .masters import HALF, MASTER, agrees, is_strided, take_over
@@ -95,6 +95,7 @@ __all__ = [
     "is_accelerator",
     "is_chosen",
     "is_frozen_for_now",
+    "is_kept_frozen",
     "is_list",
     "is_quantised",
     "is_smaller_whole",

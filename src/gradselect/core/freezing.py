@@ -25,7 +25,7 @@ def freeze(parameter: Parameter, frozen: bool) -> None:
     A frozen parameter carries the mark `gradselect_frozen`, so that a partition still counts it as trainable. What the
     user froze while its optimizer was closed stays frozen.
     """
-    if _KEPT_FROZEN in vars(parameter):
+    if is_kept_frozen(parameter):
         return
     if parameter.requires_grad == frozen:
         parameter.requires_grad_(not frozen)
@@ -41,6 +41,11 @@ def is_frozen_for_now(parameter: Tensor) -> bool:
     return _FROZEN in vars(parameter)
 
 
+def is_kept_frozen(parameter: Tensor) -> bool:
+    """True if the user froze the parameter while its optimizer was closed."""
+    return _KEPT_FROZEN in vars(parameter)
+
+
 def settle(parameters: Iterable[Parameter]) -> None:
     """Read what the user froze, on top of an optimizer that is alive and has frozen parameters for the moment.
 
@@ -53,7 +58,7 @@ def settle(parameters: Iterable[Parameter]) -> None:
     """
     owned = [parameter for parameter in parameters if _OWNER in vars(parameter)]
     left = [parameter for parameter in owned if not is_frozen_for_now(parameter)]
-    changed = [parameter for parameter in left if not parameter.requires_grad and _KEPT_FROZEN not in vars(parameter)]
+    changed = [parameter for parameter in left if not parameter.requires_grad and not is_kept_frozen(parameter)]
     if not changed:
         return
     if any(parameter.requires_grad for parameter in left):
