@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 import gradselect as gs
 from gradselect import UsageError
+from gradselect.integrations import distributed
 
 LR, DECAY = 1e-2, 0.1
 WHOLE_SHARED = "keeps numbers that several entries share"
@@ -454,3 +455,22 @@ def test_the_page_has_a_row_for_each_class() -> None:
     for row in (row for row in TABLE.values() if row.kind is not HalfMomentum):
         said = f"no: {row.whole}" if row.whole else "yes"
         assert any(f"`{row.kind.__name__}`" in line and said in line.split("|")[3] for line in rows), row.kind
+
+
+def test_state_in_a_class_of_its_own_passes_through_a_distributed_checkpoint(tmp_path: Path) -> None:
+    """Its tensors have names with dots, which were taken for the end of the parameter's name."""
+
+    def build() -> tuple[nn.Module, gs.BlockOptimizer]:
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(2)))
+        return model, gs.BlockOptimizer(model, gs.All(), rule=gs.TorchRule(HalfMomentum), lr=LR, weight_decay=0.0)
+
+    (model, optimizer), (other, loaded) = build(), build()
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    distributed.save(tmp_path / "checkpoint", model=model, optimizer=optimizer)
+    distributed.load(tmp_path / "checkpoint", model=other, optimizer=loaded)
+    assert same(weights(model), weights(other))
+    states = [[*each.state.values()] for each in (optimizer, loaded)]
+    assert [[*state] for state in states[0]] == [[*state] for state in states[1]]
+    for one, two in zip(*states, strict=True):
+        assert all(torch.equal(value, two[name]) for name, value in one.items())

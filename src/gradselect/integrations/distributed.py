@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def load(folder: str | Path, *, model: nn.Module, optimizer: BlockOptimizer | Sp
     wanted = {**weights, PLAIN: torch.empty(stored[PLAIN].size, dtype=torch.uint8)}
     for key, info in stored.items():
         if key.startswith(STATE):
-            name, _ = _split(key)
+            name, _ = _split(key, parameters)
             if name not in parameters:
                 raise UsageError(f"{folder} holds state of {name!r}, which this optimizer does not train")
             # Every rank reads the state of all entries and keeps that of its local part.
@@ -103,7 +103,7 @@ def load(folder: str | Path, *, model: nn.Module, optimizer: BlockOptimizer | Sp
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in wanted.items():
         if key.startswith(STATE):
-            name, kind = _split(key)
+            name, kind = _split(key, parameters)
             state.setdefault(numbers[name], {})[kind] = value
     optimizer.load_state_dict({**json.loads(bytes(wanted[PLAIN].tolist())), "state": state})
 
@@ -116,10 +116,14 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _split(key: str) -> tuple[str, str]:
-    """Return the names of the parameter and of the tensor in its state."""
-    name, _, kind = key.removeprefix(STATE).rpartition(".")
-    return name, kind
+def _split(key: str, parameters: Collection[str]) -> tuple[str, str]:
+    """Return the names of the parameter and of the tensor in its state; both may hold dots."""
+    whole = name = key.removeprefix(STATE)
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if name in parameters:
+            return name, whole.removeprefix(f"{name}.")
+    return whole.rpartition(".")[0], whole.rpartition(".")[2]
 
 
 def _weights(model: nn.Module) -> dict[str, Any]:
