@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from policy_support import BLOCK_NAMES, make_blocks, norms_at
+from policy_support import BLOCK_NAMES, make_blocks, norms_at, take_step
 from resume_support import assert_resumes
 from slice_support import train
 from tiny_models import tiny_batch, tiny_llama, tiny_qwen2, tiny_t5
@@ -199,6 +199,15 @@ def counted(model: nn.Module, *, seed: int) -> float:
 
 def backward(model: nn.Module, *, seed: int) -> None:
     model(**tiny_batch(model, seed=seed)).loss.backward()
+
+
+def test_gradients_that_are_all_zero_count_for_no_block() -> None:
+    policy = bound(count=1, explore_steps=100, epsilon_end=1.0)
+    for step in range(3):
+        take_step(policy, step, dict.fromkeys(policy.names, 0.0))
+    assert not any(policy.counts.values())
+    take_step(policy, 3, dict.fromkeys(policy.names, 0.0) | {policy.names[-1]: 1.0})
+    assert {name for name, count in policy.counts.items() if count} == {policy.names[-1]}
 
 
 @pytest.mark.parametrize("tied", [False, True])

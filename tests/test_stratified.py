@@ -344,3 +344,14 @@ def test_a_plan_is_made_for_it(policy):
     blocks = gs.partition(model, by="matrix")
     made = gs.plan(model, policy, batch_size=2, sequence_length=8, blocks=blocks)
     assert 0 < min(step.relative_time for step in made.steps) <= 1
+
+
+def test_a_selection_by_gradients_that_are_all_zero_is_made_again():
+    policy = bound(order="norm", fraction=0.25, every=5)
+    looks = []
+    for step in range(5):
+        looks += [step] if policy.propose(step) is None else []
+        selected = take_step(policy, step, dict.fromkeys(SLICED, 0.0) if step < 2 else NORMS)
+    assert looks == [0, 1, 2]
+    other = bound(order="norm", fraction=0.25)
+    assert selected == take_step(other, 0, NORMS)

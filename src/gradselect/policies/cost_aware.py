@@ -142,7 +142,8 @@ class CostAware(AbstractEpsilonGreedy):
     def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
         if not self.explores(step):
             return
-        for name in selected:
+        # As in AdaGradSelect: gradients that are all zero select the first blocks of the model.
+        for name in selected if not norms or any(norms.values()) else ():
             self.counts[name] += 1
         for name, norm in norms.items():
             self.gains[name] += self._gain(norm) if math.isfinite(norm) else 0.0

@@ -96,7 +96,7 @@ class Stratified(AbstractPolicy):
 
     def propose(self, step: int) -> tuple[str, ...] | None:
         if self.order == "norm":
-            return self.still_among(self.selection) if step % self.every else None
+            return self.still_among(self.selection) if step % self.every and self.selection else None
         keys = (
             self._turns(step) if self.order == "rotate" else draw_keys(self.num_elements, self._draw(step), self.seed)
         )
@@ -117,7 +117,9 @@ class Stratified(AbstractPolicy):
         return norm if math.isfinite(norm) else -math.inf
 
     def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
-        self.selection = list(selected) if self.order == "norm" else []
+        # As in GradNormTopK: gradients that are all zero select the first blocks of the model, so select again.
+        tells = not norms or any(norms.values())
+        self.selection = list(selected) if self.order == "norm" and tells else []
 
     @property
     def coverage_steps(self) -> int | None:
