@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gradselect.core import NOT_OF_A_GROUP, AdamWRule, as_text, check_same, selection_of, states_by_name
+from gradselect.core import NOT_OF_A_GROUP, AdamWRule, as_text, check_same, plain_numbers, selection_of, states_by_name
 from gradselect.parallel import is_dtensor
 from gradselect.usage import UsageError
 
@@ -51,7 +51,7 @@ def write_state_dict(optimizer: BlockOptimizer, state_dict: dict[str, Any]) -> d
     states, table = optimizer._states, optimizer._table
     states.wait()
     state_dict["state"] = states.as_dtensors(state_dict["state"])
-    state_dict["selection"] = selection = {
+    selection = {
         **identity_of(optimizer),
         "step": optimizer.num_steps,
         "policy_state": optimizer.policy.state(),
@@ -66,8 +66,10 @@ def write_state_dict(optimizer: BlockOptimizer, state_dict: dict[str, Any]) -> d
         "reach": optimizer._pass_hooks.reach.state(),
         "with_state": [name for name, parameter in table.named() if states.exists(parameter)],
     }
+    state_dict["selection"] = selection = plain_numbers(selection)
     if any(map(is_dtensor, table.all())):
         state_dict["state"] = states.filled(state_dict["state"], is_to_load=not optimizer._may_freeze())
+    state_dict["param_groups"] = plain_numbers(state_dict["param_groups"])
     state_dict["param_groups"][0]["selection"] = as_text(selection)
     return state_dict
 

@@ -6,7 +6,15 @@ from .adapters import weights_of_adapters
 from .attention_names import ATTENTION_OUTPUTS, ATTENTION_VALUES, QUERIES_KEYS_VALUES
 from .bfloat16 import SLOW_BFLOAT16, bfloat16_cost
 from .block import Block, num_bytes
-from .checkpoint_identity import NOT_OF_A_GROUP, as_text, check_present, check_same, selection_of, states_by_name
+from .checkpoint_identity import (
+    NOT_OF_A_GROUP,
+    as_text,
+    check_present,
+    check_same,
+    plain_numbers,
+    selection_of,
+    states_by_name,
+)
 from .devices import device_of_run, has_fused_kernels, is_accelerator
 from .freezing import Ownership, freeze, is_frozen_for_now, is_kept_frozen, settle
 from .gradients import AbstractGradientHooks, Measure, dense, gradient_norm, norm_of, squared_norm
@@ -105,6 +113,7 @@ __all__ = [
     "nothing_trains",
     "num_bytes",
     "places_of",
+    "plain_numbers",
     "quantised_weights",
     "read_history",
     "selection_entropy",

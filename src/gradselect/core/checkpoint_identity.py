@@ -86,6 +86,19 @@ def check_same(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
             raise UsageError(f"the checkpoint is of another run: {what.replace('_', ' ')}: {difference}")
 
 
+def plain_numbers(value: Any) -> Any:
+    """Return plain values with Python's own numbers and texts in place of classes that inherit from them, as NumPy's.
+
+    `torch.load(weights_only=True)` refuses those.
+    """
+    if isinstance(value, Mapping):
+        return {plain_numbers(key): plain_numbers(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return (tuple if isinstance(value, tuple) else list)(map(plain_numbers, value))
+    own = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
+    return value if own is None or type(value) is own else own(value)
+
+
 def as_text(selection: Mapping[str, Any]) -> str:
     """Return `selection` as one string, which can travel in a parameter group."""
     return json.dumps(selection)

@@ -148,13 +148,13 @@ class JsonlWriter:
     def __init__(self, path: str | Path) -> None:
         check_file_name("path", path, example="selection.jsonl")
         self.path = Path(path)
-        self._started = False
+        self._last_step = math.inf
 
     def __call__(self, record: StepRecord | MaskRecord) -> None:
-        if not self._started:
+        if record.step <= self._last_step:  # the first record, or an earlier state was loaded
             self._check_place()
             self._forget_from(record.step)
-            self._started = True
+        self._last_step = record.step
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_as_json(record), allow_nan=False) + "\n")
 
@@ -172,7 +172,7 @@ class JsonlWriter:
         # A killed writer can leave an incomplete last line; its step runs again.
         whole = [line for line in lines if line.endswith("\n") or line[:9] != '{"step": '[: len(line)]]
         kept = [line for line in whole if self._step_of(line) < step]
-        if lines and step == 0:
+        if lines and step == 0 and self._last_step == math.inf:
             logger.warning(
                 "%s holds %d records of another run, which this one replaces: it begins at step 0; write each run to "
                 "a file of its own to keep both",

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gradselect.core import NOT_OF_A_GROUP, as_text, check_present, check_same, selection_of, states_by_name
+from gradselect.core import (
+    NOT_OF_A_GROUP,
+    as_text,
+    check_present,
+    check_same,
+    plain_numbers,
+    selection_of,
+    states_by_name,
+)
 from gradselect.usage import UsageError
 
 from .selector import Change
@@ -46,7 +54,7 @@ def write_state_dict(optimizer: SparseOptimizer, state_dict: dict[str, Any]) -> 
         if name in in_entries:
             state_dict["state"][index] = optimizer._shards.gather_state(name, optimizer._entries.state(name))
     change = list(optimizer._change)
-    state_dict["selection"] = selection = {
+    selection = {
         **identity_of(optimizer),
         "step": optimizer.num_steps,
         "change": change,
@@ -56,6 +64,8 @@ def write_state_dict(optimizer: SparseOptimizer, state_dict: dict[str, Any]) -> 
         "weights": optimizer._watch.fingerprints() if optimizer.num_steps else {},
         "with_state": [name for name, parameter in named if name in in_entries or states.exists(parameter)],
     }
+    state_dict["selection"] = selection = plain_numbers(selection)
+    state_dict["param_groups"] = plain_numbers(state_dict["param_groups"])
     state_dict["param_groups"][0]["selection"] = as_text(selection)
     return state_dict
 
