@@ -8,15 +8,15 @@ The steps are of a calibration, which takes the methods in turn on a machine tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from common import markdown_table, megabytes
 from compared import with_interval
-from real_model import Suite, measures, seeds_text, title_of, value_of
+from real_model import Suite, measures, title_of, value_of
 
 from gradselect.app.report.comparison import Comparison
 from gradselect.app.report.methods import Method
-from gradselect.app.report.scores import Difference
+from gradselect.app.report.scores import Difference, Scores
 from gradselect.app.results import Calibration, read_calibration
 
 LORAS = ("LoRA", "LoRA r=4")
@@ -28,6 +28,13 @@ PUBLISHED = {
     "epochs at a rate of 2e-5 (model card of joheras/stsb-all-MiniLM-L6-v2).",
 }
 """Scores of others for encoders of this kind, by suite."""
+OVER = {
+    "items": "Where `seeds` is 1 they are over the test items alone, and leave out what another seed changes.",
+    "": "Where `seeds` is 1 there is none.",
+    "items and seeds": "Where there are several seeds they are over items and seeds.",
+    "seeds": "Where there are several seeds they are Student's t over the seeds, for this score is no mean over items.",
+}
+"""Sentence on intervals, by the source of the estimates; the empty one has no interval."""
 STEPS = "-steps"
 """Behind the name of a suite: the folder of its calibration."""
 
@@ -137,7 +144,20 @@ def _step(calibration: Calibration, name: str) -> str:
 def _lesser(comparison: Comparison) -> dict[str, Difference]:
     """Return how much lower the loss of each method is than LoRA's; empty without LoRA or a loss."""
     lora = next((method.name for method in comparison.methods if method.name in LORAS), None)
-    return {} if lora is None else {one.first: one for one in measures(comparison)[-1].against(lora)}
+    last = measures(comparison)[-1]
+    return {} if lora is None or last.measure.higher_is_better else {one.first: one for one in last.against(lora)}
+
+
+def _about_entries(methods: Sequence[Method]) -> str:
+    """Return what the column counts: result files name the blocks that trained, but not their sizes."""
+    blocks = "; of methods of blocks all that moved in the run" if any(method.blocks for method in methods) else ""
+    return f"`entries`: the most that train at a step, of masks that choose anew too{blocks}."
+
+
+def _about_intervals(shown: Scores) -> str:
+    """Return what the intervals of the first score are over, which are the only ones in the table."""
+    sources = {"" if one.interval is None else one.source for one in shown.estimates.values()}
+    return " ".join(["Intervals are of 95 %.", *(text for source, text in OVER.items() if source in sources)])
 
 
 def _notes(comparison: Comparison, suite: Suite) -> Iterator[str]:
@@ -145,13 +165,14 @@ def _notes(comparison: Comparison, suite: Suite) -> Iterator[str]:
     if suite.name in PUBLISHED:
         yield PUBLISHED[suite.name]
     yield (
-        "`entries`: the most that train at a step, of methods that choose anew too. `state MB`: masters are not in it, "
-        "moments are. `peak MB`: weights, gradients, masters and state, counted."
+        f"{_about_entries(comparison.methods)} `state MB`: masters are not in it, moments are. `peak MB`: weights, "
+        "gradients, masters and state, counted."
     )
-    if all(one.interval is None for scores in measures(comparison) for one in scores.estimates.values()):
+    shown = measures(comparison)[0]
+    if all(one.interval is None for one in shown.estimates.values()):
         yield "One seed, and this score has no interval of its own: what is told apart, it cannot say."
     else:
-        yield f"Intervals are of 95 %. {seeds_text(len(method.seeds) for method in comparison.methods)}"
+        yield _about_intervals(shown)
     if _lesser(comparison):
         yield "`less LoRA's`: paired difference of the loss; bold: more than chance after Holm's correction."
     if (calibration := calibration_of(suite)) is not None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from report_fixtures import result, write
+from report_fixtures import block_selection, result, write
 from test_compare_budget import ADA, FULL, FakeMachine, calibrate, make
 
 from gradselect.app.results import write_calibration
@@ -47,6 +47,39 @@ def test_methods_stand_beside_lora_with_entries_state_and_steps(tmp_path: Path) 
     write_calibration(steps, known)
     row = next(line for line in seed_methods.section(suite_in(tmp_path)).splitlines() if line.startswith("| ada |"))
     assert row.endswith(f"| {known.methods['ada'].ratio:.2f} |")
+
+
+def test_where_answers_alone_are_scored_nothing_is_called_a_loss(tmp_path: Path) -> None:
+    for name in ("LoRA", "ada"):
+        values = result(name)
+        del values["gradselect"]["scores"]["stories"]
+        write(tmp_path / "few", values)
+    section = seed_methods.section(suite_in(tmp_path))
+    assert "test %" in section
+    assert "less LoRA's" not in section
+    assert "paired difference" not in section
+
+
+def test_a_score_without_items_has_intervals_over_seeds_and_it_is_said(tmp_path: Path) -> None:
+    for name, seed in (("LoRA", 0), ("LoRA", 1), ("ada", 0)):
+        values = result(name, seed=seed)
+        score = {"task": "classification", "metric": "spearman", "value": 0.8 + seed / 100, "interval": None}
+        values["gradselect"] |= {"scores": {"dev": {**score, "num_items": 200}}, "items": None}
+        write(tmp_path / "few", values)
+    section = seed_methods.section(suite_in(tmp_path))
+    assert "Where `seeds` is 1 there is none. Where there are several seeds they are Student's t over the" in section
+    assert "items and seeds" not in section
+    assert "test items" not in section
+
+
+def test_entries_of_blocks_are_those_that_moved_in_the_run(tmp_path: Path) -> None:
+    """Result files hold no sizes of blocks, so the most that train at a step is not known."""
+    write(tmp_path / "few", result("LoRA"))
+    assert "all that moved" not in seed_methods.section(suite_in(tmp_path))
+    blocks = block_selection(steps=60, count=2, seed=0, explores=True)
+    write(tmp_path / "more", result("ada", selection=blocks))
+    section = seed_methods.section(seed_methods.Suite(name="more", title="", task="", results=tmp_path))
+    assert "of methods of blocks all that moved in the run" in section
 
 
 def test_a_calibration_alone_can_be_packed_and_nothing_else(tmp_path: Path) -> None:
