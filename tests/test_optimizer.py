@@ -622,6 +622,15 @@ def test_numbers_of_numpy_are_plain_numbers_in_a_state_dict(build):
     assert states[0]["param_groups"] == states[1]["param_groups"]
 
 
+def test_a_rate_of_single_precision_is_saved_as_a_plain_number():
+    """numpy.float32 is no float, and torch lets it through as a rate."""
+    model = tiny_llama(layers=2)
+    optimizer = gs.BlockOptimizer(model, gs.Uniform(count=1), lr=numpy.float32(0.5))
+    train(model, optimizer, 1)
+    rate = saved_and_loaded(optimizer.state_dict())["param_groups"][0]["lr"]
+    assert (rate, type(rate)) == (0.5, float)
+
+
 def test_records_that_a_new_run_replaces_are_said(tmp_path, caplog):
     """Two trainings of one command, or two trials, with one file."""
     record = gs.StepRecord(step=0, selected=(), explored=True, state_bytes=8, moved_bytes=0, selection_entropy=0.0)

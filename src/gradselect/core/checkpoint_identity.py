@@ -87,7 +87,7 @@ def check_same(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
 
 
 def plain_numbers(value: Any) -> Any:
-    """Return plain values with Python's own numbers and texts in place of classes that inherit from them, as NumPy's.
+    """Return plain values with Python's own numbers and texts in place of others, such as NumPy's.
 
     `torch.load(weights_only=True)` refuses those.
     """
@@ -95,8 +95,10 @@ def plain_numbers(value: Any) -> Any:
         return {plain_numbers(key): plain_numbers(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return (tuple if isinstance(value, tuple) else list)(map(plain_numbers, value))
-    own = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
-    return value if own is None or type(value) is own else own(value)
+    if isinstance(value, bool):
+        return value
+    kinds = {Integral: int, Real: float, str: str}
+    return next((own(value) for kind, own in kinds.items() if isinstance(value, kind)), value)
 
 
 def as_text(selection: Mapping[str, Any]) -> str:
