@@ -12,7 +12,7 @@ import torch
 import yaml
 from classification_fixtures import COLUMNS, classify, write_bert, write_place
 from rich.console import Console
-from train_fixtures import assert_same_weights, quiet, recipe_values, train_until, weights
+from train_fixtures import assert_same_weights, byte_tokenizer, quiet, recipe_values, train_until, weights
 from transformers import (
     AutoModelForSequenceClassification,
     DebertaV2Config,
@@ -115,6 +115,57 @@ def test_a_head_that_the_checkpoint_has_goes_on(place: Path, tmp_path: Path) -> 
     again = head_of(classify(place, tmp_path / "again", model={"path": str(out)}, run={"seed": 7}))
     kept = weights(out)
     assert torch.equal(again, torch.cat([kept["classifier.weight"].flatten(), kept["classifier.bias"]]))
+
+
+def write_head(place: Path, folder: Path, names: list[str]) -> Path:
+    """Write a BERT with a head, and its outputs' names."""
+    options: dict[str, Any] = {"id2label": dict(enumerate(names)), "num_labels": len(names)}
+    AutoModelForSequenceClassification.from_pretrained(place / "bert", **options).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("first", ["good", "Good"])
+def test_the_labels_of_a_trained_head_keep_their_order(place: Path, tmp_path: Path, first: str) -> None:
+    """They were sorted, so that a head began with the meanings of its outputs exchanged."""
+    head = write_head(place, tmp_path / "head", [first, "bad"])
+    data = {"validation": str(place / "dev.tsv")}
+    inputs = read_inputs(classify(place, tmp_path / "out", model={"path": str(head)}, data=data))
+    assert inputs.examples.labels == ("good", "bad")
+    assert inputs.model.config.id2label == {0: "good", 1: "bad"}
+    assert inputs.model.config.label2id == {"good": 0, "bad": 1}
+    assert inputs.examples.train["labels"][:3] == [1, 0, 0]
+    assert inputs.examples.validation is not None
+    assert inputs.examples.validation["labels"][:3] == [1, 0, 0]
+    assert "the labels have the order of the checkpoint's trained head: good, bad" in inputs.examples.notes
+
+
+HEADS = {
+    "the same": (["bad", "good"], {}, None),
+    "in capitals": (["BAD", "GOOD"], {}, None),
+    "another order": (["good", "bad"], {"labels": ["bad", "good"]}, "data.labels, bad, good, renames the outputs"),
+    "no names": (["LABEL_0", "LABEL_1"], {}, "head, LABEL_0, LABEL_1, are taken for the labels bad, good"),
+    "one of them": (["good", "fair"], {"labels": ["good", "bad"]}, "head, good, fair, are taken for the labels good"),
+}
+
+
+@pytest.mark.parametrize(("names", "data", "said"), HEADS.values(), ids=list(HEADS))
+def test_new_names_of_a_trained_head_are_said(
+    place: Path, tmp_path: Path, names: list[str], data: dict[str, Any], said: str | None
+) -> None:
+    head = write_head(place, tmp_path / "head", names)
+    inputs = read_inputs(classify(place, tmp_path / "out", model={"path": str(head)}, data=data))
+    labels = tuple(data.get("labels", ["bad", "good"]))
+    assert inputs.examples.labels == tuple(inputs.model.config.id2label.values()) == labels
+    notes = [note for note in inputs.examples.notes if "trained head" in note]
+    assert [said in note for note in notes] == [True] if said else notes == []
+
+
+def test_a_new_head_has_no_order(place: Path, tmp_path: Path) -> None:
+    inputs = read_inputs(classify(place, tmp_path / "out"))
+    assert (inputs.examples.labels, inputs.examples.notes) == (("bad", "good"), ())
+    drawn = {"path": str(place / "bert"), "random_weights": True}
+    assert read_inputs(classify(place, tmp_path / "out", model=drawn)).examples.notes == ()
 
 
 def test_of_a_checkpoint_without_pooler_the_pooler_belongs_to_the_head(place: Path, tmp_path: Path) -> None:

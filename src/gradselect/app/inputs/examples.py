@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -225,6 +225,20 @@ def _render_row(
                 "labels": read_label(row[settings.label], labels=labels),
             }
     raise AssertionError(settings.format)
+
+
+def with_labels(examples: Examples, labels: tuple[str, ...] | None, *, notes: tuple[str, ...]) -> Examples:
+    """Return texts to classify with their labels numbered in the order of `labels`, and with further notes."""
+    new = replace(examples, labels=labels, notes=(*examples.notes, *notes))
+    if labels is None or labels == examples.labels:
+        return new
+    numbers = [labels.index(label) for label in examples.labels or ()]
+
+    def numbered(dataset: Dataset) -> Dataset:
+        return Dataset.from_list([{**row, "labels": numbers[row["labels"]]} for row in dataset.to_list()])
+
+    validation = None if examples.validation is None else numbered(examples.validation)
+    return replace(new, train=numbered(examples.train), validation=validation)
 
 
 _END = "<end>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from gradselect import UsageError
+from gradselect.app.data import shown_columns
 from gradselect.app.models import (
     able_to_pad,
     check_complete,
@@ -97,10 +99,32 @@ def check_base_can_train(recipe: Recipe) -> None:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """A model with a classification head.
+
+    Args:
+        model: the model.
+        head: names of the head's parameters.
+        labels: names of its outputs, in their order. None: one output, a score.
+        notes: what the user must know of a trained head of the checkpoint.
+    """
+
+    model: PreTrainedModel
+    head: tuple[str, ...]
+    labels: tuple[str, ...] | None
+    notes: tuple[str, ...] = ()
+
+
 def load_classifier(
-    settings: ModelSettings, *, labels: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Load the model at `settings.path` with a classification head. Return it with the head's parameter names.
+    settings: ModelSettings,
+    *,
+    labels: tuple[str, ...] | None,
+    keeps_order: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+) -> Classifier:
+    """Load the model at `settings.path` with a classification head.
 
     The head is everything outside the base model, and BERT's pooler if the checkpoint lacks it or the settings say so:
     only classifiers use the pooler. `seed` draws what the checkpoint lacks. A head in the checkpoint is kept.
@@ -108,6 +132,7 @@ def load_classifier(
     Args:
         settings: section `model` of the recipe.
         labels: names of the outputs. None: one output, a score.
+        keeps_order: False if the order of a trained head with the same labels comes before that of `labels`.
         tokenizer: gives the padding token, which decoders need to find the last token of a text.
         seed: seed of the new head.
 
@@ -115,7 +140,6 @@ def load_classifier(
         UsageError: the model is missing or damaged, lacks weights of the base model, has a head of another size, or no
             pooler that the settings name.
     """
-    names = {} if labels is None else {"id2label": dict(enumerate(labels)), "label2id": _numbered(labels)}
     problem = "regression" if labels is None else "single_label_classification"
     set_seed(seed)
     model, missing = _load(
@@ -124,13 +148,47 @@ def load_classifier(
         seed=seed,
         num_labels=1 if labels is None else len(labels),
         problem_type=problem,
-        **names,
     )
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     base = f"{model.base_model_prefix}."
     lacking = tuple(name for name in missing if name.startswith(base) and "pooler" not in name)
     check_complete(lacking, model, settings.path, key="model.path", wanted="the model itself")
-    return model, head_names(model, settings, missing=missing)
+    config: Any = model.config
+    notes: tuple[str, ...] = ()
+    if labels is not None:
+        if not settings.random_weights and all(name.startswith(base) for name in missing):
+            own = tuple(str(config.id2label[number]) for number in range(len(labels)))
+            labels, notes = labels_of_head(own, labels, keeps_order=keeps_order)
+        config.id2label, config.label2id = dict(enumerate(labels)), _numbered(labels)
+    return Classifier(model=model, head=head_names(model, settings, missing=missing), labels=labels, notes=notes)
+
+
+def labels_of_head(
+    own: tuple[str, ...], labels: tuple[str, ...], *, keeps_order: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the labels of the data in the order of a trained head's outputs, and what the user must know of it.
+
+    Args:
+        own: names that the checkpoint has for the outputs.
+        labels: labels of the data.
+        keeps_order: True if the user gave their order.
+
+    Example:
+        >>> labels_of_head(("No", "Maybe", "Yes"), ("maybe", "no", "yes"), keeps_order=False)[0]
+        ('no', 'maybe', 'yes')
+    """
+    by_name = {label.casefold(): label for label in labels}
+    in_order = tuple(by_name.get(name.casefold(), "") for name in own)
+    theirs, ours = shown_columns(own), shown_columns(labels)
+    if in_order == labels:
+        return labels, ()
+    if {*in_order} != {*labels}:
+        note = f"the outputs of the checkpoint's trained head, {theirs}, are taken for the labels {ours}, in this order"
+        return labels, (f"{note}; if they mean others, write data.labels in their order",)
+    if keeps_order:
+        note = f"data.labels, {ours}, renames the outputs of the checkpoint's trained head, {theirs}"
+        return labels, (f"{note}: they change their meaning; write the labels in the order of the head to keep it",)
+    return in_order, (f"the labels have the order of the checkpoint's trained head: {shown_columns(in_order)}",)
 
 
 def head_names(model: Any, settings: ModelSettings, *, missing: Collection[str] = ()) -> tuple[str, ...]:

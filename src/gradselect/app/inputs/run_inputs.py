@@ -13,7 +13,7 @@ from gradselect.app.progress import SILENT, Stages
 from gradselect.app.recipe import ClassificationData, FileData, RandomData, Recipe
 from gradselect.usage import printable
 
-from .examples import Examples, RenderedRows, random_examples, render_examples, stand_in_tokenizer
+from .examples import Examples, RenderedRows, random_examples, render_examples, stand_in_tokenizer, with_labels
 from .model import (
     check_base_can_train,
     load_classifier,
@@ -118,7 +118,11 @@ def _read_files(recipe: Recipe, data: FileData, stages: Stages) -> Inputs:
     with stages.open(f"loading {printable(recipe.model.path)}"):
         check_base_can_train(recipe)
         if isinstance(data, ClassificationData):
-            model, head = load_classifier(recipe.model, labels=examples.labels, tokenizer=tokenizer, seed=seed)
+            labels, keeps_order = examples.labels, data.labels is not None
+            found = load_classifier(
+                recipe.model, labels=labels, keeps_order=keeps_order, tokenizer=tokenizer, seed=seed
+            )
+            model, head, examples = found.model, found.head, with_labels(examples, found.labels, notes=found.notes)
         else:
             model, head = load_model(recipe.model, seed=seed, device=device), ()
     max_length = resolve_max_length(data, config=model.config, tokenizer=tokenizer)

@@ -179,7 +179,8 @@ class ClassificationData(AbstractDataSettings):
         text_pair: template of the second text, if any.
         label: column that holds the label.
         labels: all labels as in that column, in the order of the head's outputs. Default: the labels of the training
-            rows, sorted as numbers if they are numbers, else as text.
+            rows, in the order of a trained head of the checkpoint that has the same; else sorted as numbers if they
+            are numbers, or as text.
         regression: the labels are scores. The head has one output, the loss is the squared error.
     """
 
