@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from compare_fixtures import BLOCKS, FULL, MISFIT, Runner, make_suite, suite_values, write_place, write_suite
-from train_fixtures import weights
+from train_fixtures import weights, write_model, write_sums
 
 from gradselect import UsageError
 from gradselect.app.cli import main
@@ -321,6 +321,37 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(place: Path, tmp_path: P
     assert (
         cut["curves"]["train"]["seconds"][-1] <= cut["seconds"]["training"] == found["cut"]["train_info"]["train_time"]
     )
+
+
+def test_a_finished_training_is_taken_over_only_with_the_same_data_and_model(tmp_path: Path, runner: Runner) -> None:
+    """`--resume` compared the recipes alone, and put a training on other data into the new protocol."""
+    from gradselect.app.compare import worker as _child
+
+    place, trained = write_place(tmp_path), []
+    suite = make_suite(place, methods={"uniform 2": BLOCKS}, seeds=1)
+    original = _child.train
+
+    def count(recipe: Any, **options: Any) -> Any:
+        trained.append(recipe.run.seed)
+        return original(recipe, **options)
+
+    def interrupt(job: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def run_until_scored(*, resume: bool) -> int:
+        with pytest.raises(KeyboardInterrupt):
+            runner(suite, tmp_path / "results", resume=resume)
+        return len(trained)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_child, "train", count)
+        patch.setattr(_child, "measure_scores", interrupt)
+        assert run_until_scored(resume=False) == 1
+        assert run_until_scored(resume=True) == 1
+        write_sums(place / "sums.jsonl", rows=30)
+        assert run_until_scored(resume=True) == 2
+        write_model(place / "model", seed=1)
+        assert run_until_scored(resume=True) == 3
 
 
 def stop_after_a_checkpoint(folder: Path) -> Any:

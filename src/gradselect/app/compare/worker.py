@@ -15,10 +15,11 @@ from pathlib import Path
 from rich.console import Console
 
 from gradselect import UsageError
+from gradselect.app.inputs import read_inputs
 from gradselect.app.recipe import todays_recipe
 from gradselect.app.results import FinishedRun, read_finished_run, read_run, write_result
 from gradselect.app.runtime import RunFolder, collected_messages
-from gradselect.app.train import train
+from gradselect.app.train import describe_start, differences, train
 from gradselect.files import locked
 
 from .job import Job
@@ -35,7 +36,7 @@ def main(job_file: str) -> None:
     try:
         carry_out(job)
     except UsageError as error:
-        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        _say(Console(stderr=True), f"error: {error}")
         raise SystemExit(USAGE_EXIT_CODE) from None
 
 
@@ -64,8 +65,9 @@ def carry_out(job: Job) -> None:
 def train_once(job: Job) -> FinishedRun:
     """Return the record of the training: of a finished one that the job may reuse, or of a new one."""
     folder = RunFolder(job.training)
-    if not (job.may_reuse and _has_trained(folder, job)):
-        resumes = job.resume and folder.newest_checkpoint() is not None
+    finished = job.may_reuse and folder.run_file.is_file() and read_run(folder.run_file).status == "finished"
+    if not (finished and _has_trained(folder, job)):
+        resumes = job.resume and not finished and folder.newest_checkpoint() is not None
         if not resumes and folder.root.exists():
             # A process of an earlier comparison may still train there.
             with locked(folder.root):
@@ -75,11 +77,20 @@ def train_once(job: Job) -> FinishedRun:
 
 
 def _has_trained(folder: RunFolder, job: Job) -> bool:
-    """True if the training in the folder has finished and used the recipe of the job."""
-    if not folder.run_file.is_file():
-        return False
+    """True if the finished training in the folder used the recipe of the job, and its model and data of today."""
     run = read_run(folder.run_file)
-    return run.status == "finished" and todays_recipe(run.recipe) == job.recipe.model_dump(mode="json")
+    if todays_recipe(run.recipe) != job.recipe.model_dump(mode="json"):
+        return False
+    # Paths are the same here: the contents may have changed.
+    today = describe_start(job.recipe, read_inputs(job.recipe), command=job.command)
+    changed = list(differences(run.values(), today.values()))
+    for line in changed:
+        _say(Console(), f"the training in {folder.root} is made again: {line}")
+    return not changed
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
