@@ -214,10 +214,20 @@ def test_a_single_item_shows_no_difference(tmp_path):
     assert "Differences are not tested: that takes a mean over two items" in said_of(tmp_path)
 
 
+@pytest.mark.parametrize(("skill", "low", "high"), [(-9.0, 0.0, 0.0188), (9.0, 0.9812, 1.0)])
+def test_no_right_answer_at_all_still_leaves_room(skill, low, high, tmp_path):
+    """The draws of 0 % do not vary, and the page showed an interval of 0.0 to 0.0."""
+    for seed in range(2):
+        write(tmp_path, result("full", seed=seed, skill=skill))
+    accuracy = scores_of(tmp_path)[0]
+    assert accuracy.measure.is_share
+    assert accuracy.estimates["full"].interval == pytest.approx((low, high), abs=1e-4)
+
+
 def test_few_items_are_said(tmp_path):
     for name in ("full", "other"):
         write(tmp_path, result(name, num_items=12))
-    assert "Test accuracy has 12 items. Intervals over fewer than 30 are too narrow" in said_of(tmp_path)
+    assert "Test accuracy has 12 items. With fewer than 30, intervals of skewed values are" in said_of(tmp_path)
 
 
 def test_items_that_a_run_lacks_are_said(tmp_path):

@@ -156,8 +156,8 @@ def _about_items(comparison: Comparison) -> Iterator[str]:
             )
         if number < FEW_ITEMS:
             yield (
-                f"{words.upper_first(scores.measure.title)} has {words.plural(number, 'item')}. Intervals over fewer "
-                f"than {FEW_ITEMS} are too narrow, and differences look significant too often."
+                f"{words.upper_first(scores.measure.title)} has {words.plural(number, 'item')}. With fewer than "
+                f"{FEW_ITEMS}, intervals of skewed values are too narrow."
             )
 
 

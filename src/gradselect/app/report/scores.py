@@ -21,6 +21,7 @@ from gradselect.app.stats import (
     percentile_interval,
     student_interval,
     two_sided_p,
+    wilson_interval,
 )
 
 from . import number_format as words
@@ -33,7 +34,7 @@ LEAST_ITEMS = 2
 """Items that a bootstrap needs. Over a single one intervals have no width, and any difference has a p-value of 0."""
 
 FEW_ITEMS = 30
-"""With fewer items intervals are too narrow: of 95 % intervals over 10 items nine in ten hold the true value."""
+"""With fewer, 95 % intervals of log-normal values hold the true mean in 81 to 88 % of cases, of normal ones in 92."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +203,9 @@ class ItemTable:
 
     def interval(self, method: str) -> Interval:
         drawn = self.drawn[:, self._places(method, self.seeds(method))]
+        if self.is_share and drawn.min() == drawn.max():
+            # All items right, or all wrong: draws of them say nothing of others.
+            return wilson_interval(num_correct=round(self.num_items * float(drawn[0, 0])), num_items=self.num_items)
         degrees = degrees_of_freedom(drawn, num_items=self.num_items)
         low, high = percentile_interval(draw_means(drawn), degrees=degrees)
         # Student's t knows no limits: with few seeds an interval of shares would reach beyond none and all.
