@@ -225,6 +225,9 @@ def test_where_nothing_fits_the_search_ends_with_advice(recipe, tmp_path, monkey
     monkeypatch.setattr(_tune, "MOST_VETOES", 3)
     with pytest.raises(UsageError, match="the last 3 proposals cannot fit; search smaller values"):
         tune(recipe, study=tmp_path / "study", num_trials=1, search=RATES, fit=1000, console=quiet())
+    # The vetoes of that call do not end one with more memory.
+    found = tune(recipe, study=tmp_path / "study", num_trials=1, search=RATES, fit=10**12, console=quiet())
+    assert [trial.end for trial in found.trials] == ["vetoed"] * 3 + ["finished"]
 
 
 def test_the_machine_s_own_memory_is_the_limit_without_fit(recipe, monkeypatch):

@@ -130,6 +130,8 @@ class _Worker:
         self._study, self._recipe, self._options = study, recipe, options
         self._folder, self._check, self._stages = folder, check, stages
         self._is_waiting = False
+        # Reasons of the last proposals of this process in a row: earlier ones may have had a smaller limit.
+        self._vetoes: list[str] = []
 
     def carry_on(self) -> bool:
         """Carry out the next trial, or wait for other processes. Returns False if the study has enough trials."""
@@ -160,6 +162,7 @@ class _Worker:
     def _carry_out(self, trial: optuna.Trial, ownership: ExitStack) -> None:
         changed = with_values(self._recipe, trial.params, source=f"trial {trial.number}")
         reason = self._check.complaint(changed)
+        self._vetoes = [*self._vetoes, reason] if reason else []
         if reason:
             outcome = Outcome(end="vetoed", reason=reason)
         else:
@@ -182,11 +185,10 @@ class _Worker:
 
     def _check_vetoes(self) -> None:
         """Refuse to go on where the sampler proposes nothing that fits."""
-        last = ended(self._study)[-MOST_VETOES:]
-        if len(last) == MOST_VETOES and all(trial.user_attrs["end"] == "vetoed" for trial in last):
+        if len(self._vetoes) >= MOST_VETOES:
             raise UsageError(
                 f"the last {MOST_VETOES} proposals cannot fit; search smaller values, or make the trials smaller, e.g. "
-                f"with run.batch_size and run.accumulation. The last one: {last[-1].user_attrs['reason']}"
+                f"with run.batch_size and run.accumulation. The last one: {self._vetoes[-1]}"
             )
 
 
