@@ -102,6 +102,24 @@ def test_every_mask_chooses_and_trains_as_on_a_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "mask",
+    [
+        gs.ID3(budget=60, steps=3),
+        gs.StaticMask(density=0.1, salience=gs.salience.magnitude, refresh_every=2),
+        gs.TopGradient(density=0.1),
+    ],
+    ids=lambda mask: type(mask).__name__,
+)
+def test_a_model_may_move_to_its_device_after_its_mask_was_built(mask: AbstractMask) -> None:
+    def make(device: str) -> tuple[nn.Module, Any]:
+        model = tiny_qwen2(layers=2, dtype=torch.float64)
+        optimizer = gs.SparseOptimizer(model, mask, lr=1e-2)
+        return model.to(device), optimizer
+
+    assert_same_training(make)
+
+
+@pytest.mark.parametrize(
     "settings",
     [
         {"residency": gs.Offload()},

@@ -498,6 +498,55 @@ def test_survivors_keep_moments_and_age_through_any_changes():
         assert all(same(again.state(name), store.state(name)) for name in sizes)
 
 
+def test_the_store_goes_along_with_a_model_that_moves_to_another_device():
+    """The meta device, the only other one that is always there; tests/test_cuda.py moves a model to a GPU."""
+    parameters = {name: torch.nn.Parameter(torch.zeros(8, dtype=torch.bfloat16)) for name in "ab"}
+    store = EntryStore(parameters, rule=gs.AdamWRule(), master_dtype=torch.float32)
+    store.add({name: (torch.tensor([1, 5]), None) for name in "ab"})
+    store.parameters = {name: torch.nn.Parameter(weight.detach().to("meta")) for name, weight in parameters.items()}
+    store.read("a", torch.zeros(8, device="meta"))
+    held = [store._indices, store._gradients, store._cohorts._joined, *store._arrays.values()]
+    assert {tensor.device.type for tensor in held} == {"meta"}
+    store.restart()
+    store.parameters["b"] = parameters["b"]
+    with pytest.raises(gs.UsageError, match=r"moved to several devices \(cpu, meta\) .* build the Sparse"):
+        store.read("a", torch.zeros(8, device="meta"))
+
+
+def widened(model, optimizer):
+    model.float()
+    return model, optimizer
+
+
+def loaded_wider(model, optimizer):
+    wider = tiny_llama()
+    wider.load_state_dict(model.state_dict())
+    again = gs.SparseOptimizer(wider, gs.StaticMask(density=0.2), lr=1e-4)
+    again.load_state_dict(optimizer.state_dict())
+    return wider, again
+
+
+@pytest.mark.parametrize("widen", [widened, loaded_wider])
+def test_weights_that_are_half_precision_no_longer_have_no_masters(widen):
+    """As of a BlockOptimizer. Masters were rounded to the weights, and stayed."""
+    model = tiny_llama(dtype=torch.bfloat16)
+    optimizer = gs.SparseOptimizer(model, gs.StaticMask(density=0.2), lr=1e-4)
+    train(model, optimizer, 3)
+    numbers = {name: number for number, (name, _) in enumerate(optimizer._table.named())}
+    saved = optimizer.state_dict()["state"]
+    masters = {name: saved[numbers[name]]["master"] for name in optimizer.entries}
+    places = {name: saved[numbers[name]]["indices"].long() for name in masters}
+    model, optimizer = widen(model, optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    train(model, optimizer, 1)
+    found = {name: weights(model)[name].view(-1)[places[name]] for name in masters}
+    assert same(found, masters), "the digits that bf16 cannot hold are kept"
+    assert optimizer.memory()["masters"] == 0
+    again = gs.SparseOptimizer(model, gs.StaticMask(density=0.2), lr=1e-4)
+    again.load_state_dict(optimizer.state_dict())
+
+
 def test_how_many_entries_are_updated_together_changes_nothing(monkeypatch):
     """Entries of several ages, some in tensors without a gradient, as after changes of the set."""
     stepped = []

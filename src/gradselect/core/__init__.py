@@ -19,7 +19,7 @@ from .devices import device_of_run, has_fused_kernels, is_accelerator
 from .freezing import Ownership, freeze, is_frozen_for_now, is_kept_frozen, settle
 from .gradients import AbstractGradientHooks, Measure, dense, gradient_norm, norm_of, squared_norm
 from .history import BlockHistory, EntryHistory, merge_orders, read_history
-from .masters import HALF, MASTER, agrees, is_strided, take_over
+from .masters import HALF, MASTER, agrees, is_strided, take_over, unrounded
 from .optimizer import SelectiveOptimizer
 from .output_probes import WHOLE, OutputProbes
 from .parameter_groups import Group, ParameterTable
@@ -122,5 +122,6 @@ __all__ = [
     "squared_norm",
     "states_by_name",
     "take_over",
+    "unrounded",
     "weights_of_adapters",
 ]

@@ -34,6 +34,10 @@ class Cohorts:
         """Bytes of the cohort bits on the device."""
         return self._joined.nbytes
 
+    def move_to(self, device: torch.device) -> None:
+        """Move to the device of the indices."""
+        self._joined = self._joined.to(device)
+
     def plain(self, flagged: Tensor) -> Tensor:
         """Return the indices without flags."""
         return flagged & ~self._sign_bit

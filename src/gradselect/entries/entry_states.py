@@ -70,6 +70,11 @@ class EntryStates:
         """Number of selected entries of each tensor in this rank's local part."""
         return {name: store.num_entries(name) for name, store in self._store_of.items()}
 
+    def follow_model(self) -> None:
+        """Go along with a model that was moved or cast since the last step; see `EntryStore.follow_model`."""
+        for store in self.stores:
+            store.follow_model()
+
     def read(self, name: str, gradient: Tensor, *, clear: bool) -> None:
         """Add to the gradients of a tensor's entries; see `EntryStore.read`."""
         self._store_of[name].read(name, gradient, clear=clear)

@@ -59,10 +59,8 @@ class MovedEntries:
         """
         found: dict[str, Tensor | None] = {}
         for name in self._touched:
-            if name not in self._left:
-                found[name] = in_set(name).sort().values
-            else:
-                left = self._left[name]
-                found[name] = None if left is None else torch.cat([left, in_set(name)]).unique()
+            left = self._left.get(name, _NONE_YET)
+            now = None if left is None else in_set(name)
+            found[name] = None if left is None or now is None else torch.cat([left.to(now.device), now]).unique()
         self._touched, self._left, self._is_asked = set(), {}, True
         return found

@@ -93,6 +93,7 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         self._reach.look(self.mask, self._selector.planned(), {*self._reader.taken, *self._dense.with_gradients})
         if not (self._entries.has_gradients or self._dense.has_gradients) or self._is_skipped():
             return loss
+        self._entries.follow_model()
         reader = self._reader
         change = self._selector.select_by_gradient(is_whole=reader.saw_all, is_in_parts=reader.is_in_parts)
         self._change = change or self._change  # 1
@@ -195,8 +196,6 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         dense = [name for name in self._table.blocks if is_dense or name in self._always]
         compact = [name for name in self._table.blocks if name not in dense]
         phases, masked = self._phases, {tensor.name: tensor.parameter for tensor in self.mask.tensors}
-        is_half = any(parameter.dtype in HALF for parameter in self._table.all())
-        self._master_values = str(update.master_dtype) if is_half else "None"
         self._dense = DenseTensors(dense, self._table, self._states, self._updates, mask=self.mask, phases=phases)
         self._entries = EntryStates(self.param_groups, compact, rule=update.rule, master_dtype=update.master_dtype)
         self._shards = Shards(masked)
@@ -271,6 +270,11 @@ class SparseOptimizer(SelectiveOptimizer[MaskRecord]):
         self._selector.restart()
         self._reader.drop_window()
         self._entries.restart()
+
+    @property
+    def _is_half(self) -> bool:
+        """True if weights are in half precision, as they are now."""
+        return any(parameter.dtype in HALF for parameter in self._table.all())
 
     def _squared_norms(self) -> list[tuple[Tensor, Tensor]]:
         """Sums of squares of the gradients that are applied, each with a tensor that is sharded as they are."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradselect.core import HALF, MASTER, AbstractRule, agrees, index_dtype, take_over
+from gradselect.core import HALF, MASTER, AbstractRule, agrees, index_dtype, take_over, unrounded
 from gradselect.parallel import local_part
+from gradselect.usage import UsageError
 
 from .cohorts import Cohorts
 from .moved import MovedEntries
@@ -80,6 +81,7 @@ class EntryStore:
             clear: set `gradient` to zero at the entries.
         """
         if self._gradients is None:
+            self._follow_device()
             self._gradients = torch.zeros_like(self._indices, dtype=self._empty.dtype)
         self._was_read.add(name)
         part = self._segments.slice_of(name)
@@ -189,8 +191,11 @@ class EntryStore:
         device = self._indices.device
         ordered = [states[name] for name in self.names]
         self._indices = torch.cat([state["indices"].to(device, self._indices.dtype) for state in ordered])
-        for kind, array in self._arrays.items():
-            self._arrays[kind] = torch.cat([state[kind].to(device, array.dtype) for state in ordered])
+        # Masters of a run in half precision are loaded in fp32 too: the next step gives their digits to the weights.
+        kinds = (*self._rule.state_names, *((MASTER,) if all(MASTER in state for state in ordered) else ()))
+        self._arrays = {
+            kind: torch.cat([state[kind].to(device, self._empty.dtype) for state in ordered]) for kind in kinds
+        }
         self._segments.reset({name: states[name]["indices"].numel() for name in self.names})
         self._cohorts.num_updates = [int(state["num_updates"]) for state in ordered]
         self._cohorts.forget()
@@ -209,7 +214,6 @@ class EntryStore:
     def update(self, group: Group) -> None:
         """Apply the rule once to every entry whose tensor had a gradient."""
         self.refreshed.clear()
-        self._add_masters()
         if self._gradients is not None:
             for names in self._runs():
                 self._update_run(names, group)
@@ -225,11 +229,42 @@ class EntryStore:
         is_moved = self._joined_at(name) < self._cohorts.num_updates[self._segments.position[name]]
         return self.indices(name)[is_moved if among is None else is_moved & among].long()
 
-    def _add_masters(self) -> None:
-        """Make masters of weights that were cast to half precision after the optimizer was built."""
-        if self._master_dtype is not None and MASTER not in self._arrays and self._flat(self.names[0]).dtype in HALF:
+    def follow_model(self) -> None:
+        """Go along with a model that was moved to another device, or cast, since the last step.
+
+        Weights that were cast to half precision get masters; those that were cast from it take over the digits of
+        theirs, which are dropped.
+
+        Raises:
+            UsageError: the tensors are now on several devices.
+        """
+        self._follow_device()
+        is_half = self._flat(self.names[0]).dtype in HALF
+        if MASTER in self._arrays and not is_half:
+            masters = self._arrays.pop(MASTER)
+            for name in self.names:
+                flat, places = self._flat(name), self.indices(name).long()
+                weights = flat[places]
+                unrounded(weights, masters[self._segments.slice_of(name)])
+                flat.index_copy_(0, places, weights)
+        elif self._master_dtype is not None and MASTER not in self._arrays and is_half:
             self._arrays[MASTER] = self._empty.new_empty(self._indices.shape)
             self.refresh_masters()
+
+    def _follow_device(self) -> None:
+        devices = {parameter.device for parameter in self.parameters.values()}
+        if len(devices) > 1:
+            raise UsageError(
+                f"the weights were moved to several devices ({', '.join(sorted(map(str, devices)))}) after the "
+                "optimizer was built; build the SparseOptimizer when they are where they will train"
+            )
+        [device] = devices
+        if device != self._indices.device:
+            self._plain_indices = None
+            self._indices, self._empty = self._indices.to(device), self._empty.to(device)
+            self._arrays = {kind: array.to(device) for kind, array in self._arrays.items()}
+            self._cohorts.move_to(device)
+            self._gradients = None if self._gradients is None else self._gradients.to(device)
 
     def refresh_masters(self) -> None:
         """Set master weights to the weights."""
