@@ -124,6 +124,14 @@ SAID = {
     "the ANSWER IS\n\\(3.5\\) metres": "3.5",
     "The answer is 3.5": "3.5",
     "The answer is 1. No, the answer is 2": "2",
+    "The answer is **12**.": "12",
+    "The answer is **12.** Good": "12",
+    "The answer is: **$x + 1$**.": "x + 1",
+    "**The answer is** 12": "12",
+    "**The answer is**: 12": "12",
+    "*The answer is* 12*3": "12*3",
+    "The answer is 2**3": "2**3",
+    "The answer is **12** or **13**": "12 or **13**",
     "so 6 in all": "6",
 }
 

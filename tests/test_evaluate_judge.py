@@ -28,6 +28,10 @@ EQUAL = [
     (r"90^\circ", "90"),
     (r"\text{Evelyn}", r"\text{Evelyn}"),
     (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}"),
+    ("12", "12, as shown"),
+    ("12", "12 dollars"),
+    ("1200", "1,200 square meters, because 30 * 40 = 1200"),
+    ("5 dollars", "5 dollars"),
 ]
 DIFFERENT = [
     ("18", "19"),
@@ -40,6 +44,16 @@ DIFFERENT = [
     ("5", "\ud800"),
     ("5", "\x00"),
     ("5", "1" * 5000),
+    ("12", "12 or 13"),
+    ("12", "12 or -12"),
+    ("12", "12, 13"),
+    ("12", "12 million"),
+    ("12", "12 and a half"),
+    ("12", "12 choose five"),
+    ("12", "-12 dollars"),
+    ("12", "12 is wrong"),
+    ("13", "12, as shown in 13"),
+    ("5 dollars", "5 cents"),
 ]
 
 

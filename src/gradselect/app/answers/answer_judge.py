@@ -13,9 +13,10 @@ from typing import IO, Self
 
 from gradselect.usage import UsageError
 
-from .answers import trimmed
+from .answers import trimmed, without_unit
 
 _WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
+_PLAIN = re.compile(r"-?\d[\d,]*(?:\.\d+)?", re.ASCII)
 
 
 class Judge:
@@ -51,8 +52,16 @@ class Judge:
         self._stop()
 
     def equal(self, reference: str, prediction: str) -> bool | None:
-        """Return True if both are the same value; None if math-verify did not decide in time."""
+        """Return True if both are the same value; None if math-verify did not decide in time.
+
+        Of a prediction like "5 dollars" the number alone is right too, where the reference is a plain number.
+        """
         one, other = trimmed(reference), trimmed(prediction)
+        verdict = self._equal(one, other)
+        number = without_unit(other) if verdict is False and _PLAIN.fullmatch(one) else None
+        return verdict if number is None or number == other else self._equal(one, number)
+
+    def _equal(self, one: str, other: str) -> bool | None:
         if one == other:
             return True
         if _WHOLE.fullmatch(one) and _WHOLE.fullmatch(other):

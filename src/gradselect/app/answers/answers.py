@@ -22,6 +22,20 @@ _TOKEN = re.compile(r"[^\s$.,;]+")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _STATED = re.compile(r"answer\s+is\s*:?\s*", re.IGNORECASE)
 _MATHS = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+# "**12**" as a whole, or the end of "**The answer is** 12", whose stars say nothing of the answer.
+_EMPHASIS = re.compile(r"\A(\*{1,3})(?:(?=\S)(.+?)\1(?!\w)|:?\s*)", re.DOTALL)
+# A number, at most two words of a unit, and a reason. Words that may make another value of it are no unit.
+_NO_UNIT = (
+    "or|and|to|not|is|if|but|than|less|more|plus|minus|times|over|divided|multiplied|squared|cubed|factorial|percent|pi|"
+    "mod|modulo|base|hundred|thousand|million|billion|trillion|dozen|half|halves|thirds?|quarters?|fourths?|fifths?|"
+    "sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?|thousandths?|score|gross|point|"
+    "repeating|recurring|choose|root|sqrt|log|sin|cos|tan|as|since|because"
+)
+_UNIT = rf"(?!(?:{_NO_UNIT})\b)(?:[A-Za-z]{{3,}}|cm|mm|km|kg|ft|oz|lb|ml)"
+_WITH_UNIT = re.compile(
+    rf"(-?(?:\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.\d+)?)(?: {_UNIT}){{0,2}}(?:,? (?:as|since|because)\b.*)?",
+    re.ASCII | re.IGNORECASE,
+)
 _SENTENCE_END = re.compile(r"\.(?:\s|$)|\n")
 
 
@@ -71,7 +85,7 @@ def last_stated(text: str) -> str | None:
     ends = [match.end() for match in _STATED.finditer(text)]
     if not ends:
         return None
-    line = text[ends[-1] :].partition("\n\n")[0]
+    line = _EMPHASIS.sub(r"\2", text[ends[-1] :].partition("\n\n")[0])
     formula = _MATHS.match(line)
     if formula is not None:
         return trimmed(next(group for group in formula.groups() if group is not None)) or None
@@ -82,6 +96,17 @@ def last_number(text: str) -> str | None:
     """Return the last number of the text, in the form of `gsm8k_answer`."""
     numbers = list(_NUMBER.finditer(_plain_separators(text)))
     return _canonical(numbers[-1]) if numbers else None
+
+
+def without_unit(answer: str) -> str | None:
+    """Return the number of an answer that is a number with a unit or a reason behind it; None for any other answer.
+
+    Example:
+        >>> without_unit("1,200 dollars"), without_unit("12, as shown"), without_unit("12 or 13")
+        ('1200', '12', None)
+    """
+    match = _WITH_UNIT.fullmatch(answer)
+    return None if match is None else match[1].replace(",", "")
 
 
 def trimmed(answer: str) -> str:
