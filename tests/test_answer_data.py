@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,6 +64,33 @@ def test_rated_answers_have_the_tokens_that_trl_makes(place: Path, tmp_path: Pat
 def test_a_conversation_with_its_prompt_inside_is_the_same(place: Path, tmp_path: Path) -> None:
     split, whole = (rows_of(preference_recipe(place, tmp_path, file=file)).dataset for file in ("split", "whole"))
     assert split.to_list() == whole.to_list()
+
+
+Q, A = said("user", "q"), said("assistant", "a")
+HI, MORE, REJECTED = said("assistant", "hi"), said("user", "more"), said("assistant", "b")
+FORMS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
+    "answers of several messages": ([{"prompt": [Q], "chosen": [HI, MORE, A]}], ["qhimorea"]),
+    "other names": ([{"prompt": "q", "chosen": [{"from": "GPT", "value": "a"}]}], ["qa"]),
+    "a name of their own": ([{"prompt": "q", "chosen": [{"from": "Automat", "value": "a"}]}], ["qa"]),
+    "a greeting": ([{"chosen": [Q, A]}, {"chosen": [HI, Q, A]}], ["qa", "hiqa"]),
+    "a prompt of its own": ([{"prompt": None, "chosen": [Q, A]}, {"prompt": "q", "chosen": [A]}], ["qa", "qa"]),
+    "a prompt beside": ([{"prompt": "no", "chosen": [Q, A]}], ["qa"]),
+}
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_the_prompt_is_found_in_every_form_of_messages(name: str, as_text: bool, place: Path, tmp_path: Path) -> None:
+    """The role of an answer's first message was known in a list alone, and by four names; the prompt was lost."""
+    rows, expected = FORMS[name]
+    pairs = []
+    for row in rows:
+        cells = {**row, "rejected": [*row["chosen"][:-1], REJECTED]}
+        pairs.append({key: json.dumps(cell) if as_text and type(cell) is list else cell for key, cell in cells.items()})
+    data = {"path": str(write_rows(tmp_path / "talks.jsonl", pairs)), "roles": {"Automat": "assistant"}}
+    found = rows_of(preference_recipe(place, tmp_path, data=data)).dataset
+    texts = [byte_tokenizer().decode(row["input_ids"], skip_special_tokens=True) for row in found]
+    assert [text.replace("user: ", "").replace("assistant: ", "") for text in texts] == expected
 
 
 def test_kto_reads_a_pair_as_two_answers_in_an_order_of_the_seed(place: Path, tmp_path: Path) -> None:
@@ -154,6 +182,11 @@ BAD_ROWS = {
         "dpo",
         "roles user",
     ),
+    "no prompt": (
+        [{name: [*asked, ANSWER] for name in ("chosen", "rejected")} for asked in ([said("user", "a")], [])],
+        "dpo",
+        "line 2: the messages in 'chosen' begin with an answer, and the row has no 'prompt' to it",
+    ),
     "all equal": ([{"prompt": "a", "chosen": "b", "rejected": "b"}], "dpo", "every pair has two equal answers"),
     "mixed": (
         [*pairs(1), {"prompt": "a", "chosen": [said("assistant", "b")], "rejected": "c"}],
@@ -170,6 +203,13 @@ def test_rows_that_cannot_be_used_are_refused(name: str, place: Path, tmp_path: 
     with pytest.raises(UsageError, match=r"bad\.jsonl") as found:
         read_data(preference_recipe(place, tmp_path, trainer=trainer, data={"path": str(tmp_path / "bad.jsonl")}))
     assert words in str(found.value)
+
+
+def test_a_column_of_prompts_that_is_named_must_be_there(place: Path, tmp_path: Path) -> None:
+    rows = [{"q": "q", "chosen": [HI, Q, A], "rejected": [HI, Q, REJECTED]}]
+    data = {"path": str(write_rows(tmp_path / "bad.jsonl", rows)), "prompt": "{question}"}
+    with pytest.raises(UsageError, match=r"line 1: the messages in 'chosen' begin with .* has no 'question' to it"):
+        read_data(preference_recipe(place, tmp_path, data=data))
 
 
 def test_a_prompt_that_ends_with_an_answer_is_refused(place: Path, tmp_path: Path) -> None:

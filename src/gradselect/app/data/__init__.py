@@ -1,7 +1,7 @@
 """Data files: rows, templates, chat messages, labels, read and checked line by line."""
 
 from .cells import cell_text, is_empty, label_text
-from .chat import TEMPLATE_ARGUMENTS, ChatColumns, Conversation, holds_messages, read_conversation
+from .chat import TEMPLATE_ARGUMENTS, ChatColumns, Conversation, holds_messages, message_roles, read_conversation
 from .chat_messages import REASONING, Message, is_blank
 from .endings import ENDINGS, ending_of, whole_ending_of
 from .hub_rows import read_hub_rows
@@ -36,6 +36,7 @@ __all__ = [
     "is_pattern",
     "label_names",
     "label_text",
+    "message_roles",
     "optional_columns_of",
     "other_sign",
     "place_of",

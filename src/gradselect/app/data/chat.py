@@ -98,6 +98,16 @@ def read_conversation(row: Mapping[str, Any], columns: ChatColumns) -> Conversat
     )
 
 
+def message_roles(row: Mapping[str, Any], column: str, columns: ChatColumns) -> list[str]:
+    """Return the roles of the messages in one column, by their names in a chat template.
+
+    Raises:
+        UsageError: something in it is no message.
+    """
+    items = _message_list(_cell(row[column], column, columns), column)
+    return [message["role"] for message in read_messages(items, ignore=columns.ignore, roles=columns.roles).messages]
+
+
 def _cell(value: Any, column: str, columns: ChatColumns) -> Any:
     """Return a cell with only types that JSON has."""
     try:

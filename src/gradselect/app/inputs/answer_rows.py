@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gradselect import UsageError
@@ -14,6 +13,7 @@ from gradselect.app.data import (
     Row,
     columns_of,
     holds_messages,
+    message_roles,
     place_of,
     read_conversation,
     render,
@@ -75,7 +75,7 @@ def render_answers(source: Source, settings: PreferenceData | PromptData) -> lis
         UsageError: a column is missing, or a row cannot be used; names the row.
     """
     layout = layout_of(source, settings)
-    require_columns(source.rows, _columns_read(source.rows[0], settings, layout), path=source.path)
+    require_columns(source.rows, _columns_read(settings, layout), path=source.path)
     examples = []
     for index, row in enumerate(source.rows):
         try:
@@ -85,9 +85,10 @@ def render_answers(source: Source, settings: PreferenceData | PromptData) -> lis
     return examples
 
 
-def _columns_read(first: Row, settings: PreferenceData | PromptData, layout: AnswerLayout) -> list[str]:
+def _columns_read(settings: PreferenceData | PromptData, layout: AnswerLayout) -> list[str]:
+    """Return the columns that every row must have. Where answers are messages, a row may have its prompt in them."""
     templates = [getattr(settings, part) for part in layout.parts]
-    if not (layout.has_messages and _is_whole(first, settings, layout)):
+    if not layout.has_messages:
         templates.append(settings.prompt)
     if isinstance(settings, PromptData) and settings.answer is not None:
         templates.append(settings.answer)
@@ -99,7 +100,7 @@ def _columns_read(first: Row, settings: PreferenceData | PromptData, layout: Ans
 def _render(row: Row, settings: PreferenceData | PromptData, layout: AnswerLayout, *, nulls: bool) -> dict[str, Any]:
     good = _read_label(row, settings) if isinstance(settings, PreferenceData) and not layout.is_paired else None
     if layout.has_messages:
-        talks = tuple(_conversation(row, settings, layout, part, nulls=nulls) for part in layout.parts)
+        talks = tuple(_conversation(row, settings, part, nulls=nulls) for part in layout.parts)
         _check_conversations(talks, settings)
         return {"conversations": talks, "good": good}
     _check_no_messages(row, settings, layout)
@@ -117,26 +118,37 @@ def _render(row: Row, settings: PreferenceData | PromptData, layout: AnswerLayou
     return {"conversations": talks, "good": good}
 
 
-def _conversation(
-    row: Row, settings: PreferenceData | PromptData, layout: AnswerLayout, part: str, *, nulls: bool
-) -> Conversation:
+def _conversation(row: Row, settings: PreferenceData | PromptData, part: str, *, nulls: bool) -> Conversation:
     """Return the conversation that ends with an answer; of prompts, the one that asks for it."""
     answer = _only_column(getattr(settings, part), part)
-    columns: tuple[str, ...] = (answer,)
-    if part != "prompt" and not _is_whole(row, settings, layout):
-        prompt = _only_column(settings.prompt, "prompt")
-        columns = (prompt, answer)
-        if isinstance(row.get(prompt), str) and not holds_messages(row[prompt]):
+    columns = ChatColumns(
+        messages=(answer,),
+        tools=settings.tools or "tools",
+        ignore=frozenset(settings.ignore or ()),
+        roles=settings.roles or {},
+        nulls_are_absent=nulls,
+    )
+    if part != "prompt" and (prompt := _prompt_column(row, settings, columns, answer=answer)) is not None:
+        columns = replace(columns, messages=(prompt, answer))
+        if isinstance(row[prompt], str) and not holds_messages(row[prompt]):
             row = {**row, prompt: [{"role": "user", "content": row[prompt]}]}
-    return read_conversation(
-        row,
-        ChatColumns(
-            messages=columns,
-            tools=settings.tools or "tools",
-            ignore=frozenset(settings.ignore or ()),
-            roles=settings.roles or {},
-            nulls_are_absent=nulls,
-        ),
+    return read_conversation(row, columns)
+
+
+def _prompt_column(row: Row, settings: PreferenceData | PromptData, columns: ChatColumns, *, answer: str) -> str | None:
+    """Return the column with the prompt of an answer; None if the answer's column holds the whole conversation."""
+    roles = message_roles(row, answer, columns)
+    if roles[:1] != ["assistant"]:
+        return None
+    prompt = _only_column(settings.prompt, "prompt")
+    if row.get(prompt) is not None:
+        return prompt
+    is_named = settings.prompt != type(settings).model_fields["prompt"].default
+    if len(roles) > 1 and (prompt in row or not is_named):
+        return None  # it begins with a greeting
+    raise UsageError(
+        f"the messages in {answer!r} begin with an answer, and the row has no {prompt!r} to it; name the column with "
+        "the prompt in data.prompt, e.g. 'data.prompt={question}'"
     )
 
 
@@ -159,16 +171,6 @@ def _check_conversations(talks: tuple[Conversation, ...], settings: PreferenceDa
             "the two conversations differ before their last message, so that more than the answers would be compared; "
             "let both have the same prompt"
         )
-
-
-def _is_whole(row: Row, settings: PreferenceData | PromptData, layout: AnswerLayout) -> bool:
-    """Return True if the column of an answer holds the prompt too."""
-    if layout.parts == ("prompt",):
-        return True
-    cell = row.get(_only_column(getattr(settings, layout.parts[0]), layout.parts[0]))
-    first = cell[0] if isinstance(cell, list) and cell and isinstance(cell[0], Mapping) else {}
-    role = first.get("role", first.get("from"))
-    return (settings.roles or {}).get(str(role), role) not in ("assistant", "gpt", "bot", "model")
 
 
 def _holds_messages(row: Row, template: str) -> bool:
