@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from answer_support import pairs, preference_recipe, prompt_recipe, rated, said, write_place, write_rows
 from datasets import Dataset
-from train_fixtures import CHAT_TEMPLATE, byte_tokenizer, parse
+from train_fixtures import CHAT_TEMPLATE, byte_tokenizer, parse, write_model
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 
@@ -209,6 +209,42 @@ def test_a_column_of_prompts_that_is_named_must_be_there(place: Path, tmp_path: 
     rows = [{"q": "q", "chosen": [HI, Q, A], "rejected": [HI, Q, REJECTED]}]
     data = {"path": str(write_rows(tmp_path / "bad.jsonl", rows)), "prompt": "{question}"}
     with pytest.raises(UsageError, match=r"line 1: the messages in 'chosen' begin with .* has no 'question' to it"):
+        read_data(preference_recipe(place, tmp_path, data=data))
+
+
+TOOLS_TEMPLATE = "{% if tools %}{{ tools[0].name }}|{% endif %}" + CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("data", [{"tools": "calls"}, {}])
+@pytest.mark.parametrize("kind", ["preference", "prompts"])
+def test_the_tools_of_a_plain_prompt_reach_the_chat_template(
+    kind: str, data: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    """They were asked for in every row, and dropped."""
+    model = {"path": str(write_model(tmp_path / "model", chat_template=TOOLS_TEMPLATE)), "dtype": "float32"}
+    rows = [{**row, data.get("tools", "tools"): [{"name": "add"}]} for row in [*pairs(2), *pairs(2)]]
+    data = {"path": str(write_rows(tmp_path / "rows.jsonl", rows)), "as_chat": True, **data}
+    recipe = (
+        preference_recipe(place, tmp_path, data=data, model=model)
+        if kind == "preference"
+        else prompt_recipe(place, tmp_path, data={"answer": "{chosen}", "prompt": "{prompt}", **data}, model=model)
+    )
+    text = byte_tokenizer().decode(read_data(recipe).examples.train[0]["input_ids"])
+    assert text.startswith("add|user: 0+0?<end>assistant: ")
+
+
+IDLE = {
+    "tools": ({"tools": "prompt"}, r"data\.tools='prompt' is for conversations, and .* or write data\.as_chat=true"),
+    "ignore": ({"ignore": ["tools"]}, r"data\.ignore=\('tools',\) is for conversations"),
+    "roles": ({"roles": {"Mensch": "user"}, "as_chat": True}, r"data\.roles=.* are plain text: leave it out$"),
+}
+
+
+@pytest.mark.parametrize(("data", "words"), IDLE.values(), ids=list(IDLE))
+def test_settings_of_conversations_are_refused_for_plain_text(
+    data: dict[str, Any], words: str, place: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=words):
         read_data(preference_recipe(place, tmp_path, data=data))
 
 

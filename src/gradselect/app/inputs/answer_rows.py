@@ -10,6 +10,7 @@ from gradselect import UsageError
 from gradselect.app.data import (
     ChatColumns,
     Conversation,
+    Message,
     Row,
     columns_of,
     holds_messages,
@@ -75,14 +76,32 @@ def render_answers(source: Source, settings: PreferenceData | PromptData) -> lis
         UsageError: a column is missing, or a row cannot be used; names the row.
     """
     layout = layout_of(source, settings)
+    if not layout.has_messages:
+        _check_plain(source, settings)
     require_columns(source.rows, _columns_read(settings, layout), path=source.path)
+    columns = ChatColumns(
+        tools=settings.tools or "tools",
+        ignore=frozenset(settings.ignore or ()),
+        roles=settings.roles or {},
+        nulls_are_absent=source.rows.fills_with_nulls,
+    )
     examples = []
     for index, row in enumerate(source.rows):
         try:
-            examples.append(_render(row, settings, layout, nulls=source.rows.fills_with_nulls))
+            examples.append(_render(row, settings, layout, columns))
         except UsageError as error:
             raise UsageError(f"{place_of(source.rows, index, path=source.path)}: {error}") from None
     return examples
+
+
+def _check_plain(source: Source, settings: PreferenceData | PromptData) -> None:
+    """Refuse settings of conversations where prompts and answers are plain text."""
+    for name in ("roles",) if settings.as_chat else ("tools", "roles", "ignore"):
+        if (value := getattr(settings, name)) is not None:
+            raise UsageError(
+                f"data.{name}={value!r} is for conversations, and prompts and answers of {source.path} are plain "
+                f"text: leave it out{'' if name == 'roles' else ', or write data.as_chat=true'}"
+            )
 
 
 def _columns_read(settings: PreferenceData | PromptData, layout: AnswerLayout) -> list[str]:
@@ -97,37 +116,36 @@ def _columns_read(settings: PreferenceData | PromptData, layout: AnswerLayout) -
     return [column for template in templates for column in columns_of(template)] + labels + tools
 
 
-def _render(row: Row, settings: PreferenceData | PromptData, layout: AnswerLayout, *, nulls: bool) -> dict[str, Any]:
+def _render(
+    row: Row, settings: PreferenceData | PromptData, layout: AnswerLayout, columns: ChatColumns
+) -> dict[str, Any]:
     good = _read_label(row, settings) if isinstance(settings, PreferenceData) and not layout.is_paired else None
     if layout.has_messages:
-        talks = tuple(_conversation(row, settings, part, nulls=nulls) for part in layout.parts)
+        talks = tuple(_conversation(row, settings, part, columns) for part in layout.parts)
         _check_conversations(talks, settings)
         return {"conversations": talks, "good": good}
     _check_no_messages(row, settings, layout)
     prompt = render(settings.prompt, row)
+    asked = {"role": "user", "content": prompt}
     if isinstance(settings, PromptData):
-        asked = {"role": "user", "content": prompt}
-        return {"conversations": (Conversation(messages=[asked]),)} if settings.as_chat else {"prompt": prompt}
+        return {"conversations": (_spoken(row, columns, [asked]),)} if settings.as_chat else {"prompt": prompt}
     answers = tuple(render(getattr(settings, part), row) for part in layout.parts)
     if not settings.as_chat:
         return {"prompt": prompt, "answers": answers, "good": good}
-    talks = tuple(
-        Conversation(messages=[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
-        for answer in answers
-    )
+    talks = tuple(_spoken(row, columns, [asked, {"role": "assistant", "content": answer}]) for answer in answers)
     return {"conversations": talks, "good": good}
 
 
-def _conversation(row: Row, settings: PreferenceData | PromptData, part: str, *, nulls: bool) -> Conversation:
+def _spoken(row: Row, columns: ChatColumns, messages: list[Message]) -> Conversation:
+    """Return the conversation of rendered messages, with the tools of the row."""
+    tools = {columns.tools: row[columns.tools]} if columns.tools in row else {}
+    return read_conversation({**tools, "messages": messages}, columns)
+
+
+def _conversation(row: Row, settings: PreferenceData | PromptData, part: str, columns: ChatColumns) -> Conversation:
     """Return the conversation that ends with an answer; of prompts, the one that asks for it."""
     answer = _only_column(getattr(settings, part), part)
-    columns = ChatColumns(
-        messages=(answer,),
-        tools=settings.tools or "tools",
-        ignore=frozenset(settings.ignore or ()),
-        roles=settings.roles or {},
-        nulls_are_absent=nulls,
-    )
+    columns = replace(columns, messages=(answer,))
     if part != "prompt" and (prompt := _prompt_column(row, settings, columns, answer=answer)) is not None:
         columns = replace(columns, messages=(prompt, answer))
         if isinstance(row[prompt], str) and not holds_messages(row[prompt]):
