@@ -169,7 +169,7 @@ def headline() -> str:
             ]
         )
     counts = {len(known[name].seeds) for name in names}
-    seeds = "/".join(map(str, sorted(counts)))
+    seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
     over = " over the test items alone" if counts == {1} else ", over the test items alone where there is one seed"
     chosen = f"\nOf {len(ours)} variants of AdaGradSelect the one of the lowest held-out loss." if len(ours) > 1 else ""
     return (

@@ -247,6 +247,11 @@ def test_the_readme_shows_the_real_model_as_soon_as_it_has_results(tmp_path: Pat
     assert list(rows_of(text)) == ["full", "AdaGradSelect 20 %", "LoRA r=16 + E", "LoRA r=256"]
     assert "Of 2 variants of AdaGradSelect the one of the lowest held-out loss." in text
     assert "3 seeds, with 95 % intervals:" in text
+    mixed = make_suite(tmp_path, name="mixed")
+    for seed in range(3, 5):
+        write(tmp_path / "mixed", with_budget(result("LoRA r=256", seed=seed, **LORA["LoRA r=256"]), steps=60, ratio=1))
+    monkeypatch.setattr(scores, "SUITES", (mixed,))
+    assert "3 to 5 seeds, with 95 % intervals:" in scores.headline()
     alone = make_suite(tmp_path, name="alone", seeds=1)
     monkeypatch.setattr(scores, "SUITES", (alone,))
     assert "1 seed, with 95 % intervals over the test items alone:" in scores.headline()
