@@ -348,7 +348,7 @@ def test_few_rows_are_all_trained_on(place: Path) -> None:
     many = draft_recipe(str(place / "model"), str(place / "sums.jsonl")).recipe
     assert (many.data.validation, many.run.evaluate_every) == (0.02, 200)
     none = draft_recipe(str(place / "model"), str(place / "sums.jsonl"), ["data.validation=null"]).recipe
-    assert none.run.evaluate_every is None
+    assert (none.run.evaluate_every, getattr(none.data, "validation_limit", 0)) == (None, None)
 
 
 @pytest.mark.parametrize("limit", [0, -1])

@@ -11,6 +11,9 @@ from pydantic import TypeAdapter
 
 from gradselect import UsageError
 from gradselect.app.data.template import columns_of, render
+from gradselect.app.draft import draft_recipe
+from gradselect.app.evaluate import EvaluationSettings
+from gradselect.app.evaluate.problems import read_source
 from gradselect.app.inputs.examples import RenderedRows, render_examples
 from gradselect.app.recipe import Data
 
@@ -72,6 +75,28 @@ def test_limits_take_the_first_rows(tmp_path: Path) -> None:
     examples = load(path, limit=3, validation=path, validation_limit=2)
     assert (len(examples.rows["train"]), len(examples.rows["validation"])) == (3, 2)
     assert examples.sources["train"].describe()["rows_used"] == 3
+
+
+UNREAD = {
+    "validation_limit": (5, r"data\.validation_limit=5 is for validation data, and data\.validation is not set"),
+    "subset": ("main", r"subset='main' is for data sets on the hub; .*data\.jsonl is none: leave it out"),
+    "split": ("dev", r"split='dev' is for data sets on the hub and for folders; .*data\.jsonl is neither"),
+}
+
+
+@pytest.mark.parametrize("key", UNREAD)
+def test_what_is_not_read_is_refused(tmp_path: Path, key: str) -> None:
+    value, said = UNREAD[key]
+    path = write(tmp_path, ROWS)
+    assert len(load(path, split="train").rows["train"]) == 10
+    with pytest.raises(UsageError, match=said):
+        load(path, **{key: value})
+    if key == "validation_limit":
+        return
+    with pytest.raises(UsageError, match=said):
+        read_source(EvaluationSettings(model="any", task="loss", data=path, **{key: str(value)}))
+    with pytest.raises(UsageError, match=said):
+        draft_recipe("any", path, [f"data.{key}={value}"])
 
 
 def test_held_out_rows_are_not_trained_on_and_the_seed_decides_which(tmp_path: Path) -> None:

@@ -47,6 +47,27 @@ def is_local(path: str | Path) -> bool:
     return ending_of(path) is not None or is_pattern(path) or Path(path).exists()
 
 
+def check_local(path: str | Path, *, subset: str | None, split: str, default: str) -> None:
+    """Check that nothing is asked of a local file or folder that only a data set on the hub has.
+
+    Args:
+        path: a file, a folder or a pattern.
+        subset: configuration of a data set on the hub.
+        split: split to read.
+        default: split that is read if the user names none.
+
+    Raises:
+        UsageError: a subset, or a split of what is no folder.
+    """
+    if subset is not None:
+        raise UsageError(f"subset={subset!r} is for data sets on the hub; {path} is none: leave it out")
+    if split != default and not Path(path).is_dir():
+        raise UsageError(
+            f"split={split!r} is for data sets on the hub and for folders; {path} is neither: leave it out, and name "
+            "the file that is meant"
+        )
+
+
 def files_of(path: str | Path, splits: Sequence[str] = ("train",), *, needs_split: bool = False) -> list[Path]:
     """Return the files that a path names, in order: part-2 before part-10.
 

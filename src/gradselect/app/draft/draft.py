@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradselect.app.data import Rows, ending_of, holds_messages, is_local, read_hub_rows, read_rows, whole_ending_of
+from gradselect.app.data import (
+    Rows,
+    check_local,
+    ending_of,
+    holds_messages,
+    is_local,
+    read_hub_rows,
+    read_rows,
+    whole_ending_of,
+)
 from gradselect.app.recipe import Recipe, as_typed, merge, parse_recipe, recipe_formats, with_overrides
 from gradselect.integrations.reporting import FEW_LAYERS
 
@@ -114,6 +123,7 @@ def draft_recipe(model: str, data: str, overrides: Sequence[str] = ()) -> Draft:
     base["run"] = {"output": f"runs/{_name_of(model)}-{_name_of(data)}", **base["run"]}
     if merge(base, typed)["data"].get("validation") is None:
         del base["run"]["evaluate_every"]
+        base["data"].pop("validation_limit", None)
     saves = base["run"].pop("save_every")
     values = merge(base, typed)
     origin_of_rate, needs_rate = None, "lr" not in (values.get("optimizer") or {})
@@ -152,6 +162,7 @@ def _read(data: str, given: Mapping[str, Any]) -> Rows:
     if not is_local(data):
         subset = given.get("subset")
         return read_hub_rows(data, key="DATA", origin=data, subset=subset, split=split, subset_key="data.subset")[0]
+    check_local(data, subset=given.get("subset"), split=split, default="train")
     columns = given.get("columns")
     columns = columns.split(",") if isinstance(columns, str) else columns
     return read_rows(data, columns=columns, rows_key=given.get("rows_key"), splits=(split,))

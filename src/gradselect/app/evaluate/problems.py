@@ -16,6 +16,7 @@ from gradselect.app.data import (
     Row,
     Rows,
     cell_text,
+    check_local,
     columns_of,
     data_fingerprint,
     ending_of,
@@ -122,6 +123,7 @@ def read_source(settings: EvaluationSettings) -> Source:
             str(data), key="data", origin=str(data), subset=subset, split=settings.split, subset_key="--subset"
         )
         return Source(name=str(data), fingerprint=fingerprint, rows=rows[: settings.limit])
+    check_local(path, subset=settings.subset, split=settings.split, default="test")
     is_text = settings.task == "loss" and ending_of(path) == ".txt" and not is_pattern(path)
     if is_text:
         rows = Rows.counted([{"text": _read_text(path)}], Origin(str(data)))

@@ -10,6 +10,7 @@ from gradselect import UsageError
 from gradselect.app.data import (
     VALIDATION_SPLITS,
     Rows,
+    check_local,
     data_fingerprint,
     ending_of,
     is_local,
@@ -53,8 +54,15 @@ def read_sources(settings: FileData, *, seed: int) -> dict[str, Source]:
     `seed` draws the held-out share.
 
     Raises:
-        UsageError: a file cannot be read, or too few rows are left.
+        UsageError: a file cannot be read, a setting does not fit it, or too few rows are left.
     """
+    if is_local(settings.path):
+        check_local(settings.path, subset=settings.subset, split=settings.split, default="train")
+    if settings.validation is None and settings.validation_limit is not None:
+        raise UsageError(
+            f"data.validation_limit={settings.validation_limit} is for validation data, and data.validation is not "
+            "set; write e.g. data.validation=0.02, or data.validation_limit=null"
+        )
     train = _first(_read(settings.path, settings, splits=(settings.split,)), settings.limit)
     match settings.validation:
         case None:
