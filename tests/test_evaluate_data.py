@@ -11,7 +11,7 @@ import pytest
 
 from gradselect import UsageError
 from gradselect.app.cli.evaluate import _settings as read_options
-from gradselect.app.data import Conversation
+from gradselect.app.data import Conversation, Origin, Rows
 from gradselect.app.evaluate import EvaluationSettings
 from gradselect.app.evaluate.problems import passages, problems, read_source
 from gradselect.app.evaluate.written_texts import with_templates
@@ -360,3 +360,20 @@ def test_a_data_set_that_is_nowhere_is_explained() -> None:
 def test_a_wrong_setting_says_what_to_write(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         EvaluationSettings(model="any", **values)
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "read"), [("gsm8k", None, "main"), ("gsm8k", "socratic", "socratic"), ("math", "some", "some")]
+)
+def test_a_configuration_without_data_is_one_of_the_tasks_own(
+    task: str, given: str | None, read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def hub(name: str, *, subset: str | None, **_: Any) -> tuple[Rows, str]:
+        asked.append(subset)
+        return Rows.counted([GSM8K], Origin(name)), "print"
+
+    monkeypatch.setattr("gradselect.app.evaluate.problems.read_hub_rows", hub)
+    read_source(EvaluationSettings(model="any", task=task, subset=given))
+    assert asked == [read]

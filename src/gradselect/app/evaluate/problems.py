@@ -116,7 +116,8 @@ def read_source(settings: EvaluationSettings) -> Source:
         UsageError: no such file or data set, or a line that cannot be read.
     """
     assert settings.task is not None
-    data, subset = (settings.data, settings.subset) if settings.data is not None else HUB_DATA[settings.task]
+    data, subset = (settings.data, None) if settings.data is not None else HUB_DATA[settings.task]
+    subset = settings.subset or subset
     path, splits = Path(data), (settings.split,)
     if not is_local(path):
         rows, fingerprint = read_hub_rows(
