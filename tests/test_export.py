@@ -170,6 +170,8 @@ def test_what_loads_and_merges_the_adapter_of_a_classifier_keeps_its_outputs(roo
         exec(code, {})
         merged = AutoModelForSequenceClassification.from_pretrained("MERGED")
         assert torch.equal(merged.score.weight, model.score.modules_to_save.default.weight)
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
+    assert "AutoPeftModelForSequenceClassification" in merge_command(tmp_path / "adapter")
 
 
 def test_the_card_names_held_out_rows_without_their_folder(root, tmp_path, capsys):

@@ -194,8 +194,7 @@ class Reach(AbstractGradientHooks):
         if not kept:
             raise UsageError(
                 f"{type(policy).__name__} proposes only blocks that are frozen or that the loss does not reach: "
-                f"{listed(proposal)}; "
-                "let propose() select among self.names, which holds the others"
+                f"{listed(proposal)}; let propose() select among self.names, which holds the others"
             )
         return kept
 

@@ -13,8 +13,7 @@ from .reach import Reach
 class StepSelection:
     """Selection of the coming step: proposed before its forward pass, or decided from the norms of its gradients.
 
-    Blocks that train always are added to it; blocks that the loss does not reach, or that the
-    user froze, are left out.
+    Blocks that train always are added to it; blocks that the loss does not reach, or that the user froze, are left out.
 
     Attributes:
         proposal: what the policy proposed, without `always`; None: it decides from norms.

@@ -235,7 +235,8 @@ def with_labels(examples: Examples, labels: tuple[str, ...] | None, *, notes: tu
     numbers = [labels.index(label) for label in examples.labels or ()]
 
     def numbered(dataset: Dataset) -> Dataset:
-        return Dataset.from_list([{**row, "labels": numbers[row["labels"]]} for row in dataset.to_list()])
+        column: Any = [numbers[label] for label in dataset["labels"]]
+        return dataset.remove_columns("labels").add_column("labels", column)
 
     validation = None if examples.validation is None else numbered(examples.validation)
     return replace(new, train=numbered(examples.train), validation=validation)

@@ -48,10 +48,13 @@ def loading_of(folder: str | Path) -> tuple[str, str]:
     """
     if _read(folder, "task_type") != "SEQ_CLS":
         return "CausalLM", ""
+    weights = Path(folder) / WEIGHTS
+    if not weights.is_file():  # PEFT also reads adapter_model.bin
+        return "SequenceClassification", ""
     from safetensors import safe_open
 
     heads = tuple(f".{name}." for name in _values(folder).get("modules_to_save") or ())
-    with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
+    with safe_open(weights, framework="pt") as file:
         sizes = [file.get_slice(name).get_shape()[0] for name in file.keys() if any(head in name for head in heads)]  # noqa: SIM118
     return "SequenceClassification", f", num_labels={min(sizes)}" if sizes else ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
@@ -193,7 +193,8 @@ def draws_answers(recipe: Mapping[str, Any]) -> bool:
         >>> draws_answers({"trainer": {"name": "grpo"}}), draws_answers({"trainer": None})
         (True, False)
     """
-    return (recipe.get("trainer") or {}).get("name") in ("grpo", "rloo")
+    annotations = [kind.model_fields["name"].annotation for kind in AbstractSamplingTrainer.__subclasses__()]
+    return (recipe.get("trainer") or {}).get("name") in {get_args(annotation)[0] for annotation in annotations}
 
 
 Trainer = Annotated[
