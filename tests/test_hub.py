@@ -137,3 +137,39 @@ def test_configurations_of_a_data_set_are_named_with_what_to_type(
     monkeypatch.setattr("datasets.load_dataset", load)
     with pytest.raises(UsageError, match=r"several configurations: main, socratic; .* data\.subset=main"):
         read_hub_rows("openai/gsm8k", key="data.path", origin="gsm8k", subset_key="data.subset")
+
+
+def written(folder: Path, files: dict[str, str]) -> str:
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text, "utf-8")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"1.jsonl": '{"a": 1, "b": "x"}\n', "2.jsonl": '{"a": 1, "c": "x"}\n'}, "column names don't match"),
+        ({"1.jsonl": '{"a": \n'}, "JSON"),
+        ({"data.py": "import datasets\n"}, "Dataset scripts are no longer supported"),
+        ({"1.jsonl": '{"a": 1}\n'}, 'Unknown split "test"'),
+    ],
+    ids=["other columns", "damaged", "script", "no such split"],
+)
+def test_a_data_set_that_cannot_be_read_is_one_message(
+    files: dict[str, str], reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of these, only the last was an error that is caught; the others ended in a traceback."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    name = written(tmp_path / "data", files)
+    with pytest.raises(UsageError, match=f"data.path=.* cannot be read as a data set on the hub: .*{reason}"):
+        read_hub_rows(name, key="data.path", origin="data", split="test", subset_key="data.subset")
+
+
+def test_control_c_while_a_data_set_is_read_ends_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(KeyboardInterrupt):
+        read_hub_rows(str(tmp_path), key="data.path", origin="data", subset_key="data.subset")
