@@ -285,6 +285,17 @@ def test_accumulation_is_a_larger_batch(place: Path, tmp_path: Path, model: str,
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
 
 
+def test_a_model_that_returns_more_than_logits_is_validated(place: Path, tmp_path: Path) -> None:
+    """The run was lost to a TypeError in its first validation, which is behind the last step by default."""
+    write_bert(tmp_path / "bert")
+    file = tmp_path / "bert" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"output_hidden_states": True}))
+    model, data = {"path": str(tmp_path / "bert")}, {"validation": str(place / "dev.tsv")}
+    recipe = classify(place, tmp_path / "out", model=model, data=data, run={"steps": 30, "batch_size": 8})
+    run = json.loads((train(recipe, console=quiet()) / "run.json").read_text())
+    assert run["validation"]["accuracy"] == 1.0
+
+
 def test_scores_can_be_learnt_in_bfloat16(place: Path, tmp_path: Path) -> None:
     data = {"path": str(place / "scores.tsv"), "regression": True}
     recipe = classify(place, tmp_path / "out", model={"dtype": "bfloat16"}, data=data, run={"steps": 2})

@@ -19,6 +19,7 @@ def classifier_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "data_collator": DataCollatorWithPadding(tokenizer),
         "compute_loss_func": label_loss,
         "compute_metrics": validation_metrics,
+        "preprocess_logits_for_metrics": _logits,
     }
 
 
@@ -43,6 +44,11 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Return the mean `label_loss` of a batch."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     return label_loss(model(**inputs), batch["labels"])
+
+
+def _logits(outputs: Tensor | tuple[Any, ...], labels: Tensor) -> Tensor:
+    """Return the first output. Others, such as hidden states, would be kept for the whole validation set."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
