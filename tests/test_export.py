@@ -251,6 +251,92 @@ def test_the_converter_of_llama_cpp_writes_the_file(root, tmp_path, monkeypatch,
     (root / "run.gguf").unlink()
 
 
+PACKING_CONVERTER = """
+import sys, tarfile
+with tarfile.open(sys.argv[3], "w") as packed:
+    packed.add(sys.argv[1], "")
+"""
+
+
+def run_with_adapter(root: Path, tmp_path: Path, **options: Any) -> Any:
+    """Make a run with a LoRA of these options, whose B matrices are random. Return folder and model."""
+    model = AutoModelForCausalLM.from_pretrained(root / "model")
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], **options)
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter)
+    run = shutil.copytree(root / "lora", tmp_path / "run", ignore=shutil.ignore_patterns("adapter"))
+    adapted.save_pretrained(run / "adapter")
+    return run, adapted
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4, "lora_alpha": 6},
+        {"r": 4, "lora_alpha": 6, "rank_pattern": {"v_proj": 2}},
+        {"r": 4, "lora_alpha": 6, "use_rslora": True},
+        {
+            "r": 1,
+            "lora_alpha": 2,
+            "rank_pattern": {r"layers\.1\.\w+\.q_proj": 4},
+            "alpha_pattern": {"1.self_attn.q_proj": 8},
+        },
+        {"r": 4, "lora_alpha": 0, "use_rslora": True, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    ],
+)
+def test_an_adapter_is_as_strong_in_gguf_as_in_peft(root, tmp_path, monkeypatch, options):
+    run, adapted = run_with_adapter(root, tmp_path, **options)
+    (tmp_path / "convert_lora_to_gguf.py").write_text(PACKING_CONVERTER)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    before = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert export(run, "--gguf", "--adapter", tmp_path / "a.gguf") == 0
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    shutil.unpack_archive(tmp_path / "a.gguf", tmp_path / "read", format="tar")
+    alpha = json.loads((tmp_path / "read" / "adapter_config.json").read_text())["lora_alpha"]
+    tensors = load_file(tmp_path / "read" / "adapter_model.safetensors")
+    layers = {name: module for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
+    assert len(tensors) == 2 * len(layers) > 0
+    for name, layer in layers.items():
+        a, b = (tensors[f"{name}.lora_{matrix}.weight"] for matrix in "AB")
+        scale = alpha / b.shape[1] if alpha else 1.0  # as llama.cpp's engine computes it
+        torch.testing.assert_close(scale * b @ a, layer.get_delta_weight("default"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "convert_lora_to_gguf.py", "read", "run"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora', which changed the weights of the base"),
+        ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights='pissa_niter_2', which changed the weights of the"),
+        ({"use_dora": True}, "beside those of LoRA, such as base_model.model.model.layers.0.self_attn.q_proj.lora_mag"),
+        ({"modules_to_save": ["input_layernorm"]}, "such as base_model.model.model.layers.0.input_layernorm.weight"),
+    ],
+)
+def test_an_adapter_that_gguf_cannot_hold_is_refused_without_a_converter_too(
+    root, tmp_path, monkeypatch, capsys, options, message
+):
+    run, _ = run_with_adapter(root, tmp_path, r=2, **options)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    assert export(run, "--gguf", "--adapter") == 2
+    said = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert message in said
+    assert "leave --adapter off, for the merged model" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_adapter_without_a_merged_model_is_to_be_merged_first(root, tmp_path, capsys):
+    run, _ = run_with_adapter(root, tmp_path, r=2, init_lora_weights="olora")
+    for file in (run / "adapter").iterdir():
+        file.replace(run / file.name)
+    (run / "gradselect-manifest.json").unlink()
+    assert export(run, "--gguf") == 2
+    said = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert "merge it first, and convert that: python -c" in said
+    assert "--adapter" not in said
+
+
 def test_a_converter_that_fails_leaves_no_file(root, tmp_path, monkeypatch, capsys):
     (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))

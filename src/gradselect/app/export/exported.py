@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +43,6 @@ class ExportedModel:
     def is_adapter(self) -> bool:
         """True for an adapter, which needs its base."""
         return (self.folder / "adapter_config.json").is_file()
-
-    @property
-    def adapter_kind(self) -> str:
-        """PEFT's name of an adapter's method: "LORA"."""
-        return json.loads((self.folder / "adapter_config.json").read_text("utf-8"))["peft_type"]
 
     @property
     def num_bytes(self) -> int:

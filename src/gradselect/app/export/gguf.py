@@ -6,12 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from gradselect.app.models import merge_command
 from gradselect.files import writing_aside
 from gradselect.usage import UsageError
 
 from .exported import ExportedModel
+from .plain_lora import plain_lora
 
 CONVERTER, ADAPTER_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 VARIABLE = "LLAMA_CPP"
@@ -22,31 +25,26 @@ def export_gguf(model: ExportedModel, *, output: Path | None = None, kind: str =
     """Convert the model and return the new file.
 
     Args:
-        model: to convert. An adapter becomes a GGUF adapter for the GGUF file of its base.
+        model: to convert. An adapter becomes a GGUF adapter for the GGUF file of its base, as strong as in PEFT.
         output: the new file. Default: the run's name with `.gguf`, beside the folder of the run.
         kind: type of the weights: auto (as they are), f32, f16, bf16, q8_0, ...
 
     Raises:
-        UsageError: the converter is not installed or fails, or the file exists.
+        UsageError: the converter is not installed or fails, the file exists, or GGUF has no such adapters.
     """
     if kind not in TYPES:
         raise UsageError(f"--type {kind!r} is not one of {', '.join(TYPES)}")
-    if model.is_adapter and model.adapter_kind != "LORA":
-        raise UsageError(
-            f"{model.folder} holds an adapter of the kind {model.adapter_kind}, and GGUF has adapters of LoRA only; "
-            "leave --adapter off, for the merged model"
-        )
     run = model.run.resolve()
     target = run.with_name(f"{run.name}{'-adapter' if model.is_adapter else ''}.gguf") if output is None else output
     if target.exists():
         raise UsageError(f"{target} exists already; name another file, or remove it first")
     if not target.resolve().parent.is_dir():
         raise UsageError(f"{target}: there is no folder {target.resolve().parent}; make it first")
-    script = find_converter(ADAPTER_CONVERTER if model.is_adapter else CONVERTER)
     if model.is_adapter:
         kind = "f32" if kind == "auto" else kind
-    with writing_aside(target) as aside:
-        command = [sys.executable, str(script), str(model.folder.resolve()), "--outfile", str(aside), "--outtype", kind]
+    with _source(model, scratch=target.resolve().parent) as source, writing_aside(target) as aside:
+        script = find_converter(ADAPTER_CONVERTER if model.is_adapter else CONVERTER)
+        command = [sys.executable, str(script), str(source), "--outfile", str(aside), "--outtype", kind]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode or not aside.is_file():
             raise UsageError(_failure(script, done))
@@ -75,6 +73,19 @@ def find_converter(name: str) -> Path:
             f"export {VARIABLE}=llama.cpp"
         )
     return Path(found)
+
+
+def _source(model: ExportedModel, *, scratch: Path) -> AbstractContextManager[Path]:
+    """Give the folder that the converter reads."""
+    folder = model.folder.resolve()
+    return plain_lora(folder, scratch=scratch, instead=_instead(model)) if model.is_adapter else nullcontext(folder)
+
+
+def _instead(model: ExportedModel) -> str:
+    """Say how to get a GGUF file of a model whose adapter cannot be converted."""
+    if model.folder != model.run:
+        return "leave --adapter off, for the merged model"
+    return f"merge it first, and convert that: {merge_command(model.folder, base='UNQUANTISED_BASE')}"
 
 
 def _failure(script: Path, done: subprocess.CompletedProcess[str]) -> str:
