@@ -268,6 +268,23 @@ def test_norms_of_incomplete_blocks_are_unscaled_and_taken_before_clipping(setti
     assert run(torch.amp.GradScaler("cpu", init_scale=1024.0), clip=False) == pytest.approx(plain)
 
 
+@pytest.mark.parametrize("finish", ["before unscale_", "after unscale_", "disabled"])
+def test_norms_of_a_window_that_the_loop_finishes_early_are_unscaled_once(finish):
+    """A window of one pass where two were announced: only the loop knows that it is over."""
+    model, twin = tiny_llama(layers=2), tiny_llama(layers=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=finish != "disabled")
+    settings = {"policy": gs.GradNormTopK(count=1), "lr": 1e-2, "accumulation_steps": 2, "grad_scaler": scaler}
+    optimizer = gs.BlockOptimizer(model, **settings)
+    scaler.scale(model(**tiny_batch(model, seed=0)).loss).backward()
+    if finish != "after unscale_":
+        optimizer.finish_window()
+    scaler.unscale_(optimizer)
+    optimizer.finish_window()
+    scaler.step(optimizer)
+    backward(twin)
+    assert optimizer.last_record.norms == pytest.approx(block_norms(gs.partition(twin)), rel=1e-5)
+
+
 def test_at_most_k_blocks_hold_gradients_after_a_pass_with_idle_parameters():
     model = idle()
     optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=1), lr=1e-2)

@@ -9,7 +9,7 @@ from functools import partial
 from types import MappingProxyType
 
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
+from torch.amp.grad_scaler import GradScaler, OptState
 from torch.nn import Parameter
 
 from gradselect.core import (
@@ -162,16 +162,21 @@ class GradientObserver(AbstractGradientHooks):
         """
         if self._sums is not None and not self._norms:
             self._norms.update(self._shared_norms())
+        self._measure_rest(scale=1.0)
+        return {name: float(self._norms[name]) for name in self._blocks if name in self._norms}
+
+    @in_phase(SELECTION)
+    def finish_window(self) -> None:
+        if self._sums is None and self._num_counted:
+            self._measure_rest(scale=1.0 if self._is_unscaled() else self._scale())
+
+    def _measure_rest(self, *, scale: float) -> None:
+        """Measure what the passes have not, because they are fewer than announced or expected."""
         for name in self._blocks:
             if name in self._so_far and name not in self._norms:
                 self._take(name, self._so_far[name])
             elif name in self._watched and name not in self._norms:
-                self._complete(name, scale=1.0)
-        return {name: float(self._norms[name]) for name in self._blocks if name in self._norms}
-
-    def finish_window(self) -> None:
-        if self._sums is None and self._num_counted:
-            self.norms()
+                self._complete(name, scale=scale)
 
     def arrived(self, name: str, parameter: Parameter) -> None:
         if name not in self._watched:
@@ -278,6 +283,13 @@ class GradientObserver(AbstractGradientHooks):
         if self._known_scale is None:
             self._known_scale = 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
         return self._known_scale
+
+    def _is_unscaled(self) -> bool:
+        """True if the loop has called `scaler.unscale_` for this step already."""
+        if self.grad_scaler is None or not self.grad_scaler.is_enabled():
+            return False
+        state = self.grad_scaler._per_optimizer_states[id(self._ownership.optimizer)]  # torch has no public question
+        return state["stage"] is OptState.UNSCALED
 
     def _complete(self, name: str, *, scale: float) -> None:
         self._take(name, self._norm(name, known=self._parts) / scale)

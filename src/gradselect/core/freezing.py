@@ -89,6 +89,11 @@ class Ownership:
         self.take(parameters)
 
     @property
+    def optimizer(self) -> object | None:
+        """The optimizer, while it lives."""
+        return self._optimizer()
+
+    @property
     def is_held(self) -> bool:
         """True until `release`."""
         return self._finalizer is not None and self._finalizer.alive
