@@ -24,9 +24,9 @@ def limits(comparison: Comparison) -> str:
     if not (table := limits_table(comparison)):
         return ""
     return (
-        "The method of the lowest held-out loss among those whose runs hold at most so many bytes of weights, "
-        "gradients, masters and state, over the seeds that all of these have. Ahead or behind: more than chance, after "
-        f"Holm's correction for the method's differences to all others.\n\n{table}"
+        "For each limit of memory: the method of the lowest held-out loss among those whose weights, gradients, masters "
+        "and state fit it, over the seeds that they share. Ahead or behind: more than chance, after Holm's correction "
+        f"for its differences to all other methods.\n\n{table}"
     )
 
 

@@ -98,7 +98,8 @@ def _questions_text(ours: Sequence[Method], *, seeds: Iterable[int]) -> str:
     )
     return (
         f"{which} Paired differences, method minus the other, with intervals of 95 %. {seeds_text(seeds)} Bold, and "
-        "ahead or behind: more than chance after Holm's correction for the rows of a table."
+        "ahead or behind: more than chance after Holm's correction for the rows of this table. A table of more rows "
+        "corrects for more, as that of all pairs in `gradselect report`: the same difference may not be certain there."
     )
 
 

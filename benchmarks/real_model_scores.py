@@ -49,11 +49,8 @@ def scores_table(comparison: Comparison) -> str:
     """One row a method: cost, scores, loss against full fine-tuning, what was forgotten, bytes."""
     found, sets = measures(comparison), forgetting_names(comparison.methods)
     full = _reference(comparison)
-    lesser = {
-        scores.measure.name: {one.first: one for one in scores.against(full)}
-        for scores in found
-        if full and not scores.measure.higher_is_better
-    }
+    to_full = {scores.measure.name: {one.first: one for one in scores.against(full)} for scores in found if full}
+    lesser = {scores.measure.name for scores in found if full and not scores.measure.higher_is_better}
     is_timed = any(cost_of_a_step(method) for method in comparison.methods)
     headings = ["method", "seeds", "steps", *(["step"] if is_timed else [])]
     for scores in found:
@@ -65,9 +62,12 @@ def scores_table(comparison: Comparison) -> str:
         if is_timed:
             row.append(cost_of_a_step(method))
         for scores in found:
-            row.append(value_of(scores, method.name, interval=scores is found[0]))
-            if (differences := lesser.get(scores.measure.name)) is not None:
-                row.append(with_interval(differences.get(method.name), scale=1, decimals=3))
+            difference = to_full.get(scores.measure.name, {}).get(method.name)
+            value = value_of(scores, method.name, interval=scores is found[0])
+            if scores.measure.name in lesser:
+                row += [value, with_interval(difference, scale=1, decimals=3)]
+            else:
+                row.append(f"**{value}**" if difference is not None and difference.is_significant else value)
         rises = [method.forgetting(name) for name in sets]
         held = method.peak_bytes()
         return [
@@ -94,7 +94,10 @@ def _notes(comparison: Comparison) -> Iterator[str]:
         )
     yield f"Intervals are of 95 %. {seeds_text(len(method.seeds) for method in comparison.methods)}"
     if _reference(comparison):
-        yield "`less full's`: paired difference to full fine-tuning; bold: more than chance after Holm's correction."
+        yield (
+            "`less full's`: paired difference to full fine-tuning. Bold, there and in other scores: a difference to full "
+            "that is more than chance after Holm's correction for the rows of the column."
+        )
     if before := _losses_of_base(comparison):
         names = " and ".join(f"`{FORGOTTEN.get(name, name or 'forgetting')}`" for name in before)
         values = " and ".join(f"{value:.3f}" for value in before.values())
