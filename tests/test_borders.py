@@ -266,7 +266,7 @@ MATRICES = (
             9,
             gs.AdaGradSelect(count=5, delta=1e-9),
             True,
-            "; to have each train at least once in 4 steps, write coverage=4",
+            "; to have each train at least once in 4 steps, write coverage=4, in a recipe method.coverage=4",
         ),
         (9, gs.AdaGradSelect(count=1, delta=1e-9), True, ""),  # it would be 18 steps, and the run has 4
         (4, gs.AdaGradSelect(count=1, coverage=4), False, ""),
