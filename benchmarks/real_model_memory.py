@@ -24,9 +24,9 @@ def limits(comparison: Comparison) -> str:
     if not (table := limits_table(comparison)):
         return ""
     return (
-        "For each limit of memory: the method of the lowest held-out loss among those whose weights, gradients, masters "
-        "and state fit it, over the seeds that they share. Ahead or behind: more than chance, after Holm's correction "
-        f"for its differences to all other methods.\n\n{table}"
+        "For each limit of memory: the method of the lowest held-out loss among those whose weights, gradients, "
+        "masters and state fit it, over the seeds that they share. Ahead or behind: more than chance, after Holm's "
+        f"correction for its differences to all other methods.\n\n{table}"
     )
 
 

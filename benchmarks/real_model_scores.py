@@ -95,8 +95,8 @@ def _notes(comparison: Comparison) -> Iterator[str]:
     yield f"Intervals are of 95 %. {seeds_text(len(method.seeds) for method in comparison.methods)}"
     if _reference(comparison):
         yield (
-            "`less full's`: paired difference to full fine-tuning. Bold, there and in other scores: a difference to full "
-            "that is more than chance after Holm's correction for the rows of the column."
+            "`less full's`: paired difference to full fine-tuning. Bold, there and in other scores: a difference to "
+            "full that is more than chance after Holm's correction for the rows of the column."
         )
     if before := _losses_of_base(comparison):
         names = " and ".join(f"`{FORGOTTEN.get(name, name or 'forgetting')}`" for name in before)

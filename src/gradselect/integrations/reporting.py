@@ -129,7 +129,10 @@ def say_what_never_trained(optimizer: BlockOptimizer) -> None:
                 "method.blocks=matrix"
             )
         elif steps <= optimizer.num_steps:
-            advice = f"; to have each train at least once in {steps} steps, write coverage={steps}, in a recipe method.coverage={steps}"
+            advice = (
+                f"; to have each train at least once in {steps} steps, write coverage={steps}, in a recipe "
+                f"method.coverage={steps}"
+            )
     # A warning, as above.
     logger.warning(
         "%d of %d candidate blocks trained in none of the %d steps, %s: %s of %s weights%s",

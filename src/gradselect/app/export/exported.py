@@ -77,8 +77,8 @@ def read_exported(run: str | Path, *, adapter: bool = False) -> ExportedModel:
 def _read_record(paths: RunFolder) -> FinishedRun:
     if not paths.run_file.is_file():
         raise UsageError(
-            f"{paths.root} holds no run: it has no run.json; give the folder that gradselect train wrote. What a Trainer "
-            "wrote is a plain checkpoint: hf upload NAME FOLDER, or llama.cpp's convert_hf_to_gguf.py FOLDER"
+            f"{paths.root} holds no run: it has no run.json; give the folder that gradselect train wrote. What a "
+            "Trainer wrote is a plain checkpoint: hf upload NAME FOLDER, or llama.cpp's convert_hf_to_gguf.py FOLDER"
         )
     if read_run(paths.run_file).status != "finished":
         raise UsageError(f"the run in {paths.root} has not finished; continue it: gradselect train ... --resume")
