@@ -266,6 +266,24 @@ def test_only_selected_and_coasting_blocks_move(residency: str, dtype: torch.dty
     assert num_coasted >= 4
 
 
+@pytest.mark.parametrize("settings", [{"coasting": 3}, {"exit_step": True}])
+@pytest.mark.parametrize("frozen", [("weight",), ("weight", "bias")])
+def test_what_is_frozen_while_the_optimizer_is_closed_does_not_coast(settings: Any, frozen: tuple[str, ...]) -> None:
+    """A weight of the block, or the whole block, which has just left the selection."""
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
+    policy = gs.Cyclic(every=2, order="ascending")
+    optimizer = gs.BlockOptimizer(model, policy, lr=LR, borders=gs.Borders(**settings))
+    train(model, optimizer, range(2))
+    optimizer.close()
+    for name in frozen:
+        model[0].get_parameter(name).requires_grad_(False)
+    before = {name: weight.detach().clone() for name, weight in model[0].named_parameters()}
+    optimizer.reopen()
+    (record,) = train(model, optimizer, range(2, 3))
+    assert {name for name, weight in model[0].named_parameters() if torch.equal(weight, before[name])} == set(frozen)
+    assert record.coasted == (() if len(frozen) == len(before) else ("layer.0",))
+
+
 def test_what_coasts_goes_on_from_weights_that_something_else_wrote() -> None:
     model = small(torch.bfloat16)
     optimizer = build(model, gs.Cyclic(every=1, order="ascending"), COASTING)

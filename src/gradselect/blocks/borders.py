@@ -157,6 +157,9 @@ class BorderRules:
 
     Everything is a function of the step, the blocks' last updates and their update counts, so it is equal on all ranks.
 
+    Attributes:
+        frozen: names of the blocks that the user froze: they do not coast.
+
     Args:
         borders: the settings.
         blocks: names of all blocks, in model order.
@@ -165,6 +168,7 @@ class BorderRules:
 
     def __init__(self, borders: Borders, blocks: Sequence[str], *, drops: bool) -> None:
         self.settings = borders
+        self.frozen: Collection[str] = ()
         self._blocks = tuple(blocks)
         self._least_absence = min(borders.rewarm_after, borders.num_coasting + 1) if drops else borders.rewarm_after
         self._last: dict[str, int] = {}
@@ -185,7 +189,8 @@ class BorderRules:
         if not self.settings.num_coasting:
             return ()
         recent = range(self._step - self.settings.num_coasting, self._step)
-        return tuple(name for name in self._blocks if self._last.get(name) in recent and name not in selected)
+        resting = {*selected, *self.frozen}
+        return tuple(name for name in self._blocks if self._last.get(name) in recent and name not in resting)
 
     def group_of(self, name: str, group: Group) -> Group:
         """Return the hyper-parameters with which a selected block is updated."""

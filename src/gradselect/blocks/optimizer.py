@@ -308,6 +308,7 @@ class BlockOptimizer(SelectiveOptimizer[StepRecord]):
         except UsageError:
             self.close()
             raise
+        self._borders.frozen = self._pass_hooks.reach.frozen
         self._pass_hooks.open()
         self._propose()
 

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from gradselect.parallel import local_part
 
+from .freezing import is_kept_frozen
 from .gradients import dense
 from .masters import MASTER, MasterWatch, packed
 from .parameter_groups import ParameterTable
@@ -71,12 +72,14 @@ class WeightUpdates:
     def coast(self, parameters: Sequence[Parameter], group: Mapping[str, Any], *, is_all: bool = False) -> None:
         """Let the rule move the parameters that have state by their momentum, as `update` does by gradients.
 
+        A parameter that the user froze while the optimizer was closed does not move.
+
         Args:
             parameters: of the group.
             group: hyper-parameters.
             is_all: True if that is all that their momentum would still add: none is left.
         """
-        moved = [parameter for parameter in parameters if self._states.exists(parameter)]
+        moved = [each for each in parameters if self._states.exists(each) and not is_kept_frozen(each)]
         states, targets, weights = self._prepared(moved)
         self.rule.coast(weights, states, group)
         if is_all:
