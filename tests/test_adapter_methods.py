@@ -82,6 +82,54 @@ def test_a_target_that_does_not_fit_is_refused_and_the_model_is_as_before(name: 
     assert not hasattr(model, "peft_config")
 
 
+def layers_in(model: nn.Module) -> list[str]:
+    """Return the numbers of the layers that have adapters."""
+    return sorted({next(part for part in layer.path.split(".") if part.isdecimal()) for layer in layers_of(model)})
+
+
+@every
+@pytest.mark.parametrize("kind", ["default", "names", "paths", "pattern"])
+def test_layers_to_transform_holds_whatever_the_targets_are(name: str, kind: str, tmp_path: Path) -> None:
+    case = ADAPTERS[name]
+    paths = [layer.path for layer in layers_of(case.adapted(target_modules=case.targets))]
+    pattern = rf".*\.({'|'.join(case.targets)})"
+    targets = {"names": case.targets, "paths": paths, "pattern": pattern}
+    settings = {"target_modules": targets[kind]} if kind in targets else {}
+    model = case.adapted(layers_to_transform=[1], **settings)
+    assert layers_in(model) == ["1"]
+    model.save_pretrained(tmp_path)
+    assert layers_in(peft.PeftModel.from_pretrained(case.build(), tmp_path)) == ["1"]
+
+
+@pytest.mark.parametrize("num_layers", [2, 3, 8])
+def test_layers_to_transform_chooses_among_all_linear_layers_of_a_model_of_any_size(num_layers: int) -> None:
+    model = wrapped(tiny_llama(layers=num_layers), ADAPTERS["ether"].make(layers_to_transform=[0, 1]))
+    assert layers_in(model) == ["0", "1"]
+    assert len(layers_of(model)) == 2 * 7
+    model = wrapped(
+        tiny_llama(layers=num_layers), ADAPTERS["ether"].make(layers_to_transform=1, layers_pattern="layers")
+    )
+    assert layers_in(model) == ["1"]
+
+
+@every
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers_to_transform": [0, 7]}, r"names the layers \[7\], and \w+ has the layers \[0, 1\]"),
+        ({"layers_to_transform": [0], "layers_pattern": "blocks"}, "no numbered layers that layers_pattern finds"),
+        ({"layers_to_transform": [0], "target_modules": ["lm_head"]}, r"in layers_to_transform=\[0\]"),
+        ({"layers_pattern": "layers"}, r"which is left out; write e\.g\. layers_to_transform"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(name: str, settings: dict[str, Any], message: str) -> None:
+    model = ADAPTERS[name].build()
+    before = state_of(model)
+    with pytest.raises(UsageError, match=message):
+        wrapped(model, ADAPTERS[name].make(**settings))
+    assert_as_before(model, before)
+
+
 def test_a_second_adapter_that_does_not_fit_leaves_the_first_as_it_was() -> None:
     case = ADAPTERS["ether"]
     model = case.adapted(target_modules=["q_proj"])

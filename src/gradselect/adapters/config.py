@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
 from peft import PeftConfig
+
+from gradselect.usage import UsageError
 
 from .registration import check_is_registered, peft_type
 
@@ -18,9 +21,13 @@ class AdapterConfig(PeftConfig):
         target_modules: "all-linear" (every linear layer but the head), names of layers or of modules' last parts
             (["q_proj", "v_proj"]), or one regular expression.
         exclude_modules: names, or a regular expression, of layers that stay as they are.
-        layers_to_transform: numbers of the model's layers that get adapters. None: all.
-        layers_pattern: name of the list of layers in the model. None: PEFT finds it.
+        layers_to_transform: numbers of the model's layers that get adapters, whatever `target_modules` is. None: all.
+        layers_pattern: name of the list of layers in the model, for `layers_to_transform`. None: the first part of a
+            path that a number follows.
         modules_to_save: names of modules that train whole beside the adapter, as a classification head.
+
+    Raises:
+        UsageError: `layers_pattern` without `layers_to_transform`.
     """
 
     method: ClassVar[str]
@@ -40,3 +47,20 @@ class AdapterConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, value if value is None or isinstance(value, str) else set(value))
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise UsageError(
+                f"layers_pattern={self.layers_pattern!r} says where the layers of layers_to_transform are, which is "
+                "left out; write e.g. layers_to_transform=[0, 1], or leave layers_pattern out"
+            )
+
+    def layer_number(self, path: str) -> int | None:
+        """Return the number of the layer that a module is in; None outside of layers.
+
+        Example:
+            >>> from gradselect.adapters import EtherConfig
+            >>> EtherConfig().layer_number("model.layers.3.self_attn.q_proj")
+            3
+        """
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        match = re.search(rf"(?:^|\.)(?:{'|'.join(patterns or ['[^.]+'])})\.(\d+)\.", path)
+        return None if match is None else int(match[1])

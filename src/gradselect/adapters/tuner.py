@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from copy import copy
 from typing import Any, ClassVar, cast
 
 from peft import PeftConfig
@@ -17,6 +18,12 @@ from .layer import UNKNOWN, AdapterLinear
 
 MOST_NAMES = 8
 """Names that an error lists."""
+
+
+def _numbers(config: AdapterConfig) -> list[int]:
+    """Return the numbers of the layers that get adapters."""
+    layers = config.layers_to_transform
+    return [layers] if isinstance(layers, int) else list(layers or ())
 
 
 def quoted(names: list[str]) -> str:
@@ -45,6 +52,8 @@ class AdapterTuner(BaseTuner):
         targets = config.target_modules
         if not config.inference_mode and isinstance(targets, set):
             self._check_all_match(targets, model)
+        if not config.inference_mode and config.layers_to_transform is not None:
+            self._check_layers_exist(config, model)
         already = set(self.targeted_module_names)
         self._count_uses(model)
         try:
@@ -56,7 +65,17 @@ class AdapterTuner(BaseTuner):
             self._take_out(model, adapter_name, already)
             if "not found in the base model" not in str(error):
                 raise
-            raise UsageError(self._nothing_found(targets, model)) from None
+            raise UsageError(self._nothing_found(targets, model, layers=config.layers_to_transform)) from None
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        """Match as PEFT does, and choose layers here: PEFT does so for last parts of names only."""
+        everywhere = copy(peft_config)
+        everywhere.layers_to_transform = None
+        found = BaseTuner._check_target_module_exists(everywhere, key)
+        if not found or peft_config.layers_to_transform is None:
+            return found
+        return peft_config.layer_number(key) in _numbers(peft_config)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cast as PEFT does, which makes the parameters anew; those that did not train still do not."""
@@ -135,17 +154,28 @@ class AdapterTuner(BaseTuner):
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise UsageError(self._nothing_found({target}, model))
 
+    def _check_layers_exist(self, config: AdapterConfig, model: nn.Module) -> None:
+        numbers = (config.layer_number(name) for name, _ in model.named_modules())
+        there = {number for number in numbers if number is not None}
+        if unknown := [number for number in _numbers(config) if number not in there]:
+            has = f"has the layers {sorted(there)}" if there else "has no numbered layers that layers_pattern finds"
+            raise UsageError(
+                f"layers_to_transform={config.layers_to_transform!r} names the layers {unknown}, and "
+                f"{type(model).__name__} {has}; name layers that are there"
+            )
+
     def _last_names(self, model: nn.Module) -> list[str]:
         """Return the last parts of the names of layers that the method can change."""
         names = [name for name, module in model.named_modules() if isinstance(module, self._layer_class.known_layers)]
         return sorted({name.rpartition(".")[2] for name in names})
 
-    def _nothing_found(self, targets: Any, model: nn.Module) -> str:
+    def _nothing_found(self, targets: Any, model: nn.Module, *, layers: Any = None) -> str:
         lasts = self._last_names(model)
         shown = targets if isinstance(targets, str) else sorted(targets or ())
+        within = "" if layers is None else f" in layers_to_transform={layers!r}"
         near = f"; nearest: {nearest(str(shown[0]), lasts)}" if isinstance(shown, list) and shown and lasts else ""
         return (
-            f"target_modules={shown!r} matches no layer that {self._method} can change{near}; "
+            f"target_modules={shown!r} matches no layer that {self._method} can change{within}{near}; "
             f"{type(model).__name__} has {quoted(lasts)}. {self.advice}"
         )
 
