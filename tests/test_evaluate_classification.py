@@ -123,6 +123,36 @@ def test_a_decoder_without_a_padding_token_is_padded_as_in_training(tmp_path: Pa
         assert one["probabilities"]["LABEL_1"] == pytest.approx(other["probabilities"]["LABEL_1"], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["lora", "lorta"])
+@pytest.mark.parametrize("data", [{"label": "number"}, {"path": "scores.tsv", "regression": True}])
+def test_a_classifier_on_a_quantised_base_is_evaluated(
+    place: Path, tmp_path: Path, name: str, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is an adapter without a config.json: the base was built with two outputs, whose names nothing had kept."""
+    monkeypatch.setattr("gradselect.app.train.saving.is_quantised", lambda model: True)
+    file = str(place / data.get("path", "dev.tsv"))
+    recipe = classify(
+        place,
+        tmp_path / "out",
+        base="model",
+        data={**data, "path": file, "validation": file},
+        method={"name": name, "rank": 2},
+        run={"steps": 3, "batch_size": 8},
+    )
+    out = train(recipe, console=quiet())
+    assert not (out / "config.json").exists()
+    result = evaluate(settings(place, model=out, data=file))
+    trained = json.loads((out / "run.json").read_text())["validation"]
+    if "regression" in data:
+        assert result.metrics["pearson"] == pytest.approx(trained["pearson"], abs=1e-4)  # of other batches
+    else:
+        assert result.accuracy == trained["accuracy"]
+        assert result.settings["labels"] == tuple("01234567")
+        (out / "run.json").unlink()  # as of an adapter from elsewhere
+        named = settings(place, model=out, data=file, columns=COLUMNS, label="number", labels=tuple("01234567"))
+        assert evaluate(named).accuracy == result.accuracy
+
+
 def test_the_columns_of_the_training_also_name_those_of_a_packed_table(place: Path, tmp_path: Path) -> None:
     """Its first row was taken for the names of the columns."""
     packed = tmp_path / "dev.tsv.gz"

@@ -16,10 +16,13 @@ from gradselect.app.models import (
     context_of,
     load_text_tokenizer,
     load_weights,
+    num_labels_of,
 )
 from gradselect.app.recipe import EvaluationSettings
 from gradselect.app.runtime import RunFolder, keep_freed_memory
 from gradselect.usage import UsageError
+
+from .trained_on import labels_of_run
 
 FOLDER_MARKS = ("config.json", "adapter_config.json")
 """Every folder from `save_pretrained` of transformers or PEFT holds one of these."""
@@ -61,11 +64,12 @@ def load(settings: EvaluationSettings) -> LanguageModel:
     device = resolve_device(settings.device)
     keep_freed_memory(device.type)
     check_folder(settings.model)
-    kind, wanted = AutoModelForCausalLM, "a causal language model"
+    kind, wanted, head = AutoModelForCausalLM, "a causal language model", {}
     if settings.task == "classification":
         kind, wanted = AutoModelForSequenceClassification, "a model with a classification head"
+        head = _head_of_adapter(settings.model)
     tokenizer = load_text_tokenizer(settings.model, key="model")
-    model, missing = load_weights(kind, settings.model, key="model", dtype=settings.dtype)
+    model, missing = load_weights(kind, settings.model, key="model", dtype=settings.dtype, **head)
     check_complete(missing, model, settings.model, key="model", wanted=wanted)
     if settings.task == "classification":
         # As in training: the head of a decoder reads the last token that is no padding.
@@ -74,6 +78,13 @@ def load(settings: EvaluationSettings) -> LanguageModel:
     if settings.task != "classification":
         check_causal(language_model.model, name=f"model={str(settings.model)!r}")
     return language_model
+
+
+def _head_of_adapter(model: str | Path) -> dict[str, Any]:
+    """Return what the base must be told of the head in an adapter's folder: it would have two outputs without names."""
+    if (labels := labels_of_run(model)) is not None:
+        return {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}
+    return {} if (num_labels := num_labels_of(model)) is None else {"num_labels": num_labels}
 
 
 def wrap(model: Any, tokenizer: Any) -> LanguageModel:

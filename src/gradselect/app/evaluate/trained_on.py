@@ -17,9 +17,18 @@ _log = logging.getLogger(__name__)
 
 def data_of_recipe(model: str | Path, *, format: str) -> dict[str, Any]:
     """Return section `data` of the recipe if `gradselect train` trained this model on this format; else {}."""
-    file = Path(model) / "run.json"
-    data = read_sealed(file, needed=["recipe"])["recipe"]["data"] if file.is_file() else {}
+    data = _run_of(model)["recipe"]["data"]
     return data if data.get("format") == format else {}
+
+
+def labels_of_run(model: str | Path) -> list[str] | None:
+    """Return the names of a classifier's outputs if `gradselect train` left an adapter without a config.json here."""
+    return (_run_of(model).get("saved") or {}).get("labels")
+
+
+def _run_of(model: str | Path) -> dict[str, Any]:
+    file = Path(model) / "run.json"
+    return read_sealed(file, needed=["recipe"]) if file.is_file() else {"recipe": {"data": {}}}
 
 
 def say_other_prompt(settings: EvaluationSettings, prompt: str, row: Row) -> None:

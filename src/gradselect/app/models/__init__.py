@@ -1,6 +1,6 @@
 """Pretrained models and tokenizers, from disk or from the hub, checked before they are loaded."""
 
-from .adapters import loading_of, register_own_adapters
+from .adapters import loading_of, num_labels_of, register_own_adapters
 from .causal import at_rest, check_causal
 from .folder import files_beside_weights
 from .greedy import greedy_settings
@@ -33,6 +33,7 @@ __all__ = [
     "load_weights",
     "loading_of",
     "merge_command",
+    "num_labels_of",
     "num_trainable",
     "quantisation_of",
     "register_own_adapters",

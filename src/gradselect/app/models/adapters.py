@@ -48,15 +48,26 @@ def loading_of(folder: str | Path) -> tuple[str, str]:
     """
     if _read(folder, "task_type") != "SEQ_CLS":
         return "CausalLM", ""
+    num_labels = num_labels_of(folder)
+    return "SequenceClassification", "" if num_labels is None else f", num_labels={num_labels}"
+
+
+def num_labels_of(folder: str | Path) -> int | None:
+    """Return the number of outputs of the classification head that an adapter brings; None if it brings none."""
     weights = Path(folder) / WEIGHTS
     if not weights.is_file():  # PEFT also reads adapter_model.bin
-        return "SequenceClassification", ""
+        return None
     from safetensors import safe_open
 
-    heads = tuple(f".{name}." for name in _values(folder).get("modules_to_save") or ())
+    heads = tuple(f".{name}." for name in saved_modules(folder))
     with safe_open(weights, framework="pt") as file:
         sizes = [file.get_slice(name).get_shape()[0] for name in file.keys() if any(head in name for head in heads)]  # noqa: SIM118
-    return "SequenceClassification", f", num_labels={min(sizes)}" if sizes else ""
+    return min(sizes, default=None)
+
+
+def saved_modules(folder: str | Path) -> tuple[str, ...]:
+    """Return the names of modules that an adapter brings whole, such as a classification head."""
+    return tuple(_values(folder).get("modules_to_save") or ())
 
 
 def _read(folder: str | Path, key: str) -> str | None:

@@ -12,7 +12,7 @@ from gradselect.app.runtime import check_hub, machine_bytes
 from gradselect.files import MANIFEST_NAME, check_no_pointer, digests_of_model, sha256
 from gradselect.usage import UsageError, first_line, matches_any
 
-from .adapters import base_of_shared_adapter, register_own_adapters
+from .adapters import base_of_shared_adapter, register_own_adapters, saved_modules
 from .size_limits import MOST_WEIGHTS, check_sizes
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -46,6 +46,8 @@ def load_weights(
             with _as_usage_error(f"{key}={str(path)!r} cannot be used"):
                 from peft import PeftModel
 
+                own = saved_modules(folder)
+                missing = tuple(name for name in missing if not any(f".{each}." in f".{name}" for each in own))
                 return PeftModel.from_pretrained(model, folder).get_base_model(), missing
     if not folder.is_dir() or (folder / "config.json").is_file():
         config = load_configuration(path, key=key, most_weights=machine_bytes(), **origin)

@@ -118,7 +118,10 @@ def save_model(trainer: RunTrainer, inputs: Inputs, *, folder: RunFolder, plan: 
         copied = {} if form == "adapter" or beside is None else _copy_beside(aside, model, beside)
         write_manifest(aside, step=trainer.state.global_step)
     _move_up(folder.root / "model")
-    return SavedModel.model_validate({"form": form, **copied, **_described_ends(model, inputs.tokenizer, added)})
+    labels = {"labels": list(model.config.id2label.values())} if form == "adapter" and inputs.head else {}
+    return SavedModel.model_validate(
+        {"form": form, **copied, **labels, **_described_ends(model, inputs.tokenizer, added)}
+    )
 
 
 def _merged(model: Any) -> Any:
