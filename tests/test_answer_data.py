@@ -156,6 +156,12 @@ def test_the_preview_shows_both_answers_and_the_steps(place: Path, tmp_path: Pat
     assert preview_data(prompt_recipe(place, tmp_path)).steps_per_epoch == 6
 
 
+def test_the_preview_refuses_prompts_that_do_not_fill_a_step_as_training_does(place: Path, tmp_path: Path) -> None:
+    """It said that an epoch has no steps, or with `run.steps` ended in a ZeroDivisionError."""
+    with pytest.raises(UsageError, match=r"a step takes 2 different prompts .* but there are 1; give more rows"):
+        preview_data(prompt_recipe(place, tmp_path, data={"limit": 1}))
+
+
 # Refusals ----------------------------------------------------------------------------------------------------------
 
 ANSWER = said("assistant", "b")

@@ -12,7 +12,17 @@ import numpy as np
 from datasets import Dataset
 
 from gradselect import UsageError
-from gradselect.app.inputs import DataInputs, Inputs, LengthSampler, make_rows, padding_share, read_data, row_notes
+from gradselect.app.inputs import (
+    DataInputs,
+    Inputs,
+    LengthSampler,
+    check_prompts,
+    make_rows,
+    num_prompts_per_step,
+    padding_share,
+    read_data,
+    row_notes,
+)
 from gradselect.app.progress import SILENT, Stages
 from gradselect.app.recipe import (
     AbstractSamplingTrainer,
@@ -111,8 +121,8 @@ def preview_data(
         stages: shows what is being done.
 
     Raises:
-        UsageError: data, tokenizer or configuration cannot be used, nothing is left to train on, or there is no such
-            row.
+        UsageError: data, tokenizer or configuration cannot be used, nothing is left to train on, prompts do not fill a
+            step, or there is no such row.
     """
     data = read_data(recipe, stages=stages)
     rows = make_rows(
@@ -125,6 +135,8 @@ def preview_data(
     )
     counts = {name: part.counts for name, part in rows.items()}
     train = rows["train"].dataset
+    if isinstance(recipe.trainer, AbstractSamplingTrainer):
+        check_prompts(train, recipe, recipe.trainer)
     numbers = _spread(train, num_examples) if row is None else [_checked(row, len(train))]
     targets = train["labels"] if isinstance(recipe.data, ClassificationData) else []
     has_scores = isinstance(recipe.data, ClassificationData) and recipe.data.regression
@@ -159,9 +171,11 @@ def _padding(train: Dataset, recipe: Recipe) -> Padding | None:
 
 def _steps_per_epoch(train: Dataset, recipe: Recipe) -> int:
     """Return the steps of an epoch on one process. A trainer may make several examples of a row."""
-    size = recipe.run.batch_size * recipe.run.accumulation
+    run = recipe.run
+    size = run.batch_size * run.accumulation
     if isinstance(recipe.trainer, AbstractSamplingTrainer):
-        return len(train) // (size // recipe.trainer.num_generations)
+        per_step = num_prompts_per_step(recipe.trainer, batch_size=run.batch_size, accumulation=run.accumulation)
+        return len(train) // per_step
     is_split = isinstance(recipe.trainer, KtoSettings) and "rejected_ids" in train.column_names
     return -(-len(train) * (2 if is_split else 1) // size)
 

@@ -18,7 +18,6 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from gradselect.app.recipe import AbstractSamplingTrainer, GrpoSettings, RlooSettings
-from gradselect.app.runtime import num_processes
 
 from .reference_model import drop_reference_adapter, reference_copy
 from .rewards import AbstractReward
@@ -171,8 +170,3 @@ def _shared(settings: AbstractSamplingTrainer, arguments: dict[str, Any]) -> dic
 def prompt_rows(rows: Dataset) -> Dataset:
     """Return prompts in the columns of the sampling trainers."""
     return rows.select_columns(["prompt", "messages", "source", "row"])
-
-
-def num_prompts_per_step(settings: AbstractSamplingTrainer, *, batch_size: int, accumulation: int) -> int:
-    """Return the number of different prompts in a step, over all processes."""
-    return batch_size * accumulation * num_processes() // settings.num_generations

@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_config import SFTConfig
 
 from gradselect import FixedEntries
-from gradselect.app.inputs import Inputs, Rows, make_rows
+from gradselect.app.inputs import Inputs, Rows, make_rows, num_prompts_per_step
 from gradselect.app.models import check_causal
 from gradselect.app.progress import SILENT, Stage, Stages
 from gradselect.app.recipe import (
@@ -37,7 +37,6 @@ from gradselect.app.runtime import RunFolder, broadcast_from_rank_0, num_process
 from .classifier import batch_loss, classifier_options
 from .method_setup import mask_optimizer, method_parts
 from .packing_check import check_packing
-from .sampling_trainers import num_prompts_per_step
 from .trackers import trackers
 from .trainer import MetricsTrainer, RunTrainer, TokenTrainer
 from .trainer_kinds import build_other_trainer, calibration_loss

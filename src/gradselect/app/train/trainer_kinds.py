@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from gradselect import UsageError
-from gradselect.app.inputs import Inputs
+from gradselect.app.inputs import Inputs, check_prompts, num_prompts_per_step
 from gradselect.app.recipe import (
     AbstractMaskMethod,
     AbstractSamplingTrainer,
@@ -42,7 +42,6 @@ from .sampling_trainers import (
     GrpoTrainer,
     RlooTrainer,
     grpo_options,
-    num_prompts_per_step,
     prompt_rows,
     rloo_options,
 )
@@ -108,7 +107,7 @@ def _kind(
                 lambda rows, is_train: kto_rows(rows, batch_size=run.batch_size, seed=run.seed if is_train else None),
             )
         case GrpoSettings() | RlooSettings() as settings:
-            _check_prompts(rows, recipe, settings)
+            check_prompts(rows, recipe, settings)
             is_grpo = isinstance(settings, GrpoSettings)
             options = grpo_options(settings, arguments) if is_grpo else rloo_options(settings, arguments)
             drawn = {"rewards": make_rewards(recipe, inputs), "token_ids": _token_ids(inputs)}
@@ -142,17 +141,6 @@ def _check_pairs(rows: Dataset, name: str) -> None:
         raise UsageError(
             f"trainer.name={name} compares two answers to a prompt, but the rows have one answer and a label; write "
             "trainer.name=kto, or name the columns of the answers in data.chosen and data.rejected"
-        )
-
-
-def _check_prompts(rows: Dataset, recipe: Recipe, settings: AbstractSamplingTrainer) -> None:
-    run = recipe.run
-    number = num_prompts_per_step(settings, batch_size=run.batch_size, accumulation=run.accumulation)
-    if len(rows) < number:
-        raise UsageError(
-            f"a step takes {number} different prompts (run.batch_size={run.batch_size} x run.accumulation="
-            f"{run.accumulation} answers, trainer.num_generations={settings.num_generations} to each), but there are "
-            f"{len(rows)}; give more rows, or lower run.batch_size or run.accumulation"
         )
 
 
