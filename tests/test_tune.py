@@ -9,6 +9,7 @@ from contextlib import closing
 
 import optuna
 import pytest
+import torch
 import yaml
 from answer_support import prompt_recipe
 from train_fixtures import ADAGRADSELECT, parse, quiet, write_recipe, write_sums
@@ -297,6 +298,46 @@ def test_a_trial_trains_as_the_recipe_it_leaves_and_nothing_of_it_stays(place, r
     assert not list((study / "trials" / "0").glob("**/checkpoints/*"))
     with stored_study(study) as stored:
         assert len(stored.trials) == 2
+
+
+class _Full:
+    """Stands for a function that runs out of memory in its second call."""
+
+    def __init__(self, function, error):
+        self.function, self.error, self.calls = function, error, 0
+
+    def __call__(self, *args, **options):
+        self.calls += 1
+        if self.calls == 2:
+            raise self.error
+        return self.function(*args, **options)
+
+
+MEMORY_ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", MEMORY_ERRORS, ids=["device", "host", "python"])
+@pytest.mark.parametrize("where", ["read_inputs", "build_trainer", "_end_of_training"])
+def test_a_trial_that_runs_out_of_memory_is_stopped_and_the_next_one_starts(
+    recipe, tmp_path, monkeypatch, where, error
+):
+    """While it was built, the device's memory ended the search; the host's did so at any time."""
+    monkeypatch.setattr(_trial, where, _Full(getattr(_trial, where), error))
+    result = tune(recipe, study=tmp_path / "study", num_trials=3, search=RATES, console=quiet())
+    assert [trial.end for trial in result.trials] == ["finished", "stopped", "finished"]
+    assert result.trials[1].reason == "out of memory"
+    assert len({str(values) for values in tried(result)}) == 3
+
+
+@pytest.mark.parametrize("error", [UsageError("another model"), RuntimeError("a mistake of ours")])
+def test_what_is_no_lack_of_memory_while_a_trial_is_built_ends_the_search(recipe, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(_trial, "build_trainer", _Full(_trial.build_trainer, error))
+    with pytest.raises(type(error), match=str(error)):
+        tune(recipe, study=tmp_path / "study", num_trials=2, search=RATES, console=quiet())
 
 
 def test_a_pruned_trial_stops_training_and_the_next_one_is_whole(place, recipe, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from gradselect.app.recipe import Recipe, dump_recipe, load_recipe
 from gradselect.app.runtime import Preempted
 
+from .failures import is_out_of_memory
 from .meter import Meter, kind_of_step
 from .method_setup import mask_optimizer, method_parts
 from .run import train
@@ -17,6 +18,7 @@ __all__ = [
     "describe_start",
     "differences",
     "dump_recipe",
+    "is_out_of_memory",
     "kind_of_step",
     "load_recipe",
     "loss_of_batch",

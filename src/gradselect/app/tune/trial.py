@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 import optuna
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from gradselect import UsageError
 from gradselect.app.inputs import read_inputs
 from gradselect.app.progress import Stage, Stages
 from gradselect.app.recipe import Recipe, dump_recipe
 from gradselect.app.runtime import RunFolder
-from gradselect.app.train import build_trainer
+from gradselect.app.train import build_trainer, is_out_of_memory
 from gradselect.usage import first_line
 
 PRUNE_FROM = 0.25
@@ -123,14 +123,21 @@ def _with_run(recipe: Recipe, **changes: Any) -> Recipe:
 def _train(recipe: Recipe, watch: TrialWatch, *, folder: RunFolder, stages: Stages) -> Outcome:
     # A learning rate with steps that are not finite is not worth having.
     recipe = _with_run(recipe, max_skipped_steps=0)
-    trainer = build_trainer(recipe, read_inputs(recipe, stages=stages), folder=folder, stages=stages)
+    try:
+        trainer = build_trainer(recipe, read_inputs(recipe, stages=stages), folder=folder, stages=stages)
+        return _end_of_training(trainer, watch)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return Outcome(end="stopped", reason="out of memory")
+
+
+def _end_of_training(trainer: Trainer, watch: TrialWatch) -> Outcome:
     trainer.add_callback(watch)
     try:
         trainer.train()
         if not watch.is_pruned and watch.evaluated_at != trainer.state.global_step:
             trainer.evaluate()
-    except torch.OutOfMemoryError:
-        return Outcome(end="stopped", reason="out of memory")
     except UsageError as error:
         return Outcome(end="stopped", reason=first_line(error))
     return Outcome(end="pruned") if watch.is_pruned else Outcome(end="finished", loss=watch.loss)
