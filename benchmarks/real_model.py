@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import RESULTS
-from compared import comparison_of
+from compared import comparison_of, peak
 
 from gradselect.app.report.comparison import Comparison
 from gradselect.app.report.methods import Method
@@ -112,10 +112,22 @@ def held_out_losses(methods: Sequence[Method]) -> dict[str, float | None]:
 
 
 def headline_methods(comparison: Comparison) -> list[str]:
-    """Return the methods of README's table: full fine-tuning, the best AdaGradSelect, the choice made once, LoRA."""
+    """Return the methods of README's table: full fine-tuning, AdaGradSelect, the choice made once, LoRA.
+
+    Of AdaGradSelect they are the best variant, and the best that holds no more than LoRA with the embedding.
+    """
     known = {method.name for method in comparison.methods}
-    best = [method.name for method in variants(comparison)[:1]]
-    return [name for name in (FULL, *best, ONCE, LORA_WITH_EMBEDDING, WIDE_LORA) if name in known]
+    ours = variants(comparison)
+    best = [method.name for method in (*ours[:1], *holding_no_more(comparison, ours, LORA_WITH_EMBEDDING)[:1])]
+    names = dict.fromkeys((FULL, *best, ONCE, LORA_WITH_EMBEDDING, WIDE_LORA))
+    return [name for name in names if name in known]
+
+
+def holding_no_more(comparison: Comparison, methods: Sequence[Method], other: str) -> list[Method]:
+    """Return the methods whose runs hold no more bytes than those of `other`; none if it has no results."""
+    if all(method.name != other for method in comparison.methods):
+        return []
+    return [method for method in methods if peak(comparison, method.name) <= peak(comparison, other)]
 
 
 def headline_suite(suites: Sequence[Suite]) -> Suite | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from common import markdown_table, megabytes
 from compared import cost_of_a_step, steps_of, with_interval
 from real_model import (
+    LORA_WITH_EMBEDDING,
     ONCE,
     SUITES,
     Suite,
@@ -112,6 +113,9 @@ def legend(names: Iterable[str]) -> list[str]:
     known = list(names)
     forms = {
         "`+ E`: the embedding trains too, at every step.": any(name.endswith(" + E") for name in known),
+        "`drop`: a layer has masters and moments only while it trains; selected again, it begins with new ones.": any(
+            name.endswith(", drop") for name in known
+        ),
         f"`{ONCE}`: the six layers of the largest gradients in the first step train, and no others.": ONCE in known,
     }
     return [text for text, is_used in forms.items() if is_used]
@@ -174,7 +178,13 @@ def headline() -> str:
     counts = {len(known[name].seeds) for name in names}
     seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
     over = " over the test items alone" if counts == {1} else ", over the test items alone where there is one seed"
-    chosen = f"\nOf {len(ours)} variants of AdaGradSelect the one of the lowest held-out loss." if len(ours) > 1 else ""
+    shown = [method.name for method in ours if method.name in names]
+    small = f", and the one among those that hold no more than {LORA_WITH_EMBEDDING}" if len(shown) > 1 else ""
+    chosen = (
+        f"\nOf {len(ours)} variants of AdaGradSelect the one of the lowest held-out loss{small}."
+        if len(ours) > 1
+        else ""
+    )
     return (
         (
             f"`gradselect compare suites/{suite.name}.yaml`: {suite.task}{chosen}\nEach at its best learning rate, "
