@@ -11,8 +11,16 @@ from typing import Any
 import pytest
 import torch
 from classification_fixtures import COLUMNS, classify, write_place
-from train_fixtures import quiet, write_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers.processors import TemplateProcessing
+from train_fixtures import byte_tokenizer, quiet, write_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BartConfig,
+    BartForSequenceClassification,
+    T5Config,
+    T5ForSequenceClassification,
+)
 
 from gradselect import UsageError
 from gradselect.app.cli import main
@@ -121,6 +129,45 @@ def test_a_decoder_without_a_padding_token_is_padded_as_in_training(tmp_path: Pa
     )
     for one, other in zip(together, alone, strict=True):
         assert one["probabilities"]["LABEL_1"] == pytest.approx(other["probabilities"]["LABEL_1"], rel=1e-4)
+
+
+def write_encoder_decoder(folder: Path, kind: str) -> Path:
+    """It reads the class at the end-of-text token, which its tokenizer appends."""
+    tokenizer = byte_tokenizer()
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end[0]}", pair=f"$A $B {end[0]}", special_tokens=[end]
+    )
+    tokenizer.save_pretrained(folder)
+    shared = {"vocab_size": 258, "d_model": 16, "eos_token_id": end[1], "pad_token_id": 257, "num_labels": 2}
+    if kind == "bart":
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
+        layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+        config = BartConfig(**shared, **heads, **layers, forced_eos_token_id=None)
+        BartForSequenceClassification(config).save_pretrained(folder)
+    else:
+        config = T5Config(**shared, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=257)
+        T5ForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_a_classifier_of_an_encoder_decoder_is_evaluated(place: Path, tmp_path: Path, kind: str) -> None:
+    """It was trained and saved, and then refused."""
+    recipe = classify(
+        place,
+        tmp_path / "out",
+        model={"path": str(write_encoder_decoder(tmp_path / kind, kind))},
+        data={"validation": str(place / "dev.tsv")},
+        method={"name": "adagradselect", "fraction": 0.5},
+        run={"steps": 2},
+    )
+    out = train(recipe, console=quiet())
+    trained = json.loads((out / "run.json").read_text())["validation"]
+    assert evaluate(settings(place, model=out)).accuracy == trained["accuracy"]
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    with pytest.raises(UsageError, match=r"is an encoder-decoder model; .* task=classification"):
+        evaluate_model(model, tokenizer, settings(place, task="loss", columns=COLUMNS, text="{sentence}"))
 
 
 @pytest.mark.parametrize("name", ["lora", "lorta"])

@@ -63,7 +63,7 @@ def evaluate_model(
     was_training = model.training
     model.eval()
     try:
-        return _evaluate(lambda: wrap(model, tokenizer), settings, on_progress)
+        return _evaluate(lambda: wrap(model, tokenizer, task=settings.task), settings, on_progress)
     finally:
         model.train(was_training)
 

@@ -57,7 +57,7 @@ def load(settings: EvaluationSettings) -> LanguageModel:
     """Load the model that the settings name onto its device, in evaluation mode.
 
     Raises:
-        UsageError: the path holds no complete checkpoint of a decoder-only model, or there is no such device.
+        UsageError: the path holds no complete checkpoint of a model for the task, or there is no such device.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -74,7 +74,7 @@ def load(settings: EvaluationSettings) -> LanguageModel:
     if settings.task == "classification":
         # As in training: the head of a decoder reads the last token that is no padding.
         model.config.get_text_config().pad_token_id = able_to_pad(tokenizer, settings.model).pad_token_id
-    language_model = wrap(model.to(device).eval(), tokenizer)
+    language_model = wrap(model.to(device).eval(), tokenizer, task=settings.task)
     if settings.task != "classification":
         check_causal(language_model.model, name=f"model={str(settings.model)!r}")
     return language_model
@@ -87,14 +87,18 @@ def _head_of_adapter(model: str | Path) -> dict[str, Any]:
     return {} if (num_labels := num_labels_of(model)) is None else {"num_labels": num_labels}
 
 
-def wrap(model: Any, tokenizer: Any) -> LanguageModel:
-    """Wrap a model in memory and its tokenizer, after a check that they fit each other.
+def wrap(model: Any, tokenizer: Any, *, task: str | None = None) -> LanguageModel:
+    """Wrap a model in memory and its tokenizer, after a check that they fit each other and the task.
 
     Raises:
-        UsageError: an encoder-decoder model, or a tokenizer with more tokens than the model has embeddings.
+        UsageError: an encoder-decoder model without a classification head, or a tokenizer with more tokens than the
+            model has embeddings.
     """
-    if model.config.get_text_config().is_encoder_decoder:
-        raise UsageError(f"{type(model).__name__} is an encoder-decoder model; evaluate supports decoder-only models")
+    if task != "classification" and model.config.get_text_config().is_encoder_decoder:
+        raise UsageError(
+            f"{type(model).__name__} is an encoder-decoder model; evaluate supports decoder-only models, and others "
+            "with a classification head: task=classification"
+        )
     check_tokens(model, tokenizer)
     return LanguageModel(model=model, tokenizer=tokenizer, context=context_of(model.config, tokenizer))
 
