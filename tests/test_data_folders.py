@@ -120,6 +120,30 @@ def test_a_run_reads_the_splits_of_a_folder(tmp_path: Path) -> None:
         lengths(validation="holdout")
 
 
+def test_a_bare_word_is_a_split_and_no_folder_of_that_name_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder was read without a sign of it."""
+    put(tmp_path / "data", {**shards("train", 3), **shards("test", 2)})
+    put(tmp_path, {"rows.json": json.dumps({"train": ROWS, "test": ROWS[:2]})})
+    for folder in ("test", "holdout"):
+        put(tmp_path / folder, {"a.txt": "1\n"})
+    monkeypatch.chdir(tmp_path)
+
+    def validation(name: str, **source: Any) -> int:
+        values = {"format": "text", "path": "data", "validation": name, **source}
+        return len(render_examples(TypeAdapter(Data).validate_python(values), seed=0).rows["validation"])
+
+    assert validation("test") == validation("test", path="rows.json", rows_key="train") == 2
+    assert validation("./test") == validation("test", path="data/train-00000-of-00003.parquet") == 1
+    with pytest.raises(UsageError, match=r"split 'holdout'.* write data\.validation=\./holdout"):
+        validation("holdout")
+    data = {"format": "text", "path": "data", "validation": "test"}
+    recipe = parse_recipe(recipe_values(tmp_path, data=data), source="recipe")
+    assert not isinstance(recipe.data, RandomData)
+    assert _next_command(recipe, recipe.data, {}).endswith("--data data --split test")
+
+
 def test_training_data_never_stand_in_for_a_split_that_is_not_there(tmp_path: Path) -> None:
     put(tmp_path, {"a.txt": "1\n", "b.txt": "2\n"})
     values = {"format": "text", "path": str(tmp_path), "validation": "validation"}

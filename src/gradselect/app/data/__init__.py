@@ -8,7 +8,7 @@ from .hub_rows import read_hub_rows
 from .labels import label_names, read_label
 from .row import Origin, Row, Rows, place_of
 from .rows import other_sign, read_rows, require_columns, shown_columns
-from .shards import VALIDATION_SPLITS, check_local, data_fingerprint, files_of, is_local, is_pattern
+from .shards import VALIDATION_SPLITS, check_local, data_fingerprint, files_of, is_local, is_pattern, names_split
 from .template import check_template, columns_of, optional_columns_of, render, says_nothing
 from .text_lines import read_bytes
 
@@ -38,6 +38,7 @@ __all__ = [
     "label_names",
     "label_text",
     "message_roles",
+    "names_split",
     "optional_columns_of",
     "other_sign",
     "place_of",

@@ -47,6 +47,21 @@ def is_local(path: str | Path) -> bool:
     return ending_of(path) is not None or is_pattern(path) or Path(path).exists()
 
 
+def names_split(name: str, *, of: str, rows_key: str | None) -> bool:
+    """True if the name of validation data is a split of the training data's source, and no place of its own.
+
+    A bare word is a split even if a folder here has that name, which would be written as ./word.
+
+    Args:
+        name: name of the validation data.
+        of: path of the training data.
+        rows_key: key of the training rows in a JSON file of several lists, whose other keys are its splits.
+    """
+    has_splits = not is_local(of) or Path(of).is_dir() or rows_key is not None
+    is_word = ending_of(name) is None and not is_pattern(name) and name == Path(name).name
+    return (has_splits and is_word) or not is_local(name)
+
+
 def check_local(path: str | Path, *, subset: str | None, split: str, default: str) -> None:
     """Check that nothing is asked of a local file or folder that only a data set on the hub has.
 

@@ -14,6 +14,7 @@ from gradselect.app.data import (
     data_fingerprint,
     ending_of,
     is_local,
+    names_split,
     place_of,
     read_hub_rows,
     read_rows,
@@ -67,13 +68,22 @@ def read_sources(settings: FileData, *, seed: int) -> dict[str, Source]:
     match settings.validation:
         case None:
             return {"train": train}
-        case str(name) if is_local(name):
-            validation = _read(name, settings, splits=VALIDATION_SPLITS)
+        case str(name) if names_split(name, of=settings.path, rows_key=settings.rows_key):
+            validation = _read_split(name, settings)
         case str(name):
-            validation = _read(settings.path, settings, splits=(name,), is_validation=True)
+            validation = _read(name, settings, splits=VALIDATION_SPLITS)
         case share:
             train, validation = _hold_out(train, share, seed=seed)
     return {"train": train, "validation": _first(validation, settings.validation_limit)}
+
+
+def _read_split(name: str, settings: FileData) -> Source:
+    try:
+        return _read(settings.path, settings, splits=(name,), is_validation=True)
+    except UsageError as error:
+        if not Path(name).exists():
+            raise
+        raise UsageError(f"{error}. If {name!r} here is meant, write data.validation=./{name}") from None
 
 
 def _read(path: str, settings: FileData, *, splits: tuple[str, ...], is_validation: bool = False) -> Source:

@@ -39,7 +39,8 @@ class AbstractDataSettings(Settings):
         split: split of the hub data set, or of a folder whose files are named after splits.
         limit: use only this many rows, from the first.
         validation: data for evaluation during training: a share of the training rows, held out (0.02); a file or
-            folder; or, for a hub data set or a folder, the name of one of its splits.
+            folder; or, for a hub data set or a folder, the name of one of its splits. A bare word is then a split;
+            a folder of that name here is ./word.
         validation_limit: use only this many rows of the validation data, from the first.
         max_length: tokens of an example; longer ones are cut at the end. Default: the model's context, at most 1024.
     """

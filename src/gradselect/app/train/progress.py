@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gradselect.app.data import columns_of, ending_of, holds_messages, is_local
+from gradselect.app.data import columns_of, ending_of, holds_messages, names_split
 from gradselect.app.models import merge_command
 from gradselect.app.progress import fitted
 from gradselect.app.recipe import (
@@ -163,12 +163,12 @@ def _validation_options(data: FileData) -> list[str]:
     name = data.validation
     if not isinstance(name, str):
         return ["--data", "TEST.jsonl"]
-    if is_local(name):
-        rows_key = ["--rows-key", data.rows_key] if data.rows_key else []
-        has_no_header = data.columns and ending_of(name) in (".csv", ".tsv")
-        return ["--data", name, *rows_key, *(["--columns", ",".join(data.columns or ())] if has_no_header else [])]
-    key = "--rows-key" if ending_of(data.path) == ".json" else "--split"
-    return ["--data", data.path, *(["--subset", data.subset] if data.subset else []), key, name]
+    if names_split(name, of=data.path, rows_key=data.rows_key):
+        key = "--rows-key" if ending_of(data.path) == ".json" else "--split"
+        return ["--data", data.path, *(["--subset", data.subset] if data.subset else []), key, name]
+    rows_key = ["--rows-key", data.rows_key] if data.rows_key else []
+    has_no_header = data.columns and ending_of(name) in (".csv", ".tsv")
+    return ["--data", name, *rows_key, *(["--columns", ",".join(data.columns or ())] if has_no_header else [])]
 
 
 def _print(console: Console, *lines: str) -> None:
