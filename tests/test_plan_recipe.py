@@ -271,16 +271,20 @@ def test_changes_of_a_setting_are_what_the_command_line_takes(folder: Path) -> N
 # --fit --------------------------------------------------------------------------------------------------------------
 
 
+def card(num_bytes: int) -> Memory:
+    return Memory(name="a card", num_bytes=num_bytes)
+
+
 def test_the_best_setting_is_within_the_limit_and_the_fastest(folder: Path, planner: RecipePlanner) -> None:
     recipe = parse(folder, method={"name": "uniform", "count": 1, "residency": "keep"}, run={"batch_size": 4})
     own = planner.plan(recipe)
-    as_written = find_best(planner, recipe, fractions=(0.5,), limit=own.peak_bytes)
+    as_written = find_best(planner, recipe, fractions=(0.5,), memory=card(own.peak_bytes))
     assert as_written.changes == ()
-    best = find_best(planner, recipe, fractions=(0.5,), limit=own.peak_bytes - 1)
+    best = find_best(planner, recipe, fractions=(0.5,), memory=card(own.peak_bytes - 1))
     assert best.plan is not None
     assert best.plan.peak_bytes < own.peak_bytes
     assert best.name == "uniform, as written"
-    for levers in sparing_levers(recipe):
+    for levers in sparing_levers(recipe, card(1)):
         other = planner.plan(changed(recipe, levers))
         fits = other.peak_bytes < own.peak_bytes
         assert not fits or other.relative_time >= best.plan.relative_time
@@ -288,15 +292,32 @@ def test_the_best_setting_is_within_the_limit_and_the_fastest(folder: Path, plan
 
 def test_levers_of_a_fit_leave_the_batch_as_it_is(folder: Path) -> None:
     recipe = parse(folder, run={"batch_size": 12, "accumulation": 3})
-    for levers in sparing_levers(recipe):
+    for levers in sparing_levers(recipe, card(1)):
         run = changed(recipe, levers).run
         assert run.batch_size * run.accumulation == 36
+
+
+def test_on_a_cpu_a_fit_counts_state_on_the_host_and_does_not_move_it_there(
+    folder: Path, planner: RecipePlanner
+) -> None:
+    """It proposed residency=offload, which moves state from one place in memory to another."""
+    recipe = parse(folder, method={"name": "uniform", "count": 1, "residency": "keep"}, run={"batch_size": 4})
+    memory = Memory(name="--fit", num_bytes=planner.plan(recipe).peak_bytes - 1, is_host=True)
+    best = find_best(planner, recipe, fractions=(0.5,), memory=memory)
+    assert best.name == "uniform, as written"
+    assert best.plan is not None
+    assert best.plan.bytes.state_on_host == 0
+    offloaded = changed(recipe, ["method.residency=offload"])
+    plan = planner.plan(offloaded)
+    assert plan.bytes.state_on_host > 0
+    memory = Memory(name="--fit", num_bytes=plan.peak_bytes, is_host=True)
+    assert find_best(planner, offloaded, fractions=(0.5,), memory=memory).changes
 
 
 def test_rows_of_random_tokens_are_shortened_by_their_own_key(folder: Path, planner: RecipePlanner) -> None:
     recipe = parse(folder, data={"format": "random", "length": 32})
     with pytest.raises(gs.UsageError, match=r"or shorter rows, e\.g\. data\.length=16"):
-        find_best(planner, recipe, fractions=(0.5,), limit=1)
+        find_best(planner, recipe, fractions=(0.5,), memory=card(1))
 
 
 def test_if_nothing_fits_the_message_has_the_smallest_size_that_does(folder: Path) -> None:

@@ -12,7 +12,7 @@ from gradselect.planning import CATEGORIES, Bytes, Plan, Step
 from gradselect.usage import smallest_text, write_size
 
 from .tables import FULL, HEADINGS, SHORT, print_settings
-from .variants import RULE, RecipePlan, Setting
+from .variants import RULE, RecipePlan, Setting, needed_bytes
 
 MOMENTS = {
     "loss": "the loss",
@@ -22,18 +22,13 @@ MOMENTS = {
 }
 
 
-def needed_bytes(plan: Plan, memory: Memory) -> int:
-    """Return what a run needs of the memory that it trains in: on a CPU also what a card would keep on the host."""
-    return plan.peak_bytes + (plan.bytes.state_on_host if memory.is_host else 0)
-
-
 def show(found: RecipePlan, console: Console, *, memory: Memory, in_full: bool = False) -> None:
     """Print the answer, a table of methods and notes; in full, also all categories and the levers."""
     for line in _answer(found.own, memory=memory):
         console.print(line, highlight=False, markup=False)
     console.print()
     if found.best is not None and found.best.plan is not None:
-        for line in _best(found.best):
+        for line in _best(found.best, memory=memory):
             # One line, so that it can be copied.
             console.print(line, highlight=False, markup=False, soft_wrap=line.startswith("add"))
         console.print()
@@ -49,10 +44,7 @@ def _answer(own: Setting, *, memory: Memory) -> Iterator[str]:
     plan = own.plan
     assert plan is not None
     room, waiting = memory.num_bytes, plan.bytes.state_on_host
-    place = f"{write_size(room)} of {memory.name}"
-    needed = f"peak {write_size(plan.peak_bytes)}"
-    if waiting and memory.is_host:
-        needed += f" and {write_size(waiting)} of state that waits beside it"
+    place, needed = f"{write_size(room)} of {memory.name}", _needed(plan, memory)
     if needed_bytes(plan, memory) <= room:
         yield f"{own.name}: {needed}, fits into {place}"
     else:
@@ -65,6 +57,12 @@ def _answer(own: Setting, *, memory: Memory) -> Iterator[str]:
     yield f"at the peak, {_moment(step, moment, len(plan.steps))}: {', '.join(listed)}"
     if waiting and not memory.is_host:
         yield f"in host memory, beside the peak: {write_size(waiting)} of moments and masters"
+
+
+def _needed(plan: Plan, memory: Memory) -> str:
+    waiting = plan.bytes.state_on_host if memory.is_host else 0
+    beside = f" and {write_size(waiting)} of state that waits beside it" if waiting else ""
+    return f"peak {write_size(plan.peak_bytes)}{beside}"
 
 
 def _moment(step: Step, moment: str, num_kinds: int) -> str:
@@ -97,9 +95,9 @@ def _largest_moment(plan: Plan) -> tuple[Step, str, Bytes]:
     return max(moments, key=lambda found: found[2].device)
 
 
-def _best(best: Setting) -> Iterator[str]:
+def _best(best: Setting, *, memory: Memory) -> Iterator[str]:
     assert best.plan is not None
-    yield f"best that fits: {best.name}, peak {write_size(best.plan.peak_bytes)}"
+    yield f"best that fits: {best.name}, {_needed(best.plan, memory)}"
     yield f"time: {_times(best.plan)}"
     words = " ".join(map(shlex.quote, best.changes))
     yield f"add to the command: {words}" if best.changes else "the recipe fits as written"

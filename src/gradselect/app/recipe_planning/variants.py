@@ -18,6 +18,7 @@ from gradselect.app.recipe import (
     parse_override,
     parse_recipe,
 )
+from gradselect.app.runtime import Memory, device_memory
 from gradselect.planning import Plan
 from gradselect.usage import smallest_text, write_size
 
@@ -28,9 +29,9 @@ DEFAULT_RANK = 16
 RULE = (
     "the first method that fits, in this order: the recipe's own, full, AdaGradSelect with the embedding from the "
     "largest fraction down, AdaGradSelect without it, LoRA. Each is tried with levers that keep the training as is: "
-    "gradient checkpointing, state on the host, smaller micro-batches. Of its settings that fit, the fastest, then "
-    "fewest micro-batches a step, fewest changes, lowest peak. If no method fits, all are tried again in bfloat16. The "
-    "length of rows stays"
+    "gradient checkpointing, state on the host unless the CPU trains, smaller micro-batches. Of its settings that fit, "
+    "the fastest, then fewest micro-batches a step, fewest changes, lowest peak. If no method fits, all are tried "
+    "again in bfloat16. The length of rows stays"
 )
 """Meaning of "best" for `--fit`."""
 
@@ -79,7 +80,7 @@ def plan_recipe(
     Args:
         recipe: as it would be trained.
         fractions: of AdaGradSelect.
-        fit: limit for the peak of the best setting, in bytes; None: look for none.
+        fit: bytes that the best setting may need; None: look for none.
         in_full: plan masks and levers too.
 
     Raises:
@@ -91,7 +92,8 @@ def plan_recipe(
     others = grid(recipe, fractions) if in_full else trained_methods(recipe, fractions)
     methods = tuple(_try(planner, recipe, name, changes) for name, changes in others)
     levers = tuple(_try(planner, recipe, name, changes) for name, changes in (levers_of(recipe) if in_full else ()))
-    best = None if fit is None else find_best(planner, recipe, fractions=fractions, limit=fit)
+    memory = device_memory(recipe.run.device, fit=fit)
+    best = None if fit is None else find_best(planner, recipe, fractions=fractions, memory=memory)
     return RecipePlan(own=own, methods=methods, levers=levers, best=best)
 
 
@@ -145,27 +147,36 @@ def levers_of(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...]]]:
     yield f"weights in {other}", (f"model.dtype={other}",)
 
 
-def find_best(planner: RecipePlanner, recipe: Recipe, *, fractions: Sequence[float], limit: int) -> Setting:
-    """Return the best setting by `RULE` whose peak is at most `limit` bytes.
+def needed_bytes(plan: Plan, memory: Memory) -> int:
+    """Return what a run needs of the memory that it trains in: on a CPU also what a card would keep on the host."""
+    return plan.peak_bytes + (plan.bytes.state_on_host if memory.is_host else 0)
+
+
+def find_best(planner: RecipePlanner, recipe: Recipe, *, fractions: Sequence[float], memory: Memory) -> Setting:
+    """Return the best setting by `RULE` that fits into the memory.
 
     Raises:
         UsageError: nothing fits.
     """
+
+    def needed(setting: Setting) -> int:
+        assert setting.plan is not None
+        return needed_bytes(setting.plan, memory)
+
     smallest: Setting | None = None
     for name, changes in _candidates(recipe, fractions):
-        settings = [
-            _try(planner, recipe, name, (*changes, *sparing)) for sparing in sparing_levers(changed(recipe, changes))
-        ]
+        levers = sparing_levers(changed(recipe, changes), memory)
+        settings = [_try(planner, recipe, name, (*changes, *sparing)) for sparing in levers]
         planned = [setting for setting in settings if setting.plan is not None]
-        fitting = [setting for setting in planned if _peak(setting) <= limit]
+        fitting = [setting for setting in planned if needed(setting) <= memory.num_bytes]
         if fitting:
-            return min(fitting, key=lambda setting: _cost(setting, recipe))
-        smallest = min([*planned, *([smallest] if smallest else [])], key=_peak, default=None)
+            return min(fitting, key=lambda setting: (*_cost(setting, recipe), needed(setting)))
+        smallest = min([*planned, *([smallest] if smallest else [])], key=needed, default=None)
     assert smallest is not None
     raise UsageError(
-        f"nothing fits {write_size(limit)}; the smallest is {smallest.name} with {' '.join(smallest.changes)}, whose "
-        f"peak is {write_size(_peak(smallest))}: write --fit {smallest_text(_peak(smallest))}, or shorter rows, "
-        f"e.g. {_half_length(recipe)}"
+        f"nothing fits {write_size(memory.num_bytes)}; the smallest is {smallest.name} with "
+        f"{' '.join(smallest.changes)}, which needs {write_size(needed(smallest))}: write "
+        f"--fit {smallest_text(needed(smallest))}, or shorter rows, e.g. {_half_length(recipe)}"
     )
 
 
@@ -177,11 +188,11 @@ def _candidates(recipe: Recipe, fractions: Sequence[float]) -> Iterator[tuple[st
             yield name, (*changes, *dtype)
 
 
-def sparing_levers(recipe: Recipe) -> Iterator[tuple[str, ...]]:
-    """Yield combinations of levers that save memory and do not change the training, `()` first."""
+def sparing_levers(recipe: Recipe, memory: Memory) -> Iterator[tuple[str, ...]]:
+    """Yield combinations of levers that save this memory and do not change the training, `()` first."""
     method = recipe.method
     keeps = isinstance(method, AbstractBlockMethod) and method.residency == "keep"
-    places = ((), ("method.residency=offload",)) if keeps else ((),)
+    places = ((), ("method.residency=offload",)) if keeps and not memory.is_host else ((),)
     again = ((),) if recipe.model.gradient_checkpointing else ((), (_checkpointing(True),))
     # A mask that is selected from one backward pass would differ with smaller micro-batches.
     may_split = not isinstance(method, AbstractMaskMethod) or not method.lean_accumulation
@@ -219,15 +230,9 @@ def _try(planner: RecipePlanner, recipe: Recipe, name: str, changes: tuple[str, 
         return Setting(name=name, changes=changes, fault=str(error).splitlines()[0])
 
 
-def _peak(setting: Setting) -> int:
+def _cost(setting: Setting, recipe: Recipe) -> tuple[float, int, int]:
     assert setting.plan is not None
-    return setting.plan.peak_bytes
-
-
-def _cost(setting: Setting, recipe: Recipe) -> tuple[float, int, int, int]:
-    assert setting.plan is not None
-    num_passes = changed(recipe, setting.changes).run.accumulation
-    return setting.plan.relative_time, num_passes, len(setting.changes), setting.plan.peak_bytes
+    return setting.plan.relative_time, changed(recipe, setting.changes).run.accumulation, len(setting.changes)
 
 
 def _passes(recipe: Recipe, *, size: int) -> tuple[str, ...]:

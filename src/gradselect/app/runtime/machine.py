@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -25,7 +25,7 @@ class Memory:
     """The memory that a run would train in.
 
     Args:
-        name: "this machine's memory", or the name of a GPU.
+        name: "this machine's memory", the name of a GPU, or "--fit".
         num_bytes: how much there is.
         is_host: True for that of a CPU: state that a plan counts "on host" lies in it too.
     """
@@ -35,12 +35,19 @@ class Memory:
     is_host: bool = False
 
 
-def device_memory(device: str) -> Memory:
-    """Return the memory that a run on "auto" or "cpu" would use."""
+def device_memory(device: str, *, fit: int | None = None) -> Memory:
+    """Return the memory that a run on "auto" or "cpu" would use.
+
+    Args:
+        device: "auto" or "cpu".
+        fit: bytes of `--fit`, in place of those that there are; None: without it.
+    """
     if device != "cpu" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        return Memory(name=properties.name, num_bytes=properties.total_memory)
-    return Memory(name="this machine's memory", num_bytes=host_bytes(), is_host=True)
+        found = Memory(name=properties.name, num_bytes=properties.total_memory)
+    else:
+        found = Memory(name="this machine's memory", num_bytes=host_bytes(), is_host=True)
+    return found if fit is None else replace(found, name="--fit", num_bytes=fit)
 
 
 def peak_process_bytes() -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from gradselect import UsageError
 from gradselect.app.recipe import Recipe
 from gradselect.app.recipe_planning import RecipePlanner, needed_bytes
-from gradselect.app.runtime import Memory, device_memory
+from gradselect.app.runtime import device_memory
 from gradselect.usage import first_line, write_size
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class MemoryCheck:
     """
 
     def __init__(self, recipe: Recipe, *, limit: int | None) -> None:
-        self._memory = device_memory(recipe.run.device) if limit is None else Memory(name="--fit", num_bytes=limit)
+        self._memory = device_memory(recipe.run.device, fit=limit)
         self._planner = RecipePlanner()
         self._peaks: dict[str, int | None] = {}
         self.note = ""
