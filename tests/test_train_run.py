@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraModel
 from rich.console import Console
 from safetensors.torch import load_file
 from train_fixtures import (
@@ -353,10 +354,37 @@ def test_an_adapter_that_peft_does_not_know_is_refused(place: Path, tmp_path: Pa
         build(place, tmp_path, method={"name": "lora", "targets": ["no_such_layer"]})
 
 
-def test_an_adapter_that_cannot_be_merged_is_refused(place: Path, tmp_path: Path) -> None:
-    method = {"name": "peft", "type": "PROMPT_TUNING", "options": {"num_virtual_tokens": 2}}
-    with pytest.raises(UsageError, match="cannot be merged into a plain model"):
-        build(place, tmp_path, method=method)
+UNMERGEABLE = [
+    ("PROMPT_TUNING", {"num_virtual_tokens": 2}),
+    ("LILY", {"r": 2, "target_modules": ["q_proj", "v_proj"]}),
+    ("POLY", {"r": 2, "target_modules": ["q_proj", "v_proj"]}),
+    ("BEFT", {"target_modules": ["q_proj", "v_proj"]}),
+    ("SHADOW", {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), UNMERGEABLE)
+@pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias term:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_an_adapter_that_cannot_be_merged_is_refused(
+    place: Path, tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    """It trained to its end, and then ended in a traceback."""
+    with pytest.raises(UsageError, match=f"method.type={kind} cannot be merged into a plain model.*choose another"):
+        build(place, tmp_path, method={"name": "peft", "type": kind, "options": options})
+
+
+def test_a_merge_that_fails_says_where_the_adapter_is(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any, *_: Any, **__: Any) -> None:
+        raise ValueError("no merge today")
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", fail)
+    recipe = parse(place, method={"name": "lora", "rank": 2}, run={"output": str(tmp_path / "out"), "steps": 1})
+    with pytest.raises(UsageError, match=r"ValueError: no merge today\); it is kept in .*out/adapter"):
+        train(recipe, console=quiet())
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_any_other_adapter_of_peft_runs(place: Path, tmp_path: Path) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
 from gradselect import UsageError
 from gradselect.app.inputs import Inputs
-from gradselect.app.models import quantisation_of
+from gradselect.app.models import is_quantised, quantisation_of
 from gradselect.app.recipe import (
     AbstractAdapterMethod,
     AbstractBlockMethod,
@@ -29,8 +33,10 @@ from gradselect.app.recipe import (
 )
 from gradselect.app.runtime import RunFolder
 from gradselect.integrations.transformers import AdaLoraCallback, SelectionCallback, SelectiveOptimizerFactory
+from gradselect.usage import first_line
 
 from .adalora import OrthogonalityPenalty
+from .failures import is_out_of_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,17 +172,46 @@ def _adapt(inputs: Inputs, method: AbstractAdapterMethod, *, seed: int) -> PeftM
         raise UsageError(f"method: {str(error).replace('target_modules', 'targets')}") from None
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"method: PEFT refuses this adapter: {error}") from error
+    kind = PeftType(config.peft_type).value
     if config.is_prompt_learning:
-        raise UsageError(f"method.type={config.peft_type} cannot be merged into a plain model; choose another adapter")
+        raise UsageError(f"method.type={kind} cannot be merged into a plain model; choose another adapter")
     assert isinstance(adapted, PeftModel)
+    if not is_quantised(model):
+        _check_merges(adapted, kind)
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     for module in head:
         if not any(f".{module}.modules_to_save." in name for name in trained):
             raise UsageError(
-                f"method.type={config.peft_type} does not train {module!r} of the classification head; "
+                f"method.type={kind} does not train {module!r} of the classification head; "
                 f"add method.options.modules_to_save={head}"
             )
     return adapted
+
+
+def _check_merges(adapted: PeftModel, kind: str) -> None:
+    """Merge a copy of one layer of each sort, because PEFT has no other way to tell whether an adapter can be merged.
+
+    Raises:
+        UsageError: it cannot, which would otherwise be found after the training.
+    """
+    sorts: dict[Any, Any] = {}
+    for module in adapted.modules():
+        if isinstance(module, BaseTunerLayer):
+            base: Any = module.get_base_layer()
+            sorts.setdefault((type(module), type(base), getattr(base, "bias", None) is None), module)
+    tuner: Any = adapted.base_model
+    try:
+        with warnings.catch_warnings(action="ignore"):  # the merge after the training says them
+            tuner._check_merge_allowed()
+            for module in sorts.values():
+                deepcopy(module).merge()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"method.type={kind} cannot be merged into a plain model ({type(error).__name__}: {first_line(error)}); "
+            "choose another adapter"
+        ) from error
 
 
 def _check_takes_adapter(model: Any) -> None:

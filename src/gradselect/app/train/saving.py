@@ -19,8 +19,9 @@ from gradselect.app.recipe import ChatData, PreferenceData, PromptCompletionData
 from gradselect.app.results import SavedModel
 from gradselect.app.runtime import RunFolder, is_rank_0
 from gradselect.files import BesideWeights, flush_names, remove, write_manifest, writing_aside
-from gradselect.usage import parent
+from gradselect.usage import UsageError, first_line, parent
 
+from .failures import is_out_of_memory
 from .restoring import unplaced_notes
 from .trainer import RunTrainer
 
@@ -89,6 +90,9 @@ def save_model(trainer: RunTrainer, inputs: Inputs, *, folder: RunFolder, plan: 
         inputs: their tokenizer is written beside the weights.
         folder: folder of the run.
         plan: what else to write.
+
+    Raises:
+        UsageError: the adapter cannot be merged.
     """
     beside, ends = (None, ()) if plan is None else (plan.beside, plan.ends)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -103,7 +107,7 @@ def save_model(trainer: RunTrainer, inputs: Inputs, *, folder: RunFolder, plan: 
         with writing_aside(folder.adapter) as aside:
             model.save_pretrained(str(aside))
         form = "adapter" if is_quantised(model.get_base_model()) else "model"
-        model = model.get_base_model() if form == "adapter" else _merged(model)
+        model = model.get_base_model() if form == "adapter" else _merged(model, kept=folder.adapter)
     added = _stop_at(model, ends)
     with writing_aside(folder.root / "model") as aside:
         aside.mkdir()
@@ -124,9 +128,10 @@ def save_model(trainer: RunTrainer, inputs: Inputs, *, folder: RunFolder, plan: 
     )
 
 
-def _merged(model: Any) -> Any:
-    """Merge the adapter, in place. Most adapters of PEFT fail on a head of several layers, which has no weight.
+def _merged(model: Any, *, kept: Path) -> Any:
+    """Merge the adapter, of which a copy is `kept`, in place.
 
+    Most adapters of PEFT fail on a head of several layers, which has no weight.
     Ours do not: users merge them without this function, so `gradselect.adapters` has its own way, within a merge.
     """
     for name, module in list(model.named_modules()):
@@ -134,7 +139,15 @@ def _merged(model: Any) -> Any:
             wrapper: Any = module
             own = wrapper.modules_to_save[wrapper.active_adapter] if wrapper.active_adapters else module.original_module
             setattr(model.get_submodule(parent(name)), name.rpartition(".")[2], own)
-    return model.merge_and_unload()
+    try:
+        return model.merge_and_unload()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"the trained adapter cannot be merged into the model ({type(error).__name__}: {first_line(error)}); it is "
+            f"kept in {kept}"
+        ) from error
 
 
 def _stop_at(model: Any, ends: Sequence[int]) -> list[int]:
