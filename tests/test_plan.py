@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_batch, tiny_llama
 from torch import nn
 
@@ -39,6 +40,15 @@ def run_blocks(model: nn.Module, policy: gs.AbstractPolicy, **options: Any) -> l
 def of(found: Plan, name: str) -> int:
     """Return the planned bytes of a category at the update, the moment of the meter."""
     return max(getattr(step.moments["update"], name) for step in found.steps)
+
+
+def test_gradients_of_an_update_in_the_backward_pass_have_the_dtypes_of_their_weights() -> None:
+    """Of fp32 adapters on a bf16 base, every gradient counted as bf16."""
+    model = get_peft_model(tiny_llama().to(torch.bfloat16), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    adapters = [weight for weight in model.parameters() if weight.requires_grad]
+    assert {weight.dtype for weight in adapters} == {torch.float32}
+    found = gs.plan(model, gs.Uniform(count=1), batch_size=2, sequence_length=8, update_in_backward=True)
+    assert found.bytes.gradients == max(4 * weight.numel() for weight in adapters)
 
 
 RESIDENCIES = {"keep": gs.Keep(), "offload": gs.Offload(), "drop": gs.Drop()}

@@ -118,7 +118,7 @@ class _BlockPlanner:
         accumulates = self._training.accumulation_steps > 1
         looked_at = self._sum(beside).gradients  # slices of a layer complete together, at its end
         before = updated.gradients + looked_at if accumulates else 0
-        after = updated.largest * self._itemsize if self._training.update_in_backward else updated.gradients
+        after = updated.largest_gradient if self._training.update_in_backward else updated.gradients
         gradients = Gradients(before=before, most=after + looked_at, after=after)
         return _Case(trained=trained, updated=updated, gradients=gradients)
 
@@ -179,16 +179,12 @@ class _BlockPlanner:
         parts = self._costs_of(self._reached()).values()
         copied = max((part.masters for part in parts), default=0)
         columns = 0 if copied else max(map(self._strided.__getitem__, self._reached()), default=0)
-        largest = max((part.largest for part in parts), default=0)
-        return copied + columns + 2 * (4 if copied else self._itemsize) * largest
+        largest = max((4 * part.largest if copied else part.largest_gradient for part in parts), default=0)
+        return copied + columns + 2 * largest
 
     def _reached(self) -> set[str]:
         """Blocks that train sooner or later."""
         return {*self.survey.reached, *self._always}
-
-    @property
-    def _itemsize(self) -> int:
-        return next(self._training.model.parameters()).element_size()
 
     def _costs_of(self, names: Collection[str]) -> Mapping[str, Cost]:
         return {name: part for name, part in self._costs.items() if name in names}

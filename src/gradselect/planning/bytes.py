@@ -63,6 +63,7 @@ class Cost:
         masters: their master weights.
         moments: state of the rule, for AdamW two moments.
         largest: entries of the largest tensor.
+        largest_gradient: the largest gradient of one tensor; dtypes may differ.
     """
 
     num_entries: int = 0
@@ -70,6 +71,7 @@ class Cost:
     masters: int = 0
     moments: int = 0
     largest: int = 0
+    largest_gradient: int = 0
 
     @property
     def state(self) -> int:
@@ -83,6 +85,7 @@ class Cost:
             masters=self.masters + other.masters,
             moments=self.moments + other.moments,
             largest=max(self.largest, other.largest),
+            largest_gradient=max(self.largest_gradient, other.largest_gradient),
         )
 
 
@@ -107,6 +110,7 @@ def cost_of(
             masters=num_bytes(updated) if has_master else 0,
             moments=sum(num_bytes(state[name]) for name in rule.large_names(state)),
             largest=parameter.numel(),
+            largest_gradient=num_bytes(parameter),
         )
     return total
 
