@@ -39,8 +39,8 @@ def questions(suite: Suite) -> str:
     best, known = ours[0].name, {method.name for method in comparison.methods}
     asked = (*AGAINST, twin_of(best))
     pairs = [(best, other) for other in asked if other in known]
-    in_little, no_small = _in_the_same_bytes(comparison, ours)
-    pairs += [pair for pair in in_little if pair not in pairs]
+    small, no_small = _in_the_same_bytes(comparison, ours)
+    pairs += [small] if small is not None and small not in pairs else []
     lines = [*_thresholds(suite, pairs), *no_small]
     if missing := [name for name in asked if name not in known]:
         lines.append(f"Not in these results: {', '.join(missing)}.")
@@ -120,20 +120,16 @@ def _thresholds(suite: Suite, pairs: Sequence[tuple[str, str]]) -> Iterator[str]
 
 def _in_the_same_bytes(
     comparison: Comparison, ours: Sequence[Method]
-) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """Return what to ask of the best variant that holds no more than LoRA with the embedding.
-
-    A second tuple has a line that says so if no variant holds as little.
-    """
-    known = {method.name for method in comparison.methods}
-    if LORA_WITH_EMBEDDING not in known:
-        return (), ()
+) -> tuple[tuple[str, str] | None, tuple[str, ...]]:
+    """Return the best variant that holds no more than LoRA with the embedding, or a line that says that none does."""
+    if all(method.name != LORA_WITH_EMBEDDING for method in comparison.methods):
+        return None, ()
     most = peak(comparison, LORA_WITH_EMBEDDING)
     if fitting := holding_no_more(comparison, ours, LORA_WITH_EMBEDDING):
-        return tuple((fitting[0].name, other) for other in (LORA_WITH_EMBEDDING, FULL) if other in known), ()
+        return (fitting[0].name, LORA_WITH_EMBEDDING), ()
     least = min(ours, key=lambda method: peak(comparison, method.name))
     held = megabytes(peak(comparison, least.name), digits=0)
-    return (), (
+    return None, (
         f"No variant of AdaGradSelect here holds as little as {LORA_WITH_EMBEDDING} ({megabytes(most, digits=0)} MB): "
         f"{least.name} holds least, {held} MB.",
     )

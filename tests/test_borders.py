@@ -304,13 +304,15 @@ def test_candidates_around_the_layers_are_said_where_among_was_left_open(policy,
     assert ("can train too" in caplog.text) == bool(said)
 
 
+@pytest.mark.parametrize("by", ["arguments", "accelerate launch"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_is_refused_with_what_to_use_instead(stage, tmp_path):
+def test_zero_is_refused_with_what_to_use_instead(stage, by, tmp_path):
     class Plugin:
         zero_stage = stage
 
     args = arguments(tmp_path)
-    args.deepspeed, args.deepspeed_plugin = {"zero_optimization": {"stage": stage}}, Plugin()
+    args.deepspeed = {"zero_optimization": {"stage": stage}} if by == "arguments" else None
+    args.deepspeed_plugin = Plugin()
     with pytest.raises(gs.UsageError, match=rf"stage={stage}.*FSDP2.*DDP"):
         SelectiveOptimizerFactory()(tiny_llama(), args=args, policy=gs.All())
     with pytest.raises(gs.UsageError, match=rf"stage={stage}"):

@@ -282,6 +282,10 @@ def test_sampling_in_the_generation_config_is_put_aside_and_the_rest_is_kept(
         assert result.generation is not None
         assert result.generation.items() >= {"do_sample": False, "max_new_tokens": 48}.items()
         assert result.generation.get("temperature", 1.0) == 1.0
+        model.generation_config = transformers.GenerationConfig(
+            eos_token_id=1, return_dict_in_generate=True, min_new_tokens=40, max_time=0.0
+        )
+        assert evaluate_model(model, tokenizer, settings(data)).items == greedy
         equals = tokenizer(" =", add_special_tokens=False)["input_ids"]
         model.generation_config = transformers.GenerationConfig(eos_token_id=[1, equals[0]])
         ended = evaluate_model(model, tokenizer, settings(data)).items

@@ -23,7 +23,7 @@ from gradselect.app.recipe_planning import show
 from gradselect.app.recipe_planning.planner import RecipePlanner, meta_model
 from gradselect.app.recipe_planning.tables import FULL
 from gradselect.app.recipe_planning.variants import RecipePlan, Setting, changed, find_best, plan_recipe, sparing_levers
-from gradselect.app.runtime import Memory
+from gradselect.app.runtime import Memory, device_memory
 from gradselect.app.train import train
 from gradselect.core import MEMORY_CATEGORIES
 from gradselect.planning import Bytes, Plan
@@ -436,7 +436,15 @@ def test_what_does_not_fit_is_said_with_what_to_type(planned: RecipePlan) -> Non
     memory = Memory(name="a card", num_bytes=planned.own.plan.peak_bytes - 1)
     text = " ".join(shown(planned, width=80, in_full=False, memory=memory))
     assert "DOES NOT FIT into" in text
-    assert f"--fit {smallest_text(memory.num_bytes * 9 // 10)} looks for a setting that does" in text
+    advice = f"--fit {smallest_text(memory.num_bytes * 9 // 10)} looks for a setting that does"
+    assert advice in text
+    assert "run.device=cpu" not in text
+    memory = Memory(name="this machine's memory", num_bytes=memory.num_bytes, is_host=True)
+    assert f"run.device=cpu {advice}" in " ".join(shown(planned, width=80, in_full=False, memory=memory))
+
+
+def test_the_size_of_a_fit_is_that_of_a_card_unless_the_recipe_trains_on_the_cpu() -> None:
+    assert [device_memory(device, fit=1000).is_host for device in ("auto", "cpu")] == [False, True]
 
 
 def test_masks_and_levers_are_planned_on_demand(folder: Path) -> None:

@@ -167,6 +167,12 @@ def test_adalora_by_the_name_of_peft_is_refused_because_its_ranks_would_stay(pla
         parse(place, method={"name": "peft", "type": "AdaLora", "options": {"total_step": 10}})
 
 
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+def test_an_init_that_looks_at_data_is_refused_because_it_would_be_a_plain_lora(place: Path, init: str) -> None:
+    with pytest.raises(UsageError, match=rf"init_lora_weights='{init}' starts from gradients or activations of data"):
+        parse(place, method={"name": "peft", "type": "LORA", "options": {"init_lora_weights": init}})
+
+
 def test_the_default_ranks_have_the_ratio_of_pefts_defaults() -> None:
     from peft import AdaLoraConfig
 

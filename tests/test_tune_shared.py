@@ -233,9 +233,7 @@ def test_where_nothing_fits_the_search_ends_with_advice(recipe, tmp_path, monkey
 def test_the_machine_s_own_memory_is_the_limit_without_fit(recipe, monkeypatch):
     check = _memory.MemoryCheck(recipe, limit=None)
     assert check.complaint(recipe) == check.note == ""
-    monkeypatch.setattr(
-        _memory, "device_memory", lambda device, fit: Memory(name="this machine's memory", num_bytes=1000)
-    )
+    monkeypatch.setattr(_memory, "device_memory", lambda device: Memory(name="this machine's memory", num_bytes=1000))
     assert "more than the 1000 B of this machine's memory" in _memory.MemoryCheck(recipe, limit=None).complaint(recipe)
 
 

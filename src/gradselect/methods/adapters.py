@@ -154,6 +154,11 @@ class AdaLoraMethod(AbstractAdapterMethod):
             )
 
 
+INITS_FROM_DATA = ("eva", "lora_ga")
+"""Values of `init_lora_weights` with which PEFT trains a plain LoRA if nothing has looked at data. PEFT refuses CorDA
+and LoftQ, which need more than their name too."""
+
+
 class OtherAdapterMethod(AbstractAdapterMethod):
     """Any other adapter of PEFT, by PEFT's own names.
 
@@ -172,6 +177,12 @@ class OtherAdapterMethod(AbstractAdapterMethod):
             raise ValueError(
                 f"type={self.type!r} would be a plain LoRA here: ranks fall only with name=adalora; write "
                 "method={name: adalora, rank: 8, initial_rank: 12}"
+            )
+        init = self.options.get("init_lora_weights")
+        if init in INITS_FROM_DATA:
+            raise ValueError(
+                f"init_lora_weights={init!r} starts from gradients or activations of data, which nothing computes "
+                'here, and PEFT would train a plain LoRA without them; write "pissa" or "olora", or leave it out'
             )
         return self
 

@@ -23,11 +23,14 @@ NEUTRAL = {
     "early_stopping": False,
     "max_length": None,
     "min_length": 0,
+    "return_dict_in_generate": False,
 }
 """Greedy decoding. Settings that it ignores, or that `max_new_tokens` replaces, have their defaults.
 
 The defaults are written out because transformers fills a None from the model's own config.
 """
+NO_LIMITS = {"min_new_tokens": 0, "max_time": 1e9}
+"""Limits whose default is None: values that limit nothing, for a model that sets them."""
 
 
 def greedy_settings(model: Any, tokenizer: Any, *, pad_token: int, ends: Iterable[int] = (), **changes: Any) -> Any:
@@ -45,5 +48,6 @@ def greedy_settings(model: Any, tokenizer: Any, *, pad_token: int, ends: Iterabl
     config = copy.deepcopy(model.generation_config)
     configured = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     known = {token for token in (*configured, tokenizer.eos_token_id, *ends) if token is not None}
-    config.update(**NEUTRAL, eos_token_id=sorted(known) or None, pad_token_id=pad_token, **changes)
+    no_limits = {name: value for name, value in NO_LIMITS.items() if getattr(config, name) is not None}
+    config.update(**NEUTRAL, **no_limits, eos_token_id=sorted(known) or None, pad_token_id=pad_token, **changes)
     return config

@@ -28,7 +28,7 @@ def show(found: RecipePlan, console: Console, *, memory: Memory, in_full: bool =
         console.print(line, highlight=False, markup=False)
     console.print()
     if found.best is not None and found.best.plan is not None:
-        for line in _best(found.best, memory=memory):
+        for line in _best(found.best):
             # One line, so that it can be copied.
             console.print(line, highlight=False, markup=False, soft_wrap=line.startswith("add"))
         console.print()
@@ -44,12 +44,15 @@ def _answer(own: Setting, *, memory: Memory) -> Iterator[str]:
     plan = own.plan
     assert plan is not None
     room, waiting = memory.num_bytes, plan.bytes.state_on_host
-    place, needed = f"{write_size(room)} of {memory.name}", _needed(plan, memory)
+    place, needed = f"{write_size(room)} of {memory.name}", f"peak {write_size(plan.peak_bytes)}"
+    if waiting and memory.is_host:
+        needed += f" and {write_size(waiting)} of state that waits beside it"
     if needed_bytes(plan, memory) <= room:
         yield f"{own.name}: {needed}, fits into {place}"
     else:
         yield f"{own.name}: {needed}, DOES NOT FIT into {place}"
-        yield f"--fit {smallest_text(room * 9 // 10)} looks for a setting that does"
+        here = "run.device=cpu " if memory.is_host else ""  # without it, SIZE is that of a card
+        yield f"{here}--fit {smallest_text(room * 9 // 10)} looks for a setting that does"
     yield f"time: {_times(plan)}"
     step, moment, held = _largest_moment(plan)
     parts = {HEADINGS.get(name, name): getattr(held, name) for name in CATEGORIES if name != "state_on_host"}
@@ -57,12 +60,6 @@ def _answer(own: Setting, *, memory: Memory) -> Iterator[str]:
     yield f"at the peak, {_moment(step, moment, len(plan.steps))}: {', '.join(listed)}"
     if waiting and not memory.is_host:
         yield f"in host memory, beside the peak: {write_size(waiting)} of moments and masters"
-
-
-def _needed(plan: Plan, memory: Memory) -> str:
-    waiting = plan.bytes.state_on_host if memory.is_host else 0
-    beside = f" and {write_size(waiting)} of state that waits beside it" if waiting else ""
-    return f"peak {write_size(plan.peak_bytes)}{beside}"
 
 
 def _moment(step: Step, moment: str, num_kinds: int) -> str:
@@ -95,9 +92,11 @@ def _largest_moment(plan: Plan) -> tuple[Step, str, Bytes]:
     return max(moments, key=lambda found: found[2].device)
 
 
-def _best(best: Setting, *, memory: Memory) -> Iterator[str]:
+def _best(best: Setting) -> Iterator[str]:
     assert best.plan is not None
-    yield f"best that fits: {best.name}, {_needed(best.plan, memory)}"
+    waiting = best.plan.bytes.state_on_host
+    beside = f", and {write_size(waiting)} of state in host memory" if waiting else ""
+    yield f"best that fits: {best.name}, peak {write_size(best.plan.peak_bytes)}{beside}"
     yield f"time: {_times(best.plan)}"
     words = " ".join(map(shlex.quote, best.changes))
     yield f"add to the command: {words}" if best.changes else "the recipe fits as written"

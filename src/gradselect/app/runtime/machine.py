@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -40,14 +40,14 @@ def device_memory(device: str, *, fit: int | None = None) -> Memory:
 
     Args:
         device: "auto" or "cpu".
-        fit: bytes of `--fit`, in place of those that there are; None: without it.
+        fit: bytes of `--fit`: of a card, which need not be in this machine, unless `device` is "cpu". None: without it.
     """
+    if fit is not None:
+        return Memory(name="--fit", num_bytes=fit, is_host=device == "cpu")
     if device != "cpu" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        found = Memory(name=properties.name, num_bytes=properties.total_memory)
-    else:
-        found = Memory(name="this machine's memory", num_bytes=host_bytes(), is_host=True)
-    return found if fit is None else replace(found, name="--fit", num_bytes=fit)
+        return Memory(name=properties.name, num_bytes=properties.total_memory)
+    return Memory(name="this machine's memory", num_bytes=host_bytes(), is_host=True)
 
 
 def peak_process_bytes() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 from gradselect import UsageError
@@ -27,7 +28,8 @@ class MemoryCheck:
     """
 
     def __init__(self, recipe: Recipe, *, limit: int | None) -> None:
-        self._memory = device_memory(recipe.run.device, fit=limit)
+        here = device_memory(recipe.run.device)
+        self._memory = here if limit is None else replace(here, name="--fit", num_bytes=limit)
         self._planner = RecipePlanner()
         self._peaks: dict[str, int | None] = {}
         self.note = ""

@@ -50,9 +50,9 @@ def check_deepspeed(args: TrainingArguments) -> None:
     Raises:
         UsageError: its stage is 1 or higher.
     """
-    plugin = getattr(args, "deepspeed_plugin", None)
+    plugin = getattr(args, "deepspeed_plugin", None)  # set by `accelerate launch` too, where args.deepspeed is None
     stage = 0 if plugin is None else plugin.zero_stage
-    if args.deepspeed and stage:
+    if stage:
         raise UsageError(
             f"deepspeed with zero_optimization.stage={stage}: ZeRO puts gradients and optimizer state into flat "
             "buffers of its own, in which no block can be selected; leave deepspeed out, and shard with FSDP2 "
