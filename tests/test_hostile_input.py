@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -260,6 +260,7 @@ VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.di
 
 
 @settings(max_examples=60, deadline=None)
+@example(section="model", value="\x80", override="")
 @given(section=st.sampled_from(["model", "data", "method", "optimizer", "run"]), value=VALUES, override=st.text())
 def test_any_values_are_a_recipe_or_a_message(section: str, value: Any, override: str) -> None:
     with tempfile.TemporaryDirectory() as folder:

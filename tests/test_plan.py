@@ -42,6 +42,7 @@ def of(found: Plan, name: str) -> int:
     return max(getattr(step.moments["update"], name) for step in found.steps)
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 def test_gradients_of_an_update_in_the_backward_pass_have_the_dtypes_of_their_weights() -> None:
     """Of fp32 adapters on a bf16 base, every gradient counted as bf16."""
     model = get_peft_model(tiny_llama().to(torch.bfloat16), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))

@@ -8,6 +8,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from gradselect.usage import shortened
+
 from .settings import Settings
 
 MAX_LINE = 1000
@@ -81,20 +83,24 @@ def _explain_section(key: str, last: Sequence[str], value: Any, *, model: type[B
     settings = [] if field is None else _settings_in(field.annotation)
     said = f"{key} = {brief(value)}: input should be a section of keys"
     if name in MEANT and isinstance(value, str):
-        return f"{said}; write {key}.{MEANT[name]}={value}"
+        return f"{said}; write {key}.{MEANT[name]}={_typed(value)}"
     known = f" (known: {', '.join(settings[0].model_fields)})" if len(settings) == 1 else ""
     return f"{said}; write {key}.KEY=VALUE{known}"
+
+
+def _typed(value: Any) -> str:
+    """Return a value as one writes it behind `key=`, without characters that a terminal obeys."""
+    return shortened(value) if isinstance(value, str) else brief(value)
 
 
 def _explain_unknown(key: str, name: str, value: Any, *, model: type[BaseModel] | None) -> str:
     if model is not None and issubclass(model, Settings) and name in model.renamed:
         today = f"{key.removesuffix(name)}{model.renamed[name]}"
-        return f"{key} is now {today}: write {today}={value if isinstance(value, str) else brief(value)}"
+        return f"{key} is now {today}: write {today}={_typed(value)}"
     known = list(model.model_fields) if model else []
     if name in OF_ADAPTERS and "adapter" in known:
-        return (
-            f"{key}: unknown key; it is one of the adapter: write {key.removesuffix(name)}adapter={{{name}: {value}}}"
-        )
+        advice = f"write {key.removesuffix(name)}adapter={{{name}: {_typed(value)}}}"
+        return f"{key}: unknown key; it is one of the adapter: {advice}"
     return f"{key}: unknown key{_nearest(name, known)}"
 
 
