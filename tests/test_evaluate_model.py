@@ -286,6 +286,16 @@ def test_sampling_in_the_generation_config_is_put_aside_and_the_rest_is_kept(
             eos_token_id=1, return_dict_in_generate=True, min_new_tokens=40, max_time=0.0
         )
         assert evaluate_model(model, tokenizer, settings(data)).items == greedy
+        for name, value in {
+            "stop_strings": ["5"],
+            "prompt_lookup_num_tokens": 3,
+            "guidance_scale": 3.0,
+            "watermarking_config": {"bias": 50.0},
+            "constraints": [],
+            "dola_layers": "low",
+        }.items():
+            model.generation_config = transformers.GenerationConfig(eos_token_id=1, **{name: value})
+            assert evaluate_model(model, tokenizer, settings(data)).items == greedy, name
         equals = tokenizer(" =", add_special_tokens=False)["input_ids"]
         model.generation_config = transformers.GenerationConfig(eos_token_id=[1, equals[0]])
         ended = evaluate_model(model, tokenizer, settings(data)).items

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from train_fixtures import CHAT_TEMPLATE, MARKED_CHAT_TEMPLATE, byte_tokenizer
 from transformers import PreTrainedTokenizerBase
 from trl import chat_template_utils
@@ -14,9 +15,9 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.trainer.sft_trainer import SFTTrainer
 
 from gradselect.app.data import Conversation
-from gradselect.app.inputs import end_of_turn_tokens
+from gradselect.app.inputs import Notices, end_of_turn_tokens
 from gradselect.app.inputs.chat_examples import chat_tokens
-from gradselect.app.inputs.tokens import completion_tokens, text_tokens, token_dataset
+from gradselect.app.inputs.tokens import completion_tokens, encode, text_tokens, token_dataset
 
 TURNS = [
     {"role": "user", "content": "2+2?"},
@@ -74,6 +75,27 @@ def test_texts_are_prepared_as_trl_does() -> None:
     texts = ["one", "two<end>", "", "drei ü"]
     twin = prepared_by_trl([{"text": text} for text in texts], byte_tokenizer(), answers=False, completion_only=False)
     assert ours(text_tokens(texts, byte_tokenizer())) == twin
+
+
+@pytest.mark.parametrize("front", ["", "<end> "])
+def test_a_tokenizer_that_closes_texts_closes_none_twice(front: str) -> None:
+    """TRL trains two end-of-text tokens then, and a prompt ends with one."""
+    plain, closing = byte_tokenizer(), byte_tokenizer()
+    end = ("<end>", 256)
+    plain.backend_tokenizer.post_processor = TemplateProcessing(single=f"{front}$A", special_tokens=[end])
+    closing.backend_tokenizer.post_processor = TemplateProcessing(single=f"{front}$A <end>", special_tokens=[end])
+    prompts, completions = ["", "2+2?", "a<end>", "<end>"], ["4", "", " 4<end>", "x"]
+    texts, notices = ["", "one", "two<end>"], Notices()
+    of_plain, of_closing = (
+        (
+            ours(completion_tokens(prompts, completions, each, train_prompts=False, notices=notices)),
+            ours(text_tokens(texts, each)),
+            encode(prompts, each, special=True),
+        )
+        for each in (plain, closing)
+    )
+    assert of_closing == of_plain
+    assert not notices.rows
 
 
 CASES = [(family, loss) for family in ("marked", *FAMILIES) for loss in ("last-answer", "answers", "all")]

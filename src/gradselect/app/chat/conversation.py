@@ -17,6 +17,7 @@ from gradselect.app.evaluate import (
     load_language_model,
     resolve_max_new_tokens,
 )
+from gradselect.app.models import generate_with
 from gradselect.usage import UsageError
 
 from .forms import AbstractForm, check_writes_text, form_for
@@ -59,10 +60,11 @@ class Conversation:
         ids = self._fitting(said)
         tokens = torch.tensor([ids], device=self._model.device)
         streamer = _streamer(self._model.tokenizer, write)
-        self._model.model.generate(
+        generate_with(
+            self._model.model,
+            self._config,
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
-            generation_config=self._config,
             tokenizer=self._model.tokenizer,
             streamer=streamer,
         )

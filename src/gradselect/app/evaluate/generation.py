@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gradselect.app.models import greedy_settings
+from gradselect.app.models import generate_with, greedy_settings
 from gradselect.usage import UsageError
 
 from .language_model import LanguageModel
@@ -59,10 +59,7 @@ def answer_all(
 
 
 def greedy_config(language_model: LanguageModel, *, max_new_tokens: int, stop: Sequence[str]) -> Any:
-    """Return the model's own generation config, made greedy.
-
-    Its end-of-text tokens, repetition penalties, and suppressed or forced tokens stay.
-    """
+    """Return the `greedy_settings` of the model."""
     return greedy_settings(
         language_model.model,
         language_model.tokenizer,
@@ -78,10 +75,11 @@ def _answer_batch(
 ) -> list[tuple[str, bool]]:
     """Return (text, finished) for each prompt of a batch."""
     ids, mask = pad(rows, token=language_model.pad_token, left=True)
-    output = language_model.model.generate(
+    output = generate_with(
+        language_model.model,
+        config,
         input_ids=ids.to(language_model.device),
         attention_mask=mask.to(language_model.device),
-        generation_config=config,
         tokenizer=language_model.tokenizer,
     )  # (16, 180 + 256)
     return [_read(row, config=config, tokenizer=language_model.tokenizer) for row in output[:, ids.shape[1] :].tolist()]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradselect.app.data import Conversation
+from gradselect.app.models import encode_open
 from gradselect.usage import UsageError
 
 from .language_model import LanguageModel
@@ -58,9 +59,9 @@ def encode_prompt(text: str, *, language_model: LanguageModel, as_chat: bool, ro
     """
     tokenizer = language_model.tokenizer
     if as_chat:
-        ids = _encode(tokenizer, _chat(tokenizer, text), special=False)
+        ids = tokenizer(_chat(tokenizer, text), add_special_tokens=False, verbose=False)["input_ids"]
     else:
-        ids = _open_ended(_encode(tokenizer, text, special=True), tokenizer)
+        (ids,) = encode_open(tokenizer, [text])
     return Prompt(ids=_last(ids, room, tokenizer), truncated=room is not None and len(ids) > room)
 
 
@@ -120,8 +121,8 @@ def longest_first(lengths: Sequence[int], *, batch_size: int) -> Iterator[list[i
 
 
 def _pieces(row: int, passage: Passage, *, language_model: LanguageModel) -> list[Segment]:
-    ids = _encode(language_model.tokenizer, passage.target, special=True)
-    ids = _ended(ids, language_model.tokenizer) if passage.ends else _open_ended(ids, language_model.tokenizer)
+    (ids,) = encode_open(language_model.tokenizer, [passage.target])
+    ids = _ended(ids, language_model.tokenizer) if passage.ends else ids
     length = language_model.context or len(ids)
     begins = range(0, len(ids) - 1, max(1, length - 1))
     return [Segment(row=row, ids=ids[begin : begin + length], start=1, truncated=False) for begin in begins]
@@ -130,8 +131,7 @@ def _pieces(row: int, passage: Passage, *, language_model: LanguageModel) -> lis
 def _encode_pair(passage: Passage, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the ids of the prompt, and of prompt and target together."""
     assert isinstance(passage.prompt, str)
-    before = _open_ended(_encode(tokenizer, passage.prompt, special=True), tokenizer)
-    both = _open_ended(_encode(tokenizer, passage.prompt + passage.target, special=True), tokenizer)
+    before, both = encode_open(tokenizer, [passage.prompt, passage.prompt + passage.target])
     return before, _ended(both, tokenizer) if passage.ends else both
 
 
@@ -145,15 +145,6 @@ def _chat(tokenizer: Any, text: str) -> str:
 def _check_chat(tokenizer: Any) -> None:
     if tokenizer.chat_template is None:
         raise UsageError("the model's tokenizer has no chat template; leave as_chat off, or evaluate a chat model")
-
-
-def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-
-
-def _open_ended(ids: list[int], tokenizer: Any) -> list[int]:
-    """Drop the end-of-text token that some tokenizers append: after it a model begins a new text."""
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:

@@ -1,7 +1,8 @@
 """Token ids and labels of examples: the tokens that a model reads, and those that it learns to write.
 
 The same ids and labels as TRL's own preparation gives, which stays their readable twin in the tests. Ours because TRL
-renders conversations out of Arrow tables, which give every object the keys of all others.
+renders conversations out of Arrow tables, which give every object the keys of all others. An end-of-text token that the
+tokenizer appends to every text is dropped; TRL would have it twice.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
+
+from gradselect.app.models import encode_open
 
 from .notices import Notices
 
@@ -88,8 +91,10 @@ def completion_tokens(
 
 
 def encode(texts: Sequence[str], tokenizer: Any, *, special: bool) -> list[list[int]]:
-    """Return the token ids of each text; `special`: with the tokens that the tokenizer puts around every text."""
-    return tokenizer(text=list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+    """Return the token ids of each text; `special`: with the tokens that the tokenizer puts in front of every text."""
+    if special:
+        return encode_open(tokenizer, texts)
+    return tokenizer(text=list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

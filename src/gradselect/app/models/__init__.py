@@ -3,7 +3,7 @@
 from .adapters import loading_of, num_labels_of, register_own_adapters
 from .causal import at_rest, check_causal
 from .folder import files_beside_weights
-from .greedy import greedy_settings
+from .greedy import generate_with, greedy_settings
 from .pretrained import (
     check_complete,
     check_tokens,
@@ -14,7 +14,7 @@ from .pretrained import (
     load_weights,
 )
 from .quantised import is_quantised, merge_command, num_trainable, quantisation_of
-from .tokens import able_to_pad, encode_texts
+from .tokens import able_to_pad, encode_open, encode_texts
 
 __all__ = [
     "able_to_pad",
@@ -24,8 +24,10 @@ __all__ = [
     "check_tokens",
     "context_of",
     "draw_weights",
+    "encode_open",
     "encode_texts",
     "files_beside_weights",
+    "generate_with",
     "greedy_settings",
     "is_quantised",
     "load_configuration",

@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
-NEUTRAL = {
-    "do_sample": False,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "min_p": None,
-    "top_h": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "penalty_alpha": 0.0,
-    "length_penalty": 1.0,
-    "early_stopping": False,
-    "max_length": None,
-    "min_length": 0,
-    "return_dict_in_generate": False,
-}
-"""Greedy decoding. Settings that it ignores, or that `max_new_tokens` replaces, have their defaults.
+from torch import Tensor
 
-The defaults are written out because transformers fills a None from the model's own config.
-"""
-NO_LIMITS = {"min_new_tokens": 0, "max_time": 1e9}
-"""Limits whose default is None: values that limit nothing, for a model that sets them."""
+KEPT = (
+    "bos_token_id",
+    "use_cache",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "exponential_decay_length_penalty",
+    "bad_words_ids",
+    "sequence_bias",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "remove_invalid_values",
+)
+"""Settings of a model that say which tokens it may write. All others would change how answers are searched or cut."""
 
 
 def greedy_settings(model: Any, tokenizer: Any, *, pad_token: int, ends: Iterable[int] = (), **changes: Any) -> Any:
-    """Return a copy of the model's generation config, made greedy.
+    """Return a generation config that is greedy, for `generate_with`.
 
-    Its end-of-text tokens, repetition penalties, and suppressed or forced tokens stay.
+    The model's own end-of-text tokens, repetition penalties, and suppressed or forced tokens stay. What else its
+    generation config holds is put aside: sampling, beams, guesses from the prompt, stop strings, limits.
 
     Args:
         model: the model.
@@ -45,9 +38,24 @@ def greedy_settings(model: Any, tokenizer: Any, *, pad_token: int, ends: Iterabl
         ends: tokens that end an answer beside those that the generation config names.
         changes: other values, such as `max_new_tokens`.
     """
-    config = copy.deepcopy(model.generation_config)
-    configured = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    configured = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     known = {token for token in (*configured, tokenizer.eos_token_id, *ends) if token is not None}
-    no_limits = {name: value for name, value in NO_LIMITS.items() if getattr(config, name) is not None}
-    config.update(**NEUTRAL, **no_limits, eos_token_id=sorted(known) or None, pad_token_id=pad_token, **changes)
-    return config
+    kept = {name: getattr(own, name) for name in KEPT}
+    settings = {**kept, "do_sample": False, "eos_token_id": sorted(known) or None, "pad_token_id": pad_token, **changes}
+    return GenerationConfig(**settings)
+
+
+def generate_with(model: Any, config: Any, **inputs: Any) -> Tensor:
+    """Return what the model writes with the settings of `config` and no others.
+
+    transformers fills every None from the model's own generation config, which is replaced meanwhile.
+    """
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        return model.generate(generation_config=config, **inputs)
+    finally:
+        model.generation_config = own

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from gradselect.app.models import greedy_settings
+from gradselect.app.models import generate_with, greedy_settings
 from gradselect.app.progress import Stage
 
 from .samples import Sample
@@ -104,10 +104,11 @@ class GreedyAnswerer(AbstractAnswerer):
         mask = pad_sequence([torch.ones_like(each) for each in prompts], batch_first=True, padding_side="left")
         stage.total = self._max_new_tokens
         limit = _Limit(stage, num_before=ids.shape[1], is_stopping=is_stopping)
-        written = generator.generate(
+        written = generate_with(
+            generator,
+            config,
             input_ids=ids,
             attention_mask=mask,
-            generation_config=config,
             stopping_criteria=StoppingCriteriaList([limit]),
         )
         return [self._read(row, ends=config.eos_token_id or ()) for row in written[:, ids.shape[1] :].tolist()]
