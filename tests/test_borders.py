@@ -319,11 +319,21 @@ def test_zero_is_refused_with_what_to_use_instead(stage, by, tmp_path):
         SelectionCallback().on_init_end(args, None, None, model=tiny_llama())  # pyright: ignore
 
 
-@pytest.mark.parametrize("always", [(), ("embedding",)])
-def test_new_tokens_that_the_method_may_not_train_are_said(always, tmp_path, caplog):
-    tiny_llama().save_pretrained(tmp_path / "base")
+@pytest.mark.parametrize(
+    ("tied", "always", "said"),
+    [
+        (True, (), "the embedding has 3 rows more than the checkpoint"),
+        (True, ("embedding",), ""),
+        (False, (), "the embedding and the head each have 3 rows more than the checkpoint"),
+        (False, ("embedding",), "the head has 3 rows more than the checkpoint"),
+        (False, ("embedding", "head"), ""),
+    ],
+)
+def test_new_tokens_that_the_method_may_not_train_are_said(tied, always, said, tmp_path, caplog):
+    tiny_llama(tied=tied).save_pretrained(tmp_path / "base")
     model = type(tiny_llama()).from_pretrained(tmp_path / "base")
     model.resize_token_embeddings(model.config.vocab_size + 3)
     trainer = trainer_of(tmp_path, model, gs.Uniform(count=1), options={"always": always})
     trainer.train()
-    assert ("3 rows more than the checkpoint" in caplog.text) != bool(always)
+    assert said in caplog.text
+    assert ("rows more than the checkpoint" in caplog.text) == bool(said)

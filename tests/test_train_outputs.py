@@ -228,9 +228,9 @@ def chat_rows(folder: Path, *, tail: str = "") -> None:
     (folder / "chat.jsonl").write_text("\n".join([json.dumps({"messages": turns})] * 8), "utf-8")
 
 
-def chat_base(folder: Path, template: str, *, generation: dict[str, Any] | None = None) -> Path:
+def chat_base(folder: Path, template: str, *, generation: dict[str, Any] | None = None, tied: bool = True) -> Path:
     """A base that ends a text with <end> and whose template ends a turn with <|im_end|>."""
-    model = write_model(folder / "model")
+    model = write_model(folder / "model", tied=tied)
     tokenizer = byte_tokenizer(template)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenizer.save_pretrained(model)
@@ -329,8 +329,49 @@ def test_added_tokens_that_nothing_has_trained_are_said(method: Any, advice: str
         embeddings[IM_END] = embeddings[:IM_END].mean(0)
     loaded.save_pretrained(model)
     _, _, shown = trained(tmp_path, method=method, data={"format": "chat", "path": str(tmp_path / "chat.jsonl")})
-    assert ("1 added tokens of the data have embeddings that were never trained (<|im_end|>)" in shown) is bool(advice)
+    said = "1 added tokens of the data were never trained (<|im_end|>): 1 rows of the embedding are the mean"
+    assert (said in " ".join(shown.split())) is bool(advice)
     assert advice is None or advice in shown
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ({"name": "full"}, None),
+        (
+            {"name": "adagradselect", "fraction": 0.4},
+            "1 rows of the embedding and 1 rows of the head are the mean of all others, or zero. "
+            "method.name=adagradselect trains the embedding and the head only while they are selected; write "
+            "method.always=['embedding', 'head']",
+        ),
+        ({"name": "adagradselect", "fraction": 0.4, "always": ["embedding"]}, ": 1 rows of the head are"),
+        ({"name": "adagradselect", "fraction": 0.4, "always": ["embedding", "head"]}, None),
+        ({"name": "lora", "rank": 2, "train_embedding": True}, "modules_to_save: [embed_tokens, lm_head]}}'"),
+        ({"name": "peft", "type": "LORA", "options": {"r": 2, "modules_to_save": ["embed_tokens", "lm_head"]}}, None),
+        ({"name": "id3", "density": 0.01, "always": ["*embed_tokens.weight"]}, "selected entries of the head"),
+    ],
+)
+def test_the_rows_of_an_untied_head_are_said_beside_the_embeddings(
+    method: Any, said: str | None, tmp_path: Path
+) -> None:
+    chat_base(tmp_path, UNMARKED, tied=False)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        for rows in (model.model.embed_tokens.weight, model.lm_head.weight):
+            rows[IM_END] = rows[:IM_END].mean(0)
+    model.save_pretrained(tmp_path / "model")
+    _, _, shown = trained(tmp_path, method=method, data={"format": "chat", "path": str(tmp_path / "chat.jsonl")})
+    shown = " ".join(shown.split())
+    assert ("were never trained" in shown) is bool(said)
+    assert said is None or said in shown
+
+
+def test_an_adapter_on_the_head_which_nothing_would_train_is_refused(tmp_path: Path) -> None:
+    """TRL's error for it, of all trainers, is no `UsageError`."""
+    write_model(tmp_path / "model", tied=False)
+    write_sums(tmp_path / "sums.jsonl")
+    with pytest.raises(UsageError, match=r"the adapter is on 'lm_head' too.*leave it out of the targets"):
+        trained(tmp_path, method={"name": "lora", "rank": 2, "targets": ["q_proj", "lm_head"]})
 
 
 def test_rows_made_by_transformers_count_as_new(tmp_path: Path) -> None:

@@ -167,7 +167,10 @@ def _adapt(inputs: Inputs, method: AbstractAdapterMethod, *, seed: int) -> PeftM
     set_seed(seed)
     try:
         config = method.peft_config(embedding=name, head=head)
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # method.train_embedding asks for it whether or not the model has a tied head.
+            warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`, but no tied modules")
+            adapted = get_peft_model(model, config)
     except UsageError as error:  # an adapter of our own, with PEFT's names of keys
         raise UsageError(f"method: {str(error).replace('target_modules', 'targets')}") from None
     except (ValueError, TypeError, KeyError) as error:
@@ -176,6 +179,12 @@ def _adapt(inputs: Inputs, method: AbstractAdapterMethod, *, seed: int) -> PeftM
     if config.is_prompt_learning:
         raise UsageError(f"method.type={kind} cannot be merged into a plain model; choose another adapter")
     assert isinstance(adapted, PeftModel)
+    if isinstance(outputs := model.get_output_embeddings(), BaseTunerLayer):
+        name = next(name for name, module in model.named_modules() if module is outputs)
+        raise UsageError(
+            f"method: the adapter is on {name!r} too, and the loss is computed from its weight alone, so that nothing "
+            "would train it; leave it out of the targets"
+        )
     if not is_quantised(model):
         _check_merges(adapted, kind)
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]

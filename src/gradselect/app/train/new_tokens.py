@@ -13,10 +13,10 @@ from gradselect.app.recipe import (
     AbstractBlockMethod,
     AbstractMaskMethod,
     AbstractPeerMethod,
-    FullMethod,
     RandomData,
     Recipe,
 )
+from gradselect.usage import matches_any
 
 NUM_EXAMPLES = 1000
 """Examples that are searched for added tokens."""
@@ -28,48 +28,76 @@ NUM_NAMED = 5
 
 
 def new_token_notes(recipe: Recipe, inputs: Inputs) -> list[str]:
-    """Say which added tokens of the data have embeddings as they were made, and how to train them.
+    """Say which added tokens of the data have rows as they were made in the embedding or an untied head.
 
     transformers makes the rows of added tokens from the mean of all others. Call it when the method has been set up.
     """
-    advice = _advice(recipe, inputs)
-    if advice is None or isinstance(recipe.data, RandomData) or "input_ids" not in inputs.examples.train.column_names:
+    tables = _may_stay_untrained(recipe.method, inputs.model)
+    if not tables or isinstance(recipe.data, RandomData) or "input_ids" not in inputs.examples.train.column_names:
         return []
-    rows = next(iter(inputs.model.get_input_embeddings().parameters())).detach()
-    tokens = [token for token in _added_tokens(inputs) if token < len(rows)]
-    new = [token for token, is_new in zip(tokens, _are_new(rows, tokens), strict=True) if is_new]
+    added, new = _added_tokens(inputs), dict[str, list[int]]()
+    for part, rows in tables.items():
+        tokens = [token for token in added if token < len(rows)]
+        new[part] = [token for token, is_new in zip(tokens, _are_new(rows, tokens), strict=True) if is_new]
+    new = {part: tokens for part, tokens in new.items() if tokens}
     if not new:
         return []
-    names = [str(name) for name in inputs.tokenizer.convert_ids_to_tokens(new[:NUM_NAMED])]
-    more = ", ..." if len(new) > NUM_NAMED else ""
+    every = sorted(set().union(*new.values()))
+    names = [str(name) for name in inputs.tokenizer.convert_ids_to_tokens(every[:NUM_NAMED])]
+    more = ", ..." if len(every) > NUM_NAMED else ""
+    where = " and ".join(f"{len(tokens):,} rows of the {part}" for part, tokens in new.items())
     return [
-        f"{len(new):,} added tokens of the data have embeddings that were never trained ({', '.join(names)}{more}): "
-        f"they are the mean of all others, or zero. {advice}"
+        f"{len(every):,} added tokens of the data were never trained ({', '.join(names)}{more}): {where} are the mean "
+        f"of all others, or zero. {_advice(recipe.method, inputs.model, list(new))}"
     ]
 
 
-def _advice(recipe: Recipe, inputs: Inputs) -> str | None:
-    """Say when the method trains the embedding; None if it does so at every step."""
-    method = recipe.method
-    start = f"method.name={method.name} trains"
+def _may_stay_untrained(method: Any, model: Any) -> dict[str, Tensor]:
+    """Return the weights with a row for each token, "embedding" and "head", that do not train at every step.
+
+    A tied head is the embedding.
+    """
+    names = {id(weight): name for name, weight in model.named_parameters(remove_duplicate=False)}
+    modules = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    weights_of = {part: [] if module is None else [*module.parameters()] for part, module in modules.items()}
+    if weights_of["head"] and weights_of["head"][0] is weights_of["embedding"][0]:
+        del weights_of["head"]
+    found: dict[str, Tensor] = {}
+    for part, weights in weights_of.items():
+        match method:
+            case _ if not weights:
+                is_trained = True
+            case AbstractBlockMethod():
+                is_trained = any(part[:5] in name for name in method.always)  # a block may be named "embed_tokens"
+            case AbstractMaskMethod():
+                is_trained = matches_any(names[id(weights[0])], method.always)
+            case AbstractAdapterMethod():
+                is_trained = any(weight.requires_grad for weight in weights)
+            case _:
+                is_trained = not isinstance(method, AbstractPeerMethod)
+        if not is_trained:
+            found[part] = weights[0].detach()
+    return found
+
+
+def _advice(method: Any, model: Any, parts: list[str]) -> str:
+    """Say when the method trains these parts, "embedding" or "head", and how it trains them always."""
+    start, them = f"method.name={method.name} trains", " and ".join(f"the {part}" for part in parts)
     match method:
-        case FullMethod():
-            return None
         case AbstractBlockMethod():
-            always = [*method.always]
-            if any("embed" in name for name in always):
-                return None
-            return f"{start} the embedding only while it is selected; write method.always={['embedding', *always]}"
+            when = "it is" if len(parts) == 1 else "they are"
+            return f"{start} {them} only while {when} selected; write method.always={[*parts, *method.always]}"
         case AbstractMaskMethod():
-            return f"{start} only the selected entries of the embedding, if any"
+            return f"{start} only the selected entries of {them}, if any"
         case AbstractAdapterMethod():
-            embedding: Any = inputs.model.get_input_embeddings()
-            if any(parameter.requires_grad for parameter in embedding.parameters()):
-                return None
-            return f"{start} no embedding; write method.train_embedding=true, if it is a LoRA"
-        case AbstractPeerMethod():
-            return f"{start} the embedding only if its package does"
-    return None
+            nothing = f"{start} no {' and no '.join(parts)}"
+            if "head" not in parts:
+                return f"{nothing}; write method.train_embedding=true, if it is a LoRA"
+            whole = (model.get_input_embeddings(), model.get_output_embeddings())
+            names = [name.rpartition(".")[2] for name, module in model.named_modules() if module in whole]
+            options = f"target_modules: all-linear, modules_to_save: [{', '.join(names)}]"
+            return f"{nothing}; a LoRA that trains both is method='{{name: peft, type: LORA, options: {{{options}}}}}'"
+    return f"{start} {them} only if its package does"
 
 
 def _added_tokens(inputs: Inputs) -> list[int]:

@@ -102,22 +102,27 @@ def warn_of_adapter(model: nn.Module) -> None:
 
 
 def warn_of_new_tokens(model: nn.Module, optimizer: BlockOptimizer | SparseOptimizer) -> None:
-    """Warn of embedding rows that the checkpoint did not have, if the method may never train them.
+    """Warn of rows of embedding and head that the checkpoint did not have, if the method may never train them.
 
-    They were added with new tokens, and are random.
+    They were added with new tokens, and are random. A tied head is the embedding.
     """
     num_new = _num_new_rows(model)
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    if num_new <= 0 or embedding is None:
+    if num_new <= 0 or (isinstance(optimizer, BlockOptimizer) and isinstance(optimizer.policy, All)):
         return
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = [names[id(each)] for each in embedding.parameters() if id(each) in names]
-    trains_all = isinstance(optimizer, BlockOptimizer) and isinstance(optimizer.policy, All)
-    if not trains_all and not set(found) <= set(optimizer.always_trained):
+    found: dict[str, str] = {}
+    for part, of in (("embedding", "get_input_embeddings"), ("head", "get_output_embeddings")):
+        module = getattr(model, of, lambda: None)()
+        weights = [] if module is None else [names[id(each)] for each in module.parameters() if id(each) in names]
+        if weights and weights[0] not in (*found, *optimizer.always_trained):
+            found[weights[0]] = part
+    if found:
+        have = "has" if len(found) == 1 else "each have"
         logger.warning(
-            "the embedding has %d rows more than the checkpoint (new tokens), which are random, and the selection may "
-            'rarely or never train them: add always=("%s",)',
-            *(num_new, "embedding" if isinstance(optimizer, BlockOptimizer) else found[0]),
+            "the %s %s %d rows more than the checkpoint (new tokens), which are random, and the selection may rarely "
+            "or never train them: add always=%s",
+            *(" and the ".join(found.values()), have, num_new),
+            tuple(found.values() if isinstance(optimizer, BlockOptimizer) else found),
         )
 
 
