@@ -44,14 +44,15 @@ def test_the_threshold_is_that_of_a_full_sort(dtype: torch.dtype) -> None:
         assert [kth_largest_magnitude(values, count) for count in counts] == [expected[count - 1] for count in counts]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ties", [False, True])
 def test_a_threshold_guessed_from_a_sample_is_exact_and_so_is_one_made_of_digits(
-    monkeypatch: pytest.MonkeyPatch, ties: bool
+    monkeypatch: pytest.MonkeyPatch, ties: bool, dtype: torch.dtype
 ) -> None:
-    """With ties most entries are at the edge of the estimate from the sample."""
+    """With ties most entries are at the edge of the estimate from the sample. Half precision is one digit."""
     monkeypatch.setattr(gmt, "SAMPLE", 256)
     generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(length, generator=generator) for length in (3000, 17, 9000)]
+    values = [torch.randn(length, generator=generator).to(dtype) for length in (3000, 17, 9000)]
     if ties:
         values = [each.round() for each in values]
     expected = ranked(values)

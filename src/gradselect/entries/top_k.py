@@ -144,14 +144,15 @@ class StreamingTopK:
         device = self._parts[0][0].device
         scores, keys, values = (torch.cat([part[column].to(device) for part in self._parts]) for column in range(3))
         if scores.numel() > self._count:
-            largest, order = torch.topk(scores, self._count + 1)
-            self._threshold, next_largest = largest[-2:].tolist()
-            if self._threshold == next_largest:
-                # Ties go to the lower position, then to the lower index.
-                by_key = keys.argsort()
-                order = by_key[scores[by_key].argsort(descending=True, stable=True)]
-            order = order[: self._count]
-            scores, keys, values = scores[order], keys[order], values[order]
+            self._threshold = float(torch.topk(scores, self._count, sorted=False).values.amin())
+            is_kept = scores >= self._threshold
+            num_surplus = int(is_kept.count_nonzero()) - self._count
+            if num_surplus:
+                # Ties go to the lower position, then to the lower index. Gradients of half precision often tie.
+                ties = (scores == self._threshold).nonzero().view(-1)
+                is_kept[ties[torch.topk(keys[ties], num_surplus, sorted=False).indices]] = False
+            kept = is_kept.nonzero().view(-1)
+            scores, keys, values = scores[kept], keys[kept], values[kept]
         self._parts = [(scores, keys, values)]
         self._num_kept = scores.numel()
 

@@ -10,6 +10,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from gradselect.core import HALF
 from gradselect.entries import AbstractDenseMask, chunk_length
 from gradselect.parallel import Groups, collective_device, local_part, shard_groups, sum_over_ranks
 from gradselect.usage import check_one_of, check_positive
@@ -78,9 +79,11 @@ def kth_largest_magnitude(tensors: Sequence[Tensor], count: int) -> float:
     """Return the exact `count`-th largest |x| among all entries of `tensors`; NaN counts as 0.
 
     A sample gives two values around it. Then counting the entries above and sorting those between is enough. The value
-    is found digit by digit instead if the sample was wrong, many entries tie, or ranks hold parts of the tensors.
+    is found digit by digit instead if the sample was wrong, many entries tie, or ranks hold parts of the tensors; on
+    the CPU in half precision too, where one digit is the whole value.
     """
-    if any(map(shard_groups, tensors)):
+    is_one_digit = common_dtype(tensors).itemsize * 8 == DIGIT_BITS
+    if any(map(shard_groups, tensors)) or (is_one_digit and all(tensor.device.type == "cpu" for tensor in tensors)):
         return kth_largest_by_digits(tensors, count)
     low, high = bracket(tensors, count)
     num_above, between = 0, []
@@ -121,7 +124,7 @@ def kth_largest_by_digits(tensors: Sequence[Tensor], count: int) -> float:
     pass, leading bits first: among the entries that match the digits found so far, count each value of the next digit.
     """
     dtype = common_dtype(tensors)
-    integer = torch.int64 if dtype == torch.float64 else torch.int32
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     leading = 8 * dtype.itemsize - DIGIT_BITS
     known = 0
     for shift in range(leading, -1, -DIGIT_BITS):
@@ -130,8 +133,10 @@ def kth_largest_by_digits(tensors: Sequence[Tensor], count: int) -> float:
             counts = by_groups.setdefault(shard_groups(tensor), torch.zeros(1 << DIGIT_BITS, dtype=torch.int64))
             for chunk in magnitudes([local_part(tensor)]):
                 bits = chunk.to(dtype).view(integer)
-                candidates = bits if shift == leading else bits[bits >> (shift + DIGIT_BITS) == known]
-                digits = candidates >> shift & ((1 << DIGIT_BITS) - 1)
+                if shift == leading:
+                    digits = bits >> shift
+                else:
+                    digits = bits[bits >> (shift + DIGIT_BITS) == known] >> shift & ((1 << DIGIT_BITS) - 1)
                 counts += torch.bincount(digits, minlength=len(counts)).cpu()
         counts = sum_over_ranks(by_groups, device=collective_device(tensors[0]))
         at_least = counts.flip(0).cumsum(0).flip(0)  # entries whose digit is at least this one
@@ -151,4 +156,7 @@ def magnitudes(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
 
 def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """Return a dtype that represents every entry exactly."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) == 1 and dtypes.issubset(HALF):
+        return dtypes.pop()
+    return torch.float64 if torch.float64 in dtypes else torch.float32
