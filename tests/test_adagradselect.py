@@ -202,11 +202,12 @@ def test_blocks_not_selected_are_scored_too() -> None:
     assert list(policy.counts.values()) == [0, 0, 0, 1]
 
 
-def test_gradients_that_are_all_zero_count_for_no_block() -> None:
+@pytest.mark.parametrize("nothing", [0.0, math.nan, math.inf])
+def test_gradients_that_are_all_zero_or_not_finite_count_for_no_block(nothing: float) -> None:
     """A batch of GRPO with equal rewards gave the first blocks a lead that had no reason."""
     policy = bound(count=1, explore_steps=100, epsilon_end=1.0)
     for step in range(5):
-        take_step(policy, step, dict.fromkeys(FOUR, 0.0))
+        take_step(policy, step, dict.fromkeys(FOUR, nothing))
     assert set(policy.counts.values()) == {0.0}
     take_step(policy, 5, dict(zip(FOUR, (0.0, 0.0, 0.1, 0.0), strict=True)))
     assert list(policy.counts.values()) == [0, 0, 1, 0]

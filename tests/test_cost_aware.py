@@ -143,6 +143,13 @@ def test_a_cut_of_more_gain_is_drawn_more_often_and_the_floor_keeps_the_others()
     assert [chances[f"layer.{number}"] for number in (1, 2, 3, 4)] == pytest.approx([0.1] * 4)
 
 
+@pytest.mark.parametrize("nothing", [0.0, float("nan")])
+def test_gradients_that_are_all_zero_or_not_finite_count_for_no_block(nothing: float) -> None:
+    policy = bound()
+    take_step(policy, 0, dict.fromkeys(policy.names, nothing))
+    assert set(policy.counts.values()) == {0.0}
+
+
 @pytest.mark.parametrize(("gain", "expected"), [("l1", 3.0), ("l2", 9.0)])
 def test_gain_is_the_l1_norm_or_the_square_of_the_l2_norm(gain: str, expected: float) -> None:
     policy = bound(gain=gain)

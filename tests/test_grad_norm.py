@@ -72,13 +72,16 @@ def test_without_a_period_the_first_selection_stays(probe_steps: int) -> None:
     assert set(selections[probe_steps:]) == {tuple(name for name in BLOCK_NAMES if name in largest)}
 
 
+@pytest.mark.parametrize("nothing", [0.0, math.nan, math.inf])
 @pytest.mark.parametrize("refresh", [None, 5])
-def test_a_selection_by_gradients_that_are_all_zero_is_made_again(refresh: int | None) -> None:
+def test_a_selection_by_gradients_that_are_all_zero_or_not_finite_is_made_again(
+    refresh: int | None, nothing: float
+) -> None:
     policy = bound(count=1, refresh=refresh)
     looks = []
     for step in range(5):
         looks += [step] if policy.propose(step) is None else []
-        selected = take_step(policy, step, dict.fromkeys(FOUR, 0.0) if step < 2 else NORMS)
+        selected = take_step(policy, step, dict.fromkeys(FOUR, nothing) if step < 2 else NORMS)
     assert looks == [0, 1, 2]
     assert selected == (max(NORMS, key=NORMS.__getitem__),)
 
@@ -89,6 +92,15 @@ def test_a_zero_gradient_leaves_a_selection_by_older_norms_alone() -> None:
     for step in range(1, 5):
         assert policy.propose(step) is not None
         take_step(policy, step, dict.fromkeys(FOUR, 0.0))
+
+
+def test_a_selection_by_gradients_that_are_not_finite_does_not_stay_though_older_norms_are_known() -> None:
+    policy = bound(count=1, refresh=5, ema=0.5)
+    for step in range(5):
+        take_step(policy, step, NORMS)
+    take_step(policy, 5, dict.fromkeys(FOUR, math.nan))
+    assert policy.propose(6) is None
+    assert take_step(policy, 6, NORMS) == (max(NORMS, key=NORMS.__getitem__),)
 
 
 def test_the_average_starts_at_the_first_norm_and_follows_the_formula() -> None:

@@ -285,6 +285,46 @@ def test_norms_of_a_window_that_the_loop_finishes_early_are_unscaled_once(finish
     assert optimizer.last_record.norms == pytest.approx(block_norms(gs.partition(twin)), rel=1e-5)
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("policy", [gs.GradNormTopK(count=1), gs.MISA(share=0.4, every=2)], ids=["decides", "observes"])
+def test_a_step_that_the_scaler_skips_leaves_nothing_behind_whoever_clears_its_gradients(policy, passes):
+    """After `model.zero_grad()` the next step was selected by norms that were all NaN, or divided by the old scale."""
+
+    def run(clears):
+        model = tiny_llama()
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        optimizer = gs.BlockOptimizer(model, policy, lr=1e-2, accumulation_steps=passes, grad_scaler=scaler)
+        records = []
+        optimizer.add_record_hook(records.append)
+        for step in range(6):
+            for part in range(passes):
+                loss = model(**tiny_batch(model, seed=step + 10 * part)).loss
+                scaler.scale(loss * (torch.inf if step in (0, 3) else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            clears(model, optimizer)
+        return records
+
+    by_model = run(lambda model, _: model.zero_grad())
+    assert by_model == run(lambda _, optimizer: optimizer.zero_grad())
+    assert len(by_model) == 4
+
+
+@pytest.mark.parametrize("policy", [gs.GradNormTopK(count=1), gs.MISA(share=0.4, every=2)], ids=["decides", "observes"])
+def test_norms_that_are_not_finite_are_said_once_by_name(policy, caplog):
+    model = tiny_llama()
+    optimizer = gs.BlockOptimizer(model, policy, lr=1e-2)
+    for _ in range(2):
+        loss = model(**tiny_batch(model, seed=0)).loss
+        (loss * torch.nan).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    [said] = [record.getMessage() for record in caplog.records if "NaN or infinite" in record.getMessage()]
+    num_measured = len(optimizer.last_record.norms)
+    assert f"step 0: the gradient norms of {num_measured} of {num_measured} blocks are NaN or infinite: " in said
+    assert "skip_nonfinite=True" in said
+
+
 def test_at_most_k_blocks_hold_gradients_after_a_pass_with_idle_parameters():
     model = idle()
     optimizer = gs.BlockOptimizer(model, gs.GradNormTopK(count=1), lr=1e-2)

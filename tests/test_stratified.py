@@ -346,12 +346,13 @@ def test_a_plan_is_made_for_it(policy):
     assert 0 < min(step.relative_time for step in made.steps) <= 1
 
 
-def test_a_selection_by_gradients_that_are_all_zero_is_made_again():
+@pytest.mark.parametrize("nothing", [0.0, float("nan")])
+def test_a_selection_by_gradients_that_are_all_zero_or_not_finite_is_made_again(nothing):
     policy = bound(order="norm", fraction=0.25, every=5)
     looks = []
     for step in range(5):
         looks += [step] if policy.propose(step) is None else []
-        selected = take_step(policy, step, dict.fromkeys(SLICED, 0.0) if step < 2 else NORMS)
+        selected = take_step(policy, step, dict.fromkeys(SLICED, nothing) if step < 2 else NORMS)
     assert looks == [0, 1, 2]
     other = bound(order="norm", fraction=0.25)
     assert selected == take_step(other, 0, NORMS)

@@ -14,6 +14,7 @@ from .policy import (
     resolve_count,
     resolve_count_now,
     taking_part,
+    tells,
 )
 from .structure import Layout, module_of_getter
 
@@ -39,4 +40,5 @@ __all__ = [
     "resolve_names",
     "speed_up_limit",
     "taking_part",
+    "tells",
 ]

@@ -181,6 +181,8 @@ class GradientObserver(AbstractGradientHooks):
     def arrived(self, name: str, parameter: Parameter) -> None:
         if name not in self._watched:
             return
+        if self._num_counted >= self.num_expected and self._score is not None:
+            self._forget_overflow()
         if self._sums is None:
             self.passes.at_end(self._end_pass)
         else:
@@ -219,6 +221,7 @@ class GradientObserver(AbstractGradientHooks):
             self._take_late_pass()
         elif self._num_counted >= self.accumulation_steps:  # the window may end here
             self._so_far = {name: self._norm(name) / self._scale() for name in self._watched}
+        self._known_scale = None  # if the scaler skips the step, the next pass has another one
 
     def _end_shared_pass(self) -> None:
         """Measure local parts after every pass, because only the wrapper knows in which pass it averages."""
@@ -231,6 +234,7 @@ class GradientObserver(AbstractGradientHooks):
                 self._consider(name)
         elif self._is_late:
             self._take_late_pass()
+        self._known_scale = None
 
     def _count_pass(self) -> None:
         self._num_passes += 1
@@ -248,6 +252,14 @@ class GradientObserver(AbstractGradientHooks):
     def _is_finite(self, name: str) -> bool:
         return math.isfinite(self._norms[name])
 
+    def _forget_overflow(self) -> None:
+        """Begin a new window if a norm is not finite: the loop may have skipped the step with `model.zero_grad()`.
+
+        If it has not, the gradients are NaN or infinite still, and are measured as such again.
+        """
+        if not all(map(self._is_finite, self._norms)):
+            self.drop_window()
+
     def _take_late_pass(self) -> None:
         """Free what a late pass added to freed gradients; if none was freed, measure all norms anew."""
         if self._score is None and self._sums is None:
@@ -263,7 +275,8 @@ class GradientObserver(AbstractGradientHooks):
             logger.warning(
                 "a step has more than the %d backward passes that accumulation_steps or the step before announced: "
                 "its blocks are selected by the gradients of the first %d. From the next step on as many passes are "
-                "expected as this one has; with accumulation_steps=<backward passes per step> that holds at once",
+                "expected as this one has; with accumulation_steps=<backward passes per step> that holds at once. A "
+                "loop that skips steps clears their gradients with optimizer.zero_grad(), not model.zero_grad()",
                 *(self.num_expected, self.num_expected),
             )
 

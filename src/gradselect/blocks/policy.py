@@ -239,6 +239,15 @@ def largest(names: Sequence[str], scores: Mapping[str, float], count: int) -> tu
     return tuple(name for name in names if name in selected)
 
 
+def tells(norms: Norms) -> bool:
+    """True if norms tell blocks apart, or none were needed.
+
+    If none of them is finite and above zero, the first blocks of the model have won. All are zero with GRPO and equal
+    rewards, for example.
+    """
+    return not norms or any(norm != 0 and math.isfinite(norm) for norm in norms.values())
+
+
 LAYERS = "layers"
 """Word in `among` for all blocks but those around the layers."""
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 from gradselect.core import selection_entropy
+from gradselect.usage import listed
 
 from .policy import AbstractPolicy
 from .reach import Reach
+
+logger = logging.getLogger(__name__)
 
 
 class StepSelection:
@@ -33,6 +38,7 @@ class StepSelection:
         self._reach = reach
         self._candidates = policy.candidates
         self._observed: tuple[str, ...] = ()
+        self._has_said_broken = False
         self.proposal: tuple[str, ...] | None = ()
         self.update_counts = dict.fromkeys(self._blocks, 0)
 
@@ -44,7 +50,19 @@ class StepSelection:
 
     def decide(self, step: int, norms: Mapping[str, float]) -> tuple[str, ...]:
         """Return the selection of `step`: as proposed, or from the norms."""
+        self._say_broken(step, norms)
         return self.with_always(self._policy.decide(step, norms) if self.proposal is None else self.proposal)
+
+    def _say_broken(self, step: int, norms: Mapping[str, float]) -> None:
+        broken = [name for name, norm in norms.items() if not math.isfinite(norm)]
+        if broken and not self._has_said_broken:
+            self._has_said_broken = True
+            logger.warning(
+                "step %d: the gradient norms of %d of %d blocks are NaN or infinite: %s. Such a block ranks last, and "
+                "its norm counts for nothing; if all are, the first blocks of the model are selected. Build the "
+                "optimizer with skip_nonfinite=True to skip such steps",
+                *(step, len(broken), len(norms), listed(broken)),
+            )
 
     def commit(self, step: int, selected: Sequence[str], norms: Mapping[str, float]) -> None:
         """Count a step that has updated `selected`: in the policy and in the update counts."""

@@ -17,6 +17,7 @@ from gradselect.blocks import (
     resolve_count,
     resolve_count_now,
     taking_part,
+    tells,
 )
 from gradselect.usage import UsageError, check_one_of, check_positive, check_whole
 
@@ -167,8 +168,7 @@ class AdaGradSelect(AbstractEpsilonGreedy):
         self.last_steps |= dict.fromkeys(selected, step)
         if step % self.every:
             return
-        # Gradients that are all zero, as those of GRPO with equal rewards, select the first blocks of the model.
-        counted = selected if not norms or any(norms.values()) else ()
+        counted = selected if tells(norms) else ()
         self.counts = {name: self.discount * count + (name in counted) for name, count in self.counts.items()}
         self.scores = {name: self._accumulated(name, norms.get(name, 0.0)) for name in self.scores}
         self.selection = list(selected)

@@ -16,6 +16,7 @@ from gradselect.blocks import (
     resolve_count,
     resolve_count_now,
     taking_part,
+    tells,
 )
 from gradselect.core import Measure
 from gradselect.usage import UsageError, check_one_of, check_positive, check_whole
@@ -142,8 +143,7 @@ class CostAware(AbstractEpsilonGreedy):
     def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
         if not self.explores(step):
             return
-        # As in AdaGradSelect: gradients that are all zero select the first blocks of the model.
-        for name in selected if not norms or any(norms.values()) else ():
+        for name in selected if tells(norms) else ():
             self.counts[name] += 1
         for name, norm in norms.items():
             self.gains[name] += self._gain(norm) if math.isfinite(norm) else 0.0

@@ -147,8 +147,10 @@ class GradNormTopK(AbstractPolicy):
     def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
         seen = {name: norms[name] for name in self.names if name in norms and math.isfinite(norms[name])}
         self.averages |= {name: self._average(step, name, norm) for name, norm in seen.items()}
-        # Where all is zero, as with GRPO and equal rewards, the first blocks of the model were selected: select again.
-        self.selection = list(selected) if self.probe_steps or any(self.averages.values()) else []
+        # Where all is zero, as with GRPO and equal rewards, or nothing is finite, the first blocks of the model were
+        # selected: select again.
+        is_by_norms = any(self.averages.values()) and (seen or not norms)
+        self.selection = list(selected) if self.probe_steps or is_by_norms else []
 
     def _selects_anew(self, step: int) -> bool:
         since = step - self.probe_steps

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, final
 
-from gradselect.blocks import AbstractPolicy, Norms, check_fraction_or_count, random_stream, taking_part
+from gradselect.blocks import AbstractPolicy, Norms, check_fraction_or_count, random_stream, taking_part, tells
 from gradselect.usage import UsageError, check_is, check_one_of, check_patterns, check_whole
 
 from .strata import By, Strata, check_strata, strata_of
@@ -117,9 +117,7 @@ class Stratified(AbstractPolicy):
         return norm if math.isfinite(norm) else -math.inf
 
     def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
-        # As in GradNormTopK: gradients that are all zero select the first blocks of the model, so select again.
-        tells = not norms or any(norms.values())
-        self.selection = list(selected) if self.order == "norm" and tells else []
+        self.selection = list(selected) if self.order == "norm" and tells(norms) else []  # [] selects again
 
     @property
     def coverage_steps(self) -> int | None:
