@@ -59,11 +59,12 @@ def test_another_seed_starts_with_other_slices():
     assert len({bound(seed=seed).propose(0) for seed in range(4)}) == 4
 
 
-def test_a_gradient_that_is_not_finite_teaches_nothing():
+@pytest.mark.parametrize("nothing", [math.nan, 0.0])
+def test_a_gradient_that_is_zero_or_not_finite_teaches_nothing(nothing):
     policy = bound(every=2)
     first = policy.propose(0)
     for step in range(2):
-        take_step(policy, step, dict.fromkeys(SLICED, math.nan))
+        take_step(policy, step, dict.fromkeys(SLICED, nothing))
     assert policy.propose(2) == first
     take_step(policy, 2, NORMS | {"layer.1.columns.0": math.inf})
     assert "layer.1.columns.0" not in policy.importance

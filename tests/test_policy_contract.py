@@ -5,7 +5,7 @@ import inspect
 import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import pytest
@@ -341,6 +341,82 @@ def test_blocks_that_drop_out_and_come_back_leave_the_state_whole(make: Callable
         assert set(selected) <= set(policy.names)
         policy.commit(step, selected, norms)
     assert policy.state().keys() == keys
+
+
+PERIOD = 20
+PERIODIC: dict[str, Callable[[], AbstractPolicy]] = {
+    "uniform": lambda: Uniform(count=2, every=PERIOD),
+    "cyclic": lambda: Cyclic(count=2, every=PERIOD),
+    "adagradselect": lambda: AdaGradSelect(count=2, explore_steps=1, every=PERIOD, among=None),
+    "misa": lambda: MISA(share=0.5, every=PERIOD),
+    "norm top-k": lambda: GradNormTopK(count=2, refresh=PERIOD),
+    "norm top-k, probes": lambda: GradNormTopK(count=2, refresh=PERIOD, probe_steps=PERIOD),
+    "stratified": lambda: Stratified(by="category", fraction=0.5, every=PERIOD),
+    "stratified, rotate": lambda: Stratified(by="category", fraction=0.5, order="rotate", every=PERIOD),
+    "stratified, norm": lambda: Stratified(by="category", fraction=0.5, order="norm", every=PERIOD),
+}
+each_period = pytest.mark.parametrize("make", PERIODIC.values(), ids=PERIODIC.keys())
+
+
+def take_among(policy: AbstractPolicy, step: int, names: Collection[str]) -> tuple[str, ...]:
+    """Take a step in which only these blocks are candidates; return the selection."""
+    policy.candidates = tuple(block for block in make_blocks() if block.name in names)
+    selected, norms = choose(policy, step)
+    policy.commit(step, selected, norms)
+    return selected
+
+
+@each_period
+def test_within_a_period_what_was_selected_stays_selected_as_far_as_it_is_a_candidate(
+    make: Callable[[], AbstractPolicy],
+) -> None:
+    """Uniform and Cyclic drew anew, and others did not take back what had left, when a vision tower came and went."""
+    policy = make().bind(make_blocks())
+    for step in range(PERIOD):
+        take_among(policy, step, BLOCK_NAMES)
+    begun = take_among(policy, PERIOD, BLOCK_NAMES)
+    assert len(begun) > 1
+    for step in range(PERIOD + 1, 2 * PERIOD):
+        names = {begun[step % len(begun)], *random.Random(step).sample(BLOCK_NAMES, 4)}
+        assert take_among(policy, step, names) == tuple(name for name in begun if name in names)
+
+
+@each_period
+def test_what_is_drawn_when_nothing_of_a_selection_is_left_stays_for_the_rest_of_the_period(
+    make: Callable[[], AbstractPolicy],
+) -> None:
+    policy = make().bind(make_blocks())
+    for step in range(PERIOD):
+        take_among(policy, step, BLOCK_NAMES)
+    begun = take_among(policy, PERIOD, BLOCK_NAMES)
+    others = [name for name in BLOCK_NAMES if name not in begun]
+    drawn = take_among(policy, PERIOD + 1, others)
+    assert drawn
+    for step in range(PERIOD + 2, 2 * PERIOD):
+        resumed = make().bind(make_blocks())
+        resumed.load_state(through_torch(policy.state()))
+        names = {drawn[step % len(drawn)], *random.Random(step).sample(others, 2)}
+        expected = tuple(name for name in drawn if name in names)
+        assert take_among(policy, step, names) == take_among(resumed, step, names) == expected
+
+
+@each_period
+def test_an_empty_selection_does_not_stay_for_a_period(make: Callable[[], AbstractPolicy]) -> None:
+    """All that was selected turned out to be unreached, while a block of `always` trained."""
+    policy = make().bind(make_blocks())
+    for step in range(PERIOD):
+        take_among(policy, step, BLOCK_NAMES)
+    policy.commit(PERIOD, (), {})
+    assert take_among(policy, PERIOD + 1, BLOCK_NAMES)
+
+
+@pytest.mark.parametrize("name", ["uniform", "cyclic"])
+def test_a_checkpoint_from_before_selections_were_kept_continues_alike(name: str) -> None:
+    whole = list(run(PERIODIC[name]().bind(make_blocks())))
+    for stop in (0, 1, PERIOD, PERIOD + 7):
+        resumed = PERIODIC[name]().bind(make_blocks())
+        resumed.load_state({})
+        assert list(run(resumed, range(stop, NUM_STEPS))) == whole[stop:]
 
 
 BAD_SETTINGS: list[tuple[Callable[[], AbstractPolicy], str]] = [

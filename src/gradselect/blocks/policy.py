@@ -228,8 +228,7 @@ class AbstractPolicy(ABC):
 
     def still_among(self, selection: Sequence[str]) -> tuple[str, ...] | None:
         """Return the blocks of an earlier selection that are candidates now, in model order; None if none of it is."""
-        kept = tuple(name for name in self.names if name in selection)
-        return kept if kept or not selection else None
+        return tuple(name for name in self.names if name in selection) or None
 
 
 def largest(names: Sequence[str], scores: Mapping[str, float], count: int) -> tuple[str, ...]:

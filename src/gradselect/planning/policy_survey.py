@@ -87,6 +87,7 @@ def survey(policy: AbstractPolicy) -> Survey:
     measure that is a sum over entries they are in proportion to the entries.
     """
     policy.fill_explore_steps(ENOUGH_STEPS // 4)
+    beginning = policy.state()
     explored: set[int] = set()
     proposed: Counter[tuple[str, ...]] = Counter()
     beside: dict[tuple[str, ...], tuple[str, ...]] = {}
@@ -107,6 +108,7 @@ def survey(policy: AbstractPolicy) -> Survey:
         if _is_enough(proposed, step, is_even=is_even):
             break
     if len(proposed) == 1 and not explored:
+        policy.load_state(beginning)  # it would keep the selection until its period ends
         later = map(policy.propose, LATER_STEPS)
         proposed.update(dict.fromkeys((tuple(selection) for selection in later if selection is not None), 0))
     return Survey(

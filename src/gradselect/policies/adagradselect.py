@@ -166,7 +166,7 @@ class AdaGradSelect(AbstractEpsilonGreedy):
 
     def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
         self.last_steps |= dict.fromkeys(selected, step)
-        if step % self.every:
+        if step % self.every and self.still_among(self.selection) is not None:
             return
         counted = selected if tells(norms) else ()
         self.counts = {name: self.discount * count + (name in counted) for name, count in self.counts.items()}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, final
 
-from gradselect.blocks import AbstractPolicy, random_stream, resolve_count, taking_part
+from gradselect.blocks import AbstractPolicy, Norms, random_stream, resolve_count, taking_part
 from gradselect.usage import check_one_of, check_patterns, check_whole
 
 
@@ -19,7 +19,7 @@ class Cyclic(AbstractPolicy):
     If `count` does not divide the number of blocks, the last turn of a round trains the remainder.
 
     Args:
-        every: steps per turn.
+        every: steps per turn; the blocks stay the same in between.
         order: "random" permutes anew each round, "ascending" is model order, "descending" starts at the head.
         count: blocks per turn.
         among: names or globs of the candidate blocks, e.g. `("layers",)`. None: all, and so embedding, final norm
@@ -41,6 +41,8 @@ class Cyclic(AbstractPolicy):
     among: Sequence[str] | None = None
     seed: int = 0
 
+    selection: list[str] = field(default_factory=list, init=False, repr=False)
+
     def __post_init__(self) -> None:
         check_whole("every", self.every)
         check_one_of("order", self.order, ("random", "ascending", "descending"))
@@ -52,11 +54,21 @@ class Cyclic(AbstractPolicy):
     def start(self) -> None:
         self.candidates = taking_part(self.candidates, self.among)
         resolve_count(num_blocks=len(self.candidates), fraction=None, count=self.count)
+        self.selection = []
 
     def propose(self, step: int) -> tuple[str, ...]:
+        if step % self.every and (kept := self.still_among(self.selection)) is not None:
+            return kept
         round_number, turn = divmod(step // self.every, self._num_turns())
         positions = self._arrange(round_number)[turn * self.count : (turn + 1) * self.count]
         return tuple(self.names[position] for position in sorted(positions))
+
+    def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
+        if step % self.every == 0 or self.still_among(self.selection) is None:
+            self.selection = list(selected)
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state({"selection": [], **state})  # older checkpoints have none
 
     @property
     def coverage_steps(self) -> int:

@@ -121,7 +121,7 @@ class GradNormTopK(AbstractPolicy):
     def propose(self, step: int) -> tuple[str, ...] | None:
         if step < self.probe_steps:
             return None
-        if self.selection and not self._selects_anew(step) and (kept := self.still_among(self.selection)) is not None:
+        if not self._selects_anew(step) and (kept := self.still_among(self.selection)) is not None:
             return kept
         if self.probe_steps == 0:
             return None
@@ -147,6 +147,8 @@ class GradNormTopK(AbstractPolicy):
     def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
         seen = {name: norms[name] for name in self.names if name in norms and math.isfinite(norms[name])}
         self.averages |= {name: self._average(step, name, norm) for name, norm in seen.items()}
+        if not self._selects_anew(step) and self.still_among(self.selection) is not None:
+            return
         # Where all is zero, as with GRPO and equal rewards, or nothing is finite, the first blocks of the model were
         # selected: select again.
         is_by_norms = any(self.averages.values()) and (seen or not norms)

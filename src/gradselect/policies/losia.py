@@ -134,8 +134,8 @@ class LoSiA(AbstractPolicy):
 
     def _select_among(self, observed: Sequence[str]) -> None:
         """Select anew in the stratum whose slot ends, and forget what was learned in it."""
-        if self.importance and observed:
-            scores = {name: self.importance.get(name, 0.0) * self.uncertainty.get(name, 0.0) for name in observed}
+        scores = {name: self.importance.get(name, 0.0) * self.uncertainty.get(name, 0.0) for name in observed}
+        if any(scores.values()):
             best = largest(observed, scores, self.keep_in(0, self.stratum(observed[0])))
             stay = {name for name in self.selection if name not in observed}
             self.selection = [name for name in self.num_elements if name in stay or name in best]

@@ -97,7 +97,8 @@ class MISA(AbstractPolicy):
         return True
 
     def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
-        self.selection = list(selected)
+        if step % self.every == 0 or self.still_among(self.selection) is None:
+            self.selection = list(selected)
         for name in selected:
             norm = norms.get(name, 0.0)
             # A tensor of no entries is a block too.

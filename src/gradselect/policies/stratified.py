@@ -95,8 +95,10 @@ class Stratified(AbstractPolicy):
         return -(-num_steps // self.every) if self.order == "norm" else 0.0
 
     def propose(self, step: int) -> tuple[str, ...] | None:
+        if step % self.every and (kept := self.still_among(self.selection)) is not None:
+            return kept
         if self.order == "norm":
-            return self.still_among(self.selection) if step % self.every and self.selection else None
+            return None
         keys = (
             self._turns(step) if self.order == "rotate" else draw_keys(self.num_elements, self._draw(step), self.seed)
         )
@@ -117,7 +119,8 @@ class Stratified(AbstractPolicy):
         return norm if math.isfinite(norm) else -math.inf
 
     def commit(self, step: int, selected: Sequence[str], norms: Norms) -> None:
-        self.selection = list(selected) if self.order == "norm" and tells(norms) else []  # [] selects again
+        if step % self.every == 0 or self.still_among(self.selection) is None:
+            self.selection = list(selected) if tells(norms) else []  # none: the next step selects again
 
     @property
     def coverage_steps(self) -> int | None:
