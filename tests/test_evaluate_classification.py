@@ -200,6 +200,22 @@ def test_a_classifier_on_a_quantised_base_is_evaluated(
         assert evaluate(named).accuracy == result.accuracy
 
 
+def test_the_adapter_of_a_classifier_is_evaluated_alone(place: Path, tmp_path: Path) -> None:
+    """It had no tokenizer, and the record of its run is one folder up."""
+    recipe = classify(
+        place,
+        tmp_path / "out",
+        base="model",
+        data={"validation": str(place / "dev.tsv")},
+        method={"name": "lora", "rank": 2},
+        run={"steps": 3},
+    )
+    out = train(recipe, console=quiet())
+    merged, alone = (evaluate(settings(place, model=folder)) for folder in (out, out / "adapter"))
+    assert alone.settings["labels"] == merged.settings["labels"] == ("bad", "good")
+    assert [item["prediction"] for item in alone.items] == [item["prediction"] for item in merged.items]
+
+
 def test_the_columns_of_the_training_also_name_those_of_a_packed_table(place: Path, tmp_path: Path) -> None:
     """Its first row was taken for the names of the columns."""
     packed = tmp_path / "dev.tsv.gz"

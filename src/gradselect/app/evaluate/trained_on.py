@@ -9,6 +9,7 @@ from typing import Any
 
 from gradselect.app.data import Row, columns_of, render
 from gradselect.app.recipe import EvaluationSettings, as_typed
+from gradselect.app.runtime import RunFolder
 from gradselect.files import read_sealed
 from gradselect.usage import UsageError
 
@@ -22,12 +23,15 @@ def data_of_recipe(model: str | Path, *, format: str) -> dict[str, Any]:
 
 
 def labels_of_run(model: str | Path) -> list[str] | None:
-    """Return the names of a classifier's outputs if `gradselect train` left an adapter without a config.json here."""
+    """Return the names of a classifier's outputs if `gradselect train` left its adapter here."""
     return (_run_of(model).get("saved") or {}).get("labels")
 
 
 def _run_of(model: str | Path) -> dict[str, Any]:
-    file = Path(model) / "run.json"
+    folder = RunFolder(Path(model))
+    if not folder.run_file.is_file() and folder.root.name == "adapter":
+        folder = RunFolder(folder.root.parent)
+    file = folder.run_file
     return read_sealed(file, needed=["recipe"]) if file.is_file() else {"recipe": {"data": {}}}
 
 

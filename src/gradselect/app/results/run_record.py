@@ -194,7 +194,7 @@ class SavedModel(Record):
         untrained_weights: those among them that hold the base's weights in other formats.
         eos_token_ids: tokens that end a generated text; None for a model that writes none.
         turn_ends: those among them that the data added to the base's.
-        labels: names of a classifier's outputs, beside an adapter: its folder has no config.json.
+        labels: names of the outputs of a classifier with an adapter, whose own folder has no config.json.
     """
 
     form: Literal["model", "adapter"] = "model"

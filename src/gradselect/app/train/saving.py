@@ -87,7 +87,7 @@ def save_model(trainer: RunTrainer, inputs: Inputs, *, folder: RunFolder, plan: 
 
     Args:
         trainer: after its last step.
-        inputs: their tokenizer is written beside the weights.
+        inputs: their tokenizer is written beside the weights, and beside those of the adapter.
         folder: folder of the run.
         plan: what else to write.
 
@@ -106,6 +106,7 @@ def save_model(trainer: RunTrainer, inputs: Inputs, *, folder: RunFolder, plan: 
     if isinstance(model, PeftModel):
         with writing_aside(folder.adapter) as aside:
             model.save_pretrained(str(aside))
+            inputs.tokenizer.save_pretrained(aside)
         form = "adapter" if is_quantised(model.get_base_model()) else "model"
         model = model.get_base_model() if form == "adapter" else _merged(model, kept=folder.adapter)
     added = _stop_at(model, ends)
@@ -122,7 +123,8 @@ def save_model(trainer: RunTrainer, inputs: Inputs, *, folder: RunFolder, plan: 
         copied = {} if form == "adapter" or beside is None else _copy_beside(aside, model, beside)
         write_manifest(aside, step=trainer.state.global_step)
     _move_up(folder.root / "model")
-    labels = {"labels": list(model.config.id2label.values())} if form == "adapter" and inputs.head else {}
+    is_adapted = isinstance(adapter, PeftModel)
+    labels = {"labels": list(model.config.id2label.values())} if is_adapted and inputs.head else {}
     return SavedModel.model_validate(
         {"form": form, **copied, **labels, **_described_ends(model, inputs.tokenizer, added)}
     )
