@@ -359,6 +359,23 @@ def test_where_no_trial_finishes_the_reasons_are_told(recipe, tmp_path):
     assert re.search(r"(loss|gradient norm) of step \d is (nan|inf)", str(caught.value))
 
 
+@pytest.mark.parametrize(
+    ("reasons", "advice"),
+    [
+        (["out of memory", "the loss is nan", "out of memory"], "make the trials smaller, e.g. with run.batch_size"),
+        (["the loss is nan", "out of memory", "the loss is nan"], "search smaller learning rates"),
+    ],
+)
+def test_the_advice_is_against_what_ended_most_trials(reasons, advice, recipe, tmp_path, monkeypatch):
+    script = iter(reasons)
+    monkeypatch.setattr(_tune, "carry_out", lambda *_, **__: _trial.Outcome(end="stopped", reason=next(script)))
+    with pytest.raises(UsageError) as caught:
+        tune(recipe, study=tmp_path / "study", num_trials=3, search=RATES, console=quiet())
+    first, most, once = str(caught.value).splitlines()
+    assert first.startswith(f"none of 3 trials finished; {advice}")
+    assert (most, once) == (f"  {reasons[0]} (2 trials)", f"  {reasons[1]}")
+
+
 def test_the_command_ends_in_a_table_and_a_recipe(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(_tune, "carry_out", scripted([[2.0], [1.0]]))
     path = write_recipe(

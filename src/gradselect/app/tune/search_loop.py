@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from .proposals import Sampler, next_trial
 from .ranges import SearchRange, numbers_of, with_values
 from .study import ended, opened, running
 from .study_folder import StudyFolder
-from .trial import Outcome, SharedTrial, carry_out
+from .trial import OUT_OF_MEMORY, Outcome, SharedTrial, carry_out
 from .trial_table import TrialSummary, best_of, edge_notes, show_table, write_best
 
 WAIT_SECONDS = 1.0
@@ -32,6 +33,8 @@ WAIT_SECONDS = 1.0
 
 MOST_VETOES = 20
 """Number of proposals in a row that may be too large for the memory."""
+
+SMALLER_TRIALS = "make the trials smaller, e.g. with run.batch_size and run.accumulation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +190,8 @@ class _Worker:
         """Refuse to go on where the sampler proposes nothing that fits."""
         if len(self._vetoes) >= MOST_VETOES:
             raise UsageError(
-                f"the last {MOST_VETOES} proposals cannot fit; search smaller values, or make the trials smaller, e.g. "
-                f"with run.batch_size and run.accumulation. The last one: {self._vetoes[-1]}"
+                f"the last {MOST_VETOES} proposals cannot fit; search smaller values, or {SMALLER_TRIALS}. The last "
+                f"one: {self._vetoes[-1]}"
             )
 
 
@@ -202,16 +205,22 @@ def _conclude(
 ) -> TuneResult:
     best = best_of(trials)
     if best is None:
-        reasons = dict.fromkeys(trial.reason for trial in trials)
-        raise UsageError(
-            "\n  ".join([f"none of {len(trials)} trials finished; search smaller learning rates:", *reasons])
-        )
+        raise UsageError(_why_none_finished(trials))
     tuned = write_best(recipe, best, num_trials=len(trials), folder=folder)
     show_table(console, trials, best)
     for note in edge_notes(best, ranges):
         _print(console, f"note       {note}")
     _print(console, f"next: gradselect train {folder.best_recipe}")
     return TuneResult(recipe=tuned, path=folder.best_recipe, best=best, trials=tuple(trials))
+
+
+def _why_none_finished(trials: Sequence[TrialSummary]) -> str:
+    """Return the reasons, the most common first, and what helps against most of them."""
+    num_short = sum(trial.end == "vetoed" or trial.reason == OUT_OF_MEMORY for trial in trials)
+    advice = SMALLER_TRIALS if 2 * num_short > len(trials) else "search smaller learning rates"
+    reasons = Counter(trial.reason or trial.end for trial in trials).most_common()
+    lines = [f"{reason} ({count} trials)" if count > 1 else reason for reason, count in reasons]
+    return "\n  ".join([f"none of {len(trials)} trials finished; {advice}:", *lines])
 
 
 def _print(console: Console, line: str) -> None:

@@ -25,6 +25,9 @@ from gradselect.usage import first_line
 PRUNE_FROM = 0.25
 """No trial is pruned before this share of its steps, because losses during warm-up say little."""
 
+OUT_OF_MEMORY = "out of memory"
+"""Reason of a trial that was stopped by an allocator."""
+
 End = Literal["finished", "pruned", "stopped", "vetoed"]
 
 
@@ -129,7 +132,7 @@ def _train(recipe: Recipe, watch: TrialWatch, *, folder: RunFolder, stages: Stag
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return Outcome(end="stopped", reason="out of memory")
+        return Outcome(end="stopped", reason=OUT_OF_MEMORY)
 
 
 def _end_of_training(trainer: Trainer, watch: TrialWatch) -> Outcome:
