@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from answer_support import preference_recipe, prompt_recipe, write_place
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from torch import nn
 from train_fixtures import ADAGRADSELECT, assert_same_weights, quiet, train_until
 
@@ -121,9 +123,12 @@ def build(recipe: Recipe, folder: Path) -> tuple[type, Any, Any]:
 @pytest.mark.parametrize("kind", ["dpo", "grpo"])
 def test_evaluations_do_not_change_the_training(kind: str, place: Path, tmp_path: Path) -> None:
     """GRPO draws answers in an evaluation too."""
+    shown = io.StringIO()
     for name, every in (("often", 1), ("never", None)):
         run = {"evaluate_every": every, "steps": 3}
-        train(recipe_of(kind, place, tmp_path / name, run=run, data={"validation": 0.34}), console=quiet())
+        console = Console(file=shown, width=2000)
+        train(recipe_of(kind, place, tmp_path / name, run=run, data={"validation": 0.34}), console=console)
+    assert f"step 1/3  validation {'reward' if kind == 'grpo' else 'loss'} " in shown.getvalue()
     assert_same_weights(tmp_path / "often", tmp_path / "never")
     often, never = record(tmp_path / "often"), record(tmp_path / "never")
     assert often["validation"]["loss"] == never["validation"]["loss"]

@@ -127,10 +127,14 @@ OF_TOKENS = {"entropy": "token entropy", "mean_token_accuracy": "token accuracy"
 
 
 def _shown(figures: Mapping[str, float | None]) -> str:
-    """Format figures; of those that only trainers of TRL have, a few."""
+    """Format figures; of those that only trainers of TRL have, a few.
+
+    The loss of drawn answers is no measure of the model, so their reward stands alone.
+    """
+    shown = {*SHOWN} if "reward" in figures else {"loss", *SHOWN}
     is_long = any(name in SHOWN for name in figures)
     names = OF_TOKENS | SHOWN
-    named = {names.get(name, name): value for name, value in figures.items() if not is_long or name in {"loss", *SHOWN}}
+    named = {names.get(name, name): value for name, value in figures.items() if not is_long or name in shown}
     return "  ".join(f"{name} {value:.4f}" for name, value in named.items() if value is not None)
 
 
