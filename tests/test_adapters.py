@@ -96,6 +96,16 @@ def test_merged_weights_do_what_layer_and_adapter_do(name: str, dtype: torch.dty
 
 
 @every
+def test_merging_into_a_model_in_fp64_rounds_to_fp64(name: str) -> None:
+    """It rounded to fp32."""
+    case = ADAPTERS[name]
+    for build in case.models:
+        model = case.adapted(model=build().double().eval(), task_type=None)
+        unmerged = logits(model)
+        torch.testing.assert_close(logits(model.merge_and_unload()), unmerged, rtol=0, atol=1e-13)
+
+
+@every
 def test_a_new_adapter_changes_nothing(name: str) -> None:
     case = ADAPTERS[name]
     model = case.adapted(noise=0)

@@ -374,6 +374,29 @@ def test_an_adapter_that_cannot_be_merged_is_refused(
         build(place, tmp_path, method={"name": "peft", "type": kind, "options": options})
 
 
+SHARED = [
+    (
+        {
+            "name": "peft",
+            "type": "lora",
+            "options": {"target_modules": ["q_proj"], "layer_replication": [[0, 1], [0, 2]]},
+        },
+        "q_proj",
+    ),
+    ({"name": "lora", "targets": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+]
+
+
+@pytest.mark.parametrize(("method", "layer"), SHARED, ids=["replicated", "tied"])
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning")
+def test_an_adapter_whose_merge_would_change_another_layer_too_is_refused(
+    place: Path, tmp_path: Path, method: dict[str, Any], layer: str
+) -> None:
+    """It trained to its end, and the merged model was another one than that which had trained."""
+    with pytest.raises(UsageError, match=rf"'[\w.]*{layer}' shares its weight with another layer, which merging would"):
+        build(place, tmp_path, method=method)
+
+
 def test_a_merge_that_fails_says_where_the_adapter_is(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

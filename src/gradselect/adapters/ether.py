@@ -71,7 +71,7 @@ class EtherLinear(AdapterLinear):
         return (wide - 2 * along(wide, units)).to(x.dtype)
 
     def transformed(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight - 2 * along(weight, unit(self.ether_u[adapter].float())), bias
+        return weight - 2 * along(weight, unit(self.ether_u[adapter].to(weight.dtype))), bias
 
 
 @final

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -74,11 +75,11 @@ class EtherPlusLinear(AdapterLinear):
         return _plus_change(y, self._units("out", adapter), offset=self._bias)
 
     def transformed(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        right = _plus_change(weight, self._units("in", adapter))
-        return _plus_change(right.T, self._units("out", adapter)).T, bias
+        right = _plus_change(weight, self._units("in", adapter, dtype=weight.dtype))
+        return _plus_change(right.T, self._units("out", adapter, dtype=weight.dtype)).T, bias
 
-    def _units(self, side: str, adapter: str) -> tuple[Tensor, Tensor]:
-        u, v = (getattr(self, f"etherplus_{side}_{name}")[adapter] for name in "uv")
+    def _units(self, side: str, adapter: str, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        u, v = (getattr(self, f"etherplus_{side}_{name}")[adapter].to(dtype=dtype) for name in "uv")
         return unit(u), unit(v)
 
 

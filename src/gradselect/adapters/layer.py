@@ -27,6 +27,11 @@ def sizes_of(layer: Any) -> tuple[int, int]:
     return inputs, outputs
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in fp32, or in its own dtype if that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class AdapterLinear(nn.Module, BaseTunerLayer):
     """A linear layer with adapters, of which the active ones change its function.
 
@@ -136,7 +141,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
                 "merge, or keep the adapter beside its base"
             )
         plain = layer.weight.data, None if self._bias is None else self._bias.data
-        weight, bias = self._oriented(plain[0].float()), None if plain[1] is None else plain[1].float()
+        weight, bias = self._oriented(_wide(plain[0])), None if plain[1] is None else _wide(plain[1])
         for name in names:
             weight, bias = self.transformed(name, weight, bias)
         if safe_merge and not all(part.isfinite().all() for part in (weight, bias) if part is not None):

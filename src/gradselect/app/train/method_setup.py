@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -186,6 +187,7 @@ def _adapt(inputs: Inputs, method: AbstractAdapterMethod, *, seed: int) -> PeftM
             "would train it; leave it out of the targets"
         )
     if not is_quantised(model):
+        _check_unshared(adapted, kind)
         _check_merges(adapted, kind)
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     for module in head:
@@ -195,6 +197,22 @@ def _adapt(inputs: Inputs, method: AbstractAdapterMethod, *, seed: int) -> PeftM
                 f"add method.options.modules_to_save={head}"
             )
     return adapted
+
+
+def _check_unshared(adapted: PeftModel, kind: str) -> None:
+    """Check that no weight that the merge changes is used by another layer too. PEFT merges into it all the same.
+
+    Raises:
+        UsageError: one is, because `layer_replication` copied its layer or it is the embedding of a tied head.
+    """
+    uses = Counter(id(weight) for module in adapted.modules() for weight in module.parameters(recurse=False))
+    for path, module in adapted.named_modules():
+        if isinstance(module, BaseTunerLayer) and uses[id(getattr(module.get_base_layer(), "weight", None))] > 1:
+            raise UsageError(
+                f"method.type={kind} cannot be merged into a plain model: {path!r} shares its weight with another "
+                "layer, which merging would change too; leave out of the targets what is tied (embedding, head), and "
+                "out of method.options layer_replication"
+            )
 
 
 def _check_merges(adapted: PeftModel, kind: str) -> None:
