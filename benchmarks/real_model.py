@@ -119,7 +119,7 @@ def headline_methods(comparison: Comparison) -> list[str]:
     known = {method.name for method in comparison.methods}
     ours = variants(comparison)
     best = [method.name for method in (*ours[:1], *holding_no_more(comparison, ours, LORA_WITH_EMBEDDING)[:1])]
-    names = dict.fromkeys((FULL, *best, ONCE, LORA_WITH_EMBEDDING, WIDE_LORA))
+    names = dict.fromkeys((FULL, *best, ONCE, SMALL_LORA, LORA_WITH_EMBEDDING, WIDE_LORA))
     return [name for name in names if name in known]
 
 
