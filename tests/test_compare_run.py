@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from compare_fixtures import BLOCKS, FULL, MISFIT, Runner, make_suite, suite_values, write_place, write_suite
+from safetensors.torch import save_file
 from train_fixtures import weights, write_model, write_sums
 
 from gradselect import UsageError
@@ -19,7 +23,7 @@ from gradselect.app.compare.protocol import place_fingerprint
 from gradselect.app.compare.subprocesses import failure_in
 from gradselect.app.compare.suite import parse_suite
 from gradselect.app.results import read_result
-from gradselect.app.runtime import Preempted
+from gradselect.app.runtime import Preempted, RunFolder
 from gradselect.files.checked_json import read_sealed, sealed
 
 # TRL 1.16 uses names that transformers 5.23 has replaced.
@@ -120,6 +124,26 @@ def test_what_did_not_move_is_not_shipped(finished: tuple[Path, list[str], str])
     whole, part = (values(finished[0], name)["train_info"] for name in (ALL[2], ALL[3]))
     assert whole["num_trainable_params"] == whole["num_total_params"]
     assert part["file_size"] < whole["file_size"]
+
+
+def test_who_has_the_base_is_shipped_no_tokenizer(tmp_path: Path) -> None:
+    """A delta counted the small files of its run, an adapter none."""
+    from gradselect.app.compare import measure
+
+    base, run, sizes = tmp_path / "base", tmp_path / "run", []
+    for size in (10, 100_000):
+        for folder in (base, run):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            weight = torch.zeros(1_000_000)
+            weight[0] = float(folder == run)
+            save_file({"weight": weight}, folder / "model.safetensors")
+            text = "".join(map(str, range(size)))
+            (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+        settings = SimpleNamespace(path=str(base), revision=None, dtype="float32")
+        job: Any = SimpleNamespace(recipe=SimpleNamespace(model=settings))
+        sizes.append(measure._delta_of_run(job, RunFolder(run)).num_bytes)
+    assert sizes[0] == sizes[1]
 
 
 def test_the_search_asks_no_test_and_its_best_model_is_scored(finished: tuple[Path, list[str], str]) -> None:
@@ -321,6 +345,27 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(place: Path, tmp_path: P
     assert (
         cut["curves"]["train"]["seconds"][-1] <= cut["seconds"]["training"] == found["cut"]["train_info"]["train_time"]
     )
+
+
+def test_an_interrupted_run_of_other_steps_begins_anew(
+    place: Path, tmp_path: Path, runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was resumed, refused as another run, and its rate lost."""
+    suite = make_suite(place, methods={"uniform 2": BLOCKS}, seeds=1)
+
+    def of_steps(steps: int) -> Any:
+        run = suite.recipe.run.model_copy(update={"steps": steps, "save_every": 2})
+        return suite.model_copy(update={"recipe": suite.recipe.model_copy(update={"run": run})})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gradselect.app.train.trainer.RunTrainer.log", stop_after_a_checkpoint(tmp_path / "cut"))
+        with pytest.raises(KeyboardInterrupt):
+            runner(of_steps(4), tmp_path / "cut")
+    runner(of_steps(3), tmp_path / "cut", resume=True)
+    found = values(tmp_path / "cut", runner.ran[-1])["gradselect"]
+    assert "resumed_from" not in found
+    assert sum(kind["steps"] for kind in found["seconds"]["by_kind"].values()) == 3
+    assert "is made again: run.steps: 4 then, 3 now" in capsys.readouterr().out
 
 
 def test_a_finished_training_is_taken_over_only_with_the_same_data_and_model(tmp_path: Path, runner: Runner) -> None:

@@ -397,6 +397,14 @@ def test_an_adapter_whose_merge_would_change_another_layer_too_is_refused(
         build(place, tmp_path, method=method)
 
 
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning")
+def test_rows_of_single_tokens_train_where_embedding_and_head_are_tied(place: Path, tmp_path: Path) -> None:
+    options = {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}
+    trainer, inputs = build(place, tmp_path, method={"name": "peft", "type": "lora", "options": options})
+    assert inputs.model.config.tie_word_embeddings
+    assert any("token_adapter" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
+
+
 def test_a_merge_that_fails_says_where_the_adapter_is(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from gradselect.app.recipe import EvaluationSettings, RandomData
 from gradselect.app.results import FinishedRun, Forgetting, Item, Score
 from gradselect.app.runtime import RunFolder
 from gradselect.delta import DeltaFile
-from gradselect.files import read_sealed, sealed, write_atomically
+from gradselect.files import beside_weights, read_sealed, sealed, write_atomically
 
 from .job import Job
 from .protocol import local_folder
@@ -116,6 +116,7 @@ def _delta_of_run(job: Job, folder: RunFolder) -> Shipment:
     base = local_folder(model.path, revision=model.revision)
     with TemporaryDirectory(dir=folder.root) as aside:
         _cast_checkpoint(base, Path(aside), dtype=getattr(torch, model.dtype))
+        beside_weights(base).copy_to(Path(aside))  # who has the base has its tokenizer
         return _delta_shipment(Path(aside), folder.root, whole=weight_bytes(folder.root))
 
 

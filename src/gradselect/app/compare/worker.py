@@ -67,7 +67,7 @@ def train_once(job: Job) -> FinishedRun:
     folder = RunFolder(job.training)
     finished = job.may_reuse and folder.run_file.is_file() and read_run(folder.run_file).status == "finished"
     if not (finished and _has_trained(folder, job)):
-        resumes = job.resume and not finished and folder.newest_checkpoint() is not None
+        resumes = job.resume and not finished and folder.newest_checkpoint() is not None and not _changed(folder, job)
         if not resumes and folder.root.exists():
             # A process of an earlier comparison may still train there.
             with locked(folder.root):
@@ -78,15 +78,18 @@ def train_once(job: Job) -> FinishedRun:
 
 def _has_trained(folder: RunFolder, job: Job) -> bool:
     """True if the finished training in the folder used the recipe of the job, and its model and data of today."""
-    run = read_run(folder.run_file)
-    if todays_recipe(run.recipe) != job.recipe.model_dump(mode="json"):
-        return False
-    # Paths are the same here: the contents may have changed.
+    is_recipe = todays_recipe(read_run(folder.run_file).recipe) == job.recipe.model_dump(mode="json")
+    return is_recipe and not _changed(folder, job)
+
+
+def _changed(folder: RunFolder, job: Job) -> bool:
+    """True if the training in the folder began with other settings, model or data than the job has; say which."""
+    # Where paths are the same, the contents may have changed.
     today = describe_start(job.recipe, read_inputs(job.recipe), command=job.command)
-    changed = list(differences(run.values(), today.values()))
+    changed = list(differences(read_run(folder.run_file).values(), today.values()))
     for line in changed:
         _say(Console(), f"the training in {folder.root} is made again: {line}")
-    return not changed
+    return bool(changed)
 
 
 def _say(console: Console, line: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from torch import Tensor, nn
@@ -207,7 +208,9 @@ def _check_unshared(adapted: PeftModel, kind: str) -> None:
     """
     uses = Counter(id(weight) for module in adapted.modules() for weight in module.parameters(recurse=False))
     for path, module in adapted.named_modules():
-        if isinstance(module, BaseTunerLayer) and uses[id(getattr(module.get_base_layer(), "weight", None))] > 1:
+        if not isinstance(module, BaseTunerLayer) or isinstance(module, TrainableTokensLayer):
+            continue  # rows of single tokens are meant for a tied head too
+        if uses[id(getattr(module.get_base_layer(), "weight", None))] > 1:
             raise UsageError(
                 f"method.type={kind} cannot be merged into a plain model: {path!r} shares its weight with another "
                 "layer, which merging would change too; leave out of the targets what is tied (embedding, head), and "
