@@ -366,14 +366,19 @@ def take_among(policy: AbstractPolicy, step: int, names: Collection[str]) -> tup
     return selected
 
 
+def after_a_period(make: Callable[[], AbstractPolicy]) -> AbstractPolicy:
+    policy = make().bind(make_blocks())
+    for step in range(PERIOD):
+        take_among(policy, step, BLOCK_NAMES)
+    return policy
+
+
 @each_period
 def test_within_a_period_what_was_selected_stays_selected_as_far_as_it_is_a_candidate(
     make: Callable[[], AbstractPolicy],
 ) -> None:
     """Uniform and Cyclic drew anew, and others did not take back what had left, when a vision tower came and went."""
-    policy = make().bind(make_blocks())
-    for step in range(PERIOD):
-        take_among(policy, step, BLOCK_NAMES)
+    policy = after_a_period(make)
     begun = take_among(policy, PERIOD, BLOCK_NAMES)
     assert len(begun) > 1
     for step in range(PERIOD + 1, 2 * PERIOD):
@@ -385,9 +390,7 @@ def test_within_a_period_what_was_selected_stays_selected_as_far_as_it_is_a_cand
 def test_what_is_drawn_when_nothing_of_a_selection_is_left_stays_for_the_rest_of_the_period(
     make: Callable[[], AbstractPolicy],
 ) -> None:
-    policy = make().bind(make_blocks())
-    for step in range(PERIOD):
-        take_among(policy, step, BLOCK_NAMES)
+    policy = after_a_period(make)
     begun = take_among(policy, PERIOD, BLOCK_NAMES)
     others = [name for name in BLOCK_NAMES if name not in begun]
     drawn = take_among(policy, PERIOD + 1, others)
@@ -403,9 +406,7 @@ def test_what_is_drawn_when_nothing_of_a_selection_is_left_stays_for_the_rest_of
 @each_period
 def test_an_empty_selection_does_not_stay_for_a_period(make: Callable[[], AbstractPolicy]) -> None:
     """All that was selected turned out to be unreached, while a block of `always` trained."""
-    policy = make().bind(make_blocks())
-    for step in range(PERIOD):
-        take_among(policy, step, BLOCK_NAMES)
+    policy = after_a_period(make)
     policy.commit(PERIOD, (), {})
     assert take_among(policy, PERIOD + 1, BLOCK_NAMES)
 
